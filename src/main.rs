@@ -1,0 +1,2 @@
+//! Arguments, configuration, log, run; a `Result` becomes an exit code.
+fn main() {}
