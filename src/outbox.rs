@@ -1,0 +1,319 @@
+//! What waits to be written to the websocket: filled by sessions, emptied by the link's writer.
+//!
+//! Bounds: a session has at most [`FRAMES_IN_FLIGHT`] frames of data and, since it stops reading its inbox
+//! meanwhile, little more than [`REPLIES_IN_FLIGHT`] answers here. A count is a permit inside the queued
+//! frame, so it can't drift.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use crate::proto::Frame;
+use crate::sys::wake::Wake;
+
+/// Frames of data a session may have queued: one being written and one behind it.
+pub const FRAMES_IN_FLIGHT: usize = 2;
+/// Answers a session may have queued before it stops listening.
+pub const REPLIES_IN_FLIGHT: usize = 32;
+
+/// What the writer does next, most urgent first.
+#[derive(Debug)]
+pub enum Work {
+    /// Say goodbye with this code and reason, and end.
+    Close(u16, &'static str),
+    /// Answer a ping.
+    Pong(Bytes),
+    /// The TLS layer has something of its own to say.
+    Flush,
+    /// Send this message.
+    Frame(Vec<u8>),
+    /// Nothing came before the deadline.
+    Nothing,
+}
+
+/// The queues, shared by the writer, the reader and every session of a link.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    queues: Mutex<Queues>,
+    filled: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Queues {
+    close: Option<(u16, &'static str)>,
+    /// Only the latest ping needs an answer (RFC 6455, 5.5.3).
+    pong: Option<Bytes>,
+    flush: bool,
+    frames: VecDeque<Item>,
+}
+
+#[derive(Debug)]
+struct Item {
+    message: Vec<u8>,
+    /// Data is void once its session has thrown away what it had queued.
+    epoch: Option<u32>,
+    permit: Permit,
+}
+
+impl Outbox {
+    fn lock(&self) -> MutexGuard<'_, Queues> {
+        // The critical sections can't panic half-way.
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the writer to close the websocket.
+    pub fn close(&self, code: u16, reason: &'static str) {
+        self.lock().close.get_or_insert((code, reason));
+        self.filled.notify_one();
+    }
+
+    /// Asks the writer to answer a ping.
+    pub fn pong(&self, payload: Bytes) {
+        self.lock().pong = Some(payload);
+        self.filled.notify_one();
+    }
+
+    /// Asks the writer to send what the TLS layer has to say.
+    pub fn flush(&self) {
+        self.lock().flush = true;
+        self.filled.notify_one();
+    }
+
+    fn push(&self, item: Item) {
+        self.lock().frames.push_back(item);
+        self.filled.notify_one();
+    }
+
+    /// The next thing to do, waiting for it until `deadline`.
+    pub fn next(&self, deadline: Instant) -> Work {
+        let mut queues = self.lock();
+        loop {
+            if let Some(work) = queues.take() {
+                return work;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Work::Nothing;
+            }
+            queues = self.filled.wait_timeout(queues, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Whether the writer would have to wait.
+    pub fn is_empty(&self) -> bool {
+        let queues = self.lock();
+        queues.close.is_none() && queues.pong.is_none() && !queues.flush && queues.frames.is_empty()
+    }
+}
+
+impl Queues {
+    fn take(&mut self) -> Option<Work> {
+        if let Some((code, reason)) = self.close.take() {
+            return Some(Work::Close(code, reason));
+        }
+        if let Some(payload) = self.pong.take() {
+            return Some(Work::Pong(payload));
+        }
+        if std::mem::take(&mut self.flush) {
+            return Some(Work::Flush);
+        }
+        while let Some(item) = self.frames.pop_front() {
+            let void = item.epoch.is_some_and(|e| e != item.permit.account.epoch.load(Ordering::SeqCst));
+            if !void {
+                return Some(Work::Frame(item.message));
+            }
+        }
+        None
+    }
+}
+
+/// Where a session puts its frames.
+#[derive(Debug, Clone)]
+pub struct FrameSink {
+    outbox: Arc<Outbox>,
+    account: Arc<Account>,
+}
+
+/// What one session has in the queue.
+#[derive(Debug)]
+struct Account {
+    data: AtomicUsize,
+    replies: AtomicUsize,
+    epoch: AtomicU32,
+    /// The session waits for room and wants to be woken.
+    starved: AtomicBool,
+    wake: Arc<Wake>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Data,
+    Reply,
+}
+
+/// One frame's place in the account, given back when the frame has left the queue.
+#[derive(Debug)]
+struct Permit {
+    account: Arc<Account>,
+    kind: Kind,
+}
+
+impl Account {
+    fn count(&self, kind: Kind) -> &AtomicUsize {
+        match kind {
+            Kind::Data => &self.data,
+            Kind::Reply => &self.replies,
+        }
+    }
+}
+
+impl Permit {
+    fn new(account: &Arc<Account>, kind: Kind) -> Self {
+        account.count(kind).fetch_add(1, Ordering::SeqCst);
+        Permit { account: Arc::clone(account), kind }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.account.count(self.kind).fetch_sub(1, Ordering::SeqCst);
+        if self.account.starved.swap(false, Ordering::SeqCst) {
+            self.account.wake.notify();
+        }
+    }
+}
+
+impl FrameSink {
+    /// A sink of its own account; `wake` is called when room has come that was missed.
+    pub fn new(outbox: &Arc<Outbox>, wake: Arc<Wake>) -> Self {
+        let account = Account {
+            data: AtomicUsize::new(0),
+            replies: AtomicUsize::new(0),
+            epoch: AtomicU32::new(0),
+            starved: AtomicBool::new(false),
+            wake,
+        };
+        FrameSink { outbox: Arc::clone(outbox), account: Arc::new(account) }
+    }
+
+    /// Queues an answer. Never refused: ask [`FrameSink::takes_replies`] before taking on what needs one.
+    pub fn reply(&self, frame: &Frame) {
+        let permit = Permit::new(&self.account, Kind::Reply);
+        self.outbox.push(Item { message: frame.encode(), epoch: None, permit });
+    }
+
+    /// Queues data. Never refused: ask [`FrameSink::takes_data`] before reading it from its source.
+    pub fn data(&self, frame: &Frame) {
+        let epoch = Some(self.account.epoch.load(Ordering::SeqCst));
+        let permit = Permit::new(&self.account, Kind::Data);
+        self.outbox.push(Item { message: frame.encode(), epoch, permit });
+    }
+
+    /// Whether there is room for an answer. If not, the session is woken when there is.
+    pub fn takes_replies(&self) -> bool {
+        self.has_room(Kind::Reply, REPLIES_IN_FLIGHT)
+    }
+
+    /// Whether there is room for data. If not, the session is woken when there is.
+    pub fn takes_data(&self) -> bool {
+        self.has_room(Kind::Data, FRAMES_IN_FLIGHT)
+    }
+
+    fn has_room(&self, kind: Kind, limit: usize) -> bool {
+        let count = self.account.count(kind);
+        if count.load(Ordering::SeqCst) < limit {
+            return true;
+        }
+        // Look again after raising the flag: room may have come in between, unannounced.
+        self.account.starved.store(true, Ordering::SeqCst);
+        count.load(Ordering::SeqCst) < limit
+    }
+
+    /// Throws away the data that is still queued; answers stay.
+    pub fn discard_data(&self) {
+        self.account.epoch.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sink() -> (Arc<Outbox>, FrameSink, Arc<Wake>) {
+        let outbox = Arc::new(Outbox::default());
+        let wake = Arc::new(Wake::new().unwrap());
+        let sink = FrameSink::new(&outbox, Arc::clone(&wake));
+        (outbox, sink, wake)
+    }
+
+    fn frame(typ: &str) -> Frame {
+        Frame::new(1, typ, None)
+    }
+
+    fn next(outbox: &Outbox) -> Option<String> {
+        match outbox.next(Instant::now()) {
+            Work::Frame(bytes) => Some(Frame::decode(&bytes.into()).unwrap().typ),
+            Work::Nothing => None,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn frames_leave_in_order_and_urgent_matters_first() {
+        let (outbox, sink, _wake) = sink();
+        sink.data(&frame("a"));
+        sink.reply(&frame("b"));
+        outbox.flush();
+        outbox.pong(Bytes::from_static(b"1"));
+        outbox.pong(Bytes::from_static(b"2"));
+        let now = Instant::now();
+        assert!(matches!(outbox.next(now), Work::Pong(p) if p == "2"));
+        assert!(matches!(outbox.next(now), Work::Flush));
+        assert_eq!(next(&outbox).as_deref(), Some("a"));
+        outbox.close(1000, "");
+        assert!(matches!(outbox.next(now), Work::Close(1000, "")));
+        assert_eq!(next(&outbox).as_deref(), Some("b"));
+        assert!(next(&outbox).is_none() && outbox.is_empty());
+    }
+
+    #[test]
+    fn room_comes_back_with_each_frame_that_leaves() {
+        let (outbox, sink, _wake) = sink();
+        for _ in 0..FRAMES_IN_FLIGHT {
+            assert!(sink.takes_data());
+            sink.data(&frame("d"));
+        }
+        assert!(!sink.takes_data() && sink.takes_replies());
+        assert!(next(&outbox).is_some());
+        assert!(sink.takes_data());
+        for _ in 0..REPLIES_IN_FLIGHT {
+            sink.reply(&frame("r"));
+        }
+        assert!(!sink.takes_replies());
+    }
+
+    #[test]
+    fn thrown_away_data_makes_room_and_answers_stay() {
+        let (outbox, sink, _wake) = sink();
+        sink.data(&frame("old"));
+        sink.reply(&frame("reply"));
+        sink.discard_data();
+        sink.data(&frame("new"));
+        assert_eq!(next(&outbox).as_deref(), Some("reply"));
+        assert_eq!(next(&outbox).as_deref(), Some("new"));
+        assert!(sink.takes_data());
+    }
+
+    #[test]
+    fn a_queue_that_goes_away_gives_all_room_back() {
+        let (outbox, sink, _wake) = sink();
+        sink.data(&frame("d"));
+        sink.data(&frame("d"));
+        assert!(!sink.takes_data());
+        outbox.lock().frames.clear();
+        assert!(sink.takes_data());
+    }
+}

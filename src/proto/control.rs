@@ -1,0 +1,161 @@
+//! Session control: opening, keeping and closing a session that isn't a terminal.
+
+use rmp::encode;
+use serde::Deserialize;
+
+use super::{CONTROL, Frame, SessionId};
+
+/// Opens a session; [`Open`].
+pub const OPEN: &str = "open";
+/// The answer; [`Accept`].
+pub const ACCEPT: &str = "accept";
+/// Are you there?
+pub const PING: &str = "ping";
+/// Yes.
+pub const PONG: &str = "pong";
+/// The session is over.
+pub const CLOSE: &str = "close";
+/// Something is wrong; [`Error`].
+pub const ERROR: &str = "error";
+
+/// The version of session control spoken here.
+pub const VERSION: i64 = 1;
+
+/// Bodies are flat; what is deeper is somebody's attempt on the stack.
+const MAX_DEPTH: usize = 16;
+
+/// The body of `open`.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+pub struct Open {
+    /// Versions the peer speaks.
+    #[serde(default)]
+    pub versions: Option<Vec<i64>>,
+}
+
+/// The body of `accept`.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+pub struct Accept {
+    /// The version that will be spoken.
+    #[serde(default)]
+    pub version: i64,
+    /// The protocols that are there for the session.
+    #[serde(default)]
+    pub protocols: Option<Vec<u16>>,
+}
+
+/// The body of `error`. Every field may be missing in what comes in; `err` and `close` go out always.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Error {
+    /// What is wrong.
+    #[serde(default)]
+    pub err: Option<String>,
+    /// Whether that ends the session.
+    #[serde(default)]
+    pub close: Option<bool>,
+    /// The protocol of the message at fault.
+    #[serde(default, rename = "msgproto")]
+    pub proto: Option<u16>,
+    /// Its type.
+    #[serde(default, rename = "msgtype")]
+    pub typ: Option<String>,
+    /// Its id, if it had one.
+    #[serde(default, rename = "msgid")]
+    pub id: Option<String>,
+}
+
+/// Reads the body of a frame.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, rmp_serde::decode::Error> {
+    let mut deserializer = rmp_serde::Deserializer::from_read_ref(body);
+    deserializer.set_max_depth(MAX_DEPTH);
+    T::deserialize(&mut deserializer)
+}
+
+fn frame(sid: &SessionId, typ: &str) -> Frame {
+    Frame::new(CONTROL, typ, Some(sid))
+}
+
+/// The session is open for `protocols`.
+pub fn accept(sid: &SessionId, protocols: &[u16]) -> Frame {
+    let mut body = Vec::new();
+    // Writing to a Vec doesn't fail. Protocol numbers take 16 bits, as the reference agent writes them.
+    let _ = encode::write_map_len(&mut body, 2);
+    let _ = encode::write_str(&mut body, "version");
+    let _ = encode::write_sint(&mut body, VERSION);
+    let _ = encode::write_str(&mut body, "protocols");
+    let _ = encode::write_array_len(&mut body, u32::try_from(protocols.len()).unwrap_or(0));
+    for protocol in protocols {
+        let _ = encode::write_u16(&mut body, *protocol);
+    }
+    frame(sid, ACCEPT).with_body(body)
+}
+
+/// Asks whether the peer is there.
+pub fn ping(sid: &SessionId) -> Frame {
+    frame(sid, PING)
+}
+
+/// Answers a ping.
+pub fn pong(sid: &SessionId) -> Frame {
+    frame(sid, PONG)
+}
+
+/// Something is wrong that no message of the peer's is to blame for. With `close` the session is over.
+pub fn error(sid: &SessionId, text: &str, close: bool) -> Frame {
+    error_frame(sid, None, text, close)
+}
+
+/// `cause` could not be obeyed. With `close` the session is over.
+pub fn error_about(sid: &SessionId, cause: &Frame, text: &str, close: bool) -> Frame {
+    error_frame(sid, Some(cause), text, close)
+}
+
+fn error_frame(sid: &SessionId, cause: Option<&Frame>, text: &str, close: bool) -> Frame {
+    let proto = cause.map(|c| c.proto).filter(|p| *p != 0);
+    let typ = cause.map(|c| c.typ.as_str()).filter(|t| !t.is_empty());
+    let id = cause.and_then(|c| c.props.str("msgid"));
+    let pairs = 2 + [proto.is_some(), typ.is_some(), id.is_some()].iter().filter(|there| **there).count() as u32;
+    let mut body = Vec::new();
+    let _ = encode::write_map_len(&mut body, pairs);
+    let _ = encode::write_str(&mut body, "err");
+    let _ = encode::write_str(&mut body, text);
+    let _ = encode::write_str(&mut body, "close");
+    let _ = encode::write_bool(&mut body, close);
+    if let Some(proto) = proto {
+        let _ = encode::write_str(&mut body, "msgproto");
+        let _ = encode::write_u16(&mut body, proto);
+    }
+    for (key, value) in [("msgtype", typ), ("msgid", id)] {
+        if let Some(value) = value {
+            let _ = encode::write_str(&mut body, key);
+            let _ = encode::write_str(&mut body, value);
+        }
+    }
+    frame(sid, ERROR).with_body(body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bodies_are_read_in_any_width_and_with_nils() {
+        let open = |bytes: &[u8]| parse::<Open>(bytes);
+        assert_eq!(open(b"\x81\xa8versions\x91\x01").unwrap().versions, Some(vec![1]));
+        let wide = open(b"\x82\xa1x\xc0\xa8versions\x92\xd3\0\0\0\0\0\0\0\x01\xcc\x02").unwrap();
+        assert_eq!(wide.versions, Some(vec![1, 2]));
+        assert_eq!(open(b"\x81\xa8versions\xc0").unwrap().versions, None);
+        assert!(open(b"").is_err() && open(b"\x81\xa8versions\x01").is_err());
+        assert_eq!(parse::<Error>(b"\x81\xa3err\xc0").unwrap(), Error::default());
+    }
+
+    #[test]
+    fn deep_bodies_and_claimed_lengths_are_errors() {
+        let mut deep = b"\x81\xa1x".to_vec();
+        deep.extend(std::iter::repeat_n(0x91, 200_000));
+        assert!(parse::<Open>(&deep).is_err());
+        assert!(parse::<Open>(b"\x81\xa8versions\xdd\xff\xff\xff\xff\x01").is_err());
+    }
+}

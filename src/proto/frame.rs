@@ -1,0 +1,377 @@
+//! The envelope: [`Frame`], its properties, and the codec.
+//!
+//! Where the exact form of what is sent matters to a peer:
+//! - `body` is bin, never an array, and left out when empty: the released server takes an empty bin for data.
+//! - `proto` is a 16-bit integer: JavaScript clients get a 64-bit one as a BigInt and compare with `===`.
+//! - `offset` and `status` are 64-bit integers whatever their value: Go clients assert the type `int64`.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use rmp::encode;
+
+pub use super::msgpack::DecodeError;
+use super::msgpack::{Cursor, Value};
+
+/// The name of a session, chosen by the server; never empty.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct SessionId(Arc<str>);
+
+impl SessionId {
+    /// `None` for the empty name, which means that there is no session.
+    pub fn new(id: &str) -> Option<Self> {
+        (!id.is_empty()).then(|| SessionId(id.into()))
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // It comes from the peer and goes into logs.
+        fmt::Display::fmt(&self.0.escape_debug(), f)
+    }
+}
+
+/// Whom the server says a message is from; the empty one when it says nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct UserId(Arc<str>);
+
+impl UserId {
+    /// The name, possibly empty.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for UserId {
+    fn from(id: &str) -> Self {
+        UserId(id.into())
+    }
+}
+
+impl fmt::Display for UserId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0.escape_debug(), f)
+    }
+}
+
+/// The properties of a frame: a msgpack map, kept as it came so that it can be sent back unchanged.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Props {
+    /// The map with its header; empty when there is none.
+    raw: Bytes,
+}
+
+impl Props {
+    /// No properties.
+    pub fn new() -> Self {
+        Props::default()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.raw.is_empty()
+    }
+
+    /// Adds an integer in its shortest form.
+    #[must_use]
+    pub fn with_int(self, key: &str, value: i64) -> Self {
+        self.with(key, |out| encode::write_sint(out, value).map(drop))
+    }
+
+    /// Adds an integer in its 64-bit form.
+    #[must_use]
+    pub fn with_i64(self, key: &str, value: i64) -> Self {
+        self.with(key, |out| encode::write_i64(out, value))
+    }
+
+    /// Adds a string.
+    #[must_use]
+    pub fn with_str(self, key: &str, value: &str) -> Self {
+        self.with(key, |out| encode::write_str(out, value))
+    }
+
+    fn with<E>(self, key: &str, value: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Self {
+        let mut pairs = Cursor::new(&self.raw);
+        let count = match pairs.map("props") {
+            Ok(Some(count)) => count,
+            _ => 0,
+        };
+        let mut raw = Vec::with_capacity(self.raw.len() + key.len() + 16);
+        // Writing to a Vec doesn't fail.
+        let _ = encode::write_map_len(&mut raw, u32::try_from(count + 1).unwrap_or(u32::MAX));
+        raw.extend_from_slice(pairs.rest());
+        let _ = encode::write_str(&mut raw, key);
+        let _ = value(&mut raw);
+        Props { raw: raw.into() }
+    }
+
+    /// The last value under `key`, as Go's maps have it; nil is the same as absent.
+    fn get(&self, key: &str) -> Option<Value<'_>> {
+        let mut cursor = Cursor::new(&self.raw);
+        let mut found = None;
+        for _ in 0..cursor.map("props").ok()?? {
+            let name = cursor.value().ok()?;
+            let value = cursor.value().ok()?;
+            if name == Value::Blob(key.as_bytes()) {
+                found = (value != Value::Nil).then_some(value);
+            }
+        }
+        found
+    }
+
+    /// An integer of any width, or a float without a fraction.
+    pub fn int(&self, key: &str) -> Option<i64> {
+        match self.get(key)? {
+            Value::Int(n) => i64::try_from(n).ok(),
+            Value::Float(f) if f.fract() == 0.0 && f.abs() < 9e15 => Some(f as i64),
+            _ => None,
+        }
+    }
+
+    /// A string.
+    pub fn str(&self, key: &str) -> Option<&str> {
+        match self.get(key)? {
+            Value::Blob(bytes) => std::str::from_utf8(bytes).ok(),
+            _ => None,
+        }
+    }
+}
+
+/// One message of the protocol.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// Which protocol: [`super::SHELL`] and its siblings.
+    pub proto: u16,
+    /// What it says within its protocol.
+    pub typ: String,
+    /// Whose it is. Commands to the device as a whole have none.
+    pub sid: Option<SessionId>,
+    /// Further words.
+    pub props: Props,
+    /// The payload. Empty means absent.
+    pub body: Bytes,
+}
+
+impl Frame {
+    /// A frame without properties or body.
+    pub fn new(proto: u16, typ: &str, sid: Option<&SessionId>) -> Self {
+        Frame { proto, typ: typ.to_owned(), sid: sid.cloned(), props: Props::new(), body: Bytes::new() }
+    }
+
+    /// The same with other properties.
+    #[must_use]
+    pub fn with_props(self, props: Props) -> Self {
+        Frame { props, ..self }
+    }
+
+    /// The same with another body.
+    #[must_use]
+    pub fn with_body(self, body: impl Into<Bytes>) -> Self {
+        Frame { body: body.into(), ..self }
+    }
+
+    /// The user the server names.
+    pub fn user(&self) -> UserId {
+        self.props.str("user_id").unwrap_or_default().into()
+    }
+
+    /// Reads a websocket message. The body shares the message's memory. Bytes after the document don't count.
+    ///
+    /// # Errors
+    /// When it is no frame.
+    pub fn decode(message: &Bytes) -> Result<Self, DecodeError> {
+        let mut cursor = Cursor::new(message);
+        let mut header = None;
+        let mut body = Bytes::new();
+        for _ in 0..cursor.map("the message")?.unwrap_or(0) {
+            match cursor.value()? {
+                Value::Blob(b"hdr") => header = Header::decode(&mut cursor, message)?,
+                Value::Blob(b"body") => body = blob(&mut cursor, "body", message)?,
+                _ => cursor.skip()?,
+            }
+        }
+        let Header { proto, typ, sid, props } = header.ok_or(DecodeError::NoHeader)?;
+        Ok(Frame { proto, typ, sid, props, body })
+    }
+
+    /// The websocket message for it.
+    pub fn encode(&self) -> Vec<u8> {
+        let sid = self.sid.as_ref().map_or("", SessionId::as_str);
+        let mut out =
+            Vec::with_capacity(48 + self.typ.len() + sid.len() + self.props.raw.len() + self.body.len());
+        let fields = 1 + u8::from(!self.typ.is_empty()) + u8::from(!sid.is_empty()) + u8::from(!self.props.is_empty());
+        out.push(if self.body.is_empty() { 0x81 } else { 0x82 });
+        // Writing to a Vec doesn't fail.
+        let _ = encode::write_str(&mut out, "hdr");
+        out.push(0x80 | fields);
+        let _ = encode::write_str(&mut out, "proto");
+        let _ = encode::write_u16(&mut out, self.proto);
+        if !self.typ.is_empty() {
+            let _ = encode::write_str(&mut out, "typ");
+            let _ = encode::write_str(&mut out, &self.typ);
+        }
+        if !sid.is_empty() {
+            let _ = encode::write_str(&mut out, "sid");
+            let _ = encode::write_str(&mut out, sid);
+        }
+        if !self.props.is_empty() {
+            let _ = encode::write_str(&mut out, "props");
+            out.extend_from_slice(&self.props.raw);
+        }
+        if !self.body.is_empty() {
+            let _ = encode::write_str(&mut out, "body");
+            let _ = encode::write_bin(&mut out, &self.body);
+        }
+        out
+    }
+}
+
+struct Header {
+    proto: u16,
+    typ: String,
+    sid: Option<SessionId>,
+    props: Props,
+}
+
+impl Header {
+    fn decode(cursor: &mut Cursor<'_>, message: &Bytes) -> Result<Option<Self>, DecodeError> {
+        let Some(fields) = cursor.map("the header")? else { return Ok(None) };
+        let mut header = Header { proto: 0, typ: String::new(), sid: None, props: Props::new() };
+        for _ in 0..fields {
+            match cursor.value()? {
+                Value::Blob(b"proto") => header.proto = int(cursor, "proto")?,
+                Value::Blob(b"typ") => header.typ = text(cursor, "typ", message)?,
+                Value::Blob(b"sid") => header.sid = SessionId::new(&text(cursor, "sid", message)?),
+                Value::Blob(b"props") => header.props = props(cursor, message)?,
+                _ => cursor.skip()?,
+            }
+        }
+        Ok(Some(header))
+    }
+}
+
+fn int(cursor: &mut Cursor<'_>, what: &'static str) -> Result<u16, DecodeError> {
+    match typed(cursor, what, |v| matches!(v, Value::Int(_)))? {
+        Value::Int(n) => u16::try_from(n).map_err(|_| DecodeError::Range(what)),
+        _ => Ok(0),
+    }
+}
+
+fn blob(cursor: &mut Cursor<'_>, what: &'static str, message: &Bytes) -> Result<Bytes, DecodeError> {
+    match typed(cursor, what, |v| matches!(v, Value::Blob(_)))? {
+        Value::Blob(bytes) => Ok(message.slice_ref(bytes)),
+        _ => Ok(Bytes::new()),
+    }
+}
+
+fn text(cursor: &mut Cursor<'_>, what: &'static str, message: &Bytes) -> Result<String, DecodeError> {
+    Ok(String::from_utf8_lossy(&blob(cursor, what, message)?).into_owned())
+}
+
+/// The next value if it is nil or of the wanted kind.
+fn typed<'a>(
+    cursor: &mut Cursor<'a>,
+    what: &'static str,
+    wanted: impl FnOnce(&Value<'a>) -> bool,
+) -> Result<Value<'a>, DecodeError> {
+    let found = cursor.rest().first().map_or(rmp::Marker::Reserved, |b| rmp::Marker::from_u8(*b));
+    let value = cursor.value()?;
+    if value == Value::Nil || wanted(&value) { Ok(value) } else { Err(DecodeError::Type { what, found }) }
+}
+
+fn props(cursor: &mut Cursor<'_>, message: &Bytes) -> Result<Props, DecodeError> {
+    let start = cursor.rest();
+    if cursor.map("props")?.unwrap_or(0) == 0 {
+        return Ok(Props::new());
+    }
+    *cursor = Cursor::new(start);
+    cursor.skip()?;
+    let length = start.len() - cursor.rest().len();
+    Ok(Props { raw: message.slice_ref(&start[..length]) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sid() -> Option<SessionId> {
+        SessionId::new("s")
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Frame, DecodeError> {
+        Frame::decode(&Bytes::copy_from_slice(bytes))
+    }
+
+    #[test]
+    fn absent_and_nil_and_empty_are_the_same() {
+        // The test client of the server sends every field, as nil or empty.
+        let explicit = b"\x82\xa3hdr\x84\xa5proto\xcd\x00\x01\xa3typ\xa3new\xa3sid\xc0\xa5props\xc0\xa4body\xc4\x00";
+        let frame = decode(explicit).unwrap();
+        assert_eq!(frame, Frame::new(1, "new", None));
+        assert_eq!(frame.encode(), b"\x81\xa3hdr\x82\xa5proto\xcd\x00\x01\xa3typ\xa3new");
+    }
+
+    #[test]
+    fn order_and_unknown_keys_do_not_matter() {
+        let frame = decode(
+            b"\x84\x01\x92\x01\x02\xa4body\xa2hi\xa4more\x81\xa1x\xc3\xa3hdr\x85\xa5props\x81\xa1k\x07\xa3sid\xa1s\xa1?\xc3\xa3typ\xa1t\xa5proto\xd3\0\0\0\0\0\0\xff\xff",
+        );
+        let expected = Frame::new(0xffff, "t", sid().as_ref())
+            .with_props(Props::new().with_int("k", 7))
+            .with_body(&b"hi"[..]);
+        assert_eq!(frame, Ok(expected));
+    }
+
+    #[test]
+    fn what_is_no_frame_is_refused() {
+        assert_eq!(decode(b""), Err(DecodeError::Truncated));
+        assert_eq!(decode(b"\x80"), Err(DecodeError::NoHeader));
+        assert_eq!(decode(b"\x81\xa3hdr\xc0"), Err(DecodeError::NoHeader));
+        assert_eq!(decode(b"\x81\xa3hdr\x81\xa5proto\xce\0\x01\0\0"), Err(DecodeError::Range("proto")));
+        assert!(matches!(decode(b"hello"), Err(DecodeError::Type { .. })));
+        // A Vec<u8> in serde's default form: an array, which Go refuses as well.
+        assert!(matches!(
+            decode(b"\x82\xa3hdr\x81\xa5proto\x01\xa4body\x92\x01\x02"),
+            Err(DecodeError::Type { what: "body", .. })
+        ));
+        let whole = Frame::new(1, "shell", sid().as_ref()).with_body(&b"data"[..]).encode();
+        for n in 0..whole.len() {
+            assert!(decode(&whole[..n]).is_err(), "{n} bytes were enough");
+        }
+    }
+
+    #[test]
+    fn properties_are_read_leniently() {
+        let props = Props::new()
+            .with_i64("offset", 4096)
+            .with_int("small", -3)
+            .with_str("user_id", "someone")
+            .with_int("twice", 1)
+            .with_int("twice", 2)
+            .with("float", |out| encode::write_f64(out, 80.0))
+            .with("part", |out| encode::write_f64(out, 80.5))
+            .with("none", |out| encode::write_nil(out))
+            .with("deep", |out| encode::write_array_len(out, 1).and_then(|_| Ok(out.push(0xc0))));
+        assert_eq!(props.int("offset"), Some(4096));
+        assert_eq!(props.int("small"), Some(-3));
+        assert_eq!(props.str("user_id"), Some("someone"));
+        assert_eq!(props.int("twice"), Some(2));
+        assert_eq!(props.int("float"), Some(80));
+        for absent in ["part", "none", "deep", "user_id", "missing"] {
+            assert_eq!(props.int(absent), None, "{absent}");
+        }
+        assert!(Frame::new(1, "t", None).with_props(props).user().as_str() == "someone");
+    }
+
+    #[test]
+    fn offsets_take_eight_bytes() {
+        let frame = Frame::new(2, "ack", None).with_props(Props::new().with_i64("offset", 0));
+        assert!(frame.encode().ends_with(b"\x81\xa6offset\xd3\0\0\0\0\0\0\0\0"));
+    }
+}

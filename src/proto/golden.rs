@@ -1,0 +1,141 @@
+//! Every recorded frame of the reference peers is read, and what we would say in their place compared.
+
+use super::*;
+use bytes::Bytes;
+use rmpv::Value;
+
+struct Golden {
+    name: String,
+    from_device: bool,
+    bytes: Bytes,
+}
+
+fn golden() -> Vec<Golden> {
+    let text = include_str!("../../tests/golden/frames.jsonl");
+    let frames: Vec<Golden> = text
+        .lines()
+        .map(|line| {
+            let entry: serde_json::Value = serde_json::from_str(line).unwrap();
+            let field = |key: &str| entry[key].as_str().unwrap().to_owned();
+            let bytes = data_encoding::HEXLOWER.decode(field("hex").as_bytes()).unwrap();
+            Golden {
+                name: field("name"),
+                from_device: field("direction") == "device->server",
+                bytes: bytes.into(),
+            }
+        })
+        .collect();
+    assert_eq!(frames.len(), 90);
+    frames
+}
+
+/// What an independent reader finds, with nil and empty taken for absent.
+fn independent(bytes: &[u8]) -> (u64, String, String, Vec<(Value, Value)>, Vec<u8>) {
+    let value = rmpv::decode::read_value(&mut &bytes[..]).unwrap();
+    let get = |map: &Value, key: &str| {
+        let map = map.as_map().unwrap();
+        map.iter().find(|(k, _)| k.as_str() == Some(key)).map_or(Value::Nil, |(_, v)| v.clone())
+    };
+    let header = get(&value, "hdr");
+    let body = match get(&value, "body") {
+        Value::Binary(bytes) => bytes,
+        Value::String(text) => text.into_bytes(),
+        _ => Vec::new(),
+    };
+    (
+        get(&header, "proto").as_u64().unwrap(),
+        get(&header, "typ").as_str().unwrap_or_default().to_owned(),
+        get(&header, "sid").as_str().unwrap_or_default().to_owned(),
+        get(&header, "props").as_map().cloned().unwrap_or_default(),
+        body,
+    )
+}
+
+#[test]
+fn every_frame_is_understood() {
+    for Golden { name, bytes, .. } in golden() {
+        let frame = Frame::decode(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let (proto, typ, sid, props, body) = independent(&bytes);
+        assert_eq!(u64::from(frame.proto), proto, "{name}");
+        assert_eq!(frame.typ, typ, "{name}");
+        assert_eq!(frame.sid, SessionId::new(&sid), "{name}");
+        assert_eq!(frame.body, body, "{name}");
+        for (key, value) in props {
+            let key = key.as_str().unwrap();
+            match value {
+                Value::Integer(n) => assert_eq!(frame.props.int(key), n.as_i64(), "{name}: {key}"),
+                Value::String(s) => assert_eq!(frame.props.str(key), s.as_str(), "{name}: {key}"),
+                other => panic!("{name}: {key} is {other}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn every_frame_of_a_device_is_written_as_it_was() {
+    let mut compared = 0;
+    for Golden { name, bytes, .. } in golden().into_iter().filter(|g| g.from_device) {
+        assert_eq!(Frame::decode(&bytes).unwrap().encode(), bytes, "{name}");
+        compared += 1;
+    }
+    assert_eq!(compared, 40);
+}
+
+/// The frames this side makes itself, beside the recorded ones: the same bytes, except where `status`
+/// takes eight bytes more than the reference agent gives it.
+#[test]
+fn our_own_frames_match_the_recorded_ones() {
+    let recorded = golden();
+    let by_name = |name: &str| recorded.iter().find(|g| g.name == name && g.from_device).unwrap();
+    let sid = Frame::decode(&by_name("control/ping").bytes).unwrap().sid.unwrap();
+    let cause = |name: &str| {
+        let proto = if name == "control/error no handler" { 7 } else { CONTROL };
+        let typ = match name {
+            "control/error handshake rejected (close)" => "open",
+            "control/error unknown type with msgid" => "bogus",
+            _ => "",
+        };
+        let props = if typ == "bogus" { Props::new().with_str("msgid", "42") } else { Props::new() };
+        Frame::new(proto, typ, Some(&sid)).with_props(props)
+    };
+    let about = |name: &str, text: &str, close| control::error_about(&sid, &cause(name), text, close);
+    let ours = [
+        ("control/ping", control::ping(&sid)),
+        ("control/pong", control::pong(&sid)),
+        ("control/accept", control::accept(&sid, &[1, 2, 3, 4])),
+        ("control/error session timeout (close)", control::error(&sid, "session timeout", true)),
+        (
+            "control/error handshake rejected (close)",
+            about("control/error handshake rejected (close)", "handshake rejected: require version 1", true),
+        ),
+        (
+            "control/error unknown type with msgid",
+            about(
+                "control/error unknown type with msgid",
+                "session: control type message not understood: 'bogus'",
+                false,
+            ),
+        ),
+        (
+            "control/error no handler",
+            about("control/error no handler", "no handler registered for protocol: 0x0007", false),
+        ),
+    ];
+    for (name, frame) in ours {
+        assert_eq!(Bytes::from(frame.encode()), by_name(name).bytes, "{name}");
+    }
+    let wide_status = [
+        ("shell/new response ok", shell::started(&sid)),
+        ("shell/new response error", shell::failure(&sid, shell::NEW, "user has too many open sessions")),
+        ("shell/shell output", shell::output(&sid, &b"hello\r\n"[..])),
+        ("shell/shell error (unknown session)", shell::failure(&sid, shell::DATA, "session not found")),
+        ("shell/stop response ok", shell::stopped(&sid)),
+        ("shell/ping", shell::ping(&sid, 65)),
+    ];
+    for (name, frame) in wide_status {
+        let recorded = &by_name(name).bytes;
+        let bytes = frame.encode();
+        assert_eq!(independent(&bytes), independent(recorded), "{name}");
+        assert_eq!(bytes.len(), recorded.len() + 8, "{name}: status takes eight bytes more");
+    }
+}

@@ -1,0 +1,26 @@
+//! The language spoken through the websocket. Does no I/O.
+//!
+//! One websocket message carries one [`Frame`], a msgpack map:
+//!
+//! ```text
+//! { "hdr": { "proto": u16, "typ": str?, "sid": str?, "props": { str: any }? }, "body": bin? }
+//! ```
+//!
+//! What comes in is taken in any form a peer may send: integers of any width, bodies as str or bin,
+//! nil for what is absent, keys nobody knows. What goes out has exactly the form the peers' decoders
+//! insist on; [`frame`] says where that matters.
+
+pub mod control;
+pub mod frame;
+pub mod msgpack;
+pub mod shell;
+
+pub use frame::{Frame, Props, SessionId, UserId};
+
+/// The terminal.
+pub const SHELL: u16 = 1;
+/// Session control.
+pub const CONTROL: u16 = 0xffff;
+
+#[cfg(test)]
+mod golden;

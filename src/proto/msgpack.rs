@@ -1,0 +1,219 @@
+//! Reading msgpack by hand, for the envelope: any width, any order, nothing copied.
+//!
+//! No recursion, so that nesting can't exhaust a stack, and no allocation by a length somebody claims.
+
+use rmp::Marker;
+use thiserror::Error;
+
+/// Why a message isn't a frame.
+#[derive(Debug, Error, PartialEq)]
+pub enum DecodeError {
+    /// The message ends inside a value.
+    #[error("the message is cut off")]
+    Truncated,
+    /// A value has another type than the one needed.
+    #[error("{what} is of the wrong type ({found:?})")]
+    Type {
+        /// Which value.
+        what: &'static str,
+        /// Its marker.
+        found: Marker,
+    },
+    /// An integer doesn't fit.
+    #[error("{0} is out of range")]
+    Range(&'static str),
+    /// There is no header.
+    #[error("the header is missing")]
+    NoHeader,
+}
+
+/// A place in a message.
+#[derive(Debug, Clone, Copy)]
+pub struct Cursor<'a> {
+    rest: &'a [u8],
+}
+
+/// A scalar as the peers use them; everything else is skipped over.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Value<'a> {
+    /// nil.
+    Nil,
+    /// Any integer, whatever its width.
+    Int(i128),
+    /// A float of either width.
+    Float(f64),
+    /// str or bin.
+    Blob(&'a [u8]),
+    /// A map, an array, a boolean, an extension.
+    Other(Marker),
+}
+
+impl<'a> Cursor<'a> {
+    /// At the start of `bytes`.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Cursor { rest: bytes }
+    }
+
+    /// What is still to be read.
+    pub fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
+    fn take(&mut self, n: usize) -> Result<&'a [u8], DecodeError> {
+        let (taken, rest) = self.rest.split_at_checked(n).ok_or(DecodeError::Truncated)?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
+        let (taken, rest) = self.rest.split_first_chunk().ok_or(DecodeError::Truncated)?;
+        self.rest = rest;
+        Ok(*taken)
+    }
+
+    fn marker(&mut self) -> Result<Marker, DecodeError> {
+        Ok(Marker::from_u8(self.array::<1>()?[0]))
+    }
+
+    fn length(&mut self, width: usize) -> Result<usize, DecodeError> {
+        let bytes = self.take(width)?;
+        // At most four bytes; usize has 32 bits at least on every target.
+        Ok(bytes.iter().fold(0, |n, b| n << 8 | usize::from(*b)))
+    }
+
+    /// The number of pairs of the map that comes next; nil counts as none.
+    ///
+    /// # Errors
+    /// When something else comes.
+    pub fn map(&mut self, what: &'static str) -> Result<Option<usize>, DecodeError> {
+        match self.marker()? {
+            Marker::Null => Ok(None),
+            Marker::FixMap(n) => Ok(Some(usize::from(n))),
+            Marker::Map16 => self.length(2).map(Some),
+            Marker::Map32 => self.length(4).map(Some),
+            found => Err(DecodeError::Type { what, found }),
+        }
+    }
+
+    /// The value that comes next; the insides of what is no scalar are skipped.
+    ///
+    /// # Errors
+    /// When the message ends before the value does.
+    pub fn value(&mut self) -> Result<Value<'a>, DecodeError> {
+        let start = *self;
+        let marker = self.marker()?;
+        Ok(match marker {
+            Marker::Null => Value::Nil,
+            Marker::FixPos(n) => Value::Int(n.into()),
+            Marker::FixNeg(n) => Value::Int(n.into()),
+            Marker::U8 => Value::Int(u8::from_be_bytes(self.array()?).into()),
+            Marker::U16 => Value::Int(u16::from_be_bytes(self.array()?).into()),
+            Marker::U32 => Value::Int(u32::from_be_bytes(self.array()?).into()),
+            Marker::U64 => Value::Int(u64::from_be_bytes(self.array()?).into()),
+            Marker::I8 => Value::Int(i8::from_be_bytes(self.array()?).into()),
+            Marker::I16 => Value::Int(i16::from_be_bytes(self.array()?).into()),
+            Marker::I32 => Value::Int(i32::from_be_bytes(self.array()?).into()),
+            Marker::I64 => Value::Int(i64::from_be_bytes(self.array()?).into()),
+            Marker::F32 => Value::Float(f32::from_be_bytes(self.array()?).into()),
+            Marker::F64 => Value::Float(f64::from_be_bytes(self.array()?)),
+            Marker::FixStr(n) => Value::Blob(self.take(n.into())?),
+            Marker::Str8 | Marker::Bin8 => self.blob(1)?,
+            Marker::Str16 | Marker::Bin16 => self.blob(2)?,
+            Marker::Str32 | Marker::Bin32 => self.blob(4)?,
+            other => {
+                *self = start;
+                self.skip()?;
+                Value::Other(other)
+            }
+        })
+    }
+
+    fn blob(&mut self, width: usize) -> Result<Value<'a>, DecodeError> {
+        let n = self.length(width)?;
+        Ok(Value::Blob(self.take(n)?))
+    }
+
+    /// Passes over the value that comes next, however deep.
+    ///
+    /// # Errors
+    /// When the message ends before the value does.
+    pub fn skip(&mut self) -> Result<(), DecodeError> {
+        let mut values: u64 = 1;
+        while values > 0 {
+            values -= 1;
+            let (bytes, inner) = match self.marker()? {
+                Marker::Null | Marker::True | Marker::False | Marker::FixPos(_) | Marker::FixNeg(_) => (0, 0),
+                Marker::U8 | Marker::I8 => (1, 0),
+                Marker::U16 | Marker::I16 => (2, 0),
+                Marker::U32 | Marker::I32 | Marker::F32 => (4, 0),
+                Marker::U64 | Marker::I64 | Marker::F64 => (8, 0),
+                Marker::FixStr(n) => (n.into(), 0),
+                Marker::Str8 | Marker::Bin8 => (self.length(1)?, 0),
+                Marker::Str16 | Marker::Bin16 => (self.length(2)?, 0),
+                Marker::Str32 | Marker::Bin32 => (self.length(4)?, 0),
+                // An extension has one byte of type besides its data.
+                Marker::FixExt1 => (2, 0),
+                Marker::FixExt2 => (3, 0),
+                Marker::FixExt4 => (5, 0),
+                Marker::FixExt8 => (9, 0),
+                Marker::FixExt16 => (17, 0),
+                Marker::Ext8 => (self.length(1)?.saturating_add(1), 0),
+                Marker::Ext16 => (self.length(2)?.saturating_add(1), 0),
+                Marker::Ext32 => (self.length(4)?.saturating_add(1), 0),
+                Marker::FixArray(n) => (0, u64::from(n)),
+                Marker::Array16 => (0, self.length(2)? as u64),
+                Marker::Array32 => (0, self.length(4)? as u64),
+                Marker::FixMap(n) => (0, 2 * u64::from(n)),
+                Marker::Map16 => (0, 2 * self.length(2)? as u64),
+                Marker::Map32 => (0, 2 * self.length(4)? as u64),
+                found @ Marker::Reserved => return Err(DecodeError::Type { what: "a value", found }),
+            };
+            self.take(bytes)?;
+            // Each value is a byte at least, so the count can't run away from a message that ends.
+            values = values.saturating_add(inner);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integers_of_every_width_are_numbers() {
+        let forms: [(&[u8], i128); 11] = [
+            (&[0x07], 7),
+            (&[0xff], -1),
+            (&[0xcc, 0xff], 255),
+            (&[0xcd, 1, 0], 256),
+            (&[0xce, 0, 0, 0, 1], 1),
+            (&[0xcf, 255, 255, 255, 255, 255, 255, 255, 255], u64::MAX.into()),
+            (&[0xd0, 0x80], -128),
+            (&[0xd1, 255, 255], -1),
+            (&[0xd2, 0, 0, 0, 9], 9),
+            (&[0xd3, 0, 0, 0, 0, 0, 0, 0, 80], 80),
+            (&[0xd3, 255, 255, 255, 255, 255, 255, 255, 255], -1),
+        ];
+        for (bytes, number) in forms {
+            let mut cursor = Cursor::new(bytes);
+            assert_eq!(cursor.value(), Ok(Value::Int(number)));
+            assert!(cursor.rest().is_empty());
+        }
+    }
+
+    #[test]
+    fn skipping_is_bounded_by_the_message() {
+        // A hundred thousand arrays inside each other.
+        let mut deep = vec![0x91; 100_000];
+        deep.push(0xc0);
+        let mut cursor = Cursor::new(&deep);
+        assert_eq!(cursor.skip(), Ok(()));
+        assert!(cursor.rest().is_empty());
+        for claim in [&[0xdd, 255, 255, 255, 255][..], &[0xdf, 255, 255, 255, 255], &[0xc6, 255, 255, 255, 255]] {
+            assert_eq!(Cursor::new(claim).skip(), Err(DecodeError::Truncated));
+            assert!(Cursor::new(claim).value().is_err());
+        }
+        assert!(matches!(Cursor::new(&[0xc1]).skip(), Err(DecodeError::Type { .. })));
+    }
+}

@@ -1,0 +1,78 @@
+//! The terminal's frames. Both directions use the same types: `new`, `shell`, `resize`, `stop`, `ping`, `pong`.
+
+use bytes::Bytes;
+
+use super::{Frame, Props, SHELL, SessionId};
+
+/// Start a shell; the answer to that.
+pub const NEW: &str = "new";
+/// Keystrokes; output.
+pub const DATA: &str = "shell";
+/// The window has another size.
+pub const RESIZE: &str = "resize";
+/// End the shell; the shell has ended.
+pub const STOP: &str = "stop";
+/// Are you there? From the device.
+pub const PING: &str = "ping";
+/// Yes. From the client.
+pub const PONG: &str = "pong";
+
+const NORMAL: i64 = 1;
+const ERROR: i64 = 2;
+const CONTROL: i64 = 3;
+
+/// A 64-bit integer: mender-cli notices failures only in this form, and nobody else minds.
+fn status(value: i64) -> Props {
+    Props::new().with_i64("status", value)
+}
+
+/// The shell runs.
+pub fn started(sid: &SessionId) -> Frame {
+    Frame::new(SHELL, NEW, Some(sid)).with_props(status(NORMAL)).with_body("Shell started")
+}
+
+/// What the shell wrote.
+pub fn output(sid: &SessionId, bytes: impl Into<Bytes>) -> Frame {
+    Frame::new(SHELL, DATA, Some(sid)).with_props(status(NORMAL)).with_body(bytes)
+}
+
+/// The shell was ended as asked.
+pub fn stopped(sid: &SessionId) -> Frame {
+    Frame::new(SHELL, STOP, Some(sid)).with_props(status(NORMAL))
+}
+
+/// A frame of type `typ` could not be obeyed, or, with [`STOP`], the shell has ended.
+pub fn failure(sid: &SessionId, typ: &str, reason: impl Into<Bytes>) -> Frame {
+    Frame::new(SHELL, typ, Some(sid)).with_props(status(ERROR)).with_body(reason)
+}
+
+/// Asks whether the client is there; it expects the next question within `timeout` seconds.
+pub fn ping(sid: &SessionId, timeout: u16) -> Frame {
+    // In the shortest form: mender-cli would count seconds strictly if it could read the number.
+    Frame::new(SHELL, PING, Some(sid)).with_props(status(CONTROL).with_int("timeout", timeout.into()))
+}
+
+/// The window's size in `new` and `resize`, columns and rows, if both are given and positive.
+/// Values beyond 16 bits lose their upper bits, as in Go.
+pub fn window_size(frame: &Frame) -> Option<(u16, u16)> {
+    let dimension = |key| frame.props.int(key).filter(|n| *n > 0).map(|n| n as u16);
+    Some((dimension("terminal_width")?, dimension("terminal_height")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_needs_both_dimensions() {
+        let size = |width: i64, height: i64| {
+            window_size(&Frame::new(SHELL, NEW, None).with_props(
+                Props::new().with_int("terminal_width", width).with_i64("terminal_height", height),
+            ))
+        };
+        assert_eq!(size(80, 24), Some((80, 24)));
+        assert_eq!(size(0, 24), None);
+        assert_eq!(size(80, -1), None);
+        assert_eq!(window_size(&Frame::new(SHELL, NEW, None)), None);
+    }
+}

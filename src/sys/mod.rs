@@ -1,0 +1,75 @@
+//! What the program asks of the kernel and libc. The only place with `unsafe`.
+
+pub mod net;
+pub mod process;
+pub mod pty;
+pub mod signals;
+pub mod thread;
+pub mod users;
+pub mod wake;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+
+/// The system's words for an error as Go prints them, which is what a peer and an operator compare
+/// with: lower case, without the number.
+pub fn reason(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(code) => {
+            let text = Errno::from_raw(code).desc();
+            let mut chars = text.chars();
+            chars.next().map_or_else(String::new, |c| c.to_lowercase().chain(chars).collect())
+        }
+        None => error.to_string(),
+    }
+}
+
+/// Which descriptors to wait for, and afterwards what happened on each.
+#[derive(Default)]
+pub struct PollSet<'a> {
+    fds: Vec<PollFd<'a>>,
+}
+
+impl<'a> PollSet<'a> {
+    /// An empty set.
+    pub fn new() -> Self {
+        PollSet::default()
+    }
+
+    /// Adds a descriptor; the answer is its place for [`PollSet::events`].
+    pub fn add(&mut self, fd: BorrowedFd<'a>, events: PollFlags) -> usize {
+        self.fds.push(PollFd::new(fd, events));
+        self.fds.len() - 1
+    }
+
+    /// Waits until something happens or `deadline` has come. An interruption counts as nothing having happened.
+    ///
+    /// # Errors
+    /// What poll(2) says; in practice only ENOMEM.
+    pub fn wait(&mut self, deadline: Option<Instant>) -> io::Result<()> {
+        let timeout = match deadline {
+            None => PollTimeout::NONE,
+            Some(at) => timeout_until(at),
+        };
+        match nix::poll::poll(&mut self.fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// What happened on the descriptor at `place`.
+    pub fn events(&self, place: usize) -> PollFlags {
+        self.fds.get(place).and_then(PollFd::revents).unwrap_or(PollFlags::empty())
+    }
+}
+
+/// Milliseconds until `at`, rounded up: waking a moment early would only cost a second turn.
+fn timeout_until(at: Instant) -> PollTimeout {
+    let left = at.saturating_duration_since(Instant::now());
+    let millis = (left + Duration::from_micros(999)).as_millis();
+    i32::try_from(millis).ok().and_then(|ms| PollTimeout::try_from(ms).ok()).unwrap_or(PollTimeout::MAX)
+}

@@ -1,0 +1,299 @@
+//! The shell's process: started on its terminal, watched, ended, reaped.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+
+use nix::libc;
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
+use nix::unistd::{Gid, Pid, Uid, geteuid, setgid, setgroups, setsid, setuid};
+
+use super::thread;
+use super::users::User;
+use super::wake::Wake;
+
+/// A process that leads a session of its own, on a terminal of its own.
+///
+/// Dropped before it was reaped, it is killed and waited for.
+#[derive(Debug)]
+pub struct SessionLeader {
+    child: Child,
+    pid: Pid,
+    exit: ExitWatch,
+    status: Option<ExitStatus>,
+}
+
+/// Becomes readable when the process has ended.
+#[derive(Debug)]
+enum ExitWatch {
+    PidFd(OwnedFd),
+    /// For kernels before 5.3: a thread that waits, without reaping.
+    Thread(Arc<Wake>),
+}
+
+impl SessionLeader {
+    /// Starts `command` on the terminal `tty` in `user`'s home, as `user` when this process is root.
+    ///
+    /// The environment is HOME and TERM and nothing else. Signals have their default effect, and no
+    /// descriptor of ours but the terminal is open.
+    ///
+    /// # Errors
+    /// What fork, exec or switching to the user said.
+    pub fn spawn(command: &Path, arguments: &[String], user: &User, tty: OwnedFd) -> io::Result<Self> {
+        let home = if user.home.is_dir() { user.home.as_path() } else { Path::new("/") };
+        let switch = geteuid().is_root().then(|| (user.groups.clone(), user.gid, user.uid));
+        let mut spawn = Command::new(command);
+        spawn
+            .args(arguments)
+            .env_clear()
+            .env("HOME", &user.home)
+            .env("TERM", "xterm-256color")
+            .current_dir(home)
+            .stdin(Stdio::from(tty.try_clone()?))
+            .stdout(Stdio::from(tty.try_clone()?))
+            .stderr(Stdio::from(tty));
+        before_exec(&mut spawn, move || {
+            lead_session()?;
+            default_signals()?;
+            match &switch {
+                Some((groups, gid, uid)) => become_user(groups, *gid, *uid),
+                None => Ok(()),
+            }
+        });
+        let mut child = spawn.spawn()?;
+        let Ok(id) = i32::try_from(child.id()) else {
+            return Err(io::Error::other("the process id is out of range"));
+        };
+        let pid = Pid::from_raw(id);
+        match watch_exit(pid) {
+            Ok(exit) => Ok(SessionLeader { child, pid, exit, status: None }),
+            Err(e) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(e)
+            }
+        }
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    /// How it ended, if it has; reaps it. Call it when the descriptor is readable.
+    pub fn try_wait(&mut self) -> Option<ExitStatus> {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().ok().flatten();
+        }
+        self.status
+    }
+
+    /// What a terminal's end means for those on it: SIGHUP (and SIGCONT, so that the stopped notice)
+    /// for every process of the session, and SIGTERM for the shell's own group. Jobs that were made to
+    /// outlive a hang-up do.
+    pub fn hang_up(&self) {
+        if self.status.is_some() {
+            return;
+        }
+        // As long as the leader isn't reaped its id, and so the session's and the group's, can't be anyone else's.
+        for pid in session_members(self.pid) {
+            let _ = kill(pid, Signal::SIGHUP);
+            let _ = kill(pid, Signal::SIGCONT);
+        }
+        let _ = killpg(self.pid, Signal::SIGTERM);
+    }
+
+    /// SIGKILL for the shell and its group.
+    pub fn kill(&self) {
+        if self.status.is_none() {
+            let _ = killpg(self.pid, Signal::SIGKILL);
+            let _ = kill(self.pid, Signal::SIGKILL);
+        }
+    }
+}
+
+impl AsFd for SessionLeader {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.exit {
+            ExitWatch::PidFd(fd) => fd.as_fd(),
+            ExitWatch::Thread(wake) => wake.as_fd(),
+        }
+    }
+}
+
+impl Drop for SessionLeader {
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            self.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn before_exec(command: &mut Command, body: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed, since another thread may
+    // hold any lock. `body` makes plain system calls on values prepared before the fork; it neither
+    // allocates nor locks.
+    unsafe { command.pre_exec(body) };
+}
+
+#[allow(unsafe_code)]
+fn lead_session() -> io::Result<()> {
+    setsid()?;
+    // SAFETY: TIOCSCTTY takes an integer; standard input is the terminal by now.
+    let result = unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whoever started the daemon may have had signals ignored or blocked; a shell must not inherit that.
+#[allow(unsafe_code)]
+fn default_signals() -> io::Result<()> {
+    for signal in Signal::iterator() {
+        if signal != Signal::SIGKILL && signal != Signal::SIGSTOP {
+            // SAFETY: the default action installs no handler that could run in a wrong state.
+            unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }?;
+        }
+    }
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    Ok(())
+}
+
+/// The order matters: after setuid nothing else would be allowed.
+fn become_user(groups: &[Gid], gid: Gid, uid: Uid) -> io::Result<()> {
+    setgroups(groups)?;
+    setgid(gid)?;
+    setuid(uid)?;
+    Ok(())
+}
+
+fn watch_exit(pid: Pid) -> io::Result<ExitWatch> {
+    match pidfd_open(pid) {
+        Ok(fd) => Ok(ExitWatch::PidFd(fd)),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+            watch_with_thread(pid).map(ExitWatch::Thread)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn watch_with_thread(pid: Pid) -> io::Result<Arc<Wake>> {
+    let wake = Arc::new(Wake::new()?);
+    let theirs = Arc::clone(&wake);
+    thread::spawn("exit-watch", thread::SMALL_STACK, move || {
+        use nix::sys::wait::{Id, WaitPidFlag, waitid};
+        while waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)
+            == Err(nix::errno::Errno::EINTR)
+        {}
+        theirs.notify();
+    })?;
+    Ok(wake)
+}
+
+#[allow(unsafe_code)]
+fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: takes two integers and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    let Ok(fd) = i32::try_from(result) else { return Err(io::Error::other("pidfd out of range")) };
+    if fd == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us (close-on-exec); nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The processes whose session is led by `leader`, itself included.
+fn session_members(leader: Pid) -> Vec<Pid> {
+    let Ok(entries) = fs::read_dir("/proc") else { return vec![leader] };
+    let members: Vec<Pid> = entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .map(Pid::from_raw)
+        .filter(|pid| nix::unistd::getsid(Some(*pid)) == Ok(leader))
+        .collect();
+    if members.is_empty() { vec![leader] } else { members }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::PollSet;
+    use crate::sys::pty::{Pty, WindowSize};
+    use nix::poll::PollFlags;
+    use std::time::{Duration, Instant};
+
+    fn shell(script: &str) -> (Pty, SessionLeader) {
+        let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap();
+        let user = crate::sys::users::lookup(&me.name).unwrap();
+        let (pty, tty) = Pty::open(WindowSize { width: 80, height: 24 }, None).unwrap();
+        let arguments = ["-c".to_string(), script.to_string()];
+        let leader = SessionLeader::spawn(Path::new("/bin/sh"), &arguments, &user, tty).unwrap();
+        (pty, leader)
+    }
+
+    fn wait(leader: &mut SessionLeader) -> ExitStatus {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let mut set = PollSet::new();
+            let place = set.add(leader.as_fd(), PollFlags::POLLIN);
+            set.wait(Some(deadline)).unwrap();
+            if set.events(place).contains(PollFlags::POLLIN) {
+                return leader.try_wait().unwrap();
+            }
+            assert!(Instant::now() < deadline, "the process did not end");
+        }
+    }
+
+    #[test]
+    fn reports_the_exit_status() {
+        let (_pty, mut leader) = shell("exit 3");
+        assert_eq!(leader.try_wait().is_some(), leader.status.is_some());
+        assert_eq!(wait(&mut leader).code(), Some(3));
+    }
+
+    #[test]
+    fn a_thread_stands_in_for_pidfd_on_old_kernels() {
+        let (_pty, mut leader) = shell("read line; exit 4");
+        leader.exit = ExitWatch::Thread(watch_with_thread(leader.pid).unwrap());
+        assert!(leader.try_wait().is_none());
+        _pty.write(b"go\n").unwrap();
+        assert_eq!(wait(&mut leader).code(), Some(4));
+    }
+
+    #[test]
+    fn hanging_up_reaches_background_jobs() {
+        let (pty, mut leader) = shell("sleep 1000 & echo job $!; wait");
+        let mut seen = String::new();
+        let mut buffer = [0; 256];
+        while !seen.contains('\n') {
+            let mut set = PollSet::new();
+            set.add(pty.as_fd(), PollFlags::POLLIN);
+            set.wait(None).unwrap();
+            let n = pty.read(&mut buffer).unwrap();
+            seen.push_str(&String::from_utf8_lossy(&buffer[..n]));
+        }
+        let job: i32 = seen.trim().trim_start_matches("job ").parse().unwrap();
+        leader.hang_up();
+        wait(&mut leader);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let watch = pidfd_open(Pid::from_raw(job));
+        if let Ok(fd) = watch {
+            let mut set = PollSet::new();
+            let place = set.add(fd.as_fd(), PollFlags::POLLIN);
+            set.wait(Some(deadline)).unwrap();
+            assert!(set.events(place).contains(PollFlags::POLLIN), "the job lives on");
+        }
+    }
+
+    #[test]
+    fn a_missing_program_is_an_error() {
+        let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap();
+        let user = crate::sys::users::lookup(&me.name).unwrap();
+        let (_pty, tty) = Pty::open(WindowSize { width: 80, height: 24 }, None).unwrap();
+        let error = SessionLeader::spawn(Path::new("/bin/x"), &[], &user, tty).unwrap_err();
+        assert_eq!(crate::sys::reason(&error), "no such file or directory");
+    }
+}

@@ -1,0 +1,130 @@
+//! Pseudo-terminals: the master side, and how big the terminal is.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::libc;
+use nix::pty::{PtyMaster, grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::sys::stat::Mode;
+use nix::unistd::{Uid, fchown};
+
+/// A terminal's size in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowSize {
+    /// Columns.
+    pub width: u16,
+    /// Rows.
+    pub height: u16,
+}
+
+/// The master side of a PTY. Non-blocking; closed on exec; closing it hangs the terminal up.
+#[derive(Debug)]
+pub struct Pty {
+    master: PtyMaster,
+}
+
+impl Pty {
+    /// Opens a pair of the given size. The second value is the side for the shell.
+    ///
+    /// With `owner` the shell's side belongs to that user, as after a login: programs that open their
+    /// terminal by its name need it.
+    ///
+    /// # Errors
+    /// ENOSPC when the system has no more PTYs (`kernel.pty.max`), or what opening descriptors may say.
+    pub fn open(size: WindowSize, owner: Option<Uid>) -> io::Result<(Self, OwnedFd)> {
+        let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        grantpt(&master)?;
+        unlockpt(&master)?;
+        let name = ptsname_r(&master)?;
+        let slave =
+            open(name.as_str(), OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC, Mode::empty())?;
+        if owner.is_some() {
+            fchown(&slave, owner, None)?;
+        }
+        let pty = Pty { master };
+        pty.resize(size)?;
+        Ok((pty, slave))
+    }
+
+    /// Tells the terminal its size; the kernel sends SIGWINCH to who is in the foreground.
+    ///
+    /// # Errors
+    /// What ioctl(2) says.
+    #[allow(unsafe_code)]
+    pub fn resize(&self, size: WindowSize) -> io::Result<()> {
+        let size = libc::winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the descriptor is open as long as `self` lives, and TIOCSWINSZ reads one winsize
+        // from the pointer before the call returns.
+        let result = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+        Errno::result(result).map(drop).map_err(Into::into)
+    }
+
+    /// Reads what the programs on the terminal wrote. `Ok(0)` is the end: nobody holds the other side
+    /// any more (the kernel says EIO).
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is nothing to read now.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match nix::unistd::read(&self.master, buffer) {
+            Err(Errno::EIO) => Ok(0),
+            other => other.map_err(Into::into),
+        }
+    }
+
+    /// Writes what the user typed, as much of it as the terminal takes now.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the terminal takes nothing now; EIO when nobody holds the other side.
+    pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        nix::unistd::write(&self.master, bytes).map_err(Into::into)
+    }
+}
+
+impl AsFd for Pty {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.master.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::{Read, Write};
+
+    const SIZE: WindowSize = WindowSize { width: 132, height: 43 };
+
+    #[test]
+    fn carries_bytes_both_ways_and_ends_when_the_other_side_closes() {
+        let (pty, slave) = Pty::open(SIZE, None).unwrap();
+        let mut slave = File::from(slave);
+        let mut buffer = [0; 64];
+        assert_eq!(pty.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(pty.write(b"hello\n").unwrap(), 6);
+        let n = slave.read(&mut buffer).unwrap();
+        assert_eq!(&buffer[..n], b"hello\n");
+        slave.write_all(b"out").unwrap();
+        drop(slave);
+        // The terminal echoes the input before.
+        let mut seen = Vec::new();
+        loop {
+            match pty.read(&mut buffer).unwrap() {
+                0 => break,
+                n => seen.extend_from_slice(&buffer[..n]),
+            }
+        }
+        assert_eq!(seen, b"hello\r\nout");
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn has_its_size_from_the_start() {
+        let (_pty, slave) = Pty::open(SIZE, None).unwrap();
+        let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: TIOCGWINSZ fills one winsize.
+        let result = unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+        assert_eq!((result, size.ws_col, size.ws_row), (0, 132, 43));
+    }
+}

@@ -1,0 +1,73 @@
+//! Waking a thread that waits in poll(2), from any other thread.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+/// A wake-up call. Any number of calls before the sleeper clears it are one.
+#[derive(Debug)]
+pub struct Wake {
+    fd: EventFd,
+    pending: AtomicBool,
+}
+
+impl Wake {
+    /// # Errors
+    /// EMFILE, ENFILE or ENOMEM.
+    pub fn new() -> io::Result<Self> {
+        let fd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Wake { fd, pending: AtomicBool::new(false) })
+    }
+
+    /// Wakes the sleeper, now or when it next waits.
+    pub fn notify(&self) {
+        if !self.pending.swap(true, Ordering::SeqCst) {
+            // Can't fail: the counter is at most one.
+            let _ = self.fd.write(1);
+        }
+    }
+
+    /// Forgets the calls so far. To be followed by a look at whatever they were about.
+    pub fn clear(&self) {
+        // Fails when nobody called, which is fine.
+        let _ = self.fd.read();
+        // A swap, not a store: whoever called meanwhile wrote nothing, so what they did before must be seen now.
+        self.pending.swap(false, Ordering::SeqCst);
+    }
+}
+
+impl AsFd for Wake {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::PollSet;
+    use nix::poll::PollFlags;
+    use std::time::Instant;
+
+    fn is_awake(wake: &Wake) -> bool {
+        let mut set = PollSet::new();
+        let place = set.add(wake.as_fd(), PollFlags::POLLIN);
+        set.wait(Some(Instant::now())).unwrap();
+        set.events(place).contains(PollFlags::POLLIN)
+    }
+
+    #[test]
+    fn calls_are_kept_until_cleared() {
+        let wake = Wake::new().unwrap();
+        assert!(!is_awake(&wake));
+        wake.notify();
+        wake.notify();
+        assert!(is_awake(&wake) && is_awake(&wake));
+        wake.clear();
+        assert!(!is_awake(&wake));
+        wake.notify();
+        assert!(is_awake(&wake));
+    }
+}
