@@ -9,7 +9,7 @@ pub mod users;
 pub mod wake;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -44,6 +44,13 @@ impl<'a> PollSet<'a> {
     pub fn add(&mut self, fd: BorrowedFd<'a>, events: PollFlags) -> usize {
         self.fds.push(PollFd::new(fd, events));
         self.fds.len() - 1
+    }
+
+    /// Adds a descriptor that a C library owns and names by number only.
+    #[allow(unsafe_code)]
+    pub fn add_raw(&mut self, fd: RawFd, events: PollFlags) -> usize {
+        // SAFETY: the number is only handed to poll(2), which reports one that isn't open.
+        self.add(unsafe { BorrowedFd::borrow_raw(fd) }, events)
     }
 
     /// Waits until something happens or `deadline` has come. An interruption counts as nothing having happened.

@@ -1,0 +1,328 @@
+//! The authentication manager on the system bus (`io.mender.AuthenticationManager`).
+//!
+//! Runs in the supervisor's thread and never blocks it: calls are sent and their answers recognised later
+//! by serial number. Only connecting to the bus blocks, so that is done in a thread of its own.
+//!
+//! The manager may come, go and be replaced at any time, and so may the bus. Its signals are taken only
+//! from the owner of its name.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, TryRecvError};
+use dbus::Message;
+use dbus::channel::{BusType, Channel, default_reply};
+use dbus::message::{MatchRule, MessageType};
+use log::{debug, info, trace, warn};
+use thiserror::Error;
+
+use super::{AuthEvent, Credentials};
+use crate::sys::thread;
+use crate::sys::wake::Wake;
+
+const MANAGER: &str = "io.mender.AuthenticationManager";
+const PATH: &str = "/io/mender/AuthenticationManager";
+const INTERFACE: &str = "io.mender.Authentication1";
+const BUS: &str = "org.freedesktop.DBus";
+const BUS_PATH: &str = "/org/freedesktop/DBus";
+const BUS_LOCAL: &str = "org.freedesktop.DBus.Local";
+
+/// An answer is expected within this time; a later one still counts.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// A manager that didn't answer is asked again after this time.
+const ASK_AGAIN: Duration = Duration::from_secs(30);
+/// A fetch disturbs the manager's other users: not more often than this.
+const FETCH_INTERVAL: Duration = Duration::from_secs(60);
+const FIRST_RETRY: Duration = Duration::from_millis(200);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+
+/// Why the bus couldn't be used at the start.
+#[derive(Debug, Error)]
+pub enum BusError {
+    /// There is no bus, or it doesn't let us in.
+    #[error("mender-connect dbus failed to connect, error: {0}")]
+    Connect(String),
+    /// No thread to connect with.
+    #[error("mender-connect dbus failed to connect, error: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// The manager as seen from here.
+pub struct Manager {
+    wake: Arc<Wake>,
+    bus: Bus,
+    /// Whether there ever was a bus; before that its absence is fatal.
+    was_up: bool,
+    retry_delay: Duration,
+    owner: Option<String>,
+    owner_query: Option<u32>,
+    question: Option<Question>,
+    ask_again: Option<Instant>,
+    last_fetch: Option<Instant>,
+}
+
+enum Bus {
+    Connecting(Receiver<Result<Channel, dbus::Error>>),
+    Up(Channel),
+    Down { until: Instant },
+}
+
+struct Question {
+    serial: u32,
+    /// Until when nobody complains.
+    patience: Option<Instant>,
+}
+
+impl Manager {
+    /// Begins to connect to the system bus (DBUS_SYSTEM_BUS_ADDRESS is honoured); `wake` is called when
+    /// that has been decided.
+    ///
+    /// # Errors
+    /// When no thread can be had.
+    pub fn connect(wake: Arc<Wake>) -> Result<Self, BusError> {
+        let bus = Bus::connect(&wake)?;
+        Ok(Manager {
+            wake,
+            bus,
+            was_up: false,
+            retry_delay: FIRST_RETRY,
+            owner: None,
+            owner_query: None,
+            question: None,
+            ask_again: None,
+            last_fetch: None,
+        })
+    }
+
+    /// What to poll: descriptor, for reading, for writing.
+    pub fn watch(&self) -> Option<(RawFd, bool, bool)> {
+        let Bus::Up(channel) = &self.bus else { return None };
+        let watch = channel.watch();
+        Some((watch.fd, watch.read, watch.write))
+    }
+
+    /// When [`Manager::process`] wants to be called though nothing happened.
+    pub fn deadline(&self) -> Option<Instant> {
+        let retry = match &self.bus {
+            Bus::Down { until } => Some(*until),
+            _ => None,
+        };
+        let patience = self.question.as_ref().and_then(|q| q.patience);
+        [retry, patience, self.ask_again].into_iter().flatten().min()
+    }
+
+    /// Does what is to be done now and tells what became known. To be called when something happened on
+    /// the descriptor, after a wake-up and at the deadline.
+    ///
+    /// # Errors
+    /// Only before the bus was there for the first time.
+    pub fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, BusError> {
+        let mut events = Vec::new();
+        match &self.bus {
+            Bus::Connecting(answer) => match answer.try_recv() {
+                Ok(Ok(channel)) => self.came_up(channel, now),
+                Ok(Err(e)) if self.was_up => self.went_down(now, &describe(&e)),
+                Ok(Err(e)) => return Err(BusError::Connect(describe(&e))),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => self.went_down(now, "the connecting thread failed"),
+            },
+            Bus::Down { until } if now >= *until => self.bus = Bus::connect(&self.wake)?,
+            Bus::Down { .. } | Bus::Up(_) => {}
+        }
+        self.receive(now, &mut events);
+        if self.question.as_ref().and_then(|q| q.patience).is_some_and(|at| now >= at) {
+            if let Some(question) = &mut self.question {
+                question.patience = None;
+            }
+            self.unanswered("no answer", now, &mut events);
+        }
+        if self.ask_again.is_some_and(|at| now >= at) {
+            self.ask(now);
+        }
+        Ok(events)
+    }
+
+    /// Asks for the token. The answer comes as [`AuthEvent::Answered`] or [`AuthEvent::Unanswered`] in time.
+    pub fn ask(&mut self, now: Instant) {
+        self.ask_again = None;
+        let serial = self.call(MANAGER, PATH, INTERFACE, "GetJwtToken", &[]);
+        // Without a bus nobody answers, which is told when the patience ends: at once.
+        let patience = Some(if serial.is_some() { now + ANSWER_LIMIT } else { now });
+        self.question = Some(Question { serial: serial.unwrap_or(0), patience });
+    }
+
+    /// Asks the manager to get a new token from the server, unless that was asked a short while ago.
+    pub fn fetch(&mut self, now: Instant) {
+        if self.last_fetch.is_some_and(|at| now < at + FETCH_INTERVAL) {
+            return;
+        }
+        self.last_fetch = Some(now);
+        info!("asking the authentication manager to fetch a token");
+        self.call(MANAGER, PATH, INTERFACE, "FetchJwtToken", &[]);
+    }
+
+    fn came_up(&mut self, mut channel: Channel, now: Instant) {
+        channel.set_watch_enabled(true);
+        debug!("connected to the system bus");
+        self.bus = Bus::Up(channel);
+        (self.was_up, self.retry_delay) = (true, FIRST_RETRY);
+        let announcements = MatchRule::new_signal(INTERFACE, "JwtTokenStateChange").with_sender(MANAGER);
+        let owners = format!("{},arg0='{MANAGER}'", MatchRule::new_signal(BUS, "NameOwnerChanged").match_str());
+        for rule in [announcements.match_str(), owners] {
+            self.call(BUS, BUS_PATH, BUS, "AddMatch", &[&rule]);
+        }
+        self.owner_query = self.call(BUS, BUS_PATH, BUS, "GetNameOwner", &[MANAGER]);
+        self.ask(now);
+    }
+
+    fn went_down(&mut self, now: Instant, why: &str) {
+        warn!("no system bus: {why}; trying again in {:.1} s", self.retry_delay.as_secs_f32());
+        self.bus = Bus::Down { until: now + self.retry_delay };
+        self.retry_delay = (self.retry_delay * 2).min(LAST_RETRY);
+        (self.owner, self.owner_query) = (None, None);
+        if let Some(question) = &mut self.question {
+            question.patience = question.patience.map(|_| now);
+        }
+    }
+
+    /// Sends a call; `None` when there is no bus to send it on.
+    fn call(&self, to: &str, path: &str, interface: &str, method: &str, arguments: &[&str]) -> Option<u32> {
+        let Bus::Up(channel) = &self.bus else { return None };
+        let mut message = Message::new_method_call(to, path, interface, method).ok()?;
+        for argument in arguments {
+            message = message.append1(argument);
+        }
+        channel.send(message).ok()
+    }
+
+    fn receive(&mut self, now: Instant, events: &mut Vec<AuthEvent>) {
+        loop {
+            let Bus::Up(channel) = &self.bus else { return };
+            let alive = channel.read_write(Some(Duration::ZERO)).is_ok();
+            let mut idle = true;
+            while let Bus::Up(channel) = &self.bus {
+                let Some(message) = channel.pop_message() else { break };
+                idle = false;
+                self.handle(message, now, events);
+            }
+            if let (Bus::Up(_), false) = (&self.bus, alive) {
+                self.went_down(now, "the connection was lost");
+            }
+            if idle {
+                return;
+            }
+        }
+    }
+
+    fn handle(&mut self, mut message: Message, now: Instant, events: &mut Vec<AuthEvent>) {
+        match message.msg_type() {
+            MessageType::Signal => self.handle_signal(&message, now, events),
+            MessageType::MethodReturn | MessageType::Error => {
+                let serial = message.get_reply_serial();
+                if serial.is_some() && serial == self.owner_query {
+                    self.owner_query = None;
+                    self.owner = message.as_result().ok().and_then(|m| m.get1::<String>());
+                    debug!("the authentication manager is {:?}", self.owner);
+                } else if self.question.as_ref().is_some_and(|q| Some(q.serial) == serial) {
+                    self.handle_answer(&mut message, now, events);
+                } else if let Err(e) = message.as_result() {
+                    debug!("a call on the bus failed: {}", describe(&e));
+                }
+            }
+            MessageType::MethodCall => {
+                if let (Bus::Up(channel), Some(reply)) = (&self.bus, default_reply(&message)) {
+                    let _ = channel.send(reply);
+                }
+            }
+        }
+    }
+
+    fn handle_answer(&mut self, message: &mut Message, now: Instant, events: &mut Vec<AuthEvent>) {
+        self.question = None;
+        match message.as_result() {
+            Ok(answer) => match answer.read2::<&str, &str>() {
+                Ok((token, url)) => {
+                    trace!("GetJwtToken: {} bytes of token", token.len());
+                    events.push(AuthEvent::Answered(Credentials::new(token, url)));
+                }
+                Err(e) => self.unanswered(&format!("unexpected types: {e}"), now, events),
+            },
+            Err(e) => {
+                self.unanswered(&describe(&e), now, events);
+                if self.owner.is_none() {
+                    // The bus will tell when there is a manager.
+                    self.ask_again = None;
+                }
+            }
+        }
+    }
+
+    fn unanswered(&mut self, why: &str, now: Instant, events: &mut Vec<AuthEvent>) {
+        warn!("call to GetJWTToken on the Mender D-Bus API failed: {why}");
+        events.push(AuthEvent::Unanswered(why.to_owned()));
+        if matches!(self.bus, Bus::Up(_)) {
+            self.ask_again = Some(now + ASK_AGAIN);
+        }
+    }
+
+    fn handle_signal(&mut self, message: &Message, now: Instant, events: &mut Vec<AuthEvent>) {
+        let sender = message.sender();
+        let sender = sender.as_deref().unwrap_or_default();
+        let interface = message.interface();
+        let interface = interface.as_deref().unwrap_or_default();
+        let member = message.member();
+        match (interface, member.as_deref().unwrap_or_default()) {
+            (INTERFACE, "JwtTokenStateChange") => {
+                let path = message.path();
+                if self.owner.as_deref() != Some(sender) || path.as_deref() != Some(PATH) {
+                    debug!("ignoring a token from {sender}, who isn't the authentication manager");
+                    return;
+                }
+                match message.read2::<&str, &str>() {
+                    Ok((token, url)) => {
+                        events.push(AuthEvent::Announced(Credentials::new(token, url)));
+                    }
+                    Err(e) => warn!("ignoring a JwtTokenStateChange signal with unexpected types: {e}"),
+                }
+            }
+            (BUS, "NameOwnerChanged") if sender == BUS => {
+                if let (Some(MANAGER), Some(new)) = (message.get1::<&str>(), third(message)) {
+                    debug!("the authentication manager is now {new:?}");
+                    self.owner_query = None;
+                    self.owner = (!new.is_empty()).then(|| new.to_owned());
+                    if self.owner.is_some() {
+                        self.ask(now);
+                    }
+                }
+            }
+            (BUS_LOCAL, "Disconnected") => self.went_down(now, "the connection was lost"),
+            _ => {}
+        }
+    }
+}
+
+fn third(message: &Message) -> Option<&str> {
+    let (_, _, third) = message.get3::<&str, &str, &str>();
+    third
+}
+
+impl Bus {
+    fn connect(wake: &Arc<Wake>) -> Result<Self, BusError> {
+        let (sender, receiver) = crossbeam_channel::bounded(1);
+        let wake = Arc::clone(wake);
+        thread::spawn("bus-connect", thread::LARGE_STACK, move || {
+            let _ = sender.send(Channel::get_private(BusType::System));
+            wake.notify();
+        })?;
+        Ok(Bus::Connecting(receiver))
+    }
+}
+
+fn describe(error: &dbus::Error) -> String {
+    match (error.message(), error.name()) {
+        (Some(message), _) if !message.is_empty() => message.to_owned(),
+        (_, name) => name.unwrap_or("unknown error").to_owned(),
+    }
+}

@@ -1,0 +1,73 @@
+//! What lets the device in: a token and the server to show it to, from the authentication manager.
+
+pub mod dbus;
+
+use std::fmt;
+
+/// A device's JSON web token. Never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token(String);
+
+impl Token {
+    /// For the one header that carries it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+
+    /// Its length in bytes, all that a log may say of it.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether it is empty, which [`Credentials::new`] doesn't let happen.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token({} bytes)", self.len())
+    }
+}
+
+/// A token and where it counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Credentials {
+    /// The token.
+    pub token: Token,
+    /// The server's URL, usually that of mender-auth's forwarder on this machine.
+    pub server_url: String,
+}
+
+impl Credentials {
+    /// `None` when either is empty: the device isn't authorised.
+    pub fn new(token: &str, server_url: &str) -> Option<Self> {
+        let there = !token.is_empty() && !server_url.is_empty();
+        there.then(|| Credentials { token: Token(token.to_owned()), server_url: server_url.to_owned() })
+    }
+}
+
+/// What the authentication manager lets know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AuthEvent {
+    /// The manager says on its own account what holds from now on.
+    Announced(Option<Credentials>),
+    /// The manager's answer to our question.
+    Answered(Option<Credentials>),
+    /// The question found no answer, for this reason.
+    Unanswered(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_are_needed_and_the_token_is_not_shown() {
+        assert_eq!(Credentials::new("", "http://x"), None);
+        assert_eq!(Credentials::new("secret", ""), None);
+        let shown = format!("{:?}", Credentials::new("secret", "http://x"));
+        assert!(shown.contains("Token(6 bytes)") && !shown.contains("secret"), "{shown}");
+    }
+}

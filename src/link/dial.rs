@@ -1,0 +1,191 @@
+//! From credentials to an open websocket, each step with a time limit of its own.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use crossbeam_channel::{Receiver, Sender, select};
+use log::debug;
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
+use tungstenite::client::{IntoClientRequest, client_with_config};
+use tungstenite::http::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER};
+use tungstenite::http::{Response, Uri};
+use tungstenite::protocol::{Role, WebSocketConfig};
+use tungstenite::{Error, HandshakeError, WebSocket};
+
+use super::endpoint::Endpoint;
+use super::proxy::ProxySettings;
+use super::stream::{Deadline, ReadHalf, WriteHalf};
+use super::{Cancel, LinkError, MAX_MESSAGE, tls};
+use crate::auth::Credentials;
+use crate::outbox::Outbox;
+use crate::sys::{net, reason, thread};
+
+const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
+/// For each address of the host.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+const PROXY_LIMIT: Duration = Duration::from_secs(10);
+const TLS_LIMIT: Duration = Duration::from_secs(15);
+const UPGRADE_LIMIT: Duration = Duration::from_secs(15);
+
+/// A server that wants us away for longer still gets a visit then.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
+/// What may wait unsent in the kernel. Little, so that a keystroke's echo doesn't queue there.
+const UNSENT_LIMIT: u16 = 16 * 1024;
+const BUFFER: usize = 16 * 1024;
+
+/// An open websocket: the half to read from and the half to write to.
+pub type Open = (WebSocket<ReadHalf>, WebSocket<WriteHalf>);
+
+/// Connects to the server that `credentials` name. Ends early when `cancel` says so or `gone` is disconnected.
+///
+/// # Errors
+/// Which step failed and why.
+pub fn dial(
+    credentials: &Credentials,
+    proxies: &ProxySettings,
+    cancel: &Cancel,
+    gone: &Receiver<()>,
+    outbox: &Arc<Outbox>,
+) -> Result<Open, LinkError> {
+    let server = Endpoint::parse(&credentials.server_url)?;
+    let mut bearer = HeaderValue::from_str(&format!("Bearer {}", credentials.token.reveal()))
+        .map_err(|_| LinkError::Token)?;
+    bearer.set_sensitive(true);
+    let url = server.websocket_url();
+    let uri: Uri = url.parse().map_err(|_| LinkError::Url(url.clone()))?;
+    let mut request = uri.into_client_request().map_err(|e| LinkError::Url(e.to_string()))?;
+    request.headers_mut().insert(AUTHORIZATION, bearer);
+
+    let proxy = proxies.proxy_for(&server)?;
+    let socket = open_socket(proxy.as_ref().map_or(&server, |p| &p.endpoint), cancel, gone)?;
+    let within = |limit| Deadline { socket: &socket, deadline: Instant::now() + limit };
+    if let Some(proxy) = &proxy {
+        debug!("asking the proxy {} for {}", proxy.endpoint.authority(), server.authority());
+        proxy.tunnel(within(PROXY_LIMIT), &server)?;
+    }
+    let tls = if server.tls { Some(tls::handshake(within(TLS_LIMIT), &server)?) } else { None };
+
+    let config = WebSocketConfig::default()
+        .read_buffer_size(BUFFER)
+        .write_buffer_size(2 * BUFFER)
+        .max_message_size(Some(MAX_MESSAGE))
+        .max_frame_size(Some(MAX_MESSAGE));
+    let stream = ReadHalf::new(Arc::clone(&socket), tls, Instant::now() + UPGRADE_LIMIT);
+    let (mut websocket, _) = client_with_config(request, stream, Some(config)).map_err(upgrade_error)?;
+    let write_half = websocket.get_mut().open(outbox)?;
+    Ok((websocket, WebSocket::from_raw_socket(write_half, Role::Client, Some(config))))
+}
+
+fn open_socket(
+    target: &Endpoint,
+    cancel: &Cancel,
+    gone: &Receiver<()>,
+) -> Result<Arc<TcpStream>, LinkError> {
+    let mut last = LinkError::Resolve { host: target.host.clone(), reason: "no addresses".to_owned() };
+    for address in resolve(target, gone)? {
+        match connect_to(address, cancel) {
+            Ok(socket) => return Ok(socket),
+            Err(_) if cancel.is_cancelled() => return Err(LinkError::Cancelled),
+            Err(e) => last = LinkError::Connect { address: address.to_string(), reason: reason(&e) },
+        }
+    }
+    Err(last)
+}
+
+/// The addresses of a host. Names are looked up in a thread of their own, because the resolver can't be
+/// interrupted; one that is given up on ends when the resolver does.
+fn resolve(target: &Endpoint, gone: &Receiver<()>) -> Result<Vec<SocketAddr>, LinkError> {
+    if let Some(address) = target.address() {
+        return Ok(vec![SocketAddr::new(address, target.port)]);
+    }
+    let failed = |reason| LinkError::Resolve { host: target.host.clone(), reason };
+    let (answer, answered): (Sender<io::Result<Vec<SocketAddr>>>, _) = crossbeam_channel::bounded(1);
+    let query = (target.host.clone(), target.port);
+    thread::spawn("resolver", thread::LARGE_STACK, move || {
+        let addresses = (query.0.as_str(), query.1).to_socket_addrs().map(Iterator::collect);
+        let _ = answer.send(addresses);
+    })?;
+    select! {
+        recv(answered) -> addresses => match addresses {
+            Ok(Ok(addresses)) => Ok(addresses),
+            Ok(Err(e)) => Err(failed(e.to_string())),
+            Err(_) => Err(failed("the resolver failed".to_owned())),
+        },
+        recv(gone) -> _ => Err(LinkError::Cancelled),
+        default(RESOLVE_LIMIT) => Err(LinkError::TimedOut("the name look-up")),
+    }
+}
+
+fn connect_to(address: SocketAddr, cancel: &Cancel) -> io::Result<Arc<TcpStream>> {
+    let family = match address.ip() {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    };
+    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let stream = Arc::new(TcpStream::from(fd));
+    // On Linux the limit for sending is the one for connecting, too.
+    stream.set_write_timeout(Some(CONNECT_LIMIT))?;
+    stream.set_nodelay(true)?;
+    net::set_unsent_limit(stream.as_fd(), UNSENT_LIMIT)?;
+    cancel.register(&stream).map_err(io::Error::other)?;
+    match connect(stream.as_raw_fd(), &SockaddrStorage::from(address)) {
+        Ok(()) => Ok(stream),
+        Err(Errno::EINPROGRESS | Errno::EAGAIN) => Err(Errno::ETIMEDOUT.into()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn upgrade_error<H: tungstenite::handshake::HandshakeRole>(error: HandshakeError<H>) -> LinkError {
+    match error {
+        HandshakeError::Interrupted(_) => LinkError::TimedOut("the websocket handshake"),
+        HandshakeError::Failure(Error::Http(response)) => {
+            let retry_after = retry_after(&response);
+            LinkError::Refused { status: response.status().as_u16(), retry_after }
+        }
+        HandshakeError::Failure(Error::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
+            LinkError::TimedOut("the websocket handshake")
+        }
+        HandshakeError::Failure(Error::Io(e)) => LinkError::Broken(reason(&e)),
+        HandshakeError::Failure(e) => LinkError::Broken(e.to_string()),
+    }
+}
+
+/// The server's wish on 429 and 503, in seconds or as a date.
+fn retry_after<T>(response: &Response<T>) -> Option<Duration> {
+    if !matches!(response.status().as_u16(), 429 | 503) {
+        return None;
+    }
+    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let wish = match value.parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => {
+            httpdate::parse_http_date(value).ok()?.duration_since(SystemTime::now()).unwrap_or_default()
+        }
+    };
+    Some(wish.min(LONGEST_RETRY_AFTER))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(status: u16, value: &str) -> Option<Duration> {
+        retry_after(&Response::builder().status(status).header(RETRY_AFTER, value).body(()).unwrap())
+    }
+
+    #[test]
+    fn retry_after_in_both_forms() {
+        assert_eq!(answer(503, "17"), Some(Duration::from_secs(17)));
+        assert_eq!(answer(429, " 99999999 "), Some(LONGEST_RETRY_AFTER));
+        assert_eq!(answer(401, "17"), None);
+        assert_eq!(answer(503, "soon"), None);
+        assert_eq!(answer(503, "Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
+        let date = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(100));
+        let wait = answer(503, &date).unwrap().as_secs();
+        assert!((98..=100).contains(&wait), "{wait}");
+    }
+}

@@ -1,0 +1,125 @@
+//! Where to connect to, from the server URL.
+
+use std::net::IpAddr;
+
+use tungstenite::http::Uri;
+
+use super::LinkError;
+
+/// The one path devices connect to. A path in the server URL doesn't count.
+const PATH: &str = "/api/devices/v1/deviceconnect/connect";
+
+/// A server, or a proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Whether to speak TLS.
+    pub tls: bool,
+    /// A name or an address, without brackets.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+}
+
+impl Endpoint {
+    /// Reads a server URL: `http` and `ws` are plain, `https` and `wss` are secure.
+    ///
+    /// # Errors
+    /// [`LinkError::Url`], with what is wrong.
+    pub fn parse(url: &str) -> Result<Self, LinkError> {
+        let uri: Uri = url.trim().parse().map_err(|e| LinkError::Url(format!("{e}")))?;
+        let (tls, default_port) = match uri.scheme_str() {
+            Some("http" | "ws") => (false, 80),
+            Some("https" | "wss") => (true, 443),
+            Some(other) => return Err(LinkError::Url(format!("unknown scheme {other:?}"))),
+            None => return Err(LinkError::Url("no scheme".to_owned())),
+        };
+        let host = bare(uri.host().unwrap_or_default());
+        if host.is_empty() {
+            return Err(LinkError::Url("no host".to_owned()));
+        }
+        Ok(Endpoint { tls, host: host.to_owned(), port: uri.port_u16().unwrap_or(default_port) })
+    }
+
+    /// Host and port as they are written, with brackets where needed.
+    pub fn authority(&self) -> String {
+        format!("{}:{}", self.bracketed(), self.port)
+    }
+
+    fn bracketed(&self) -> String {
+        if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() }
+    }
+
+    /// The URL of the websocket.
+    pub fn websocket_url(&self) -> String {
+        let (scheme, default_port) = if self.tls { ("wss", 443) } else { ("ws", 80) };
+        let authority = if self.port == default_port { self.bracketed() } else { self.authority() };
+        format!("{scheme}://{authority}{PATH}")
+    }
+
+    /// The host as an address, if it is one.
+    pub fn address(&self) -> Option<IpAddr> {
+        self.host.parse().ok()
+    }
+
+    /// Whether this is the machine itself, by name or address.
+    pub fn is_loopback(&self) -> bool {
+        self.host.eq_ignore_ascii_case("localhost") || self.address().is_some_and(|a| a.is_loopback())
+    }
+}
+
+/// An IPv6 address without its brackets.
+fn bare(host: &str) -> &str {
+    host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host)
+}
+
+/// A URL as it may be logged: without user and password.
+pub fn without_secrets(url: &str) -> String {
+    match url.split_once("://") {
+        Some((scheme, rest)) => {
+            let end = rest.find('/').unwrap_or(rest.len());
+            let host = rest[..end].rfind('@').map_or(rest, |at| &rest[at + 1..]);
+            format!("{scheme}://{host}")
+        }
+        None => url.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schemes_ports_and_addresses() {
+        let url = |text| Endpoint::parse(text).map(|e| e.websocket_url()).map_err(|e| e.to_string());
+        let path = PATH;
+        for (given, wanted) in [
+            ("http://127.0.0.1:4711", format!("ws://127.0.0.1:4711{path}")),
+            ("https://hosted.mender.io/", format!("wss://hosted.mender.io{path}")),
+            ("https://host:444/base/path?query", format!("wss://host:444{path}")),
+            ("ws://host:80", format!("ws://host{path}")),
+            ("wss://user:word@host", format!("wss://host{path}")),
+            ("http://[::1]:8080", format!("ws://[::1]:8080{path}")),
+        ] {
+            assert_eq!(url(given), Ok(wanted), "{given}");
+        }
+        for bad in ["", "host", "ftp://host", "http://", "https://:443", "http://ho st"] {
+            let error = url(bad).unwrap_err();
+            assert!(error.starts_with("malformed server URL: "), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn knows_the_machine_itself() {
+        for (host, itself) in [("localhost", true), ("127.8.9.1", true), ("::1", true), ("10.0.0.1", false)] {
+            let endpoint = Endpoint { tls: false, host: host.to_owned(), port: 1 };
+            assert_eq!(endpoint.is_loopback(), itself, "{host}");
+        }
+    }
+
+    #[test]
+    fn secrets_in_urls_stay_here() {
+        assert_eq!(without_secrets("https://a:b@host:1/p@th"), "https://host:1/p@th");
+        assert_eq!(without_secrets("http://localhost:5000"), "http://localhost:5000");
+        assert_eq!(without_secrets(""), "");
+    }
+}

@@ -1,0 +1,269 @@
+//! HTTP proxies: which one the environment names for a server, and how to get through.
+
+use std::io::{Read, Write};
+use std::net::IpAddr;
+
+use data_encoding::BASE64;
+use percent_encoding::percent_decode_str;
+use tungstenite::http::Uri;
+
+use super::LinkError;
+use super::endpoint::Endpoint;
+
+/// No sane proxy answers with more than this many bytes of header.
+const MAX_ANSWER: usize = 16 * 1024;
+
+/// What the environment says about proxies. As in curl and Go: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, in
+/// upper or lower case.
+#[derive(Default, Clone)]
+pub struct ProxySettings {
+    http: Option<String>,
+    https: Option<String>,
+    exceptions: String,
+}
+
+/// A proxy to go through.
+#[derive(PartialEq, Eq)]
+pub struct Proxy {
+    /// Where it is.
+    pub endpoint: Endpoint,
+    /// The value of Proxy-Authorization.
+    credentials: Option<String>,
+}
+
+impl ProxySettings {
+    /// The settings of this process's environment.
+    pub fn from_environment() -> Self {
+        Self::from_lookup(|name| std::env::var(name).ok())
+    }
+
+    fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Self {
+        let either = |name: &str| {
+            let set = |name: &str| lookup(name).filter(|v| !v.trim().is_empty());
+            set(name).or_else(|| set(&name.to_lowercase()))
+        };
+        ProxySettings {
+            http: either("HTTP_PROXY"),
+            https: either("HTTPS_PROXY"),
+            exceptions: either("NO_PROXY").unwrap_or_default(),
+        }
+    }
+
+    /// The proxy for `server`. The machine itself, where mender-auth's forwarder is, is never reached
+    /// through one.
+    ///
+    /// # Errors
+    /// [`LinkError::Proxy`] when the setting can't be understood.
+    pub fn proxy_for(&self, server: &Endpoint) -> Result<Option<Proxy>, LinkError> {
+        let setting = if server.tls { &self.https } else { &self.http };
+        match setting {
+            Some(url) if !server.is_loopback() && !self.is_exception(server) => Proxy::parse(url).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn is_exception(&self, server: &Endpoint) -> bool {
+        self.exceptions.split(',').map(str::trim).filter(|e| !e.is_empty()).any(|e| covers(e, server))
+    }
+}
+
+/// Whether one entry of NO_PROXY is about `server`: `*`, a name with all below it, a name below which
+/// alone is meant (leading dot), an address, a network, each but the network with an optional port.
+fn covers(entry: &str, server: &Endpoint) -> bool {
+    if entry == "*" {
+        return true;
+    }
+    if let (Some((network, prefix)), Some(address)) = (entry.split_once('/'), server.address()) {
+        return match (network.parse(), prefix.parse()) {
+            (Ok(network), Ok(prefix)) => contains(network, prefix, address),
+            _ => false,
+        };
+    }
+    let (name, port) = match entry.rsplit_once(':') {
+        Some((name, port)) if !name.contains(':') || name.ends_with(']') => (name, Some(port)),
+        _ => (entry, None),
+    };
+    if port.is_some_and(|p| p.parse() != Ok(server.port)) {
+        return false;
+    }
+    let name = name.trim_start_matches('[').trim_end_matches(']').to_lowercase();
+    if let Some(address) = server.address() {
+        return name.parse() == Ok(address);
+    }
+    let host = server.host.to_lowercase();
+    let parent = name.trim_start_matches("*.").trim_start_matches('.');
+    let below = host.strip_suffix(parent).is_some_and(|rest| rest.ends_with('.'));
+    below || (host == name)
+}
+
+fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
+    let same = |a: u128, b: u128, bits: u32| {
+        prefix <= bits && (prefix == 0 || (a ^ b) >> (bits - prefix) == 0)
+    };
+    match (network, address) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => same(a.to_bits().into(), b.to_bits().into(), 32),
+        (IpAddr::V6(a), IpAddr::V6(b)) => same(a.to_bits(), b.to_bits(), 128),
+        _ => false,
+    }
+}
+
+impl Proxy {
+    fn parse(url: &str) -> Result<Self, LinkError> {
+        let bad = |what: &str| LinkError::Proxy(format!("the proxy's URL has {what}"));
+        let url = url.trim();
+        let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let uri: Uri = url.parse().map_err(|_| bad("a wrong form"))?;
+        if uri.scheme_str() != Some("http") {
+            return Err(bad("a scheme other than http"));
+        }
+        let endpoint = Endpoint::parse(&url).map_err(|_| bad("a wrong form"))?;
+        let credentials = uri.authority().and_then(|a| a.as_str().rsplit_once('@')).map(|(login, _)| {
+            let (user, word) = login.split_once(':').unwrap_or((login, ""));
+            let mut plain = percent_decode_str(user).collect::<Vec<u8>>();
+            plain.push(b':');
+            plain.extend(percent_decode_str(word));
+            format!("Basic {}", BASE64.encode(&plain))
+        });
+        Ok(Proxy { endpoint, credentials })
+    }
+
+    /// Asks the proxy on `stream` for a tunnel to `server`.
+    ///
+    /// # Errors
+    /// [`LinkError::Proxy`] with the proxy's status or what went wrong on the way.
+    pub fn tunnel(&self, mut stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
+        let broken = |e: std::io::Error| LinkError::Proxy(crate::sys::reason(&e));
+        let target = server.authority();
+        let mut request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n");
+        if let Some(credentials) = &self.credentials {
+            request.push_str(&format!("Proxy-Authorization: {credentials}\r\n"));
+        }
+        request.push_str("\r\n");
+        stream.write_all(request.as_bytes()).map_err(broken)?;
+
+        // Byte by byte: what follows the answer belongs to the tunnel.
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            if answer.len() > MAX_ANSWER {
+                return Err(LinkError::Proxy("the answer is too long".to_owned()));
+            }
+            let mut byte = [0];
+            if stream.read(&mut byte).map_err(broken)? == 0 {
+                return Err(LinkError::Proxy("closed the connection".to_owned()));
+            }
+            answer.push(byte[0]);
+        }
+        let mut headers = [httparse::EMPTY_HEADER; 64];
+        let mut response = httparse::Response::new(&mut headers);
+        match (response.parse(&answer), response.code) {
+            (Ok(_), Some(200..=299)) => Ok(()),
+            (Ok(_), Some(code)) => Err(LinkError::Proxy(format!("answered with HTTP status {code}"))),
+            _ => Err(LinkError::Proxy("the answer is no HTTP".to_owned())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Cursor;
+
+    fn settings(pairs: &[(&str, &str)]) -> ProxySettings {
+        let pairs: Vec<(String, String)> =
+            pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        ProxySettings::from_lookup(|name| pairs.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone()))
+    }
+
+    fn host(settings: &ProxySettings, url: &str) -> Option<String> {
+        let proxy = settings.proxy_for(&Endpoint::parse(url).unwrap());
+        proxy.ok().unwrap().map(|p| p.endpoint.authority())
+    }
+
+    #[test]
+    fn each_scheme_has_its_proxy_and_loopback_has_none() {
+        let both = settings(&[("HTTP_PROXY", "plain:3128"), ("https_proxy", "http://secure")]);
+        assert_eq!(host(&both, "http://example.com").as_deref(), Some("plain:3128"));
+        assert_eq!(host(&both, "https://example.com").as_deref(), Some("secure:80"));
+        for url in ["http://localhost:1", "http://127.0.0.1:1", "https://[::1]:1"] {
+            assert_eq!(host(&both, url), None, "{url}");
+        }
+        assert_eq!(host(&settings(&[("HTTP_PROXY", "p:1")]), "https://example.com"), None);
+    }
+
+    #[test]
+    fn exceptions() {
+        let except = |list| settings(&[("HTTP_PROXY", "p:1"), ("NO_PROXY", list)]);
+        for (list, server, direct) in [
+            ("*", "http://example.com", true),
+            ("example.com", "http://example.com", true),
+            ("example.com", "http://a.Example.com", true),
+            ("example.com", "http://badexample.com", false),
+            (".example.com", "http://a.example.com", true),
+            (".example.com", "http://example.com", false),
+            ("other, example.com:8080", "http://example.com:8080", true),
+            ("example.com:8080", "http://example.com", false),
+            ("10.0.0.0/8", "http://10.1.2.3", true),
+            ("10.0.0.0/8", "http://11.1.2.3", false),
+            ("fe80::/10", "http://[fe80::1]", true),
+            ("0.0.0.0/0", "http://8.8.8.8", true),
+            ("10.1.2.3", "http://10.1.2.3:99", true),
+            ("[fe80::1]:99", "http://[fe80::1]:99", true),
+            ("fe80::1", "http://[fe80::1]:99", true),
+            ("10.0.0.0/99,,/", "http://10.0.0.1", false),
+        ] {
+            assert_eq!(host(&except(list), server).is_none(), direct, "{list} and {server}");
+        }
+    }
+
+    struct Peer {
+        answer: Cursor<Vec<u8>>,
+        asked: Vec<u8>,
+    }
+
+    impl Read for Peer {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            self.answer.read(buffer)
+        }
+    }
+
+    impl Write for Peer {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.asked.write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn ask(proxy: &str, answer: &str) -> (Result<(), String>, String, usize) {
+        let mut peer = Peer { answer: Cursor::new(answer.into()), asked: Vec::new() };
+        let server = Endpoint::parse("https://example.com").unwrap();
+        let result = Proxy::parse(proxy).ok().unwrap().tunnel(&mut peer, &server).map_err(|e| e.to_string());
+        (result, String::from_utf8(peer.asked).unwrap(), peer.answer.position() as usize)
+    }
+
+    #[test]
+    fn a_tunnel_takes_only_the_answer_from_the_stream() {
+        let answer = "HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n";
+        let (result, asked, taken) = ask("http://us%40er:p%3Aw@proxy", &format!("{answer}tunnel"));
+        assert_eq!((result, taken), (Ok(()), answer.len()));
+        let login = BASE64.encode(b"us@er:p:w");
+        let wanted = format!(
+            "CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\nProxy-Authorization: Basic {login}\r\n\r\n"
+        );
+        assert_eq!(asked, wanted);
+    }
+
+    #[test]
+    fn refusals_are_told() {
+        let error = |answer: &str| ask("proxy:1", answer).0.unwrap_err();
+        assert_eq!(
+            error("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"),
+            "proxy: answered with HTTP status 407"
+        );
+        assert_eq!(error("HTTP/1.1 200"), "proxy: closed the connection");
+        assert_eq!(error("220 ftp ready\r\n\r\n"), "proxy: the answer is no HTTP");
+        assert_eq!(error(&"x".repeat(20_000)), "proxy: the answer is too long");
+        assert!(Proxy::parse("socks5://proxy").is_err());
+    }
+}

@@ -1,0 +1,103 @@
+//! How many shells there may be. A permit is a value: the count goes down when it is dropped.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+
+use crate::proto::UserId;
+
+/// Shells on a device at a time.
+pub const MAX_SHELLS: usize = 16;
+
+/// Why there can't be another shell. The texts are the ones clients know.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Refusal {
+    /// The device has its [`MAX_SHELLS`].
+    #[error("too many shells spawned")]
+    Device,
+    /// The user has its Sessions.MaxPerUser.
+    #[error("user has too many open sessions")]
+    User,
+}
+
+/// The shells of this device, by user.
+#[derive(Debug)]
+pub struct ShellQuota {
+    max_per_user: usize,
+    running: Mutex<HashMap<UserId, usize>>,
+}
+
+/// The right to one shell.
+#[derive(Debug)]
+pub struct ShellPermit {
+    quota: Arc<ShellQuota>,
+    user: UserId,
+}
+
+impl ShellQuota {
+    /// With `max_per_user` shells for each user.
+    pub fn new(max_per_user: u32) -> Arc<Self> {
+        let max_per_user = usize::try_from(max_per_user).unwrap_or(usize::MAX);
+        Arc::new(ShellQuota { max_per_user, running: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<UserId, usize>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many there are.
+    pub fn running(&self) -> usize {
+        self.lock().values().sum()
+    }
+
+    /// # Errors
+    /// When the device or the user has enough; the device is looked at first.
+    pub fn acquire(self: &Arc<Self>, user: &UserId) -> Result<ShellPermit, Refusal> {
+        let mut running = self.lock();
+        if running.values().sum::<usize>() >= MAX_SHELLS {
+            return Err(Refusal::Device);
+        }
+        let of_user = running.get(user).copied().unwrap_or(0);
+        if of_user >= self.max_per_user {
+            return Err(Refusal::User);
+        }
+        running.insert(user.clone(), of_user + 1);
+        Ok(ShellPermit { quota: Arc::clone(self), user: user.clone() })
+    }
+}
+
+impl Drop for ShellPermit {
+    fn drop(&mut self) {
+        let mut running = self.quota.lock();
+        match running.get_mut(&self.user) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => {
+                running.remove(&self.user);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_by_user_and_in_all() {
+        let quota = ShellQuota::new(2);
+        let (a, b) = (UserId::from("a"), UserId::from(""));
+        let first = quota.acquire(&a).unwrap();
+        let _second = quota.acquire(&a).unwrap();
+        assert_eq!(quota.acquire(&a).unwrap_err(), Refusal::User);
+        let _other = quota.acquire(&b).unwrap();
+        drop(first);
+        assert_eq!(quota.running(), 2);
+        let _again = quota.acquire(&a).unwrap();
+        let many = ShellQuota::new(100);
+        let mut permits: Vec<_> = (0..MAX_SHELLS).map(|_| many.acquire(&a).unwrap()).collect();
+        assert_eq!(many.acquire(&a).unwrap_err(), Refusal::Device);
+        permits.pop();
+        assert!(many.acquire(&a).is_ok());
+    }
+}

@@ -1,0 +1,244 @@
+//! The remote terminal: protocol 1 for one session. Runs in the session's thread.
+//!
+//! ```text
+//!            new                    stop, expiry, no pong, link gone
+//!  Nothing ──────▶ Running ────────────────────────────────▶ Ending ──▶ Nothing
+//!     ▲               │ the shell ends by itself                (hang up, 2 s, kill)
+//!     └───────────────┘
+//! ```
+
+mod clock;
+mod shell;
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::{debug, info, warn};
+use nix::poll::PollFlags;
+
+use self::clock::{Clock, Due};
+use self::shell::{Shell, Then};
+use super::quota::{MAX_SHELLS, ShellPermit};
+use super::{Context, Info, ShellInfo};
+use crate::config::Expiry;
+use crate::outbox::FrameSink;
+use crate::proto::shell as wire;
+use crate::proto::{Frame, SessionId};
+use crate::sys::PollSet;
+use crate::sys::process::SessionLeader;
+use crate::sys::pty::WindowSize;
+
+/// How long a shell may take to end when its client stopped it, before it is killed, and after.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+/// The same when the link is gone: the daemon itself may have to end within two seconds.
+const HANG_UP_GRACE: Duration = Duration::from_secs(1);
+/// How long after a shell's end its last output may take to come through the terminal.
+const DRAIN_LIMIT: Duration = Duration::from_millis(500);
+/// Frames that wait while a shell ends.
+const MAX_DEFERRED: usize = 64;
+
+/// What clients expect to read when a shell has ended by itself.
+const ENDED: &str = "read /dev/ptmx: input/output error";
+const NOT_FOUND: &str = "session not found";
+
+/// The terminal of a session.
+pub struct Terminal {
+    context: Arc<Context>,
+    id: SessionId,
+    sink: FrameSink,
+    info: Arc<Info>,
+    state: State,
+    deferred: VecDeque<Frame>,
+}
+
+enum State {
+    Nothing,
+    Running(Box<Running>),
+    Ending(Ending),
+}
+
+struct Running {
+    shell: Shell,
+    permit: ShellPermit,
+    clock: Clock,
+    /// Set when the process is reaped. Its last output may still be on the way.
+    exit: Option<ExitStatus>,
+    /// Set when the terminal's other side is closed.
+    at_end: bool,
+    /// When the other of the two is not waited for any longer.
+    give_up: Option<Instant>,
+}
+
+struct Ending {
+    process: SessionLeader,
+    permit: Option<ShellPermit>,
+    /// The client waits for an answer.
+    answer: bool,
+    killed: bool,
+    deadline: Option<Instant>,
+}
+
+/// Where the terminal's descriptors are in a [`PollSet`].
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Watched {
+    pty: Option<usize>,
+    process: Option<usize>,
+}
+
+impl Terminal {
+    /// Without a shell.
+    pub fn new(context: Arc<Context>, id: SessionId, sink: FrameSink, info: Arc<Info>) -> Self {
+        Terminal { context, id, sink, info, state: State::Nothing, deferred: VecDeque::new() }
+    }
+
+    /// Whether there is neither a shell nor what is left of one.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.state, State::Nothing)
+    }
+
+    /// Obeys a frame of the shell protocol.
+    pub fn handle(&mut self, frame: Frame, now: Instant) {
+        if !self.context.config.terminal.enabled {
+            return self.sink.reply(&unknown(&self.id, &frame));
+        }
+        match (&mut self.state, frame.typ.as_str()) {
+            // What comes while a shell ends is about the time after.
+            (State::Ending(_), _) if self.deferred.len() < MAX_DEFERRED => self.deferred.push_back(frame),
+            (State::Running(running), wire::DATA) => {
+                running.clock.input(now);
+                self.info.update(|shell| shell.last_input = now);
+                if let Err(reason) = running.shell.type_in(&frame.body) {
+                    let id = self.id.as_str();
+                    let text =
+                        format!("routeMessage: shell command execution error, session_id={id}: {reason}");
+                    self.sink.reply(&wire::failure(&self.id, wire::DATA, text));
+                }
+            }
+            (State::Running(running), wire::RESIZE) => {
+                if let Some(size) = requested_size(&frame)
+                    && let Err(e) = running.shell.pty().resize(size)
+                {
+                    warn!("session {}: resizing the terminal: {}", self.id, crate::sys::reason(&e));
+                }
+            }
+            (State::Running(running), wire::PONG) => running.clock.pong(now),
+            (State::Running(_), wire::STOP) => {
+                info!("session {}: stop requested by user {:?}", self.id, frame.user().as_str());
+                // After the answer nothing may come, and before it nothing needs to.
+                self.sink.discard_data();
+                self.end(true, STOP_GRACE, now);
+            }
+            (_, wire::NEW) => self.start(&frame, now),
+            _ => {
+                if let Some(answer) = answer_without_shell(&self.id, &frame) {
+                    self.sink.reply(&answer);
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, frame: &Frame, now: Instant) {
+        if let Err(reason) = self.try_start(frame, now) {
+            warn!("session {}: {reason}", self.id);
+            self.sink.reply(&wire::failure(&self.id, wire::NEW, reason));
+        }
+    }
+
+    fn try_start(&mut self, frame: &Frame, now: Instant) -> Result<(), String> {
+        if matches!(self.state, State::Running(_)) {
+            let full = self.context.shells.running() >= MAX_SHELLS;
+            let reason = if full { "too many shells spawned" } else { "failed to start shell: shell is already running" };
+            return Err(reason.to_owned());
+        }
+        let user = frame.user();
+        let permit = self.context.shells.acquire(&user).map_err(|e| e.to_string())?;
+        let config = &self.context.config;
+        let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
+        let size = requested_size(frame).unwrap_or(default);
+        let shell = Shell::start(&config.shell, size).map_err(|e| format!("failed to start shell: {e}"))?;
+        info!("session {}: shell started for user {user}, pid {}", self.id, shell.process.pid());
+        self.info.set(Some(ShellInfo { user, pid: shell.process.pid(), started: now, last_input: now }));
+        self.sink.reply(&wire::started(&self.id));
+        let clock = Clock::new(config.sessions.expiry, now);
+        let running = Running { shell, permit, clock, exit: None, at_end: false, give_up: None };
+        self.state = State::Running(Box::new(running));
+        Ok(())
+    }
+
+    /// The link is gone, and with it everybody who could watch: ends the shell without a word. Its permit
+    /// is free at once, so that nothing is in the way of those who come back.
+    pub fn hang_up(&mut self, now: Instant) {
+        self.deferred.clear();
+        self.end(false, HANG_UP_GRACE, now);
+        if let State::Ending(ending) = &mut self.state {
+            ending.permit = None;
+            ending.answer = false;
+            ending.deadline = ending.deadline.map(|at| at.min(now + HANG_UP_GRACE));
+        }
+    }
+
+    /// From running to ending: the terminal is closed, which hangs it up, and the processes are told.
+    fn end(&mut self, answer: bool, grace: Duration, now: Instant) {
+        match std::mem::replace(&mut self.state, State::Nothing) {
+            State::Running(running) => {
+                let Running { shell: Shell { process, .. }, permit, .. } = *running;
+                process.hang_up();
+                let deadline = Some(now + grace);
+                let permit = Some(permit);
+                self.state = State::Ending(Ending { process, permit, answer, killed: false, deadline });
+            }
+            other => self.state = other,
+        }
+    }
+
+    /// Ends the shell for a reason of ours, which the client is told behind the output it has coming.
+    fn end_because(&mut self, reason: String, now: Instant) {
+        info!("session {}: {reason}", self.id);
+        self.sink.reply(&wire::failure(&self.id, wire::STOP, reason));
+        self.end(false, STOP_GRACE, now);
+    }
+
+    /// When [`Terminal::proceed`] wants to be called though nothing happened.
+    pub fn deadline(&self) -> Option<Instant> {
+        match &self.state {
+            State::Nothing => None,
+            State::Running(running) => {
+                let timer = running.clock.deadline();
+                Some(running.give_up.map_or(timer, |at| at.min(timer)))
+            }
+            State::Ending(ending) => ending.deadline,
+        }
+    }
+
+    /// Adds what the terminal waits for.
+    pub fn watch<'a>(&'a self, set: &mut PollSet<'a>) -> Watched {
+        match &self.state {
+            State::Nothing => Watched::default(),
+            State::Ending(ending) => {
+                Watched { pty: None, process: Some(set.add(ending.process.as_fd(), PollFlags::POLLIN)) }
+            }
+            State::Running(running) => {
+                let mut events = PollFlags::empty();
+                events.set(PollFlags::POLLIN, self.sink.takes_data());
+                events.set(PollFlags::POLLOUT, running.shell.has_input());
+                // A closed terminal is always "ready", so one that can't be read isn't watched at all.
+                let watched = !running.at_end && !events.is_empty();
+                Watched {
+                    pty: watched.then(|| set.add(running.shell.pty().as_fd(), events)),
+                    process: running
+                        .exit
+                        .is_none()
+                        .then(|| set.add(running.shell.process.as_fd(), PollFlags::POLLIN)),
+                }
+            }
+        }
+    }
+
+    /// Does what can be done now.
+    pub fn proceed(&mut self, set: &[PollFlags; 2], now: Instant) {
+        let _ = (set, now);
+    }
+}

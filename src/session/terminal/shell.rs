@@ -1,0 +1,124 @@
+//! A running shell: its process, its terminal, what was typed and not read yet.
+
+use std::collections::VecDeque;
+use std::io;
+
+use crate::config;
+use crate::sys::process::SessionLeader;
+use crate::sys::pty::{Pty, WindowSize};
+
+/// Input that waits for a program to read it.
+const MAX_INPUT: usize = 1 << 20;
+/// Output goes out in frames of at most so much.
+const MAX_OUTPUT: usize = 32 * 1024;
+/// What a PTY gives in one read, and so enough for interactive use.
+const FIRST_READ: usize = 4096;
+
+/// A shell on its terminal.
+#[derive(Debug)]
+pub struct Shell {
+    pub process: SessionLeader,
+    pty: Pty,
+    input: VecDeque<u8>,
+}
+
+/// What reading the terminal brought.
+#[derive(Debug)]
+pub struct Output {
+    /// What the programs wrote; may be empty.
+    pub bytes: Vec<u8>,
+    /// Whether there may be more at once, nothing for now, or nothing ever again.
+    pub then: Then,
+}
+
+/// See [`Output`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    More,
+    Wait,
+    End,
+}
+
+impl Shell {
+    /// Starts the configured shell on a terminal of `size`.
+    ///
+    /// # Errors
+    /// The text that follows "failed to start shell: ".
+    pub fn start(shell: &config::Shell, size: WindowSize) -> Result<Self, String> {
+        let words = |e: io::Error| crate::sys::reason(&e);
+        let owner = nix::unistd::geteuid().is_root().then_some(shell.user.uid);
+        let (pty, tty) = Pty::open(size, owner).map_err(words)?;
+        let process = SessionLeader::spawn(&shell.command, &shell.arguments, &shell.user, tty)
+            .map_err(|e| format!("fork/exec {}: {}", shell.command.display(), words(e)))?;
+        Ok(Shell { process, pty, input: VecDeque::new() })
+    }
+
+    /// The terminal's master side.
+    pub fn pty(&self) -> &Pty {
+        &self.pty
+    }
+
+    /// Whether something typed waits to be read.
+    pub fn has_input(&self) -> bool {
+        !self.input.is_empty()
+    }
+
+    /// Types `bytes`, all or, when too much waits already, nothing.
+    ///
+    /// # Errors
+    /// Why they can't be typed.
+    pub fn type_in(&mut self, bytes: &[u8]) -> Result<(), String> {
+        if self.input.len() + bytes.len() > MAX_INPUT {
+            return Err(format!(
+                "input queue full: the program does not read, {} bytes wait, {} were dropped",
+                self.input.len(),
+                bytes.len()
+            ));
+        }
+        self.input.extend(bytes);
+        self.pass_input().map_err(|e| crate::sys::reason(&e))
+    }
+
+    /// Passes on what the terminal takes.
+    ///
+    /// # Errors
+    /// When it never will again; the input is gone then.
+    pub fn pass_input(&mut self) -> io::Result<()> {
+        while !self.input.is_empty() {
+            match self.pty.write(self.input.as_slices().0) {
+                Ok(n) => drop(self.input.drain(..n)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => {
+                    self.input = VecDeque::new();
+                    return Err(e);
+                }
+            }
+        }
+        // A pasted megabyte shouldn't cost memory for ever.
+        self.input.shrink_to(FIRST_READ);
+        Ok(())
+    }
+
+    /// Reads what there is, up to a frame's worth.
+    pub fn read_output(&self) -> Output {
+        let mut bytes = vec![0; FIRST_READ];
+        let mut filled = 0;
+        let then = loop {
+            if filled == MAX_OUTPUT {
+                break Then::More;
+            }
+            if filled == bytes.len() {
+                bytes.resize(MAX_OUTPUT, 0);
+            }
+            match self.pty.read(&mut bytes[filled..]) {
+                Ok(0) => break Then::End,
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Then::Wait,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break Then::End,
+            }
+        };
+        bytes.truncate(filled);
+        Output { bytes, then }
+    }
+}
