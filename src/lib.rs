@@ -1,1 +1,2 @@
 //! mender-connect.
+pub mod sys;

@@ -1,0 +1,3 @@
+//! What the operating system offers, behind safe functions.
+
+pub mod users;
