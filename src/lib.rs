@@ -1,2 +1,3 @@
 //! mender-connect.
+pub mod config;
 pub mod sys;
