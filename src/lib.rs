@@ -1,3 +1,4 @@
 //! mender-connect.
+pub mod cli;
 pub mod config;
 pub mod sys;
