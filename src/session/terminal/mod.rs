@@ -238,7 +238,157 @@ impl Terminal {
     }
 
     /// Does what can be done now.
-    pub fn proceed(&mut self, set: &[PollFlags; 2], now: Instant) {
-        let _ = (set, now);
+    pub fn proceed(&mut self, ready: Ready, now: Instant) {
+        match &mut self.state {
+            State::Nothing => {}
+            State::Running(_) => self.run(ready, now),
+            State::Ending(_) => self.wait_for_end(ready, now),
+        }
+        if !matches!(self.state, State::Ending(_)) {
+            for frame in std::mem::take(&mut self.deferred) {
+                self.handle(frame, now);
+            }
+        }
+    }
+
+    fn run(&mut self, ready: Ready, now: Instant) {
+        let State::Running(running) = &mut self.state else { return };
+        if ready.pty.contains(PollFlags::POLLOUT)
+            && let Err(e) = running.shell.pass_input()
+        {
+            debug!("session {}: input lost: {}", self.id, crate::sys::reason(&e));
+        }
+        if ready.process && running.exit.is_none() {
+            running.exit = running.shell.process.try_wait();
+            running.give_up = Some(now + DRAIN_LIMIT);
+        }
+        if ready.pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
+            self.pass_output(now);
+        }
+        let State::Running(running) = &mut self.state else { return };
+        if let (Some(status), true) = (running.exit, running.at_end) {
+            return self.ended_by_itself(status, now);
+        }
+        if running.give_up.is_some_and(|at| now >= at) {
+            match running.exit {
+                // Somebody has taken the terminal over and writes nothing.
+                Some(status) if self.sink.takes_data() => return self.ended_by_itself(status, now),
+                // The last output still waits for the link.
+                Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
+                None => return self.end_because(ENDED.to_owned(), now),
+            }
+        }
+        match running.clock.due(now) {
+            Some(Due::Ping) => self.sink.reply(&wire::ping(&self.id, clock::PING_TIMEOUT)),
+            Some(Due::End(reason)) => self.end_because(reason, now),
+            None => {}
+        }
+    }
+
+    fn pass_output(&mut self, now: Instant) {
+        let State::Running(running) = &mut self.state else { return };
+        while !running.at_end && self.sink.takes_data() {
+            let output = running.shell.read_output();
+            if !output.bytes.is_empty() {
+                self.sink.data(&wire::output(&self.id, output.bytes));
+                if running.exit.is_some() {
+                    running.give_up = Some(now + DRAIN_LIMIT);
+                }
+            }
+            match output.then {
+                Then::More => {}
+                Then::Wait => break,
+                Then::End => {
+                    running.at_end = true;
+                    running.give_up = Some(now + STOP_GRACE);
+                }
+            }
+        }
+    }
+
+    fn ended_by_itself(&mut self, status: ExitStatus, now: Instant) {
+        let State::Running(running) = std::mem::replace(&mut self.state, State::Nothing) else { return };
+        let age = now.saturating_duration_since(running.clock.started());
+        info!("session {}: shell ended with {status} after {:.1} s", self.id, age.as_secs_f32());
+        if status.code() == Some(2) && age < Duration::from_secs(1) {
+            warn!(
+                "the shell ended at once with exit status 2: it may not know its arguments {:?}; \
+                 a /bin/sh that is dash has no --login, see ShellCommand and ShellArguments",
+                self.context.config.shell.arguments
+            );
+        }
+        self.info.set(None);
+        // The slot is free before the client can know.
+        drop(running);
+        self.sink.reply(&wire::failure(&self.id, wire::STOP, ENDED));
+    }
+
+    fn wait_for_end(&mut self, ready: Ready, now: Instant) {
+        let State::Ending(ending) = &mut self.state else { return };
+        if ready.process
+            && let Some(status) = ending.process.try_wait()
+        {
+            info!("session {}: shell ended with {status}", self.id);
+            let answer = ending.answer;
+            self.info.set(None);
+            self.state = State::Nothing;
+            if answer {
+                self.sink.reply(&wire::stopped(&self.id));
+            }
+            return;
+        }
+        if ending.deadline.is_some_and(|at| now >= at) {
+            if !ending.killed {
+                debug!("session {}: killing the shell", self.id);
+                ending.process.kill();
+                (ending.killed, ending.deadline) = (true, Some(now + STOP_GRACE));
+                return;
+            }
+            let pid = ending.process.pid();
+            warn!("session {}: process {pid} does not end", self.id);
+            ending.deadline = None;
+            if std::mem::take(&mut ending.answer) {
+                let text = format!("could not terminate shell: process {pid} does not end.");
+                self.sink.reply(&wire::failure(&self.id, wire::STOP, text));
+            }
+        }
+    }
+}
+
+impl Watched {
+    /// What happened, after the set was waited for.
+    pub fn look(self, set: &PollSet<'_>) -> Ready {
+        let events = |place: Option<usize>| place.map_or(PollFlags::empty(), |p| set.events(p));
+        Ready { pty: events(self.pty), process: !events(self.process).is_empty() }
+    }
+}
+
+/// What happened on a terminal's descriptors.
+#[derive(Debug, Clone, Copy)]
+pub struct Ready {
+    pty: PollFlags,
+    process: bool,
+}
+
+fn requested_size(frame: &Frame) -> Option<WindowSize> {
+    wire::window_size(frame).map(|(width, height)| WindowSize { width, height })
+}
+
+/// The answer where the terminal is disabled, and to types that it does not know.
+pub fn unknown(id: &SessionId, frame: &Frame) -> Frame {
+    let text = format!("unknown message protocol and type: {}/{}", frame.proto, frame.typ);
+    wire::failure(id, &frame.typ, text)
+}
+
+/// What a session without a shell says to a frame of the shell protocol other than `new`.
+pub fn answer_without_shell(id: &SessionId, frame: &Frame) -> Option<Frame> {
+    match frame.typ.as_str() {
+        wire::DATA => Some(wire::failure(id, wire::DATA, NOT_FOUND)),
+        wire::STOP => {
+            let text = format!("routeMessage: StopShellMessage: session not found for id {}", id.as_str());
+            Some(wire::failure(id, wire::STOP, text))
+        }
+        wire::RESIZE | wire::PONG => None,
+        _ => Some(unknown(id, frame)),
     }
 }

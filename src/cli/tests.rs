@@ -1,0 +1,166 @@
+use super::*;
+
+fn run(line: &str) -> Invocation {
+    parse(line.split_whitespace().map(OsString::from))
+}
+
+fn options(line: &str) -> Options {
+    match run(line) {
+        Invocation::Daemon(options) => options,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+fn printed(line: &str) -> String {
+    match run(line) {
+        Invocation::Print(text) => text,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+fn usage(line: &str) -> (String, String) {
+    match run(line) {
+        Invocation::Usage { error, help } => (error, help),
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+#[test]
+fn daemon_alone_has_the_defaults() {
+    let expected = Options {
+        config: "/etc/mender/mender-connect.conf".into(),
+        fallback_config: "/var/lib/mender/mender-connect.conf".into(),
+        level: LevelFilter::Info,
+    };
+    assert_eq!(options("daemon"), expected);
+    assert_eq!(options("-- daemon"), expected);
+    assert_eq!(options("daemon --"), expected);
+    assert_eq!(options("daemon and whatever --follows"), expected);
+    assert!(HELP.contains(DEFAULT_CONFIG) && HELP.contains(DEFAULT_FALLBACK_CONFIG));
+}
+
+#[test]
+fn files_are_taken_in_every_spelling() {
+    for spelling in ["--config /x", "-config /x", "--config=/x", "-config=/x", "-c /x", "-c=/x", "--c /x"] {
+        assert_eq!(options(&format!("{spelling} daemon")).config, PathBuf::from("/x"), "{spelling}");
+    }
+    for spelling in ["--fallback-config /x", "-fallback-config=/x", "-b /x", "--b=/x"] {
+        assert_eq!(options(&format!("{spelling} daemon")).fallback_config, PathBuf::from("/x"));
+    }
+    assert_eq!(options("-c /a=b daemon").config, PathBuf::from("/a=b"));
+    assert_eq!(options("-c=/a=b daemon").config, PathBuf::from("/a=b"));
+    assert_eq!(options("-c -d daemon").config, PathBuf::from("-d"));
+    assert_eq!(options("-c= daemon").config, PathBuf::new());
+    assert_eq!(options("-c /a -config /b daemon").config, PathBuf::from("/b"), "the last wins");
+}
+
+#[test]
+fn files_need_not_be_utf8() {
+    let file = OsStr::from_bytes(b"/\xff=\xfe").to_owned();
+    let mut attached = OsString::from("--fallback-config=");
+    attached.push(&file);
+    let args = ["-c".into(), file.clone(), attached, "daemon".into()];
+    let Invocation::Daemon(options) = parse(args) else { panic!("not a daemon") };
+    assert_eq!(options.config, PathBuf::from(&file));
+    assert_eq!(options.fallback_config, PathBuf::from(&file));
+}
+
+#[test]
+fn trace_wins_over_debug() {
+    for (line, level) in [
+        ("--debug", LevelFilter::Debug),
+        ("-d", LevelFilter::Debug),
+        ("--trace", LevelFilter::Trace),
+        ("--dd", LevelFilter::Trace),
+        ("-dd", LevelFilter::Trace),
+        ("--trace --debug", LevelFilter::Trace),
+        ("-d -dd", LevelFilter::Trace),
+        ("--trace=false --debug", LevelFilter::Debug),
+        ("--debug --debug=false", LevelFilter::Info),
+    ] {
+        assert_eq!(options(&format!("{line} daemon")).level, level, "{line}");
+    }
+}
+
+#[test]
+fn switches_take_go_booleans() {
+    for value in ["1", "t", "T", "true", "TRUE", "True"] {
+        assert_eq!(options(&format!("--debug={value} daemon")).level, LevelFilter::Debug);
+    }
+    for value in ["0", "f", "F", "false", "FALSE", "False"] {
+        assert_eq!(options(&format!("--debug={value} daemon")).level, LevelFilter::Info);
+    }
+    for value in ["x", "", "yes", "tRUE"] {
+        let expected = format!("invalid boolean value \"{value}\" for -debug: parse error");
+        assert_eq!(usage(&format!("--debug={value} daemon")), (expected, HELP.to_owned()));
+    }
+    assert_eq!(usage("-d=2 daemon").0, "invalid boolean value \"2\" for -d: parse error");
+    // A switch doesn't eat the next argument.
+    assert_eq!(run("--debug false"), Invocation::UnknownCommand("No help topic for 'false'".into()));
+}
+
+#[test]
+fn wrong_flags_are_usage_errors() {
+    for (line, error) in [
+        ("--bogus daemon", "flag provided but not defined: -bogus"),
+        ("-x", "flag provided but not defined: -x"),
+        ("--bogus=1 daemon", "flag provided but not defined: -bogus"),
+        ("--version --bogus", "flag provided but not defined: -bogus"),
+        ("--CONFIG /x daemon", "flag provided but not defined: -CONFIG"),
+        ("--config", "flag needs an argument: -config"),
+        ("-d -b", "flag needs an argument: -b"),
+        ("---debug daemon", "bad flag syntax: ---debug"),
+        ("--=x daemon", "bad flag syntax: --=x"),
+        ("-=x daemon", "bad flag syntax: -=x"),
+    ] {
+        assert_eq!(usage(line), (error.to_owned(), HELP.to_owned()), "{line}");
+    }
+}
+
+#[test]
+fn global_flags_after_the_command_are_usage_errors() {
+    let (error, help) = usage("daemon --debug");
+    assert_eq!(error, "flag provided but not defined: -debug");
+    assert_eq!(help, Command::Daemon.help());
+    assert_eq!(usage("daemon -c /x").0, "flag provided but not defined: -c");
+    assert_eq!(usage("version --config=/x").0, "flag provided but not defined: -config");
+    assert_eq!(usage("help -v").0, "flag provided but not defined: -v");
+    assert_eq!(usage("daemon --help=x").0, "invalid boolean value \"x\" for -help: parse error");
+}
+
+#[test]
+fn version_is_printed_however_it_is_asked_for() {
+    let expected = format!("{}\ttarget: {}\n", env!("CARGO_PKG_VERSION"), env!("TARGET"));
+    assert!(!env!("TARGET").is_empty());
+    for line in ["version", "--version", "-version", "-v", "--version daemon", "-v --debug", "version x"] {
+        assert_eq!(printed(line), expected, "{line}");
+    }
+}
+
+#[test]
+fn help_is_printed_however_it_is_asked_for() {
+    for line in ["", "help", "h", "--help", "-h", "-help", "--help daemon", "-h -v", "--debug", "--"] {
+        assert_eq!(printed(line), HELP, "{line}");
+    }
+    for line in ["help daemon", "h daemon", "daemon --help", "daemon -h", "--debug daemon -h"] {
+        assert_eq!(printed(line), Command::Daemon.help(), "{line}");
+    }
+    for line in ["help version", "version -h"] {
+        assert_eq!(printed(line), Command::Version.help(), "{line}");
+    }
+    for line in ["help help", "help h", "help --help", "h -h"] {
+        assert_eq!(printed(line), Command::Help.help(), "{line}");
+    }
+    assert!(matches!(run("daemon --help=false"), Invocation::Daemon(_)));
+}
+
+#[test]
+fn unknown_commands_are_named() {
+    for line in ["x", "help x", "h x", "--debug x", "-- x", "x --help"] {
+        assert_eq!(run(line), Invocation::UnknownCommand("No help topic for 'x'".into()), "{line}");
+    }
+    assert_eq!(run("-"), Invocation::UnknownCommand("No help topic for '-'".into()));
+    assert_eq!(run("-- --debug"), Invocation::UnknownCommand("No help topic for '--debug'".into()));
+    let empty = parse([OsString::new()]);
+    assert_eq!(empty, Invocation::UnknownCommand("No help topic for ''".into()));
+}

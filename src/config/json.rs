@@ -1,0 +1,275 @@
+//! Reads JSON the way Go's encoding/json fills a struct, because the files in the field were written for that.
+//! Text becomes an ordered tree, and the tree is laid over values that exist already.
+//!
+//! - Keys match in any case. Unknown ones are ignored, and reported to the caller.
+//! - `null` leaves a value as it is, but empties an array.
+//! - Of duplicate keys the last wins; objects merge field by field, arrays are replaced.
+//! - A number for an integer must be written without fraction and exponent, and fit.
+//! - Invalid UTF-8 becomes U+FFFD, one for each byte.
+//!
+//! Two oddities aren't followed: a lone surrogate escape and a number beyond f64 are syntax errors here.
+
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+
+/// Why a text couldn't be laid over a value.
+#[derive(Debug, thiserror::Error)]
+pub enum JsonError {
+    /// The text isn't JSON.
+    #[error("Error parsing mender configuration file: {0}")]
+    Syntax(serde_json::Error),
+    /// The text is JSON, but a value has the wrong type or doesn't fit.
+    #[error("Error parsing config file: {key}: expected {expected}, found {found}")]
+    Type {
+        /// Where, in the file's own spelling: `Terminal.Width`, `Servers[0].ServerURL`.
+        key: String,
+        /// What belongs there.
+        expected: String,
+        /// What is there: numbers themselves, of anything else only the type.
+        found: String,
+    },
+}
+
+/// A JSON value. Objects keep the order of their keys, and duplicates.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// `null`
+    Null,
+    /// `true` or `false`
+    Bool(bool),
+    /// A number without fraction and exponent that fits 64 bits.
+    Integer(i128),
+    /// Any other number.
+    Real(f64),
+    /// A string.
+    String(String),
+    /// An array.
+    Array(Vec<Value>),
+    /// An object.
+    Object(Vec<(String, Value)>),
+}
+
+/// Something that a JSON value can be laid over.
+pub trait Merge {
+    /// Lays `value` over `self`. After an error `self` may be half changed.
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError>;
+}
+
+/// A struct that takes a JSON object.
+pub trait Object {
+    /// The field for a key, which is in lower case; `None` if there is no such field.
+    fn field(&mut self, key: &str) -> Option<&mut dyn Merge>;
+}
+
+/// Lays the JSON `text` over `target`, and returns the paths of the keys that it has no field for, each once.
+pub fn merge(text: &[u8], target: &mut dyn Merge) -> Result<Vec<String>, JsonError> {
+    let value = parse(text).map_err(JsonError::Syntax)?;
+    let mut walk = Walk { path: String::new(), unknown: Vec::new() };
+    target.merge(value, &mut walk)?;
+    Ok(walk.unknown)
+}
+
+fn parse(text: &[u8]) -> Result<Value, serde_json::Error> {
+    let mut clean = String::with_capacity(text.len());
+    for chunk in text.utf8_chunks() {
+        clean.push_str(chunk.valid());
+        clean.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
+    }
+    serde_json::from_str(&clean)
+}
+
+/// Go's folding for keys: ASCII, and the two letters beyond it that fold into it.
+fn fold(key: &str) -> String {
+    let letter = |c: char| match c {
+        '\u{17f}' => 's',
+        '\u{212a}' => 'k',
+        other => other.to_ascii_lowercase(),
+    };
+    key.chars().map(letter).collect()
+}
+
+/// Where in the document a merge is, and what it met.
+#[derive(Debug)]
+pub struct Walk {
+    path: String,
+    unknown: Vec<String>,
+}
+
+impl Walk {
+    fn mismatch(&self, expected: impl Into<String>, found: &Value) -> JsonError {
+        let found = match found {
+            Value::Null => "null".to_owned(),
+            Value::Bool(_) => "a boolean".to_owned(),
+            Value::Integer(number) => number.to_string(),
+            // Debug keeps the ".0" that shows why it isn't an integer.
+            Value::Real(number) => format!("{number:?}"),
+            Value::String(_) => "a string".to_owned(),
+            Value::Array(_) => "an array".to_owned(),
+            Value::Object(_) => "an object".to_owned(),
+        };
+        let key = if self.path.is_empty() { "top level".to_owned() } else { self.path.clone() };
+        JsonError::Type { key, expected: expected.into(), found }
+    }
+
+    fn member(&mut self, key: &str, value: Value, object: &mut impl Object) -> Result<(), JsonError> {
+        let parent = self.path.len();
+        if parent > 0 {
+            self.path.push('.');
+        }
+        self.path.push_str(key);
+        match object.field(&fold(key)) {
+            Some(field) => field.merge(value, self)?,
+            None if self.unknown.contains(&self.path) => {}
+            None => self.unknown.push(self.path.clone()),
+        }
+        self.path.truncate(parent);
+        Ok(())
+    }
+
+    fn element<T: Merge + Default>(&mut self, index: usize, value: Value) -> Result<T, JsonError> {
+        let parent = self.path.len();
+        self.path.push_str(&format!("[{index}]"));
+        let mut element = T::default();
+        element.merge(value, self)?;
+        self.path.truncate(parent);
+        Ok(element)
+    }
+}
+
+impl<T: Object> Merge for T {
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+        match value {
+            Value::Null => Ok(()),
+            Value::Object(members) => {
+                members.into_iter().try_for_each(|(key, value)| walk.member(&key, value, self))
+            }
+            other => Err(walk.mismatch("an object", &other)),
+        }
+    }
+}
+
+impl Merge for bool {
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+        match value {
+            Value::Null => {}
+            Value::Bool(value) => *self = value,
+            other => return Err(walk.mismatch("a boolean", &other)),
+        }
+        Ok(())
+    }
+}
+
+impl Merge for String {
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+        match value {
+            Value::Null => {}
+            Value::String(value) => *self = value,
+            other => return Err(walk.mismatch("a string", &other)),
+        }
+        Ok(())
+    }
+}
+
+macro_rules! merge_integer {
+    ($($integer:ty),*) => {$(
+        impl Merge for $integer {
+            fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+                let fits = match &value {
+                    Value::Null => return Ok(()),
+                    Value::Integer(number) => <$integer>::try_from(*number).ok(),
+                    _ => None,
+                };
+                let range = || format!("an integer from {} to {}", <$integer>::MIN, <$integer>::MAX);
+                *self = fits.ok_or_else(|| walk.mismatch(range(), &value))?;
+                Ok(())
+            }
+        }
+    )*};
+}
+
+merge_integer!(u16, u32, u64, i64);
+
+impl<T: Merge + Default> Merge for Vec<T> {
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+        *self = match value {
+            Value::Null => Vec::new(),
+            Value::Array(values) => {
+                let elements = values.into_iter().enumerate();
+                elements.map(|(index, value)| walk.element(index, value)).collect::<Result<_, _>>()?
+            }
+            other => return Err(walk.mismatch("an array", &other)),
+        };
+        Ok(())
+    }
+}
+
+/// For an array whose absence isn't the same as being empty.
+impl<T: Merge + Default> Merge for Option<Vec<T>> {
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+        if value == Value::Null {
+            *self = None;
+            return Ok(());
+        }
+        self.get_or_insert_default().merge(value, walk)
+    }
+}
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ValueVisitor)
+    }
+}
+
+struct ValueVisitor;
+
+impl<'de> Visitor<'de> for ValueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(Value::Integer(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(Value::Integer(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(Value::Real(value))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::String(value.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut values = Vec::new();
+        while let Some(value) = seq.next_element()? {
+            values.push(value);
+        }
+        Ok(Value::Array(values))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut members = Vec::new();
+        while let Some(member) = map.next_entry()? {
+            members.push(member);
+        }
+        Ok(Value::Object(members))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! Log lines on standard error, in the form of the reference agent:
+//! `time="…" level=info msg="…"`. Under systemd the journal knows the time, and gets the priority.
+
+use std::fs::File;
+use std::io::{self, Stderr};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use log::{Level, LevelFilter, Log, Metadata, Record, SetLoggerError};
+use simplelog::{ConfigBuilder, WriteLogger};
+use time::format_description::BorrowedFormatItem;
+use time::macros::format_description;
+
+const TIME: &[BorrowedFormatItem<'static>] =
+    format_description!("time=\"[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z\"");
+
+/// Only what this program says. Its libraries would tell keystrokes at trace level.
+const OURS: &str = env!("CARGO_CRATE_NAME");
+
+struct Logger {
+    /// Adds the time and writes.
+    inner: Box<WriteLogger<Stderr>>,
+    journal: bool,
+}
+
+/// Lets log lines of `level` and more urgent ones through. To be called once.
+///
+/// # Errors
+/// When it was called before.
+pub fn init(level: LevelFilter) -> Result<(), SetLoggerError> {
+    let journal = stderr_is_journal();
+    let mut config = ConfigBuilder::new();
+    config
+        .set_time_level(if journal { LevelFilter::Off } else { LevelFilter::Error })
+        .set_time_format_custom(TIME)
+        .set_level_padding(simplelog::LevelPadding::Off)
+        .set_max_level(LevelFilter::Off)
+        .set_target_level(LevelFilter::Off)
+        .set_location_level(LevelFilter::Off)
+        .set_thread_level(LevelFilter::Off);
+    let inner = WriteLogger::new(level, config.build(), io::stderr());
+    log::set_boxed_logger(Box::new(Logger { inner, journal }))?;
+    log::set_max_level(level);
+    Ok(())
+}
+
+/// systemd names the stream that goes to the journal by device and inode.
+fn stderr_is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    let Ok(metadata) = io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata()) else {
+        return false;
+    };
+    stream == format!("{}:{}", metadata.dev(), metadata.ino())
+}
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target().starts_with(OURS) && metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let (name, priority) = match record.level() {
+            Level::Error => ("error", 3),
+            Level::Warn => ("warning", 4),
+            Level::Info => ("info", 6),
+            Level::Debug => ("debug", 7),
+            Level::Trace => ("trace", 7),
+        };
+        let message = record.args().to_string();
+        let metadata = record.metadata().clone();
+        let write = |args: std::fmt::Arguments<'_>| {
+            self.inner.log(&Record::builder().metadata(metadata).args(args).build());
+        };
+        if self.journal {
+            write(format_args!("<{priority}>level={name} msg={message:?}"));
+        } else {
+            write(format_args!("level={name} msg={message:?}"));
+        }
+    }
+
+    fn flush(&self) {}
+}

@@ -1,0 +1,167 @@
+//! From the reader to the sessions. Runs in the link's reader thread and never blocks it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use log::{debug, info, warn};
+
+use super::inbox::{Inbox, Rejected};
+use super::worker::Session;
+use super::{Context, Entry, Info, THREAD_PREFIX, Table, ThreadCount, terminal};
+use crate::outbox::{FrameSink, Outbox};
+use crate::proto::{CONTROL, Frame, SHELL, SessionId, control, shell};
+use crate::sys::thread;
+use crate::sys::wake::Wake;
+
+/// Sessions of a link at a time. A server has a handful; this only keeps a mad one from taking all memory.
+const MAX_SESSIONS: usize = 256;
+
+/// Knows the sessions of one link. When it is dropped they all end.
+pub struct Router {
+    context: Arc<Context>,
+    table: Arc<Table>,
+    outbox: Arc<Outbox>,
+    /// For what is answered without a session.
+    sink: FrameSink,
+}
+
+impl Router {
+    /// For a link whose writer empties `outbox`.
+    ///
+    /// # Errors
+    /// When no descriptor can be had.
+    pub fn new(context: &Arc<Context>, outbox: &Arc<Outbox>) -> io::Result<Self> {
+        let sink = FrameSink::new(outbox, Arc::new(Wake::new()?));
+        let table = context.new_table();
+        Ok(Router { context: Arc::clone(context), table, outbox: Arc::clone(outbox), sink })
+    }
+
+    /// Brings a frame to its session, which is made if need be.
+    pub fn route(&mut self, frame: Frame) {
+        let Some(id) = frame.sid.clone() else {
+            if (frame.proto, frame.typ.as_str()) == (SHELL, shell::STOP) {
+                self.stop_shells_of_user(&frame);
+            } else {
+                debug!("ignoring a message without a session: {}/{:?}", frame.proto, frame.typ);
+            }
+            return;
+        };
+        let Some(frame) = self.deliver(&id, frame) else { return };
+        match (frame.proto, frame.typ.as_str()) {
+            (SHELL, shell::NEW) if self.context.config.terminal.enabled => self.create(&id, frame),
+            (SHELL, _) if self.context.config.terminal.enabled => {
+                if let Some(answer) = terminal::answer_without_shell(&id, &frame) {
+                    self.answer(&answer);
+                }
+            }
+            (SHELL, _) => self.answer(&terminal::unknown(&id, &frame)),
+            // These are about a session that isn't there.
+            (CONTROL, control::CLOSE | control::PONG | control::ERROR) => {}
+            _ => self.create(&id, frame),
+        }
+    }
+
+    /// Hands the frame to its session; back if there is none.
+    fn deliver(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
+        let inbox = Arc::clone(&self.table.lock().get(id)?.inbox);
+        match inbox.push(frame) {
+            Ok(()) => None,
+            Err(Rejected::Closed(frame)) => Some(frame),
+            Err(Rejected::Full(frame)) => {
+                self.overflow(id, &inbox, &frame);
+                None
+            }
+        }
+    }
+
+    /// A session that doesn't keep up. Keystrokes may be refused; of anything else a gap would corrupt data.
+    fn overflow(&mut self, id: &SessionId, inbox: &Inbox, frame: &Frame) {
+        warn!("session {id}: inbox full, refusing a message {}/{:?}", frame.proto, frame.typ);
+        if frame.proto == SHELL {
+            self.answer(&shell::failure(id, &frame.typ, "inbox full: the message was dropped"));
+        } else {
+            self.answer(&control::error_about(id, frame, "inbox full: the session is closed", true));
+            inbox.hang_up();
+        }
+    }
+
+    fn create(&mut self, id: &SessionId, frame: Frame) {
+        let started = if self.table.lock().len() >= MAX_SESSIONS {
+            Err("too many sessions".to_owned())
+        } else {
+            self.spawn(id, frame.clone()).map_err(|e| crate::sys::reason(&e))
+        };
+        if let Err(reason) = started {
+            warn!("session {id}: {reason}");
+            if frame.proto == SHELL {
+                let text = format!("failed to start shell: {reason}");
+                self.answer(&shell::failure(id, &frame.typ, text));
+            } else {
+                self.answer(&control::error_about(id, &frame, &reason, true));
+            }
+        }
+    }
+
+    fn spawn(&mut self, id: &SessionId, first: Frame) -> io::Result<()> {
+        let wake = Arc::new(Wake::new()?);
+        let inbox = Arc::new(Inbox::new(Arc::clone(&wake)));
+        // Can't be refused: the inbox is empty.
+        let _ = inbox.push(first);
+        let info = Arc::new(Info::default());
+        let entry = Entry { inbox: Arc::clone(&inbox), info: Arc::clone(&info), since: Instant::now() };
+        let sink = FrameSink::new(&self.outbox, Arc::clone(&wake));
+        let session = Session::new(id.clone(), Arc::clone(&self.context), Arc::clone(&inbox), wake, sink, info);
+        let table = Arc::clone(&self.table);
+        let name = id.clone();
+        let count = ThreadCount::new(&self.context);
+        // Before the thread runs, so that it finds itself there when it ends.
+        self.table.lock().insert(id.clone(), entry);
+        let thread_name = format!("{THREAD_PREFIX}{}", id.as_str());
+        let thread = thread::spawn(&thread_name, thread::SMALL_STACK, move || {
+            session.run();
+            table.remove(&name, &inbox);
+            drop(count);
+        });
+        if thread.is_err() {
+            self.table.lock().remove(id);
+        }
+        thread.map(drop)
+    }
+
+    fn stop_shells_of_user(&mut self, frame: &Frame) {
+        let user = frame.user();
+        if user.as_str().is_empty() {
+            return warn!("StopShellMessage: sessionId not given and userId empty");
+        }
+        let shells: Vec<SessionId> = self
+            .table
+            .lock()
+            .iter()
+            .filter(|(_, entry)| entry.info.lock().as_ref().is_some_and(|shell| shell.user == user))
+            .map(|(id, _)| id.clone())
+            .collect();
+        info!("stopping {} shells of user {user}", shells.len());
+        for id in shells {
+            let stop = Frame { sid: Some(id.clone()), ..frame.clone() };
+            self.deliver(&id, stop);
+        }
+    }
+
+    /// Answers in place of a session. A server that asks without end and doesn't read the answers gets no more.
+    fn answer(&self, frame: &Frame) {
+        if self.sink.takes_replies() {
+            self.sink.reply(frame);
+        } else {
+            debug!("dropping an answer {}/{:?}: too many wait", frame.proto, frame.typ);
+        }
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        for (_, entry) in self.table.lock().drain() {
+            entry.inbox.hang_up();
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! A session's thread: one poll loop.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::{debug, error, info};
+use nix::poll::PollFlags;
+
+use super::inbox::Inbox;
+use super::terminal::Terminal;
+use super::{Context, Info};
+use crate::outbox::FrameSink;
+use crate::proto::{CONTROL, Frame, SHELL, SessionId, control};
+use crate::sys::PollSet;
+use crate::sys::wake::Wake;
+
+/// Silence after which the peer is asked whether it is there, and after which the session is over.
+const PING_AFTER: Duration = Duration::from_secs(48);
+const CLOSE_AFTER: Duration = Duration::from_secs(60);
+
+/// One session id, while there is something to do for it.
+pub struct Session {
+    id: SessionId,
+    context: Arc<Context>,
+    inbox: Arc<Inbox>,
+    wake: Arc<Wake>,
+    sink: FrameSink,
+    terminal: Terminal,
+    /// Runs once another protocol than the terminal's was spoken: terminal clients don't answer pings.
+    idle: Option<Idle>,
+}
+
+/// The time since something came in.
+struct Idle {
+    since: Instant,
+    pinged: bool,
+}
+
+impl Idle {
+    fn deadline(&self) -> Instant {
+        self.since + if self.pinged { CLOSE_AFTER } else { PING_AFTER }
+    }
+}
+
+impl Session {
+    /// To be run in a thread of its own.
+    pub fn new(
+        id: SessionId,
+        context: Arc<Context>,
+        inbox: Arc<Inbox>,
+        wake: Arc<Wake>,
+        sink: FrameSink,
+        info: Arc<Info>,
+    ) -> Self {
+        let terminal = Terminal::new(Arc::clone(&context), id.clone(), sink.clone(), info);
+        Session { id, context, inbox, wake, sink, terminal, idle: None }
+    }
+
+    /// Runs until the session is over. A panic ends only this session.
+    pub fn run(mut self) {
+        debug!("session {}: started", self.id);
+        match catch_unwind(AssertUnwindSafe(|| self.serve())) {
+            Ok(Ok(())) => debug!("session {}: ended", self.id),
+            Ok(Err(e)) => self.fail(&crate::sys::reason(&e)),
+            Err(_) => self.fail("internal error"),
+        }
+    }
+
+    fn fail(&self, reason: &str) {
+        error!("session {}: {reason}", self.id);
+        self.inbox.close();
+        self.sink.reply(&control::error(&self.id, reason, true));
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        let mut gone = false;
+        loop {
+            self.wake.clear();
+            if !gone && self.inbox.is_hung_up() {
+                gone = true;
+                self.idle = None;
+                self.terminal.hang_up(Instant::now());
+            }
+            self.read_inbox();
+            self.check_idle(Instant::now());
+            if self.terminal.is_idle() && self.idle.is_none() && self.inbox.close_if_empty() {
+                return Ok(());
+            }
+            let ready = {
+                let mut set = PollSet::new();
+                set.add(self.wake.as_fd(), PollFlags::POLLIN);
+                let watched = self.terminal.watch(&mut set);
+                let timer = self.idle.as_ref().map(Idle::deadline);
+                let deadline = [timer, self.terminal.deadline()].into_iter().flatten().min();
+                set.wait(deadline)?;
+                watched.look(&set)
+            };
+            self.terminal.proceed(ready, Instant::now());
+        }
+    }
+
+    /// Reads what has come, as long as the answers can be taken away.
+    fn read_inbox(&mut self) {
+        while self.sink.takes_replies() {
+            let Some(frame) = self.inbox.pop() else { return };
+            self.handle(frame, Instant::now());
+        }
+    }
+
+    fn handle(&mut self, frame: Frame, now: Instant) {
+        if frame.proto != SHELL || self.idle.is_some() {
+            self.idle = Some(Idle { since: now, pinged: false });
+        }
+        match frame.proto {
+            SHELL => self.terminal.handle(frame, now),
+            CONTROL => self.handle_control(&frame),
+            other => {
+                let text = format!("no handler registered for protocol: 0x{other:04X}");
+                self.sink.reply(&control::error_about(&self.id, &frame, &text, false));
+            }
+        }
+    }
+
+    fn handle_control(&mut self, frame: &Frame) {
+        let mut over = false;
+        let mut refuse = |text: String| {
+            over = true;
+            control::error_about(&self.id, frame, &text, true)
+        };
+        let answer = match frame.typ.as_str() {
+            control::OPEN => Some(match control::parse::<control::Open>(&frame.body) {
+                Ok(open) if open.versions.unwrap_or_default().contains(&control::VERSION) => {
+                    control::accept(&self.id, &self.protocols())
+                }
+                Ok(_) => refuse(format!("handshake rejected: require version {}", control::VERSION)),
+                Err(e) => refuse(format!("failed to decode handshake request: {e}")),
+            }),
+            control::ACCEPT => match control::parse::<control::Accept>(&frame.body) {
+                Ok(accept) if accept.version == control::VERSION => None,
+                Ok(accept) => Some(refuse(format!(
+                    "unsupported protocol version {}: require version {}",
+                    accept.version,
+                    control::VERSION
+                ))),
+                Err(e) => Some(refuse(format!("malformed handshake response: {e}"))),
+            },
+            control::PING => Some(control::pong(&self.id)),
+            control::PONG => None,
+            control::CLOSE => {
+                debug!("session {}: closed by the peer", self.id);
+                over = true;
+                None
+            }
+            control::ERROR => {
+                let error = control::parse::<control::Error>(&frame.body).unwrap_or_default();
+                info!("session {}: error from the peer: {:?}", self.id, error.err.unwrap_or_default());
+                over = error.close.unwrap_or(false);
+                None
+            }
+            other => {
+                let text = format!("session: control type message not understood: '{other}'");
+                Some(control::error_about(&self.id, frame, &text, false))
+            }
+        };
+        if let Some(answer) = answer {
+            self.sink.reply(&answer);
+        }
+        if over {
+            // A shell that the session has besides is none of this protocol's business.
+            self.idle = None;
+        }
+    }
+
+    /// The protocols that are there for a session.
+    fn protocols(&self) -> Vec<u16> {
+        if self.context.config.terminal.enabled { vec![SHELL] } else { vec![] }
+    }
+
+    fn check_idle(&mut self, now: Instant) {
+        match &mut self.idle {
+            Some(idle) if now >= idle.since + CLOSE_AFTER => {
+                debug!("session {}: nothing heard for {} s", self.id, CLOSE_AFTER.as_secs());
+                self.sink.reply(&control::error(&self.id, "session timeout", true));
+                self.idle = None;
+            }
+            Some(idle) if !idle.pinged && now >= idle.since + PING_AFTER => {
+                idle.pinged = true;
+                self.sink.reply(&control::ping(&self.id));
+            }
+            _ => {}
+        }
+    }
+}

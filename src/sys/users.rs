@@ -1,0 +1,85 @@
+//! Looks up the account that the shells run as. Called from the main thread, once at start.
+//!
+//! Under glibc the answer comes from NSS (so LDAP, systemd-userdb and the like work), under musl from
+//! `/etc/passwd` and `/etc/group` alone.
+
+use std::ffi::CString;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+use nix::unistd::{self, Gid, Uid};
+
+/// An account of this device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// Login name.
+    pub name: String,
+    /// User id.
+    pub uid: Uid,
+    /// Primary group.
+    pub gid: Gid,
+    /// Every group of the user, the primary one included: what setgroups(2) should get.
+    pub groups: Vec<Gid>,
+    /// Home directory, as the user database has it: it needn't exist.
+    pub home: PathBuf,
+}
+
+/// Why an account couldn't be looked up.
+#[derive(Debug, thiserror::Error)]
+pub enum UserError {
+    /// The user database has no such name.
+    #[error("user: unknown user {0}")]
+    Unknown(String),
+    /// The user database couldn't be asked: trying again later may help.
+    #[error("user: cannot look up {name}: {errno}")]
+    Database {
+        /// The name asked for.
+        name: String,
+        /// What getpwnam_r(3) or getgrouplist(3) failed with.
+        errno: Errno,
+    },
+}
+
+/// Finds the account called `name`.
+pub fn lookup(name: &str) -> Result<User, UserError> {
+    let unknown = || {
+        if cfg!(target_env = "musl") {
+            log::info!("users are looked up in /etc/passwd only: this build has no NSS");
+        }
+        UserError::Unknown(name.to_owned())
+    };
+    let database = |errno| UserError::Database { name: name.to_owned(), errno };
+
+    let entry = match unistd::User::from_name(name) {
+        Ok(Some(entry)) => entry,
+        // getpwnam_r(3): some databases say "no such name" with an error.
+        Ok(None) | Err(Errno::ENOENT | Errno::ESRCH) => return Err(unknown()),
+        Err(errno) => return Err(database(errno)),
+    };
+    let c_name = CString::new(entry.name.as_str()).map_err(|_| unknown())?;
+    let groups = unistd::getgrouplist(&c_name, entry.gid).map_err(database)?;
+    Ok(User { name: entry.name, uid: entry.uid, gid: entry.gid, groups, home: entry.dir })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_is_found_with_its_primary_group() {
+        let root = lookup("root").unwrap();
+        assert_eq!(root.name, "root");
+        assert!(root.uid.is_root());
+        assert!(root.groups.contains(&root.gid));
+        assert!(root.home.is_absolute());
+    }
+
+    #[test]
+    fn unknown_names_have_the_exact_text() {
+        for name in ["no-such-user-here", "", "a\0b", "root:x"] {
+            let error = lookup(name).unwrap_err();
+            assert!(matches!(error, UserError::Unknown(_)), "{error:?}");
+            assert_eq!(error.to_string(), format!("user: unknown user {name}"));
+        }
+    }
+}
