@@ -17,7 +17,7 @@ pub fn delay(attempt: u32, base: Duration, random: u64) -> Duration {
     let ceiling = base.saturating_mul(factor).min(LONGEST);
     let nanos = u64::try_from(ceiling.as_nanos()).unwrap_or(u64::MAX);
     // The upper half of the product is uniform in 0..nanos.
-    Duration::from_nanos((u128::from(random) * u128::from(nanos) >> 64) as u64)
+    Duration::from_nanos(((u128::from(random) * u128::from(nanos)) >> 64) as u64)
 }
 
 #[cfg(test)]

@@ -47,7 +47,8 @@ pub fn init(level: LevelFilter) -> Result<(), SetLoggerError> {
 /// systemd names the stream that goes to the journal by device and inode.
 fn stderr_is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
-    let Ok(metadata) = io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata()) else {
+    let Ok(metadata) = io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata())
+    else {
         return false;
     };
     stream == format!("{}:{}", metadata.dev(), metadata.ino())

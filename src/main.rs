@@ -1,2 +1,54 @@
 //! Arguments, configuration, log, run; a `Result` becomes an exit code.
-fn main() {}
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use log::error;
+use mender_connect::cli::{self, Invocation, Options};
+use mender_connect::sys::signals::Signals;
+use mender_connect::{config, logging, session, supervisor};
+
+const USAGE: u8 = 1;
+const UNKNOWN_COMMAND: u8 = 3;
+
+fn main() -> ExitCode {
+    // Whoever reads this output may have gone away, which is no reason to fail.
+    match cli::parse(std::env::args_os().skip(1)) {
+        Invocation::Print(text) => {
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Invocation::UnknownCommand(text) => {
+            let _ = writeln!(std::io::stderr(), "{text}");
+            ExitCode::from(UNKNOWN_COMMAND)
+        }
+        Invocation::Usage { error, help } => {
+            let _ = write!(std::io::stderr(), "Incorrect Usage: {error}\n\n{help}");
+            ExitCode::from(USAGE)
+        }
+        Invocation::Daemon(options) => match daemon(&options) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => {
+                error!("{e}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+fn daemon(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
+    let signals = Signals::block()?;
+    logging::init(options.level)?;
+    std::panic::set_hook(Box::new(|panic| {
+        error!("panic: {panic}");
+        // A session clears up after itself. Without any other thread the daemon would be a ruin: the init
+        // system starts it anew.
+        let thread = std::thread::current();
+        if !thread.name().is_some_and(|name| name.starts_with(session::THREAD_PREFIX)) {
+            std::process::abort();
+        }
+    }));
+    let config = config::load(&options.config, &options.fallback_config)?;
+    supervisor::run(config, &signals)?;
+    Ok(())
+}

@@ -169,7 +169,8 @@ impl Manager {
         self.bus = Bus::Up(channel);
         (self.was_up, self.retry_delay) = (true, FIRST_RETRY);
         let announcements = MatchRule::new_signal(INTERFACE, "JwtTokenStateChange").with_sender(MANAGER);
-        let owners = format!("{},arg0='{MANAGER}'", MatchRule::new_signal(BUS, "NameOwnerChanged").match_str());
+        let owners =
+            format!("{},arg0='{MANAGER}'", MatchRule::new_signal(BUS, "NameOwnerChanged").match_str());
         for rule in [announcements.match_str(), owners] {
             self.call(BUS, BUS_PATH, BUS, "AddMatch", &[&rule]);
         }

@@ -46,6 +46,14 @@ impl Credentials {
         let there = !token.is_empty() && !server_url.is_empty();
         there.then(|| Credentials { token: Token(token.to_owned()), server_url: server_url.to_owned() })
     }
+
+    /// The server's URL as it may be logged: without user and password.
+    pub fn shown_server_url(&self) -> String {
+        let Some((scheme, rest)) = self.server_url.split_once("://") else { return self.server_url.clone() };
+        let end = rest.find('/').unwrap_or(rest.len());
+        let host = rest[..end].rfind('@').map_or(rest, |at| &rest[at + 1..]);
+        format!("{scheme}://{host}")
+    }
 }
 
 /// What the authentication manager lets know.
@@ -68,6 +76,9 @@ mod tests {
         assert_eq!(Credentials::new("", "http://x"), None);
         assert_eq!(Credentials::new("secret", ""), None);
         let shown = format!("{:?}", Credentials::new("secret", "http://x"));
+        let url = |url| Credentials::new("t", url).unwrap().shown_server_url();
+        assert_eq!(url("https://a:b@host:1/p@th"), "https://host:1/p@th");
+        assert_eq!(url("http://localhost:5000"), "http://localhost:5000");
         assert!(shown.contains("Token(6 bytes)") && !shown.contains("secret"), "{shown}");
     }
 }

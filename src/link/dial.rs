@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crossbeam_channel::{Receiver, Sender, select};
 use log::debug;
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, socket};
 use tungstenite::client::{IntoClientRequest, client_with_config};
 use tungstenite::http::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER};
 use tungstenite::http::{Response, Uri};
@@ -80,11 +80,7 @@ pub fn dial(
     Ok((websocket, WebSocket::from_raw_socket(write_half, Role::Client, Some(config))))
 }
 
-fn open_socket(
-    target: &Endpoint,
-    cancel: &Cancel,
-    gone: &Receiver<()>,
-) -> Result<Arc<TcpStream>, LinkError> {
+fn open_socket(target: &Endpoint, cancel: &Cancel, gone: &Receiver<()>) -> Result<Arc<TcpStream>, LinkError> {
     let mut last = LinkError::Resolve { host: target.host.clone(), reason: "no addresses".to_owned() };
     for address in resolve(target, gone)? {
         match connect_to(address, cancel) {
@@ -132,7 +128,11 @@ fn connect_to(address: SocketAddr, cancel: &Cancel) -> io::Result<Arc<TcpStream>
     stream.set_nodelay(true)?;
     net::set_unsent_limit(stream.as_fd(), UNSENT_LIMIT)?;
     cancel.register(&stream).map_err(io::Error::other)?;
-    match connect(stream.as_raw_fd(), &SockaddrStorage::from(address)) {
+    let result = match address {
+        SocketAddr::V4(v4) => connect(stream.as_raw_fd(), &SockaddrIn::from(v4)),
+        SocketAddr::V6(v6) => connect(stream.as_raw_fd(), &SockaddrIn6::from(v6)),
+    };
+    match result {
         Ok(()) => Ok(stream),
         Err(Errno::EINPROGRESS | Errno::EAGAIN) => Err(Errno::ETIMEDOUT.into()),
         Err(e) => Err(e.into()),

@@ -7,7 +7,7 @@ use tungstenite::http::Uri;
 use super::LinkError;
 
 /// The one path devices connect to. A path in the server URL doesn't count.
-const PATH: &str = "/api/devices/v1/deviceconnect/connect";
+pub const PATH: &str = "/api/devices/v1/deviceconnect/connect";
 
 /// A server, or a proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,18 +72,6 @@ fn bare(host: &str) -> &str {
     host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host)
 }
 
-/// A URL as it may be logged: without user and password.
-pub fn without_secrets(url: &str) -> String {
-    match url.split_once("://") {
-        Some((scheme, rest)) => {
-            let end = rest.find('/').unwrap_or(rest.len());
-            let host = rest[..end].rfind('@').map_or(rest, |at| &rest[at + 1..]);
-            format!("{scheme}://{host}")
-        }
-        None => url.to_owned(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,12 +102,5 @@ mod tests {
             let endpoint = Endpoint { tls: false, host: host.to_owned(), port: 1 };
             assert_eq!(endpoint.is_loopback(), itself, "{host}");
         }
-    }
-
-    #[test]
-    fn secrets_in_urls_stay_here() {
-        assert_eq!(without_secrets("https://a:b@host:1/p@th"), "https://host:1/p@th");
-        assert_eq!(without_secrets("http://localhost:5000"), "http://localhost:5000");
-        assert_eq!(without_secrets(""), "");
     }
 }

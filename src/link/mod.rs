@@ -26,6 +26,7 @@ use crate::outbox::Outbox;
 use crate::proto::Frame;
 use crate::sys::thread;
 
+pub use endpoint::PATH;
 pub use proxy::ProxySettings;
 
 /// A link without an inbound byte for so long is dead: the peers' own measure.
@@ -132,7 +133,7 @@ impl Link {
     pub fn dial(
         credentials: Credentials,
         proxies: Arc<ProxySettings>,
-        accept: impl FnOnce(&Arc<Outbox>) -> Inbound + Send + 'static,
+        accept: impl FnOnce(&Arc<Outbox>) -> io::Result<Inbound> + Send + 'static,
         events: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let (alive, gone) = crossbeam_channel::bounded(0);
@@ -163,7 +164,7 @@ fn run(
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
     gone: &Receiver<()>,
-    accept: impl FnOnce(&Arc<Outbox>) -> Inbound,
+    accept: impl FnOnce(&Arc<Outbox>) -> io::Result<Inbound>,
     events: &impl Fn(LinkEvent),
 ) -> LinkError {
     let outbox = Arc::new(Outbox::default());
@@ -180,7 +181,13 @@ fn run(
     if let Err(e) = writer {
         return e.into();
     }
-    let mut inbound = accept(&outbox);
+    let mut inbound = match accept(&outbox) {
+        Ok(inbound) => inbound,
+        Err(e) => {
+            outbox.close(1000, "");
+            return e.into();
+        }
+    };
     cancel.established();
     events(LinkEvent::Connected);
     let mut lost = reader::run(&mut socket, &outbox, &mut inbound, cancel);

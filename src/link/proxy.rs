@@ -97,9 +97,8 @@ fn covers(entry: &str, server: &Endpoint) -> bool {
 }
 
 fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
-    let same = |a: u128, b: u128, bits: u32| {
-        prefix <= bits && (prefix == 0 || (a ^ b) >> (bits - prefix) == 0)
-    };
+    let same =
+        |a: u128, b: u128, bits: u32| prefix <= bits && (prefix == 0 || (a ^ b) >> (bits - prefix) == 0);
     match (network, address) {
         (IpAddr::V4(a), IpAddr::V4(b)) => same(a.to_bits().into(), b.to_bits().into(), 32),
         (IpAddr::V6(a), IpAddr::V6(b)) => same(a.to_bits(), b.to_bits(), 128),

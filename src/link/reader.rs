@@ -56,7 +56,9 @@ pub fn run(
                 malformed += 1;
                 match malformed {
                     1..WARNINGS => warn!("ignoring a malformed message of {} bytes: {e}", bytes.len()),
-                    WARNINGS => warn!("ignoring a malformed message: {e}; no more warnings on this connection"),
+                    WARNINGS => {
+                        warn!("ignoring a malformed message: {e}; no more warnings on this connection")
+                    }
                     _ => debug!("ignoring a malformed message of {} bytes: {e}", bytes.len()),
                 }
             }

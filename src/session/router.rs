@@ -111,7 +111,8 @@ impl Router {
         let info = Arc::new(Info::default());
         let entry = Entry { inbox: Arc::clone(&inbox), info: Arc::clone(&info), since: Instant::now() };
         let sink = FrameSink::new(&self.outbox, Arc::clone(&wake));
-        let session = Session::new(id.clone(), Arc::clone(&self.context), Arc::clone(&inbox), wake, sink, info);
+        let session =
+            Session::new(id.clone(), Arc::clone(&self.context), Arc::clone(&inbox), wake, sink, info);
         let table = Arc::clone(&self.table);
         let name = id.clone();
         let count = ThreadCount::new(&self.context);

@@ -132,7 +132,7 @@ impl Session {
         };
         let answer = match frame.typ.as_str() {
             control::OPEN => Some(match control::parse::<control::Open>(&frame.body) {
-                Ok(open) if open.versions.unwrap_or_default().contains(&control::VERSION) => {
+                Ok(open) if open.versions.iter().flatten().any(|v| *v == control::VERSION) => {
                     control::accept(&self.id, &self.protocols())
                 }
                 Ok(_) => refuse(format!("handshake rejected: require version {}", control::VERSION)),

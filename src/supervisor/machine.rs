@@ -98,6 +98,24 @@ impl Machine {
         }
     }
 
+    /// How things stand, for people.
+    pub fn describe(&self, server: &str, now: Instant) -> String {
+        match self.state {
+            State::Unauthorized => "waiting for a token".to_owned(),
+            State::Waiting { until } => {
+                let left = until.saturating_duration_since(now).as_secs_f32();
+                format!("next attempt to connect to {server} in {left:.0} s, {} failed", self.attempt)
+            }
+            State::Asking => "asking for a token".to_owned(),
+            State::Dialling => format!("connecting to {server}"),
+            State::Connected { since } => {
+                let age = now.saturating_duration_since(since).as_secs();
+                format!("connected to {server} for {age} s")
+            }
+            State::Stopping => "ending".to_owned(),
+        }
+    }
+
     /// The table.
     pub fn step(&mut self, event: Event, now: Instant) -> Vec<Action> {
         match (self.state, event) {

@@ -38,8 +38,7 @@ impl Pty {
         grantpt(&master)?;
         unlockpt(&master)?;
         let name = ptsname_r(&master)?;
-        let slave =
-            open(name.as_str(), OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC, Mode::empty())?;
+        let slave = open(name.as_str(), OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC, Mode::empty())?;
         if owner.is_some() {
             fchown(&slave, owner, None)?;
         }

@@ -23,7 +23,6 @@ use self::clock::{Clock, Due};
 use self::shell::{Shell, Then};
 use super::quota::{MAX_SHELLS, ShellPermit};
 use super::{Context, Info, ShellInfo};
-use crate::config::Expiry;
 use crate::outbox::FrameSink;
 use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId};
@@ -150,7 +149,11 @@ impl Terminal {
     fn try_start(&mut self, frame: &Frame, now: Instant) -> Result<(), String> {
         if matches!(self.state, State::Running(_)) {
             let full = self.context.shells.running() >= MAX_SHELLS;
-            let reason = if full { "too many shells spawned" } else { "failed to start shell: shell is already running" };
+            let reason = if full {
+                "too many shells spawned"
+            } else {
+                "failed to start shell: shell is already running"
+            };
             return Err(reason.to_owned());
         }
         let user = frame.user();

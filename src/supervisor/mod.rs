@@ -1,0 +1,271 @@
+//! The main thread: it waits for the authentication manager, signals, the link and deadlines in one
+//! poll(2), lets the [`machine`] decide, and does what was decided.
+
+pub mod machine;
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender};
+use log::{debug, error, info, warn};
+use nix::poll::PollFlags;
+use nix::sys::signal::Signal;
+use thiserror::Error;
+
+use self::machine::{Action, Event, Machine, State};
+use crate::auth::dbus::{BusError, Manager};
+use crate::auth::{AuthEvent, Credentials};
+use crate::config::Config;
+use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
+use crate::session::{Context, Router};
+use crate::sys::PollSet;
+use crate::sys::signals::Signals;
+use crate::sys::wake::Wake;
+
+/// How long the end may wait for sessions to clean up. The init system is promised two seconds.
+const STOP_LIMIT: Duration = Duration::from_millis(1700);
+
+/// Why the daemon can't run (on).
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The system bus couldn't be used.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The system refused something basic.
+    #[error("out of resources: {0}")]
+    System(#[from] io::Error),
+}
+
+/// Runs the daemon until it is told to end by SIGTERM or SIGINT.
+///
+/// # Errors
+/// When it can't start: a bus that is lost later is waited for.
+pub fn run(config: Config, signals: &Signals) -> Result<(), Error> {
+    Supervisor::new(config)?.run(signals)
+}
+
+/// Which link, and what becomes of it.
+type Report = (u64, LinkEvent);
+
+struct Supervisor {
+    machine: Machine,
+    manager: Manager,
+    context: Arc<Context>,
+    proxies: Arc<ProxySettings>,
+    link: Option<Link>,
+    /// Counts links, so that a late word of one that was closed isn't taken for the current one's.
+    epoch: u64,
+    reporter: Sender<Report>,
+    reports: Receiver<Report>,
+    wake: Arc<Wake>,
+}
+
+/// What is polled, for [`Supervisor::run`].
+struct Happened {
+    signal: bool,
+}
+
+impl Supervisor {
+    fn new(config: Config) -> Result<Self, Error> {
+        let wake = Arc::new(Wake::new()?);
+        // At most two reports a link, and links are made one after another.
+        let (reporter, reports) = crossbeam_channel::unbounded();
+        Ok(Supervisor {
+            machine: Machine::new(config.reconnect_interval, random),
+            manager: Manager::connect(Arc::clone(&wake))?,
+            context: Context::new(config),
+            proxies: Arc::new(ProxySettings::from_environment()),
+            link: None,
+            epoch: 0,
+            reporter,
+            reports,
+            wake,
+        })
+    }
+
+    fn run(mut self, signals: &Signals) -> Result<(), Error> {
+        while self.machine.state != State::Stopping {
+            let happened = self.wait(signals)?;
+            if happened.signal {
+                while let Some(signal) = signals.next() {
+                    self.handle_signal(signal);
+                }
+            }
+            self.wake.clear();
+            let auth = self.manager.process(Instant::now())?;
+            for event in latest(auth) {
+                self.step(Event::Auth(event));
+            }
+            while let Ok((epoch, event)) = self.reports.try_recv() {
+                if epoch == self.epoch && self.link.is_some() {
+                    self.handle_link(event);
+                }
+            }
+            self.step(Event::Tick);
+        }
+        self.stop();
+        Ok(())
+    }
+
+    fn wait(&self, signals: &Signals) -> io::Result<Happened> {
+        let mut set = PollSet::new();
+        let signal = set.add(signals.as_fd(), PollFlags::POLLIN);
+        set.add(self.wake.as_fd(), PollFlags::POLLIN);
+        if let Some((fd, read, write)) = self.manager.watch() {
+            let mut events = PollFlags::empty();
+            events.set(PollFlags::POLLIN, read);
+            events.set(PollFlags::POLLOUT, write);
+            set.add_raw(fd, events);
+        }
+        set.wait([self.machine.deadline(), self.manager.deadline()].into_iter().flatten().min())?;
+        Ok(Happened { signal: !set.events(signal).is_empty() })
+    }
+
+    fn handle_signal(&mut self, signal: Signal) {
+        match signal {
+            Signal::SIGTERM | Signal::SIGINT => {
+                info!("{} received, ending", signal.as_str());
+                self.step(Event::Stop);
+            }
+            Signal::SIGHUP => {
+                info!("SIGHUP received, connecting anew");
+                self.step(Event::Reconnect);
+            }
+            Signal::SIGUSR1 => self.log_status(),
+            _ => {}
+        }
+    }
+
+    fn handle_link(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Connected => {
+                info!("Connection established with {}", self.server());
+                self.step(Event::Connected);
+            }
+            LinkEvent::Lost(reason) => {
+                let (server, token) = (self.server(), self.machine.credentials.as_ref());
+                if matches!(self.machine.state, State::Dialling) {
+                    error!(
+                        "connection manager failed to connect to {}{}: {reason}; len(token)={}",
+                        server.trim_end_matches('/'),
+                        link::PATH,
+                        token.map_or(0, |c| c.token.len())
+                    );
+                } else {
+                    warn!("connection with {server} lost: {reason}");
+                }
+                let (unauthorized, retry_after) = match reason {
+                    LinkError::Refused { status, retry_after } => (status == 401, retry_after),
+                    _ => (false, None),
+                };
+                self.step(Event::Lost { unauthorized, retry_after });
+            }
+        }
+    }
+
+    fn step(&mut self, event: Event) {
+        let before = self.machine.state;
+        for action in self.machine.step(event, Instant::now()) {
+            match action {
+                Action::Close => self.link = None,
+                Action::Dial => self.dial(),
+                Action::Ask => self.manager.ask(Instant::now()),
+                Action::Fetch => self.manager.fetch(Instant::now()),
+                Action::LogWait(wait) => {
+                    info!("connectionmanager backoff: retrying in {:.1}s", wait.as_secs_f64());
+                }
+                Action::LogUnauthorized => {
+                    let (sessions, shells) = self.context.counts();
+                    info!("dbusEventLoop terminated {sessions} sessions, {shells} shells");
+                }
+                Action::LogNoReconnect(why) => error!("error reconnecting: {why}"),
+            }
+        }
+        if self.machine.state != before {
+            debug!("{before:?} -> {:?}", self.machine.state);
+        }
+    }
+
+    fn dial(&mut self) {
+        self.link = None;
+        let Some(credentials) = self.machine.credentials.clone() else { return };
+        self.epoch += 1;
+        let (epoch, reports, wake) = (self.epoch, self.reporter.clone(), Arc::clone(&self.wake));
+        let report = move |event| {
+            let _ = reports.send((epoch, event));
+            wake.notify();
+        };
+        let context = Arc::clone(&self.context);
+        let accept = move |outbox: &Arc<_>| {
+            let mut router = Router::new(&context, outbox)?;
+            Ok(Box::new(move |frame| router.route(frame)) as link::Inbound)
+        };
+        match Link::dial(credentials, Arc::clone(&self.proxies), accept, report) {
+            Ok(link) => self.link = Some(link),
+            Err(e) => self.handle_link(LinkEvent::Lost(e.into())),
+        }
+    }
+
+    fn server(&self) -> String {
+        self.machine.credentials.as_ref().map_or_else(String::new, Credentials::shown_server_url)
+    }
+
+    fn log_status(&self) {
+        info!("mender-connect daemon v{}", env!("CARGO_PKG_VERSION"));
+        info!(" status: {}", self.machine.describe(&self.server(), Instant::now()));
+        self.context.log_status();
+    }
+
+    /// Every session's processes are ended and reaped, as far as that is possible in time.
+    fn stop(mut self) {
+        let deadline = Instant::now() + STOP_LIMIT;
+        self.link = None;
+        // The reader drops its router and with it the sessions, and then says so.
+        while let Ok((epoch, event)) = self.reports.recv_deadline(deadline) {
+            if epoch == self.epoch && matches!(event, LinkEvent::Lost(_)) {
+                break;
+            }
+        }
+        if !self.context.wait_until_quiet(deadline) {
+            warn!("some processes did not end in time");
+        }
+    }
+}
+
+/// Of announcements of tokens that have piled up only the last counts; an announcement that there is none
+/// always does.
+fn latest(events: Vec<AuthEvent>) -> Vec<AuthEvent> {
+    let is_token = |event: &AuthEvent| matches!(event, AuthEvent::Announced(Some(_)));
+    let mut kept: Vec<AuthEvent> = Vec::with_capacity(events.len());
+    for event in events {
+        match kept.last_mut() {
+            Some(last) if is_token(last) && is_token(&event) => *last = event,
+            _ => kept.push(event),
+        }
+    }
+    kept
+}
+
+/// A uniform number from the system's random source.
+fn random() -> u64 {
+    // Early in a boot there may be none; the time since is as good as it gets then.
+    getrandom::u64().unwrap_or_else(|_| {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        u64::from(since.subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_of_piled_up_tokens_counts() {
+        let token = |name| AuthEvent::Announced(Credentials::new(name, "http://x"));
+        let none = AuthEvent::Announced(None);
+        let events = vec![token("a"), token("b"), none.clone(), token("c"), token("d")];
+        assert_eq!(latest(events), vec![token("b"), none, token("d")]);
+    }
+}
