@@ -1,0 +1,158 @@
+//! The real executable as a child process.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::wait::{SOON, Watched, eventually, spawn};
+
+/// Where the executable lies. Cargo tells integration tests; an example looks beside itself.
+pub fn executable() -> PathBuf {
+    if let Some(path) = option_env!("CARGO_BIN_EXE_mender-connect") {
+        return path.into();
+    }
+    let me = std::env::current_exe().expect("this program's path");
+    // target/<profile>/examples/playground -> target/<profile>/mender-connect
+    let profile = me.ancestors().nth(2).expect("target/<profile>");
+    profile.join("mender-connect")
+}
+
+/// The executable with a bare environment, so that nothing of the caller's leaks into a test.
+pub fn command() -> Command {
+    let mut command = Command::new(executable());
+    bare(&mut command);
+    command
+}
+
+/// Takes everything out of the environment but what programs need to be found.
+pub fn bare(command: &mut Command) {
+    command.env_clear().env("RUST_BACKTRACE", "1");
+    if let Some(path) = std::env::var_os("PATH") {
+        command.env("PATH", path);
+    }
+}
+
+/// Runs the executable to its end.
+pub fn run(args: &[&str]) -> Output {
+    command().args(args).stdin(Stdio::null()).output().expect("run mender-connect")
+}
+
+/// A running agent; killed on drop. When the test panics its log is printed.
+pub struct Daemon {
+    child: Child,
+    log: Arc<Watched<Log>>,
+    status: Option<ExitStatus>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    lines: Vec<String>,
+    complete: bool,
+}
+
+impl Daemon {
+    /// Starts a prepared command, reading its standard error.
+    pub fn start(mut command: Command) -> Daemon {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("start {:?}: {e}", command.get_program()));
+        let stderr = child.stderr.take().expect("piped");
+        let log = Arc::new(Watched::new(Log::default()));
+        let filled = Arc::clone(&log);
+        spawn("daemon-log", move || {
+            let mut reader = BufReader::new(stderr);
+            let mut line = Vec::new();
+            while let Ok(1..) = reader.read_until(b'\n', &mut line) {
+                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+                filled.update(|log| log.lines.push(text));
+                line.clear();
+            }
+            filled.update(|log| log.complete = true);
+        });
+        Daemon { child, log, status: None }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything logged so far.
+    pub fn log(&self) -> Vec<String> {
+        self.log.peek(|log| log.lines.clone())
+    }
+
+    /// How many lines have been logged: a mark for [`Daemon::wait_for_log_after`].
+    pub fn mark(&self) -> usize {
+        self.log.peek(|log| log.lines.len())
+    }
+
+    /// Waits for a line that contains `text`, from the start of the log.
+    pub fn wait_for_log(&self, text: &str, limit: Duration) -> String {
+        self.wait_for_log_after(0, text, limit)
+    }
+
+    /// Waits for a line at or behind `mark` that contains `text`.
+    pub fn wait_for_log_after(&self, mark: usize, text: &str, limit: Duration) -> String {
+        let found = self.log.wait(limit, |log| {
+            let line = log.lines.iter().skip(mark).find(|line| line.contains(text)).cloned();
+            line.map(Some).or_else(|| log.complete.then_some(None))
+        });
+        match found {
+            Some(Some(line)) => line,
+            Some(None) => panic!("the daemon ended without logging {text:?}"),
+            None => panic!("waited {limit:?} in vain for the log to say {text:?}"),
+        }
+    }
+
+    /// How many lines contain `text`.
+    pub fn count_log(&self, text: &str) -> usize {
+        self.log.peek(|log| log.lines.iter().filter(|line| line.contains(text)).count())
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid() as i32), signal).expect("signal the daemon");
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.try_wait().is_none()
+    }
+
+    fn try_wait(&mut self) -> Option<ExitStatus> {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().expect("wait for the daemon");
+        }
+        self.status
+    }
+
+    /// Waits for the daemon's end and for the last line of its log.
+    pub fn wait_exit(&mut self, limit: Duration) -> ExitStatus {
+        let status = eventually(limit, "the daemon to exit", || self.try_wait());
+        self.log.wait(SOON, |log| log.complete.then_some(()));
+        status
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail = log.len().saturating_sub(60);
+            eprintln!("--- the daemon's log (last {} of {} lines):", log.len() - tail, log.len());
+            for line in &log[tail..] {
+                eprintln!("{line}");
+            }
+        }
+    }
+}

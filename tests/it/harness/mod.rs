@@ -1,0 +1,22 @@
+//! Everything a test puts around the agent: a private bus, an authentication manager, a loopback
+//! server with its clients, and the agent itself as a child process.
+//!
+//! Nothing here shares code with the agent: its own msgpack writer, its own websocket framing.
+//! Nothing sleeps for a fixed time: every wait is for an event and has a deadline, and a missed
+//! deadline says what was awaited. When a test panics, [`daemon::Daemon`] prints its log.
+
+pub mod bus;
+pub mod client;
+pub mod daemon;
+pub mod device;
+pub mod front;
+pub mod http;
+pub mod manager;
+pub mod msg;
+pub mod proc;
+mod reader;
+pub mod rig;
+pub mod server;
+pub mod tls;
+pub mod wait;
+pub mod wire;

@@ -1,0 +1,89 @@
+//! What /proc tells about a process.
+
+use std::fs;
+
+use super::wait::eventually;
+use std::time::Duration;
+
+/// Whether the process exists; a zombie does.
+pub fn exists(pid: u32) -> bool {
+    fs::metadata(format!("/proc/{pid}")).is_ok()
+}
+
+/// Waits until the process is gone, reaped included.
+pub fn wait_gone(pid: u32, limit: Duration) {
+    eventually(limit, &format!("process {pid} to be gone: {:?}", status_line(pid, "State:")), || {
+        (!exists(pid)).then_some(())
+    });
+}
+
+pub fn threads(pid: u32) -> usize {
+    count(&format!("/proc/{pid}/task"))
+}
+
+pub fn descriptors(pid: u32) -> usize {
+    count(&format!("/proc/{pid}/fd"))
+}
+
+/// What the process's descriptors point to, for failure messages.
+pub fn descriptor_targets(pid: u32) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    let mut targets: Vec<String> = entries
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .map(|target| target.display().to_string())
+        .collect();
+    targets.sort();
+    targets
+}
+
+/// Resident memory in KiB.
+pub fn rss_kib(pid: u32) -> u64 {
+    status_number(&format!("/proc/{pid}/status"), "VmRSS:")
+}
+
+/// How often the process's threads gave up the CPU by themselves, which is what a wake-up ends with.
+pub fn voluntary_switches(pid: u32) -> u64 {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return 0 };
+    tasks
+        .flatten()
+        .map(|task| {
+            status_number(&task.path().join("status").display().to_string(), "voluntary_ctxt_switches:")
+        })
+        .sum()
+}
+
+/// The direct children, zombies included.
+pub fn children(pid: u32) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|&child| parent(child) == Some(pid))
+        .collect()
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name is in parentheses and may hold anything; what follows the last one is regular.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn count(dir: &str) -> usize {
+    fs::read_dir(dir).map_or(0, |entries| entries.count())
+}
+
+fn status_line(pid: u32, field: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find(|line| line.starts_with(field)).map(str::to_owned)
+}
+
+fn status_number(file: &str, field: &str) -> u64 {
+    let status = fs::read_to_string(file).unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix(field))
+        .and_then(|rest| rest.split_whitespace().next())
+        .and_then(|number| number.parse().ok())
+        .unwrap_or(0)
+}

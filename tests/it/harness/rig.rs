@@ -1,0 +1,203 @@
+//! Bus, manager, server and agent put together.
+
+use std::process::Command;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::bus::Bus;
+use super::client::{Style, Terminal};
+use super::daemon::{self, Daemon};
+use super::device::{Device, Generation};
+use super::manager::Manager;
+use super::server::Server;
+use super::wait::SOON;
+
+/// The token every rig starts with.
+pub const TOKEN: &str = "header.payload.signature";
+
+/// A whole device and its server. Fields drop in this order: the agent first.
+pub struct Rig {
+    pub daemon: Daemon,
+    pub manager: Manager,
+    pub server: Server,
+    pub bus: Bus,
+    pub dir: TempDir,
+}
+
+/// What a rig is made of.
+pub struct Setup {
+    config: Value,
+    generation: Generation,
+    token: String,
+    url: Option<String>,
+    env: Vec<(String, String)>,
+    flags: Vec<String>,
+    wrapper: Option<&'static str>,
+    manager: bool,
+}
+
+/// A configuration whose shell is bash without anybody's start-up files, run as the current user.
+pub fn bash_config() -> Value {
+    json!({
+        "ShellCommand": "/bin/bash",
+        "ShellArguments": ["--noprofile", "--norc", "--noediting", "-i"],
+        "User": user_name(),
+    })
+}
+
+/// A configuration whose shell runs this script and ends.
+pub fn script_config(script: &str) -> Value {
+    json!({ "ShellCommand": "/bin/sh", "ShellArguments": ["-c", script], "User": user_name() })
+}
+
+/// The name of the user who runs the tests.
+pub fn user_name() -> String {
+    let user = nix::unistd::User::from_uid(nix::unistd::getuid()).expect("read the password database");
+    user.expect("the current user has an entry in the password database").name
+}
+
+pub fn is_root() -> bool {
+    nix::unistd::getuid().is_root()
+}
+
+impl Setup {
+    pub fn new() -> Setup {
+        Setup {
+            config: bash_config(),
+            generation: Generation::New,
+            token: TOKEN.to_owned(),
+            url: None,
+            env: Vec::new(),
+            flags: Vec::new(),
+            wrapper: None,
+            manager: true,
+        }
+    }
+
+    /// Replaces the whole configuration.
+    pub fn config(mut self, config: Value) -> Setup {
+        self.config = config;
+        self
+    }
+
+    /// Sets one key of the configuration.
+    pub fn set(mut self, key: &str, value: impl Into<Value>) -> Setup {
+        self.config[key] = value.into();
+        self
+    }
+
+    pub fn generation(mut self, generation: Generation) -> Setup {
+        self.generation = generation;
+        self
+    }
+
+    /// What the manager answers at first; the URL is the server's unless given.
+    pub fn token(mut self, token: &str) -> Setup {
+        token.clone_into(&mut self.token);
+        self
+    }
+
+    pub fn url(mut self, url: &str) -> Setup {
+        self.url = Some(url.to_owned());
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Setup {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// A global flag in front of `daemon`.
+    pub fn flag(mut self, flag: &str) -> Setup {
+        self.flags.push(flag.to_owned());
+        self
+    }
+
+    /// A shell script that ends in `exec "$@"` and starts the agent.
+    pub fn wrapper(mut self, script: &'static str) -> Setup {
+        self.wrapper = Some(script);
+        self
+    }
+
+    /// The manager isn't on the bus at first.
+    pub fn without_manager(mut self) -> Setup {
+        self.manager = false;
+        self
+    }
+
+    pub fn start(self) -> Rig {
+        self.start_with(|_| {})
+    }
+
+    /// Lets the test script the server before the agent starts.
+    pub fn start_with(self, prepare: impl FnOnce(&Server)) -> Rig {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let bus = Bus::start(dir.path());
+        let server = Server::start(self.generation);
+        prepare(&server);
+        let url = self.url.clone().unwrap_or_else(|| server.url());
+        let mut manager = Manager::absent(&bus.address(), &self.token, &url);
+        if self.manager {
+            manager.appear();
+        }
+        let daemon = Daemon::start(self.command(&dir, &bus.address()));
+        Rig { daemon, manager, server, bus, dir }
+    }
+
+    fn command(&self, dir: &TempDir, bus: &str) -> Command {
+        let config = dir.path().join("mender-connect.conf");
+        std::fs::write(&config, self.config.to_string()).expect("write the configuration");
+        let mut command = match self.wrapper {
+            None => daemon::command(),
+            Some(script) => {
+                let mut command = Command::new("/bin/sh");
+                daemon::bare(&mut command);
+                command.arg("-c").arg(script).arg("sh").arg(daemon::executable());
+                command
+            }
+        };
+        command.args(&self.flags);
+        command.arg("--config").arg(config);
+        command.arg("--fallback-config").arg(dir.path().join("absent.conf"));
+        command.arg("daemon");
+        command.env("DBUS_SYSTEM_BUS_ADDRESS", bus);
+        command.envs(self.env.iter().cloned());
+        command.current_dir(dir.path());
+        command
+    }
+}
+
+impl Rig {
+    /// The usual one, connected.
+    pub fn connected() -> (Rig, Device) {
+        Setup::new().connected()
+    }
+
+    /// The device's connection, once it is there.
+    pub fn device(&self) -> Device {
+        self.server.next_device(SOON)
+    }
+
+    /// Starts a second agent with the same configuration and bus.
+    pub fn restart(&mut self, setup: &Setup) {
+        self.daemon = Daemon::start(setup.command(&self.dir, &self.bus.address()));
+    }
+}
+
+impl Setup {
+    /// Starts and waits for the connection.
+    pub fn connected(self) -> (Rig, Device) {
+        let rig = self.start();
+        let device = rig.device();
+        (rig, device)
+    }
+
+    /// Starts, connects and opens a terminal with a prompt.
+    pub fn terminal(self) -> (Rig, Device, Terminal) {
+        let (rig, device) = self.connected();
+        let mut terminal = Terminal::new(&device, Style::Cli);
+        terminal.open_with_prompt();
+        (rig, device, terminal)
+    }
+}

@@ -1,0 +1,84 @@
+//! Waiting for events with deadlines, and the one way to start a thread.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a test waits for something that should happen at once. Generous, because the whole
+/// suite shares two cores; a passing test never waits this long.
+pub const SOON: Duration = Duration::from_secs(15);
+
+/// Shorthand for whole seconds.
+pub const fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+/// Shorthand for milliseconds.
+pub const fn millis(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// Starts a named thread.
+pub fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(body).expect("start a thread")
+}
+
+/// A value that threads change and others wait on.
+#[derive(Debug, Default)]
+pub struct Watched<T> {
+    value: Mutex<T>,
+    changed: Condvar,
+}
+
+impl<T> Watched<T> {
+    pub fn new(value: T) -> Self {
+        Watched { value: Mutex::new(value), changed: Condvar::new() }
+    }
+
+    /// Changes the value and wakes everybody who waits.
+    pub fn update<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
+        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = change(&mut value);
+        self.changed.notify_all();
+        result
+    }
+
+    pub fn peek<R>(&self, look: impl FnOnce(&T) -> R) -> R {
+        look(&self.value.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits until `pick` finds what it looks for; `None` when `limit` has passed.
+    pub fn wait<R>(&self, limit: Duration, mut pick: impl FnMut(&mut T) -> Option<R>) -> Option<R> {
+        let deadline = Instant::now() + limit;
+        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(found) = pick(&mut value) {
+                return Some(found);
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            value = self.changed.wait_timeout(value, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// Looks again and again until `check` finds something. Only for what has no event to wait for,
+/// such as the contents of /proc.
+pub fn eventually<R>(limit: Duration, what: &str, mut check: impl FnMut() -> Option<R>) -> R {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(found) = check() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited {limit:?} in vain for: {what}");
+        std::thread::park_timeout(millis(20));
+    }
+}
+
+/// Asserts that `check` stays true for the whole time.
+pub fn throughout(span: Duration, what: &str, mut check: impl FnMut() -> bool) {
+    let deadline = Instant::now() + span;
+    while Instant::now() < deadline {
+        assert!(check(), "did not last: {what}");
+        std::thread::park_timeout(millis(50));
+    }
+}
