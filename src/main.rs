@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use log::error;
 use mender_connect::cli::{self, Invocation, Options};
+use mender_connect::sys::process;
 use mender_connect::sys::signals::Signals;
 use mender_connect::{config, logging, session, supervisor};
 
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
 
 fn daemon(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
     let signals = Signals::block()?;
+    process::keep_descriptors_private();
     logging::init(options.level)?;
     std::panic::set_hook(Box::new(|panic| {
         error!("panic: {panic}");

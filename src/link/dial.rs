@@ -28,8 +28,8 @@ const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
 /// For each address of the host.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const PROXY_LIMIT: Duration = Duration::from_secs(10);
-const TLS_LIMIT: Duration = Duration::from_secs(15);
-const UPGRADE_LIMIT: Duration = Duration::from_secs(15);
+const TLS_LIMIT: Duration = Duration::from_secs(10);
+const UPGRADE_LIMIT: Duration = Duration::from_secs(10);
 
 /// A server that wants us away for longer still gets a visit then.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);

@@ -102,9 +102,9 @@ impl Session {
         }
     }
 
-    /// Reads what has come, as long as the answers can be taken away.
+    /// Reads what has come, as long as it can be dealt with and the answers can be taken away.
     fn read_inbox(&mut self) {
-        while self.sink.takes_replies() {
+        while self.sink.takes_replies() && self.terminal.takes_frames() {
             let Some(frame) = self.inbox.pop() else { return };
             self.handle(frame, Instant::now());
         }

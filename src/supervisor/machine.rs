@@ -144,13 +144,8 @@ impl Machine {
             }
             (_, Event::Tick) => vec![],
 
-            (State::Dialling | State::Asking, Event::Reconnect) => vec![],
-            (State::Connected { .. }, Event::Reconnect) => {
-                self.go(State::Asking, vec![Action::Close, Action::Ask])
-            }
-            (State::Unauthorized | State::Waiting { .. }, Event::Reconnect) => {
-                self.go(State::Asking, vec![Action::Ask])
-            }
+            (State::Asking, Event::Reconnect) => vec![],
+            (_, Event::Reconnect) => self.go(State::Asking, vec![Action::Close, Action::Ask]),
         }
     }
 
@@ -323,9 +318,10 @@ mod tests {
             (connected, Event::Tick, connected, vec![]),
             // The operator.
             (connected, Event::Reconnect, Asking, vec![Close, Ask]),
-            (waiting, Event::Reconnect, Asking, vec![Ask]),
-            (Unauthorized, Event::Reconnect, Asking, vec![Ask]),
-            (Dialling, Event::Reconnect, Dialling, vec![]),
+            (waiting, Event::Reconnect, Asking, vec![Close, Ask]),
+            (Unauthorized, Event::Reconnect, Asking, vec![Close, Ask]),
+            (Dialling, Event::Reconnect, Asking, vec![Close, Ask]),
+            (Asking, Event::Reconnect, Asking, vec![]),
             (connected, Event::Stop, Stopping, vec![Close]),
             (waiting, Event::Stop, Stopping, vec![Close]),
             (Stopping, announced("b"), Stopping, vec![]),

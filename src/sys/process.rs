@@ -9,12 +9,15 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
 use nix::libc;
-use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
 use nix::unistd::{Gid, Pid, Uid, geteuid, setgid, setgroups, setsid, setuid};
 
 use super::thread;
 use super::users::User;
 use super::wake::Wake;
+
+/// As many as the kernel knows on every architecture but MIPS.
+const KERNEL_SIGNALS: i32 = 64;
 
 /// A process that leads a session of its own, on a terminal of its own.
 ///
@@ -151,16 +154,42 @@ fn lead_session() -> io::Result<()> {
 }
 
 /// Whoever started the daemon may have had signals ignored or blocked; a shell must not inherit that.
+///
+/// By number and past libc, which keeps some real-time signals to itself.
 #[allow(unsafe_code)]
 fn default_signals() -> io::Result<()> {
-    for signal in Signal::iterator() {
-        if signal != Signal::SIGKILL && signal != Signal::SIGSTOP {
-            // SAFETY: the default action installs no handler that could run in a wrong state.
-            unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }?;
-        }
+    // The kernel's `struct sigaction` is no larger than this on any architecture, and all zeroes say
+    // "default action, no flags, empty mask" in each one's layout.
+    let default = [0_u64; 8];
+    for signal in 1..=libc::c_long::from(KERNEL_SIGNALS) {
+        // SAFETY: reads one kernel sigaction from memory that is at least as large; the default action
+        // installs no handler. SIGKILL and SIGSTOP answer with an error, which changes nothing.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                std::ptr::null::<u64>(),
+                KERNEL_SIGNALS as usize / 8,
+            )
+        };
     }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
     Ok(())
+}
+
+/// Marks every descriptor but the standard ones close-on-exec. What the daemon opens itself always is;
+/// this is for those it got from whoever started it. To be called at the start.
+#[allow(unsafe_code)]
+pub fn keep_descriptors_private() {
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else { return };
+    let inherited: Vec<i32> =
+        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    for fd in inherited.into_iter().filter(|fd| *fd > libc::STDERR_FILENO) {
+        // SAFETY: sets a flag of the descriptor and touches no memory; one that is closed by now (the
+        // directory's own) answers with an error.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
 }
 
 /// The order matters: after setuid nothing else would be allowed.

@@ -98,6 +98,11 @@ impl Terminal {
         matches!(self.state, State::Nothing)
     }
 
+    /// Whether frames can be taken. Not when many wait for a shell's end already.
+    pub fn takes_frames(&self) -> bool {
+        self.deferred.len() < MAX_DEFERRED
+    }
+
     /// Obeys a frame of the shell protocol.
     pub fn handle(&mut self, frame: Frame, now: Instant) {
         if !self.context.config.terminal.enabled {
@@ -105,7 +110,7 @@ impl Terminal {
         }
         match (&mut self.state, frame.typ.as_str()) {
             // What comes while a shell ends is about the time after.
-            (State::Ending(_), _) if self.deferred.len() < MAX_DEFERRED => self.deferred.push_back(frame),
+            (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
                 running.clock.input(now);
                 self.info.update(|shell| shell.last_input = now);
