@@ -1,4 +1,41 @@
-//! mender-connect.
+//! The insides of mender-connect. The program is small enough to be read in an evening; start here.
+//!
+//! ```text
+//!                 ┌────────────────────────────── mender-connect ───────────────────────────┐
+//!  mender-auth ──▶│ supervisor (main thread)   poll{ D-Bus, signals, wake, next deadline }  │
+//!   over D-Bus    │    Machine: State × Event → State + Actions                             │
+//!                 │      │ dials, closes                      ▲ Connected / Lost(why)       │
+//!                 │      ▼                                    │                             │
+//!  Mender server  │ link thread: dial ▸ TLS ▸ upgrade, then the blocking reader             │
+//!   (websocket) ─▶│   read ▸ decode ▸ Router{ SessionId → Inbox }   never waits             │
+//!                 │                              │                                          │
+//!                 │                              ▼ one thread per session                   │
+//!                 │   "s-1f0c…": poll{ wake, terminal, process, timers }                    │
+//!                 │                              │ Frame                                    │
+//!                 │                              ▼                                          │
+//!  Mender server ◀│ link-writer thread: Outbox ▸ websocket                                  │
+//!                 └─────────────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`cli`], [`config`], [`logging`] | what the operator says and is told |
+//! | [`supervisor`] | when to connect; signals |
+//! | [`auth`] | token and server URL, from mender-auth over D-Bus |
+//! | [`link`] | one websocket's life: dial, read, write |
+//! | [`session`] | from a frame to the thread that owns what it is about; terminals |
+//! | [`outbox`] | from sessions to the writer: order, bounds, back-pressure |
+//! | [`proto`] | the messages; no I/O |
+//! | [`backoff`] | how long to wait; pure |
+//! | [`sys`] | kernel and libc; the only `unsafe` |
+//!
+//! Words, each for one thing: a *message* is the websocket's; a *frame* is our decoded unit; a *session* is one
+//! session id's life; a *link* is one websocket's life; a *permit* is a counted right held by a guard.
+//!
+//! Arrows point one way: `main → supervisor → { auth, link, session } → { outbox, config, proto, backoff, sys }`. `link` and
+//! `session` don't know each other; the supervisor joins them. A session waits for nobody: its inbox and its share of
+//! the outbox are bounded, and it polls for room. When the link is gone its router is dropped, which ends the sessions,
+//! and what they own is released when they are dropped.
 
 pub mod auth;
 pub mod backoff;
