@@ -57,6 +57,8 @@ struct Supervisor {
     link: Option<Link>,
     /// Counts links, so that a late word of one that was closed isn't taken for the current one's.
     epoch: u64,
+    /// Links that haven't reported their end yet; with [`Supervisor::link`] at most a few.
+    unfinished: usize,
     reporter: Sender<Report>,
     reports: Receiver<Report>,
     wake: Arc<Wake>,
@@ -79,6 +81,7 @@ impl Supervisor {
             proxies: Arc::new(ProxySettings::from_environment()),
             link: None,
             epoch: 0,
+            unfinished: 0,
             reporter,
             reports,
             wake,
@@ -98,10 +101,8 @@ impl Supervisor {
             for event in latest(auth) {
                 self.step(Event::Auth(event));
             }
-            while let Ok((epoch, event)) = self.reports.try_recv() {
-                if epoch == self.epoch && self.link.is_some() {
-                    self.handle_link(event);
-                }
+            while let Ok(report) = self.reports.try_recv() {
+                self.handle_report(report);
             }
             self.step(Event::Tick);
         }
@@ -135,6 +136,15 @@ impl Supervisor {
             }
             Signal::SIGUSR1 => self.log_status(),
             _ => {}
+        }
+    }
+
+    fn handle_report(&mut self, (epoch, event): Report) {
+        if matches!(event, LinkEvent::Lost(_)) {
+            self.unfinished -= 1;
+        }
+        if epoch == self.epoch && self.link.is_some() {
+            self.handle_link(event);
         }
     }
 
@@ -203,7 +213,10 @@ impl Supervisor {
             Ok(Box::new(move |frame| router.route(frame)) as link::Inbound)
         };
         match Link::dial(credentials, Arc::clone(&self.proxies), accept, report) {
-            Ok(link) => self.link = Some(link),
+            Ok(link) => {
+                self.link = Some(link);
+                self.unfinished += 1;
+            }
             Err(e) => self.handle_link(LinkEvent::Lost(e.into())),
         }
     }
@@ -223,10 +236,10 @@ impl Supervisor {
         let deadline = Instant::now() + STOP_LIMIT;
         self.link = None;
         // The reader drops its router and with it the sessions, and then says so.
-        while let Ok((epoch, event)) = self.reports.recv_deadline(deadline) {
-            if epoch == self.epoch && matches!(event, LinkEvent::Lost(_)) {
-                break;
-            }
+        while self.unfinished > 0
+            && let Ok(report) = self.reports.recv_deadline(deadline)
+        {
+            self.handle_report(report);
         }
         if !self.context.wait_until_quiet(deadline) {
             warn!("some processes did not end in time");

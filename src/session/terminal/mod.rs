@@ -270,16 +270,17 @@ impl Terminal {
             running.exit = running.shell.process.try_wait();
             running.give_up = Some(now + DRAIN_LIMIT);
         }
-        if ready.pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
+        let give_up = running.give_up.is_some_and(|at| now >= at);
+        if give_up || ready.pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
             self.pass_output(now);
         }
         let State::Running(running) = &mut self.state else { return };
         if let (Some(status), true) = (running.exit, running.at_end) {
             return self.ended_by_itself(status, now);
         }
-        if running.give_up.is_some_and(|at| now >= at) {
+        if give_up {
             match running.exit {
-                // Somebody has taken the terminal over and writes nothing.
+                // A background job has kept the terminal. What the shell wrote is out.
                 Some(status) if self.sink.takes_data() => return self.ended_by_itself(status, now),
                 // The last output still waits for the link.
                 Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
@@ -299,9 +300,6 @@ impl Terminal {
             let output = running.shell.read_output();
             if !output.bytes.is_empty() {
                 self.sink.data(&wire::output(&self.id, output.bytes));
-                if running.exit.is_some() {
-                    running.give_up = Some(now + DRAIN_LIMIT);
-                }
             }
             match output.then {
                 Then::More => {}
