@@ -1,7 +1,14 @@
 //! Integration tests: the real executable against a private bus, an authentication manager and a
-//! loopback server. `tests/run` runs them as they are meant to be run.
+//! loopback server. `tests/run` runs them as they are meant to be run: many at a time, because most
+//! of them wait.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod harness;
+
+mod at_length;
+mod control;
+mod quotas;
 mod selftest;
+mod shell;
+mod terminal;

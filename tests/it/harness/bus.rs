@@ -1,6 +1,7 @@
 //! A private message bus for one test.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -17,6 +18,13 @@ pub struct Bus {
 impl Bus {
     /// Starts a bus whose socket lies in `dir`.
     pub fn start(dir: &Path) -> Bus {
+        let mut bus = Bus::absent(dir);
+        bus.restart();
+        bus
+    }
+
+    /// A bus that isn't running yet.
+    pub fn absent(dir: &Path) -> Bus {
         let socket = dir.join("bus");
         let config = dir.join("bus.conf");
         let text = format!(
@@ -37,9 +45,7 @@ impl Bus {
             socket.display()
         );
         std::fs::write(&config, text).expect("write the bus's configuration");
-        let mut bus = Bus { child: None, socket, config };
-        bus.restart();
-        bus
+        Bus { child: None, socket, config }
     }
 
     /// The value for DBUS_SYSTEM_BUS_ADDRESS.
@@ -47,6 +53,7 @@ impl Bus {
         format!("unix:path={}", self.socket.display())
     }
 
+    #[allow(dead_code, reason = "for the playground")]
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref().map(Child::id)
     }
@@ -62,8 +69,14 @@ impl Bus {
 
     /// Starts a new bus at the same address, killing the old one if there is one.
     pub fn restart(&mut self) {
+        self.try_restart().unwrap_or_else(|why| panic!("{why}"));
+    }
+
+    pub fn try_restart(&mut self) -> Result<(), String> {
         self.kill();
         let mut child = Command::new("dbus-daemon")
+            // A Ctrl-C at the test run's terminal is not for the bus.
+            .process_group(0)
             .arg("--nofork")
             .arg("--nopidfile")
             .arg("--print-address")
@@ -72,9 +85,9 @@ impl Bus {
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
-            .unwrap_or_else(|e| {
-                panic!("cannot start dbus-daemon ({e}): install the package 'dbus' (apt-get install dbus)")
-            });
+            .map_err(|e| {
+                format!("cannot start dbus-daemon ({e}): install the package 'dbus' (apt-get install dbus)")
+            })?;
         let out = child.stdout.take().expect("piped");
         // The address appears when the socket listens.
         let (ready, wait) = std::sync::mpsc::channel();
@@ -84,8 +97,10 @@ impl Bus {
             let _ = ready.send(line);
         });
         self.child = Some(child);
-        let line = wait.recv_timeout(SOON).expect("dbus-daemon prints its address in time");
-        assert!(line.starts_with("unix:"), "dbus-daemon did not start; it printed {line:?}");
+        match wait.recv_timeout(SOON) {
+            Ok(line) if line.starts_with("unix:") => Ok(()),
+            other => Err(format!("dbus-daemon did not start; it printed {other:?}")),
+        }
     }
 }
 

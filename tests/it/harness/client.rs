@@ -27,9 +27,9 @@ pub struct Terminal {
     pub sid: String,
     pub user: String,
     pub style: Style,
-    commands: u64,
+    pub commands: u64,
     /// Output received behind what the last helper returned.
-    pending: String,
+    pub pending: String,
 }
 
 static SESSIONS: AtomicU64 = AtomicU64::new(1);
@@ -89,10 +89,6 @@ impl Terminal {
                 self.send("resize", &size(80, 24), b"");
             }
         }
-    }
-
-    pub fn ask_new_sized(&self, width: u16, height: u16) {
-        self.send("new", &size(width, height), b"");
     }
 
     pub fn resize(&self, width: u16, height: u16) {
@@ -184,7 +180,8 @@ impl Terminal {
         self.prompt();
     }
 
-    /// Types a command and returns what it printed, without echo and carriage returns.
+    /// Types a command at the prompt and returns what it printed, without echo and carriage returns.
+    /// The next prompt has come, too: no output is under way behind this.
     pub fn run(&mut self, command: &str) -> String {
         self.run_within(command, SOON)
     }
@@ -199,6 +196,7 @@ impl Terminal {
         let from = all.find(&begin).expect("the begin mark precedes the end mark") + begin.len();
         let to = from + all[from..].find(&end).expect("the end mark follows the begin mark");
         self.pending = all[to + end.len()..].to_owned();
+        self.prompt();
         let printed = all[from..to].replace("\r\n", "\n");
         printed.strip_suffix('\n').unwrap_or(&printed).to_owned()
     }

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -47,6 +47,8 @@ pub struct Daemon {
     child: Child,
     log: Arc<Watched<Log>>,
     status: Option<ExitStatus>,
+    /// When it was started.
+    pub started: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -56,15 +58,19 @@ struct Log {
 }
 
 impl Daemon {
-    /// Starts a prepared command, reading its standard error.
-    pub fn start(mut command: Command) -> Daemon {
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|e| panic!("start {:?}: {e}", command.get_program()));
-        let stderr = child.stderr.take().expect("piped");
+    /// Starts a prepared command, reading its standard error. When that shall look like the
+    /// journal's, JOURNAL_STREAM names it as systemd does: device and inode.
+    pub fn start(mut command: Command, journal: bool) -> Daemon {
+        let (stderr, write_end) = std::io::pipe().expect("a pipe");
+        if journal {
+            let pipe = nix::sys::stat::fstat(&write_end).expect("fstat");
+            command.env("JOURNAL_STREAM", format!("{}:{}", pipe.st_dev, pipe.st_ino));
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(write_end);
+        let started = Instant::now();
+        let child = command.spawn().unwrap_or_else(|e| panic!("start {:?}: {e}", command.get_program()));
+        // The command holds the write end too, and without its end the log has none.
+        drop(command);
         let log = Arc::new(Watched::new(Log::default()));
         let filled = Arc::clone(&log);
         spawn("daemon-log", move || {
@@ -77,7 +83,17 @@ impl Daemon {
             }
             filled.update(|log| log.complete = true);
         });
-        Daemon { child, log, status: None }
+        Daemon { child, log, status: None, started }
+    }
+
+    /// Starts a prepared command whose log goes to a file.
+    #[allow(dead_code, reason = "for the playground")]
+    pub fn start_logging_to(mut command: Command, file: std::fs::File) -> Daemon {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
+        let started = Instant::now();
+        let child = command.spawn().unwrap_or_else(|e| panic!("start {:?}: {e}", command.get_program()));
+        let log = Arc::new(Watched::new(Log { lines: Vec::new(), complete: true }));
+        Daemon { child, log, status: None, started }
     }
 
     pub fn pid(&self) -> u32 {

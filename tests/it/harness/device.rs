@@ -1,7 +1,7 @@
 //! The server's end of one device's websocket. A thread reads it; tests take the messages out of
 //! its inbox and write through [`Device`].
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,6 +37,8 @@ pub enum Reading {
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) inbox: VecDeque<Msg>,
+    /// Sessions whose messages nobody wants.
+    pub(super) discarded: HashSet<String>,
     /// What the device sent that no server could read.
     pub(super) broken: Vec<String>,
     pub(super) pings: Vec<(Instant, Vec<u8>)>,
@@ -76,6 +78,7 @@ impl Device {
         let stream = Arc::new(stream);
         let state = State {
             inbox: VecDeque::new(),
+            discarded: HashSet::new(),
             broken: Vec::new(),
             pings: Vec::new(),
             pongs: Vec::new(),
@@ -199,9 +202,14 @@ impl Device {
 
     // ---- what came
 
-    /// Takes the next message that `want` accepts, leaving the others in order.
-    pub fn take(&self, limit: Duration, what: &str, mut want: impl FnMut(&Msg) -> bool) -> Msg {
-        let found = self.0.state.wait(limit, |s| {
+    /// Takes the next message that `want` accepts, leaving the others in order. `None` when `limit`
+    /// has passed, an error when no message can come any more.
+    pub fn try_take(
+        &self,
+        limit: Duration,
+        mut want: impl FnMut(&Msg) -> bool,
+    ) -> Option<Result<Msg, String>> {
+        self.0.state.wait(limit, |s| {
             if let Some(at) = s.inbox.iter().position(&mut want) {
                 return s.inbox.remove(at).map(Ok);
             }
@@ -210,12 +218,24 @@ impl Device {
                 (Some(why), _) => Some(Err(format!("the link is over: {why}"))),
                 (None, _) => None,
             }
-        });
-        match found {
+        })
+    }
+
+    /// Like [`Device::try_take`], for messages that must come.
+    pub fn take(&self, limit: Duration, what: &str, want: impl FnMut(&Msg) -> bool) -> Msg {
+        match self.try_take(limit, want) {
             Some(Ok(msg)) => msg,
             Some(Err(why)) => panic!("while waiting for {what}: {why}"),
             None => panic!("waited {limit:?} in vain for: {what}; the inbox holds {}", self.inbox_summary()),
         }
+    }
+
+    /// Drops this session's messages from now on instead of keeping them.
+    pub fn discard(&self, sid: &str) {
+        self.0.state.update(|s| {
+            s.discarded.insert(sid.to_owned());
+            s.inbox.retain(|m| m.sid.as_deref() != Some(sid));
+        });
     }
 
     /// The next message, whosever it is.

@@ -33,14 +33,12 @@ pub enum Answer {
 pub struct Call {
     pub interface: String,
     pub member: String,
-    pub at: Instant,
 }
 
 struct State {
     token: String,
     url: String,
     get: Answer,
-    fetch: Answer,
     /// What a successful FetchJwtToken leads to: these values are stored and signalled.
     fetched: Option<(String, String)>,
     calls: Vec<Call>,
@@ -77,7 +75,6 @@ impl Manager {
             token: token.to_owned(),
             url: url.to_owned(),
             get: Answer::Normal,
-            fetch: Answer::Normal,
             fetched: None,
             calls: Vec::new(),
             outbox: VecDeque::new(),
@@ -158,10 +155,6 @@ impl Manager {
 
     pub fn answer_get(&self, answer: Answer) {
         self.state.update(|s| s.get = answer);
-    }
-
-    pub fn answer_fetch(&self, answer: Answer) {
-        self.state.update(|s| s.fetch = answer);
     }
 
     /// What the next FetchJwtToken brings about.
@@ -268,13 +261,13 @@ fn answer(call: &Message, state: &Watched<State>) -> Option<(Message, Option<Dur
         return None;
     }
     state.update(|s| {
-        s.calls.push(Call { interface: interface.clone(), member: member.clone(), at: Instant::now() });
+        s.calls.push(Call { interface: interface.clone(), member: member.clone() });
         let ours = interface.is_empty() || interface == INTERFACE;
         let (behaviour, good) = match member.as_str() {
             "GetJwtToken" if ours => {
                 (s.get.clone(), call.method_return().append2(s.token.as_str(), s.url.as_str()))
             }
-            "FetchJwtToken" if ours => (s.fetch.clone(), call.method_return().append1(true)),
+            "FetchJwtToken" if ours => (Answer::Normal, call.method_return().append1(true)),
             _ => {
                 let text = CString::new(format!("no such method: {interface}.{member}")).expect("no nul");
                 let name = "org.freedesktop.DBus.Error.UnknownMethod".into();
@@ -282,7 +275,6 @@ fn answer(call: &Message, state: &Watched<State>) -> Option<(Message, Option<Dur
             }
         };
         if member == "FetchJwtToken"
-            && matches!(behaviour, Answer::Normal | Answer::Late(_))
             && let Some((token, url)) = s.fetched.take()
         {
             s.outbox.push_back(token_signal(&token, &url));

@@ -108,9 +108,6 @@ pub fn decode(bytes: &[u8]) -> Result<Msg, String> {
         }
     }
     msg.proto = proto.ok_or("no proto")?;
-    if msg.typ.is_empty() {
-        return Err("no typ".to_owned());
-    }
     if msg.sid.as_deref() == Some("") {
         return Err("an empty sid must be left out".to_owned());
     }

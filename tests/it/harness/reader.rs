@@ -138,6 +138,7 @@ impl Device {
                 }
                 let decoded = msg::decode(&bytes);
                 self.0.state.update(|s| match decoded {
+                    Ok(msg) if msg.sid.as_ref().is_some_and(|sid| s.discarded.contains(sid)) => {}
                     Ok(msg) => s.inbox.push_back(msg),
                     Err(why) => s.broken.push(why),
                 });

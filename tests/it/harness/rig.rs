@@ -1,7 +1,9 @@
 //! Bus, manager, server and agent put together.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -11,7 +13,7 @@ use super::daemon::{self, Daemon};
 use super::device::{Device, Generation};
 use super::manager::Manager;
 use super::server::Server;
-use super::wait::SOON;
+use super::wait::{SOON, millis};
 
 /// The token every rig starts with.
 pub const TOKEN: &str = "header.payload.signature";
@@ -22,7 +24,7 @@ pub struct Rig {
     pub manager: Manager,
     pub server: Server,
     pub bus: Bus,
-    pub dir: TempDir,
+    _dir: TempDir,
 }
 
 /// What a rig is made of.
@@ -34,6 +36,8 @@ pub struct Setup {
     env: Vec<(String, String)>,
     flags: Vec<String>,
     wrapper: Option<&'static str>,
+    fallback: Option<PathBuf>,
+    journal: bool,
     manager: bool,
 }
 
@@ -71,6 +75,8 @@ impl Setup {
             env: Vec::new(),
             flags: Vec::new(),
             wrapper: None,
+            fallback: None,
+            journal: false,
             manager: true,
         }
     }
@@ -120,6 +126,18 @@ impl Setup {
         self
     }
 
+    /// The fallback configuration file; by default there is none.
+    pub fn fallback(mut self, file: &Path) -> Setup {
+        self.fallback = Some(file.to_owned());
+        self
+    }
+
+    /// Pretends that standard error is the journal's.
+    pub fn journal(mut self) -> Setup {
+        self.journal = true;
+        self
+    }
+
     /// The manager isn't on the bus at first.
     pub fn without_manager(mut self) -> Setup {
         self.manager = false;
@@ -141,8 +159,8 @@ impl Setup {
         if self.manager {
             manager.appear();
         }
-        let daemon = Daemon::start(self.command(&dir, &bus.address()));
-        Rig { daemon, manager, server, bus, dir }
+        let daemon = Daemon::start(self.command(&dir, &bus.address()), self.journal);
+        Rig { daemon, manager, server, bus, _dir: dir }
     }
 
     fn command(&self, dir: &TempDir, bus: &str) -> Command {
@@ -159,7 +177,8 @@ impl Setup {
         };
         command.args(&self.flags);
         command.arg("--config").arg(config);
-        command.arg("--fallback-config").arg(dir.path().join("absent.conf"));
+        let absent = || dir.path().join("absent.conf");
+        command.arg("--fallback-config").arg(self.fallback.clone().unwrap_or_else(absent));
         command.arg("daemon");
         command.env("DBUS_SYSTEM_BUS_ADDRESS", bus);
         command.envs(self.env.iter().cloned());
@@ -174,14 +193,18 @@ impl Rig {
         Setup::new().connected()
     }
 
+    /// The connection after a lost one. Back-off grows with every loss; the operator's signal cuts
+    /// it short.
+    pub fn next_link(&self) -> Device {
+        self.server.try_device(millis(300)).unwrap_or_else(|| {
+            self.daemon.signal(Signal::SIGHUP);
+            self.server.device()
+        })
+    }
+
     /// The device's connection, once it is there.
     pub fn device(&self) -> Device {
         self.server.next_device(SOON)
-    }
-
-    /// Starts a second agent with the same configuration and bus.
-    pub fn restart(&mut self, setup: &Setup) {
-        self.daemon = Daemon::start(setup.command(&self.dir, &self.bus.address()));
     }
 }
 

@@ -142,10 +142,14 @@ impl Server {
         self.shared.update(|s| s.receive_buffer = Some(bytes));
     }
 
+    /// The next device that completes the handshake, if one does.
+    pub fn try_device(&self, limit: Duration) -> Option<Device> {
+        self.shared.wait(limit, |s| s.devices.pop_front())
+    }
+
     /// The next device that completes the handshake.
     pub fn next_device(&self, limit: Duration) -> Device {
-        let found = self.shared.wait(limit, |s| s.devices.pop_front());
-        found.unwrap_or_else(|| {
+        self.try_device(limit).unwrap_or_else(|| {
             let (requests, faults) = self.shared.peek(|s| (s.requests.clone(), s.faults.clone()));
             panic!("waited {limit:?} in vain for a device; requests {requests:#?}, faults {faults:?}")
         })
@@ -158,7 +162,7 @@ impl Server {
 
     /// Asserts that no device connects for a while.
     pub fn no_device(&self, span: Duration, why: &str) {
-        assert!(self.shared.wait(span, |s| s.devices.pop_front()).is_none(), "a device connected: {why}");
+        assert!(self.try_device(span).is_none(), "a device connected: {why}");
     }
 
     pub fn requests(&self) -> Vec<Request> {

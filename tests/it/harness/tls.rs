@@ -22,7 +22,6 @@ pub struct Authority {
 /// A certificate and its key.
 pub struct Identity {
     certificate: CertificateDer<'static>,
-    pem: String,
     key: KeyPair,
 }
 
@@ -58,7 +57,7 @@ impl Authority {
     fn sign(&self, params: CertificateParams) -> Identity {
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
-        Identity { pem: certificate.pem(), certificate: certificate.der().clone(), key }
+        Identity { certificate: certificate.der().clone(), key }
     }
 }
 
@@ -67,14 +66,7 @@ impl Identity {
     pub fn self_signed(names: &[&str]) -> Identity {
         let key = KeyPair::generate().expect("a key");
         let certificate = params(names).self_signed(&key).expect("a certificate");
-        Identity { pem: certificate.pem(), certificate: certificate.der().clone(), key }
-    }
-
-    /// Writes the certificate, for tests that trust it directly.
-    pub fn write(&self, dir: &Path) -> PathBuf {
-        let file = dir.join("identity.pem");
-        std::fs::write(&file, &self.pem).expect("write the certificate");
-        file
+        Identity { certificate: certificate.der().clone(), key }
     }
 }
 

@@ -1,0 +1,169 @@
+//! What takes a minute by its nature. The module's name sorts first, so that these tests start
+//! first and the others run meanwhile.
+
+use std::time::Instant;
+
+use crate::control::complaint;
+use crate::harness::client::{Style, Terminal, new_sid};
+use crate::harness::device::{Generation, Reading};
+use crate::harness::msg::{CONTROL, SHELL};
+use crate::harness::proc;
+use crate::harness::rig::{Rig, Setup, script_config};
+use crate::harness::wait::{SOON, millis, secs, throughout};
+
+#[test]
+fn health_check() {
+    let (rig, device) = Rig::connected();
+    let mut healthy = Terminal::new(&device, Style::Gui);
+    let dead = Terminal::new(&device, Style::Cli);
+    healthy.open_with_prompt();
+    dead.open();
+    let start = Instant::now();
+    for terminal in [&healthy, &dead] {
+        let sid = terminal.sid.clone();
+        let ping =
+            device.take(secs(66), "a health check", |m| m.sid.as_ref() == Some(&sid) && m.typ != "shell");
+        assert_eq!((ping.proto, ping.typ.as_str(), ping.body.as_ref()), (SHELL, "ping", None));
+        assert_eq!(ping.status(), Some(3));
+        // Compact: a wide one would arm mender-cli's watchdog with 5 s of slack.
+        assert!(ping.raw.windows(9).any(|w| w == b"\xa7timeout\x41"), "timeout is the fixint 65");
+    }
+    let after = start.elapsed();
+    assert!((millis(57_000)..secs(64)).contains(&after), "the first ping came after {after:?}");
+    healthy.send("pong", &[], b"");
+    let shells = proc::children(rig.daemon.pid()).len();
+    assert_eq!(shells, 2, "both are given time to answer");
+    let deadline = secs(72) - start.elapsed();
+    crate::harness::wait::eventually(deadline, "the silent peer's shell to be ended", || {
+        (proc::children(rig.daemon.pid()).len() == 1).then_some(())
+    });
+    assert!(start.elapsed() > secs(62), "ended too early, after {:?}", start.elapsed());
+    // Telling the peer is allowed, should it be silent but alive.
+    let said: Vec<_> = device.drain(&dead.sid).into_iter().filter(|m| m.typ != "shell").collect();
+    assert!(
+        said.iter().all(|m| (m.typ.as_str(), m.status()) == ("stop", Some(2))) && said.len() <= 1,
+        "{said:?}"
+    );
+    dead.input("x");
+    dead.expect("shell", 2, Some("session not found"));
+    healthy.forget_output();
+    assert_eq!(healthy.run("echo healthy"), "healthy");
+    device.nothing(millis(1), "terminals get no control messages", |m| m.proto == CONTROL);
+}
+
+#[test]
+fn session_timers() {
+    let (_rig, device) = Rig::connected();
+    let (silent, answering, shell_like, late) = (new_sid(), new_sid(), new_sid(), new_sid());
+    let start = Instant::now();
+    for sid in [&silent, &answering, &late] {
+        device.send(CONTROL, "ping", sid, &[], b"");
+        assert_eq!(device.next_of(sid, SOON).typ, "pong");
+    }
+    // Neither an empty session id nor a terminal's has timers.
+    device.send(CONTROL, "ping", "", &[], b"");
+    device.send(4, "bogus", "", &[], b"");
+    let mut terminal = Terminal { sid: shell_like.clone(), ..Terminal::new(&device, Style::Cli) };
+    terminal.open_with_prompt();
+    // Any message starts the time anew.
+    let renew = secs(20);
+    device.nothing(renew, "no ping before 48 s", |m| m.typ == "ping");
+    device.send(CONTROL, "pong", &late, &[], b"");
+    for sid in [&silent, &answering] {
+        let ping = device.next_of(sid, secs(40));
+        assert_eq!((ping.proto, ping.typ.as_str(), ping.body.as_ref()), (CONTROL, "ping", None));
+        assert!(ping.props.is_empty());
+    }
+    let after = start.elapsed();
+    assert!((millis(47_000)..secs(54)).contains(&after), "the ping came after {after:?}");
+    device.send(CONTROL, "pong", &answering, &[], b"");
+    terminal.send("pong", &[], b"");
+    let error = device.next_of(&silent, secs(20));
+    assert_eq!(complaint(&error), ("session timeout".to_owned(), true, None, None));
+    let after = start.elapsed();
+    assert!((millis(58_500)..secs(66)).contains(&after), "the time-out came after {after:?}");
+    assert_eq!(device.next_of(&late, secs(15)).typ, "ping");
+    assert!(start.elapsed() > secs(66), "20 s later than the others");
+    device.nothing(millis(500), "nothing else, for nobody", |m| m.proto == CONTROL);
+    terminal.forget_output();
+    assert_eq!(terminal.run("echo shell"), "shell");
+}
+
+#[test]
+fn websocket_pings_every_25_seconds() {
+    let (_rig, device) = Rig::connected();
+    let connected = Instant::now();
+    let pings = device.wait_pings(2, secs(60));
+    let first = pings[0].0 - connected;
+    let second = pings[1].0 - pings[0].0;
+    println!("websocket pings after {first:?} and {second:?} more");
+    assert!((secs(22)..secs(29)).contains(&first), "first after {first:?}");
+    assert!((secs(22)..secs(29)).contains(&second), "second after {second:?}");
+}
+
+#[test]
+fn a_silent_server_is_given_up_after_60_seconds() {
+    let (rig, device) = Setup::new().set("ReconnectIntervalSeconds", 1).connected();
+    let start = Instant::now();
+    device.go_mute();
+    device.wait_end(secs(90));
+    let after = start.elapsed();
+    println!("a silent server was given up after {after:?}");
+    assert!((secs(55)..secs(70)).contains(&after), "given up after {after:?}");
+    rig.device();
+}
+
+/// The released server sends neither pings while data flows nor counts data as life; the agent's
+/// own pings keep the link up there, and data counts for the agent.
+#[test]
+fn data_alone_keeps_the_link_with_the_released_server() {
+    let (_rig, device) = Setup::new().generation(Generation::Released).connected();
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open_with_prompt();
+    device.go_mute();
+    let start = Instant::now();
+    while start.elapsed() < secs(75) {
+        device.nothing(secs(10), "a shell without control messages", |m| m.proto == CONTROL);
+        terminal.send("pong", &[], b"");
+        assert!(!device.is_over(), "lost after {:?}", start.elapsed());
+    }
+    assert!(device.wait_pings(2, SOON).len() >= 2);
+    terminal.forget_output();
+    assert_eq!(terminal.run("echo alive"), "alive");
+}
+
+#[test]
+fn a_peer_that_stops_reading_is_given_up() {
+    let (rig, device) =
+        Setup::new().config(script_config("exec yes")).set("ReconnectIntervalSeconds", 1).connected();
+    let terminal = Terminal::new(&device, Style::Cli);
+    terminal.open();
+    terminal.next(SOON);
+    let start = Instant::now();
+    device.set_reading(Reading::Paused);
+    rig.server.next_device(secs(45));
+    let after = start.elapsed();
+    println!("a peer that stopped reading was given up after {after:?}");
+    assert!(after > secs(8), "given up too early, after {after:?}");
+}
+
+#[test]
+fn an_idle_agent_hardly_wakes_up() {
+    let (rig, device, mut terminal) = Setup::new().terminal();
+    assert_eq!(terminal.run("echo ready"), "ready");
+    let pid = rig.daemon.pid();
+    // Let the dust settle: what the last command left to do is done when nothing changes for 2 s.
+    let mut last = proc::voluntary_switches(pid);
+    crate::harness::wait::eventually(secs(20), "the agent to become idle", || {
+        throughout(secs(2), "running", || !device.is_over());
+        let now = proc::voluntary_switches(pid);
+        (std::mem::replace(&mut last, now) == now).then_some(())
+    });
+    let (before, start) = (proc::voluntary_switches(pid), Instant::now());
+    throughout(secs(30), "the link", || !device.is_over());
+    let wakeups = proc::voluntary_switches(pid) - before;
+    let rate = wakeups as f64 / start.elapsed().as_secs_f64();
+    println!("{wakeups} wake-ups in {:?}: {rate:.3} per second", start.elapsed());
+    assert!(rate < 0.2, "{rate:.3} wake-ups per second with one idle shell");
+    assert_eq!(terminal.run("echo still there"), "still there");
+}

@@ -1,0 +1,276 @@
+//! The process behind a terminal: its environment, its user, its signals, its window.
+
+use std::process::Command;
+
+use nix::unistd::User;
+use rmpv::Value;
+use serde_json::json;
+
+use crate::harness::client::{Style, Terminal};
+use crate::harness::device::Device;
+use crate::harness::proc;
+use crate::harness::rig::{Rig, Setup, is_root, script_config, user_name};
+use crate::harness::wait::{SOON, eventually, millis, secs};
+
+/// Opens a terminal whose shell prints something and ends; returns the output.
+fn printed(device: &Device) -> String {
+    let mut terminal = Terminal::new(device, Style::Cli);
+    terminal.open();
+    printed_by(&mut terminal)
+}
+
+fn printed_by(terminal: &mut Terminal) -> String {
+    let mut output = String::new();
+    loop {
+        let msg = terminal.next(SOON);
+        if msg.typ == "stop" {
+            return output.replace("\r\n", "\n");
+        }
+        output.push_str(&msg.text());
+    }
+}
+
+fn me() -> User {
+    User::from_name(&user_name()).expect("read the password database").expect("the current user")
+}
+
+/// Whether a test that needs root can run. In CI it must.
+fn root_or_skipped(test: &str) -> bool {
+    if !is_root() {
+        assert!(std::env::var_os("CI").is_none(), "{test} needs root, and CI has to run it");
+        eprintln!("SKIPPED: {test} needs root");
+    }
+    is_root()
+}
+
+#[test]
+fn the_environment_is_exactly_home_and_term() {
+    let script = "tr '\\000' '\\n' </proc/$$/environ";
+    let (_rig, device) =
+        Setup::new().config(script_config(script)).env("SECRET", "of the agent").env("LANG", "C").connected();
+    let output = printed(&device);
+    let mut lines: Vec<&str> = output.lines().collect();
+    lines.sort_unstable();
+    let home = format!("HOME={}", me().dir.display());
+    assert_eq!(lines, [home.as_str(), "TERM=xterm-256color"]);
+}
+
+#[test]
+fn the_arguments_are_command_and_shell_arguments() {
+    let (_rig, _device, mut terminal) = Setup::new().terminal();
+    let arguments = terminal.run("tr '\\000' '|' </proc/$$/cmdline");
+    assert_eq!(arguments, "/bin/bash|--noprofile|--norc|--noediting|-i|");
+}
+
+#[test]
+fn it_starts_in_the_home_directory() {
+    let (_rig, _device, mut terminal) = Setup::new().terminal();
+    let home = me().dir;
+    let expected = if home.is_dir() { home.canonicalize().expect("a home") } else { "/".into() };
+    assert_eq!(terminal.run("pwd -P"), expected.display().to_string());
+}
+
+#[test]
+fn the_terminal_is_the_controlling_one() {
+    let (_rig, _device, mut terminal) = Setup::new().terminal();
+    assert!(terminal.run("tty").starts_with("/dev/pts/"));
+    // Session leader, and able to open its own terminal.
+    assert_eq!(terminal.run("test $(cut -d' ' -f6 /proc/$$/stat) = $$ && echo leader"), "leader");
+    assert_eq!(terminal.run("echo through >/dev/tty"), "through");
+}
+
+#[test]
+fn control_characters_reach_the_foreground_program() {
+    let (_rig, _device, mut terminal) = Setup::new().terminal();
+    terminal.input("cat; echo st''atus=$?\n");
+    terminal.input("hello\n");
+    terminal.read_until("hello\r\nhello\r\n", SOON);
+    terminal.input("\x03");
+    terminal.prompt();
+    terminal.input("(trap 'echo qu''it; exit' QUIT; echo re''ady; while :; do read x; done)\n");
+    terminal.read_until("ready", SOON);
+    terminal.input("\x1c");
+    terminal.read_until("quit", SOON);
+    terminal.prompt();
+    terminal.input("cat\n\x04");
+    terminal.prompt();
+    assert_eq!(terminal.run("echo fine"), "fine");
+}
+
+#[test]
+fn signals_are_as_after_login_whatever_started_the_agent() {
+    let (_rig, device) = Setup::new()
+        .config(script_config("grep -E '^Sig(Blk|Ign)' /proc/self/status"))
+        .wrapper("trap '' INT QUIT PIPE HUP USR1 TSTP; exec \"$@\"")
+        .connected();
+    let none = "0000000000000000";
+    assert_eq!(printed(&device), format!("SigBlk:\t{none}\nSigIgn:\t{none}\n"));
+}
+
+#[test]
+fn no_descriptor_is_inherited() {
+    // A descriptor the agent got from its starter, and those of another session, stay out too.
+    let (_rig, device) = Setup::new()
+        .config(script_config("ls -1 /proc/$$/fd; echo end; exec cat"))
+        .wrapper("exec 7</dev/null; exec \"$@\"")
+        .connected();
+    let mut terminals: Vec<Terminal> = (0..3).map(|_| Terminal::new(&device, Style::Cli)).collect();
+    for terminal in &mut terminals {
+        terminal.open();
+        assert_eq!(terminal.read_until("end\r\n", SOON), "0\r\n1\r\n2\r\nend\r\n");
+    }
+}
+
+#[test]
+fn sizes_come_from_the_request_or_the_configuration() {
+    let script = script_config("stty size");
+    let (_rig, device) = Setup::new().config(script.clone()).connected();
+    let size_of = |device: &Device, props: &[(&str, Value)]| {
+        let mut terminal = Terminal::new(device, Style::Cli);
+        terminal.send("new", props, b"");
+        terminal.expect("new", 1, Some("Shell started"));
+        printed_by(&mut terminal).trim().to_owned()
+    };
+    let dims = |width: Value, height: Value| vec![("terminal_width", width), ("terminal_height", height)];
+    assert_eq!(size_of(&device, &dims(132.into(), 50.into())), "50 132");
+    assert_eq!(size_of(&device, &[]), "40 80", "the default");
+    assert_eq!(size_of(&device, &dims(132.into(), 0.into())), "40 80", "both or none");
+    assert_eq!(size_of(&device, &[("terminal_width", 132.into())]), "40 80", "both or none");
+    assert_eq!(size_of(&device, &dims((-5).into(), 50.into())), "40 80", "not positive");
+    assert_eq!(size_of(&device, &dims(65_626.into(), 50.into())), "50 90", "cut to 16 bits");
+    assert_eq!(size_of(&device, &dims(132.0.into(), 50.0.into())), "50 132", "whole floats count");
+    assert_eq!(size_of(&device, &dims("132".into(), "50".into())), "40 80", "strings don't");
+
+    let mut config = script;
+    config["Terminal"] = json!({ "Width": 100, "Height": 30 });
+    let (_rig, device) = Setup::new().config(config).connected();
+    assert_eq!(size_of(&device, &[]), "30 100", "the configured one");
+    assert_eq!(size_of(&device, &dims(132.into(), 50.into())), "50 132");
+}
+
+#[test]
+fn a_resize_reaches_the_foreground_program() {
+    let script = "trap 'stty size' WINCH; stty -echo; stty size; echo ready; while :; do read x; done";
+    let (_rig, device) = Setup::new().config(script_config(script)).connected();
+    let mut terminal = Terminal::new(&device, Style::Gui);
+    terminal.send("new", &[], b"");
+    terminal.expect("new", 1, Some("Shell started"));
+    terminal.read_until("40 80\r\nready\r\n", SOON);
+    for (width, height) in [(100, 30), (81, 25), (300, 100)] {
+        terminal.resize(width, height);
+        resized(&mut terminal, width, height);
+    }
+    // Half a size, or none, changes nothing.
+    terminal.send("resize", &[("terminal_width", 10.into())], b"");
+    terminal.send("resize", &[("terminal_width", 0.into()), ("terminal_height", 0.into())], b"");
+    terminal.resize(90, 33);
+    resized(&mut terminal, 90, 33);
+}
+
+/// Waits for the trap to tell the size. A line of input wakes a shell that noted the signal just
+/// before it went back to reading.
+fn resized(terminal: &mut Terminal, width: u16, height: u16) {
+    let expected = format!("{height} {width}\r\n");
+    eventually(SOON, &format!("the shell to say {expected:?}"), || {
+        terminal.input("\n");
+        let msg = terminal.device.try_take(secs(1), |m| m.sid.as_ref() == Some(&terminal.sid))?;
+        terminal.pending.push_str(&msg.expect("output").text());
+        let said = terminal.pending.contains(&expected);
+        said.then(|| terminal.pending.clear())
+    });
+}
+
+#[test]
+fn another_user_with_all_groups() {
+    if !root_or_skipped("another_user_with_all_groups") {
+        return;
+    }
+    let groups = std::fs::read_to_string("/etc/group").expect("read /etc/group");
+    let member = groups
+        .lines()
+        .filter_map(|line| line.rsplit(':').next()?.split(',').next())
+        .find(|name| !name.is_empty() && *name != "root" && User::from_name(name).is_ok_and(|u| u.is_some()));
+    for name in ["nobody", member.unwrap_or("daemon")] {
+        let (_rig, _device, mut terminal) = Setup::new().set("User", name).terminal();
+        let expect = |flags: &str| {
+            let output = Command::new("id").arg(flags).arg(name).output().expect("run id");
+            String::from_utf8(output.stdout).expect("digits").trim().to_owned()
+        };
+        let sorted = |list: String| {
+            let mut ids: Vec<u32> = list.split_whitespace().map(|id| id.parse().expect("an id")).collect();
+            ids.sort_unstable();
+            ids
+        };
+        assert_eq!(terminal.run("id -u"), expect("-u"), "{name}");
+        assert_eq!(terminal.run("id -g"), expect("-g"), "{name}");
+        assert_eq!(sorted(terminal.run("id -G")), sorted(expect("-G")), "{name}");
+        // Real, effective and saved ids alike: there is no way back.
+        let ids = terminal.run("grep ^Uid /proc/$$/status | cut -f2- | tr '\\t' '\\n' | sort -u | wc -l");
+        assert_eq!(ids, "1", "{name}");
+        let user = User::from_name(name).expect("read").expect("exists");
+        assert_eq!(terminal.run("echo $HOME"), user.dir.display().to_string());
+        if !user.dir.exists() {
+            assert_eq!(terminal.run("pwd"), "/", "without a home it starts in /");
+        }
+        assert_eq!(terminal.run("cat /etc/shadow >/dev/null 2>&1 || echo denied"), "denied");
+    }
+}
+
+#[test]
+fn a_login_shell_that_knows_no_login_is_explained() {
+    let dash = std::fs::canonicalize("/bin/sh").is_ok_and(|p| p.ends_with("dash"));
+    if !dash {
+        eprintln!("SKIPPED: /bin/sh is not dash here");
+        return;
+    }
+    let (rig, device) = Setup::new().config(json!({ "User": user_name() })).connected();
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open();
+    let output = printed_by(&mut terminal);
+    assert!(output.contains("llegal option"), "dash complains: {output}");
+    let line = rig.daemon.wait_for_log("--login", SOON);
+    let warned = |line: &str| line.contains("level=warning") && line.contains("/bin/sh");
+    eventually(SOON, &format!("a warning (first line: {line})"), || {
+        rig.daemon.log().iter().any(|l| warned(l) && l.contains("--login")).then_some(())
+    });
+}
+
+#[test]
+fn losing_the_link_ends_every_shell_and_frees_the_quota() {
+    let (rig, device) = Setup::new().set("ReconnectIntervalSeconds", 1).connected();
+    let mut before = Terminal::of_user(&device, "alice");
+    before.open_with_prompt();
+    let mut stubborn = Terminal::of_user(&device, "bob");
+    stubborn.open_with_prompt();
+    stubborn.input("trap '' HUP TERM INT; echo re''ady\n");
+    stubborn.read_until("ready", SOON);
+    let shells = proc::children(rig.daemon.pid());
+    assert_eq!(shells.len(), 2);
+    device.reset();
+    let device = rig.device();
+    shells.iter().for_each(|&pid| proc::wait_gone(pid, SOON));
+    let mut after = Terminal::of_user(&device, "alice");
+    after.open_with_prompt();
+    // The session of the old link is unknown on the new one.
+    let old = Terminal { device: device.clone(), ..before };
+    old.input("x");
+    old.expect("shell", 2, Some("session not found"));
+}
+
+#[test]
+fn many_shells_side_by_side_keep_their_output_apart() {
+    let (_rig, device) = Rig::connected();
+    let mut terminals: Vec<Terminal> = (0..8).map(|_| Terminal::new(&device, Style::Cli)).collect();
+    terminals.iter_mut().for_each(Terminal::open_with_prompt);
+    for (n, terminal) in terminals.iter().enumerate() {
+        terminal.input(format!("for i in $(seq 1 500); do echo shell{n}-$i; done; echo do''ne\n"));
+    }
+    for (n, terminal) in terminals.iter_mut().enumerate() {
+        let output = terminal.read_until("done\r\n", SOON);
+        let mine = output.lines().filter(|l| l.starts_with(&format!("shell{n}-"))).count();
+        let others =
+            output.lines().filter(|l| l.starts_with("shell") && !l.starts_with(&format!("shell{n}-")));
+        assert_eq!((mine, others.count()), (500, 0));
+    }
+    device.nothing(millis(50), "prompts only", |m| m.typ != "shell");
+}
