@@ -7,8 +7,17 @@
 mod harness;
 
 mod at_length;
+mod auth;
+mod cli;
+mod config;
 mod control;
+mod hostile;
+mod link;
+mod logs;
 mod quotas;
+mod remote;
+mod resources;
 mod selftest;
 mod shell;
+mod signals;
 mod terminal;
