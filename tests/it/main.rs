@@ -14,6 +14,7 @@ mod control;
 mod hostile;
 mod link;
 mod logs;
+mod playground;
 mod quotas;
 mod remote;
 mod resources;

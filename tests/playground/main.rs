@@ -1,2 +1,102 @@
-//! Playground.
-fn main() {}
+//! The playground: a private bus with an authentication manager, a loopback server and the real
+//! agent, and a live shell of that agent through its websocket. Ctrl-] leaves.
+//!
+//! `tests/playground/run` builds and starts it. With a terminal on standard input the shell gets
+//! it in raw mode; anything else is typed into the shell, whose end ends the playground.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a demonstration fails by panicking")]
+#![allow(dead_code, reason = "the harness serves the integration tests first")]
+
+#[path = "../it/harness/mod.rs"]
+mod harness;
+mod keyboard;
+mod screen;
+
+use std::fs::File;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use harness::bus::Bus;
+use harness::client::{Style, Terminal};
+use harness::daemon::{self, Daemon};
+use harness::device::Generation;
+use harness::manager::Manager;
+use harness::rig::{TOKEN, user_name};
+use harness::server::Server;
+use keyboard::Signals;
+use serde_json::json;
+
+fn main() -> ExitCode {
+    match play() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("playground: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn play() -> Result<(), String> {
+    // First of all: every thread started from here on leaves these signals to us.
+    let signals = Signals::block()?;
+    let dir = tempfile::Builder::new().prefix("mender-playground-").tempdir().map_err(|e| e.to_string())?;
+    let log = dir.path().join("mender-connect.log");
+    let shell = shell();
+    let config = dir.path().join("mender-connect.conf");
+    let text = json!({
+        "ShellCommand": shell,
+        // bash sets PATH and the prompt in its login files; other shells may not know the option.
+        "ShellArguments": if shell.ends_with("/bash") { vec!["--login"] } else { Vec::new() },
+        "User": user_name(),
+    });
+    std::fs::write(&config, text.to_string()).map_err(|e| format!("write {}: {e}", config.display()))?;
+
+    let mut bus = Bus::absent(dir.path());
+    signals.unblocked(|| bus.try_restart())?;
+    let server = Server::start(Generation::New);
+    let _manager = Manager::start(&bus.address(), TOKEN, &server.url());
+    let agent = signals.unblocked(|| start_agent(&config, &log, &bus))?;
+
+    let device = server.try_device(Duration::from_secs(15)).ok_or_else(|| {
+        let log = std::fs::read_to_string(&log).unwrap_or_default();
+        format!("the agent did not connect within 15 s; its log:\n{log}")
+    })?;
+    let terminal = Terminal::new(&device, Style::Cli);
+    banner(&bus, &server, &agent, &config, &log, &shell);
+    screen::run(&terminal, &signals)
+}
+
+/// The caller's shell if the agent may start it, else a common one.
+fn shell() -> String {
+    let listed = std::fs::read_to_string("/etc/shells").unwrap_or_default();
+    let usable = |shell: &String| listed.lines().any(|line| line == shell) && Path::new(shell).is_file();
+    let candidates = std::env::var("SHELL").into_iter().chain(["/bin/bash".to_owned()]);
+    candidates.into_iter().find(usable).unwrap_or_else(|| "/bin/sh".to_owned())
+}
+
+fn start_agent(config: &Path, log: &Path, bus: &Bus) -> Result<Daemon, String> {
+    let executable = daemon::executable();
+    if !executable.is_file() {
+        return Err(format!("{} is missing: run `cargo build` first", executable.display()));
+    }
+    let file = File::create(log).map_err(|e| format!("create {}: {e}", log.display()))?;
+    let mut command = daemon::command();
+    command.arg("--config").arg(config);
+    command.arg("--fallback-config").arg(config.with_extension("absent"));
+    command.arg("daemon");
+    command.env("DBUS_SYSTEM_BUS_ADDRESS", bus.address());
+    Ok(Daemon::start_logging_to(command, file))
+}
+
+fn banner(bus: &Bus, server: &Server, agent: &Daemon, config: &Path, log: &Path, shell: &str) {
+    let leave = if std::io::stdin().is_terminal() { "Ctrl-] leaves." } else { "It ends with its input." };
+    eprintln!("mender-connect playground");
+    eprintln!("  D-Bus   {} (dbus-daemon, pid {})", bus.address(), bus.pid().unwrap_or_default());
+    eprintln!("  server  {} (in this process, pid {})", server.url(), std::process::id());
+    eprintln!("  agent   {} (pid {})", daemon::executable().display(), agent.pid());
+    eprintln!("  config  {}", config.display());
+    eprintln!("  log     {}", log.display());
+    eprintln!("You are in {shell} of that agent, as {}, through its websocket. {leave}", user_name());
+}

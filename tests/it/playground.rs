@@ -1,0 +1,218 @@
+//! The playground in a real terminal, as somebody trying it out would use it.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+
+use nix::pty::{OpenptyResult, Winsize, openpty};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
+use nix::unistd::Pid;
+use rustix::termios::tcsetwinsize;
+
+use crate::harness::daemon;
+use crate::harness::proc;
+use crate::harness::wait::{SOON, Watched, eventually, secs, spawn};
+
+/// The example's executable; `cargo test` builds it, `cargo test --test it` alone doesn't.
+fn playground() -> Option<PathBuf> {
+    let me = std::env::current_exe().expect("this program's path");
+    let path = me.ancestors().nth(2).expect("target/<profile>").join("examples/playground");
+    if !path.is_file() {
+        assert!(std::env::var_os("CI").is_none(), "{} is missing", path.display());
+        eprintln!("SKIPPED: {} is missing: run cargo test without --test", path.display());
+        return None;
+    }
+    Some(path)
+}
+
+/// A playground that believes to be in somebody's terminal.
+struct Session {
+    child: Child,
+    master: File,
+    slave: OwnedFd,
+    screen: Arc<Watched<String>>,
+    before: Termios,
+}
+
+impl Session {
+    fn start() -> Option<Session> {
+        let size = Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+        let OpenptyResult { master, slave } = openpty(&size, None).expect("a PTY");
+        let before = tcgetattr(&slave).expect("terminal settings");
+        let copy = || Stdio::from(slave.try_clone().expect("clone"));
+        // setsid(1) makes the PTY the controlling terminal, which resizes and Ctrl-C go by.
+        let mut command = Command::new("setsid");
+        daemon::bare(&mut command);
+        command.arg("--ctty").arg(playground()?).env("SHELL", "/bin/sh").env("TERM", "xterm-256color");
+        let child = command.stdin(copy()).stdout(copy()).stderr(copy()).spawn().expect("start setsid");
+        let master = File::from(master);
+        let screen = Arc::new(Watched::new(String::new()));
+        let (shown, mut reader) = (Arc::clone(&screen), master.try_clone().expect("clone"));
+        spawn("screen", move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = reader.read(&mut buffer) {
+                let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
+                shown.update(|s| s.push_str(&text));
+            }
+        });
+        let session = Session { child, master, slave, screen, before };
+        session.wait_for("Ctrl-] leaves.");
+        session.wait_for_prompt();
+        Some(session)
+    }
+
+    fn screen(&self) -> String {
+        self.screen.peek(Clone::clone)
+    }
+
+    fn wait_for(&self, text: &str) {
+        let found = self.screen.wait(secs(30), |s| s.contains(text).then_some(()));
+        assert!(found.is_some(), "waited in vain for {text:?} on the screen:\n{}", self.screen());
+    }
+
+    fn wait_for_prompt(&self) {
+        let found = self.screen.wait(secs(30), |s| (s.ends_with("# ") || s.ends_with("$ ")).then_some(()));
+        assert!(found.is_some(), "waited in vain for a prompt on the screen:\n{}", self.screen());
+    }
+
+    fn type_in(&mut self, keys: &str) {
+        self.master.write_all(keys.as_bytes()).expect("type");
+    }
+
+    fn is_raw(&self) -> bool {
+        let now = tcgetattr(&self.slave).expect("terminal settings");
+        !now.local_flags.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG)
+    }
+
+    /// The agent's process id, as the banner tells it.
+    fn agent(&self) -> u32 {
+        let screen = self.screen();
+        let line = screen.lines().find(|l| l.trim_start().starts_with("agent ")).expect("the agent's line");
+        let pid = line.rsplit_once("pid ").map(|(_, rest)| rest.trim_end_matches(['\r', ')']));
+        pid.and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("no pid in {line:?}"))
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// Waits for the end; terminal and processes must be as before.
+    fn wait_end(mut self) -> (ExitStatus, String) {
+        let agent = self.agent();
+        let status = eventually(secs(20), "the playground to end", || self.child.try_wait().expect("wait"));
+        assert_eq!(
+            tcgetattr(&self.slave).expect("terminal settings"),
+            self.before,
+            "the terminal is restored"
+        );
+        proc::wait_gone(agent, SOON);
+        (status, self.screen())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_session_at_the_terminal() {
+    let Some(mut session) = Session::start() else { return };
+    assert!(session.is_raw(), "keys go through one by one");
+    assert!(proc::exists(session.agent()));
+    session.type_in("stty size\r");
+    session.wait_for("30 100");
+    tcsetwinsize(
+        &session.master,
+        rustix::termios::Winsize { ws_row: 50, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 },
+    )
+    .expect("resize");
+    eventually(SOON, "the new size to arrive", || {
+        session.type_in("stty size\r");
+        session.screen.wait(secs(1), |s| s.contains("50 120").then_some(()))
+    });
+    session.type_in("echo be''fore; cat\r");
+    session.wait_for("before");
+    session.type_in("\u{3}");
+    session.type_in("echo af''ter\r");
+    session.wait_for("after");
+    session.type_in("tty\r");
+    session.wait_for("/dev/pts/");
+    session.type_in("\u{1d}");
+    let (status, screen) = session.wait_end();
+    assert_eq!(status.code(), Some(0), "{screen}");
+}
+
+#[test]
+fn the_end_of_the_shell_ends_it() {
+    let Some(mut session) = Session::start() else { return };
+    session.type_in("exit\r");
+    let (status, screen) = session.wait_end();
+    assert_eq!(status.code(), Some(0), "{screen}");
+}
+
+#[test]
+fn leaving_a_full_screen_program_takes_its_screen_back() {
+    let Some(mut session) = Session::start() else { return };
+    session.type_in("printf '\\033[?1049hfu''ll'; cat\r");
+    session.wait_for("full");
+    session.type_in("\u{1d}");
+    session.wait_for("\u{1b}[?1049l");
+    assert_eq!(session.wait_end().0.code(), Some(0));
+}
+
+#[test]
+fn a_signal_restores_the_terminal() {
+    for signal in [Signal::SIGTERM, Signal::SIGHUP] {
+        let Some(session) = Session::start() else { return };
+        kill(session.pid(), signal).expect("signal the playground");
+        let (status, screen) = session.wait_end();
+        assert_eq!(status.code(), Some(0), "{signal}: {screen}");
+    }
+}
+
+#[test]
+fn the_end_of_the_agent_ends_it() {
+    let Some(session) = Session::start() else { return };
+    kill(Pid::from_raw(session.agent() as i32), Signal::SIGKILL).expect("kill the agent");
+    let (status, screen) = session.wait_end();
+    assert_eq!(status.code(), Some(1), "{screen}");
+    assert!(screen.contains("the link is over"), "{screen}");
+}
+
+#[test]
+fn piped_input_is_typed_in() {
+    let Some(path) = playground() else { return };
+    for (input, shell) in [
+        ("echo from''-the-pipe; exit\n", "/bin/bash"),
+        ("echo from''-the-pipe\n", "/bin/bash"),
+        ("echo from''-the-pipe", "/bin/sh"),
+    ] {
+        let mut command = Command::new(&path);
+        daemon::bare(&mut command);
+        command.env("SHELL", shell).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("start the playground");
+        child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("type");
+        let (done, result) = std::sync::mpsc::channel();
+        let pid = Pid::from_raw(child.id() as i32);
+        spawn("playground", move || done.send(child.wait_with_output()));
+        let Ok(output) = result.recv_timeout(secs(40)) else {
+            let _ = kill(pid, Signal::SIGKILL);
+            panic!("{input:?} did not end the playground");
+        };
+        let output = output.expect("run the playground");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            text.contains("from-the-pipe"),
+            "{input:?}: {text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        assert_eq!(output.status.code(), Some(0), "{input:?}");
+    }
+}
