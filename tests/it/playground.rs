@@ -7,11 +7,13 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
-use nix::pty::{OpenptyResult, Winsize, openpty};
+use nix::fcntl::{OFlag, open};
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 use nix::unistd::Pid;
-use rustix::termios::tcsetwinsize;
+use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::harness::daemon;
 use crate::harness::proc;
@@ -29,6 +31,10 @@ fn playground() -> Option<PathBuf> {
     Some(path)
 }
 
+fn size(width: u16, height: u16) -> Winsize {
+    Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 }
+}
+
 /// A playground that believes to be in somebody's terminal.
 struct Session {
     child: Child,
@@ -40,8 +46,13 @@ struct Session {
 
 impl Session {
     fn start() -> Option<Session> {
-        let size = Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
-        let OpenptyResult { master, slave } = openpty(&size, None).expect("a PTY");
+        // Closed on exec from the start: other tests start processes meanwhile.
+        let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+        let master = posix_openpt(flags).expect("a PTY");
+        grantpt(&master).and_then(|()| unlockpt(&master)).expect("a PTY");
+        let slave =
+            open(ptsname_r(&master).expect("a name").as_str(), flags, Mode::empty()).expect("its terminal");
+        tcsetwinsize(&slave, size(100, 30)).expect("its size");
         let before = tcgetattr(&slave).expect("terminal settings");
         let copy = || Stdio::from(slave.try_clone().expect("clone"));
         // setsid(1) makes the PTY the controlling terminal, which resizes and Ctrl-C go by.
@@ -49,7 +60,7 @@ impl Session {
         daemon::bare(&mut command);
         command.arg("--ctty").arg(playground()?).env("SHELL", "/bin/sh").env("TERM", "xterm-256color");
         let child = command.stdin(copy()).stdout(copy()).stderr(copy()).spawn().expect("start setsid");
-        let master = File::from(master);
+        let master = File::from(OwnedFd::from(master));
         let screen = Arc::new(Watched::new(String::new()));
         let (shown, mut reader) = (Arc::clone(&screen), master.try_clone().expect("clone"));
         spawn("screen", move || {
@@ -116,6 +127,9 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- the screen:\n{}", self.screen());
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -128,20 +142,22 @@ fn a_session_at_the_terminal() {
     assert!(proc::exists(session.agent()));
     session.type_in("stty size\r");
     session.wait_for("30 100");
-    tcsetwinsize(
-        &session.master,
-        rustix::termios::Winsize { ws_row: 50, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 },
-    )
-    .expect("resize");
+    tcsetwinsize(&session.master, size(120, 50)).expect("resize");
     eventually(SOON, "the new size to arrive", || {
         session.type_in("stty size\r");
         session.screen.wait(secs(1), |s| s.contains("50 120").then_some(()))
     });
-    session.type_in("echo be''fore; cat\r");
-    session.wait_for("before");
+    session.type_in("cat\r");
+    session.type_in("twice\r");
+    // Once by the terminal, once by cat, which therefore runs.
+    let twice = session.screen.wait(SOON, |s| (s.matches("twice").count() >= 2).then_some(()));
+    assert!(twice.is_some(), "cat does not run");
     session.type_in("\u{3}");
-    session.type_in("echo af''ter\r");
-    session.wait_for("after");
+    // With the signal the kernel throws away what lies in the PTY; what is typed now may be lost.
+    eventually(SOON, "the shell after Ctrl-C", || {
+        session.type_in("echo af''ter\r");
+        session.screen.wait(secs(1), |s| s.contains("after").then_some(()))
+    });
     session.type_in("tty\r");
     session.wait_for("/dev/pts/");
     session.type_in("\u{1d}");

@@ -133,10 +133,14 @@ fn usr1_reports_the_status() {
     }
     assert_eq!(terminal.run("echo undisturbed"), "undisturbed");
     terminal.stop();
-    let mark = rig.daemon.mark();
-    rig.daemon.signal(Signal::SIGUSR1);
-    rig.daemon.wait_for_log_after(mark, "  shells: 0/16", SOON);
-    rig.daemon.wait_for_log_after(mark, "  sessions: 0", SOON);
+    eventually(SOON, "neither shell nor session to be reported", || {
+        let mark = rig.daemon.mark();
+        rig.daemon.signal(Signal::SIGUSR1);
+        rig.daemon.wait_for_log_after(mark, "   1m: ", SOON);
+        let report = &rig.daemon.log()[mark..];
+        let has = |text: &str| report.iter().any(|line| line.contains(text));
+        (has("  shells: 0/16") && has("  sessions: 0")).then_some(())
+    });
 }
 
 #[test]

@@ -35,7 +35,9 @@ pub fn run(terminal: &Terminal, signals: &Signals) -> Result<(), String> {
         return Err(format!("no shell: {}", answer.text()));
     }
     let progress = Arc::new(Watched::new(Progress::default()));
-    let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).map_err(|e| e.to_string())?);
+    let wake = Arc::new(
+        EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).map_err(|e| e.to_string())?,
+    );
     let raw = RawMode::enter()?;
     let show = {
         let (terminal, progress, wake) = (terminal.clone(), Arc::clone(&progress), Arc::clone(&wake));

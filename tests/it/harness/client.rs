@@ -158,8 +158,12 @@ impl Terminal {
         }
     }
 
+    /// Collects output up to the end of `text`; what came behind it is kept for the next reading.
     pub fn read_until(&mut self, text: &str, limit: Duration) -> String {
-        self.output_until(limit, &format!("output with {text:?}"), |all| all.contains(text))
+        let mut all = self.output_until(limit, &format!("output with {text:?}"), |all| all.contains(text));
+        let end = all.find(text).expect("just seen") + text.len();
+        self.pending = all.split_off(end);
+        all
     }
 
     /// Waits for a prompt at the end of the output.
@@ -194,8 +198,7 @@ impl Terminal {
         let (begin, end) = (format!("begin{n}:\r\n"), format!(":end{n}\r\n"));
         let all = self.read_until(&end, limit);
         let from = all.find(&begin).expect("the begin mark precedes the end mark") + begin.len();
-        let to = from + all[from..].find(&end).expect("the end mark follows the begin mark");
-        self.pending = all[to + end.len()..].to_owned();
+        let to = all.len() - end.len();
         self.prompt();
         let printed = all[from..to].replace("\r\n", "\n");
         printed.strip_suffix('\n').unwrap_or(&printed).to_owned()

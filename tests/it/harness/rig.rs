@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -196,10 +197,20 @@ impl Rig {
     /// The connection after a lost one. Back-off grows with every loss; the operator's signal cuts
     /// it short.
     pub fn next_link(&self) -> Device {
-        self.server.try_device(millis(300)).unwrap_or_else(|| {
-            self.daemon.signal(Signal::SIGHUP);
-            self.server.device()
-        })
+        if let Some(device) = self.server.try_device(millis(400)) {
+            return device;
+        }
+        let mark = self.daemon.mark();
+        self.daemon.signal(Signal::SIGHUP);
+        self.daemon.wait_for_log_after(mark, "SIGHUP received", SOON);
+        // A link that came up just before the signal doesn't count: it is replaced.
+        let mark = mark + self.daemon.position_after(mark, "SIGHUP received");
+        self.daemon.wait_for_log_after(mark, "Connection established", SOON);
+        let mut device = self.server.device();
+        while let Some(later) = self.server.try_device(Duration::ZERO) {
+            device = later;
+        }
+        device
     }
 
     /// The device's connection, once it is there.
