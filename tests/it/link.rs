@@ -11,7 +11,7 @@ use crate::harness::device::{Device, Generation};
 use crate::harness::msg::{self, CONTROL, Ints};
 use crate::harness::rig::{Rig, Setup, TOKEN};
 use crate::harness::server::{CONNECT_PATH, Reply, Server};
-use crate::harness::wait::{SOON, millis, secs};
+use crate::harness::wait::{SOON, millis, secs, skip};
 use crate::harness::wire;
 
 /// What the agent takes in one message.
@@ -96,8 +96,7 @@ fn odd_urls_are_reported_and_survived() {
 #[test]
 fn ipv6_works() {
     if std::net::TcpListener::bind("[::1]:0").is_err() {
-        eprintln!("SKIPPED: no IPv6 on this machine");
-        return;
+        return skip("this machine has no IPv6");
     }
     let server = Server::bind("[::1]:0".parse().expect("an address"), Generation::New);
     let rig = Setup::new().url(&server.url()).start();

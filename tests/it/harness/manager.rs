@@ -11,7 +11,7 @@ use dbus::Message;
 use dbus::channel::Channel;
 use dbus::message::MessageType;
 
-use super::wait::{SOON, Watched, millis, spawn};
+use super::wait::{SOON, Watched, eventually, millis, spawn};
 
 pub const NAME: &str = "io.mender.AuthenticationManager";
 pub const PATH: &str = "/io/mender/AuthenticationManager";
@@ -87,9 +87,12 @@ impl Manager {
     pub fn appear(&mut self) {
         self.vanish();
         let channel = open(&self.address);
-        let request = bus_call("RequestName").append2(NAME, 4u32);
-        let reply = channel.send_with_reply_and_block(request, SOON).expect("request the name");
-        assert_eq!(reply.get1::<u32>(), Some(1), "not the primary owner of {NAME}");
+        // The bus may not have noticed yet that the owner before us is gone.
+        eventually(SOON, "the name to be free", || {
+            let request = bus_call("RequestName").append2(NAME, 4u32);
+            let reply = channel.send_with_reply_and_block(request, SOON).expect("request the name");
+            (reply.get1::<u32>() == Some(1)).then_some(())
+        });
         let unique = channel.unique_name().expect("a registered connection").to_owned();
         let state = Arc::clone(&self.state);
         state.update(|s| s.quit = false);
