@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::fcntl::{OFlag, open};
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
@@ -17,7 +18,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::harness::daemon;
 use crate::harness::proc;
-use crate::harness::wait::{SOON, Watched, eventually, secs, skip, spawn};
+use crate::harness::wait::{SOON, Watched, eventually, millis, secs, skip, spawn};
 
 /// The example's executable; `cargo test` builds it, `cargo test --test it` alone doesn't.
 fn playground() -> Option<PathBuf> {
@@ -129,6 +130,15 @@ impl Drop for Session {
         if std::thread::panicking() {
             eprintln!("--- the screen:\n{}", self.screen());
         }
+        // In order, so that a failed test leaves no agent behind; by force only if that fails.
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
+        let _ = kill(self.pid(), Signal::SIGTERM);
+        let deadline = Instant::now() + secs(15);
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            std::thread::park_timeout(millis(20));
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -218,7 +228,7 @@ fn piped_input_is_typed_in() {
         let pid = Pid::from_raw(child.id() as i32);
         spawn("playground", move || done.send(child.wait_with_output()));
         let Ok(output) = result.recv_timeout(secs(40)) else {
-            let _ = kill(pid, Signal::SIGKILL);
+            let _ = kill(pid, Signal::SIGTERM);
             panic!("{input:?} did not end the playground");
         };
         let output = output.expect("run the playground");
