@@ -27,13 +27,15 @@ struct State {
     hung_up: bool,
     /// The session is gone: nothing more will be read.
     closed: bool,
+    /// There was no room once.
+    overflowed: bool,
 }
 
 /// Why a frame wasn't taken. It is handed back.
 #[derive(Debug)]
 pub enum Rejected {
-    /// There is no room.
-    Full(Frame),
+    /// There is no room; whether it is the first time.
+    Full(Frame, bool),
     /// The session has ended.
     Closed(Frame),
 }
@@ -57,13 +59,26 @@ impl Inbox {
         }
         let bytes = state.bytes + frame.body.len();
         if !state.frames.is_empty() && (state.frames.len() >= MAX_FRAMES || bytes > MAX_BYTES) {
-            return Err(Rejected::Full(frame));
+            let first = !std::mem::replace(&mut state.overflowed, true);
+            return Err(Rejected::Full(frame, first));
         }
         state.bytes = bytes;
         state.frames.push_back(frame);
         drop(state);
         self.wake.notify();
         Ok(())
+    }
+
+    /// Puts the frame in the place of the latest one that is of the same kind, if there is one.
+    pub fn supersede(&self, frame: Frame) {
+        let mut state = self.lock();
+        let same = |old: &&mut Frame| (old.proto, &old.typ) == (frame.proto, &frame.typ);
+        if let Some(old) = state.frames.iter_mut().rev().find(same) {
+            let before = old.body.len();
+            let after = frame.body.len();
+            *old = frame;
+            state.bytes = state.bytes - before + after;
+        }
     }
 
     /// The next frame, if there is one.
@@ -122,15 +137,29 @@ mod tests {
         for _ in 0..MAX_FRAMES {
             small.push(frame(0)).unwrap();
         }
-        assert!(matches!(small.push(frame(0)), Err(Rejected::Full(_))));
+        assert!(matches!(small.push(frame(0)), Err(Rejected::Full(_, true))));
+        assert!(matches!(small.push(frame(0)), Err(Rejected::Full(_, false))));
         assert!(small.pop().is_some());
         small.push(frame(0)).unwrap();
 
         let large = inbox();
         large.push(frame(MAX_BYTES + 1)).unwrap();
-        assert!(matches!(large.push(frame(1)), Err(Rejected::Full(_))));
+        assert!(matches!(large.push(frame(1)), Err(Rejected::Full(..))));
         large.pop().unwrap();
         large.push(frame(MAX_BYTES)).unwrap();
+    }
+
+    #[test]
+    fn the_latest_of_a_kind_can_be_replaced() {
+        let inbox = inbox();
+        inbox.push(Frame::new(1, "resize", None)).unwrap();
+        inbox.push(frame(3)).unwrap();
+        let last = Frame::new(1, "resize", None).with_body("x");
+        inbox.supersede(last.clone());
+        inbox.supersede(Frame::new(1, "other", None));
+        assert_eq!(inbox.pop(), Some(last));
+        assert_eq!(inbox.pop(), Some(frame(3)));
+        assert!(inbox.pop().is_none() && inbox.lock().bytes == 0);
     }
 
     #[test]

@@ -69,21 +69,27 @@ impl Router {
         match inbox.push(frame) {
             Ok(()) => None,
             Err(Rejected::Closed(frame)) => Some(frame),
-            Err(Rejected::Full(frame)) => {
-                self.overflow(id, &inbox, &frame);
+            Err(Rejected::Full(frame, first)) => {
+                if first {
+                    warn!("session {id}: inbox full, refusing {}/{:?}", frame.proto, frame.typ);
+                }
+                self.overflow(id, &inbox, frame);
                 None
             }
         }
     }
 
-    /// A session that doesn't keep up. Keystrokes may be refused; of anything else a gap would corrupt data.
-    fn overflow(&mut self, id: &SessionId, inbox: &Inbox, frame: &Frame) {
-        warn!("session {id}: inbox full, refusing a message {}/{:?}", frame.proto, frame.typ);
-        if frame.proto == SHELL {
-            self.answer(&shell::failure(id, &frame.typ, "inbox full: the message was dropped"));
-        } else {
-            self.answer(&control::error_about(id, frame, "inbox full: the session is closed", true));
-            inbox.hang_up();
+    /// A session that doesn't keep up. Of sizes the last one counts, keystrokes may be refused, but in
+    /// anything else a gap would corrupt data.
+    fn overflow(&mut self, id: &SessionId, inbox: &Inbox, frame: Frame) {
+        match (frame.proto, frame.typ.as_str()) {
+            (SHELL, shell::RESIZE) => inbox.supersede(frame),
+            (SHELL, shell::PONG) => {}
+            (SHELL, typ) => self.answer(&shell::failure(id, typ, "inbox full: the message was dropped")),
+            _ => {
+                self.answer(&control::error_about(id, &frame, "inbox full: the session is closed", true));
+                inbox.hang_up();
+            }
         }
     }
 

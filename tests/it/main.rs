@@ -12,6 +12,7 @@ mod cli;
 mod config;
 mod control;
 mod hostile;
+mod layers;
 mod link;
 mod logs;
 mod playground;
