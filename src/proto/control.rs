@@ -3,6 +3,7 @@
 use rmp::encode;
 use serde::Deserialize;
 
+use super::msgpack::MapWriter;
 use super::{CONTROL, Frame, SessionId};
 
 /// Opens a session; [`Open`].
@@ -79,16 +80,15 @@ fn frame(sid: &SessionId, typ: &str) -> Frame {
 
 /// The session is open for `protocols`.
 pub fn accept(sid: &SessionId, protocols: &[u16]) -> Frame {
-    let mut body = Vec::new();
-    // Writing to a Vec doesn't fail. Protocol numbers take 16 bits, as the reference agent writes them.
-    let _ = encode::write_map_len(&mut body, 2);
-    let _ = encode::write_str(&mut body, "version");
-    let _ = encode::write_sint(&mut body, VERSION);
-    let _ = encode::write_str(&mut body, "protocols");
-    let _ = encode::write_array_len(&mut body, u32::try_from(protocols.len()).unwrap_or(0));
-    for protocol in protocols {
-        let _ = encode::write_u16(&mut body, *protocol);
-    }
+    let list = |out: &mut Vec<u8>| {
+        encode::write_array_len(out, u32::try_from(protocols.len()).unwrap_or(0))?;
+        // In 16 bits each, as the reference agent writes them.
+        protocols.iter().try_for_each(|protocol| encode::write_u16(out, *protocol))
+    };
+    let body = MapWriter::new()
+        .with("version", |out| encode::write_sint(out, VERSION).map(drop))
+        .with("protocols", list)
+        .finish();
     frame(sid, ACCEPT).with_body(body)
 }
 
@@ -113,27 +113,15 @@ pub fn error_about(sid: &SessionId, cause: &Frame, text: &str, close: bool) -> F
 }
 
 fn error_frame(sid: &SessionId, cause: Option<&Frame>, text: &str, close: bool) -> Frame {
-    let proto = cause.map(|c| c.proto).filter(|p| *p != 0);
-    let typ = cause.map(|c| c.typ.as_str()).filter(|t| !t.is_empty());
-    let id = cause.and_then(|c| c.props.str("msgid"));
-    let pairs =
-        2 + [proto.is_some(), typ.is_some(), id.is_some()].iter().filter(|there| **there).count() as u32;
-    let mut body = Vec::new();
-    let _ = encode::write_map_len(&mut body, pairs);
-    let _ = encode::write_str(&mut body, "err");
-    let _ = encode::write_str(&mut body, text);
-    let _ = encode::write_str(&mut body, "close");
-    let _ = encode::write_bool(&mut body, close);
-    if let Some(proto) = proto {
-        let _ = encode::write_str(&mut body, "msgproto");
-        let _ = encode::write_u16(&mut body, proto);
+    let mut body =
+        MapWriter::new().str("err", Some(text)).with("close", |out| encode::write_bool(out, close));
+    if let Some(proto) = cause.map(|c| c.proto).filter(|p| *p != 0) {
+        body = body.with("msgproto", |out| encode::write_u16(out, proto));
     }
-    for (key, value) in [("msgtype", typ), ("msgid", id)] {
-        if let Some(value) = value {
-            let _ = encode::write_str(&mut body, key);
-            let _ = encode::write_str(&mut body, value);
-        }
-    }
+    let body = body
+        .str("msgtype", cause.map(|c| c.typ.as_str()).filter(|t| !t.is_empty()))
+        .str("msgid", cause.and_then(|c| c.props.str("msgid")))
+        .finish();
     frame(sid, ERROR).with_body(body)
 }
 

@@ -125,6 +125,11 @@ impl Props {
         found
     }
 
+    /// Whether there is a value under `key`.
+    pub fn has(&self, key: &str) -> bool {
+        self.get(key).is_some()
+    }
+
     /// An integer of any width, or a float without a fraction.
     pub fn int(&self, key: &str) -> Option<i64> {
         match self.get(key)? {
@@ -202,12 +207,19 @@ impl Frame {
 
     /// The websocket message for it.
     pub fn encode(&self) -> Vec<u8> {
+        let mut out = self.encode_head(self.body.len());
+        out.extend_from_slice(&self.body);
+        out
+    }
+
+    /// The websocket message up to a body of `length` bytes, which are to be appended. The body that the
+    /// frame has doesn't count.
+    pub fn encode_head(&self, length: usize) -> Vec<u8> {
         let sid = self.sid.as_ref().map_or("", SessionId::as_str);
-        let mut out =
-            Vec::with_capacity(48 + self.typ.len() + sid.len() + self.props.raw.len() + self.body.len());
+        let mut out = Vec::with_capacity(48 + self.typ.len() + sid.len() + self.props.raw.len() + length);
         let fields =
             1 + u8::from(!self.typ.is_empty()) + u8::from(!sid.is_empty()) + u8::from(!self.props.is_empty());
-        out.push(if self.body.is_empty() { 0x81 } else { 0x82 });
+        out.push(if length == 0 { 0x81 } else { 0x82 });
         // Writing to a Vec doesn't fail.
         let _ = encode::write_str(&mut out, "hdr");
         out.push(0x80 | fields);
@@ -225,9 +237,9 @@ impl Frame {
             let _ = encode::write_str(&mut out, "props");
             out.extend_from_slice(&self.props.raw);
         }
-        if !self.body.is_empty() {
+        if length > 0 {
             let _ = encode::write_str(&mut out, "body");
-            let _ = encode::write_bin(&mut out, &self.body);
+            let _ = encode::write_bin_len(&mut out, u32::try_from(length).unwrap_or(u32::MAX));
         }
         out
     }

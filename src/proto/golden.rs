@@ -121,7 +121,50 @@ fn our_own_frames_match_the_recorded_ones() {
             about("control/error no handler", "no handler registered for protocol: 0x0007", false),
         ),
     ];
-    for (name, frame) in ours {
+    let user = "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee";
+    let from_user = Props::new().with_str("user_id", user);
+    let request = |typ: &str| Frame::new(FILE_TRANSFER, typ, Some(&sid)).with_props(from_user.clone());
+    let info = |path: &str, size, mode, modified| {
+        file::file_info(&sid, &file::FileInfo { path: path.into(), size, uid: 0, gid: 0, mode, modified })
+    };
+    let files = [
+        (
+            "filetransfer/file_info",
+            info("/tmp/stack/work/golden.bin", 5000, 0o100_644, (1_700_000_000, 123_456_789)),
+        ),
+        (
+            "filetransfer/file_info whole-second modtime",
+            info("/tmp/stack/work/golden.bin", 5000, 0o100_644, (1_700_000_000, 0)),
+        ),
+        (
+            "filetransfer/file_info directory (mode is Go os.FileMode: dir|sticky|0777)",
+            info("/tmp", 4096, 0o041_777, (1_700_000_000, 1)),
+        ),
+        (
+            "filetransfer/error stat",
+            file::error(
+                &sid,
+                &request("stat"),
+                "failed to get file info from path '/nonexistent': stat /nonexistent: no such file or directory",
+                None,
+            ),
+        ),
+        ("filetransfer/file_chunk EOF", file::chunk(&sid, 5000)),
+        ("filetransfer/file_chunk first (4096 B)", file::chunk(&sid, 0).with_body(vec![b'A'; 4096])),
+        ("filetransfer/ack put_file", file::ack(&sid, 0, None)),
+        ("filetransfer/ack chunk", file::ack(&sid, 0, Some(user))),
+        ("filetransfer/ack EOF", file::ack(&sid, 4, Some(user))),
+        (
+            "filetransfer/error unsupported type",
+            file::error(
+                &sid,
+                &request("bogus"),
+                "session: filetransfer message type 'bogus' not supported",
+                None,
+            ),
+        ),
+    ];
+    for (name, frame) in ours.into_iter().chain(files) {
         assert_eq!(Bytes::from(frame.encode()), by_name(name).bytes, "{name}");
     }
     let wide_status = [

@@ -11,6 +11,7 @@
 //! insist on; [`frame`] says where that matters.
 
 pub mod control;
+pub mod file;
 pub mod frame;
 pub mod msgpack;
 pub mod shell;
@@ -19,6 +20,8 @@ pub use frame::{Frame, Props, SessionId, UserId};
 
 /// The terminal.
 pub const SHELL: u16 = 1;
+/// File transfer.
+pub const FILE_TRANSFER: u16 = 2;
 /// Session control.
 pub const CONTROL: u16 = 0xffff;
 

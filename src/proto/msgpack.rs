@@ -1,8 +1,8 @@
-//! Reading msgpack by hand, for the envelope: any width, any order, nothing copied.
+//! Reading msgpack by hand, and writing maps. For the envelope: any width, any order, nothing copied.
 //!
 //! No recursion, so that nesting can't exhaust a stack, and no allocation by a length somebody claims.
 
-use rmp::Marker;
+use rmp::{Marker, encode};
 use thiserror::Error;
 
 /// Why a message isn't a frame.
@@ -19,6 +19,9 @@ pub enum DecodeError {
         /// Its marker.
         found: Marker,
     },
+    /// The same, where the type found is of no interest.
+    #[error("{0} is of the wrong type")]
+    Value(&'static str),
     /// An integer doesn't fit.
     #[error("{0} is out of range")]
     Range(&'static str),
@@ -173,6 +176,46 @@ impl<'a> Cursor<'a> {
             values = values.saturating_add(inner);
         }
         Ok(())
+    }
+}
+
+/// Writes a map with string keys, as the bodies of messages are. What is `None` is left out.
+#[derive(Debug, Default)]
+pub struct MapWriter {
+    pairs: u32,
+    bytes: Vec<u8>,
+}
+
+impl MapWriter {
+    /// An empty map.
+    pub fn new() -> Self {
+        MapWriter::default()
+    }
+
+    /// A pair whose value `write` writes. Writing to a Vec doesn't fail.
+    #[must_use]
+    pub fn with<E>(mut self, key: &str, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Self {
+        self.pairs += 1;
+        let _ = encode::write_str(&mut self.bytes, key);
+        let _ = write(&mut self.bytes);
+        self
+    }
+
+    /// A string.
+    #[must_use]
+    pub fn str(self, key: &str, value: Option<&str>) -> Self {
+        match value {
+            Some(value) => self.with(key, |out| encode::write_str(out, value)),
+            None => self,
+        }
+    }
+
+    /// The map.
+    pub fn finish(self) -> Vec<u8> {
+        let mut map = Vec::with_capacity(5 + self.bytes.len());
+        let _ = encode::write_map_len(&mut map, self.pairs);
+        map.extend(self.bytes);
+        map
     }
 }
 

@@ -1,0 +1,264 @@
+//! File transfer's frames: `stat` → `file_info`; `get_file` and `put_file`, then `file_chunk` one way and
+//! `ack` the other; `error`.
+//!
+//! Offsets are 64-bit integers whatever their value: the server asserts that type. A chunk without a body is the
+//! end of the file.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use rmp::encode;
+
+use super::msgpack::{Cursor, DecodeError, MapWriter, Value};
+use super::{FILE_TRANSFER, Frame, Props, SessionId};
+
+/// Asks for a file's metadata; [`Request`].
+pub const STAT: &str = "stat";
+/// The metadata; [`FileInfo`].
+pub const FILE_INFO: &str = "file_info";
+/// Asks for a file's content; [`Request`].
+pub const GET_FILE: &str = "get_file";
+/// Announces a file's content; [`Request`].
+pub const PUT_FILE: &str = "put_file";
+/// A part of a file's content, or its end.
+pub const FILE_CHUNK: &str = "file_chunk";
+/// How much of a file has arrived.
+pub const ACK: &str = "ack";
+/// Something is wrong; ends a transfer.
+pub const ERROR: &str = "error";
+
+const OFFSET: &str = "offset";
+
+/// The body of `stat`, `get_file` and `put_file`. The latter alone has more than a path.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// Which file.
+    pub path: PathBuf,
+    /// The name at the source, used when `path` is a directory.
+    pub src_path: Option<PathBuf>,
+    /// Bytes.
+    pub size: Option<u64>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Permissions, as a number that chmod(2) knows.
+    pub mode: Option<u32>,
+}
+
+impl Request {
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// The text for the peer.
+    pub fn decode(body: &[u8]) -> Result<Self, String> {
+        let request = Self::parse(body).map_err(|e| format!("malformed request parameters: {e}"))?;
+        if request.path.as_os_str().is_empty() {
+            return Err("invalid request parameters: path: cannot be blank.".to_owned());
+        }
+        Ok(request)
+    }
+
+    fn parse(body: &[u8]) -> Result<Self, DecodeError> {
+        let mut cursor = Cursor::new(body);
+        let mut request = Request::default();
+        for _ in 0..cursor.map("the body")?.unwrap_or(0) {
+            match cursor.value()? {
+                Value::Blob(b"path") => request.path = path(&mut cursor, "path")?.unwrap_or_default(),
+                Value::Blob(b"src_path") => request.src_path = path(&mut cursor, "src_path")?,
+                Value::Blob(b"size") => request.size = number(&mut cursor, "size")?,
+                Value::Blob(b"uid") => request.uid = number(&mut cursor, "uid")?,
+                Value::Blob(b"gid") => request.gid = number(&mut cursor, "gid")?,
+                Value::Blob(b"mode") => request.mode = number(&mut cursor, "mode")?,
+                _ => cursor.skip()?,
+            }
+        }
+        Ok(request)
+    }
+}
+
+fn path(cursor: &mut Cursor<'_>, what: &'static str) -> Result<Option<PathBuf>, DecodeError> {
+    match cursor.value()? {
+        Value::Nil => Ok(None),
+        // Bytes: a path needn't be UTF-8.
+        Value::Blob(bytes) => Ok(Some(OsString::from_vec(bytes.to_vec()).into())),
+        _ => Err(DecodeError::Value(what)),
+    }
+}
+
+fn number<T: TryFrom<i128>>(cursor: &mut Cursor<'_>, what: &'static str) -> Result<Option<T>, DecodeError> {
+    match cursor.value()? {
+        Value::Nil => Ok(None),
+        Value::Int(n) => T::try_from(n).map(Some).map_err(|_| DecodeError::Range(what)),
+        _ => Err(DecodeError::Value(what)),
+    }
+}
+
+/// The body of `file_info`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileInfo {
+    /// The path as it was asked for.
+    pub path: String,
+    /// Bytes.
+    pub size: i64,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// The kernel's `st_mode`. It goes out in Go's form.
+    pub mode: u32,
+    /// When the content was changed: seconds since 1970 and nanoseconds.
+    pub modified: (i64, u32),
+}
+
+/// `st_mode` in the form of Go's `os.FileMode`, by which peers tell what is a regular file.
+pub fn go_mode(mode: u32) -> u32 {
+    const DIRECTORY: u32 = 1 << 31;
+    const SYMLINK: u32 = 1 << 27;
+    const DEVICE: u32 = 1 << 26;
+    const FIFO: u32 = 1 << 25;
+    const SOCKET: u32 = 1 << 24;
+    const SET_UID: u32 = 1 << 23;
+    const SET_GID: u32 = 1 << 22;
+    const CHARACTER_DEVICE: u32 = 1 << 21;
+    const STICKY: u32 = 1 << 20;
+    const IRREGULAR: u32 = 1 << 19;
+    let kind = match mode & 0o170_000 {
+        0o100_000 => 0,
+        0o040_000 => DIRECTORY,
+        0o120_000 => SYMLINK,
+        0o060_000 => DEVICE,
+        0o020_000 => DEVICE | CHARACTER_DEVICE,
+        0o010_000 => FIFO,
+        0o140_000 => SOCKET,
+        _ => IRREGULAR,
+    };
+    let bits = [(0o4000, SET_UID), (0o2000, SET_GID), (0o1000, STICKY)];
+    bits.iter().filter(|(bit, _)| mode & bit != 0).fold(kind | mode & 0o777, |all, (_, bit)| all | bit)
+}
+
+fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<(), encode::ValueWriteError> {
+    const TYPE: i8 = -1;
+    match u64::try_from(seconds) {
+        Ok(s) if nanoseconds == 0 && s <= u64::from(u32::MAX) => {
+            encode::write_ext_meta(out, 4, TYPE)?;
+            out.extend_from_slice(&(s as u32).to_be_bytes());
+        }
+        Ok(s) if s < 1 << 34 => {
+            encode::write_ext_meta(out, 8, TYPE)?;
+            out.extend_from_slice(&(u64::from(nanoseconds) << 34 | s).to_be_bytes());
+        }
+        _ => {
+            encode::write_ext_meta(out, 12, TYPE)?;
+            out.extend_from_slice(&nanoseconds.to_be_bytes());
+            out.extend_from_slice(&seconds.to_be_bytes());
+        }
+    }
+    Ok(())
+}
+
+/// Answers `stat`.
+pub fn file_info(sid: &SessionId, info: &FileInfo) -> Frame {
+    let body = MapWriter::new()
+        .str("path", Some(&info.path))
+        .with("size", |out| encode::write_i64(out, info.size))
+        .with("uid", |out| encode::write_u32(out, info.uid))
+        .with("gid", |out| encode::write_u32(out, info.gid))
+        .with("mode", |out| encode::write_u32(out, go_mode(info.mode)))
+        .with("modtime", |out| timestamp(out, info.modified))
+        .finish();
+    Frame::new(FILE_TRANSFER, FILE_INFO, Some(sid)).with_body(body)
+}
+
+fn at(offset: u64) -> Props {
+    Props::new().with_i64(OFFSET, i64::try_from(offset).unwrap_or(i64::MAX))
+}
+
+/// A part of a file from `offset`, still without its bytes; the end of the file if it stays so.
+pub fn chunk(sid: &SessionId, offset: u64) -> Frame {
+    Frame::new(FILE_TRANSFER, FILE_CHUNK, Some(sid)).with_props(at(offset))
+}
+
+/// So much has arrived. `user` is told back as the reference agent does, when there is one.
+pub fn ack(sid: &SessionId, offset: u64, user: Option<&str>) -> Frame {
+    let props = match user {
+        Some(user) => at(offset).with_str("user_id", user),
+        None => at(offset),
+    };
+    Frame::new(FILE_TRANSFER, ACK, Some(sid)).with_props(props)
+}
+
+/// `cause` could not be obeyed. `code` is an HTTP status for those who asked the server.
+pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> Frame {
+    let mut body = MapWriter::new()
+        .str("err", Some(text))
+        .str("msgtype", Some(cause.typ.as_str()).filter(|t| !t.is_empty()))
+        .str("msgid", cause.props.str("msgid"));
+    if let Some(code) = code {
+        body = body.with("code", |out| encode::write_sint(out, code.into()).map(drop));
+    }
+    Frame::new(FILE_TRANSFER, ERROR, Some(sid)).with_props(cause.props.clone()).with_body(body.finish())
+}
+
+/// The offset of a chunk or an ack: `None` without one, an error if it is no number of bytes.
+pub fn offset(frame: &Frame) -> Option<Result<u64, ()>> {
+    if !frame.props.has(OFFSET) {
+        return None;
+    }
+    Some(frame.props.int(OFFSET).and_then(|n| u64::try_from(n).ok()).ok_or(()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_read_leniently() {
+        let body = b"\x87\xa8src_path\xa1s\xa4path\xc4\x03/\xff\x01\xa4size\xcd\x01\x00\xa3uid\xc0\xa3gid\xd3\0\0\0\0\0\0\0\x07\xa4mode\xce\0\0\x01\xa0\xa7modtime\xd7\xff\x1do4TeS\xf1\x00";
+        let request = Request::decode(body).unwrap();
+        assert_eq!(request.path.as_os_str().as_encoded_bytes(), b"/\xff\x01");
+        assert_eq!(request.src_path, Some("s".into()));
+        assert_eq!((request.size, request.uid, request.gid), (Some(256), None, Some(7)));
+        assert_eq!(request.mode, Some(0o640));
+    }
+
+    #[test]
+    fn bad_requests_have_their_texts() {
+        let error = |body: &[u8]| Request::decode(body).unwrap_err();
+        assert_eq!(error(b"\x80"), "invalid request parameters: path: cannot be blank.");
+        assert_eq!(error(b"\x81\xa4path\xc0"), "invalid request parameters: path: cannot be blank.");
+        assert!(error(b"").starts_with("malformed request parameters: "));
+        assert!(error(b"\x81\xa4path\x01").starts_with("malformed request parameters: "));
+        assert!(error(b"\x82\xa4path\xa1x\xa3uid\xff").starts_with("malformed request parameters: "));
+    }
+
+    #[test]
+    fn modes_as_go_has_them() {
+        for (posix, go) in [
+            (0o100_644, 0o644),
+            (0o041_777, 0x8010_01ff),
+            (0o120_777, 1 << 27 | 0o777),
+            (0o010_600, 1 << 25 | 0o600),
+            (0o020_620, 1 << 26 | 1 << 21 | 0o620),
+            (0o060_660, 1 << 26 | 0o660),
+            (0o140_755, 1 << 24 | 0o755),
+            (0o106_755, 1 << 23 | 1 << 22 | 0o755),
+        ] {
+            assert_eq!(go_mode(posix), go, "{posix:o}");
+        }
+    }
+
+    #[test]
+    fn times_beyond_the_short_forms() {
+        let form = |time| {
+            let mut out = Vec::new();
+            timestamp(&mut out, time).unwrap();
+            out
+        };
+        assert_eq!(form((1 << 31, 0)), b"\xd6\xff\x80\0\0\0");
+        assert_eq!(form((1 << 33, 0))[..2], *b"\xd7\xff");
+        assert_eq!(form((-1, 5)), b"\xc7\x0c\xff\0\0\0\x05\xff\xff\xff\xff\xff\xff\xff\xff");
+        assert_eq!(form((1 << 34, 0))[..3], *b"\xc7\x0c\xff");
+    }
+}
