@@ -14,10 +14,13 @@ use bytes::Bytes;
 use crate::proto::Frame;
 use crate::sys::wake::Wake;
 
-/// Frames of data a session may have queued: one being written and one behind it.
+/// Frames of data, and again of bulk, a session may have queued: one being written and one behind it.
 pub const FRAMES_IN_FLIGHT: usize = 2;
 /// Answers a session may have queued before it stops listening.
 pub const REPLIES_IN_FLIGHT: usize = 32;
+
+/// After so many interactive frames in a row one that waits as bulk has its turn.
+const MAX_FAVOURED: u32 = 16;
 
 /// What the writer does next, most urgent first.
 #[derive(Debug)]
@@ -47,7 +50,10 @@ struct Queues {
     /// Only the latest ping needs an answer (RFC 6455, 5.5.3).
     pong: Option<Bytes>,
     flush: bool,
-    frames: VecDeque<Item>,
+    interactive: VecDeque<Item>,
+    bulk: VecDeque<Item>,
+    /// Interactive frames that left in a row while bulk waited.
+    favoured: u32,
 }
 
 #[derive(Debug)]
@@ -83,7 +89,12 @@ impl Outbox {
     }
 
     fn push(&self, item: Item) {
-        self.lock().frames.push_back(item);
+        let mut queues = self.lock();
+        match item.permit.kind {
+            Kind::Data | Kind::Reply => queues.interactive.push_back(item),
+            Kind::Bulk => queues.bulk.push_back(item),
+        }
+        drop(queues);
         self.filled.notify_one();
     }
 
@@ -105,7 +116,8 @@ impl Outbox {
     /// Whether the writer would have to wait.
     pub fn is_empty(&self) -> bool {
         let queues = self.lock();
-        queues.close.is_none() && queues.pong.is_none() && !queues.flush && queues.frames.is_empty()
+        let quiet = queues.close.is_none() && queues.pong.is_none() && !queues.flush;
+        quiet && queues.interactive.is_empty() && queues.bulk.is_empty()
     }
 }
 
@@ -120,13 +132,23 @@ impl Queues {
         if std::mem::take(&mut self.flush) {
             return Some(Work::Flush);
         }
-        while let Some(item) = self.frames.pop_front() {
+        while let Some(item) = self.pop() {
             let void = item.epoch.is_some_and(|e| e != item.permit.account.epoch.load(Ordering::SeqCst));
             if !void {
                 return Some(Work::Frame(item.message));
             }
         }
         None
+    }
+
+    /// Interactive frames go first, but a terminal that never stops writing doesn't stop a transfer.
+    fn pop(&mut self) -> Option<Item> {
+        if self.bulk.is_empty() || (self.favoured < MAX_FAVOURED && !self.interactive.is_empty()) {
+            self.favoured += u32::from(!self.bulk.is_empty());
+            return self.interactive.pop_front();
+        }
+        self.favoured = 0;
+        self.bulk.pop_front()
     }
 }
 
@@ -142,6 +164,7 @@ pub struct FrameSink {
 struct Account {
     data: AtomicUsize,
     replies: AtomicUsize,
+    bulk: AtomicUsize,
     epoch: AtomicU32,
     /// The session waits for room and wants to be woken.
     starved: AtomicBool,
@@ -150,8 +173,11 @@ struct Account {
 
 #[derive(Debug, Clone, Copy)]
 enum Kind {
+    /// What a terminal shows.
     Data,
     Reply,
+    /// Files and forwarded connections.
+    Bulk,
 }
 
 /// One frame's place in the account, given back when the frame has left the queue.
@@ -166,6 +192,7 @@ impl Account {
         match kind {
             Kind::Data => &self.data,
             Kind::Reply => &self.replies,
+            Kind::Bulk => &self.bulk,
         }
     }
 }
@@ -192,6 +219,7 @@ impl FrameSink {
         let account = Account {
             data: AtomicUsize::new(0),
             replies: AtomicUsize::new(0),
+            bulk: AtomicUsize::new(0),
             epoch: AtomicU32::new(0),
             starved: AtomicBool::new(false),
             wake,
@@ -207,9 +235,18 @@ impl FrameSink {
 
     /// Queues data. Never refused: ask [`FrameSink::takes_data`] before reading it from its source.
     pub fn data(&self, frame: &Frame) {
+        self.push_voidable(frame.encode(), Kind::Data);
+    }
+
+    /// Queues an encoded frame behind all interactive ones. Never refused: ask [`FrameSink::takes_bulk`] before.
+    pub fn bulk(&self, message: Vec<u8>) {
+        self.push_voidable(message, Kind::Bulk);
+    }
+
+    fn push_voidable(&self, message: Vec<u8>, kind: Kind) {
         let epoch = Some(self.account.epoch.load(Ordering::SeqCst));
-        let permit = Permit::new(&self.account, Kind::Data);
-        self.outbox.push(Item { message: frame.encode(), epoch, permit });
+        let permit = Permit::new(&self.account, kind);
+        self.outbox.push(Item { message, epoch, permit });
     }
 
     /// Whether there is room for an answer. If not, the session is woken when there is.
@@ -220,6 +257,11 @@ impl FrameSink {
     /// Whether there is room for data. If not, the session is woken when there is.
     pub fn takes_data(&self) -> bool {
         self.has_room(Kind::Data, FRAMES_IN_FLIGHT)
+    }
+
+    /// Whether there is room for a bulk frame. If not, the session is woken when there is.
+    pub fn takes_bulk(&self) -> bool {
+        self.has_room(Kind::Bulk, FRAMES_IN_FLIGHT)
     }
 
     fn has_room(&self, kind: Kind, limit: usize) -> bool {
@@ -313,7 +355,22 @@ mod tests {
         sink.data(&frame("d"));
         sink.data(&frame("d"));
         assert!(!sink.takes_data());
-        outbox.lock().frames.clear();
+        outbox.lock().interactive.clear();
         assert!(sink.takes_data());
+    }
+
+    #[test]
+    fn bulk_waits_for_interactive_frames_but_not_for_ever() {
+        let (outbox, sink, _wake) = sink();
+        sink.bulk(frame("bulk").encode());
+        sink.data(&frame("echo"));
+        assert_eq!(next(&outbox).as_deref(), Some("echo"));
+        assert_eq!(next(&outbox).as_deref(), Some("bulk"));
+        sink.bulk(frame("bulk").encode());
+        for _ in 0..100 {
+            sink.data(&frame("flood"));
+        }
+        let order: Vec<String> = (0..=MAX_FAVOURED).filter_map(|_| next(&outbox)).collect();
+        assert!(order.contains(&"bulk".to_owned()), "{order:?}");
     }
 }

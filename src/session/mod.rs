@@ -4,6 +4,7 @@
 //! loop over its inbox, its terminal and its timers. It ends when nothing is left to do for it, and at once when
 //! the link is gone.
 
+mod file_transfer;
 mod inbox;
 mod quota;
 mod router;
@@ -16,6 +17,7 @@ use std::time::Instant;
 
 use log::info;
 
+use self::file_transfer::rate::Counters;
 use self::inbox::Inbox;
 use crate::config::Config;
 use crate::proto::{SessionId, UserId};
@@ -33,6 +35,8 @@ pub struct Context {
     pub config: Config,
     /// How many shells there may be.
     pub shells: Arc<ShellQuota>,
+    /// How much was transferred.
+    pub transferred: Counters,
     /// The sessions of the current link.
     table: Mutex<Arc<Table>>,
     /// Session threads, also those that only clean up after their link is gone.
@@ -108,6 +112,7 @@ impl Context {
         Arc::new(Context {
             config,
             shells,
+            transferred: Counters::default(),
             table: Mutex::default(),
             threads: Mutex::default(),
             thread_ended: Condvar::new(),
@@ -152,8 +157,9 @@ impl Context {
             }
         }
         info!("  file-transfer:");
-        info!("   total: tx/rx 0/0");
-        info!("   1m: tx rx 0.00 0.00 (0.08)");
+        for line in self.transferred.report(now) {
+            info!("   {line}");
+        }
     }
 
     /// Waits until no session thread is left, at most until `deadline`. Tells whether that came first.

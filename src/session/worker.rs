@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use log::{debug, error, info};
 use nix::poll::PollFlags;
 
+use super::file_transfer::FileTransfer;
 use super::inbox::Inbox;
 use super::terminal::Terminal;
 use super::{Context, Info};
 use crate::outbox::FrameSink;
-use crate::proto::{CONTROL, Frame, SHELL, SessionId, control};
+use crate::proto::{CONTROL, FILE_TRANSFER, Frame, SHELL, SessionId, control};
 use crate::sys::PollSet;
 use crate::sys::wake::Wake;
 
@@ -29,6 +30,7 @@ pub struct Session {
     wake: Arc<Wake>,
     sink: FrameSink,
     terminal: Terminal,
+    files: FileTransfer,
     /// Runs once another protocol than the terminal's was spoken: terminal clients don't answer pings.
     idle: Option<Idle>,
 }
@@ -56,7 +58,8 @@ impl Session {
         info: Arc<Info>,
     ) -> Self {
         let terminal = Terminal::new(Arc::clone(&context), id.clone(), sink.clone(), info);
-        Session { id, context, inbox, wake, sink, terminal, idle: None }
+        let files = FileTransfer::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
+        Session { id, context, inbox, wake, sink, terminal, files, idle: None }
     }
 
     /// Runs until the session is over. A panic ends only this session.
@@ -83,10 +86,13 @@ impl Session {
                 gone = true;
                 self.idle = None;
                 self.terminal.hang_up(Instant::now());
+                self.files.hang_up(Instant::now());
             }
             self.read_inbox();
+            self.files.acknowledge();
             self.check_idle(Instant::now());
-            if self.terminal.is_idle() && self.idle.is_none() && self.inbox.close_if_empty() {
+            self.files.proceed(Instant::now());
+            if self.is_over() && self.inbox.close_if_empty() {
                 return Ok(());
             }
             let ready = {
@@ -94,12 +100,17 @@ impl Session {
                 set.add(self.wake.as_fd(), PollFlags::POLLIN);
                 let watched = self.terminal.watch(&mut set);
                 let timer = self.idle.as_ref().map(Idle::deadline);
-                let deadline = [timer, self.terminal.deadline()].into_iter().flatten().min();
+                let deadlines = [timer, self.terminal.deadline(), self.files.deadline()];
+                let deadline = deadlines.into_iter().flatten().min();
                 set.wait(deadline)?;
                 watched.look(&set)
             };
             self.terminal.proceed(ready, Instant::now());
         }
+    }
+
+    fn is_over(&self) -> bool {
+        self.terminal.is_idle() && self.files.is_idle() && self.idle.is_none()
     }
 
     /// Reads what has come, as long as it can be dealt with and the answers can be taken away.
@@ -117,6 +128,7 @@ impl Session {
         match frame.proto {
             SHELL => self.terminal.handle(frame, now),
             CONTROL => self.handle_control(&frame),
+            FILE_TRANSFER if self.context.config.file_transfer => self.files.handle(frame, now),
             other => {
                 let text = format!("no handler registered for protocol: 0x{other:04X}");
                 self.sink.reply(&control::error_about(&self.id, &frame, &text, false));
@@ -169,14 +181,23 @@ impl Session {
             self.sink.reply(&answer);
         }
         if over {
-            // A shell that the session has besides is none of this protocol's business.
-            self.idle = None;
+            self.close();
         }
+    }
+
+    /// The session is over, but for a shell that it has besides: that is none of session control's business.
+    fn close(&mut self) {
+        self.idle = None;
+        self.files.close();
     }
 
     /// The protocols that are there for a session.
     fn protocols(&self) -> Vec<u16> {
-        if self.context.config.terminal.enabled { vec![SHELL] } else { vec![] }
+        let config = &self.context.config;
+        [(SHELL, config.terminal.enabled), (FILE_TRANSFER, config.file_transfer)]
+            .into_iter()
+            .filter_map(|(protocol, enabled)| enabled.then_some(protocol))
+            .collect()
     }
 
     fn check_idle(&mut self, now: Instant) {
@@ -184,7 +205,7 @@ impl Session {
             Some(idle) if now >= idle.since + CLOSE_AFTER => {
                 debug!("session {}: nothing heard for {} s", self.id, CLOSE_AFTER.as_secs());
                 self.sink.reply(&control::error(&self.id, "session timeout", true));
-                self.idle = None;
+                self.close();
             }
             Some(idle) if !idle.pinged && now >= idle.since + PING_AFTER => {
                 idle.pinged = true;

@@ -1,5 +1,6 @@
 //! What the program asks of the kernel and libc. The only place with `unsafe`.
 
+pub mod beneath;
 pub mod net;
 pub mod process;
 pub mod pty;

@@ -1,0 +1,368 @@
+//! File transfer: protocol 2 for one session, one file at a time. Runs in the session's thread.
+
+mod download;
+mod place;
+pub mod rate;
+mod temporary;
+mod upload;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use data_encoding::HEXLOWER;
+use log::{debug, info, warn};
+use nix::sys::stat::FileStat;
+use sha2::{Digest, Sha256};
+
+use self::download::Download;
+use self::place::Failure;
+use self::upload::{Commit, Progress, Upload};
+use super::Context;
+use crate::outbox::FrameSink;
+use crate::proto::file::{self, FileInfo, Request};
+use crate::proto::{Frame, SessionId, UserId};
+use crate::sys::wake::Wake;
+
+/// The code of what the limits forbid: the server hands it on as the HTTP status.
+const FORBIDDEN: u16 = 403;
+/// How long a commit under way may take when the link is gone.
+const HANG_UP_GRACE: Duration = Duration::from_secs(1);
+
+const NONE_IN_PROGRESS: &str = "no file transfer in progress";
+
+/// The file transfers of a session.
+pub struct FileTransfer {
+    context: Arc<Context>,
+    id: SessionId,
+    sink: FrameSink,
+    wake: Arc<Wake>,
+    state: State,
+    /// The latest answer to `stat`, by which a client expects a certain number of bytes.
+    known: Option<(PathBuf, FileStat)>,
+    /// Whether what still comes of an earlier transfer is to be passed over in silence.
+    stray_chunks: bool,
+    stray_acks: bool,
+}
+
+enum State {
+    Idle,
+    Sending(Box<Sending>),
+    Receiving(Box<Receiving>),
+    Committing(Box<Committing>),
+}
+
+/// What a transfer is about besides its bytes.
+struct About {
+    /// The message that asked for it: errors are told in its name.
+    request: Frame,
+    user: UserId,
+    started: Instant,
+}
+
+struct Sending {
+    about: About,
+    download: Download,
+}
+
+struct Receiving {
+    about: About,
+    upload: Upload,
+}
+
+struct Committing {
+    about: About,
+    commit: Commit,
+    /// Set when the link is gone: nobody waits for the answer, and the commit not for ever.
+    give_up: Option<Instant>,
+}
+
+impl FileTransfer {
+    /// Without a transfer. `wake` is called when something has been done on the side.
+    pub fn new(context: Arc<Context>, id: SessionId, sink: FrameSink, wake: Arc<Wake>) -> Self {
+        FileTransfer {
+            context,
+            id,
+            sink,
+            wake,
+            state: State::Idle,
+            known: None,
+            stray_chunks: false,
+            stray_acks: false,
+        }
+    }
+
+    /// Whether nothing is left to be done. A file that is complete is put into place even when its session is over.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle)
+    }
+
+    /// Obeys a frame of the file transfer protocol.
+    pub fn handle(&mut self, frame: Frame, now: Instant) {
+        match (&mut self.state, frame.typ.as_str()) {
+            (_, file::STAT) => self.stat(&frame),
+            (State::Idle, file::GET_FILE) => self.start_sending(frame, now),
+            (State::Idle, file::PUT_FILE) => self.start_receiving(frame, now),
+            (_, file::GET_FILE | file::PUT_FILE) => {
+                self.refuse(&frame, &Failure::system("another file transfer is in progress"));
+            }
+            (State::Sending(_), file::ACK) => self.take_ack(&frame, now),
+            (State::Receiving(_), file::FILE_CHUNK) => self.take_chunk(&frame, now),
+            (_, file::ERROR) => self.take_error(&frame),
+            (State::Sending(_), other @ file::FILE_CHUNK) => {
+                let text = format!("received unexpected message type '{other}'; expected 'ack'");
+                self.fail(&frame, &text);
+            }
+            (State::Receiving(_), other @ file::ACK) => {
+                let text = format!("received unexpected message type '{other}' during file upload");
+                self.fail(&frame, &text);
+            }
+            // On the way when their transfer ended.
+            (_, file::ACK) if self.stray_acks => {}
+            (_, file::FILE_CHUNK) if self.stray_chunks => {}
+            (_, file::FILE_CHUNK | file::ACK) => self.refuse(&frame, &Failure::system(NONE_IN_PROGRESS)),
+            (_, other) => {
+                let text = format!("session: filetransfer message type '{other}' not supported");
+                self.refuse(&frame, &Failure::system(text));
+            }
+        }
+    }
+
+    /// Does what can be done now.
+    pub fn proceed(&mut self, now: Instant) {
+        match &mut self.state {
+            State::Idle | State::Receiving(_) => {}
+            State::Sending(sending) => {
+                let counters = &self.context.transferred;
+                let request = sending.about.request.clone();
+                if let Err(text) = sending.download.proceed(&self.id, &self.sink, counters, now) {
+                    return self.fail(&request, &text);
+                }
+                self.finish_sending(now);
+            }
+            State::Committing(committing) => {
+                if let Some(result) = committing.commit.try_result() {
+                    return self.finish_receiving(result, now);
+                }
+                if committing.give_up.is_some_and(|at| now >= at) {
+                    committing.commit.abandon();
+                    self.state = State::Idle;
+                }
+            }
+        }
+    }
+
+    /// Acknowledges what was received. To be called when nothing more waits to be read: one ack serves for all.
+    pub fn acknowledge(&mut self) {
+        if let State::Receiving(receiving) = &mut self.state
+            && let Some(offset) = receiving.upload.due_ack()
+        {
+            let ack = file::ack(&self.id, offset, user_of(&receiving.about));
+            self.sink.reply(&ack);
+        }
+    }
+
+    /// When [`FileTransfer::proceed`] wants to be called though nothing happened.
+    pub fn deadline(&self) -> Option<Instant> {
+        match &self.state {
+            State::Committing(committing) => committing.give_up,
+            _ => None,
+        }
+    }
+
+    /// The session is over: a transfer under way is broken off, a complete file is still put into place.
+    pub fn close(&mut self) {
+        if !matches!(self.state, State::Committing(_)) {
+            self.abort("the session was closed");
+        }
+    }
+
+    /// The link is gone.
+    pub fn hang_up(&mut self, now: Instant) {
+        match &mut self.state {
+            State::Committing(committing) => committing.give_up = Some(now + HANG_UP_GRACE),
+            _ => self.abort("the connection was lost"),
+        }
+    }
+
+    fn stat(&mut self, frame: &Frame) {
+        let limits = self.context.config.limits.as_ref();
+        let found = Request::decode(&frame.body)
+            .map_err(Failure::system)
+            .and_then(|request| Ok((place::stat(limits, &request.path)?, request.path)));
+        match found {
+            Ok((stat, path)) => {
+                let info = FileInfo {
+                    path: path.to_string_lossy().into_owned(),
+                    size: stat.st_size,
+                    uid: stat.st_uid,
+                    gid: stat.st_gid,
+                    mode: stat.st_mode,
+                    modified: (stat.st_mtime, u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+                };
+                self.known = Some((path, stat));
+                self.sink.reply(&file::file_info(&self.id, &info));
+            }
+            Err(failure) => self.refuse(frame, &failure),
+        }
+    }
+
+    fn start_sending(&mut self, frame: Frame, now: Instant) {
+        let limits = self.context.config.limits.as_ref();
+        let known = self.known.as_ref();
+        let started = Request::decode(&frame.body).map_err(Failure::system).and_then(|request| {
+            let known = known.filter(|(path, _)| *path == request.path).map(|(_, stat)| stat);
+            Download::start(limits, &self.context.transferred, &request.path, known, now)
+        });
+        match started {
+            Ok(download) => {
+                let about = About { user: frame.user(), request: frame, started: now };
+                debug!("session {}: sending {:?}", self.id, download.path());
+                self.stray_acks = true;
+                self.state = State::Sending(Box::new(Sending { about, download }));
+            }
+            Err(failure) => self.refuse(&frame, &failure),
+        }
+    }
+
+    fn start_receiving(&mut self, frame: Frame, now: Instant) {
+        let limits = self.context.config.limits.as_ref();
+        self.stray_chunks = true;
+        let started = Request::decode(&frame.body)
+            .map_err(Failure::system)
+            .and_then(|request| Upload::start(limits, &self.context.transferred, &request, now));
+        match started {
+            Ok(upload) => {
+                let about = About { user: frame.user(), request: frame, started: now };
+                debug!("session {}: receiving {:?}", self.id, upload.path());
+                self.state = State::Receiving(Box::new(Receiving { about, upload }));
+                self.sink.reply(&file::ack(&self.id, 0, None));
+            }
+            // The one refusal without a code: the server's answer would be another one than upstream's.
+            Err(failure) => self.refuse(&frame, &Failure { denied: false, ..failure }),
+        }
+    }
+
+    fn take_ack(&mut self, frame: &Frame, now: Instant) {
+        let State::Sending(sending) = &mut self.state else { return };
+        match file::offset(frame) {
+            Some(Ok(offset)) => {
+                sending.download.ack(offset, now);
+                self.finish_sending(now);
+            }
+            Some(Err(())) => self.fail(frame, "invalid offset data type: require int64"),
+            None => self.fail(frame, "ack message: offset property cannot be blank"),
+        }
+    }
+
+    fn finish_sending(&mut self, now: Instant) {
+        match std::mem::replace(&mut self.state, State::Idle) {
+            State::Sending(sending) if sending.download.is_complete() => {
+                let Sending { about, download } = *sending;
+                let (path, size) = (download.path().to_owned(), download.sent());
+                self.log_success("sent", &path, size, download.digest(), &about, now);
+            }
+            other => self.state = other,
+        }
+    }
+
+    fn take_chunk(&mut self, frame: &Frame, now: Instant) {
+        let State::Receiving(receiving) = &mut self.state else { return };
+        match receiving.upload.chunk(frame, &self.context.transferred, now) {
+            Ok(Progress::More) => {}
+            Ok(Progress::End) => self.commit(),
+            Err(text) => self.fail(frame, &text),
+        }
+    }
+
+    fn commit(&mut self) {
+        let State::Receiving(receiving) = std::mem::replace(&mut self.state, State::Idle) else { return };
+        let Receiving { about, upload } = *receiving;
+        match upload.commit(&self.wake) {
+            Ok(commit) => {
+                self.state = State::Committing(Box::new(Committing { about, commit, give_up: None }));
+            }
+            Err(text) => self.tell_failure(&about.request, &text),
+        }
+    }
+
+    fn finish_receiving(&mut self, result: Result<(), String>, now: Instant) {
+        let State::Committing(committing) = std::mem::replace(&mut self.state, State::Idle) else { return };
+        let Committing { about, commit, .. } = *committing;
+        match result {
+            Ok(()) => {
+                self.sink.reply(&file::ack(&self.id, commit.size, user_of(&about)));
+                let (path, size) = (commit.path.clone(), commit.size);
+                self.log_success("received", &path, size, commit.digest(), &about, now);
+            }
+            Err(text) => self.tell_failure(&about.request, &text),
+        }
+    }
+
+    fn log_success(
+        &self,
+        what: &str,
+        path: &std::path::Path,
+        size: u64,
+        digest: Sha256,
+        about: &About,
+        now: Instant,
+    ) {
+        info!(
+            "session {}: {what} file {path:?}, size {size}, duration {:.3} s, sha256 {}, user {}",
+            self.id,
+            now.saturating_duration_since(about.started).as_secs_f64(),
+            HEXLOWER.encode(&digest.finalize()),
+            about.user
+        );
+    }
+
+    /// The peer has a problem, which ends the transfer.
+    fn take_error(&mut self, frame: &Frame) {
+        let text = crate::proto::control::parse::<crate::proto::control::Error>(&frame.body)
+            .ok()
+            .and_then(|e| e.err)
+            .unwrap_or_default();
+        info!("session {}: error from the peer: {text:?}", self.id);
+        self.close();
+    }
+
+    /// Ends the transfer under way because of `cause`, and says so.
+    fn fail(&mut self, cause: &Frame, text: &str) {
+        self.abort(text);
+        self.tell_failure(cause, text);
+    }
+
+    fn tell_failure(&self, cause: &Frame, text: &str) {
+        warn!("session {}: file transfer failed: {text}", self.id);
+        self.sink.reply(&file::error(&self.id, cause, text, None));
+    }
+
+    /// Says no to a request; a transfer under way goes on.
+    fn refuse(&self, cause: &Frame, failure: &Failure) {
+        warn!("session {}: {}: {}", self.id, cause.typ.escape_debug(), failure.text);
+        let code = failure.denied.then_some(FORBIDDEN);
+        self.sink.reply(&file::error(&self.id, cause, &failure.text, code));
+    }
+
+    fn abort(&mut self, why: &str) {
+        match std::mem::replace(&mut self.state, State::Idle) {
+            State::Idle => {}
+            State::Sending(sending) => {
+                self.sink.discard_data();
+                let (path, sent) = (sending.download.path(), sending.download.sent());
+                info!("session {}: broke off sending {path:?} after {sent} bytes: {why}", self.id);
+            }
+            State::Receiving(receiving) => {
+                let (path, received) = (receiving.upload.path(), receiving.upload.received());
+                info!("session {}: broke off receiving {path:?} after {received} bytes: {why}", self.id);
+            }
+            State::Committing(committing) => committing.commit.abandon(),
+        }
+    }
+}
+
+/// Whom acks are told back to, if there is anybody.
+fn user_of(about: &About) -> Option<&str> {
+    Some(about.user.as_str()).filter(|user| !user.is_empty())
+}

@@ -1,0 +1,336 @@
+//! Where a file is, and whether it may be touched: Limits.FileTransfer as a boundary.
+//!
+//! A path is resolved once, by the kernel's rules for staying beneath the chroot and for links, into a
+//! descriptor. Every check after that is about the descriptor, so nothing can be exchanged between a check and what it
+//! was for.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, open};
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+use nix::unistd::{Gid, Group, Uid, User};
+
+use crate::config::FileLimits;
+use crate::proto::file::Request;
+use crate::sys::beneath::{self, Rules};
+use crate::sys::reason;
+
+const OUTSIDE: &str = "the target file path is outside chroot";
+const LINK: &str = "forbidden to follow the link";
+const TOO_LARGE: &str = "the file size is over the limit";
+
+/// Bits of a requested mode that make a program run as its file's owner or group: as chmod(2) has them, and Go.
+const SET_ID: u32 = 0o6000 | 1 << 23 | 1 << 22;
+
+/// Why a file can't be had, for the peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// The text.
+    pub text: String,
+    /// Whether the limits say no, as opposed to the system.
+    pub denied: bool,
+}
+
+impl Failure {
+    /// The system says no.
+    pub fn system(text: impl Into<String>) -> Self {
+        Failure { text: text.into(), denied: false }
+    }
+
+    fn denied(limit: &str) -> Self {
+        Failure { text: format!("access denied: {limit}"), denied: true }
+    }
+}
+
+/// A file that may be read.
+#[derive(Debug)]
+pub struct Source {
+    /// Open for reading.
+    pub file: OwnedFd,
+    /// What was checked.
+    pub stat: FileStat,
+}
+
+/// A place that may be written.
+#[derive(Debug)]
+pub struct Target {
+    /// The directory.
+    pub dir: OwnedFd,
+    /// The name in it.
+    pub name: OsString,
+    /// The whole path, for people.
+    pub path: PathBuf,
+}
+
+fn kind(stat: &FileStat) -> u32 {
+    stat.st_mode & 0o170_000
+}
+
+fn is_regular(stat: &FileStat) -> bool {
+    kind(stat) == 0o100_000
+}
+
+fn is_directory(stat: &FileStat) -> bool {
+    kind(stat) == 0o040_000
+}
+
+/// Opens `path` as the limits allow. What the limits forbid is a [`Failure`], what the system does the inner error.
+fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<io::Result<OwnedFd>, Failure> {
+    let Some(limits) = limits else {
+        return Ok(open(path, flags | OFlag::O_CLOEXEC, Mode::empty()).map_err(Into::into));
+    };
+    let rules = Rules { beneath: limits.chroot.is_some(), follow_links: limits.follow_symlinks };
+    let (start, rest) = match &limits.chroot {
+        // By components: a sibling whose name begins like the chroot's is outside. Its own path may hold links.
+        Some(chroot) => (chroot.as_path(), path.strip_prefix(chroot).map_err(|_| Failure::denied(OUTSIDE))?),
+        None => (Path::new("."), path),
+    };
+    let rest = if rest.as_os_str().is_empty() { Path::new(".") } else { rest };
+    // Stripping a prefix drops a slash at the end, by which a directory is meant.
+    let mut rest = rest.as_os_str().to_owned();
+    if path.as_os_str().as_bytes().ends_with(b"/") {
+        rest.push("/");
+    }
+    let start = match open(start, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()) {
+        Ok(start) => start,
+        Err(e) => return Ok(Err(e.into())),
+    };
+    match beneath::open(start.as_fd(), Path::new(&rest), flags, rules) {
+        Err(e) if e.raw_os_error() == Some(Errno::EXDEV as i32) => Err(Failure::denied(OUTSIDE)),
+        Err(e) if e.raw_os_error() == Some(Errno::ELOOP as i32) && !rules.follow_links => {
+            Err(Failure::denied(LINK))
+        }
+        other => Ok(other),
+    }
+}
+
+/// A file's metadata; a link is followed if it may be.
+///
+/// # Errors
+/// The text for the peer.
+pub fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failure> {
+    let failed = |e: io::Error| {
+        let path = path.display();
+        Failure::system(format!("failed to get file info from path '{path}': stat {path}: {}", reason(&e)))
+    };
+    let fd = resolve(limits, path, OFlag::O_PATH)?.map_err(failed)?;
+    fstat(&fd).map_err(|e| failed(e.into()))
+}
+
+/// Opens a file to be sent. Only regular ones can be: what else has a name has no content of a known end.
+///
+/// # Errors
+/// The text for the peer.
+pub fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source, Failure> {
+    let system = |why: &str| {
+        Failure::system(format!("failed to open file for reading: open {}: {why}", path.display()))
+    };
+    let failed = |e: io::Error| system(&reason(&e));
+    if limits.is_some_and(|l| l.regular_files_only) {
+        // A link is not a regular file here, wherever it leads.
+        let itself = resolve(limits, path, OFlag::O_PATH | OFlag::O_NOFOLLOW)?.map_err(failed)?;
+        if !is_regular(&fstat(&itself).map_err(|e| failed(e.into()))?) {
+            return Err(Failure::denied("only regular files are allowed"));
+        }
+    }
+    // Opening by path alone has no effect on a device or a FIFO, and doesn't wait for one.
+    let found = resolve(limits, path, OFlag::O_PATH)?.map_err(failed)?;
+    let stat = fstat(&found).map_err(|e| failed(e.into()))?;
+    if let Some(limits) = limits {
+        may_get(limits, &stat)?;
+    }
+    match kind(&stat) {
+        0o100_000 => {}
+        0o040_000 => return Err(system("is a directory")),
+        _ => return Err(system("not a regular file")),
+    }
+    let file = beneath::reopen(found.as_fd(), OFlag::O_RDONLY | OFlag::O_NONBLOCK).map_err(failed)?;
+    Ok(Source { file, stat })
+}
+
+fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
+    if limits.regular_files_only && !is_regular(stat) {
+        return Err(Failure::denied("only regular files are allowed"));
+    }
+    if !limits.owner_get.is_empty() && !user_name(stat.st_uid).is_some_and(|n| limits.owner_get.contains(&n))
+    {
+        return Err(Failure::denied("the file owner does not match"));
+    }
+    if !limits.group_get.is_empty() && !group_name(stat.st_gid).is_some_and(|n| limits.group_get.contains(&n))
+    {
+        return Err(Failure::denied("the file group does not match"));
+    }
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    if limits.max_file_size.is_some_and(|max| size > max.get()) {
+        return Err(Failure::denied(TOO_LARGE));
+    }
+    Ok(())
+}
+
+/// An owner without a name matches no name.
+fn user_name(uid: u32) -> Option<String> {
+    User::from_uid(Uid::from_raw(uid)).ok().flatten().map(|user| user.name)
+}
+
+fn group_name(gid: u32) -> Option<String> {
+    Group::from_gid(Gid::from_raw(gid)).ok().flatten().map(|group| group.name)
+}
+
+/// Finds the place for a file that is to be received.
+///
+/// # Errors
+/// The text for the peer.
+pub fn target(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
+    if let (Some(size), Some(max)) = (request.size, limits.and_then(|l| l.max_file_size))
+        && size > max.get()
+    {
+        return Err(Failure::denied(TOO_LARGE));
+    }
+    let target = locate(limits, request)?;
+    let existing = lstat(&target.dir, &target.name, &target.path)?;
+    if let Some(limits) = limits {
+        may_put(limits, existing.as_ref(), request)?;
+    }
+    match existing {
+        Some(stat) if is_directory(&stat) => {
+            Err(Failure::system("conflicting file path: cannot overwrite directory"))
+        }
+        Some(stat) if !is_regular(&stat) => {
+            Err(Failure::system("conflicting file path: cannot overwrite irregular file"))
+        }
+        _ => Ok(target),
+    }
+}
+
+fn may_put(limits: &FileLimits, existing: Option<&FileStat>, request: &Request) -> Result<(), Failure> {
+    if let Some(stat) = existing {
+        if !limits.allow_overwrite {
+            return Err(Failure::denied("forbidden to overwrite the file"));
+        }
+        let owner = limits.owner_put.as_ref();
+        if owner.is_some_and(|owner| user_name(stat.st_uid).as_ref() != Some(owner)) {
+            return Err(Failure::denied("the file owner does not match"));
+        }
+        let group = limits.group_put.as_ref();
+        if group.is_some_and(|group| group_name(stat.st_gid).as_ref() != Some(group)) {
+            return Err(Failure::denied("the file group does not match"));
+        }
+    }
+    if !limits.allow_suid && request.mode.is_some_and(|mode| mode & SET_ID != 0) {
+        return Err(Failure::denied("the set uid mode is forbidden"));
+    }
+    Ok(())
+}
+
+/// The directory and the name in it: of the path itself, or, where that is a directory, of the source's name
+/// there.
+fn locate(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
+    let path = &request.path;
+    let source = request.src_path.as_deref().and_then(Path::file_name);
+    let names_directory = path.as_os_str().as_bytes().ends_with(b"/") || path.file_name().is_none();
+    let (parent, name) = match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) if !names_directory => (parent, name),
+        // A path that can only be a directory.
+        _ => return inside(open_directory(limits, path, path)?, path, source),
+    };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let dir = open_directory(limits, parent, path)?;
+    match lstat(&dir, name, path)? {
+        Some(stat) if is_directory(&stat) && source.is_some() => {
+            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let inner = nix::fcntl::openat(&dir, name, flags, Mode::empty())
+                .map_err(|e| cannot_create(path, &e.into()))?;
+            inside(inner, path, source)
+        }
+        _ => Ok(Target { dir, name: name.to_owned(), path: path.clone() }),
+    }
+}
+
+fn inside(dir: OwnedFd, path: &Path, source: Option<&OsStr>) -> Result<Target, Failure> {
+    let name = source.ok_or_else(|| Failure::system("conflicting file path: cannot overwrite directory"))?;
+    Ok(Target { dir, name: name.to_owned(), path: path.join(name) })
+}
+
+fn open_directory(limits: Option<&FileLimits>, dir: &Path, path: &Path) -> Result<OwnedFd, Failure> {
+    let flags = OFlag::O_DIRECTORY;
+    match resolve(limits, dir, OFlag::O_RDONLY | flags)? {
+        // A directory that may be written but not listed serves as well, only its own fsync(2) can't be had.
+        Err(e) if e.raw_os_error() == Some(Errno::EACCES as i32) => {
+            resolve(limits, dir, OFlag::O_PATH | flags)?
+        }
+        other => other,
+    }
+    .map_err(|e| cannot_create(path, &e))
+}
+
+/// What is said when there can't be a file at `path`.
+pub fn cannot_create(path: &Path, e: &io::Error) -> Failure {
+    Failure::system(format!(
+        "failed to create target file: failed to create file: open {}: {}",
+        path.display(),
+        reason(e)
+    ))
+}
+
+fn lstat(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<Option<FileStat>, Failure> {
+    match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(Errno::ENOENT) => Ok(None),
+        Err(e) => {
+            let why = reason(&e.into());
+            Err(Failure::system(format!("error checking file location: lstat {}: {why}", path.display())))
+        }
+    }
+}
+
+/// Whom a received file belongs to, and what may be done with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attributes {
+    /// Owner.
+    pub uid: Uid,
+    /// Group.
+    pub gid: Gid,
+    /// Permissions, at most 0o4777.
+    pub mode: u32,
+}
+
+const DEFAULT_MODE: u32 = 0o644;
+
+impl Attributes {
+    /// What the request asks for and the limits make of it.
+    ///
+    /// # Errors
+    /// When OwnerPut or GroupPut name nobody.
+    pub fn new(limits: Option<&FileLimits>, request: &Request) -> Result<Self, Failure> {
+        let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
+        let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
+        let uid = match limits.and_then(|l| l.owner_put.as_deref()) {
+            Some(name) => named(name, User::from_name(name).map(|u| u.map(|u| u.uid)), "owner")?,
+            None => request.uid.filter(|_| preserve_owner).map_or_else(nix::unistd::getuid, Uid::from_raw),
+        };
+        let gid = match limits.and_then(|l| l.group_put.as_deref()) {
+            Some(name) => named(name, Group::from_name(name).map(|g| g.map(|g| g.gid)), "group")?,
+            None => request.gid.filter(|_| preserve_owner).map_or_else(nix::unistd::getgid, Gid::from_raw),
+        };
+        let wanted = request.mode.filter(|_| preserve_mode).unwrap_or(DEFAULT_MODE);
+        let plain = limits.and_then(|l| l.umask).map_or(wanted, |umask| !umask) & 0o777;
+        // Set-gid and sticky never survive, set-uid only where limits are on and allow it.
+        let set_uid = if limits.is_some_and(|l| l.allow_suid) { wanted & 0o4000 } else { 0 };
+        Ok(Attributes { uid, gid, mode: plain | set_uid })
+    }
+}
+
+fn named<T>(name: &str, found: nix::Result<Option<T>>, what: &str) -> Result<T, Failure> {
+    let failed =
+        |why: &str| Failure::system(format!("failed to preserve file owner/group: {what} {name}: {why}"));
+    match found {
+        Ok(Some(id)) => Ok(id),
+        Ok(None) => Err(failed("unknown name")),
+        Err(e) => Err(failed(&reason(&e.into()))),
+    }
+}

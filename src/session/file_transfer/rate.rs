@@ -1,0 +1,139 @@
+//! How much was transferred, in all and lately. Shared by all transfers of the device.
+//!
+//! The recent rate is upstream's, since its limits are configured by it: every 5 s the bytes of those
+//! 5 s go into an exponential moving average over a minute. It is computed when somebody looks.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+const TICK: Duration = Duration::from_secs(5);
+
+/// The weight of the newest five seconds.
+fn weight() -> f64 {
+    1.0 - (-5.0_f64 / 60.0).exp()
+}
+
+/// Both directions.
+#[derive(Debug, Default)]
+pub struct Counters(Mutex<[Counter; 2]>);
+
+/// From whose view: bytes to the server, bytes from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    Sent,
+    Received,
+}
+
+/// One direction's figures.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Figures {
+    /// Bytes since the start.
+    pub total: u64,
+    /// The moving average of bytes in five seconds.
+    pub average: f64,
+}
+
+#[derive(Debug, Default)]
+struct Counter {
+    figures: Figures,
+    /// The end of the last tick; the first one begins with the first look.
+    ticked: Option<Instant>,
+    /// Bytes since then.
+    fresh: u64,
+}
+
+impl Counter {
+    fn advance(&mut self, now: Instant) {
+        let Some(ticked) = self.ticked else {
+            self.ticked = Some(now);
+            return;
+        };
+        let ticks = now.saturating_duration_since(ticked).as_secs() / TICK.as_secs();
+        if ticks == 0 {
+            return;
+        }
+        let keep = 1.0 - weight();
+        let average = weight() * self.fresh as f64 + keep * self.figures.average;
+        // The ticks after the first one brought nothing.
+        self.figures.average = average * keep.powf((ticks - 1) as f64);
+        self.fresh = 0;
+        self.ticked = ticked.checked_add(TICK.saturating_mul(u32::try_from(ticks).unwrap_or(u32::MAX)));
+    }
+}
+
+impl Counters {
+    fn with<T>(&self, direction: Direction, now: Instant, f: impl FnOnce(&mut Counter) -> T) -> T {
+        let mut counters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let counter = &mut counters[direction as usize];
+        counter.advance(now);
+        f(counter)
+    }
+
+    /// Counts `bytes`.
+    pub fn add(&self, direction: Direction, bytes: u64, now: Instant) {
+        self.with(direction, now, |counter| {
+            counter.figures.total = counter.figures.total.saturating_add(bytes);
+            counter.fresh = counter.fresh.saturating_add(bytes);
+        });
+    }
+
+    /// The figures as of `now`.
+    pub fn figures(&self, direction: Direction, now: Instant) -> Figures {
+        self.with(direction, now, |counter| counter.figures)
+    }
+
+    /// Whether the average has reached a limit.
+    pub fn exhausted(&self, direction: Direction, limit: Option<std::num::NonZeroU64>, now: Instant) -> bool {
+        limit.is_some_and(|limit| self.figures(direction, now).average >= limit.get() as f64)
+    }
+
+    /// The two lines of the status report.
+    pub fn report(&self, now: Instant) -> [String; 2] {
+        let (sent, received) = (self.figures(Direction::Sent, now), self.figures(Direction::Received, now));
+        [
+            format!("total: tx/rx {}/{}", sent.total, received.total),
+            format!("1m: tx rx {:.2} {:.2} ({:.2})", sent.average, received.average, weight()),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Direction::{Received, Sent};
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    #[test]
+    fn averages_as_upstream_does() {
+        let start = Instant::now();
+        let counters = Counters::default();
+        counters.add(Received, 0, start);
+        // The acceptance test of upstream: twice 512 KiB, limit 16 KiB.
+        counters.add(Received, 512 << 10, start + seconds(1));
+        counters.add(Received, 512 << 10, start + seconds(2));
+        let limit = std::num::NonZeroU64::new(16 << 10);
+        let exhausted = |after| counters.exhausted(Received, limit, start + seconds(after));
+        assert!(!exhausted(4), "the first tick isn't over");
+        assert!(exhausted(5) && exhausted(62));
+        assert!(!exhausted(126));
+        assert_eq!(counters.figures(Received, start + seconds(126)).total, 1 << 20);
+        assert_eq!(counters.figures(Sent, start + seconds(126)).total, 0);
+    }
+
+    #[test]
+    fn a_steady_rate_is_seen_as_bytes_in_five_seconds() {
+        let mut now = Instant::now();
+        let counters = Counters::default();
+        for _ in 0..600 {
+            counters.add(Sent, 1000, now);
+            now += seconds(1);
+        }
+        let average = counters.figures(Sent, now).average;
+        assert!((average - 5000.0).abs() < 50.0, "{average}");
+        // Looking often or rarely makes no difference, and a long silence ends it.
+        assert!(counters.figures(Sent, now + seconds(7 * 24 * 3600)).average < 1e-6);
+    }
+}
