@@ -34,7 +34,15 @@ pub fn run(mut socket: WebSocket<WriteHalf>, outbox: &Arc<Outbox>) -> Result<(),
 fn write(socket: &mut WebSocket<WriteHalf>, outbox: &Outbox) -> Result<(), Error> {
     let mut next_ping = Instant::now() + PING_INTERVAL;
     loop {
-        match outbox.next(next_ping) {
+        // What is buffered goes out before waiting, and only then: a burst is one system call.
+        let work = match outbox.try_next() {
+            Some(work) => work,
+            None => {
+                socket.flush()?;
+                outbox.next(next_ping)
+            }
+        };
+        match work {
             Work::Frame(message) => socket.write(Message::Binary(message.into()))?,
             Work::Pong(payload) => socket.write(Message::Pong(payload))?,
             Work::Flush => socket.get_mut().flush_tls()?,
@@ -48,9 +56,6 @@ fn write(socket: &mut WebSocket<WriteHalf>, outbox: &Outbox) -> Result<(), Error
         if now >= next_ping {
             socket.write(Message::Ping(PING_PAYLOAD.into()))?;
             next_ping = now + PING_INTERVAL;
-        }
-        if outbox.is_empty() {
-            socket.flush()?;
         }
     }
 }

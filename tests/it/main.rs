@@ -11,6 +11,7 @@ mod auth;
 mod cli;
 mod config;
 mod control;
+mod files;
 mod hostile;
 mod layers;
 mod link;

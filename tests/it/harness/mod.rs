@@ -15,6 +15,7 @@ pub mod manager;
 pub mod msg;
 pub mod proc;
 mod reader;
+pub mod rest;
 pub mod rig;
 pub mod server;
 pub mod tls;

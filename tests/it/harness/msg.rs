@@ -3,6 +3,7 @@
 use rmpv::Value;
 
 pub const SHELL: u16 = 1;
+pub const FILES: u16 = 2;
 pub const CONTROL: u16 = 0xffff;
 
 /// A message the device sent, checked against what server and clients can read.

@@ -25,7 +25,7 @@ pub struct Rig {
     pub manager: Manager,
     pub server: Server,
     pub bus: Bus,
-    _dir: TempDir,
+    pub dir: TempDir,
 }
 
 /// What a rig is made of.
@@ -161,7 +161,7 @@ impl Setup {
             manager.appear();
         }
         let daemon = Daemon::start(self.command(&dir, &bus.address()), self.journal);
-        Rig { daemon, manager, server, bus, _dir: dir }
+        Rig { daemon, manager, server, bus, dir }
     }
 
     fn command(&self, dir: &TempDir, bus: &str) -> Command {
@@ -189,6 +189,11 @@ impl Setup {
 }
 
 impl Rig {
+    /// Starts the agent anew, after its end.
+    pub fn restart(&mut self, setup: &Setup) {
+        self.daemon = Daemon::start(setup.command(&self.dir, &self.bus.address()), setup.journal);
+    }
+
     /// The usual one, connected.
     pub fn connected() -> (Rig, Device) {
         Setup::new().connected()
