@@ -1,7 +1,6 @@
 //! Opens files by path without leaving a directory, whatever happens to that path meanwhile.
 //!
-//! Used by the file transfer sessions, each in its own thread; it keeps nothing but the answer to
-//! whether the kernel has openat2(2).
+//! For any thread: nothing is shared but whether the kernel has openat2(2).
 //!
 //! Two implementations, with the same answers. Where there is openat2(2) (Linux 5.6) the boundary is the
 //! kernel's. Elsewhere a walk opens the path component by component, and its boundary rests on three
@@ -9,13 +8,17 @@
 //!
 //! - every open(2) has one component as its path and O_NOFOLLOW, in a directory that is held open: so it
 //!   reaches an entry of that directory and nothing else;
-//! - a link is opened itself and then read through that descriptor: what is followed is the text that was
-//!   checked. Nobody but the walk follows it, and the text can't be a way out, being walked like the path;
+//! - a link is opened itself and read through that descriptor, so that nothing can take its place between
+//!   check and use, and its text is walked like the path: no other than the walk ever follows one;
 //! - `..` goes back to the directory that the walk came from, which is still open. The kernel isn't asked
 //!   for the parent: a directory moved elsewhere meanwhile would answer with one outside.
 //!
-//! Neither is a boundary against mounts, hard links, or whoever moves a file or directory out in the
-//! very moment it is opened: these were put there, or were there, by right.
+//! Neither is a boundary against mounts and hard links in the directory: what they show is there. And what
+//! was there when it was reached stays open to us, wherever it is moved afterwards.
+//!
+//! The walk differs in this: it stops at 256 directories below the start, takes links of procfs outside of
+//! its root for magic ones without exception, doesn't know the mount option `nosymfollow`, and may answer
+//! ELOOP or ENOTDIR where a link and something else change places at that moment.
 
 use std::fs::{self, File};
 use std::io;

@@ -4,16 +4,16 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-mod harness;
-
 mod at_length;
 mod auth;
 mod cli;
 mod config;
 mod control;
 mod files;
+mod harness;
 mod hostile;
 mod layers;
+mod limits;
 mod link;
 mod logs;
 mod playground;

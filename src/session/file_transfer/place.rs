@@ -232,7 +232,10 @@ fn may_put(limits: &FileLimits, existing: Option<&FileStat>, request: &Request) 
 fn locate(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
     let path = &request.path;
     let source = request.src_path.as_deref().and_then(Path::file_name);
-    let names_directory = path.as_os_str().as_bytes().ends_with(b"/") || path.file_name().is_none();
+    // The chroot itself is a directory whose parent is none of our business.
+    let is_chroot = limits.and_then(|l| l.chroot.as_ref()).is_some_and(|chroot| chroot == path);
+    let names_directory =
+        is_chroot || path.as_os_str().as_bytes().ends_with(b"/") || path.file_name().is_none();
     let (parent, name) = match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) if !names_directory => (parent, name),
         // A path that can only be a directory.

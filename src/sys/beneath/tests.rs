@@ -1,9 +1,8 @@
 use super::*;
 use crate::sys::thread;
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sys::stat::umask;
-use std::io::{Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown, lchown, symlink};
+use std::io::Read;
+use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -159,6 +158,21 @@ fn links_are_followed_only_as_allowed() {
 }
 
 #[test]
+fn forty_links_are_followed_and_no_more() {
+    let (base, start) = inside_and_outside();
+    symlink("file", base.path().join("in/1")).unwrap();
+    for n in 2..=41 {
+        symlink(format!("{}", n - 1), base.path().join(format!("in/{n}"))).unwrap();
+    }
+    for (name, open) in implementations() {
+        let fd = open(start.as_fd(), "40".as_ref(), READ, BENEATH).unwrap();
+        assert_eq!(content(fd), "inside", "{name}");
+        let error = open(start.as_fd(), "41".as_ref(), READ, BENEATH).unwrap_err();
+        assert_eq!(errno(&error), Errno::ELOOP, "{name}");
+    }
+}
+
+#[test]
 fn odd_paths_have_their_errors() {
     let (_base, start) = inside_and_outside();
     let long = "x/".repeat(3000);
@@ -292,11 +306,13 @@ impl Lcg {
 }
 
 /// Names that generated paths and link texts are made of. `n…` are directories, `f…` files, `l…` links
-/// with generated texts; some have a fixed meaning, see [`Tree`].
+/// with generated texts; some have a fixed meaning, see [`Tree`]. No chain has 20 to 40 links: a kernel
+/// that starts over on the same path goes on counting, and so may stop at half of its limit.
 const NAMES: &[&str] = &[
-    "n1", "n2", "n1", "n2", "n3", "f1", "f2", "l1", "l2", "l3", "l4", "l5", "l6", "l7", "new", "loop1",
-    "self", "chain40", "chain41", "barred", "readable", "pipe", "socket", "dangling", "slashed", "up", "out",
-    "shared",
+    "n1", "n2", "n1", "n2", "n1", "n2", "n1", "n2", "n1", "n2", "n1", "n2", "n3", "f1", "f2", "f1", "f2",
+    "l1", "l2", "l3", "l4", "l5", "l6", "l7", "l1", "l2", "l3", "l4", "l5", "l6", "l7", "new", "new",
+    "loop1", "self", "chain5", "chain41", "barred", "readable", "pipe", "socket", "dangling", "slashed",
+    "up", "out", "shared",
 ];
 /// Those that lead to places where nothing may be created.
 const SYSTEM_NAMES: &[&str] = &["root", "proc", "magic", "magic-dir", "proc-self", "mounts"];
@@ -401,11 +417,9 @@ impl Tree {
             6 => format!("/proc/{pid}/root{}/{path}", self.start.display()),
             7 => format!("proc/{}/{path}", random.pick(&["self", "thread-self", "1", "none"])),
             8 => {
+                let process = random.pick(&["/proc/self", "/proc/1", "proc/thread-self", "proc-self"]);
                 let entry = random.pick(&["exe", "cwd", "root", "ns/mnt", "status", "fd", "exe/", "root/"]);
-                format!(
-                    "{}/{entry}",
-                    random.pick(&["/proc/self", "/proc/1", "proc/thread-self", "proc-self"])
-                )
+                format!("{process}/{entry}")
             }
             9 => format!("{}/{path}", random.pick(&["/proc/mounts", "/proc/net", "/proc", "/proc/self"])),
             10 => {
@@ -417,12 +431,27 @@ impl Tree {
     }
 }
 
+impl Drop for Tree {
+    /// Lets the temporary directory be removed by others than root.
+    fn drop(&mut self) {
+        for top in [self.start.clone(), self.base.path().join("out")] {
+            for dir in ["readable", "barred"] {
+                let _ = fs::set_permissions(top.join(dir), fs::Permissions::from_mode(0o700));
+            }
+        }
+    }
+}
+
 /// What came of opening: where it is, what it is, how it was opened. What was created is removed again.
 fn outcome(result: io::Result<OwnedFd>) -> Result<String, Errno> {
     let file = File::from(result.map_err(|e| errno(&e))?);
     let place = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
     let status = file.metadata().unwrap();
-    let flags = (fcntl(&file, FcntlArg::F_GETFD).unwrap(), fcntl(&file, FcntlArg::F_GETFL).unwrap());
+    let closed_on_exec = fcntl(&file, FcntlArg::F_GETFD).unwrap();
+    // How the name was to be taken, which the kernel keeps as well, the walk has its own way with.
+    let of_names = OFlag::O_NOFOLLOW | OFlag::O_DIRECTORY;
+    let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).unwrap()) - of_names;
+    let flags = (closed_on_exec, flags);
     let place = place.display().to_string();
     if status.nlink() == 0 {
         // O_TMPFILE names what it makes by number.
@@ -490,4 +519,98 @@ fn both_implementations_answer_alike() {
     let mut random = Lcg(0x6d65_6e64_6572);
     let tree = Tree::new(&mut random);
     compare(&tree, &mut random, 1500);
+}
+
+// Races: one thread changes the tree while this one opens a path through it.
+
+/// Opens until ten thousand answers are in and both a success and a refusal were among them: never a file outside.
+fn race(path: &str, turn: impl Fn(&Path) + Send + Sync + Clone + 'static) {
+    const ROUNDS: usize = 10_000;
+    for (name, open) in implementations() {
+        let (base, start) = inside_and_outside();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (at, ended, turn) = (base.path().to_owned(), Arc::clone(&stop), turn.clone());
+        let swapper = thread::spawn("swapper", thread::SMALL_STACK, move || {
+            while !ended.load(Ordering::Relaxed) {
+                turn(&at);
+            }
+        });
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let (mut inside, mut refused) = (0, 0);
+        while inside + refused < ROUNDS || inside == 0 || refused == 0 {
+            match open(start.as_fd(), path.as_ref(), READ, BENEATH) {
+                Ok(fd) => {
+                    assert_eq!(content(fd), "inside", "{name}: {path}");
+                    inside += 1;
+                }
+                Err(error) => {
+                    let errno = errno(&error);
+                    // The last two: what was a link when it was opened was none when it was looked at.
+                    let usual = [Errno::EXDEV, Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP];
+                    assert!(usual.contains(&errno), "{name}: {path}: {errno}");
+                    refused += 1;
+                }
+            }
+            assert!(Instant::now() < deadline, "{name}: {path}: {inside} inside, {refused} refused");
+        }
+        stop.store(true, Ordering::Relaxed);
+        swapper.unwrap().join().unwrap();
+        println!("{name}: {path}: {inside} inside, {refused} refused");
+    }
+}
+
+/// `a` and `b` change names. Not at once: RENAME_EXCHANGE isn't in every libc.
+fn exchange(a: &Path, b: &Path) {
+    let aside = a.with_file_name("aside");
+    for (from, to) in [(a, aside.as_path()), (b, a), (&aside, b)] {
+        fs::rename(from, to).unwrap();
+    }
+}
+
+#[test]
+fn a_directory_swapped_for_a_link_doesnt_lead_out() {
+    for text in ["../out", "/proc/self/cwd", "dir/../../out"] {
+        race("dir/file", move |base| {
+            let link = base.join("in/link");
+            if link.symlink_metadata().is_err() {
+                symlink(text, &link).unwrap();
+            }
+            exchange(&base.join("in/dir"), &link);
+        });
+    }
+}
+
+#[test]
+fn a_file_swapped_for_a_link_doesnt_lead_out() {
+    race("dir/../file", |base| {
+        let link = base.join("in/link");
+        if link.symlink_metadata().is_err() {
+            symlink("../out/file", &link).unwrap();
+        }
+        exchange(&base.join("in/file"), &link);
+    });
+}
+
+#[test]
+fn a_link_that_changes_its_text_doesnt_lead_out() {
+    race("link/file", |base| {
+        for text in ["dir", "../out"] {
+            let next = base.join("in/next");
+            symlink(text, &next).unwrap();
+            fs::rename(next, base.join("in/link")).unwrap();
+        }
+    });
+}
+
+/// The way up from a directory that was moved outside meanwhile isn't the way down to it.
+#[test]
+fn a_directory_moved_out_doesnt_lead_out_by_its_parents() {
+    race("dir/deep/../../file", |base| {
+        let (here, there) = (base.join("in/dir/deep"), base.join("out/deep"));
+        if !here.exists() {
+            fs::create_dir(&here).unwrap();
+        }
+        fs::rename(&here, &there).unwrap();
+        fs::rename(&there, &here).unwrap();
+    });
 }
