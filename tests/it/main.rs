@@ -11,6 +11,7 @@ mod config;
 mod control;
 mod files;
 mod harness;
+mod heavy;
 mod hostile;
 mod layers;
 mod limits;
