@@ -168,7 +168,10 @@ impl Download {
     pub fn ack(&mut self, offset: u64, now: Instant) {
         self.acked = self.acked.max(offset.min(self.sent));
         let mut count = 0;
-        while let Some((_, handed_over)) = self.in_flight.pop_front_if(|(end, _)| *end <= self.acked) {
+        while let Some((end, handed_over)) = self.in_flight.front().copied()
+            && end <= self.acked
+        {
+            self.in_flight.pop_front();
             count += 1;
             if count == ACK_EVERY {
                 self.pace.learn(now.saturating_duration_since(handed_over));

@@ -185,6 +185,7 @@ impl FileTransfer {
         }
     }
 
+    #[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
     fn stat(&mut self, frame: &Frame) {
         let limits = self.context.config.limits.as_ref();
         let found = Request::decode(&frame.body)
@@ -194,11 +195,11 @@ impl FileTransfer {
             Ok((stat, path)) => {
                 let info = FileInfo {
                     path: path.to_string_lossy().into_owned(),
-                    size: stat.st_size,
+                    size: stat.st_size.into(),
                     uid: stat.st_uid,
                     gid: stat.st_gid,
                     mode: stat.st_mode,
-                    modified: (stat.st_mtime, u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+                    modified: (stat.st_mtime.into(), u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
                 };
                 self.known = Some((path, stat));
                 self.sink.reply(&file::file_info(&self.id, &info));

@@ -203,6 +203,7 @@ fn commit_error(path: &str, error: &CommitError, attributes: Attributes) -> Stri
 }
 
 /// Whether a file of `size` bytes fits, as far as that can be known before.
+#[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
 fn enough_space(target: &place::Target, size: u64) -> Result<(), Failure> {
     let Ok(stat) = fstatvfs(&target.dir) else { return Ok(()) };
     let blocks = if nix::unistd::geteuid().is_root() { stat.blocks_free() } else { stat.blocks_available() };
