@@ -27,11 +27,11 @@ pub fn pattern(length: usize) -> Vec<u8> {
 }
 
 pub fn get(device: &Device, path: impl AsRef<Path>) -> Result<Downloaded, Refused> {
-    Rest::download(device, Generation::New, path.as_ref().to_str().expect("UTF-8"))
+    Rest::download(device, path.as_ref().to_str().expect("UTF-8"))
 }
 
 pub fn put(device: &Device, form: &Form, bytes: &[u8]) -> Result<(), Refused> {
-    Rest::upload(device, Generation::New, form, bytes)
+    Rest::upload(device, form, bytes)
 }
 
 pub fn refused(status: u64, text: &str) -> Refused {
@@ -70,7 +70,7 @@ fn files_come_down_as_they_are() {
             fs::write(&path, &bytes).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
             let name = path.to_str().unwrap();
-            let got = Rest::download(&device, generation, name).unwrap();
+            let got = Rest::download(&device, name).unwrap();
             assert!(got.bytes == bytes, "{size} bytes came down as {} others", got.bytes.len());
             assert_eq!((got.path.as_str(), got.mode.as_str(), got.size), (name, "640", size as i64));
             let meta = path.metadata().unwrap();
@@ -95,7 +95,7 @@ fn at_most_twenty_chunks_and_at_least_ten_are_on_the_way() {
     let (_rig, device, dir) = rig_and_dir(Generation::Released);
     let path = dir.join("large");
     fs::write(&path, pattern(8_000_000)).unwrap();
-    let rest = Rest::open(&device, Generation::Released);
+    let rest = Rest::open(&device);
     rest.ask("get_file", &path_body(path.to_str().unwrap()));
     let mut total = 0;
     // Without an ack just twenty come.
@@ -126,7 +126,7 @@ fn files_go_up_whole_with_owner_and_mode() {
             if is_root() {
                 (form.uid, form.gid) = (Some(123), Some(145));
             }
-            Rest::upload(&device, generation, &form, &bytes).unwrap();
+            Rest::upload(&device, &form, &bytes).unwrap();
             // The server doesn't wait for the end of an empty file.
             let there = || path.exists().then_some(());
             eventually(SOON, "the file", there);
@@ -156,7 +156,7 @@ fn a_plain_upload_gets_the_usual_mode_and_the_agents_owner() {
 #[test]
 fn explicit_nils_are_as_good_as_nothing() {
     let (_rig, device, dir) = rig_and_dir(Generation::New);
-    let rest = Rest::open(&device, Generation::New);
+    let rest = Rest::open(&device);
     let path = dir.join("f");
     let name = path.to_str().unwrap().as_bytes();
     let mut body = b"\x86\xa4path\xd9".to_vec();
@@ -178,7 +178,7 @@ fn the_last_ack_comes_when_the_file_is_in_place() {
     let (_rig, device, dir) = rig_and_dir(Generation::New);
     let path = dir.join("f");
     fs::write(&path, "old").unwrap();
-    let rest = Rest::open(&device, Generation::New);
+    let rest = Rest::open(&device);
     rest.announce(&Form::to(&path)).unwrap();
     rest.send(FILES, "file_chunk", Some(0), b"new content");
     let ack = rest.next();
@@ -195,7 +195,7 @@ fn what_is_broken_off_leaves_nothing() {
     let path = dir.join("f");
     fs::write(&path, "old").unwrap();
     let begin = || {
-        let rest = Rest::open(&device, Generation::New);
+        let rest = Rest::open(&device);
         rest.announce(&Form::to(&path)).unwrap();
         rest.send(FILES, "file_chunk", Some(0), b"half of it");
         rest.next();
@@ -238,7 +238,7 @@ fn what_is_broken_off_leaves_nothing() {
 fn the_end_of_the_agent_leaves_nothing() {
     let (mut rig, device, dir) = rig_and_dir(Generation::New);
     let path = dir.join("f");
-    let rest = Rest::open(&device, Generation::New);
+    let rest = Rest::open(&device);
     rest.announce(&Form::to(&path)).unwrap();
     rest.send(FILES, "file_chunk", Some(0), b"half of it");
     rest.next();
@@ -253,7 +253,7 @@ fn an_upload_after_a_kill_removes_what_was_left() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f");
     let mut rig = setup.start();
-    let rest = Rest::open(&rig.device(), Generation::New);
+    let rest = Rest::open(&rig.device());
     rest.announce(&Form::to(&path)).unwrap();
     rest.send(FILES, "file_chunk", Some(0), b"half of it");
     rest.next();
@@ -269,7 +269,7 @@ fn an_upload_after_a_kill_removes_what_was_left() {
 #[test]
 fn a_complete_file_is_put_into_place_though_nobody_waits() {
     let (_rig, device, dir) = rig_and_dir(Generation::New);
-    let rest = Rest::open(&device, Generation::New);
+    let rest = Rest::open(&device);
     rest.announce(&Form::to(dir.join("f"))).unwrap();
     rest.send(FILES, "file_chunk", Some(0), b"");
     rest.close();
@@ -330,7 +330,7 @@ fn a_directory_takes_the_sources_name() {
 fn direct_requests_for_what_has_no_end_are_refused() {
     let (_rig, device, dir) = rig_and_dir(Generation::New);
     nix::unistd::mkfifo(&dir.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let rest = Rest::open(&device, Generation::New);
+    let rest = Rest::open(&device);
     let ask = |path: &Path| {
         rest.ask("get_file", &path_body(path.to_str().unwrap()));
         let msg = rest.next();
@@ -366,7 +366,7 @@ fn a_file_that_shrinks_is_an_error_and_one_that_grows_is_as_it_was() {
     let bytes = pattern(3_000_000);
     let begin = || {
         fs::write(&path, &bytes).unwrap();
-        let rest = Rest::open(&device, Generation::New);
+        let rest = Rest::open(&device);
         rest.stat(path.to_str().unwrap()).unwrap();
         rest
     };
@@ -403,7 +403,7 @@ fn a_file_that_shrinks_is_an_error_and_one_that_grows_is_as_it_was() {
 fn one_transfer_at_a_time_and_stray_messages() {
     let (_rig, device, dir) = rig_and_dir(Generation::New);
     let path = dir.join("f");
-    let rest = Rest::open(&device, Generation::New);
+    let rest = Rest::open(&device);
     let complaint = |typ: &str, offset: Option<u64>, body: &[u8]| {
         rest.send(FILES, typ, offset, body);
         error_text(&rest.next())
@@ -433,7 +433,7 @@ fn a_download_wants_good_acks() {
     let path = dir.join("f");
     fs::write(&path, pattern(1_000_000)).unwrap();
     let begin = || {
-        let rest = Rest::open(&device, Generation::New);
+        let rest = Rest::open(&device);
         rest.ask("get_file", &path_body(path.to_str().unwrap()));
         assert_eq!(rest.next().typ, "file_chunk");
         rest

@@ -1,16 +1,16 @@
 //! Transfers of sizes at which a leak, a copy or a missing bound would show.
 
 use std::fs::File;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::files::pattern;
-use crate::harness::client::{Style, Terminal};
-use crate::harness::device::Generation;
-use crate::harness::msg::FILES;
+use crate::harness::device::Reading;
 use crate::harness::proc;
 use crate::harness::rest::{Form, Rest, path_body};
-use crate::harness::rig::Rig;
-use crate::harness::wait::{SOON, eventually};
+use crate::harness::rig::{Rig, Setup, script_config};
+use crate::harness::server::Server;
+use crate::harness::wait::{millis, spawn};
+use crate::resources::{ROLES, echo_times, echoing};
 
 const SIZE: u64 = 4 << 30;
 /// How much more than idle the agent may hold.
@@ -33,7 +33,7 @@ fn four_gibibytes_go_down_in_little_memory() {
     let path = dir.path().join("sparse");
     File::create(&path).unwrap().set_len(SIZE).unwrap();
     let idle = proc::rss_kib(rig.daemon.pid());
-    let rest = Rest::open(&device, Generation::New);
+    let rest = Rest::open(&device);
     rest.stat(path.to_str().unwrap()).unwrap();
     rest.ask("get_file", &path_body(path.to_str().unwrap()));
     let (mut most, mut chunks, start) = (0, 0, Instant::now());
@@ -58,7 +58,7 @@ fn four_gibibytes_go_up_in_little_memory() {
     let path = dir.path().join("large");
     let idle = proc::rss_kib(rig.daemon.pid());
     let chunk = pattern(64 * 1024);
-    let rest = Rest::open(&device, Generation::New);
+    let rest = Rest::open(&device);
     let (mut most, start) = (0, Instant::now());
     let chunks = (0..SIZE / chunk.len() as u64).map(|n| {
         if n % 256 == 0 {
@@ -70,4 +70,38 @@ fn four_gibibytes_go_up_in_little_memory() {
     println!("4 GiB up: {} KiB more than idle ({idle} KiB), {:.0} MiB/s", most - idle, speed(SIZE, start));
     assert_eq!(path.metadata().unwrap().len(), SIZE);
     assert!(most - idle < ALLOWED_KIB, "{idle} KiB idle, {most} KiB at most");
+}
+
+/// On a link of 2 MiB/s a chunk takes up to an eighth of a second. A keystroke's echo waits for the one that is
+/// being written and for what the kernels hold, not for the transfer.
+#[test]
+fn a_download_delays_a_keystroke_by_little() {
+    let rig =
+        Setup::new().config(script_config(ROLES)).start_with(|s: &Server| s.small_receive_buffer(64 << 10));
+    let device = rig.device();
+    let mut terminal = echoing(&device);
+    let alone = echo_times(&mut terminal, 20);
+    let path = rig.dir.path().join("large");
+    File::create(&path).unwrap().set_len(64 << 20).unwrap();
+    let rest = Rest::open(&device);
+    rest.ask("get_file", &path_body(path.to_str().unwrap()));
+    device.set_reading(Reading::Rate(2 << 20));
+    let (start, started) = std::sync::mpsc::channel();
+    let download = spawn("download", move || {
+        let mut count = 0;
+        rest.receive(|_| {
+            count += 1;
+            if count == 30 {
+                start.send(()).unwrap();
+            }
+        })
+    });
+    started.recv_timeout(crate::harness::wait::SOON).unwrap();
+    let times = echo_times(&mut terminal, 20);
+    let median = times[times.len() / 2];
+    println!("echo alone {:?}, during a download at 2 MiB/s {median:?}", alone[alone.len() / 2]);
+    assert!(!download.is_finished(), "the download goes on meanwhile");
+    device.set_reading(Reading::Full);
+    assert_eq!(download.join().unwrap(), Ok(64 << 20));
+    assert!(median < millis(400), "the median echo took {median:?}");
 }

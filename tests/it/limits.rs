@@ -11,7 +11,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde_json::{Value, json};
 
 use crate::files::{get, names, pattern, put, refused};
-use crate::harness::device::{Device, Generation};
+use crate::harness::device::Device;
 use crate::harness::msg::FILES;
 use crate::harness::rest::{Form, Refused, Rest, path_body};
 use crate::harness::rig::{Rig, Setup, is_root, user_name};
@@ -74,7 +74,7 @@ fn denied(result: Result<impl std::fmt::Debug, Refused>, text: &str) {
 
 /// The refusal of a direct get_file, without the server's stat before it.
 fn direct_get(device: &Device, path: &Path) -> Result<Vec<u8>, Refused> {
-    let rest = Rest::open(device, Generation::New);
+    let rest = Rest::open(device);
     rest.ask("get_file", &path_body(path.to_str().expect("UTF-8")));
     let mut bytes = Vec::new();
     let result = rest.receive(|chunk| bytes.extend_from_slice(chunk)).map(|_| bytes);
@@ -83,7 +83,7 @@ fn direct_get(device: &Device, path: &Path) -> Result<Vec<u8>, Refused> {
 }
 
 fn direct_stat(device: &Device, path: &Path) -> Result<(), Refused> {
-    let rest = Rest::open(device, Generation::New);
+    let rest = Rest::open(device);
     let result = rest.stat(path.to_str().expect("UTF-8")).map(|_| ());
     rest.close();
     result
@@ -393,7 +393,7 @@ fn no_race_leads_out_of_the_chroot() {
     };
     let path = root.join("swap/secret");
     let body = path_body(path.to_str().unwrap());
-    let rest = Rest::open(&device, Generation::New);
+    let rest = Rest::open(&device);
     let (mut inside, mut refusals) = (0_u32, 0_u32);
     for round in 0..ROUNDS {
         if round % 10 == 0 {

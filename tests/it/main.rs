@@ -9,6 +9,7 @@ mod auth;
 mod cli;
 mod config;
 mod control;
+mod disk;
 mod files;
 mod harness;
 mod heavy;

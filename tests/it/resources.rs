@@ -64,7 +64,7 @@ fn a_thousand_shells_leave_nothing_behind() {
 }
 
 /// How long keystrokes take to come back as echo, sorted.
-fn echo_times(terminal: &mut Terminal, samples: usize) -> Vec<Duration> {
+pub fn echo_times(terminal: &mut Terminal, samples: usize) -> Vec<Duration> {
     let mut times: Vec<Duration> = (0..samples)
         .map(|_| {
             let start = Instant::now();
@@ -86,7 +86,7 @@ fn assert_quick(what: &str, times: &[Duration]) {
 }
 
 /// A terminal whose keystrokes are echoed by the PTY while a program reads them away.
-fn echoing(device: &Device) -> Terminal {
+pub fn echoing(device: &Device) -> Terminal {
     let mut terminal = Terminal::new(device, Style::Cli);
     terminal.open();
     terminal.read_until("ready", SOON);
@@ -95,7 +95,7 @@ fn echoing(device: &Device) -> Terminal {
 }
 
 /// One script for all shells: it does what its first line of input says.
-const ROLES: &str = "echo ready; read role; case $role in \
+pub const ROLES: &str = "echo ready; read role; case $role in \
     stubborn) trap '' HUP INT TERM QUIT; echo armed; while :; do read x || sleep 1; done;; \
     deaf) stty raw -echo; echo armed; exec sleep 60;; \
     flood) echo armed; exec yes;; \

@@ -1,12 +1,12 @@
-//! The server's handlers for file up- and downloads, as both generations have them: what they send, what
-//! they insist on, when they acknowledge, when they give up.
+//! The server's handlers for file up- and downloads: what they send, what they insist on, when they acknowledge,
+//! when they give up. Both generations do the same here; where one is stricter, that is what is done.
 
 use std::time::Duration;
 
 use rmpv::Value;
 
 use super::client::new_sid;
-use super::device::{Device, Generation};
+use super::device::Device;
 use super::msg::{CONTROL, FILES, Ints, Msg, encode, map};
 use super::wait::secs;
 
@@ -42,7 +42,6 @@ pub struct Downloaded {
 pub struct Rest {
     pub device: Device,
     pub sid: String,
-    generation: Generation,
 }
 
 /// The parts of an upload's form.
@@ -100,8 +99,8 @@ pub fn offset_of(msg: &Msg) -> u64 {
 
 impl Rest {
     /// Opens a session and shakes hands.
-    pub fn open(device: &Device, generation: Generation) -> Rest {
-        let rest = Rest { device: device.clone(), sid: new_sid(), generation };
+    pub fn open(device: &Device) -> Rest {
+        let rest = Rest { device: device.clone(), sid: new_sid() };
         let versions = encode(&map(&[("versions", Value::Array(vec![1.into()]))]), Ints::Compact);
         rest.send(CONTROL, "open", None, &versions);
         let accept = rest.next();
@@ -176,8 +175,8 @@ impl Rest {
     }
 
     /// The whole GET.
-    pub fn download(device: &Device, generation: Generation, path: &str) -> Result<Downloaded, Refused> {
-        let rest = Rest::open(device, generation);
+    pub fn download(device: &Device, path: &str) -> Result<Downloaded, Refused> {
+        let rest = Rest::open(device);
         let result = rest.download_here(path);
         rest.close();
         result
@@ -228,8 +227,8 @@ impl Rest {
     }
 
     /// The whole PUT.
-    pub fn upload(device: &Device, generation: Generation, form: &Form, bytes: &[u8]) -> Result<(), Refused> {
-        let rest = Rest::open(device, generation);
+    pub fn upload(device: &Device, form: &Form, bytes: &[u8]) -> Result<(), Refused> {
+        let rest = Rest::open(device);
         let result = rest.upload_here(form, bytes.chunks(CHUNK));
         rest.close();
         result
@@ -291,9 +290,5 @@ impl Rest {
             last = take_ack(sent, true)?.unwrap_or(last);
         }
         Ok(())
-    }
-
-    pub fn generation(&self) -> Generation {
-        self.generation
     }
 }

@@ -1,0 +1,85 @@
+//! Disks that are full and commits that fail. The small disk is a file system in memory that only the agent
+//! sees, in a mount namespace of its own; that takes root.
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::files::{names, pattern, put, refused};
+use crate::harness::device::Device;
+use crate::harness::msg::FILES;
+use crate::harness::rest::{Form, Rest};
+use crate::harness::rig::{Rig, Setup, is_root};
+use crate::harness::wait::{SOON, eventually, skip};
+
+/// An agent with a megabyte at /mnt, and where that is for others.
+fn small_disk() -> Option<(Rig, Device, PathBuf)> {
+    if !is_root() {
+        skip("mounting a file system needs root");
+        return None;
+    }
+    let script = "exec unshare -m sh -c 'mount -t tmpfs -o size=1m tmpfs /mnt && exec \"$@\"' sh \"$@\"";
+    let (rig, device) = Setup::new().wrapper(script).connected();
+    let seen = PathBuf::from(format!("/proc/{}/root/mnt", rig.daemon.pid()));
+    Some((rig, device, seen))
+}
+
+#[test]
+fn a_disk_that_fills_up_keeps_the_old_file() {
+    let Some((_rig, device, mnt)) = small_disk() else { return };
+    put(&device, &Form::to("/mnt/f"), b"old").unwrap();
+    let text = "failed to write file chunk: write /mnt/f: no space left on device";
+    assert_eq!(put(&device, &Form::to("/mnt/f"), &pattern(2 << 20)), Err(refused(400, text)));
+    eventually(SOON, "the temporary file to go", || (names(&mnt) == ["f"]).then_some(()));
+    assert_eq!(fs::read(mnt.join("f")).unwrap(), b"old");
+    put(&device, &Form::to("/mnt/g"), &pattern(500_000)).unwrap();
+}
+
+#[test]
+fn a_file_that_will_not_fit_is_refused_at_once() {
+    let Some((_rig, device, mnt)) = small_disk() else { return };
+    let form = Form { size: Some(2 << 20), ..Form::to("/mnt/f") };
+    let refusal = put(&device, &form, b"never sent").unwrap_err();
+    let text = "failed to create target file: failed to create file: open /mnt/f: no space left on device (2097152 bytes needed, ";
+    assert!(refusal.text.starts_with(text), "{refusal:?}");
+    assert!(names(&mnt).is_empty());
+    put(&device, &Form { size: Some(500_000), ..form }, &pattern(500_000)).unwrap();
+}
+
+#[test]
+fn a_commit_that_fails_is_told_and_leaves_nothing() {
+    let (rig, device) = Rig::connected();
+    let dir = rig.dir.path().join("files");
+    fs::create_dir(&dir).unwrap();
+    let path = dir.join("f");
+    let rest = Rest::open(&device);
+    rest.announce(&Form::to(&path)).unwrap();
+    rest.send(FILES, "file_chunk", Some(0), b"data");
+    // Meanwhile a directory has taken the name.
+    fs::create_dir(&path).unwrap();
+    rest.send(FILES, "file_chunk", Some(4), b"");
+    let error = device.take(SOON, "an error", |m| m.sid.as_deref() == Some(&rest.sid) && m.typ == "error");
+    let text = format!("failed to commit uploaded file: {}: is a directory", path.display());
+    assert_eq!(error.field("err").unwrap().as_str(), Some(text.as_str()));
+    assert_eq!(names(&dir), ["f"]);
+    assert!(path.is_dir());
+    // The session goes on.
+    fs::remove_dir(&path).unwrap();
+    rest.upload_here(&Form::to(&path), [b"data".as_slice()].into_iter()).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"data");
+}
+
+#[test]
+fn an_owner_that_cannot_be_given_is_told() {
+    // Without this capability root is like anybody else here.
+    let setup = match is_root() {
+        true => Setup::new().wrapper("exec setpriv --bounding-set=-chown \"$@\""),
+        false => Setup::new(),
+    };
+    let (rig, device) = setup.connected();
+    let path = rig.dir.path().join("f");
+    let form = Form { uid: Some(1), ..Form::to(&path) };
+    let refusal = put(&device, &form, b"x").unwrap_err().text;
+    let text = format!("failed to set file owner: chown {} to 1:", path.display());
+    assert!(refusal.starts_with(&text) && refusal.ends_with(": operation not permitted"), "{refusal}");
+    assert!(!path.exists());
+}
