@@ -3,13 +3,15 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use crate::files::{names, pattern, put, refused};
+use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Device;
-use crate::harness::msg::FILES;
-use crate::harness::rest::{Form, Rest};
+use crate::harness::msg::{CONTROL, FILES};
+use crate::harness::rest::{Form, Rest, offset_of};
 use crate::harness::rig::{Rig, Setup, is_root};
-use crate::harness::wait::{SOON, eventually, skip};
+use crate::harness::wait::{SOON, eventually, millis, skip};
 
 /// An agent with a megabyte at /mnt, and where that is for others.
 fn small_disk() -> Option<(Rig, Device, PathBuf)> {
@@ -82,4 +84,52 @@ fn an_owner_that_cannot_be_given_is_told() {
     let text = format!("failed to set file owner: chown {} to 1:", path.display());
     assert!(refusal.starts_with(&text) && refusal.ends_with(": operation not permitted"), "{refusal}");
     assert!(!path.exists());
+}
+
+/// A disk that writes nothing back while it is frozen. Thaws when dropped, since nothing else can end those who wait.
+struct Frozen(u32);
+
+impl Frozen {
+    fn command(&self, what: &str) -> bool {
+        let pid = self.0.to_string();
+        let status = Command::new("nsenter").args(["-t", &pid, "-m", "fsfreeze", what, "/mnt"]).status();
+        status.is_ok_and(|status| status.success())
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.command("-u");
+    }
+}
+
+#[test]
+fn a_commit_that_takes_long_holds_nothing_up() {
+    if !is_root() {
+        return skip("mounting a file system needs root");
+    }
+    let script = "exec unshare -m sh -c 'dd if=/dev/zero of=disk bs=1M count=16 2>/dev/null && \
+                  mkfs.ext4 -q disk && mount -o loop disk /mnt && exec \"$@\"' sh \"$@\"";
+    let (rig, device) = Setup::new().wrapper(script).connected();
+    let mnt = PathBuf::from(format!("/proc/{}/root/mnt", rig.daemon.pid()));
+    let rest = Rest::open(&device);
+    rest.announce(&Form::to("/mnt/f")).unwrap();
+    rest.send(FILES, "file_chunk", Some(0), b"data");
+    rest.next();
+    let frozen = Frozen(rig.daemon.pid());
+    assert!(frozen.command("-f"), "freeze the file system");
+    rest.send(FILES, "file_chunk", Some(4), b"");
+    // The session still answers, and so does everybody else.
+    for _ in 0..3 {
+        rest.send(CONTROL, "ping", None, b"");
+        assert_eq!(rest.next().typ, "pong");
+    }
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open_with_prompt();
+    assert_eq!(terminal.run("echo fine"), "fine");
+    device.nothing(millis(300), "no ack before the file is in place", |m| m.typ == "ack");
+    assert!(!mnt.join("f").exists());
+    drop(frozen);
+    assert_eq!(offset_of(&rest.next()), 4);
+    assert_eq!(fs::read(mnt.join("f")).unwrap(), b"data");
 }
