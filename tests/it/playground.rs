@@ -1,8 +1,9 @@
 //! The playground in a real terminal, as somebody trying it out would use it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 use nix::unistd::Pid;
 use rustix::termios::{Winsize, tcsetwinsize};
 
+use crate::files::{names, pattern};
 use crate::harness::daemon;
 use crate::harness::proc;
 use crate::harness::wait::{SOON, Watched, eventually, millis, secs, skip, spawn};
@@ -206,38 +208,129 @@ fn a_signal_restores_the_terminal() {
 fn the_end_of_the_agent_ends_it() {
     let Some(session) = Session::start() else { return };
     kill(Pid::from_raw(session.agent() as i32), Signal::SIGKILL).expect("kill the agent");
+    session.wait_for("the link is over");
     let (status, screen) = session.wait_end();
     assert_eq!(status.code(), Some(1), "{screen}");
-    assert!(screen.contains("the link is over"), "{screen}");
+}
+
+/// Runs a playground without a terminal to its end; returns standard output and error too.
+fn run(args: &[&str], shell: &str, input: &str) -> Option<(Option<i32>, String, String)> {
+    let mut command = Command::new(playground()?);
+    daemon::bare(&mut command);
+    command.args(args).env("SHELL", shell);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("start the playground");
+    // One that transfers doesn't read it, and may have ended.
+    let typed = child.stdin.take().expect("piped").write_all(input.as_bytes());
+    assert!(typed.is_ok() || input.is_empty(), "{typed:?}");
+    let (done, result) = std::sync::mpsc::channel();
+    let pid = Pid::from_raw(child.id() as i32);
+    spawn("playground", move || done.send(child.wait_with_output()));
+    let Ok(output) = result.recv_timeout(secs(40)) else {
+        let _ = kill(pid, Signal::SIGTERM);
+        panic!("{args:?} {input:?}: the playground did not end");
+    };
+    let output = output.expect("run the playground");
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    Some((output.status.code(), text(&output.stdout), text(&output.stderr)))
 }
 
 #[test]
 fn piped_input_is_typed_in() {
-    let Some(path) = playground() else { return };
     for (input, shell) in [
         ("echo from''-the-pipe; exit\n", "/bin/bash"),
         ("echo from''-the-pipe\n", "/bin/bash"),
         ("echo from''-the-pipe", "/bin/sh"),
     ] {
-        let mut command = Command::new(&path);
-        daemon::bare(&mut command);
-        command.env("SHELL", shell).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("start the playground");
-        child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("type");
-        let (done, result) = std::sync::mpsc::channel();
-        let pid = Pid::from_raw(child.id() as i32);
-        spawn("playground", move || done.send(child.wait_with_output()));
-        let Ok(output) = result.recv_timeout(secs(40)) else {
-            let _ = kill(pid, Signal::SIGTERM);
-            panic!("{input:?} did not end the playground");
-        };
-        let output = output.expect("run the playground");
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(
-            text.contains("from-the-pipe"),
-            "{input:?}: {text}{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        assert_eq!(output.status.code(), Some(0), "{input:?}");
+        let Some((status, stdout, stderr)) = run(&[], shell, input) else { return };
+        assert!(stdout.contains("from-the-pipe"), "{input:?}: {stdout}{stderr}");
+        assert_eq!(status, Some(0), "{input:?}");
+        // Before that, a file up, the same down, and one of the system's.
+        let same =
+            |name| stderr.lines().filter(|l| l.starts_with(name) && l.ends_with(", the same bytes")).count();
+        assert_eq!((same("  put "), same("  get ")), (1, 2), "{stderr}");
+    }
+}
+
+#[test]
+fn put_and_get_carry_a_file() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let (local, remote, back) = (path("local"), path("remote"), path("back"));
+    for size in [0, 200_000] {
+        let bytes = pattern(size);
+        fs::write(&local, &bytes).expect("write");
+        fs::set_permissions(&local, fs::Permissions::from_mode(0o500)).expect("chmod");
+        for args in [["put", &local, &remote], ["get", &remote, &back]] {
+            let Some((status, stdout, stderr)) = run(&args, "/bin/sh", "") else { return };
+            assert_eq!((status, stderr.as_str()), (Some(0), ""), "{args:?}: {stdout}");
+            assert!(stdout.contains(&format!("{remote}: {size} bytes, mode 500, ")), "{args:?}: {stdout}");
+        }
+        for copy in [&remote, &back] {
+            assert!(fs::read(copy).expect("a copy") == bytes, "{copy}: {size} bytes");
+            assert_eq!(fs::metadata(copy).expect("a copy").mode() & 0o7777, 0o500, "{copy}");
+            fs::remove_file(copy).expect("remove");
+        }
+        fs::remove_file(&local).expect("remove");
+    }
+}
+
+#[test]
+fn put_and_get_tell_why_not() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let (there, missing, nowhere) = (path("there"), path("missing"), path("no/file"));
+    fs::write(&there, "x").expect("write");
+    for (args, why) in [
+        (
+            ["get", &missing, &path("got")],
+            format!(
+                "failed to retrieve file info: error received from device: \
+                 failed to get file info from path '{missing}': stat {missing}: no such file or directory"
+            ),
+        ),
+        (
+            ["put", &there, &nowhere],
+            format!(
+                "failed to create target file: failed to create file: open {nowhere}: no such file or directory"
+            ),
+        ),
+        (["put", &missing, &path("put")], format!("read {missing}: No such file or directory (os error 2)")),
+    ] {
+        let Some((status, stdout, stderr)) = run(&args, "/bin/sh", "") else { return };
+        assert_eq!((status, stdout.as_str()), (Some(1), ""), "{args:?}: {stderr}");
+        assert_eq!(stderr, format!("playground: {why}\n"), "{args:?}");
+    }
+    assert_eq!(names(dir.path()), ["there"]);
+}
+
+#[test]
+fn a_signal_ends_a_transfer() {
+    let Some(path) = playground() else { return };
+    let dir = tempfile::tempdir().expect("a directory");
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).expect("a FIFO");
+    let mut command = Command::new(path);
+    daemon::bare(&mut command);
+    command.arg("put").arg(&fifo).arg(dir.path().join("remote")).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("start the playground");
+    // It can be opened for writing as soon as the transfer reads from it, which never ends.
+    let writer = || open(&fifo, OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()).ok();
+    let _writer = eventually(secs(30), "the transfer to begin", writer);
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).expect("signal the playground");
+    let status = eventually(secs(20), "the playground to end", || child.try_wait().expect("wait"));
+    let mut stderr = String::new();
+    child.stderr.take().expect("piped").read_to_string(&mut stderr).expect("read");
+    assert_eq!((status.code(), stderr.as_str()), (Some(1), "playground: interrupted by SIGINT\n"));
+    assert_eq!(names(dir.path()), ["fifo"]);
+}
+
+#[test]
+fn unknown_arguments_are_answered_with_help() {
+    let Some((status, stdout, _)) = run(&["--help"], "/bin/sh", "") else { return };
+    assert_eq!(status, Some(0));
+    assert!(stdout.contains("put LOCAL REMOTE"), "{stdout}");
+    for args in [&["put", "/etc/hostname"][..], &["get", "not/absolute", "/tmp/x"], &["fetch"]] {
+        assert_eq!(run(args, "/bin/sh", ""), Some((Some(2), String::new(), stdout.clone())), "{args:?}");
     }
 }

@@ -2,7 +2,8 @@
 //! agent, and a live shell of that agent through its websocket. Ctrl-] leaves.
 //!
 //! `tests/playground/run` builds and starts it. With a terminal on standard input the shell gets
-//! it in raw mode; anything else is typed into the shell, whose end ends the playground.
+//! it in raw mode; anything else is typed into the shell, whose end ends the playground. `put` and
+//! `get` transfer one file instead.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a demonstration fails by panicking")]
 #![allow(dead_code, reason = "the harness serves the integration tests first")]
@@ -11,10 +12,11 @@
 mod harness;
 mod keyboard;
 mod screen;
+mod transfer;
 
 use std::fs::File;
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -27,9 +29,43 @@ use harness::rig::{TOKEN, user_name};
 use harness::server::Server;
 use keyboard::Signals;
 use serde_json::json;
+use transfer::{Direction, Job};
+
+const HELP: &str = "\
+The demonstration: a private D-Bus, a loopback server and the real agent, started for the occasion.
+
+  tests/playground/run                   a live shell of the agent; Ctrl-] leaves
+  tests/playground/run put LOCAL REMOTE  uploads LOCAL with its mode, as REMOTE on the device
+  tests/playground/run get REMOTE LOCAL  downloads the device's REMOTE, as LOCAL
+  tests/playground/run --help            says this
+
+The device is this machine, and the agent has your rights. REMOTE starts with a slash; files pass through
+memory. The exit status of a transfer is 0, or 1 with the device's reason on standard error.
+";
 
 fn main() -> ExitCode {
-    match play() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    // The script has left the directory it was called in.
+    let local = |path| PathBuf::from(std::env::var_os("PLAYGROUND_CALLED_IN").unwrap_or_default()).join(path);
+    let job = match args[..] {
+        [] => None,
+        ["put", from, to] if to.starts_with('/') => {
+            Some(Job { direction: Direction::Put, local: local(from), remote: to.to_owned() })
+        }
+        ["get", from, to] if from.starts_with('/') => {
+            Some(Job { direction: Direction::Get, local: local(to), remote: from.to_owned() })
+        }
+        ["--help" | "-h"] => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprint!("{HELP}");
+            return ExitCode::from(2);
+        }
+    };
+    match play(job.as_ref()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             eprintln!("playground: {why}");
@@ -38,7 +74,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn play() -> Result<(), String> {
+/// Carries out the transfer, or else opens the shell.
+fn play(job: Option<&Job>) -> Result<(), String> {
     // First of all: every thread started from here on leaves these signals to us.
     let signals = Signals::block()?;
     let dir = tempfile::Builder::new().prefix("mender-playground-").tempdir().map_err(|e| e.to_string())?;
@@ -63,9 +100,15 @@ fn play() -> Result<(), String> {
         let log = std::fs::read_to_string(&log).unwrap_or_default();
         format!("the agent did not connect within 15 s; its log:\n{log}")
     })?;
-    let terminal = Terminal::new(&device, Style::Cli);
-    banner(&bus, &server, &agent, &config, &log, &shell);
-    screen::run(&terminal, &signals)
+    if let Some(job) = job {
+        println!("{}", transfer::run(job, &device, &signals)?);
+        return Ok(());
+    }
+    banner(&bus, &server, &agent, &config, &log);
+    transfer::demonstrate(dir.path(), &device, &signals)?;
+    let leave = if std::io::stdin().is_terminal() { "Ctrl-] leaves." } else { "It ends with its input." };
+    eprintln!("You are in {shell} of that agent, as {}, through its websocket. {leave}", user_name());
+    screen::run(&Terminal::new(&device, Style::Cli), &signals)
 }
 
 /// The caller's shell if the agent may start it, else a common one.
@@ -90,13 +133,11 @@ fn start_agent(config: &Path, log: &Path, bus: &Bus) -> Result<Daemon, String> {
     Ok(Daemon::start_logging_to(command, file))
 }
 
-fn banner(bus: &Bus, server: &Server, agent: &Daemon, config: &Path, log: &Path, shell: &str) {
-    let leave = if std::io::stdin().is_terminal() { "Ctrl-] leaves." } else { "It ends with its input." };
+fn banner(bus: &Bus, server: &Server, agent: &Daemon, config: &Path, log: &Path) {
     eprintln!("mender-connect playground");
     eprintln!("  D-Bus   {} (dbus-daemon, pid {})", bus.address(), bus.pid().unwrap_or_default());
     eprintln!("  server  {} (in this process, pid {})", server.url(), std::process::id());
     eprintln!("  agent   {} (pid {})", daemon::executable().display(), agent.pid());
     eprintln!("  config  {}", config.display());
     eprintln!("  log     {}", log.display());
-    eprintln!("You are in {shell} of that agent, as {}, through its websocket. {leave}", user_name());
 }

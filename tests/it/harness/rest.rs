@@ -149,7 +149,7 @@ impl Rest {
     }
 
     /// What the server makes of an error: the code in it counts, else the status of the step it came in.
-    fn refused(msg: &Msg, default: u64) -> Refused {
+    pub fn refused(msg: &Msg, default: u64) -> Refused {
         assert_eq!(msg.typ, "error", "{}", msg.summary());
         let text = msg.field("err").and_then(|v| v.as_str().map(str::to_owned)).expect("err");
         let code = msg.field("code").and_then(|v| v.as_u64()).filter(|c| *c > 0);
