@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
-use crate::harness::device::{Device, Generation};
+use crate::harness::device::Device;
 use crate::harness::rest::{Form, Refused, Rest, path_body};
 use crate::harness::wait::{millis, spawn};
 use crate::keyboard::Signals;
@@ -97,7 +97,7 @@ fn message(panic: &(dyn Any + Send)) -> String {
 impl Job {
     fn carry_out(&self, device: &Device) -> Result<String, String> {
         let start = Instant::now();
-        let rest = Rest::open(device, Generation::New);
+        let rest = Rest::open(device);
         let (name, (size, mode)) = match self.direction {
             Direction::Put => ("put", self.put(&rest)?),
             Direction::Get => ("get", self.get(&rest)?),
