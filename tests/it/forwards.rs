@@ -288,6 +288,7 @@ fn every_forward_is_acknowledged_exactly_once() {
         connection.write(&bytes);
         sent += bytes.len() as u64;
     }
+    connection.send(b"");
     // No client sends such; none is refused.
     for size in [4097, 65_536, 1 << 20] {
         connection.send(&stream(sent, size));
