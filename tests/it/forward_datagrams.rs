@@ -34,12 +34,12 @@ fn several_datagrams_are_neither_merged_nor_split() {
     connection.send(b"hello");
     assert_eq!(connection.next(SOON).unwrap(), b"hello");
     // All of them lie in the socket when the agent looks.
-    rig.daemon.signal(nix::sys::signal::Signal::SIGSTOP);
+    rig.daemon.freeze();
     let sizes = [10, 1, 2000, 5, 9000, 3, 1, 1, 400, 70];
     for (n, size) in sizes.into_iter().enumerate() {
         target.send(&vec![n as u8; size]);
     }
-    rig.daemon.signal(nix::sys::signal::Signal::SIGCONT);
+    rig.daemon.thaw();
     for (n, size) in sizes.into_iter().enumerate() {
         assert_eq!(connection.next(SOON), Some(vec![n as u8; size]));
     }

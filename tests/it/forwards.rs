@@ -1,7 +1,5 @@
 //! Port forwarding as mender-cli uses it: each message, each text, and what happens at the ends.
 
-use nix::sys::signal::Signal;
-
 use crate::harness::client::new_sid;
 use crate::harness::connection::Connection;
 use crate::harness::device::{Device, Generation};
@@ -342,11 +340,11 @@ fn a_reset_by_the_target_is_a_stop_and_what_is_in_flight_is_answered() {
         connection.write(b"first");
         target.wait_received(5);
         // Data and reset lie before the agent together.
-        rig.daemon.signal(Signal::SIGSTOP);
+        rig.daemon.freeze();
         target.release();
         target.wait_all_closed(1);
         connection.send(b"second");
-        rig.daemon.signal(Signal::SIGCONT);
+        rig.daemon.thaw();
         connection.stopped();
         client.settle();
         // The one in flight was acknowledged, or came when the connection had gone.
