@@ -6,9 +6,11 @@ use std::time::Instant;
 use crate::control::complaint;
 use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::device::{Generation, Reading};
-use crate::harness::msg::{CONTROL, Msg, SHELL};
+use crate::harness::forward::Client;
+use crate::harness::msg::{COMMANDS, CONTROL, Msg, SHELL};
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, script_config};
+use crate::harness::targets::{Role, Target};
 use crate::harness::wait::{SOON, millis, secs, throughout};
 
 #[test]
@@ -170,4 +172,37 @@ fn an_idle_agent_hardly_wakes_up() {
     println!("{wakeups} wake-ups in {:?}: {rate:.3} per second", start.elapsed());
     assert!(rate < 0.2, "{rate:.3} wake-ups per second with one idle shell");
     assert_eq!(terminal.run("echo still there"), "still there");
+}
+
+/// Orders without a session come and are answered; no session is left that would ask whether anybody is there.
+#[test]
+fn no_timer_runs_without_a_session() {
+    let (_rig, device) = Rig::connected();
+    device.send(COMMANDS, "bogus", "", &[], b"");
+    let answer = device.take(SOON, "an answer", |m| m.typ == "bogus");
+    assert_eq!((answer.proto, answer.sid.as_deref(), answer.status()), (COMMANDS, None, Some(2)));
+    device.nothing(secs(62), "nobody is asked anything", |_| true);
+}
+
+/// A forwarding client that doesn't answer is gone, and its connections with it; one that answers stays.
+#[test]
+fn a_forwarding_client_that_vanishes() {
+    let (_rig, device) = Rig::connected();
+    let target = Target::start(Role::Echo);
+    let alive = Client::open(&device);
+    let staying = alive.connect("tcp", "127.0.0.1", target.port()).opened();
+    let gone = Client::open(&device);
+    gone.connect("tcp", "127.0.0.1", target.port()).opened();
+    let sid = gone.sid().to_owned();
+    gone.pause(true);
+    target.wait_accepted(2);
+    device.take(secs(52), "the question", |m| m.sid.as_ref() == Some(&sid) && m.typ == "ping");
+    assert_eq!(target.ends(), 0);
+    let error = device.take(secs(16), "the end", |m| m.sid.as_ref() == Some(&sid) && m.typ == "error");
+    let (text, close, ..) = complaint(&error);
+    assert_eq!((text.as_str(), close), ("session timeout", true));
+    target.wait_ends(1);
+    staying.write(b"alive");
+    assert_eq!(staying.read(5), b"alive");
+    alive.close();
 }

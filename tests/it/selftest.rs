@@ -22,7 +22,7 @@ use crate::harness::tls::{Authority, TlsFront};
 use crate::harness::wait::{SOON, eventually, millis, secs, spawn};
 use crate::harness::wire;
 
-type Client = WebSocket<MaybeTlsStream<TcpStream>>;
+pub type Client = WebSocket<MaybeTlsStream<TcpStream>>;
 
 /// Dials as a device does.
 fn dial(server: &Server) -> Result<Client, String> {
@@ -33,7 +33,7 @@ fn dial(server: &Server) -> Result<Client, String> {
     tungstenite::connect(request).map(|(socket, _)| socket).map_err(|e| e.to_string())
 }
 
-fn pair(generation: Generation) -> (Server, Client, Device) {
+pub fn pair(generation: Generation) -> (Server, Client, Device) {
     let server = Server::start(generation);
     let client = dial(&server).expect("the handshake succeeds");
     let device = server.device();

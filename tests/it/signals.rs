@@ -171,3 +171,19 @@ fn signals_ignored_by_the_starter_still_end_the_agent() {
     rig.daemon.wait_for_log("  shells: 0/16", SOON);
     ends_quickly(&mut rig, Signal::SIGTERM);
 }
+
+/// A read with a time-out is interrupted by being stopped and continued, handler or not (signal(7)).
+#[test]
+fn an_agent_that_stood_still_goes_on() {
+    let (rig, device, mut terminal) = Setup::new().terminal();
+    for round in 0..3 {
+        rig.daemon.freeze();
+        if round == 1 {
+            terminal.input("echo frozen\n");
+        }
+        rig.daemon.thaw();
+        assert_eq!(terminal.run("echo $((6 * 7))").lines().last(), Some("42"));
+    }
+    assert!(!device.is_over());
+    assert_eq!(rig.daemon.count_log("lost"), 0);
+}

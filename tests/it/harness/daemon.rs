@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::proc;
 use super::wait::{SOON, Watched, eventually, spawn};
 
 /// Where the executable lies. Cargo tells integration tests; an example looks beside itself.
@@ -140,6 +141,16 @@ impl Daemon {
 
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid() as i32), signal).expect("signal the daemon");
+    }
+
+    /// Stops the process with all its threads for a while, as a debugger or a suspended machine does.
+    pub fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+        eventually(SOON, "the daemon to stand still", || proc::is_stopped(self.pid()).then_some(()));
+    }
+
+    pub fn thaw(&self) {
+        self.signal(Signal::SIGCONT);
     }
 
     pub fn is_running(&mut self) -> bool {

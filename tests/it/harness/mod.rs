@@ -7,8 +7,10 @@
 
 pub mod bus;
 pub mod client;
+pub mod connection;
 pub mod daemon;
 pub mod device;
+pub mod forward;
 pub mod front;
 pub mod http;
 pub mod manager;
@@ -18,6 +20,7 @@ mod reader;
 pub mod rest;
 pub mod rig;
 pub mod server;
+pub mod targets;
 pub mod tls;
 pub mod wait;
 pub mod wire;

@@ -4,6 +4,8 @@ use rmpv::Value;
 
 pub const SHELL: u16 = 1;
 pub const FILES: u16 = 2;
+pub const PORTS: u16 = 3;
+pub const COMMANDS: u16 = 4;
 pub const CONTROL: u16 = 0xffff;
 
 /// A message the device sent, checked against what server and clients can read.

@@ -10,6 +10,15 @@ pub fn exists(pid: u32) -> bool {
     fs::metadata(format!("/proc/{pid}")).is_ok()
 }
 
+/// Whether every thread of the process has been stopped by a signal.
+pub fn is_stopped(pid: u32) -> bool {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    tasks.flatten().all(|task| {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+    })
+}
+
 /// Waits until the process is gone, reaped included.
 pub fn wait_gone(pid: u32, limit: Duration) {
     eventually(limit, &format!("process {pid} to be gone: {:?}", status_line(pid, "State:")), || {
