@@ -54,17 +54,27 @@ fn timed_out(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
 }
 
+/// A process that is stopped and continued finds its waits on sockets with time-outs interrupted.
+fn uninterrupted(mut operation: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match operation() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
 impl Read for Deadline<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.socket.set_read_timeout(Some(self.left()?))?;
-        self.socket.read(buffer).map_err(timed_out)
+        uninterrupted(|| self.socket.read(buffer)).map_err(timed_out)
     }
 }
 
 impl Write for Deadline<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.socket.set_write_timeout(Some(self.left()?))?;
-        self.socket.write(bytes).map_err(timed_out)
+        uninterrupted(|| self.socket.write(bytes)).map_err(timed_out)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -122,7 +132,7 @@ impl Phase {
             Phase::Handshake { deadline } => Deadline { socket, deadline: *deadline }.read(buffer),
             Phase::Open { quick_ack, .. } => {
                 let mut socket = socket;
-                let n = socket.read(buffer).map_err(timed_out)?;
+                let n = uninterrupted(|| socket.read(buffer)).map_err(timed_out)?;
                 if *quick_ack {
                     // Only a hint; a socket that can't do it still works.
                     let _ = net::rearm_quick_ack(socket.as_fd());
@@ -248,7 +258,9 @@ fn send(mut socket: &TcpStream, ciphertext: &mut Vec<u8>) -> io::Result<()> {
 
 impl Write for WriteHalf {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(tls) = &self.tls else { return (&*self.socket).write(bytes).map_err(timed_out) };
+        let Some(tls) = &self.tls else {
+            return uninterrupted(|| (&*self.socket).write(bytes)).map_err(timed_out);
+        };
         let n = {
             let mut connection = tls.lock();
             let n = connection.writer().write(bytes)?;

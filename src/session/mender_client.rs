@@ -34,7 +34,11 @@ impl Commands {
 /// Obeys a frame: runs the command, or waits with others for the run under way. The answer goes to `sink`.
 pub fn handle(context: &Arc<Context>, frame: &Frame, sink: &FrameSink) {
     let Some(command) = COMMANDS.into_iter().find(|command| *command == frame.typ) else {
-        return answer(frame, sink, &Err("unknown message type".to_owned()));
+        // A server that asks without end and doesn't read the answers gets no more.
+        if sink.takes_replies() {
+            answer(frame, sink, &Err("unknown message type".to_owned()));
+        }
+        return;
     };
     {
         let mut running = context.commands.lock();
@@ -80,11 +84,8 @@ fn answer(frame: &Frame, sink: &FrameSink, result: &Result<(), String>) {
     let status = if result.is_ok() { 1 } else { 2 };
     let reply = Frame::new(MENDER_CLIENT, &frame.typ, frame.sid.as_ref())
         .with_props(Props::new().with_i64("status", status));
-    // A server that asks without end and doesn't read the answers gets no more.
-    if sink.takes_replies() {
-        sink.reply(&match result {
-            Ok(()) => reply,
-            Err(text) => reply.with_body(text.clone()),
-        });
-    }
+    sink.reply(&match result {
+        Ok(()) => reply,
+        Err(text) => reply.with_body(text.clone()),
+    });
 }

@@ -14,43 +14,72 @@ pub const DATA_LIMIT: usize = 16;
 /// Data and acknowledgements together.
 const TOTAL_LIMIT: usize = 20;
 /// After so long an acknowledgement has arrived or never will.
-const PRESUMED: Duration = Duration::from_millis(100);
+const ACK_PRESUMED: Duration = Duration::from_millis(100);
+/// After so long data has arrived, and waits in its connection's own queue at a client that doesn't read.
+const DATA_PRESUMED: Duration = Duration::from_secs(1);
+
+/// What one of `connections` may have unacknowledged: one that isn't read mustn't take everything.
+pub fn share(connections: usize) -> usize {
+    if connections > 1 { DATA_LIMIT / 2 } else { DATA_LIMIT }
+}
+
+type Sent = VecDeque<(Instant, ConnectionId)>;
 
 /// The session's messages that are on the way to the client.
 #[derive(Debug, Default)]
 pub struct OnTheWay {
-    /// Unacknowledged data.
-    data: usize,
-    acks: VecDeque<(Instant, ConnectionId)>,
+    data: Sent,
+    acks: Sent,
 }
 
 impl OnTheWay {
     /// Whether one more message of data may go.
     pub fn takes_data(&self) -> bool {
-        self.data < DATA_LIMIT
+        self.data.len() < DATA_LIMIT
+    }
+
+    /// When data may go that may not now.
+    pub fn next_data(&self) -> Option<Instant> {
+        self.data.front().map(|(sent, _)| *sent + DATA_PRESUMED)
     }
 
     /// Data was sent.
-    pub fn data_sent(&mut self) {
-        self.data += 1;
+    pub fn data_sent(&mut self, connection: &ConnectionId, now: Instant) {
+        self.data.push_back((now, connection.clone()));
     }
 
-    /// `count` messages of data were acknowledged, or nobody waits for that any more.
-    pub fn data_gone(&mut self, count: usize) {
-        self.data = self.data.saturating_sub(count);
+    /// One message of data was acknowledged.
+    pub fn data_arrived(&mut self, connection: &ConnectionId) {
+        if let Some(at) = self.data.iter().position(|(_, id)| id == connection) {
+            self.data.remove(at);
+        }
+    }
+
+    /// Nobody waits for a connection's data any more.
+    pub fn data_gone(&mut self, connection: &ConnectionId) {
+        self.data.retain(|(_, id)| id != connection);
+    }
+
+    /// Forgets what must have arrived by now.
+    pub fn forget_old(&mut self, now: Instant) {
+        let forget = |sent: &mut Sent, after| {
+            while sent.front().is_some_and(|(at, _)| now >= *at + after) {
+                sent.pop_front();
+            }
+        };
+        forget(&mut self.data, DATA_PRESUMED);
+        forget(&mut self.acks, ACK_PRESUMED);
     }
 
     /// Whether one more acknowledgement may go.
     pub fn takes_ack(&mut self, now: Instant) -> bool {
-        while self.acks.front().is_some_and(|(sent, _)| now >= *sent + PRESUMED) {
-            self.acks.pop_front();
-        }
-        self.data + self.acks.len() < TOTAL_LIMIT
+        self.forget_old(now);
+        self.data.len() + self.acks.len() < TOTAL_LIMIT
     }
 
     /// When an acknowledgement may go that may not now.
     pub fn next_ack(&self) -> Option<Instant> {
-        self.acks.front().map(|(sent, _)| *sent + PRESUMED)
+        self.acks.front().map(|(sent, _)| *sent + ACK_PRESUMED)
     }
 
     /// An acknowledgement was sent.
@@ -80,7 +109,7 @@ mod tests {
         let mut way = OnTheWay::default();
         for _ in 0..DATA_LIMIT {
             assert!(way.takes_data());
-            way.data_sent();
+            way.data_sent(&id("a"), now);
         }
         assert!(!way.takes_data());
         for name in ["a", "a", "b", "c"] {
@@ -88,11 +117,28 @@ mod tests {
             way.ack_sent(&id(name), now);
         }
         assert!(!way.takes_ack(now));
-        assert_eq!(way.next_ack(), Some(now + PRESUMED));
+        assert_eq!(way.next_ack(), Some(now + ACK_PRESUMED));
         way.heard(&id("a"));
         assert!(way.takes_ack(now));
-        way.data_gone(100);
-        assert!(way.takes_data() && way.takes_ack(now));
+        way.data_arrived(&id("b"));
+        assert!(!way.takes_data());
+        way.data_arrived(&id("a"));
+        assert!(way.takes_data());
+        way.data_gone(&id("a"));
+        assert!(way.data.is_empty() && way.takes_ack(now));
+    }
+
+    #[test]
+    fn what_is_not_read_takes_no_room_for_ever() {
+        let now = Instant::now();
+        let mut way = OnTheWay::default();
+        for _ in 0..DATA_LIMIT {
+            way.data_sent(&id("deaf"), now);
+        }
+        assert!(!way.takes_data());
+        way.forget_old(now + DATA_PRESUMED);
+        assert!(way.takes_data());
+        way.data_arrived(&id("deaf"));
     }
 
     #[test]
@@ -102,6 +148,6 @@ mod tests {
         for _ in 0..TOTAL_LIMIT {
             way.ack_sent(&id("a"), now);
         }
-        assert!(!way.takes_ack(now) && way.takes_ack(now + PRESUMED));
+        assert!(!way.takes_ack(now) && way.takes_ack(now + ACK_PRESUMED));
     }
 }

@@ -133,8 +133,9 @@ impl Connection {
         matches!(self.state, State::LookingUp { .. })
     }
 
+    /// As Go words it: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
     fn failed(&self, what: &str) -> Step {
-        Step::Failed(format!("dial {}: {what}", self.target.transport.name()))
+        Step::Failed(format!("dial {}{what}", self.target.transport.name()))
     }
 
     /// Goes on towards being open. `may_look_up` says whether another name may be looked up now.
@@ -158,15 +159,15 @@ impl Connection {
                             self.state = State::LookingUp { answer, until: now + LOOK_UP_LIMIT };
                             Step::Pending
                         }
-                        Err(e) => self.failed(&reason(&e)),
+                        Err(e) => self.failed(&format!(": lookup {}: {}", self.target.host, reason(&e))),
                     }
                 }
             },
             State::LookingUp { answer, until } => match answer.try_recv() {
                 Ok(Ok(addresses)) => self.choose(addresses, allowed, now),
-                Ok(Err(e)) => self.failed(&format!("lookup {}: {e}", self.target.host)),
+                Ok(Err(e)) => self.failed(&format!(": lookup {}: {e}", self.target.host)),
                 Err(TryRecvError::Empty) if now < *until => Step::Pending,
-                Err(_) => self.failed(&format!("lookup {}: i/o timeout", self.target.host)),
+                Err(_) => self.failed(&format!(": lookup {}: i/o timeout", self.target.host)),
             },
             State::Connecting { socket, until, .. } => {
                 let outcome = match (writable, now >= *until) {
@@ -194,7 +195,7 @@ impl Connection {
                 "access denied: {transport}/{host}:{port} is not in PortForward.Allow"
             ));
         }
-        let none = format!("lookup {host}: no such host");
+        let none = format!(": lookup {host}: no such host");
         self.connect_next(addresses, none, now)
     }
 
@@ -211,7 +212,7 @@ impl Connection {
                     self.state = State::Connecting { socket, address, others: addresses, until };
                     return Step::Pending;
                 }
-                Err(e) => last = format!("{address}: connect: {}", reason(&e)),
+                Err(e) => last = format!(" {address}: connect: {}", reason(&e)),
             }
         }
         self.failed(&last)
@@ -234,9 +235,9 @@ impl Connection {
                 Step::Opened
             }
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
-                self.connect_next(others, format!("{address}: i/o timeout"), now)
+                self.connect_next(others, format!(" {address}: i/o timeout"), now)
             }
-            Err(e) => self.connect_next(others, format!("{address}: connect: {}", reason(&e)), now),
+            Err(e) => self.connect_next(others, format!(" {address}: connect: {}", reason(&e)), now),
         }
     }
 

@@ -33,6 +33,7 @@ const IDLE_LIMIT: Duration = Duration::from_secs(600);
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
 
 const UNKNOWN: &str = "unknown connection";
+const UNKNOWN_TYPE: &str = "unknown message type";
 
 /// The forwarded connections of a session.
 pub struct PortForward {
@@ -92,7 +93,15 @@ impl PortForward {
     pub fn handle(&mut self, frame: &Frame, now: Instant) {
         let id = match ConnectionId::of(frame) {
             Ok(id) => id,
-            Err(text) => return self.refuse(frame, &text),
+            Err(text) => {
+                let known = [forward::FORWARD, forward::ACK, forward::STOP];
+                let text = match frame.typ.as_str() {
+                    forward::NEW => text.as_str(),
+                    typ if known.contains(&typ) => UNKNOWN,
+                    _ => UNKNOWN_TYPE,
+                };
+                return self.refuse(frame, text);
+            }
         };
         self.on_the_way.heard(&id);
         match frame.typ.as_str() {
@@ -101,13 +110,13 @@ impl PortForward {
             forward::ACK => self.take_ack(&id),
             forward::STOP => match self.connections.remove(&id) {
                 Some(connection) => {
-                    self.send_stop(&id);
-                    self.let_go(connection, now);
+                    self.send_in_order(forward::STOP, &id);
+                    self.let_go(&id, connection, now);
                 }
                 None => self.refuse(frame, UNKNOWN),
             },
             forward::ERROR => debug!("session {}: error from the peer about {id:?}", self.id),
-            _ => self.refuse(frame, "unknown message type"),
+            _ => self.refuse(frame, UNKNOWN_TYPE),
         }
     }
 
@@ -141,7 +150,7 @@ impl PortForward {
             Step::Pending => {}
             Step::Opened => {
                 debug!("session {}: forwarding to {:?}", self.id, connection.target());
-                self.sink.reply(&forward::about(&self.id, forward::NEW, id));
+                self.send_in_order(forward::NEW, id);
                 self.flush(id, now);
             }
             Step::Failed(text) => {
@@ -167,11 +176,9 @@ impl PortForward {
 
     fn take_ack(&mut self, id: &ConnectionId) {
         // Those of a connection that is gone were on the way, and are done with.
-        if let Some(connection) = self.connections.get_mut(id)
-            && connection.unacked > 0
-        {
-            connection.unacked -= 1;
-            self.on_the_way.data_gone(1);
+        if let Some(connection) = self.connections.get_mut(id) {
+            connection.unacked = connection.unacked.saturating_sub(1);
+            self.on_the_way.data_arrived(id);
         }
     }
 
@@ -190,8 +197,8 @@ impl PortForward {
         let Some(connection) = self.connections.remove(id) else { return };
         self.acknowledge_all(id, &connection);
         self.sink.reply(&forward::error(&self.id, forward::FORWARD, text));
-        self.send_stop(id);
-        self.let_go(connection, now);
+        self.send_in_order(forward::STOP, id);
+        self.let_go(id, connection, now);
     }
 
     fn acknowledge_all(&mut self, id: &ConnectionId, connection: &Connection) {
@@ -222,14 +229,14 @@ impl PortForward {
         self.owing = waiting;
     }
 
-    /// Behind all data of the connection.
-    fn send_stop(&self, id: &ConnectionId) {
-        self.sink.bulk(forward::about(&self.id, forward::STOP, id).encode());
+    /// Sends `new` before, or `stop` behind, all data of the connection.
+    fn send_in_order(&self, typ: &str, id: &ConnectionId) {
+        self.sink.bulk(forward::about(&self.id, typ, id).encode());
     }
 
     /// The client has nothing to do with the connection any more. What it sent still reaches the target.
-    fn let_go(&mut self, connection: Connection, now: Instant) {
-        self.on_the_way.data_gone(connection.unacked);
+    fn let_go(&mut self, id: &ConnectionId, connection: Connection, now: Instant) {
+        self.on_the_way.data_gone(id);
         if connection.has_output() && connection.is_open() {
             self.finishing.push((connection, now + FINISH_LIMIT));
         } else {
@@ -240,8 +247,8 @@ impl PortForward {
     /// The session is over. What the client sent still reaches its targets, everything else ends.
     pub fn close(&mut self, now: Instant) {
         self.owing.clear();
-        for (_, connection) in std::mem::take(&mut self.connections) {
-            self.let_go(connection, now);
+        for (id, connection) in std::mem::take(&mut self.connections) {
+            self.let_go(&id, connection, now);
         }
     }
 
@@ -258,7 +265,9 @@ impl PortForward {
         let steps = connections.clone().filter_map(Connection::deadline);
         let idle = connections.map(|c| c.last_traffic + IDLE_LIMIT);
         let acks = if self.owing.is_empty() { None } else { self.on_the_way.next_ack() };
-        steps.chain(idle).chain(self.finishing.iter().map(|(_, until)| *until)).chain(acks).min()
+        let room = if self.on_the_way.takes_data() { None } else { self.on_the_way.next_data() };
+        let finishing = self.finishing.iter().map(|(_, until)| *until);
+        steps.chain(idle).chain(finishing).chain(acks).chain(room).min()
     }
 
     /// Adds what the connections wait for.
@@ -268,8 +277,9 @@ impl PortForward {
             return watched;
         }
         let reading = self.on_the_way.takes_data() && self.sink.takes_bulk();
+        let share = acks::share(self.connections.len());
         for (id, connection) in &self.connections {
-            let reading = reading && connection.unacked < acks::DATA_LIMIT;
+            let reading = reading && connection.unacked < share;
             if let Some((fd, events)) = connection.watch(reading) {
                 watched.connections.push((id.clone(), set.add(fd, events)));
             }
@@ -287,6 +297,7 @@ impl PortForward {
         if self.is_idle() {
             return;
         }
+        self.on_the_way.forget_old(now);
         self.step_unopened(&ready, now);
         let writable = PollFlags::POLLOUT | PollFlags::POLLERR | PollFlags::POLLHUP;
         let readable = PollFlags::POLLIN | PollFlags::POLLERR | PollFlags::POLLHUP;
@@ -327,15 +338,16 @@ impl PortForward {
         if !self.on_the_way.takes_data() || !self.sink.takes_bulk() {
             return false;
         }
+        let share = acks::share(self.connections.len());
         let Some(connection) = self.connections.get_mut(id) else { return true };
-        if connection.unacked >= acks::DATA_LIMIT {
+        if connection.unacked >= share {
             return true;
         }
         match connection.read(now) {
             Input::Nothing => {}
             Input::Data(bytes) => {
                 connection.unacked += 1;
-                self.on_the_way.data_sent();
+                self.on_the_way.data_sent(id, now);
                 self.sink.bulk(forward::about(&self.id, forward::FORWARD, id).with_body(bytes).encode());
             }
             Input::End(why) => {
@@ -344,8 +356,8 @@ impl PortForward {
                 }
                 if let Some(connection) = self.connections.remove(id) {
                     self.acknowledge_all(id, &connection);
-                    self.send_stop(id);
-                    self.let_go(connection, now);
+                    self.send_in_order(forward::STOP, id);
+                    self.let_go(id, connection, now);
                 }
             }
         }
@@ -361,9 +373,9 @@ impl PortForward {
             .collect();
         for id in idle {
             debug!("session {}: port forward: idle for {} s", self.id, IDLE_LIMIT.as_secs());
-            self.send_stop(&id);
+            self.send_in_order(forward::STOP, &id);
             if let Some(connection) = self.connections.remove(&id) {
-                self.let_go(connection, now);
+                self.let_go(&id, connection, now);
             }
         }
     }
