@@ -34,7 +34,7 @@ pub(super) struct Settings {
     pub limits: Limits,
     pub reconnect_interval_seconds: i64,
     pub file_transfer: Switch,
-    pub port_forward: Switch,
+    pub port_forward: PortForward,
     pub mender_client: Switch,
 }
 
@@ -57,6 +57,14 @@ pub(super) struct Switch {
 }
 
 keys!(Switch { "disable" => disable });
+
+#[derive(Debug, Default)]
+pub(super) struct PortForward {
+    pub disable: bool,
+    pub allow: Option<Vec<String>>,
+}
+
+keys!(PortForward { "disable" => disable, "allow" => allow });
 
 #[derive(Debug, Default)]
 pub(super) struct Terminal {

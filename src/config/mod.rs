@@ -14,8 +14,10 @@ use log::Level;
 
 use crate::sys::users::{self, User, UserError};
 
+pub use allow::{AllowError, Allowed};
 pub use json::JsonError;
 
+mod allow;
 mod file;
 mod json;
 
@@ -40,6 +42,8 @@ pub struct Config {
     pub file_transfer: bool,
     /// Whether ports may be forwarded (not `PortForward.Disable`).
     pub port_forward: bool,
+    /// Which targets ports may be forwarded to; `None`: any (`PortForward.Allow`).
+    pub forward_targets: Option<Vec<Allowed>>,
     /// Whether the server may talk to the Mender client (not `MenderClient.Disable`).
     pub mender_client: bool,
     /// Limits of file transfer (`Limits.FileTransfer`); `None` unless `Limits.Enabled`.
@@ -149,6 +153,9 @@ pub enum ConfigError {
     /// `User` is missing or empty.
     #[error("please provide a user to run the shell as")]
     NoUser,
+    /// `PortForward.Allow` has an entry that means nothing.
+    #[error(transparent)]
+    Allow(#[from] AllowError),
     /// `User` can't be found.
     #[error(transparent)]
     User(#[from] UserError),
@@ -195,6 +202,11 @@ fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> 
     let reconnect_interval = reconnect_interval(settings.reconnect_interval_seconds, notes);
     let limits = settings.limits.enabled.then(|| limits(settings.limits.file_transfer, notes));
 
+    let forward_targets = match &settings.port_forward.allow {
+        Some(entries) => Some(entries.iter().map(|e| Allowed::parse(e)).collect::<Result<_, _>>()?),
+        None => None,
+    };
+
     let user = validate(&settings.shell_command, &settings.user, shells, notes)?;
     Ok(Config {
         shell: Shell { command: settings.shell_command.into(), arguments, user },
@@ -202,6 +214,7 @@ fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> 
         sessions,
         file_transfer: !settings.file_transfer.disable,
         port_forward: !settings.port_forward.disable,
+        forward_targets,
         mender_client: !settings.mender_client.disable,
         limits,
         reconnect_interval,

@@ -1,15 +1,15 @@
 //! From credentials to an open websocket, each step with a time limit of its own.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam_channel::{Receiver, Sender, select};
+use crossbeam_channel::{Receiver, select};
 use log::debug;
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, socket};
+use nix::sys::socket::{SockFlag, SockType};
 use tungstenite::client::{IntoClientRequest, client_with_config};
 use tungstenite::http::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER};
 use tungstenite::http::{Response, Uri};
@@ -22,7 +22,7 @@ use super::stream::{Deadline, ReadHalf, WriteHalf};
 use super::{Cancel, LinkError, MAX_MESSAGE, tls};
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
-use crate::sys::{net, reason, thread};
+use crate::sys::{net, reason};
 
 const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
 /// For each address of the host.
@@ -92,19 +92,13 @@ fn open_socket(target: &Endpoint, cancel: &Cancel, gone: &Receiver<()>) -> Resul
     Err(last)
 }
 
-/// The addresses of a host. Names are looked up in a thread of their own, because the resolver can't be
-/// interrupted; one that is given up on ends when the resolver does.
+/// The addresses of a host.
 fn resolve(target: &Endpoint, gone: &Receiver<()>) -> Result<Vec<SocketAddr>, LinkError> {
     if let Some(address) = target.address() {
         return Ok(vec![SocketAddr::new(address, target.port)]);
     }
     let failed = |reason| LinkError::Resolve { host: target.host.clone(), reason };
-    let (answer, answered): (Sender<io::Result<Vec<SocketAddr>>>, _) = crossbeam_channel::bounded(1);
-    let query = (target.host.clone(), target.port);
-    thread::spawn("resolver", thread::LARGE_STACK, move || {
-        let addresses = (query.0.as_str(), query.1).to_socket_addrs().map(Iterator::collect);
-        let _ = answer.send(addresses);
-    })?;
+    let answered = net::look_up(&target.host, target.port, || {})?;
     select! {
         recv(answered) -> addresses => match addresses {
             Ok(Ok(addresses)) => Ok(addresses),
@@ -117,22 +111,14 @@ fn resolve(target: &Endpoint, gone: &Receiver<()>) -> Result<Vec<SocketAddr>, Li
 }
 
 fn connect_to(address: SocketAddr, cancel: &Cancel) -> io::Result<Arc<TcpStream>> {
-    let family = match address.ip() {
-        IpAddr::V4(_) => AddressFamily::Inet,
-        IpAddr::V6(_) => AddressFamily::Inet6,
-    };
-    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let fd = net::socket_for(address, SockType::Stream, SockFlag::empty())?;
     let stream = Arc::new(TcpStream::from(fd));
     // On Linux the limit for sending is the one for connecting, too.
     stream.set_write_timeout(Some(CONNECT_LIMIT))?;
     stream.set_nodelay(true)?;
     net::set_unsent_limit(stream.as_fd(), UNSENT_LIMIT)?;
     cancel.register(&stream).map_err(io::Error::other)?;
-    let result = match address {
-        SocketAddr::V4(v4) => connect(stream.as_raw_fd(), &SockaddrIn::from(v4)),
-        SocketAddr::V6(v6) => connect(stream.as_raw_fd(), &SockaddrIn6::from(v6)),
-    };
-    match result {
+    match net::connect_to(stream.as_fd(), address) {
         Ok(()) => Ok(stream),
         Err(Errno::EINPROGRESS | Errno::EAGAIN) => Err(Errno::ETIMEDOUT.into()),
         Err(e) => Err(e.into()),

@@ -1,7 +1,6 @@
 //! HTTP proxies: which one the environment names for a server, and how to get through.
 
 use std::io::{Read, Write};
-use std::net::IpAddr;
 
 use data_encoding::BASE64;
 use percent_encoding::percent_decode_str;
@@ -9,6 +8,7 @@ use tungstenite::http::Uri;
 
 use super::LinkError;
 use super::endpoint::Endpoint;
+use crate::sys::net::contains;
 
 /// No sane proxy answers with more than this many bytes of header.
 const MAX_ANSWER: usize = 16 * 1024;
@@ -94,16 +94,6 @@ fn covers(entry: &str, server: &Endpoint) -> bool {
     let parent = name.trim_start_matches("*.").trim_start_matches('.');
     let below = host.strip_suffix(parent).is_some_and(|rest| rest.ends_with('.'));
     below || (host == name)
-}
-
-fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
-    let same =
-        |a: u128, b: u128, bits: u32| prefix <= bits && (prefix == 0 || (a ^ b) >> (bits - prefix) == 0);
-    match (network, address) {
-        (IpAddr::V4(a), IpAddr::V4(b)) => same(a.to_bits().into(), b.to_bits().into(), 32),
-        (IpAddr::V6(a), IpAddr::V6(b)) => same(a.to_bits(), b.to_bits(), 128),
-        _ => false,
-    }
 }
 
 impl Proxy {

@@ -12,6 +12,7 @@
 
 pub mod control;
 pub mod file;
+pub mod forward;
 pub mod frame;
 pub mod msgpack;
 pub mod shell;
@@ -22,6 +23,10 @@ pub use frame::{Frame, Props, SessionId, UserId};
 pub const SHELL: u16 = 1;
 /// File transfer.
 pub const FILE_TRANSFER: u16 = 2;
+/// Port forwarding.
+pub const PORT_FORWARD: u16 = 3;
+/// The Mender client's commands.
+pub const MENDER_CLIENT: u16 = 4;
 /// Session control.
 pub const CONTROL: u16 = 0xffff;
 

@@ -6,6 +6,8 @@
 
 mod file_transfer;
 mod inbox;
+mod mender_client;
+mod port_forward;
 mod quota;
 mod router;
 mod terminal;
@@ -19,6 +21,7 @@ use log::info;
 
 use self::file_transfer::rate::Counters;
 use self::inbox::Inbox;
+use self::mender_client::Commands;
 use crate::config::Config;
 use crate::proto::{SessionId, UserId};
 
@@ -37,6 +40,7 @@ pub struct Context {
     pub shells: Arc<ShellQuota>,
     /// How much was transferred.
     pub transferred: Counters,
+    commands: Commands,
     /// The sessions of the current link.
     table: Mutex<Arc<Table>>,
     /// Session threads, also those that only clean up after their link is gone.
@@ -113,6 +117,7 @@ impl Context {
             config,
             shells,
             transferred: Counters::default(),
+            commands: Commands::default(),
             table: Mutex::default(),
             threads: Mutex::default(),
             thread_ended: Condvar::new(),

@@ -8,9 +8,9 @@ use log::{debug, info, warn};
 
 use super::inbox::{Inbox, Rejected};
 use super::worker::Session;
-use super::{Context, Entry, Info, THREAD_PREFIX, Table, ThreadCount, terminal};
+use super::{Context, Entry, Info, THREAD_PREFIX, Table, ThreadCount, mender_client, terminal};
 use crate::outbox::{FrameSink, Outbox};
-use crate::proto::{CONTROL, Frame, SHELL, SessionId, control, shell};
+use crate::proto::{CONTROL, Frame, MENDER_CLIENT, SHELL, SessionId, control, shell};
 use crate::sys::thread;
 use crate::sys::wake::Wake;
 
@@ -39,6 +39,9 @@ impl Router {
 
     /// Brings a frame to its session, which is made if need be.
     pub fn route(&mut self, frame: Frame) {
+        if frame.proto == MENDER_CLIENT && self.context.config.mender_client {
+            return mender_client::handle(&self.context, &frame, &self.sink);
+        }
         let Some(id) = frame.sid.clone() else {
             if (frame.proto, frame.typ.as_str()) == (SHELL, shell::STOP) {
                 self.stop_shells_of_user(&frame);

@@ -11,10 +11,11 @@ use nix::poll::PollFlags;
 
 use super::file_transfer::FileTransfer;
 use super::inbox::Inbox;
+use super::port_forward::PortForward;
 use super::terminal::Terminal;
 use super::{Context, Info};
 use crate::outbox::FrameSink;
-use crate::proto::{CONTROL, FILE_TRANSFER, Frame, SHELL, SessionId, control};
+use crate::proto::{CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, SHELL, SessionId, control};
 use crate::sys::PollSet;
 use crate::sys::wake::Wake;
 
@@ -31,6 +32,7 @@ pub struct Session {
     sink: FrameSink,
     terminal: Terminal,
     files: FileTransfer,
+    forwards: PortForward,
     /// Runs once another protocol than the terminal's was spoken: terminal clients don't answer pings.
     idle: Option<Idle>,
 }
@@ -59,7 +61,8 @@ impl Session {
     ) -> Self {
         let terminal = Terminal::new(Arc::clone(&context), id.clone(), sink.clone(), info);
         let files = FileTransfer::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
-        Session { id, context, inbox, wake, sink, terminal, files, idle: None }
+        let forwards = PortForward::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
+        Session { id, context, inbox, wake, sink, terminal, files, forwards, idle: None }
     }
 
     /// Runs until the session is over. A panic ends only this session.
@@ -87,6 +90,7 @@ impl Session {
                 self.idle = None;
                 self.terminal.hang_up(Instant::now());
                 self.files.hang_up(Instant::now());
+                self.forwards.hang_up();
             }
             self.read_inbox();
             self.files.acknowledge();
@@ -95,22 +99,25 @@ impl Session {
             if self.is_over() && self.inbox.close_if_empty() {
                 return Ok(());
             }
-            let ready = {
+            let (terminal, forwards) = {
                 let mut set = PollSet::new();
                 set.add(self.wake.as_fd(), PollFlags::POLLIN);
-                let watched = self.terminal.watch(&mut set);
+                let terminal = self.terminal.watch(&mut set);
+                let forwards = self.forwards.watch(&mut set);
                 let timer = self.idle.as_ref().map(Idle::deadline);
-                let deadlines = [timer, self.terminal.deadline(), self.files.deadline()];
+                let deadlines =
+                    [timer, self.terminal.deadline(), self.files.deadline(), self.forwards.deadline()];
                 let deadline = deadlines.into_iter().flatten().min();
                 set.wait(deadline)?;
-                watched.look(&set)
+                (terminal.look(&set), forwards.look(&set))
             };
-            self.terminal.proceed(ready, Instant::now());
+            self.terminal.proceed(terminal, Instant::now());
+            self.forwards.proceed(forwards, Instant::now());
         }
     }
 
     fn is_over(&self) -> bool {
-        self.terminal.is_idle() && self.files.is_idle() && self.idle.is_none()
+        self.idle.is_none() && self.terminal.is_idle() && self.files.is_idle() && self.forwards.is_idle()
     }
 
     /// Reads what has come, as long as it can be dealt with and the answers can be taken away.
@@ -129,6 +136,7 @@ impl Session {
             SHELL => self.terminal.handle(frame, now),
             CONTROL => self.handle_control(&frame),
             FILE_TRANSFER if self.context.config.file_transfer => self.files.handle(frame, now),
+            PORT_FORWARD if self.context.config.port_forward => self.forwards.handle(&frame, now),
             other => {
                 let text = format!("no handler registered for protocol: 0x{other:04X}");
                 self.sink.reply(&control::error_about(&self.id, &frame, &text, false));
@@ -189,15 +197,19 @@ impl Session {
     fn close(&mut self) {
         self.idle = None;
         self.files.close();
+        self.forwards.close(Instant::now());
     }
 
     /// The protocols that are there for a session.
     fn protocols(&self) -> Vec<u16> {
         let config = &self.context.config;
-        [(SHELL, config.terminal.enabled), (FILE_TRANSFER, config.file_transfer)]
-            .into_iter()
-            .filter_map(|(protocol, enabled)| enabled.then_some(protocol))
-            .collect()
+        let enabled = [
+            (SHELL, config.terminal.enabled),
+            (FILE_TRANSFER, config.file_transfer),
+            (PORT_FORWARD, config.port_forward),
+            (MENDER_CLIENT, config.mender_client),
+        ];
+        enabled.into_iter().filter_map(|(protocol, enabled)| enabled.then_some(protocol)).collect()
     }
 
     fn check_idle(&mut self, now: Instant) {

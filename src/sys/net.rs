@@ -1,9 +1,15 @@
-//! Socket options that std doesn't offer.
+//! Sockets and addresses: what std doesn't offer.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use crossbeam_channel::Receiver;
+use nix::errno::Errno;
 use nix::libc;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, socket};
+
+use super::thread;
 
 /// Acknowledge what has come at once. The kernel forgets it after a while, hence "re-arm".
 ///
@@ -37,4 +43,68 @@ fn set_int(socket: BorrowedFd<'_>, option: libc::c_int, value: libc::c_int) -> i
         )
     };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether `address` is in the network of `network`'s first `prefix` bits.
+pub fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
+    let same =
+        |a: u128, b: u128, bits: u32| prefix <= bits && (prefix == 0 || (a ^ b) >> (bits - prefix) == 0);
+    match (network, address) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => same(a.to_bits().into(), b.to_bits().into(), 32),
+        (IpAddr::V6(a), IpAddr::V6(b)) => same(a.to_bits(), b.to_bits(), 128),
+        _ => false,
+    }
+}
+
+/// Looks a name up in a thread of its own, because the resolver can't be interrupted: one that is given up on ends when
+/// the resolver does. `done` is called when the answer is there.
+///
+/// # Errors
+/// When no thread can be had.
+pub fn look_up(
+    host: &str,
+    port: u16,
+    done: impl FnOnce() + Send + 'static,
+) -> io::Result<Receiver<io::Result<Vec<SocketAddr>>>> {
+    let (answer, answered) = crossbeam_channel::bounded(1);
+    let host = host.to_owned();
+    thread::spawn("resolver", thread::LARGE_STACK, move || {
+        let addresses = (host.as_str(), port).to_socket_addrs().map(Iterator::collect);
+        let _ = answer.send(addresses);
+        done();
+    })?;
+    Ok(answered)
+}
+
+/// A socket for `address`, not yet connected.
+///
+/// # Errors
+/// What socket(2) says.
+pub fn socket_for(address: SocketAddr, kind: SockType, flags: SockFlag) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    Ok(socket(family, kind, flags | SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+/// Connects a socket. On a non-blocking one a connection may be under way afterwards: it then becomes writable
+/// when that is decided.
+///
+/// # Errors
+/// What connect(2) says; EINPROGRESS only on a blocking socket, for a time-out.
+pub fn connect_to(socket: BorrowedFd<'_>, address: SocketAddr) -> nix::Result<()> {
+    match address {
+        SocketAddr::V4(v4) => connect(socket.as_raw_fd(), &SockaddrIn::from(v4)),
+        SocketAddr::V6(v6) => connect(socket.as_raw_fd(), &SockaddrIn6::from(v6)),
+    }
+}
+
+/// Begins to connect a non-blocking socket.
+///
+/// # Errors
+/// What socket(2) and connect(2) say.
+pub fn begin_connect(address: SocketAddr, kind: SockType) -> io::Result<OwnedFd> {
+    let socket = socket_for(address, kind, SockFlag::SOCK_NONBLOCK)?;
+    match connect_to(std::os::fd::AsFd::as_fd(&socket), address) {
+        Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
+        Err(e) => Err(e.into()),
+    }
 }

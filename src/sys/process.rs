@@ -3,15 +3,18 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::libc;
+use nix::poll::PollFlags;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
 use nix::unistd::{Gid, Pid, Uid, geteuid, setgid, setgroups, setsid, setuid};
 
+use super::PollSet;
 use super::thread;
 use super::users::User;
 use super::wake::Wake;
@@ -121,7 +124,13 @@ impl SessionLeader {
 
 impl AsFd for SessionLeader {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.exit {
+        self.exit.as_fd()
+    }
+}
+
+impl AsFd for ExitWatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
             ExitWatch::PidFd(fd) => fd.as_fd(),
             ExitWatch::Thread(wake) => wake.as_fd(),
         }
@@ -134,6 +143,37 @@ impl Drop for SessionLeader {
             self.kill();
             let _ = self.child.wait();
         }
+    }
+}
+
+/// Runs `program` with one argument to its end, without input and with its output discarded.
+///
+/// # Errors
+/// How it failed, in Go's words: "exit status 1", "signal: killed", or why it didn't start.
+pub fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String> {
+    let failed = |e: io::Error| format!("fork/exec {}: {}", program.display(), super::reason(&e));
+    let mut command = Command::new(program);
+    command.arg(argument).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    before_exec(&mut command, default_signals);
+    let mut child = command.spawn().map_err(failed)?;
+    let ended = i32::try_from(child.id()).map_err(io::Error::other).and_then(|pid| {
+        let exit = watch_exit(Pid::from_raw(pid))?;
+        let mut set = PollSet::new();
+        let place = set.add(exit.as_fd(), PollFlags::POLLIN);
+        set.wait(Some(Instant::now() + limit))?;
+        Ok(!set.events(place).is_empty())
+    });
+    if !matches!(ended, Ok(true)) {
+        let _ = child.kill();
+    }
+    let status = child.wait().map_err(failed)?;
+    match (ended, status.code(), status.signal()) {
+        (Err(e), ..) => Err(failed(e)),
+        (Ok(false), ..) => Err(format!("timed out after {} s", limit.as_secs())),
+        (_, Some(0), _) => Ok(()),
+        (_, Some(code), _) => Err(format!("exit status {code}")),
+        (.., Some(9)) => Err("signal: killed".to_owned()),
+        (.., signal) => Err(format!("signal: {}", signal.unwrap_or(0))),
     }
 }
 
@@ -249,10 +289,7 @@ fn session_members(leader: Pid) -> Vec<Pid> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::PollSet;
     use crate::sys::pty::{Pty, WindowSize};
-    use nix::poll::PollFlags;
-    use std::time::{Duration, Instant};
 
     fn shell(script: &str) -> (Pty, SessionLeader) {
         let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap();

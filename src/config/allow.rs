@@ -1,0 +1,178 @@
+//! `PortForward.Allow`: which targets may be reached. Pure.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+
+use thiserror::Error;
+
+use crate::sys::net::contains;
+
+/// One entry, such as `tcp/192.168.1.0/24:80-443`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Allowed {
+    transport: String,
+    host: Host,
+    ports: RangeInclusive<u16>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Host {
+    Any,
+    Network(IpAddr, u32),
+    /// In lower case.
+    Name(String),
+}
+
+/// An entry that means nothing.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("PortForward.Allow: {entry:?}: {why}")]
+pub struct AllowError {
+    entry: String,
+    why: String,
+}
+
+impl Allowed {
+    /// Reads `tcp/HOST:PORTS` or `udp/HOST:PORTS`. HOST is an address, `[…]` around it for IPv6, a network
+    /// (`address/bits`), a name, or `*`; PORTS is a port, a range, or `*`.
+    ///
+    /// # Errors
+    /// What is wrong with which entry.
+    pub fn parse(entry: &str) -> Result<Self, AllowError> {
+        Self::try_parse(entry).map_err(|why| AllowError { entry: entry.to_owned(), why })
+    }
+
+    fn try_parse(entry: &str) -> Result<Self, String> {
+        let (transport, rest) = entry.split_once('/').ok_or("expected tcp/HOST:PORTS or udp/HOST:PORTS")?;
+        if !matches!(transport, "tcp" | "udp") {
+            return Err(format!("unknown protocol {transport:?}, expected tcp or udp"));
+        }
+        let (host, ports) = rest.rsplit_once(':').ok_or("the port is missing; * stands for any")?;
+        if host.contains(':') && !host.starts_with('[') {
+            return Err("an IPv6 address is written in brackets".to_owned());
+        }
+        Ok(Allowed { transport: transport.to_owned(), host: Host::parse(host)?, ports: parse_ports(ports)? })
+    }
+
+    /// Whether this entry lets `address`, which `name` was resolved to, be reached.
+    pub fn permits(&self, transport: &str, name: &str, address: IpAddr, port: u16) -> bool {
+        // An IPv4 address in IPv6's clothes is that IPv4 address.
+        let address = address.to_canonical();
+        let host = match &self.host {
+            Host::Any => true,
+            Host::Network(network, bits) => contains(*network, *bits, address),
+            Host::Name(allowed) if allowed == "localhost" => address.is_loopback(),
+            Host::Name(allowed) => name.trim_end_matches('.').eq_ignore_ascii_case(allowed),
+        };
+        host && self.transport == transport && self.ports.contains(&port)
+    }
+}
+
+impl Host {
+    fn parse(host: &str) -> Result<Self, String> {
+        if host == "*" {
+            return Ok(Host::Any);
+        }
+        let (name, bits) = match host.rsplit_once('/') {
+            Some((name, bits)) => (name, Some(bits)),
+            None => (host, None),
+        };
+        let bare = name.strip_prefix('[').and_then(|n| n.strip_suffix(']')).unwrap_or(name);
+        match (bare.parse::<IpAddr>(), bits) {
+            (Ok(address), None) => Ok(Host::Network(address, if address.is_ipv4() { 32 } else { 128 })),
+            (Ok(address), Some(bits)) => {
+                let most = if address.is_ipv4() { 32 } else { 128 };
+                let bits = bits.parse().ok().filter(|b| *b <= most);
+                let bits = bits.ok_or_else(|| format!("a network of {address} has 0 to {most} bits"))?;
+                Ok(Host::Network(address, bits))
+            }
+            (Err(_), Some(_)) => Err(format!("{name:?} is no address")),
+            (Err(_), None) => {
+                let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+                // What looks like an address and isn't one is a slip of the pen, not a name.
+                let numeric = name.chars().all(|c| c.is_ascii_digit() || c == '.');
+                if name.is_empty() || numeric || !name.chars().all(plain) {
+                    return Err(format!("{name:?} is neither an address nor a name"));
+                }
+                Ok(Host::Name(name.trim_end_matches('.').to_ascii_lowercase()))
+            }
+        }
+    }
+}
+
+fn parse_ports(ports: &str) -> Result<RangeInclusive<u16>, String> {
+    if ports == "*" {
+        return Ok(1..=u16::MAX);
+    }
+    let port = |text: &str| {
+        let port: Option<u16> = text.parse().ok().filter(|port| *port > 0);
+        port.ok_or_else(|| format!("{text:?} is no port, expected 1 to 65535"))
+    };
+    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+    let range = port(first)?..=port(last)?;
+    if range.is_empty() { Err(format!("the range {ports} is empty")) } else { Ok(range) }
+}
+
+impl fmt::Display for Allowed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{:?}:{:?}", self.transport, self.host, self.ports)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn permits(entry: &str, transport: &str, name: &str, address: &str, port: u16) -> bool {
+        Allowed::parse(entry).unwrap().permits(transport, name, address.parse().unwrap(), port)
+    }
+
+    #[test]
+    fn entries_match_what_they_say() {
+        assert!(permits("tcp/127.0.0.1:22", "tcp", "127.0.0.1", "127.0.0.1", 22));
+        assert!(permits("tcp/127.0.0.1:22", "tcp", "x", "::ffff:127.0.0.1", 22));
+        assert!(!permits("tcp/127.0.0.1:22", "udp", "127.0.0.1", "127.0.0.1", 22));
+        assert!(!permits("tcp/127.0.0.1:22", "tcp", "127.0.0.1", "127.0.0.1", 23));
+        assert!(!permits("tcp/127.0.0.1:22", "tcp", "127.0.0.2", "127.0.0.2", 22));
+        for (address, port, allowed) in [
+            ("192.168.1.0", 80, true),
+            ("192.168.1.255", 443, true),
+            ("192.168.2.1", 80, false),
+            ("192.168.1.1", 444, false),
+        ] {
+            assert_eq!(permits("tcp/192.168.1.0/24:80-443", "tcp", "x", address, port), allowed);
+        }
+        assert!(permits("udp/[::1]:53", "udp", "::1", "::1", 53));
+        assert!(permits("udp/[fe80::]/10:*", "udp", "x", "fe80::1", 1));
+        assert!(permits("tcp/localhost:*", "tcp", "localhost", "::1", 9));
+        assert!(permits("tcp/localhost:*", "tcp", "127.0.0.1", "127.0.0.1", 9));
+        assert!(!permits("tcp/localhost:*", "tcp", "localhost", "10.0.0.1", 9), "the address counts");
+        assert!(permits("tcp/Router.lan:80", "tcp", "router.LAN.", "10.0.0.1", 80));
+        assert!(!permits("tcp/router.lan:80", "tcp", "other.lan", "10.0.0.1", 80));
+        assert!(permits("tcp/*:80", "tcp", "anything", "8.8.8.8", 80));
+    }
+
+    #[test]
+    fn what_means_nothing_is_named() {
+        for (entry, why) in [
+            ("", "expected tcp/HOST:PORTS"),
+            ("127.0.0.1:22", "expected tcp/HOST:PORTS"),
+            ("sctp/host:1", "unknown protocol"),
+            ("tcp/host", "the port is missing"),
+            ("tcp/host:", "is no port"),
+            ("tcp/host:0", "is no port"),
+            ("tcp/host:65536", "is no port"),
+            ("tcp/host:9-8", "is empty"),
+            ("tcp/::1:22", "in brackets"),
+            ("tcp/10.0.0.0/33:1", "0 to 32 bits"),
+            ("tcp/name/8:1", "is no address"),
+            ("tcp/:1", "neither an address nor a name"),
+            ("tcp/10.0.0.256:1", "neither an address nor a name"),
+            ("tcp/ho st:1", "neither an address nor a name"),
+        ] {
+            let error = Allowed::parse(entry).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("PortForward.Allow: {entry:?}: ")), "{error}");
+            assert!(error.contains(why), "{error}, expected {why}");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Port forwarding's frames: `new` opens a connection to a target, `forward` carries its data both ways, each
+//! answered by one `ack`, `stop` ends it.
+
+use std::sync::Arc;
+
+use super::msgpack::{Cursor, DecodeError, MapWriter, Value};
+use super::{Frame, PORT_FORWARD, Props, SessionId};
+
+/// Connect to a target; the answer to that.
+pub const NEW: &str = "new";
+/// Data.
+pub const FORWARD: &str = "forward";
+/// One [`FORWARD`] has arrived.
+pub const ACK: &str = "ack";
+/// The connection is over.
+pub const STOP: &str = "stop";
+/// Something is wrong.
+pub const ERROR: &str = "error";
+
+const CONNECTION_ID: &str = "connection_id";
+/// For everything that a `new` may lack.
+const INCOMPLETE: &str = "invalid port-forward message: missing connection_id, remote_port or protocol";
+
+/// The name of a connection, chosen by the client; never empty.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionId(Arc<str>);
+
+impl ConnectionId {
+    /// The connection that a frame is about.
+    ///
+    /// # Errors
+    /// The text for the peer when it names none.
+    pub fn of(frame: &Frame) -> Result<Self, String> {
+        match frame.props.str(CONNECTION_ID) {
+            Some(id) if !id.is_empty() => Ok(ConnectionId(id.into())),
+            _ => Err(INCOMPLETE.to_owned()),
+        }
+    }
+}
+
+/// What carries the data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// A stream.
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
+impl Transport {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Tcp => "tcp",
+            Transport::Udp => "udp",
+        }
+    }
+}
+
+/// The body of `new`: where to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// A name or an address.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// How.
+    pub transport: Transport,
+}
+
+impl Target {
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// The text for the peer.
+    pub fn decode(body: &[u8]) -> Result<Self, String> {
+        let (host, port, protocol) = Self::parse(body).map_err(|e| e.to_string())?;
+        if host.is_empty() || port == 0 || protocol.is_empty() {
+            return Err(INCOMPLETE.to_owned());
+        }
+        let transport = match protocol.as_str() {
+            "tcp" => Transport::Tcp,
+            "udp" => Transport::Udp,
+            other => return Err(format!("unknown protocol: {other}")),
+        };
+        Ok(Target { host, port, transport })
+    }
+
+    fn parse(body: &[u8]) -> Result<(String, u16, String), DecodeError> {
+        let mut cursor = Cursor::new(body);
+        let (mut host, mut port, mut protocol) = (String::new(), 0, String::new());
+        for _ in 0..cursor.map("the body")?.unwrap_or(0) {
+            match cursor.value()? {
+                Value::Blob(b"remote_host") => host = text(&mut cursor, "remote_host")?,
+                Value::Blob(b"remote_port") => {
+                    port = match cursor.value()? {
+                        Value::Nil => 0,
+                        Value::Int(n) => u16::try_from(n).map_err(|_| DecodeError::Range("remote_port"))?,
+                        _ => return Err(DecodeError::Value("remote_port")),
+                    }
+                }
+                Value::Blob(b"protocol") => protocol = text(&mut cursor, "protocol")?,
+                _ => cursor.skip()?,
+            }
+        }
+        Ok((host, port, protocol))
+    }
+}
+
+fn text(cursor: &mut Cursor<'_>, what: &'static str) -> Result<String, DecodeError> {
+    match cursor.value()? {
+        Value::Nil => Ok(String::new()),
+        Value::Blob(bytes) => Ok(String::from_utf8_lossy(bytes).into_owned()),
+        _ => Err(DecodeError::Value(what)),
+    }
+}
+
+/// A frame about a connection, still without data.
+pub fn about(sid: &SessionId, typ: &str, connection: &ConnectionId) -> Frame {
+    Frame::new(PORT_FORWARD, typ, Some(sid)).with_props(Props::new().with_str(CONNECTION_ID, &connection.0))
+}
+
+/// A message of type `typ` could not be obeyed.
+pub fn error(sid: &SessionId, typ: &str, text: &str) -> Frame {
+    let body =
+        MapWriter::new().str("err", Some(text)).str("msgtype", Some(typ).filter(|t| !t.is_empty())).finish();
+    Frame::new(PORT_FORWARD, ERROR, Some(sid)).with_body(body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets() {
+        let target = |body: &[u8]| Target::decode(body);
+        let good = b"\x83\xabremote_host\xa9localhost\xabremote_port\xcd\x4a\x3a\xa8protocol\xa3udp";
+        let wanted = Target { host: "localhost".into(), port: 19002, transport: Transport::Udp };
+        assert_eq!(target(good), Ok(wanted));
+        for incomplete in [
+            b"\x80".as_slice(),
+            b"\x82\xabremote_host\xa1x\xa8protocol\xa3tcp",
+            b"\x83\xabremote_host\xa0\xabremote_port\x01\xa8protocol\xa3tcp",
+            b"\x83\xabremote_host\xa1x\xabremote_port\x00\xa8protocol\xa3tcp",
+            b"\x82\xabremote_host\xa1x\xabremote_port\x01",
+        ] {
+            assert_eq!(target(incomplete), Err(INCOMPLETE.to_owned()));
+        }
+        let unknown = b"\x83\xabremote_host\xa1x\xabremote_port\x01\xa8protocol\xa4sctp";
+        assert_eq!(target(unknown), Err("unknown protocol: sctp".to_owned()));
+        assert!(target(b"\x81\xabremote_port\xce\0\x01\0\0").is_err() && target(b"").is_err());
+    }
+}

@@ -1,0 +1,389 @@
+//! One forwarded connection: looked up, connected, open; what waits to be written to it.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, TryRecvError};
+use nix::poll::PollFlags;
+use nix::sys::socket::SockType;
+
+use crate::config::Allowed;
+use crate::proto::forward::{Target, Transport};
+use crate::sys::wake::Wake;
+use crate::sys::{net, reason};
+
+const LOOK_UP_LIMIT: Duration = Duration::from_secs(10);
+/// For each address of the host.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// Data waiting for the target up to which more is acknowledged at once.
+const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
+/// A client that sends on without acknowledgements comes to here.
+const QUEUE_HARD_LIMIT: usize = 1 << 20;
+/// What is read of a stream at a time, and so the largest body.
+const READ: usize = 32 * 1024;
+/// The largest datagram.
+const DATAGRAM: usize = 65_535;
+
+/// A connection on behalf of a client.
+#[derive(Debug)]
+pub struct Connection {
+    target: Target,
+    state: State,
+    to_target: VecDeque<Bytes>,
+    queued: usize,
+    /// Messages of data that the client hasn't acknowledged.
+    pub unacked: usize,
+    /// Messages of the client's that we haven't acknowledged.
+    pub owed: usize,
+    /// When data last went either way.
+    pub last_traffic: Instant,
+}
+
+#[derive(Debug)]
+enum State {
+    /// For its turn to be looked up.
+    Waiting,
+    LookingUp {
+        answer: Receiver<io::Result<Vec<SocketAddr>>>,
+        until: Instant,
+    },
+    Connecting {
+        socket: Socket,
+        address: SocketAddr,
+        others: VecDeque<SocketAddr>,
+        until: Instant,
+    },
+    Open(Socket),
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpStream),
+    Udp(UdpSocket),
+}
+
+impl Socket {
+    fn new(transport: Transport, fd: OwnedFd) -> Self {
+        match transport {
+            Transport::Tcp => Socket::Tcp(fd.into()),
+            Transport::Udp => Socket::Udp(fd.into()),
+        }
+    }
+
+    fn take_error(&self) -> io::Result<()> {
+        let error = match self {
+            Socket::Tcp(socket) => socket.take_error()?,
+            Socket::Udp(socket) => socket.take_error()?,
+        };
+        error.map_or(Ok(()), Err)
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Socket::Tcp(socket) => socket.as_fd(),
+            Socket::Udp(socket) => socket.as_fd(),
+        }
+    }
+}
+
+/// What came of a step towards being open.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing is decided yet.
+    Pending,
+    /// It is open now.
+    Opened,
+    /// It can't be; the text for the peer.
+    Failed(String),
+}
+
+/// What reading brought.
+#[derive(Debug)]
+pub enum Input {
+    /// Data.
+    Data(Vec<u8>),
+    /// Nothing now.
+    Nothing,
+    /// The end, and why if it isn't the regular one.
+    End(Option<String>),
+}
+
+impl Connection {
+    /// Towards `target`, not begun.
+    pub fn new(target: Target, now: Instant) -> Self {
+        let state = State::Waiting;
+        let to_target = VecDeque::new();
+        Connection { target, state, to_target, queued: 0, unacked: 0, owed: 0, last_traffic: now }
+    }
+
+    /// Where it goes.
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// Whether a thread is busy with its name.
+    pub fn is_looking_up(&self) -> bool {
+        matches!(self.state, State::LookingUp { .. })
+    }
+
+    fn failed(&self, what: &str) -> Step {
+        Step::Failed(format!("dial {}: {what}", self.target.transport.name()))
+    }
+
+    /// Goes on towards being open. `may_look_up` says whether another name may be looked up now.
+    pub fn advance(
+        &mut self,
+        writable: bool,
+        may_look_up: bool,
+        allowed: Option<&[Allowed]>,
+        wake: &Arc<Wake>,
+        now: Instant,
+    ) -> Step {
+        match &self.state {
+            State::Open(_) => Step::Pending,
+            State::Waiting => match known_addresses(&self.target) {
+                Some(addresses) => self.choose(addresses, allowed, now),
+                None if !may_look_up => Step::Pending,
+                None => {
+                    let wake = Arc::clone(wake);
+                    match net::look_up(&self.target.host, self.target.port, move || wake.notify()) {
+                        Ok(answer) => {
+                            self.state = State::LookingUp { answer, until: now + LOOK_UP_LIMIT };
+                            Step::Pending
+                        }
+                        Err(e) => self.failed(&reason(&e)),
+                    }
+                }
+            },
+            State::LookingUp { answer, until } => match answer.try_recv() {
+                Ok(Ok(addresses)) => self.choose(addresses, allowed, now),
+                Ok(Err(e)) => self.failed(&format!("lookup {}: {e}", self.target.host)),
+                Err(TryRecvError::Empty) if now < *until => Step::Pending,
+                Err(_) => self.failed(&format!("lookup {}: i/o timeout", self.target.host)),
+            },
+            State::Connecting { socket, until, .. } => {
+                let outcome = match (writable, now >= *until) {
+                    (true, _) => socket.take_error(),
+                    (false, true) => Err(io::ErrorKind::TimedOut.into()),
+                    (false, false) => return Step::Pending,
+                };
+                self.connected(outcome, now)
+            }
+        }
+    }
+
+    /// Of the target's addresses those that may be reached, and no others, whatever the name says later.
+    fn choose(&mut self, addresses: Vec<SocketAddr>, allowed: Option<&[Allowed]>, now: Instant) -> Step {
+        let Target { host, port, transport } = &self.target;
+        let permitted = |address: &SocketAddr| {
+            let permits = |a: &Allowed| a.permits(transport.name(), host, address.ip(), *port);
+            allowed.is_none_or(|allowed| allowed.iter().any(permits))
+        };
+        let total = addresses.len();
+        let addresses: VecDeque<SocketAddr> = addresses.into_iter().filter(permitted).collect();
+        if total > 0 && addresses.is_empty() {
+            let transport = transport.name();
+            return Step::Failed(format!(
+                "access denied: {transport}/{host}:{port} is not in PortForward.Allow"
+            ));
+        }
+        let none = format!("lookup {host}: no such host");
+        self.connect_next(addresses, none, now)
+    }
+
+    fn connect_next(&mut self, mut addresses: VecDeque<SocketAddr>, mut last: String, now: Instant) -> Step {
+        let kind = match self.target.transport {
+            Transport::Tcp => SockType::Stream,
+            Transport::Udp => SockType::Datagram,
+        };
+        while let Some(address) = addresses.pop_front() {
+            match net::begin_connect(address, kind) {
+                Ok(fd) => {
+                    let socket = Socket::new(self.target.transport, fd);
+                    let until = now + CONNECT_LIMIT;
+                    self.state = State::Connecting { socket, address, others: addresses, until };
+                    return Step::Pending;
+                }
+                Err(e) => last = format!("{address}: connect: {}", reason(&e)),
+            }
+        }
+        self.failed(&last)
+    }
+
+    fn connected(&mut self, outcome: io::Result<()>, now: Instant) -> Step {
+        let State::Connecting { socket, address, others, .. } =
+            std::mem::replace(&mut self.state, State::Waiting)
+        else {
+            return Step::Pending;
+        };
+        match outcome {
+            Ok(()) => {
+                if let Socket::Tcp(stream) = &socket {
+                    // Only a matter of speed.
+                    let _ = stream.set_nodelay(true);
+                }
+                self.state = State::Open(socket);
+                self.last_traffic = now;
+                Step::Opened
+            }
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                self.connect_next(others, format!("{address}: i/o timeout"), now)
+            }
+            Err(e) => self.connect_next(others, format!("{address}: connect: {}", reason(&e)), now),
+        }
+    }
+
+    /// What to wait for. With `reading` also for data from the target.
+    pub fn watch(&self, reading: bool) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        let (socket, events) = match &self.state {
+            State::Waiting | State::LookingUp { .. } => return None,
+            State::Connecting { socket, .. } => (socket, PollFlags::POLLOUT),
+            State::Open(socket) => {
+                let mut events = PollFlags::empty();
+                events.set(PollFlags::POLLIN, reading);
+                events.set(PollFlags::POLLOUT, !self.to_target.is_empty());
+                (socket, events)
+            }
+        };
+        // A dead socket is always "ready": one that isn't to be used now isn't watched at all.
+        (!events.is_empty()).then(|| (socket.as_fd(), events))
+    }
+
+    /// When [`Connection::advance`] has something to decide.
+    pub fn deadline(&self) -> Option<Instant> {
+        match &self.state {
+            State::LookingUp { until, .. } | State::Connecting { until, .. } => Some(*until),
+            State::Waiting | State::Open(_) => None,
+        }
+    }
+
+    /// Takes data of the client's. It is written when the target takes it.
+    ///
+    /// # Errors
+    /// When far more waits than was acknowledged.
+    pub fn queue(&mut self, data: &[u8], now: Instant) -> Result<(), String> {
+        self.last_traffic = now;
+        if self.queued + data.len() > QUEUE_HARD_LIMIT {
+            return Err(format!("the target does not read and {} bytes wait", self.queued));
+        }
+        self.queued += data.len();
+        // A copy: a piece of the received message would keep all of it.
+        self.to_target.push_back(Bytes::copy_from_slice(data));
+        Ok(())
+    }
+
+    /// Whether what the client sent may be acknowledged.
+    pub fn may_acknowledge(&self) -> bool {
+        self.queued <= QUEUE_SOFT_LIMIT
+    }
+
+    /// Whether something waits for the target.
+    pub fn has_output(&self) -> bool {
+        !self.to_target.is_empty()
+    }
+
+    /// Writes what the target takes.
+    ///
+    /// # Errors
+    /// When it never will again.
+    pub fn flush(&mut self, now: Instant) -> Result<(), String> {
+        let State::Open(socket) = &mut self.state else { return Ok(()) };
+        while let Some(data) = self.to_target.front_mut() {
+            let written = match socket {
+                Socket::Tcp(stream) => stream.write(data),
+                // A datagram goes as a whole or, when there is no room or no receiver, not at all.
+                Socket::Udp(socket) => {
+                    let _ = socket.send(data);
+                    Ok(data.len())
+                }
+            };
+            match written {
+                Ok(n) => {
+                    self.last_traffic = now;
+                    self.queued -= n;
+                    let _ = data.split_to(n);
+                    if data.is_empty() {
+                        self.to_target.pop_front();
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    (self.to_target, self.queued) = (VecDeque::new(), 0);
+                    return Err(format!("write {}: {}", self.target.transport.name(), reason(&e)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads once.
+    pub fn read(&mut self, now: Instant) -> Input {
+        let State::Open(socket) = &mut self.state else { return Input::Nothing };
+        let (mut buffer, result) = match socket {
+            Socket::Tcp(stream) => {
+                let mut buffer = vec![0; READ];
+                let result = stream.read(&mut buffer);
+                (buffer, result)
+            }
+            Socket::Udp(socket) => {
+                let mut buffer = vec![0; DATAGRAM];
+                let result = socket.recv(&mut buffer);
+                (buffer, result)
+            }
+        };
+        match result {
+            Ok(0) if self.target.transport == Transport::Tcp => Input::End(None),
+            Ok(n) => {
+                self.last_traffic = now;
+                buffer.truncate(n);
+                Input::Data(buffer)
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                Input::Nothing
+            }
+            // Nobody listens there now; somebody may later.
+            Err(e)
+                if self.target.transport == Transport::Udp
+                    && e.kind() == io::ErrorKind::ConnectionRefused =>
+            {
+                Input::Nothing
+            }
+            Err(e) => Input::End(Some(reason(&e))),
+        }
+    }
+
+    /// Tells the target that nothing more will come.
+    pub fn finish(&self) {
+        if let State::Open(Socket::Tcp(stream)) = &self.state {
+            // Fails when it is gone already.
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+        }
+    }
+
+    /// Whether it is open, as opposed to on the way there.
+    pub fn is_open(&self) -> bool {
+        matches!(self.state, State::Open(_))
+    }
+}
+
+/// The addresses of a target that needn't be looked up.
+fn known_addresses(target: &Target) -> Option<Vec<SocketAddr>> {
+    let bare = target.host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(&target.host);
+    let addresses: Vec<IpAddr> = match bare.parse() {
+        Ok(address) => vec![address],
+        // By definition (RFC 6761, 6.3).
+        Err(_) if bare.eq_ignore_ascii_case("localhost") => {
+            vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
+        }
+        Err(_) => return None,
+    };
+    Some(addresses.into_iter().map(|address| SocketAddr::new(address, target.port)).collect())
+}

@@ -1,0 +1,370 @@
+//! Port forwarding: protocol 3 for one session. All its connections live in the session's one poll loop.
+//!
+//! Bounds, for each connection: 64 KiB wait for a target that doesn't read before the client's data is no longer
+//! acknowledged; towards the client [`acks::DATA_LIMIT`] messages of up to 32 KiB (a datagram's size for UDP) are on
+//! the way in the whole session, two of them in our memory.
+
+mod acks;
+mod connection;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::{debug, warn};
+use nix::poll::PollFlags;
+
+use self::acks::OnTheWay;
+use self::connection::{Connection, Input, Step};
+use super::Context;
+use crate::outbox::FrameSink;
+use crate::proto::forward::{self, ConnectionId, Target};
+use crate::proto::{Frame, SessionId};
+use crate::sys::PollSet;
+use crate::sys::wake::Wake;
+
+/// Connections of a session at a time; each takes a descriptor.
+const MAX_CONNECTIONS: usize = 512;
+/// Threads that look names up for a session at a time.
+const MAX_LOOK_UPS: usize = 4;
+/// A connection without traffic in either direction is closed after this time.
+const IDLE_LIMIT: Duration = Duration::from_secs(600);
+/// How long what the client sent may take to reach its target after the client has gone.
+const FINISH_LIMIT: Duration = Duration::from_secs(10);
+
+const UNKNOWN: &str = "unknown connection";
+
+/// The forwarded connections of a session.
+pub struct PortForward {
+    context: Arc<Context>,
+    id: SessionId,
+    sink: FrameSink,
+    wake: Arc<Wake>,
+    connections: BTreeMap<ConnectionId, Connection>,
+    /// Without a client any more, but with data for the target, until then.
+    finishing: Vec<(Connection, Instant)>,
+    on_the_way: OnTheWay,
+    /// Connections whose data is to be acknowledged when there is room on the way.
+    owing: VecDeque<ConnectionId>,
+    /// Where the next round of reading begins, so that nobody is always first.
+    turn: usize,
+}
+
+/// Which connections are watched, at which places of a [`PollSet`].
+#[derive(Debug, Default)]
+pub struct Watched {
+    connections: Vec<(ConnectionId, usize)>,
+}
+
+/// What happened on them.
+#[derive(Debug, Default)]
+pub struct Ready(Vec<(ConnectionId, PollFlags)>);
+
+impl Watched {
+    /// What happened, after the set was waited for.
+    pub fn look(self, set: &PollSet<'_>) -> Ready {
+        Ready(self.connections.into_iter().map(|(id, place)| (id, set.events(place))).collect())
+    }
+}
+
+impl PortForward {
+    /// Without connections. `wake` is called when something has been done on the side.
+    pub fn new(context: Arc<Context>, id: SessionId, sink: FrameSink, wake: Arc<Wake>) -> Self {
+        PortForward {
+            context,
+            id,
+            sink,
+            wake,
+            connections: BTreeMap::new(),
+            finishing: Vec::new(),
+            on_the_way: OnTheWay::default(),
+            owing: VecDeque::new(),
+            turn: 0,
+        }
+    }
+
+    /// Whether nothing is left to be done.
+    pub fn is_idle(&self) -> bool {
+        self.connections.is_empty() && self.finishing.is_empty()
+    }
+
+    /// Obeys a frame of the port forwarding protocol.
+    pub fn handle(&mut self, frame: &Frame, now: Instant) {
+        let id = match ConnectionId::of(frame) {
+            Ok(id) => id,
+            Err(text) => return self.refuse(frame, &text),
+        };
+        self.on_the_way.heard(&id);
+        match frame.typ.as_str() {
+            forward::NEW => self.open(frame, id, now),
+            forward::FORWARD => self.take_data(frame, &id, now),
+            forward::ACK => self.take_ack(&id),
+            forward::STOP => match self.connections.remove(&id) {
+                Some(connection) => {
+                    self.send_stop(&id);
+                    self.let_go(connection, now);
+                }
+                None => self.refuse(frame, UNKNOWN),
+            },
+            forward::ERROR => debug!("session {}: error from the peer about {id:?}", self.id),
+            _ => self.refuse(frame, "unknown message type"),
+        }
+    }
+
+    fn refuse(&self, cause: &Frame, text: &str) {
+        debug!("session {}: port forward: {}: {text}", self.id, cause.typ.escape_debug());
+        self.sink.reply(&forward::error(&self.id, &cause.typ, text));
+    }
+
+    fn open(&mut self, frame: &Frame, id: ConnectionId, now: Instant) {
+        let target = match Target::decode(&frame.body) {
+            Ok(target) => target,
+            Err(text) => return self.refuse(frame, &text),
+        };
+        if self.connections.contains_key(&id) {
+            return self.refuse(frame, "connection_id is in use");
+        }
+        if self.connections.len() >= MAX_CONNECTIONS {
+            warn!("session {}: more than {MAX_CONNECTIONS} forwarded connections", self.id);
+            return self.refuse(frame, "too many connections");
+        }
+        self.connections.insert(id.clone(), Connection::new(target, now));
+        self.advance(&id, false, now);
+    }
+
+    /// Goes on with a connection that isn't open yet.
+    fn advance(&mut self, id: &ConnectionId, writable: bool, now: Instant) {
+        let may_look_up = self.connections.values().filter(|c| c.is_looking_up()).count() < MAX_LOOK_UPS;
+        let Some(connection) = self.connections.get_mut(id) else { return };
+        let allowed = self.context.config.forward_targets.as_deref();
+        match connection.advance(writable, may_look_up, allowed, &self.wake, now) {
+            Step::Pending => {}
+            Step::Opened => {
+                debug!("session {}: forwarding to {:?}", self.id, connection.target());
+                self.sink.reply(&forward::about(&self.id, forward::NEW, id));
+                self.flush(id, now);
+            }
+            Step::Failed(text) => {
+                warn!("session {}: port forward: {text}", self.id);
+                self.sink.reply(&forward::error(&self.id, forward::NEW, &text));
+                // What the client has sent meanwhile is acknowledged all the same: it waits for that.
+                if let Some(connection) = self.connections.remove(id) {
+                    self.acknowledge_all(id, &connection);
+                }
+            }
+        }
+    }
+
+    fn take_data(&mut self, frame: &Frame, id: &ConnectionId, now: Instant) {
+        let Some(connection) = self.connections.get_mut(id) else { return self.refuse(frame, UNKNOWN) };
+        connection.owed += 1;
+        if let Err(text) = connection.queue(&frame.body, now) {
+            return self.fail(id, &text, now);
+        }
+        self.owing.push_back(id.clone());
+        self.flush(id, now);
+    }
+
+    fn take_ack(&mut self, id: &ConnectionId) {
+        // Those of a connection that is gone were on the way, and are done with.
+        if let Some(connection) = self.connections.get_mut(id)
+            && connection.unacked > 0
+        {
+            connection.unacked -= 1;
+            self.on_the_way.data_gone(1);
+        }
+    }
+
+    /// Passes data to the target and owns up to what was received.
+    fn flush(&mut self, id: &ConnectionId, now: Instant) {
+        let Some(connection) = self.connections.get_mut(id) else { return };
+        match connection.flush(now) {
+            Ok(()) => self.acknowledge(now),
+            Err(text) => self.fail(id, &text, now),
+        }
+    }
+
+    /// The connection is broken: everything is acknowledged, since clients wait for that, then it is stopped.
+    fn fail(&mut self, id: &ConnectionId, text: &str, now: Instant) {
+        debug!("session {}: port forward: {text}", self.id);
+        let Some(connection) = self.connections.remove(id) else { return };
+        self.acknowledge_all(id, &connection);
+        self.sink.reply(&forward::error(&self.id, forward::FORWARD, text));
+        self.send_stop(id);
+        self.let_go(connection, now);
+    }
+
+    fn acknowledge_all(&mut self, id: &ConnectionId, connection: &Connection) {
+        for _ in 0..connection.owed {
+            self.sink.reply(&forward::about(&self.id, forward::ACK, id));
+        }
+        self.owing.retain(|owing| owing != id);
+    }
+
+    /// Sends the acknowledgements that may go, in turn.
+    fn acknowledge(&mut self, now: Instant) {
+        let mut waiting = VecDeque::new();
+        while let Some(id) = self.owing.pop_front() {
+            // Gone with its connection.
+            let Some(connection) = self.connections.get_mut(&id) else { continue };
+            if !connection.may_acknowledge() {
+                waiting.push_back(id);
+            } else if self.on_the_way.takes_ack(now) {
+                connection.owed -= 1;
+                self.on_the_way.ack_sent(&id, now);
+                self.sink.reply(&forward::about(&self.id, forward::ACK, &id));
+            } else {
+                waiting.push_back(id);
+                break;
+            }
+        }
+        waiting.append(&mut self.owing);
+        self.owing = waiting;
+    }
+
+    /// Behind all data of the connection.
+    fn send_stop(&self, id: &ConnectionId) {
+        self.sink.bulk(forward::about(&self.id, forward::STOP, id).encode());
+    }
+
+    /// The client has nothing to do with the connection any more. What it sent still reaches the target.
+    fn let_go(&mut self, connection: Connection, now: Instant) {
+        self.on_the_way.data_gone(connection.unacked);
+        if connection.has_output() && connection.is_open() {
+            self.finishing.push((connection, now + FINISH_LIMIT));
+        } else {
+            connection.finish();
+        }
+    }
+
+    /// The session is over. What the client sent still reaches its targets, everything else ends.
+    pub fn close(&mut self, now: Instant) {
+        self.owing.clear();
+        for (_, connection) in std::mem::take(&mut self.connections) {
+            self.let_go(connection, now);
+        }
+    }
+
+    /// The link is gone, and everything with it.
+    pub fn hang_up(&mut self) {
+        self.owing.clear();
+        self.connections.clear();
+        self.finishing.clear();
+    }
+
+    /// When [`PortForward::proceed`] wants to be called though nothing happened.
+    pub fn deadline(&self) -> Option<Instant> {
+        let connections = self.connections.values();
+        let steps = connections.clone().filter_map(Connection::deadline);
+        let idle = connections.map(|c| c.last_traffic + IDLE_LIMIT);
+        let acks = if self.owing.is_empty() { None } else { self.on_the_way.next_ack() };
+        steps.chain(idle).chain(self.finishing.iter().map(|(_, until)| *until)).chain(acks).min()
+    }
+
+    /// Adds what the connections wait for.
+    pub fn watch<'a>(&'a self, set: &mut PollSet<'a>) -> Watched {
+        let mut watched = Watched::default();
+        if self.is_idle() {
+            return watched;
+        }
+        let reading = self.on_the_way.takes_data() && self.sink.takes_bulk();
+        for (id, connection) in &self.connections {
+            let reading = reading && connection.unacked < acks::DATA_LIMIT;
+            if let Some((fd, events)) = connection.watch(reading) {
+                watched.connections.push((id.clone(), set.add(fd, events)));
+            }
+        }
+        for (connection, _) in &self.finishing {
+            if let Some((fd, events)) = connection.watch(false) {
+                set.add(fd, events);
+            }
+        }
+        watched
+    }
+
+    /// Does what can be done now.
+    pub fn proceed(&mut self, ready: Ready, now: Instant) {
+        if self.is_idle() {
+            return;
+        }
+        self.step_unopened(&ready, now);
+        let writable = PollFlags::POLLOUT | PollFlags::POLLERR | PollFlags::POLLHUP;
+        let readable = PollFlags::POLLIN | PollFlags::POLLERR | PollFlags::POLLHUP;
+        for (id, _) in ready.0.iter().filter(|(_, events)| events.intersects(writable)) {
+            self.flush(id, now);
+        }
+        let count = ready.0.len();
+        for n in 0..count {
+            let (id, events) = &ready.0[(self.turn + n) % count];
+            if events.intersects(readable) && !self.read(id, now) {
+                // The others were kept from their turn.
+                self.turn = (self.turn + n) % count;
+                break;
+            }
+        }
+        self.finishing.retain_mut(|(connection, until)| {
+            let more = connection.flush(now).is_ok() && connection.has_output() && now < *until;
+            if !more {
+                connection.finish();
+            }
+            more
+        });
+        self.close_idle(now);
+        self.acknowledge(now);
+    }
+
+    fn step_unopened(&mut self, ready: &Ready, now: Instant) {
+        let unopened: Vec<ConnectionId> =
+            self.connections.iter().filter(|(_, c)| !c.is_open()).map(|(id, _)| id.clone()).collect();
+        for id in unopened {
+            let writable = ready.0.iter().any(|(other, events)| *other == id && !events.is_empty());
+            self.advance(&id, writable, now);
+        }
+    }
+
+    /// Brings what the target has sent to the client; says whether there was room for it.
+    fn read(&mut self, id: &ConnectionId, now: Instant) -> bool {
+        if !self.on_the_way.takes_data() || !self.sink.takes_bulk() {
+            return false;
+        }
+        let Some(connection) = self.connections.get_mut(id) else { return true };
+        if connection.unacked >= acks::DATA_LIMIT {
+            return true;
+        }
+        match connection.read(now) {
+            Input::Nothing => {}
+            Input::Data(bytes) => {
+                connection.unacked += 1;
+                self.on_the_way.data_sent();
+                self.sink.bulk(forward::about(&self.id, forward::FORWARD, id).with_body(bytes).encode());
+            }
+            Input::End(why) => {
+                if let Some(why) = why {
+                    debug!("session {}: port forward: read: {why}", self.id);
+                }
+                if let Some(connection) = self.connections.remove(id) {
+                    self.acknowledge_all(id, &connection);
+                    self.send_stop(id);
+                    self.let_go(connection, now);
+                }
+            }
+        }
+        true
+    }
+
+    fn close_idle(&mut self, now: Instant) {
+        let idle: Vec<ConnectionId> = self
+            .connections
+            .iter()
+            .filter(|(_, c)| now >= c.last_traffic + IDLE_LIMIT)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in idle {
+            debug!("session {}: port forward: idle for {} s", self.id, IDLE_LIMIT.as_secs());
+            self.send_stop(&id);
+            if let Some(connection) = self.connections.remove(&id) {
+                self.let_go(connection, now);
+            }
+        }
+    }
+}
