@@ -4,7 +4,7 @@ use rmpv::Value as Wire;
 use serde_json::{Value, json};
 
 use crate::control::complaint;
-use crate::forwards::{assert_echo, udp};
+use crate::forwards::{NAME, assert_echo, udp};
 use crate::harness::client::new_sid;
 use crate::harness::connection::Connection;
 use crate::harness::daemon;
@@ -50,7 +50,7 @@ fn absent_allows_everything_and_empty_nothing() {
     assert_reached(&Client::open(&device), "127.0.0.1", &target);
     let before = target.accepted();
     let (rig, _device, client) = allowing(json!([]));
-    for host in ["127.0.0.1", "localhost", "::1"] {
+    for host in ["127.0.0.1", "localhost", NAME, "::1"] {
         assert_refused(&rig, &client, "tcp", host, target.port());
         assert_refused(&rig, &client, "udp", host, datagrams.port());
     }
@@ -76,6 +76,7 @@ fn addresses_networks_ports_and_protocols() {
         assert_reached(&client, "127.0.0.1", &target);
         // The address counts, however it was found.
         assert_reached(&client, "localhost", &target);
+        assert_reached(&client, NAME, &target);
         assert_refused(&rig, &client, "tcp", "::1", port6);
         assert_refused(&rig, &client, "udp", "127.0.0.1", port);
         client.close();
@@ -122,7 +123,6 @@ fn names_and_several_entries() {
         assert_reached(&client, host, &other);
     }
     assert_echo(&udp(&client, &datagrams), b"datagram");
-    assert_refused(&rig, &client, "tcp", "127.0.0.3", target.port());
     assert_refused(&rig, &client, "tcp", "192.168.1.7", 444);
     assert_refused(&rig, &client, "udp", "127.0.0.1", target.port());
     client.close();

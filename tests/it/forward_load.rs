@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::forwards::{assert_echo, session, tcp, udp};
+use crate::forwards::{NAME, assert_echo, session, tcp, udp};
 use crate::harness::connection::PIECE;
 use crate::harness::forward::Client;
 use crate::harness::proc;
@@ -61,7 +61,7 @@ fn many_names_are_resolved_by_few_threads() {
     let connections: Vec<_> = (0..MANY)
         .map(|_| {
             most = proc::threads(pid).max(most);
-            client.connect("tcp", "localhost", target.port())
+            client.connect("tcp", NAME, target.port())
         })
         .collect();
     for connection in &connections {
@@ -221,7 +221,7 @@ fn connections_that_come_and_go_leave_nothing_behind() {
                 connection.stop();
             }
             3 => {
-                let connection = client.connect("tcp", "localhost", echo.port());
+                let connection = client.connect("tcp", NAME, echo.port());
                 connection.send(b"without waiting");
                 connection.stop();
             }

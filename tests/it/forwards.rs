@@ -12,6 +12,9 @@ use crate::harness::wait::{SOON, millis};
 const BOTH: [Generation; 2] = [Generation::New, Generation::Released];
 const INVALID: &str = "invalid port-forward message: missing connection_id, remote_port or protocol";
 
+/// No address but for the resolver, which makes 127.0.0.1 of it without asking anybody.
+pub const NAME: &str = "127.1";
+
 /// An agent and a client with an open session.
 pub fn session() -> (Rig, Device, Client) {
     let (rig, device) = Rig::connected();
@@ -97,7 +100,7 @@ fn tcp_to_addresses_and_names() {
         let (_rig, device) = Setup::new().generation(generation).connected();
         let client = Client::open(&device);
         for (bind, hosts) in
-            [("127.0.0.1:0", &["127.0.0.1", "localhost"][..]), ("[::1]:0", &["::1", "[::1]"])]
+            [("127.0.0.1:0", &["127.0.0.1", "localhost", NAME][..]), ("[::1]:0", &["::1", "[::1]"])]
         {
             let target = Target::bind(bind, Role::Echo);
             for host in hosts {
@@ -121,7 +124,7 @@ fn udp_to_addresses_and_names() {
         let (_rig, device) = Setup::new().generation(generation).connected();
         let client = Client::open(&device);
         for (bind, hosts) in
-            [("127.0.0.1:0", &["127.0.0.1", "localhost"][..]), ("[::1]:0", &["::1", "[::1]"])]
+            [("127.0.0.1:0", &["127.0.0.1", "localhost", NAME][..]), ("[::1]:0", &["::1", "[::1]"])]
         {
             let target = UdpEcho::bind(bind);
             for host in hosts {
@@ -157,7 +160,7 @@ fn both_protocols_in_one_session() {
 fn what_comes_before_the_connection_is_there_is_kept_in_order() {
     let (_rig, _device, client) = session();
     let target = Target::start(Role::Echo);
-    for host in ["127.0.0.1", "localhost"] {
+    for host in ["127.0.0.1", "localhost", NAME] {
         let connection = client.connect("tcp", host, target.port());
         for n in 0..50 {
             connection.send_anyway(&stream(n * 1000, 1000));
@@ -258,7 +261,7 @@ fn a_failed_connection_says_why() {
 #[test]
 fn data_for_a_connection_that_fails_is_acknowledged_once_at_most() {
     let (_rig, _device, client) = session();
-    for host in ["127.0.0.1", "localhost"] {
+    for host in ["127.0.0.1", "localhost", NAME] {
         let connection = client.connect("tcp", host, 1);
         for _ in 0..5 {
             connection.send_anyway(b"data");
@@ -289,6 +292,7 @@ fn every_forward_is_acknowledged_exactly_once() {
     connection.send(b"");
     // No client sends such; none is refused.
     for size in [4097, 65_536, 1 << 20] {
+        target.wait_received(sent);
         connection.send(&stream(sent, size));
         sent += size as u64;
     }
@@ -312,7 +316,7 @@ fn a_duplicate_id_is_refused_and_the_first_unharmed() {
     assert_echo(&first, b"the first");
     assert_eq!(other.accepted(), 0, "nothing is dialled for the second");
     // Also while the first is being connected.
-    let early = client.connect("tcp", "localhost", target.port());
+    let early = client.connect("tcp", NAME, target.port());
     client.send("new", Some(&early.id), &target_body("127.0.0.1", other.port(), "udp"));
     assert_eq!(client.next_error().about, "new");
     assert_echo(&early, b"the first again");
