@@ -9,19 +9,14 @@ use std::time::{Duration, Instant};
 
 use crate::proto::forward::ConnectionId;
 
-/// Unacknowledged data of a connection, and of all of a session's.
+/// Unacknowledged data of all of a session's connections.
 pub const DATA_LIMIT: usize = 16;
 /// Data and acknowledgements together.
 const TOTAL_LIMIT: usize = 20;
 /// After so long an acknowledgement has arrived or never will.
 const ACK_PRESUMED: Duration = Duration::from_millis(100);
 /// After so long data has arrived, and waits in its connection's own queue at a client that doesn't read.
-const DATA_PRESUMED: Duration = Duration::from_secs(1);
-
-/// What one of `connections` may have unacknowledged: one that isn't read mustn't take everything.
-pub fn share(connections: usize) -> usize {
-    if connections > 1 { DATA_LIMIT / 2 } else { DATA_LIMIT }
-}
+const DATA_PRESUMED: Duration = Duration::from_secs(10);
 
 type Sent = VecDeque<(Instant, ConnectionId)>;
 
@@ -36,6 +31,12 @@ impl OnTheWay {
     /// Whether one more message of data may go.
     pub fn takes_data(&self) -> bool {
         self.data.len() < DATA_LIMIT
+    }
+
+    /// Whether it may be one of a connection that has `unacked` already: nobody takes more than is left for the
+    /// others. So one that isn't read gets half of the room, two get a third each, and there is always some left.
+    pub fn takes_data_of(&self, unacked: usize) -> bool {
+        unacked + self.data.len() < DATA_LIMIT
     }
 
     /// When data may go that may not now.

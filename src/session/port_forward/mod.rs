@@ -277,9 +277,8 @@ impl PortForward {
             return watched;
         }
         let reading = self.on_the_way.takes_data() && self.sink.takes_bulk();
-        let share = acks::share(self.connections.len());
         for (id, connection) in &self.connections {
-            let reading = reading && connection.unacked < share;
+            let reading = reading && self.on_the_way.takes_data_of(connection.unacked);
             if let Some((fd, events)) = connection.watch(reading) {
                 watched.connections.push((id.clone(), set.add(fd, events)));
             }
@@ -338,9 +337,8 @@ impl PortForward {
         if !self.on_the_way.takes_data() || !self.sink.takes_bulk() {
             return false;
         }
-        let share = acks::share(self.connections.len());
         let Some(connection) = self.connections.get_mut(id) else { return true };
-        if connection.unacked >= share {
+        if !self.on_the_way.takes_data_of(connection.unacked) {
             return true;
         }
         match connection.read(now) {
