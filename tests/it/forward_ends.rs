@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
-use crate::forwards::{assert_echo, assert_error, session, tcp, udp};
+use crate::forwards::{NAME, assert_echo, assert_error, session, tcp, udp};
 use crate::harness::connection::PIECE;
 use crate::harness::forward::Client;
 use crate::harness::msg::{CONTROL, Ints, PORTS, encode, map};
@@ -157,6 +157,24 @@ fn what_was_acknowledged_reaches_a_slow_target_behind_the_stop() {
     client.close();
 }
 
+/// Small requests are often over before the device has found the host.
+#[test]
+fn what_was_acknowledged_while_connecting_reaches_the_target_behind_the_stop() {
+    let (_rig, _device, client) = session();
+    for host in ["127.0.0.1", NAME] {
+        for round in 1..=20 {
+            let target = Target::start(Role::Discard);
+            let connection = client.connect("tcp", host, target.port());
+            connection.send(&stream(0, 1000));
+            connection.acked();
+            connection.stop();
+            target.wait_ends(1);
+            assert_eq!(target.received(), 1000, "{host}, round {round}");
+        }
+    }
+    client.close();
+}
+
 /// Opens connections of each kind in a new session and ends it; everything must be gone.
 fn assert_all_gone(rig: &Rig, client: Client, what: &str, end: impl FnOnce(&Client)) {
     let (echo, stalled) = (Target::start(Role::Echo), Target::start(Role::Stalled));
@@ -219,8 +237,9 @@ fn everything_ends_with_the_link() {
     let client = Client::open(&device);
     assert_all_gone(&rig, client, "a reset of the link", |_| device.reset());
     let device = rig.next_link();
-    let ended = || proc::threads(rig.daemon.pid()) <= threads;
-    eventually(SOON, "the sessions' threads to end", || ended().then_some(()));
+    let sessions =
+        || proc::thread_names(rig.daemon.pid()).into_iter().filter(|n| n.starts_with("s-")).count();
+    eventually(SOON, "the sessions' threads to end", || (sessions() == 0).then_some(()));
     let client = Client::open(&device);
     assert_echo(&tcp(&client, &Target::start(Role::Echo)), b"a new link");
     client.close();

