@@ -23,7 +23,7 @@
 //! | [`supervisor`] | when to connect; signals |
 //! | [`auth`] | token and server URL, from mender-auth over D-Bus |
 //! | [`link`] | one websocket's life: dial, read, write |
-//! | [`session`] | from a frame to the thread that owns what it is about; terminals, files |
+//! | [`session`] | from a frame to the thread that owns what it is about; terminals, files, ports, commands |
 //! | [`outbox`] | from sessions to the writer: order, bounds, back-pressure |
 //! | [`proto`] | the messages; no I/O |
 //! | [`backoff`] | how long to wait; pure |

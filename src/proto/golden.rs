@@ -164,7 +164,22 @@ fn our_own_frames_match_the_recorded_ones() {
             ),
         ),
     ];
-    for (name, frame) in ours.into_iter().chain(files) {
+    let connection = {
+        let opened = Frame::decode(&by_name("portforward/new response").bytes).unwrap();
+        forward::ConnectionId::of(&opened).unwrap()
+    };
+    let about = |typ: &str| forward::about(&sid, typ, &connection);
+    let refused = "dial tcp 127.0.0.1:1: connect: connection refused";
+    let incomplete = "invalid port-forward message: missing connection_id, remote_port or protocol";
+    let forwards = [
+        ("portforward/new response", about("new")),
+        ("portforward/ack", about("ack")),
+        ("portforward/stop (remote closed)", about("stop")),
+        ("portforward/error connection refused", forward::error(&sid, "new", refused)),
+        ("portforward/error invalid new", forward::error(&sid, "new", incomplete)),
+        ("portforward/error unknown connection", forward::error(&sid, "forward", "unknown connection")),
+    ];
+    for (name, frame) in ours.into_iter().chain(files).chain(forwards) {
         assert_eq!(Bytes::from(frame.encode()), by_name(name).bytes, "{name}");
     }
     let wide_status = [
