@@ -158,9 +158,13 @@ pub fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String
     let mut child = command.spawn().map_err(failed)?;
     let ended = i32::try_from(child.id()).map_err(io::Error::other).and_then(|pid| {
         let exit = watch_exit(Pid::from_raw(pid))?;
+        let deadline = Instant::now() + limit;
         let mut set = PollSet::new();
         let place = set.add(exit.as_fd(), PollFlags::POLLIN);
-        set.wait(Some(Instant::now() + limit))?;
+        // A wait may be interrupted, so it isn't over before its time.
+        while set.events(place).is_empty() && Instant::now() < deadline {
+            set.wait(Some(deadline))?;
+        }
         Ok(!set.events(place).is_empty())
     });
     if !matches!(ended, Ok(true)) {
@@ -352,6 +356,28 @@ mod tests {
             set.wait(Some(deadline)).unwrap();
             assert!(set.events(place).contains(PollFlags::POLLIN), "the job lives on");
         }
+    }
+
+    #[test]
+    fn a_command_runs_to_its_end_or_its_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = |name: &str, text: &str| {
+            use std::os::unix::fs::PermissionsExt;
+            let path = dir.path().join(name);
+            fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let run = |path: &Path, limit| run(path, "argument", limit);
+        let minute = Duration::from_secs(60);
+        assert_eq!(run(&script("good", "echo output; [ $1 = argument ]"), minute), Ok(()));
+        assert_eq!(run(&script("bad", "exit 3"), minute), Err("exit status 3".to_owned()));
+        assert_eq!(run(&script("killed", "kill -9 $$"), minute), Err("signal: killed".to_owned()));
+        let slow = run(&script("slow", "exec sleep 100"), Duration::from_millis(100));
+        assert_eq!(slow, Err("timed out after 0 s".to_owned()));
+        let missing = dir.path().join("missing");
+        let text = format!("fork/exec {}: no such file or directory", missing.display());
+        assert_eq!(run(&missing, minute), Err(text));
     }
 
     #[test]
