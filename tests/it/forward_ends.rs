@@ -230,8 +230,6 @@ fn everything_ends_with_the_session() {
 fn everything_ends_with_the_link() {
     let (rig, device) = Rig::connected();
     let client = Client::open(&device);
-    // An answer proves that the writer runs; one thread more is the session's.
-    let threads = proc::threads(rig.daemon.pid()) - 1;
     assert_all_gone(&rig, client, "the link's end", |_| device.hang_up());
     let device = rig.next_link();
     let client = Client::open(&device);
