@@ -17,6 +17,7 @@ mod forward_datagrams;
 mod forward_ends;
 mod forward_flow;
 mod forward_load;
+mod forward_names;
 mod forwards;
 mod harness;
 mod heavy;

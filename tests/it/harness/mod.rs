@@ -10,6 +10,7 @@ pub mod client;
 pub mod connection;
 pub mod daemon;
 pub mod device;
+pub mod dns;
 pub mod forward;
 pub mod front;
 pub mod http;
