@@ -57,28 +57,25 @@ fn main() -> ExitCode {
     // The script has left the directory it was called in.
     let local = |path| PathBuf::from(std::env::var_os("PLAYGROUND_CALLED_IN").unwrap_or_default()).join(path);
     let job = match args[..] {
-        [] => Job::Shell,
-        ["put", from, to] if to.starts_with('/') => Job::Transfer(transfer::Job {
-            direction: Direction::Put,
-            local: local(from),
-            remote: to.to_owned(),
-        }),
-        ["get", from, to] if from.starts_with('/') => Job::Transfer(transfer::Job {
-            direction: Direction::Get,
-            local: local(to),
-            remote: from.to_owned(),
-        }),
+        [] => Some(Job::Shell),
+        ["put", from, to] if to.starts_with('/') => {
+            let (local, remote) = (local(from), to.to_owned());
+            Some(Job::Transfer(transfer::Job { direction: Direction::Put, local, remote }))
+        }
+        ["get", from, to] if from.starts_with('/') => {
+            let (local, remote) = (local(to), from.to_owned());
+            Some(Job::Transfer(transfer::Job { direction: Direction::Get, local, remote }))
+        }
+        ["forward", ports] => forward::Job::parse(ports).map(Job::Forward),
         ["--help" | "-h"] => {
             print!("{HELP}");
             return ExitCode::SUCCESS;
         }
-        _ => match forward_job(&args) {
-            Some(job) => Job::Forward(job),
-            None => {
-                eprint!("{HELP}");
-                return ExitCode::from(2);
-            }
-        },
+        _ => None,
+    };
+    let Some(job) = job else {
+        eprint!("{HELP}");
+        return ExitCode::from(2);
     };
     match play(job) {
         Ok(()) => ExitCode::SUCCESS,
@@ -94,11 +91,6 @@ enum Job {
     Shell,
     Transfer(transfer::Job),
     Forward(forward::Job),
-}
-
-fn forward_job(args: &[&str]) -> Option<forward::Job> {
-    let ["forward", ports] = args else { return None };
-    forward::Job::parse(ports)
 }
 
 /// Carries out the job.
