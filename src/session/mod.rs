@@ -25,6 +25,8 @@ use self::mender_client::Commands;
 use crate::config::Config;
 use crate::proto::{SessionId, UserId};
 
+use self::port_forward::look_ups::LookUps;
+
 pub use self::quota::{MAX_SHELLS, ShellQuota};
 pub use self::router::Router;
 
@@ -41,6 +43,7 @@ pub struct Context {
     /// How much was transferred.
     pub transferred: Counters,
     commands: Commands,
+    look_ups: Arc<LookUps>,
     /// The sessions of the current link.
     table: Mutex<Arc<Table>>,
     /// Session threads, also those that only clean up after their link is gone.
@@ -118,6 +121,7 @@ impl Context {
             shells,
             transferred: Counters::default(),
             commands: Commands::default(),
+            look_ups: Arc::default(),
             table: Mutex::default(),
             threads: Mutex::default(),
             thread_ended: Condvar::new(),

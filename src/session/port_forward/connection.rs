@@ -12,10 +12,11 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use nix::poll::PollFlags;
 use nix::sys::socket::SockType;
 
+use super::look_ups::LookUpPermit;
 use crate::config::Allowed;
 use crate::proto::forward::{Target, Transport};
 use crate::sys::wake::Wake;
-use crate::sys::{net, reason};
+use crate::sys::{PollSet, net, reason};
 
 const LOOK_UP_LIMIT: Duration = Duration::from_secs(10);
 /// For each address of the host.
@@ -47,7 +48,9 @@ pub struct Connection {
 #[derive(Debug)]
 enum State {
     /// For its turn to be looked up.
-    Waiting,
+    Waiting {
+        until: Instant,
+    },
     LookingUp {
         answer: Receiver<io::Result<Vec<SocketAddr>>>,
         until: Instant,
@@ -118,7 +121,7 @@ pub enum Input {
 impl Connection {
     /// Towards `target`, not begun.
     pub fn new(target: Target, now: Instant) -> Self {
-        let state = State::Waiting;
+        let state = State::Waiting { until: now + LOOK_UP_LIMIT };
         let to_target = VecDeque::new();
         Connection { target, state, to_target, queued: 0, unacked: 0, owed: 0, last_traffic: now }
     }
@@ -138,30 +141,23 @@ impl Connection {
         Step::Failed(format!("dial {}{what}", self.target.transport.name()))
     }
 
-    /// Goes on towards being open. `may_look_up` says whether another name may be looked up now.
+    /// Goes on towards being open. `permit` gives the right to look a name up, if there is one to be had.
     pub fn advance(
         &mut self,
-        writable: bool,
-        may_look_up: bool,
+        permit: impl FnOnce() -> Option<LookUpPermit>,
         allowed: Option<&[Allowed]>,
         wake: &Arc<Wake>,
         now: Instant,
     ) -> Step {
         match &self.state {
             State::Open(_) => Step::Pending,
-            State::Waiting => match known_addresses(&self.target) {
+            State::Waiting { until } => match known_addresses(&self.target) {
                 Some(addresses) => self.choose(addresses, allowed, now),
-                None if !may_look_up => Step::Pending,
-                None => {
-                    let wake = Arc::clone(wake);
-                    match net::look_up(&self.target.host, self.target.port, move || wake.notify()) {
-                        Ok(answer) => {
-                            self.state = State::LookingUp { answer, until: now + LOOK_UP_LIMIT };
-                            Step::Pending
-                        }
-                        Err(e) => self.failed(&format!(": lookup {}: {}", self.target.host, reason(&e))),
-                    }
-                }
+                None if now >= *until => self.failed(&format!(": lookup {}: i/o timeout", self.target.host)),
+                None => match permit() {
+                    Some(permit) => self.look_up(permit, wake, now),
+                    None => Step::Pending,
+                },
             },
             State::LookingUp { answer, until } => match answer.try_recv() {
                 Ok(Ok(addresses)) => self.choose(addresses, allowed, now),
@@ -170,13 +166,28 @@ impl Connection {
                 Err(_) => self.failed(&format!(": lookup {}: i/o timeout", self.target.host)),
             },
             State::Connecting { socket, until, .. } => {
-                let outcome = match (writable, now >= *until) {
+                let outcome = match (is_writable(socket), now >= *until) {
                     (true, _) => socket.take_error(),
                     (false, true) => Err(io::ErrorKind::TimedOut.into()),
                     (false, false) => return Step::Pending,
                 };
                 self.connected(outcome, now)
             }
+        }
+    }
+
+    fn look_up(&mut self, permit: LookUpPermit, wake: &Arc<Wake>, now: Instant) -> Step {
+        let wake = Arc::clone(wake);
+        let done = move || {
+            drop(permit);
+            wake.notify();
+        };
+        match net::look_up(&self.target.host, self.target.port, done) {
+            Ok(answer) => {
+                self.state = State::LookingUp { answer, until: now + LOOK_UP_LIMIT };
+                Step::Pending
+            }
+            Err(e) => self.failed(&format!(": lookup {}: {}", self.target.host, reason(&e))),
         }
     }
 
@@ -220,7 +231,7 @@ impl Connection {
 
     fn connected(&mut self, outcome: io::Result<()>, now: Instant) -> Step {
         let State::Connecting { socket, address, others, .. } =
-            std::mem::replace(&mut self.state, State::Waiting)
+            std::mem::replace(&mut self.state, State::Waiting { until: now })
         else {
             return Step::Pending;
         };
@@ -244,7 +255,7 @@ impl Connection {
     /// What to wait for. With `reading` also for data from the target.
     pub fn watch(&self, reading: bool) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let (socket, events) = match &self.state {
-            State::Waiting | State::LookingUp { .. } => return None,
+            State::Waiting { .. } | State::LookingUp { .. } => return None,
             State::Connecting { socket, .. } => (socket, PollFlags::POLLOUT),
             State::Open(socket) => {
                 let mut events = PollFlags::empty();
@@ -260,8 +271,10 @@ impl Connection {
     /// When [`Connection::advance`] has something to decide.
     pub fn deadline(&self) -> Option<Instant> {
         match &self.state {
-            State::LookingUp { until, .. } | State::Connecting { until, .. } => Some(*until),
-            State::Waiting | State::Open(_) => None,
+            State::Waiting { until } | State::LookingUp { until, .. } | State::Connecting { until, .. } => {
+                Some(*until)
+            }
+            State::Open(_) => None,
         }
     }
 
@@ -373,6 +386,13 @@ impl Connection {
     pub fn is_open(&self) -> bool {
         matches!(self.state, State::Open(_))
     }
+}
+
+/// Whether it is decided what becomes of a connection under way.
+fn is_writable(socket: &Socket) -> bool {
+    let mut set = PollSet::new();
+    let place = set.add(socket.as_fd(), PollFlags::POLLOUT);
+    set.wait(Some(Instant::now())).is_ok() && !set.events(place).is_empty()
 }
 
 /// The addresses of a target that needn't be looked up.

@@ -6,6 +6,7 @@
 
 mod acks;
 mod connection;
+pub mod look_ups;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -138,16 +139,15 @@ impl PortForward {
             return self.refuse(frame, "too many connections");
         }
         self.connections.insert(id.clone(), Connection::new(target, now));
-        self.advance(&id, false, now);
+        self.advance(&id, now);
     }
 
     /// Goes on with a connection that isn't open yet.
-    fn advance(&mut self, id: &ConnectionId, writable: bool, now: Instant) {
-        let may_look_up = self.connections.values().filter(|c| c.is_looking_up()).count() < MAX_LOOK_UPS;
+    fn advance(&mut self, id: &ConnectionId, now: Instant) {
+        let looking_up = self.connections.values().filter(|c| c.is_looking_up()).count();
         let Some(connection) = self.connections.get_mut(id) else { return };
-        let allowed = self.context.config.forward_targets.as_deref();
         let was_looking_up = connection.is_looking_up();
-        let step = connection.advance(writable, may_look_up, allowed, &self.wake, now);
+        let step = advance(connection, looking_up, &self.context, &self.wake, now);
         if was_looking_up && !connection.is_looking_up() {
             // Another one may have waited for that.
             self.wake.notify();
@@ -243,7 +243,7 @@ impl PortForward {
     /// The client has nothing to do with the connection any more. What it sent still reaches the target.
     fn let_go(&mut self, id: &ConnectionId, connection: Connection, now: Instant) {
         self.on_the_way.data_gone(id);
-        if connection.has_output() && connection.is_open() {
+        if connection.has_output() {
             self.finishing.push((connection, now + FINISH_LIMIT));
         } else {
             connection.finish();
@@ -273,6 +273,7 @@ impl PortForward {
         let acks = if self.owing.is_empty() { None } else { self.on_the_way.next_ack() };
         let room = if self.on_the_way.takes_data() { None } else { self.on_the_way.next_data() };
         let finishing = self.finishing.iter().map(|(_, until)| *until);
+        let finishing = finishing.chain(self.finishing.iter().filter_map(|(c, _)| c.deadline()));
         steps.chain(idle).chain(finishing).chain(acks).chain(room).min()
     }
 
@@ -303,7 +304,7 @@ impl PortForward {
             return;
         }
         self.on_the_way.forget_old(now);
-        self.step_unopened(&ready, now);
+        self.step_unopened(now);
         let writable = PollFlags::POLLOUT | PollFlags::POLLERR | PollFlags::POLLHUP;
         let readable = PollFlags::POLLIN | PollFlags::POLLERR | PollFlags::POLLHUP;
         for (id, _) in ready.0.iter().filter(|(_, events)| events.intersects(writable)) {
@@ -318,24 +319,31 @@ impl PortForward {
                 break;
             }
         }
+        self.finish(now);
+        self.close_idle(now);
+        self.acknowledge(now);
+    }
+
+    fn step_unopened(&mut self, now: Instant) {
+        let unopened: Vec<ConnectionId> =
+            self.connections.iter().filter(|(_, c)| !c.is_open()).map(|(id, _)| id.clone()).collect();
+        for id in unopened {
+            self.advance(&id, now);
+        }
+    }
+
+    /// Goes on with what only has to deliver what its client has left.
+    fn finish(&mut self, now: Instant) {
+        let looking_up = self.finishing.iter().filter(|(c, _)| c.is_looking_up()).count();
         self.finishing.retain_mut(|(connection, until)| {
-            let more = connection.flush(now).is_ok() && connection.has_output() && now < *until;
+            let failed =
+                matches!(advance(connection, looking_up, &self.context, &self.wake, now), Step::Failed(_));
+            let more = !failed && connection.flush(now).is_ok() && connection.has_output() && now < *until;
             if !more {
                 connection.finish();
             }
             more
         });
-        self.close_idle(now);
-        self.acknowledge(now);
-    }
-
-    fn step_unopened(&mut self, ready: &Ready, now: Instant) {
-        let unopened: Vec<ConnectionId> =
-            self.connections.iter().filter(|(_, c)| !c.is_open()).map(|(id, _)| id.clone()).collect();
-        for id in unopened {
-            let writable = ready.0.iter().any(|(other, events)| *other == id && !events.is_empty());
-            self.advance(&id, writable, now);
-        }
     }
 
     /// Brings what the target has sent to the client; says whether there was room for it.
@@ -383,4 +391,16 @@ impl PortForward {
             }
         }
     }
+}
+
+/// Lets a connection go on towards being open.
+fn advance(
+    connection: &mut Connection,
+    looking_up: usize,
+    context: &Context,
+    wake: &Arc<Wake>,
+    now: Instant,
+) -> Step {
+    let permit = || if looking_up < MAX_LOOK_UPS { context.look_ups.acquire(wake) } else { None };
+    connection.advance(permit, context.config.forward_targets.as_deref(), wake, now)
 }
