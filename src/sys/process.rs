@@ -158,9 +158,13 @@ pub fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String
     let mut child = command.spawn().map_err(failed)?;
     let ended = i32::try_from(child.id()).map_err(io::Error::other).and_then(|pid| {
         let exit = watch_exit(Pid::from_raw(pid))?;
+        let deadline = Instant::now() + limit;
         let mut set = PollSet::new();
         let place = set.add(exit.as_fd(), PollFlags::POLLIN);
-        set.wait(Some(Instant::now() + limit))?;
+        // A wait may be interrupted, so it isn't over before its time.
+        while set.events(place).is_empty() && Instant::now() < deadline {
+            set.wait(Some(deadline))?;
+        }
         Ok(!set.events(place).is_empty())
     });
     if !matches!(ended, Ok(true)) {
@@ -352,6 +356,17 @@ mod tests {
             set.wait(Some(deadline)).unwrap();
             assert!(set.events(place).contains(PollFlags::POLLIN), "the job lives on");
         }
+    }
+
+    #[test]
+    fn a_command_runs_to_its_end_or_its_limit() {
+        let run = |program: &str, limit| run(Path::new(program), "100", limit);
+        let minute = Duration::from_secs(60);
+        assert_eq!(run("/bin/true", minute), Ok(()));
+        assert_eq!(run("/bin/false", minute), Err("exit status 1".to_owned()));
+        assert_eq!(run("/bin/sleep", Duration::from_millis(100)), Err("timed out after 0 s".to_owned()));
+        let missing = "fork/exec /missing: no such file or directory";
+        assert_eq!(run("/missing", minute), Err(missing.to_owned()));
     }
 
     #[test]

@@ -90,6 +90,8 @@ impl AsFd for Pty {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::PollSet;
+    use nix::poll::PollFlags;
     use std::fs::File;
     use std::io::{Read, Write};
 
@@ -109,6 +111,10 @@ mod tests {
         // The terminal echoes the input before.
         let mut seen = Vec::new();
         loop {
+            // The kernel may still be carrying it over.
+            let mut set = PollSet::new();
+            set.add(pty.as_fd(), PollFlags::POLLIN);
+            set.wait(None).unwrap();
             match pty.read(&mut buffer).unwrap() {
                 0 => break,
                 n => seen.extend_from_slice(&buffer[..n]),

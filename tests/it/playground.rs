@@ -1,9 +1,11 @@
 //! The playground in a real terminal, as somebody trying it out would use it.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -19,6 +21,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::files::{names, pattern};
 use crate::harness::daemon;
+use crate::harness::http::read_request;
 use crate::harness::proc;
 use crate::harness::wait::{SOON, Watched, eventually, millis, secs, skip, spawn};
 
@@ -249,6 +252,9 @@ fn piped_input_is_typed_in() {
         let same =
             |name| stderr.lines().filter(|l| l.starts_with(name) && l.ends_with(", the same bytes")).count();
         assert_eq!((same("  put "), same("  get ")), (1, 2), "{stderr}");
+        // And a request to a service.
+        let forward = stderr.lines().find(|l| l.starts_with("  forward 127.0.0.1:")).unwrap_or(&stderr);
+        assert!(forward.contains(": HTTP/1.1 200 OK, 52 bytes, "), "{forward}");
     }
 }
 
@@ -326,11 +332,61 @@ fn a_signal_ends_a_transfer() {
 }
 
 #[test]
+fn a_forward_carries_connections_until_interrupted() {
+    let Some(path) = playground() else { return };
+    let service = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let port = service.local_addr().expect("an address").port();
+    let answer = [b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), pattern(200_000)].concat();
+    let sent = answer.clone();
+    let serving = spawn("service", move || {
+        let (mut stream, _) = service.accept().expect("a connection");
+        let request = read_request(&mut stream).expect("a request");
+        stream.write_all(&sent).expect("answer");
+        request
+    });
+    let mut command = Command::new(path);
+    daemon::bare(&mut command);
+    // Ctrl-C reaches the whole group.
+    command.arg("forward").arg(format!("0:127.0.0.1:{port}")).process_group(0);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // Its input stays open until it, or the test, is over.
+    let mut child = command.spawn().expect("start the playground");
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("read");
+    let address = line.split_once(" leads to ").unwrap_or_else(|| panic!("no address: {line:?}")).0;
+    let ask = || {
+        let mut client = TcpStream::connect(address).expect("connect");
+        client.set_read_timeout(Some(secs(30))).expect("a time-out");
+        let _ = client.write_all(b"GET /some/path HTTP/1.1\r\nHost: device\r\n\r\n");
+        let mut got = Vec::new();
+        let _ = client.read_to_end(&mut got);
+        got
+    };
+    assert!(ask() == answer, "the service's answer");
+    assert_eq!(serving.join().expect("the service").path, "/some/path");
+    // The service is gone now.
+    assert_eq!(ask(), b"");
+    let children = proc::children(child.id());
+    assert!(children.len() >= 2, "agent and bus: {children:?}");
+    kill(Pid::from_raw(-(child.id() as i32)), Signal::SIGINT).expect("signal the group");
+    let status = eventually(secs(20), "the playground to end", || child.try_wait().expect("wait"));
+    let mut stderr = String::new();
+    child.stderr.take().expect("piped").read_to_string(&mut stderr).expect("read");
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    assert!(stderr.contains("connection refused"), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    for pid in children {
+        proc::wait_gone(pid, SOON);
+    }
+}
+
+#[test]
 fn unknown_arguments_are_answered_with_help() {
     let Some((status, stdout, _)) = run(&["--help"], "/bin/sh", "") else { return };
     assert_eq!(status, Some(0));
     assert!(stdout.contains("put LOCAL REMOTE"), "{stdout}");
-    for args in [&["put", "/etc/hostname"][..], &["get", "not/absolute", "/tmp/x"], &["fetch"]] {
+    let ports = ["forward", "8080:localhost"];
+    for args in [&["put", "/etc/hostname"][..], &["get", "not/absolute", "/tmp/x"], &["fetch"], &ports] {
         assert_eq!(run(args, "/bin/sh", ""), Some((Some(2), String::new(), stdout.clone())), "{args:?}");
     }
 }

@@ -1,12 +1,16 @@
 //! What comes from the caller: signals and the terminal's raw mode.
 
+use std::any::Any;
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::termios::{self, SetArg, Termios};
+
+use crate::harness::wait::spawn;
 
 /// The signals that end the playground or resize its window, as a descriptor to poll.
 pub struct Signals {
@@ -44,6 +48,41 @@ impl Signals {
         let info = self.fd.read_signal().ok()??;
         Signal::try_from(info.ssi_signo as i32).ok()
     }
+}
+
+/// Does the work and returns what came of it, unless a signal comes first, which is an error.
+pub fn unless_signalled<T: Send + 'static>(
+    signals: &Signals,
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<Result<T, String>, String> {
+    // The harness fails by panicking; what it says becomes the error.
+    std::panic::set_hook(Box::new(|_| {}));
+    let (done, working) = std::io::pipe().map_err(|e| format!("a pipe: {e}"))?;
+    let worker = spawn("work", move || {
+        // Closed at the end, however that comes.
+        let _working = working;
+        work()
+    });
+    loop {
+        let mut fds =
+            [PollFd::new(signals.fd(), PollFlags::POLLIN), PollFd::new(done.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::NONE).map_err(|e| format!("poll: {e}"))?;
+        while let Some(signal) = signals.next() {
+            if signal != Signal::SIGWINCH {
+                return Err(format!("interrupted by {signal}"));
+            }
+        }
+        if fds[1].any() == Some(true) {
+            let result = worker.join();
+            let _ = std::panic::take_hook();
+            return Ok(result.unwrap_or_else(|panic| Err(message(&*panic))));
+        }
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("the work failed").to_owned()
 }
 
 /// Raw mode on standard input, taken back on drop.

@@ -3,11 +3,12 @@
 //!
 //! `tests/playground/run` builds and starts it. With a terminal on standard input the shell gets
 //! it in raw mode; anything else is typed into the shell, whose end ends the playground. `put` and
-//! `get` transfer one file instead.
+//! `get` transfer one file instead; `forward` carries connections.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a demonstration fails by panicking")]
 #![allow(dead_code, reason = "the harness serves the integration tests first")]
 
+mod forward;
 #[path = "../it/harness/mod.rs"]
 mod harness;
 mod keyboard;
@@ -29,7 +30,7 @@ use harness::rig::{TOKEN, user_name};
 use harness::server::Server;
 use keyboard::Signals;
 use serde_json::json;
-use transfer::{Direction, Job};
+use transfer::Direction;
 
 const HELP: &str = "\
 The demonstration: a private D-Bus, a loopback server and the real agent, started for the occasion.
@@ -37,10 +38,17 @@ The demonstration: a private D-Bus, a loopback server and the real agent, starte
   tests/playground/run                   a live shell of the agent; Ctrl-] leaves
   tests/playground/run put LOCAL REMOTE  uploads LOCAL with its mode, as REMOTE on the device
   tests/playground/run get REMOTE LOCAL  downloads the device's REMOTE, as LOCAL
+  tests/playground/run forward LOCAL_PORT:HOST:PORT
+                                         carries TCP connections to LOCAL_PORT through the agent to
+                                         HOST:PORT, until Ctrl-C
   tests/playground/run --help            says this
 
 The device is this machine, and the agent has your rights. REMOTE starts with a slash; files pass through
 memory. The exit status of a transfer is 0, or 1 with the device's reason on standard error.
+
+A forward listens on 127.0.0.1 and tells where; LOCAL_PORT 0 is any free port. HOST is looked up and reached
+by the device; an IPv6 address may be in brackets. When standard input isn't a terminal, its end ends the
+forward too. The device's reasons against a connection go to standard error, the others go on.
 ";
 
 fn main() -> ExitCode {
@@ -49,23 +57,27 @@ fn main() -> ExitCode {
     // The script has left the directory it was called in.
     let local = |path| PathBuf::from(std::env::var_os("PLAYGROUND_CALLED_IN").unwrap_or_default()).join(path);
     let job = match args[..] {
-        [] => None,
+        [] => Some(Job::Shell),
         ["put", from, to] if to.starts_with('/') => {
-            Some(Job { direction: Direction::Put, local: local(from), remote: to.to_owned() })
+            let (local, remote) = (local(from), to.to_owned());
+            Some(Job::Transfer(transfer::Job { direction: Direction::Put, local, remote }))
         }
         ["get", from, to] if from.starts_with('/') => {
-            Some(Job { direction: Direction::Get, local: local(to), remote: from.to_owned() })
+            let (local, remote) = (local(to), from.to_owned());
+            Some(Job::Transfer(transfer::Job { direction: Direction::Get, local, remote }))
         }
+        ["forward", ports] => forward::Job::parse(ports).map(Job::Forward),
         ["--help" | "-h"] => {
             print!("{HELP}");
             return ExitCode::SUCCESS;
         }
-        _ => {
-            eprint!("{HELP}");
-            return ExitCode::from(2);
-        }
+        _ => None,
     };
-    match play(job.as_ref()) {
+    let Some(job) = job else {
+        eprint!("{HELP}");
+        return ExitCode::from(2);
+    };
+    match play(job) {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             eprintln!("playground: {why}");
@@ -74,8 +86,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// Carries out the transfer, or else opens the shell.
-fn play(job: Option<&Job>) -> Result<(), String> {
+/// What was asked for.
+enum Job {
+    Shell,
+    Transfer(transfer::Job),
+    Forward(forward::Job),
+}
+
+/// Carries out the job.
+fn play(job: Job) -> Result<(), String> {
     // First of all: every thread started from here on leaves these signals to us.
     let signals = Signals::block()?;
     let dir = tempfile::Builder::new().prefix("mender-playground-").tempdir().map_err(|e| e.to_string())?;
@@ -100,12 +119,17 @@ fn play(job: Option<&Job>) -> Result<(), String> {
         let log = std::fs::read_to_string(&log).unwrap_or_default();
         format!("the agent did not connect within 15 s; its log:\n{log}")
     })?;
-    if let Some(job) = job {
-        println!("{}", transfer::run(job, &device, &signals)?);
-        return Ok(());
+    match job {
+        Job::Shell => {}
+        Job::Transfer(job) => {
+            println!("{}", transfer::run(&job, &device, &signals)?);
+            return Ok(());
+        }
+        Job::Forward(job) => return forward::run(job, &device, &signals),
     }
     banner(&bus, &server, &agent, &config, &log);
     transfer::demonstrate(dir.path(), &device, &signals)?;
+    forward::demonstrate(&device, &signals)?;
     let leave = if std::io::stdin().is_terminal() { "Ctrl-] leaves." } else { "It ends with its input." };
     eprintln!("You are in {shell} of that agent, as {}, through its websocket. {leave}", user_name());
     screen::run(&Terminal::new(&device, Style::Cli), &signals)

@@ -1,20 +1,15 @@
 //! Files through the agent, as users of the server send and fetch them.
 
-use std::any::Any;
 use std::fs::{self, OpenOptions};
 use std::io::{IsTerminal, Write};
-use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
-
 use crate::harness::device::Device;
 use crate::harness::rest::{Form, Refused, Rest, path_body};
-use crate::harness::wait::{millis, spawn};
-use crate::keyboard::Signals;
+use crate::harness::wait::millis;
+use crate::keyboard::{Signals, unless_signalled};
 
 /// The server's size of an upload's chunks.
 const CHUNK: usize = 4096;
@@ -63,35 +58,8 @@ pub fn demonstrate(dir: &Path, device: &Device, signals: &Signals) -> Result<(),
 
 /// Carries out a job unless a signal comes; returns the line that tells its result.
 pub fn run(job: &Job, device: &Device, signals: &Signals) -> Result<String, String> {
-    // The harness fails by panicking; what it says becomes the error.
-    std::panic::set_hook(Box::new(|_| {}));
-    let (done, working) = std::io::pipe().map_err(|e| format!("a pipe: {e}"))?;
     let (job, device) = (job.clone(), device.clone());
-    let worker = spawn("transfer", move || {
-        // Closed at the end, however that comes.
-        let _working = working;
-        job.carry_out(&device)
-    });
-    loop {
-        let mut fds =
-            [PollFd::new(signals.fd(), PollFlags::POLLIN), PollFd::new(done.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::NONE).map_err(|e| format!("poll: {e}"))?;
-        while let Some(signal) = signals.next() {
-            if signal != Signal::SIGWINCH {
-                return Err(format!("interrupted by {signal}"));
-            }
-        }
-        if fds[1].any() == Some(true) {
-            let result = worker.join();
-            let _ = std::panic::take_hook();
-            return result.unwrap_or_else(|panic| Err(message(&*panic)));
-        }
-    }
-}
-
-fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("the transfer failed").to_owned()
+    unless_signalled(signals, move || job.carry_out(&device))?
 }
 
 impl Job {

@@ -146,7 +146,13 @@ impl PortForward {
         let may_look_up = self.connections.values().filter(|c| c.is_looking_up()).count() < MAX_LOOK_UPS;
         let Some(connection) = self.connections.get_mut(id) else { return };
         let allowed = self.context.config.forward_targets.as_deref();
-        match connection.advance(writable, may_look_up, allowed, &self.wake, now) {
+        let was_looking_up = connection.is_looking_up();
+        let step = connection.advance(writable, may_look_up, allowed, &self.wake, now);
+        if was_looking_up && !connection.is_looking_up() {
+            // Another one may have waited for that.
+            self.wake.notify();
+        }
+        match step {
             Step::Pending => {}
             Step::Opened => {
                 debug!("session {}: forwarding to {:?}", self.id, connection.target());
