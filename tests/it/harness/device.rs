@@ -56,6 +56,20 @@ pub(super) struct State {
     pub(super) deadline: Option<Instant>,
 }
 
+impl State {
+    /// The next message that is wanted, or why none can come any more.
+    fn take(&mut self, want: &mut impl FnMut(&Msg) -> bool) -> Option<Result<Msg, String>> {
+        if let Some(at) = self.inbox.iter().position(want) {
+            return self.inbox.remove(at).map(Ok);
+        }
+        match (&self.ended, self.broken.is_empty()) {
+            (_, false) => Some(Err(format!("the device broke the protocol: {:?}", self.broken))),
+            (Some(why), _) => Some(Err(format!("the link is over: {why}"))),
+            (None, _) => None,
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Inner {
     pub(super) stream: Mutex<Option<Arc<TcpStream>>>,
@@ -209,16 +223,23 @@ impl Device {
         limit: Duration,
         mut want: impl FnMut(&Msg) -> bool,
     ) -> Option<Result<Msg, String>> {
-        self.0.state.wait(limit, |s| {
-            if let Some(at) = s.inbox.iter().position(&mut want) {
-                return s.inbox.remove(at).map(Ok);
-            }
-            match (&s.ended, s.broken.is_empty()) {
-                (_, false) => Some(Err(format!("the device broke the protocol: {:?}", s.broken))),
-                (Some(why), _) => Some(Err(format!("the link is over: {why}"))),
-                (None, _) => None,
-            }
-        })
+        self.0.state.wait(limit, |s| s.take(&mut want))
+    }
+
+    /// Like [`Device::try_take`], until `stay` says no when asked through [`Device::wake_takers`].
+    pub(super) fn try_take_while(
+        &self,
+        stay: impl Fn() -> bool,
+        mut want: impl FnMut(&Msg) -> bool,
+    ) -> Option<Result<Msg, String>> {
+        self.0.state.wait(secs(3600), |s| match stay() {
+            true => s.take(&mut want).map(Some),
+            false => Some(None),
+        })?
+    }
+
+    pub(super) fn wake_takers(&self) {
+        self.0.state.update(|_| ());
     }
 
     /// Like [`Device::try_take`], for messages that must come.

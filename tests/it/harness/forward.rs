@@ -15,7 +15,7 @@ use super::client::new_sid;
 use super::connection::{Connection, Half};
 use super::device::Device;
 use super::msg::{self, CONTROL, Ints, Msg, PORTS, encode, map};
-use super::wait::{SOON, Watched, millis, spawn};
+use super::wait::{SOON, Watched, spawn};
 use super::wire;
 
 /// The client's queue per connection; behind it its reader blocks, and all its connections with it.
@@ -99,10 +99,12 @@ impl Inner {
                 return;
             }
             if paused {
-                self.state.wait(millis(100), |s| (s.quit || !s.paused).then_some(()));
+                self.state.wait(SOON, |s| (s.quit || !s.paused).then_some(()));
                 continue;
             }
-            match self.device.try_take(millis(100), |m| m.sid.as_deref() == Some(&self.sid)) {
+            // Whoever ends or pauses the client doesn't want to wait for a message.
+            let stay = || !self.state.peek(|s| s.quit || s.paused);
+            match self.device.try_take_while(stay, |m| m.sid.as_deref() == Some(&self.sid)) {
                 None => {}
                 Some(Ok(msg)) => self.take(msg),
                 Some(Err(why)) => {
@@ -288,6 +290,7 @@ impl Client {
     /// The reader stops, as when one connection's queue is full: messages stay in the server.
     pub fn pause(&self, paused: bool) {
         self.inner.state.update(|s| s.paused = paused);
+        self.inner.device.wake_takers();
     }
 
     /// Messages in the server for this client, while it is paused.
@@ -313,6 +316,7 @@ impl Client {
 impl Drop for Client {
     fn drop(&mut self) {
         self.inner.state.update(|s| s.quit = true);
+        self.inner.device.wake_takers();
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
         }
