@@ -78,9 +78,7 @@ pub fn run(job: Job, device: &Device, signals: &Signals) -> Result<(), String> {
             };
             let (device, target) = (device.clone(), target.clone());
             spawn("carry", move || {
-                if let Err(why) = carry(&device, &target, stream) {
-                    eprintln!("playground: {why}");
-                }
+                let _ = carry(&device, &target, stream, |why| eprintln!("playground: {why}"));
             });
         }
     });
@@ -114,7 +112,7 @@ fn ask(device: &Device, target: Target) -> Result<String, String> {
     client.set_read_timeout(Some(SOON)).map_err(explain)?;
     let (stream, _) = listener.accept().map_err(explain)?;
     let device = device.clone();
-    let carrying = spawn("carry", move || carry(&device, &target, stream));
+    let carrying = spawn("carry", move || carry(&device, &target, stream, |_| {}));
     let mut answer = String::new();
     let request = b"GET /hello HTTP/1.1\r\nHost: playground\r\nConnection: close\r\n\r\n";
     let read = client.write_all(request).and_then(|()| client.read_to_string(&mut answer));
@@ -157,8 +155,9 @@ struct State {
     stopped: bool,
 }
 
-/// Carries one connection to its end; an error is the device's.
-fn carry(device: &Device, target: &Target, stream: TcpStream) -> Result<(), String> {
+/// Carries one connection to its end; an error is the device's. `tell` hears it before the application sees the
+/// end.
+fn carry(device: &Device, target: &Target, stream: TcpStream, tell: impl FnOnce(&str)) -> Result<(), String> {
     let session = Arc::new(Session { device: device.clone(), sid: new_sid(), id: new_id() });
     let state = Arc::new(Watched::new(State::default()));
     let versions = map(&[("versions", Value::Array(vec![1.into()]))]);
@@ -169,13 +168,15 @@ fn carry(device: &Device, target: &Target, stream: TcpStream) -> Result<(), Stri
         let (session, state, stream) = (Arc::clone(&session), Arc::clone(&state), Arc::clone(&stream));
         spawn("carry-up", move || send(&session, &state, &stream))
     };
-    let result = receive(&session, &state, &stream);
+    let result = receive(&session, &state, &stream)
+        .map_err(|why| format!("{}:{}: {why}", target.host, target.port))
+        .inspect_err(|why| tell(why));
     state.update(|s| s.stopped = true);
     let _ = stream.shutdown(Shutdown::Both);
     let _ = up.join();
     device.discard(&session.sid);
     session.post(CONTROL, "close", b"");
-    result.map_err(|why| format!("{}:{}: {why}", target.host, target.port))
+    result
 }
 
 /// Sends what the application writes, one message at a time, and `stop` at its end.
