@@ -69,16 +69,15 @@ impl Inbox {
         Ok(())
     }
 
-    /// Puts the frame in the place of the latest one that is of the same kind, if there is one.
-    pub fn supersede(&self, frame: Frame) {
+    /// Puts the frame in the place of the latest one of the same kind; gives it back if there is none.
+    pub fn supersede(&self, frame: Frame) -> Option<Frame> {
         let mut state = self.lock();
         let same = |old: &&mut Frame| (old.proto, &old.typ) == (frame.proto, &frame.typ);
-        if let Some(old) = state.frames.iter_mut().rev().find(same) {
-            let before = old.body.len();
-            let after = frame.body.len();
-            *old = frame;
-            state.bytes = state.bytes - before + after;
-        }
+        let Some(old) = state.frames.iter_mut().rev().find(same) else { return Some(frame) };
+        let (before, after) = (old.body.len(), frame.body.len());
+        *old = frame;
+        state.bytes = state.bytes - before + after;
+        None
     }
 
     /// The next frame, if there is one.
@@ -155,8 +154,8 @@ mod tests {
         inbox.push(Frame::new(1, "resize", None)).unwrap();
         inbox.push(frame(3)).unwrap();
         let last = Frame::new(1, "resize", None).with_body("x");
-        inbox.supersede(last.clone());
-        inbox.supersede(Frame::new(1, "other", None));
+        assert!(inbox.supersede(last.clone()).is_none());
+        assert!(inbox.supersede(Frame::new(1, "other", None)).is_some());
         assert_eq!(inbox.pop(), Some(last));
         assert_eq!(inbox.pop(), Some(frame(3)));
         assert!(inbox.pop().is_none() && inbox.lock().bytes == 0);

@@ -69,6 +69,12 @@ impl Router {
     fn deliver(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
         let inbox = self.table.lock().get(id).map(|entry| Arc::clone(&entry.inbox));
         let Some(inbox) = inbox else { return Some(frame) };
+        // Of sizes only the last one counts: a window that is dragged doesn't fill the inbox.
+        let frame = if (frame.proto, frame.typ.as_str()) == (SHELL, shell::RESIZE) {
+            inbox.supersede(frame)?
+        } else {
+            frame
+        };
         match inbox.push(frame) {
             Ok(()) => None,
             Err(Rejected::Closed(frame)) => Some(frame),
@@ -82,12 +88,11 @@ impl Router {
         }
     }
 
-    /// A session that doesn't keep up. Of sizes the last one counts, keystrokes may be refused, but in
-    /// anything else a gap would corrupt data.
+    /// A session that doesn't keep up. Keystrokes may be refused, but in anything else a gap would corrupt
+    /// data.
     fn overflow(&mut self, id: &SessionId, inbox: &Inbox, frame: Frame) {
         match (frame.proto, frame.typ.as_str()) {
-            (SHELL, shell::RESIZE) => inbox.supersede(frame),
-            (SHELL, shell::PONG) => {}
+            (SHELL, shell::RESIZE | shell::PONG) => {}
             (SHELL, typ) => self.answer(&shell::failure(id, typ, "inbox full: the message was dropped")),
             _ => {
                 self.answer(&control::error_about(id, &frame, "inbox full: the session is closed", true));

@@ -404,3 +404,73 @@ fn advance(
     let permit = || if looking_up < MAX_LOOK_UPS { context.look_ups.acquire(wake) } else { None };
     connection.advance(permit, context.config.forward_targets.as_deref(), wake, now)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+    use crate::outbox::{Outbox, Work};
+    use crate::proto::msgpack::MapWriter;
+    use crate::proto::{PORT_FORWARD, Props};
+    use std::net::TcpListener;
+
+    fn forwarder() -> (PortForward, Arc<Outbox>) {
+        let dir = tempfile::tempdir().unwrap();
+        let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap().name;
+        let file = dir.path().join("conf");
+        let text = format!(r#"{{ "ShellCommand": "/bin/sh", "User": {me:?} }}"#);
+        std::fs::write(&file, text).unwrap();
+        let context = Context::new(config::load(&file, &dir.path().join("absent")).unwrap());
+        let outbox = Arc::new(Outbox::default());
+        let wake = Arc::new(Wake::new().unwrap());
+        let id = SessionId::new("s").unwrap();
+        let sink = FrameSink::new(&outbox, Arc::clone(&wake));
+        (PortForward::new(context, id, sink, wake), outbox)
+    }
+
+    fn next_type(outbox: &Outbox) -> Option<String> {
+        match outbox.try_next()? {
+            Work::Frame(bytes) => Some(Frame::decode(&bytes.into()).unwrap().typ),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn turn(forwarder: &mut PortForward, now: Instant) {
+        let ready = {
+            let mut set = PollSet::new();
+            let watched = forwarder.watch(&mut set);
+            set.wait(Some(Instant::now() + Duration::from_secs(10))).unwrap();
+            watched.look(&set)
+        };
+        forwarder.proceed(ready, now);
+    }
+
+    #[test]
+    fn a_connection_without_traffic_is_closed_after_ten_minutes() {
+        let (mut forwarder, outbox) = forwarder();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let body = MapWriter::new()
+            .str("remote_host", Some("127.0.0.1"))
+            .with("remote_port", |out| rmp::encode::write_u16(out, port))
+            .str("protocol", Some("tcp"))
+            .finish();
+        let about = |typ: &str| {
+            Frame::new(PORT_FORWARD, typ, None).with_props(Props::new().with_str("connection_id", "c"))
+        };
+        let start = Instant::now();
+        forwarder.handle(&about(forward::NEW).with_body(body), start);
+        turn(&mut forwarder, start);
+        assert_eq!(next_type(&outbox).as_deref(), Some("new"));
+        // Traffic towards the target counts.
+        let later = start + IDLE_LIMIT / 2;
+        forwarder.handle(&about(forward::FORWARD).with_body("x"), later);
+        assert_eq!(next_type(&outbox).as_deref(), Some("ack"));
+        assert_eq!(forwarder.deadline(), Some(later + IDLE_LIMIT));
+        forwarder.proceed(Ready::default(), start + IDLE_LIMIT);
+        assert_eq!(next_type(&outbox), None);
+        forwarder.proceed(Ready::default(), later + IDLE_LIMIT);
+        assert_eq!(next_type(&outbox).as_deref(), Some("stop"));
+        assert!(forwarder.is_idle());
+    }
+}
