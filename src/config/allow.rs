@@ -1,6 +1,5 @@
 //! `PortForward.Allow`: which targets may be reached. Pure.
 
-use std::fmt;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
@@ -111,12 +110,6 @@ fn parse_ports(ports: &str) -> Result<RangeInclusive<u16>, String> {
     let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
     let range = port(first)?..=port(last)?;
     if range.is_empty() { Err(format!("the range {ports} is empty")) } else { Ok(range) }
-}
-
-impl fmt::Display for Allowed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{:?}:{:?}", self.transport, self.host, self.ports)
-    }
 }
 
 #[cfg(test)]
