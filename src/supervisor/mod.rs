@@ -64,11 +64,6 @@ struct Supervisor {
     wake: Arc<Wake>,
 }
 
-/// What is polled, for [`Supervisor::run`].
-struct Happened {
-    signal: bool,
-}
-
 impl Supervisor {
     fn new(config: Config) -> Result<Self, Error> {
         let wake = Arc::new(Wake::new()?);
@@ -90,11 +85,9 @@ impl Supervisor {
 
     fn run(mut self, signals: &Signals) -> Result<(), Error> {
         while self.machine.state != State::Stopping {
-            let happened = self.wait(signals)?;
-            if happened.signal {
-                while let Some(signal) = signals.next() {
-                    self.handle_signal(signal);
-                }
+            self.wait(signals)?;
+            while let Some(signal) = signals.next() {
+                self.handle_signal(signal);
             }
             self.wake.clear();
             let auth = self.manager.process(Instant::now())?;
@@ -110,9 +103,9 @@ impl Supervisor {
         Ok(())
     }
 
-    fn wait(&self, signals: &Signals) -> io::Result<Happened> {
+    fn wait(&self, signals: &Signals) -> io::Result<()> {
         let mut set = PollSet::new();
-        let signal = set.add(signals.as_fd(), PollFlags::POLLIN);
+        set.add(signals.as_fd(), PollFlags::POLLIN);
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
         if let Some((fd, read, write)) = self.manager.watch() {
             let mut events = PollFlags::empty();
@@ -120,8 +113,7 @@ impl Supervisor {
             events.set(PollFlags::POLLOUT, write);
             set.add_raw(fd, events);
         }
-        set.wait([self.machine.deadline(), self.manager.deadline()].into_iter().flatten().min())?;
-        Ok(Happened { signal: !set.events(signal).is_empty() })
+        set.wait([self.machine.deadline(), self.manager.deadline()].into_iter().flatten().min())
     }
 
     fn handle_signal(&mut self, signal: Signal) {

@@ -14,7 +14,7 @@ use nix::sys::stat::FileStat;
 use sha2::{Digest, Sha256};
 
 use super::place::{self, Failure, Source};
-use super::rate::{Counters, Direction};
+use super::rate::{Counters, Direction, EXHAUSTED};
 use crate::config::FileLimits;
 use crate::outbox::FrameSink;
 use crate::proto::SessionId;
@@ -29,8 +29,6 @@ const FIRST_CHUNK: usize = 4 * 1024;
 const LARGEST_CHUNK: usize = 256 * 1024;
 /// An ack that takes so much longer than the quickest one has waited in a queue.
 const QUEUEING: Duration = Duration::from_millis(50);
-
-const EXHAUSTED: &str = "transmitted bytes limit exhausted";
 
 /// A file that is being sent.
 pub struct Download {

@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_secs(5);
 
+/// What is said of either limit: "transmitted" also for what is received, as upstream has it.
+pub const EXHAUSTED: &str = "transmitted bytes limit exhausted";
+
 /// The weight of the newest five seconds.
 fn weight() -> f64 {
     1.0 - (-5.0_f64 / 60.0).exp()

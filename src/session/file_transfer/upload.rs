@@ -15,15 +15,13 @@ use nix::sys::statvfs::fstatvfs;
 use sha2::{Digest, Sha256};
 
 use super::place::{self, Attributes, Failure};
-use super::rate::{Counters, Direction};
+use super::rate::{Counters, Direction, EXHAUSTED};
 use super::temporary::{CommitError, Remover, Temporary};
 use crate::config::FileLimits;
 use crate::proto::Frame;
 use crate::proto::file::{self, Request};
 use crate::sys::wake::Wake;
 use crate::sys::{reason, thread};
-
-const EXHAUSTED: &str = "transmitted bytes limit exhausted";
 
 /// A file that is being received.
 pub struct Upload {

@@ -197,12 +197,20 @@ impl PortForward {
         }
     }
 
-    /// The connection is broken: everything is acknowledged, since clients wait for that, then it is stopped.
+    /// The connection is broken.
     fn fail(&mut self, id: &ConnectionId, text: &str, now: Instant) {
         debug!("session {}: port forward: {text}", self.id);
+        self.stop(id, Some(text), now);
+    }
+
+    /// Ends a connection from this side: everything is acknowledged, since clients wait for that, then it is
+    /// stopped.
+    fn stop(&mut self, id: &ConnectionId, error: Option<&str>, now: Instant) {
         let Some(connection) = self.connections.remove(id) else { return };
         self.acknowledge_all(id, &connection);
-        self.sink.reply(&forward::error(&self.id, forward::FORWARD, text));
+        if let Some(text) = error {
+            self.sink.reply(&forward::error(&self.id, forward::FORWARD, text));
+        }
         self.send_in_order(forward::STOP, id);
         self.let_go(id, connection, now);
     }
@@ -366,11 +374,7 @@ impl PortForward {
                 if let Some(why) = why {
                     debug!("session {}: port forward: read: {why}", self.id);
                 }
-                if let Some(connection) = self.connections.remove(id) {
-                    self.acknowledge_all(id, &connection);
-                    self.send_in_order(forward::STOP, id);
-                    self.let_go(id, connection, now);
-                }
+                self.stop(id, None, now);
             }
         }
         true
@@ -385,10 +389,7 @@ impl PortForward {
             .collect();
         for id in idle {
             debug!("session {}: port forward: idle for {} s", self.id, IDLE_LIMIT.as_secs());
-            self.send_in_order(forward::STOP, &id);
-            if let Some(connection) = self.connections.remove(&id) {
-                self.let_go(&id, connection, now);
-            }
+            self.stop(&id, None, now);
         }
     }
 }
