@@ -8,8 +8,11 @@ use std::os::unix::fs::MetadataExt;
 
 use log::{Level, LevelFilter, Log, Metadata, Record, SetLoggerError};
 use simplelog::{ConfigBuilder, WriteLogger};
+use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
+
+use crate::sys::clock;
 
 const TIME: &[BorrowedFormatItem<'static>] =
     format_description!("time=\"[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z\"");
@@ -18,7 +21,6 @@ const TIME: &[BorrowedFormatItem<'static>] =
 const OURS: &str = env!("CARGO_CRATE_NAME");
 
 struct Logger {
-    /// Adds the time and writes.
     inner: Box<WriteLogger<Stderr>>,
     journal: bool,
 }
@@ -31,8 +33,7 @@ pub fn init(level: LevelFilter) -> Result<(), SetLoggerError> {
     let journal = stderr_is_journal();
     let mut config = ConfigBuilder::new();
     config
-        .set_time_level(if journal { LevelFilter::Off } else { LevelFilter::Error })
-        .set_time_format_custom(TIME)
+        .set_time_level(LevelFilter::Off)
         .set_level_padding(simplelog::LevelPadding::Off)
         .set_max_level(LevelFilter::Off)
         .set_target_level(LevelFilter::Off)
@@ -52,6 +53,14 @@ fn stderr_is_journal() -> bool {
         return false;
     };
     stream == format!("{}:{}", metadata.dev(), metadata.ino())
+}
+
+/// Now, as a field of a log line.
+fn time() -> String {
+    let now = i128::try_from(clock::now().as_nanos()).unwrap_or_default();
+    // Fails after the year 9999.
+    let now = OffsetDateTime::from_unix_timestamp_nanos(now).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    now.format(TIME).unwrap_or_default()
 }
 
 impl Log for Logger {
@@ -78,7 +87,7 @@ impl Log for Logger {
         if self.journal {
             write(format_args!("<{priority}>level={name} msg={message:?}"));
         } else {
-            write(format_args!("level={name} msg={message:?}"));
+            write(format_args!("{} level={name} msg={message:?}", time()));
         }
     }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, select};
 use log::debug;
@@ -22,7 +22,7 @@ use super::stream::{Deadline, ReadHalf, WriteHalf};
 use super::{Cancel, LinkError, MAX_MESSAGE, tls};
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
-use crate::sys::{net, reason};
+use crate::sys::{clock, net, reason};
 
 const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
 /// For each address of the host.
@@ -149,7 +149,8 @@ fn retry_after<T>(response: &Response<T>) -> Option<Duration> {
     let wish = match value.parse() {
         Ok(seconds) => Duration::from_secs(seconds),
         Err(_) => {
-            httpdate::parse_http_date(value).ok()?.duration_since(SystemTime::now()).unwrap_or_default()
+            let date = httpdate::parse_http_date(value).ok()?.duration_since(UNIX_EPOCH).ok()?;
+            date.saturating_sub(clock::now())
         }
     };
     Some(wish.min(LONGEST_RETRY_AFTER))
@@ -170,7 +171,7 @@ mod tests {
         assert_eq!(answer(401, "17"), None);
         assert_eq!(answer(503, "soon"), None);
         assert_eq!(answer(503, "Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
-        let date = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(100));
+        let date = httpdate::fmt_http_date(UNIX_EPOCH + clock::now() + Duration::from_secs(100));
         let wait = answer(503, &date).unwrap().as_secs();
         assert!((98..=100).contains(&wait), "{wait}");
     }

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{ServerName, UnixTime};
+use rustls::time_provider::TimeProvider;
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
 use super::LinkError;
 use super::endpoint::Endpoint;
 use super::stream::{Deadline, Tls};
+use crate::sys::clock;
 
 /// Shakes hands with `server`, which has to prove its name by a certificate of the system's store
 /// (SSL_CERT_FILE and SSL_CERT_DIR are honoured). The store is read anew each time: it may have been
@@ -19,7 +21,7 @@ pub fn handshake(mut socket: Deadline<'_>, server: &Endpoint) -> Result<Tls, Lin
     let tls = |e: String| LinkError::Tls(e);
     let name = ServerName::try_from(server.host.clone()).map_err(|e| tls(e.to_string()))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
+    let config = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
         .with_safe_default_protocol_versions()
         .map_err(|e| tls(e.to_string()))?
         .with_root_certificates(roots()?)
@@ -33,6 +35,16 @@ pub fn handshake(mut socket: Deadline<'_>, server: &Endpoint) -> Result<Tls, Lin
         })?;
     }
     Ok(Tls::new(connection))
+}
+
+/// For the dates in certificates.
+#[derive(Debug)]
+struct WallClock;
+
+impl TimeProvider for WallClock {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(clock::now()))
+    }
 }
 
 fn roots() -> Result<RootCertStore, LinkError> {

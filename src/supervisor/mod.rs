@@ -20,9 +20,9 @@ use crate::auth::{AuthEvent, Credentials};
 use crate::config::Config;
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::{Context, Router};
-use crate::sys::PollSet;
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
+use crate::sys::{PollSet, clock};
 
 /// How long the end may wait for sessions to clean up. The init system is promised two seconds.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
@@ -256,10 +256,8 @@ fn latest(events: Vec<AuthEvent>) -> Vec<AuthEvent> {
 /// A uniform number from the system's random source.
 fn random() -> u64 {
     // Early in a boot there may be none; the time since is as good as it gets then.
-    getrandom::u64().unwrap_or_else(|_| {
-        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        u64::from(since.subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-    })
+    getrandom::u64()
+        .unwrap_or_else(|_| u64::from(clock::now().subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
 #[cfg(test)]

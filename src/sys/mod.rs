@@ -1,6 +1,7 @@
 //! What the program asks of the kernel and libc. The only place with `unsafe`.
 
 pub mod beneath;
+pub mod clock;
 pub mod net;
 pub mod process;
 pub mod pty;

@@ -271,7 +271,8 @@ fn watch_with_thread(pid: Pid) -> io::Result<Arc<Wake>> {
 fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     // SAFETY: takes two integers and touches no memory of ours.
     let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
-    let Ok(fd) = i32::try_from(result) else { return Err(io::Error::other("pidfd out of range")) };
+    // A descriptor, or -1.
+    let fd = result as i32;
     if fd == -1 {
         return Err(io::Error::last_os_error());
     }

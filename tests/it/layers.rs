@@ -10,7 +10,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("proto", &[]),
     ("backoff", &[]),
     ("cli", &[]),
-    ("logging", &[]),
+    ("logging", &["sys"]),
     ("config", &["sys"]),
     ("outbox", &["proto", "sys"]),
     ("auth", &["config", "sys"]),

@@ -137,6 +137,7 @@ fn gap(rig: &Rig) -> Duration {
 }
 
 #[test]
+#[allow(clippy::disallowed_methods, reason = "the harness runs on the machine that builds")]
 fn retry_after_is_obeyed() {
     for status in [429, 503] {
         let rig = quick().start_with(|s| s.script([Reply::with(status, "Retry-After", "3")]));

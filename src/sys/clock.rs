@@ -1,0 +1,31 @@
+//! The wall clock.
+
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+
+/// The time since 1970, UTC. To be used instead of `SystemTime::now`, which panics from 2038 on 32-bit musl: the
+/// standard library's `time_t` has 32 bits there, ours has 64 (see `.cargo/config.toml`).
+pub fn now() -> Duration {
+    let Ok(now) = clock_gettime(ClockId::CLOCK_REALTIME) else { return Duration::ZERO };
+    // A clock may stand before 1970.
+    u64::try_from(now.tv_sec()).map_or(Duration::ZERO, |_| now.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[allow(clippy::disallowed_methods, reason = "the comparison")]
+    fn it_is_the_system_time() {
+        let system = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        assert!(now().abs_diff(system) < Duration::from_secs(10));
+    }
+
+    #[test]
+    #[cfg(any(target_pointer_width = "64", target_env = "musl"))]
+    fn seconds_have_64_bits() {
+        assert_eq!(size_of::<nix::libc::time_t>(), 8);
+    }
+}
