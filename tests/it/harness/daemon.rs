@@ -12,8 +12,12 @@ use nix::unistd::Pid;
 use super::proc;
 use super::wait::{SOON, Watched, eventually, spawn};
 
-/// Where the executable lies. Cargo tells integration tests; an example looks beside itself.
+/// Where the executable lies. MENDER_CONNECT names another one than was built with the tests; else cargo tells
+/// integration tests, and an example looks beside itself.
 pub fn executable() -> PathBuf {
+    if let Some(path) = std::env::var_os("MENDER_CONNECT") {
+        return path.into();
+    }
     if let Some(path) = option_env!("CARGO_BIN_EXE_mender-connect") {
         return path.into();
     }
