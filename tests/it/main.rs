@@ -6,6 +6,7 @@
 
 mod at_length;
 mod auth;
+mod boards;
 mod cli;
 mod commands;
 mod config;

@@ -19,6 +19,7 @@ use crate::harness::manager::{self, Answer, Manager};
 use crate::harness::msg::{self, Ints, SHELL};
 use crate::harness::server::{CONNECT_PATH, Reply, Server};
 use crate::harness::tls::{Authority, TlsFront};
+use crate::harness::trace::changed;
 use crate::harness::wait::{SOON, eventually, millis, secs, spawn};
 use crate::harness::wire;
 
@@ -275,4 +276,35 @@ fn the_tls_front_and_the_proxy_relay() {
     let mut plain = TcpStream::connect(("127.0.0.1", front.port())).expect("connect");
     std::io::Write::write_all(&mut plain, b"GET / HTTP/1.1\r\n\r\n").expect("write");
     assert!(!front.wait_failure(SOON).is_empty());
+}
+
+#[test]
+fn changes_are_told_from_looks() {
+    let change = |line: &str, path: &str| {
+        assert_eq!(changed(line), Some(vec![path.into()]), "{line}");
+    };
+    change(
+        r#"openat(AT_FDCWD</tmp>, "x", O_WRONLY|O_CREAT, 0666) = -1 EROFS (Read-only file system)"#,
+        "/tmp/x",
+    );
+    change(r#"openat(AT_FDCWD</tmp>, "/dev/link", O_RDWR) = 5</dev/pts/3>"#, "/dev/pts/3");
+    change(
+        r#"openat2(7</d>, "x", {flags=O_RDWR|O_CLOEXEC, resolve=RESOLVE_BENEATH}, 24) = -1 EACCES (x)"#,
+        "/d/x",
+    );
+    change("fchmod(5</d/x>, 0644) = 0", "/d/x");
+    change(r#"mkdir("/run/x", 0700) = 0"#, "/run/x");
+    change(r#"bind(5<socket:[1]>, {sa_family=AF_UNIX, sun_path="/run/s"}, 110) = 0"#, "/run/s");
+    change(r#"something_new("/x") = 0"#, "/x");
+    let rename = r#"renameat(6</d>, "a", 7</e>, "/b") = 0"#;
+    assert_eq!(changed(rename), Some(vec!["/d/a".into(), "/b".into()]));
+    for look in [
+        r#"openat(AT_FDCWD</tmp>, "/etc/passwd", O_RDONLY|O_CLOEXEC) = 3</etc/passwd>"#,
+        r#"newfstatat(3</etc/passwd>, "", {st_mode=S_IFREG|0644, ...}, AT_EMPTY_PATH) = 0"#,
+        "bind(5<socket:[1]>, {sa_family=AF_NETLINK, nl_pid=0}, 12) = 0",
+        "--- SIGTERM {si_signo=SIGTERM, si_code=SI_USER, si_pid=1, si_uid=0} ---",
+        "+++ exited with 0 +++",
+    ] {
+        assert_eq!(changed(look), None, "{look}");
+    }
 }

@@ -13,7 +13,7 @@ use crate::harness::server::Reply;
 use crate::harness::wait::{SOON, eventually, secs};
 
 /// Ends the agent; it must exit with 0 within 2 s and leave no child behind.
-fn ends_quickly(rig: &mut Rig, signal: Signal) {
+pub fn ends_quickly(rig: &mut Rig, signal: Signal) {
     let children = proc::children(rig.daemon.pid());
     let start = Instant::now();
     rig.daemon.signal(signal);

@@ -1,0 +1,75 @@
+//! What a process and its children set out to change in the file system, as strace(1) saw it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::wait::{SOON, eventually};
+
+/// System calls with a path that change nothing. Whatever isn't among them counts as a change.
+const READING: &[&str] = &[
+    "access",
+    "chdir",
+    "execve",
+    "faccessat",
+    "faccessat2",
+    "getcwd",
+    "lstat",
+    "newfstatat",
+    "readlink",
+    "readlinkat",
+    "stat",
+    "statfs",
+    "statx",
+];
+
+/// The paths that were to be written, created, renamed, removed or given other attributes, successfully or
+/// not. To be asked after the end of the traced processes; `dir` is where `strace -ff -y` has put one file
+/// for each of their threads.
+pub fn changes(dir: &Path) -> BTreeSet<PathBuf> {
+    // The tracer outlives those it traces by a moment.
+    let lines = eventually(SOON, "the traces to be complete", || {
+        let traces: Vec<String> = fs::read_dir(dir)
+            .ok()?
+            .map(|e| fs::read_to_string(e.ok()?.path()).ok())
+            .collect::<Option<_>>()?;
+        let complete = |trace: &String| trace.lines().last().is_some_and(|line| line.starts_with("+++ "));
+        (!traces.is_empty() && traces.iter().all(complete)).then(|| traces.concat())
+    });
+    lines.lines().filter_map(changed).flatten().collect()
+}
+
+/// What a line says is to be changed.
+pub fn changed(line: &str) -> Option<Vec<PathBuf>> {
+    let (call, rest) = line.split_once('(')?;
+    if line.starts_with("+++") || line.starts_with("---") || READING.contains(&call) {
+        return None;
+    }
+    let (arguments, result) = rest.rsplit_once(") = ").unwrap_or((rest, ""));
+    let writing = ["O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_TMPFILE"];
+    match call {
+        "open" | "openat" | "openat2" if !writing.iter().any(|flag| arguments.contains(flag)) => None,
+        // Links may have led elsewhere: where they did counts.
+        "open" | "openat" | "openat2" if result.contains('<') => Some(paths(result)),
+        "bind" if !arguments.contains("sa_family=AF_UNIX") => None,
+        _ => Some(paths(arguments)),
+    }
+}
+
+/// Names, from the directory descriptor in front of each; without names, what the descriptors are.
+fn paths(text: &str) -> Vec<PathBuf> {
+    let (mut descriptors, mut named) = (vec![PathBuf::from("/")], Vec::new());
+    let mut rest = text;
+    while let Some(at) = rest.find(['<', '"']) {
+        let (opening, tail) = rest[at..].split_at(1);
+        let end = tail.find(if opening == "<" { '>' } else { '"' }).unwrap_or(tail.len());
+        let place = descriptors[descriptors.len() - 1].join(&tail[..end]);
+        if opening == "<" {
+            descriptors.push(place)
+        } else {
+            named.push(place)
+        }
+        rest = tail.get(end + 1..).unwrap_or_default();
+    }
+    if named.is_empty() { descriptors.split_off(1) } else { named }
+}
