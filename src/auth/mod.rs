@@ -1,5 +1,6 @@
 //! What lets the device in: a token and the server to show it to, from a [`Source`].
 
+#[cfg(feature = "dbus")]
 mod dbus;
 
 use std::fmt;
@@ -106,6 +107,9 @@ pub enum SourceError {
     /// No thread to connect with.
     #[error("mender-connect dbus failed to connect, error: {0}")]
     Thread(#[from] io::Error),
+    /// This program can't use any.
+    #[error("built without D-Bus, there is nothing to get a token from")]
+    LeftOut,
 }
 
 /// The source of this device: the authentication manager on the system bus. `wake` is called when there is
@@ -113,8 +117,18 @@ pub enum SourceError {
 ///
 /// # Errors
 /// When there can't be one.
+#[cfg(feature = "dbus")]
 pub fn source(wake: &Arc<Wake>) -> Result<Box<dyn Source>, SourceError> {
     Ok(Box::new(dbus::Manager::connect(Arc::clone(wake))?))
+}
+
+/// The source of this device, which only the authentication manager on the system bus could be.
+///
+/// # Errors
+/// Always.
+#[cfg(not(feature = "dbus"))]
+pub fn source(_: &Arc<Wake>) -> Result<Box<dyn Source>, SourceError> {
+    Err(SourceError::LeftOut)
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! TLS towards the server, when mender-auth's local forwarder isn't in between.
+//! TLS towards the server, when mender-auth's local forwarder isn't in between. Without the feature `tls` its
+//! place is taken by `no_tls.rs`.
 //!
 //! Both halves of a connection share its state. The lock is held to move bytes in or out of it, never while
 //! waiting for the network.
