@@ -21,8 +21,8 @@
 //! |---|---|
 //! | [`cli`], [`config`], [`logging`] | what the operator says and is told |
 //! | [`supervisor`] | when to connect; signals |
-//! | [`auth`] | token and server URL, from mender-auth over D-Bus |
-//! | [`link`] | one websocket's life: dial, read, write |
+//! | [`auth`] | token and server URL, from mender-auth over D-Bus (feature `dbus`) |
+//! | [`link`] | one websocket's life: dial, read, write; TLS (feature `tls`) |
 //! | [`session`] | from a frame to the thread that owns what it is about; terminals, files, ports, commands |
 //! | [`outbox`] | from sessions to the writer: order, bounds, back-pressure |
 //! | [`proto`] | the messages; no I/O |

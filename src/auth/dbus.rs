@@ -6,7 +6,6 @@
 //! The manager may come, go and be replaced at any time, and so may the bus. Its signals are taken only
 //! from the owner of its name.
 
-use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,9 +15,8 @@ use dbus::Message;
 use dbus::channel::{BusType, Channel, default_reply};
 use dbus::message::{MatchRule, MessageType};
 use log::{debug, info, trace, warn};
-use thiserror::Error;
 
-use super::{AuthEvent, Credentials};
+use super::{AuthEvent, Credentials, Source, SourceError};
 use crate::sys::thread;
 use crate::sys::wake::Wake;
 
@@ -37,17 +35,6 @@ const ASK_AGAIN: Duration = Duration::from_secs(30);
 const FETCH_INTERVAL: Duration = Duration::from_secs(60);
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(30);
-
-/// Why the bus couldn't be used at the start.
-#[derive(Debug, Error)]
-pub enum BusError {
-    /// There is no bus, or it doesn't let us in.
-    #[error("mender-connect dbus failed to connect, error: {0}")]
-    Connect(String),
-    /// No thread to connect with.
-    #[error("mender-connect dbus failed to connect, error: {0}")]
-    Thread(#[from] io::Error),
-}
 
 /// The manager as seen from here.
 pub struct Manager {
@@ -81,7 +68,7 @@ impl Manager {
     ///
     /// # Errors
     /// When no thread can be had.
-    pub fn connect(wake: Arc<Wake>) -> Result<Self, BusError> {
+    pub fn connect(wake: Arc<Wake>) -> Result<Self, SourceError> {
         let bus = Bus::connect(&wake)?;
         Ok(Manager {
             wake,
@@ -95,16 +82,16 @@ impl Manager {
             last_fetch: None,
         })
     }
+}
 
-    /// What to poll: descriptor, for reading, for writing.
-    pub fn watch(&self) -> Option<(RawFd, bool, bool)> {
+impl Source for Manager {
+    fn watch(&self) -> Option<(RawFd, bool, bool)> {
         let Bus::Up(channel) = &self.bus else { return None };
         let watch = channel.watch();
         Some((watch.fd, watch.read, watch.write))
     }
 
-    /// When [`Manager::process`] wants to be called though nothing happened.
-    pub fn deadline(&self) -> Option<Instant> {
+    fn deadline(&self) -> Option<Instant> {
         let retry = match &self.bus {
             Bus::Down { until } => Some(*until),
             _ => None,
@@ -113,18 +100,13 @@ impl Manager {
         [retry, patience, self.ask_again].into_iter().flatten().min()
     }
 
-    /// Does what is to be done now and tells what became known. To be called when something happened on
-    /// the descriptor, after a wake-up and at the deadline.
-    ///
-    /// # Errors
-    /// Only before the bus was there for the first time.
-    pub fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, BusError> {
+    fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, SourceError> {
         let mut events = Vec::new();
         match &self.bus {
             Bus::Connecting(answer) => match answer.try_recv() {
                 Ok(Ok(channel)) => self.came_up(channel, now),
                 Ok(Err(e)) if self.was_up => self.went_down(now, &describe(&e)),
-                Ok(Err(e)) => return Err(BusError::Connect(describe(&e))),
+                Ok(Err(e)) => return Err(SourceError::Bus(describe(&e))),
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => self.went_down(now, "the connecting thread failed"),
             },
@@ -144,8 +126,7 @@ impl Manager {
         Ok(events)
     }
 
-    /// Asks for the token. The answer comes as [`AuthEvent::Answered`] or [`AuthEvent::Unanswered`] in time.
-    pub fn ask(&mut self, now: Instant) {
+    fn ask(&mut self, now: Instant) {
         self.ask_again = None;
         let serial = self.call(MANAGER, PATH, INTERFACE, "GetJwtToken", &[]);
         // Without a bus nobody answers, which is told when the patience ends: at once.
@@ -153,8 +134,7 @@ impl Manager {
         self.question = Some(Question { serial: serial.unwrap_or(0), patience });
     }
 
-    /// Asks the manager to get a new token from the server, unless that was asked a short while ago.
-    pub fn fetch(&mut self, now: Instant) {
+    fn fetch(&mut self, now: Instant) {
         if self.last_fetch.is_some_and(|at| now < at + FETCH_INTERVAL) {
             return;
         }
@@ -162,7 +142,9 @@ impl Manager {
         info!("asking the authentication manager to fetch a token");
         self.call(MANAGER, PATH, INTERFACE, "FetchJwtToken", &[]);
     }
+}
 
+impl Manager {
     fn came_up(&mut self, mut channel: Channel, now: Instant) {
         channel.set_watch_enabled(true);
         debug!("connected to the system bus");
@@ -310,7 +292,7 @@ fn third(message: &Message) -> Option<&str> {
 }
 
 impl Bus {
-    fn connect(wake: &Arc<Wake>) -> Result<Self, BusError> {
+    fn connect(wake: &Arc<Wake>) -> Result<Self, SourceError> {
         let (sender, receiver) = crossbeam_channel::bounded(1);
         let wake = Arc::clone(wake);
         thread::spawn("bus-connect", thread::LARGE_STACK, move || {

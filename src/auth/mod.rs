@@ -1,8 +1,17 @@
-//! What lets the device in: a token and the server to show it to, from the authentication manager.
+//! What lets the device in: a token and the server to show it to, from a [`Source`].
 
-pub mod dbus;
+#[cfg(feature = "dbus")]
+mod dbus;
 
 use std::fmt;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use thiserror::Error;
+
+use crate::sys::wake::Wake;
 
 /// A device's JSON web token. Never shown.
 #[derive(Clone, PartialEq, Eq)]
@@ -56,15 +65,70 @@ impl Credentials {
     }
 }
 
-/// What the authentication manager lets know.
+/// What a source lets know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AuthEvent {
-    /// The manager says on its own account what holds from now on.
+    /// The source says on its own account what holds from now on.
     Announced(Option<Credentials>),
-    /// The manager's answer to our question.
+    /// The source's answer to our question.
     Answered(Option<Credentials>),
     /// The question found no answer, for this reason.
     Unanswered(String),
+}
+
+/// Where credentials come from. Lives in the supervisor's thread and never blocks it.
+pub trait Source {
+    /// What to poll: descriptor, for reading, for writing.
+    fn watch(&self) -> Option<(RawFd, bool, bool)>;
+
+    /// When [`Source::process`] wants to be called though nothing happened.
+    fn deadline(&self) -> Option<Instant>;
+
+    /// Does what is to be done now and tells what became known. To be called when something happened on
+    /// the descriptor, after a wake-up and at the deadline.
+    ///
+    /// # Errors
+    /// Only before the source was there for the first time.
+    fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, SourceError>;
+
+    /// Asks for the token. The answer comes as [`AuthEvent::Answered`] or [`AuthEvent::Unanswered`] in time.
+    fn ask(&mut self, now: Instant);
+
+    /// Asks for a new token from the server, unless that was asked a short while ago.
+    fn fetch(&mut self, now: Instant);
+}
+
+/// Why there is no source.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    /// There is no bus, or it doesn't let us in.
+    #[error("mender-connect dbus failed to connect, error: {0}")]
+    Bus(String),
+    /// No thread to connect with.
+    #[error("mender-connect dbus failed to connect, error: {0}")]
+    Thread(#[from] io::Error),
+    /// This program can't use any.
+    #[error("built without D-Bus, there is nothing to get a token from")]
+    LeftOut,
+}
+
+/// The source of this device: the authentication manager on the system bus. `wake` is called when there is
+/// something to process beside the descriptor and the deadline.
+///
+/// # Errors
+/// When there can't be one.
+#[cfg(feature = "dbus")]
+pub fn source(wake: &Arc<Wake>) -> Result<Box<dyn Source>, SourceError> {
+    Ok(Box::new(dbus::Manager::connect(Arc::clone(wake))?))
+}
+
+/// The source of this device, which only the authentication manager on the system bus could be.
+///
+/// # Errors
+/// Always.
+#[cfg(not(feature = "dbus"))]
+pub fn source(_: &Arc<Wake>) -> Result<Box<dyn Source>, SourceError> {
+    Err(SourceError::LeftOut)
 }
 
 #[cfg(test)]

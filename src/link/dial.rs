@@ -52,6 +52,7 @@ pub fn dial(
     outbox: &Arc<Outbox>,
 ) -> Result<Open, LinkError> {
     let server = Endpoint::parse(&credentials.server_url)?;
+    let tls = if server.tls { Some(tls::Client::new(&server)?) } else { None };
     let mut bearer = HeaderValue::from_str(&format!("Bearer {}", credentials.token.reveal()))
         .map_err(|_| LinkError::Token)?;
     bearer.set_sensitive(true);
@@ -67,7 +68,7 @@ pub fn dial(
         debug!("asking the proxy {} for {}", proxy.endpoint.authority(), server.authority());
         proxy.tunnel(within(PROXY_LIMIT), &server)?;
     }
-    let tls = if server.tls { Some(tls::handshake(within(TLS_LIMIT), &server)?) } else { None };
+    let tls = tls.map(|client| client.handshake(within(TLS_LIMIT))).transpose()?;
 
     let config = WebSocketConfig::default()
         .read_buffer_size(BUFFER)

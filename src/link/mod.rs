@@ -9,6 +9,10 @@ mod endpoint;
 mod proxy;
 mod reader;
 mod stream;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "no_tls.rs"]
 mod tls;
 mod writer;
 

@@ -3,38 +3,16 @@
 //! During the handshakes the read half is the whole connection and every operation has to be done by a
 //! deadline. Afterwards it only reads: tungstenite answers pings and closes on the half that it reads from,
 //! so what it writes there is dropped, and the writer says it instead.
-//!
-//! With TLS both halves share the state of the connection. The lock is held to move bytes in or out of it,
-//! never while waiting for the network.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustls::ClientConnection;
-
-use super::{SILENCE_LIMIT, WRITE_LIMIT};
+use super::{SILENCE_LIMIT, WRITE_LIMIT, tls};
 use crate::outbox::Outbox;
 use crate::sys::net;
-
-/// A TLS record and its framing.
-const RECORD: usize = 16 * 1024 + 512;
-
-/// A TLS connection as its halves share it.
-#[derive(Clone)]
-pub struct Tls(Arc<Mutex<ClientConnection>>);
-
-impl Tls {
-    pub fn new(connection: ClientConnection) -> Self {
-        Tls(Arc::new(Mutex::new(connection)))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, ClientConnection> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// A socket on which each read and write has to end by `deadline`.
 pub struct Deadline<'a> {
@@ -50,7 +28,7 @@ impl Deadline<'_> {
 }
 
 /// What the kernel calls "again" is a time-out on a blocking socket.
-fn timed_out(error: io::Error) -> io::Error {
+pub fn timed_out(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
 }
 
@@ -85,16 +63,8 @@ impl Write for Deadline<'_> {
 /// The half that tungstenite's handshake gets and the reader keeps.
 pub struct ReadHalf {
     socket: Arc<TcpStream>,
-    tls: Option<TlsReader>,
+    tls: Option<tls::Reader>,
     phase: Phase,
-}
-
-struct TlsReader {
-    tls: Tls,
-    /// Ciphertext that has come and wasn't taken yet: `bytes[taken..filled]`.
-    bytes: Box<[u8]>,
-    taken: usize,
-    filled: usize,
 }
 
 enum Phase {
@@ -104,9 +74,7 @@ enum Phase {
 
 impl ReadHalf {
     /// For a handshake that has to end by `deadline`.
-    pub fn new(socket: Arc<TcpStream>, tls: Option<Tls>, deadline: Instant) -> Self {
-        let tls =
-            tls.map(|tls| TlsReader { tls, bytes: vec![0; RECORD].into_boxed_slice(), taken: 0, filled: 0 });
+    pub fn new(socket: Arc<TcpStream>, tls: Option<tls::Reader>, deadline: Instant) -> Self {
         ReadHalf { socket, tls, phase: Phase::Handshake { deadline } }
     }
 
@@ -121,8 +89,8 @@ impl ReadHalf {
         // acknowledgement would cost 40 ms a keystroke.
         let quick_ack = self.socket.peer_addr()?.ip().is_loopback();
         self.phase = Phase::Open { quick_ack, outbox: Arc::clone(outbox) };
-        let tls = self.tls.as_ref().map(|reader| reader.tls.clone());
-        Ok(WriteHalf { socket: Arc::clone(&self.socket), tls, ciphertext: Vec::new() })
+        let tls = self.tls.as_ref().map(tls::Reader::writer);
+        Ok(WriteHalf { socket: Arc::clone(&self.socket), tls })
     }
 }
 
@@ -141,46 +109,21 @@ impl Phase {
             }
         }
     }
-}
 
-impl Read for ReadHalf {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match &mut self.tls {
-            None => self.phase.read(&self.socket, buffer),
-            Some(reader) => reader.read(&self.phase, &self.socket, buffer),
+    /// The TLS layer has something to say, which is the writer's to send once there is one.
+    fn answer(&self) {
+        if let Phase::Open { outbox, .. } = self {
+            outbox.flush();
         }
     }
 }
 
-impl TlsReader {
-    fn read(&mut self, phase: &Phase, socket: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let mut connection = self.tls.lock();
-            match connection.reader().read(buffer) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                // Closed without a goodbye of the TLS layer: the websocket has its own.
-                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
-                other => return other,
-            }
-            if self.taken < self.filled {
-                let mut rest = &self.bytes[self.taken..self.filled];
-                let n = connection.read_tls(&mut rest)?;
-                self.taken += n;
-                connection.process_new_packets().map_err(io::Error::other)?;
-                if connection.wants_write() {
-                    match phase {
-                        Phase::Open { outbox, .. } => outbox.flush(),
-                        Phase::Handshake { .. } => {}
-                    }
-                }
-                continue;
-            }
-            drop(connection);
-            self.filled = phase.read(socket, &mut self.bytes)?;
-            self.taken = 0;
-            if self.filled == 0 {
-                return Ok(0);
-            }
+impl Read for ReadHalf {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let (socket, phase) = (&self.socket, &self.phase);
+        match &mut self.tls {
+            None => phase.read(socket, buffer),
+            Some(tls) => tls.read(buffer, |buffer| phase.read(socket, buffer), || phase.answer()),
         }
     }
 }
@@ -193,14 +136,7 @@ impl Write for ReadHalf {
                 let mut socket = Deadline { socket: &self.socket, deadline };
                 match &self.tls {
                     None => socket.write(bytes),
-                    Some(reader) => {
-                        let mut connection = reader.tls.lock();
-                        let n = connection.writer().write(bytes)?;
-                        while connection.wants_write() {
-                            connection.write_tls(&mut socket)?;
-                        }
-                        Ok(n)
-                    }
+                    Some(tls) => tls.write(bytes, socket),
                 }
             }
         }
@@ -214,8 +150,7 @@ impl Write for ReadHalf {
 /// The writer's half.
 pub struct WriteHalf {
     socket: Arc<TcpStream>,
-    tls: Option<Tls>,
-    ciphertext: Vec<u8>,
+    tls: Option<tls::Writer>,
 }
 
 impl WriteHalf {
@@ -224,15 +159,9 @@ impl WriteHalf {
     /// # Errors
     /// As writing does.
     pub fn flush_tls(&mut self) -> io::Result<()> {
-        if let Some(tls) = &self.tls {
-            drain(&mut tls.lock(), &mut self.ciphertext)?;
-            send(&self.socket, &mut self.ciphertext)?;
-        }
-        Ok(())
+        self.tls.as_mut().map_or(Ok(()), |tls| tls.flush(&self.socket))
     }
-}
 
-impl WriteHalf {
     /// Ends the connection for both halves.
     pub fn shut_down(&self) {
         // Fails when it has ended already.
@@ -240,35 +169,12 @@ impl WriteHalf {
     }
 }
 
-/// Moves what is ready to be sent out of the connection, so that the lock needn't be held to send it.
-fn drain(connection: &mut ClientConnection, ciphertext: &mut Vec<u8>) -> io::Result<()> {
-    while connection.wants_write() {
-        connection.write_tls(ciphertext)?;
-    }
-    Ok(())
-}
-
-fn send(mut socket: &TcpStream, ciphertext: &mut Vec<u8>) -> io::Result<()> {
-    let result = socket.write_all(ciphertext).map_err(timed_out);
-    ciphertext.clear();
-    // A burst shouldn't cost memory for ever.
-    ciphertext.shrink_to(2 * RECORD);
-    result
-}
-
 impl Write for WriteHalf {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(tls) = &self.tls else {
-            return uninterrupted(|| (&*self.socket).write(bytes)).map_err(timed_out);
-        };
-        let n = {
-            let mut connection = tls.lock();
-            let n = connection.writer().write(bytes)?;
-            drain(&mut connection, &mut self.ciphertext)?;
-            n
-        };
-        send(&self.socket, &mut self.ciphertext)?;
-        Ok(n)
+        match &mut self.tls {
+            None => uninterrupted(|| (&*self.socket).write(bytes)).map_err(timed_out),
+            Some(tls) => tls.write(bytes, &self.socket),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {

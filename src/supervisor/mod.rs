@@ -15,8 +15,7 @@ use nix::sys::signal::Signal;
 use thiserror::Error;
 
 use self::machine::{Action, Event, Machine, State};
-use crate::auth::dbus::{BusError, Manager};
-use crate::auth::{AuthEvent, Credentials};
+use crate::auth::{self, AuthEvent, Credentials, Source, SourceError};
 use crate::config::Config;
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::{Context, Router};
@@ -30,9 +29,9 @@ const STOP_LIMIT: Duration = Duration::from_millis(1700);
 /// Why the daemon can't run (on).
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The system bus couldn't be used.
+    /// There is nothing to get a token from.
     #[error(transparent)]
-    Bus(#[from] BusError),
+    Source(#[from] SourceError),
     /// The system refused something basic.
     #[error("out of resources: {0}")]
     System(#[from] io::Error),
@@ -51,7 +50,7 @@ type Report = (u64, LinkEvent);
 
 struct Supervisor {
     machine: Machine,
-    manager: Manager,
+    source: Box<dyn Source>,
     context: Arc<Context>,
     proxies: Arc<ProxySettings>,
     link: Option<Link>,
@@ -71,7 +70,7 @@ impl Supervisor {
         let (reporter, reports) = crossbeam_channel::unbounded();
         Ok(Supervisor {
             machine: Machine::new(config.reconnect_interval, random),
-            manager: Manager::connect(Arc::clone(&wake))?,
+            source: auth::source(&wake)?,
             context: Context::new(config),
             proxies: Arc::new(ProxySettings::from_environment()),
             link: None,
@@ -90,7 +89,7 @@ impl Supervisor {
                 self.handle_signal(signal);
             }
             self.wake.clear();
-            let auth = self.manager.process(Instant::now())?;
+            let auth = self.source.process(Instant::now())?;
             for event in latest(auth) {
                 self.step(Event::Auth(event));
             }
@@ -107,13 +106,13 @@ impl Supervisor {
         let mut set = PollSet::new();
         set.add(signals.as_fd(), PollFlags::POLLIN);
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
-        if let Some((fd, read, write)) = self.manager.watch() {
+        if let Some((fd, read, write)) = self.source.watch() {
             let mut events = PollFlags::empty();
             events.set(PollFlags::POLLIN, read);
             events.set(PollFlags::POLLOUT, write);
             set.add_raw(fd, events);
         }
-        set.wait([self.machine.deadline(), self.manager.deadline()].into_iter().flatten().min())
+        set.wait([self.machine.deadline(), self.source.deadline()].into_iter().flatten().min())
     }
 
     fn handle_signal(&mut self, signal: Signal) {
@@ -173,8 +172,8 @@ impl Supervisor {
             match action {
                 Action::Close => self.link = None,
                 Action::Dial => self.dial(),
-                Action::Ask => self.manager.ask(Instant::now()),
-                Action::Fetch => self.manager.fetch(Instant::now()),
+                Action::Ask => self.source.ask(Instant::now()),
+                Action::Fetch => self.source.fetch(Instant::now()),
                 Action::LogWait(wait) => {
                     info!("connectionmanager backoff: retrying in {:.1}s", wait.as_secs_f64());
                 }

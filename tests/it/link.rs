@@ -1,4 +1,4 @@
-//! The websocket: its handshake, its endings, its limits. Proxies and TLS are in `remote`, what
+//! The websocket: its handshake, its endings, its limits. Proxies are in `remote`, TLS is in `tls`, what
 //! takes a minute in `at_length`.
 
 use std::time::{Duration, Instant, SystemTime};

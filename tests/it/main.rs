@@ -3,36 +3,72 @@
 //! of them wait.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![cfg_attr(
+    not(all(feature = "tls", feature = "dbus")),
+    allow(dead_code, reason = "the harness serves the tests of every feature")
+)]
 
-mod at_length;
-mod auth;
-mod boards;
 mod cli;
-mod commands;
-mod config;
-mod control;
-mod disk;
-mod files;
-mod forward_access;
-mod forward_datagrams;
-mod forward_ends;
-mod forward_flow;
-mod forward_load;
-mod forward_names;
-mod forwards;
+mod features;
 mod harness;
-mod heavy;
-mod hostile;
 mod layers;
-mod limits;
-mod link;
-mod logs;
-mod playground;
-mod quotas;
-mod remote;
-mod resources;
 mod selftest;
 mod selftest_forward;
+
+// Without a token the daemon has nothing to do.
+#[cfg(feature = "dbus")]
+mod at_length;
+#[cfg(feature = "dbus")]
+mod auth;
+#[cfg(feature = "dbus")]
+mod boards;
+#[cfg(feature = "dbus")]
+mod commands;
+#[cfg(feature = "dbus")]
+mod config;
+#[cfg(feature = "dbus")]
+mod control;
+#[cfg(feature = "dbus")]
+mod disk;
+#[cfg(feature = "dbus")]
+mod files;
+#[cfg(feature = "dbus")]
+mod forward_access;
+#[cfg(feature = "dbus")]
+mod forward_datagrams;
+#[cfg(feature = "dbus")]
+mod forward_ends;
+#[cfg(feature = "dbus")]
+mod forward_flow;
+#[cfg(feature = "dbus")]
+mod forward_load;
+#[cfg(feature = "dbus")]
+mod forward_names;
+#[cfg(feature = "dbus")]
+mod forwards;
+#[cfg(feature = "dbus")]
+mod heavy;
+#[cfg(feature = "dbus")]
+mod hostile;
+#[cfg(feature = "dbus")]
+mod limits;
+#[cfg(feature = "dbus")]
+mod link;
+#[cfg(feature = "dbus")]
+mod logs;
+#[cfg(feature = "dbus")]
+mod playground;
+#[cfg(feature = "dbus")]
+mod quotas;
+#[cfg(feature = "dbus")]
+mod remote;
+#[cfg(feature = "dbus")]
+mod resources;
+#[cfg(feature = "dbus")]
 mod shell;
+#[cfg(feature = "dbus")]
 mod signals;
+#[cfg(feature = "dbus")]
 mod terminal;
+#[cfg(all(feature = "dbus", feature = "tls"))]
+mod tls;
