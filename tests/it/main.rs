@@ -35,3 +35,4 @@ mod selftest_forward;
 mod shell;
 mod signals;
 mod terminal;
+mod yocto;
