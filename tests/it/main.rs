@@ -6,6 +6,7 @@
 
 mod at_length;
 mod auth;
+mod buildroot;
 mod cli;
 mod commands;
 mod config;
