@@ -8,6 +8,7 @@
     allow(dead_code, reason = "the harness serves the tests of every feature")
 )]
 
+mod buildroot;
 mod cli;
 mod features;
 mod harness;
@@ -72,3 +73,4 @@ mod signals;
 mod terminal;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod tls;
+mod yocto;

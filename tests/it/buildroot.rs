@@ -1,0 +1,168 @@
+//! The Buildroot package, with a few lines in place of Buildroot: its variables, and the commands that
+//! install it.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+
+use crate::yocto::{available, mode, read, root};
+
+/// What the package uses of Buildroot, and a target that installs as Buildroot does.
+const BUILDROOT: &str = r#"
+comma := ,
+INSTALL = install
+qstrip = $(strip $(subst ",,$(1)))
+UPPERCASE = $(shell printf %s '$(1)' | tr a-z- A-Z_)
+RUSTC_TARGET_NAME = armv7-unknown-linux-musleabihf
+NORMALIZED_ARCH = arm
+cargo-package = PACKAGES += $(notdir $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST)))))
+include $(BR2_EXTERNAL_MENDER_CONNECT_RS_PATH)/external.mk
+
+$(BUILD_DIR)/stamp:
+	$(MENDER_CONNECT_RS_INSTALL_TARGET_CMDS)
+	$(if $(BR2_INIT_SYSTEMD),$(MENDER_CONNECT_RS_INSTALL_INIT_SYSTEMD))
+	$(if $(BR2_INIT_SYSV),$(MENDER_CONNECT_RS_INSTALL_INIT_SYSV))
+
+show-%:
+	$(info $($*))@:
+"#;
+
+/// Runs make with Buildroot's settings.
+fn make(external: &Path, settings: &[&str], target: &str) -> Result<String, String> {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let makefile = dir.path().join("Makefile");
+    fs::write(&makefile, BUILDROOT).expect("write");
+    let mut command = Command::new("make");
+    command.args(["--no-print-directory", "-s", "-f"]).arg(makefile).arg(target);
+    command.arg(format!("BR2_EXTERNAL_MENDER_CONNECT_RS_PATH={}", external.display())).args(settings);
+    // The settings of a make that these tests were started by.
+    command.env_remove("MAKEFLAGS").env_remove("MFLAGS").env_remove("MAKELEVEL");
+    let output = command.output().expect("run make");
+    if output.status.success() {
+        Ok(String::from_utf8(output.stdout).expect("UTF-8").trim().to_owned())
+    } else {
+        Err(String::from_utf8(output.stderr).expect("UTF-8"))
+    }
+}
+
+fn show(settings: &[&str], name: &str) -> String {
+    make(&root().join("yocto/files/buildroot"), settings, &format!("show-{name}")).expect("make")
+}
+
+#[test]
+fn source_is_the_checkout_unless_told_otherwise() {
+    if !available("make") || !available("git") {
+        return;
+    }
+    assert_eq!(show(&[], "PACKAGES"), "mender-connect-rs");
+    assert_eq!(show(&[], "MENDER_CONNECT_RS_SITE_METHOD"), "git");
+    assert_eq!(show(&[], "MENDER_CONNECT_RS_SITE"), format!("file://{}", root().display()));
+    let head = Command::new("git").arg("-C").arg(root()).args(["rev-parse", "HEAD"]).output();
+    let head = String::from_utf8(head.expect("run git").stdout).expect("UTF-8");
+    assert_eq!(show(&[], "MENDER_CONNECT_RS_VERSION"), head.trim());
+
+    let remote = [
+        r#"BR2_PACKAGE_MENDER_CONNECT_RS_REPOSITORY="https://host/it.git""#,
+        r#"BR2_PACKAGE_MENDER_CONNECT_RS_REVISION="v9""#,
+    ];
+    assert_eq!(show(&remote, "MENDER_CONNECT_RS_SITE"), "https://host/it.git");
+    assert_eq!(show(&remote, "MENDER_CONNECT_RS_VERSION"), "v9");
+}
+
+#[test]
+fn without_git_the_package_says_so_once_it_is_selected() {
+    if !available("make") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    fs::create_dir_all(dir.path().join("yocto/files")).expect("a folder");
+    let external = dir.path().join("yocto/files/buildroot");
+    symlink(root().join("yocto/files/buildroot"), &external).expect("a link");
+    make(&external, &[], "show-PACKAGES").expect("not selected");
+    let said = make(&external, &["BR2_PACKAGE_MENDER_CONNECT_RS=y"], "show-PACKAGES").expect_err("no git");
+    assert!(said.contains("is no git checkout"), "{said}");
+}
+
+#[test]
+fn features_licences_and_flags() {
+    if !available("make") {
+        return;
+    }
+    let options = "--bin mender-connect --no-default-features --features dbus";
+    assert_eq!(show(&[], "MENDER_CONNECT_RS_CARGO_BUILD_OPTS"), options);
+    let tls = show(&["BR2_PACKAGE_MENDER_CONNECT_RS_TLS=y"], "MENDER_CONNECT_RS_CARGO_BUILD_OPTS");
+    assert_eq!(tls, format!("{options},tls"));
+
+    let licences = read(root().join("yocto/recipes-mender/mender-connect-rs/mender-connect-rs-cargo.inc"));
+    let shown = show(&[], "MENDER_CONNECT_RS_LICENSE");
+    assert!(shown.starts_with("Apache-2.0, "), "{shown}");
+    assert!(licences.contains(&format!("\"{}\"", shown.replace(", ", " & "))), "{shown}");
+
+    assert_eq!(show(&[], "MENDER_CONNECT_RS_CARGO_ENV"), "");
+    let start = "CARGO_TARGET_ARMV7_UNKNOWN_LINUX_MUSLEABIHF_RUSTFLAGS=\"-Ctarget-feature=-crt-static";
+    let arm = show(&["BR2_TOOLCHAIN_USES_MUSL=y"], "MENDER_CONNECT_RS_CARGO_ENV");
+    let (time, link) = ("--cfg=libc_unstable_time64", "-Clink-arg=-Wl,--allow-multiple-definition");
+    assert_eq!(arm, format!("{start} {time} {link}\""));
+    let aarch64 = ["BR2_TOOLCHAIN_USES_MUSL=y", "BR2_ARCH_IS_64=y", "NORMALIZED_ARCH=aarch64"];
+    assert_eq!(show(&aarch64, "MENDER_CONNECT_RS_CARGO_ENV").trim_end_matches(['"', ' ']), start);
+}
+
+#[test]
+fn installs_what_the_init_system_needs() {
+    if !available("make") {
+        return;
+    }
+    for (init, profile, unit, script) in [
+        (&["BR2_INIT_SYSTEMD=y"][..], "release", true, false),
+        (&["BR2_INIT_SYSV=y"], "release", false, true),
+        (&["BR2_ENABLE_DEBUG=y"], "debug", false, false),
+    ] {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (build, target) = (dir.path().join("build"), dir.path().join("target"));
+        let programs = build.join("target/armv7-unknown-linux-musleabihf").join(profile);
+        fs::create_dir_all(&programs).expect("a folder");
+        fs::write(programs.join("mender-connect"), "ELF").expect("write");
+        symlink(root().join("yocto"), build.join("yocto")).expect("a link");
+        let (build, target_) =
+            (format!("BUILD_DIR={}", build.display()), format!("TARGET_DIR={}", target.display()));
+        let mut settings = vec![
+            r#"BR2_PACKAGE_MENDER_CONNECT_RS_SHELL="/bin/bash""#,
+            r#"BR2_PACKAGE_MENDER_CONNECT_RS_USER="root""#,
+            &build,
+            &target_,
+        ];
+        settings.extend(init);
+        let stamp = format!("{}/stamp", build.trim_start_matches("BUILD_DIR="));
+        make(&root().join("yocto/files/buildroot"), &settings, &stamp).expect("an installation");
+
+        assert_eq!(mode(target.join("usr/bin/mender-connect")), 0o755);
+        let conf: serde_json::Value =
+            serde_json::from_str(&read(target.join("etc/mender/mender-connect.conf"))).expect("JSON");
+        assert_eq!(conf, serde_json::json!({ "ShellCommand": "/bin/bash", "User": "root" }));
+        let unit_file = target.join("usr/lib/systemd/system/mender-connect.service");
+        let script_file = target.join("etc/init.d/S43mender-connect");
+        assert_eq!((unit_file.exists(), script_file.exists()), (unit, script), "{init:?}");
+        if script {
+            assert_eq!(mode(script_file), 0o755);
+        }
+    }
+    let permissions = show(&[], "MENDER_CONNECT_RS_PERMISSIONS");
+    assert_eq!(permissions, "/etc/mender/mender-connect.conf f 600 0 0 - - - - -");
+}
+
+/// Every option that the package reads is one that it offers, and the other way round.
+#[test]
+fn options_are_declared_and_used() {
+    let folder = root().join("yocto/files/buildroot/package/mender-connect-rs");
+    let (config, makefile) = (read(folder.join("Config.in")), read(folder.join("mender-connect-rs.mk")));
+    let declared: Vec<_> = config.lines().filter_map(|line| line.strip_prefix("config ")).collect();
+    assert!(declared.len() > 3, "{declared:?}");
+    for option in &declared {
+        assert!(makefile.contains(&format!("$({option})")), "{option} isn't used");
+    }
+    for used in makefile.split("$(BR2_PACKAGE_MENDER_CONNECT_RS").skip(1) {
+        let name = format!("BR2_PACKAGE_MENDER_CONNECT_RS{}", used.split(')').next().expect("its end"));
+        assert!(declared.contains(&name.as_str()), "{name} isn't declared");
+    }
+}

@@ -1,0 +1,355 @@
+//! The Yocto layer: its lists against Cargo.lock, and what its recipe does, run by the few lines of
+//! bitbake in bitbake.py.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+
+use crate::harness::wait::skip;
+
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn recipes() -> PathBuf {
+    root().join("yocto/recipes-mender/mender-connect-rs")
+}
+
+pub fn read(path: impl AsRef<Path>) -> String {
+    let path = path.as_ref();
+    fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The tool's path if it is there.
+pub fn available(tool: &str) -> bool {
+    let found = Command::new(tool).arg("--version").output().is_ok();
+    if !found {
+        skip(&format!("{tool} is missing"));
+    }
+    found
+}
+
+/// The quoted value of a line that starts with `key = `.
+fn value<'a>(text: &'a str, key: &str) -> &'a str {
+    let start = format!("{key} = \"");
+    let line = text.lines().find_map(|line| line.strip_prefix(&start));
+    line.unwrap_or_else(|| panic!("no {key}")).trim_end_matches('"')
+}
+
+pub fn mode(path: impl AsRef<Path>) -> u32 {
+    let path = path.as_ref();
+    let data = fs::metadata(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    data.permissions().mode() & 0o7777
+}
+
+fn bitbake(settings: &Value, words: &[&str]) -> Output {
+    let mut command = Command::new("python3");
+    command.arg(root().join("tests/it/bitbake.py")).arg(settings.to_string()).args(words);
+    command.output().expect("run python3")
+}
+
+fn get(settings: &Value, name: &str) -> String {
+    let output = bitbake(settings, &["get", name]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let values: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    values[name].as_str().unwrap_or_else(|| panic!("{name} isn't set")).to_owned()
+}
+
+fn run(settings: &Value, function: &str) -> Result<(), String> {
+    let output = bitbake(settings, &["run", function]);
+    let said = String::from_utf8(output.stderr).expect("UTF-8");
+    if output.status.success() { Ok(()) } else { Err(said) }
+}
+
+#[test]
+fn crates_are_those_of_the_lock() {
+    let lock = read(root().join("Cargo.lock"));
+    let mut locked = BTreeMap::new();
+    for package in lock.split("[[package]]").skip(1) {
+        if package.contains("\nsource = ") {
+            let crate_ = (value(package, "name").to_owned(), value(package, "version").to_owned());
+            locked.insert(crate_, value(package, "checksum").to_owned());
+        }
+    }
+    assert!(locked.len() > 100, "{} crates", locked.len());
+
+    let list = read(recipes().join("mender-connect-rs-crates.inc"));
+    let mut fetched = BTreeMap::new();
+    for line in list.lines().filter_map(|line| line.trim().strip_prefix("crate://crates.io/")) {
+        let (crate_, name) = line.trim_end_matches(" \\").split_once(";name=").expect("a name");
+        let (crate_, version) = crate_.split_once('/').expect("a version");
+        assert_eq!(name, format!("{crate_}-{version}"));
+        let checksum = value(&list, &format!("SRC_URI[{name}.sha256sum]")).to_owned();
+        let twice = fetched.insert((crate_.to_owned(), version.to_owned()), checksum);
+        assert!(twice.is_none(), "twice: {name}");
+    }
+    assert_eq!(fetched, locked, "run yocto/update-crates");
+    assert_eq!(list.matches(".sha256sum]").count(), fetched.len(), "checksums without a crate");
+}
+
+#[test]
+fn recipe_is_of_this_version_and_licence() {
+    let recipe = recipes().join(concat!("mender-connect-rs_", env!("CARGO_PKG_VERSION"), ".bb"));
+    let found: Vec<_> = fs::read_dir(recipes())
+        .expect("the recipe's folder")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.extension().is_some_and(|e| e == "bb"))
+        .collect();
+    assert_eq!(found, std::slice::from_ref(&recipe));
+
+    let sum = Command::new("md5sum").arg(root().join("LICENSE")).output().expect("run md5sum");
+    let sum = String::from_utf8(sum.stdout).expect("UTF-8");
+    let sum = sum.split_whitespace().next().expect("a sum");
+    assert_eq!(value(&read(recipe), "LIC_FILES_CHKSUM"), format!("file://LICENSE;md5={sum}"));
+    assert_eq!(read(root().join("yocto/LICENSE")), read(root().join("LICENSE")));
+}
+
+/// A copy of what the generator reads and writes.
+fn project() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for name in ["src", "tests"] {
+        symlink(root().join(name), dir.path().join(name)).expect("a link");
+    }
+    let folder = dir.path().join("yocto/recipes-mender/mender-connect-rs");
+    fs::create_dir_all(&folder).expect("a folder");
+    for name in ["Cargo.toml", "Cargo.lock", "yocto/update-crates"] {
+        fs::copy(root().join(name), dir.path().join(name)).expect("a copy");
+    }
+    for name in ["mender-connect-rs-crates.inc", "mender-connect-rs-cargo.inc"] {
+        fs::copy(recipes().join(name), folder.join(name)).expect("a copy");
+    }
+    dir
+}
+
+fn update_crates(project: &Path, arguments: &[&str]) -> Result<(), String> {
+    let mut command = Command::new("python3");
+    command.arg(project.join("yocto/update-crates")).args(arguments).env("CARGO_NET_OFFLINE", "true");
+    let output = command.output().expect("run python3");
+    let said = [output.stdout, output.stderr].concat();
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8(said).expect("UTF-8")) }
+}
+
+#[test]
+fn generated_files_are_current() {
+    if available("python3") {
+        update_crates(root(), &["--check"]).expect("run yocto/update-crates");
+    }
+}
+
+#[test]
+fn generator_notices_and_mends_what_drifted() {
+    if !available("python3") {
+        return;
+    }
+    let project = project();
+    update_crates(project.path(), &["--check"]).expect("a copy is current");
+
+    let folder = project.path().join("yocto/recipes-mender/mender-connect-rs");
+    for (name, from, to) in [
+        ("mender-connect-rs-crates.inc", "crate://crates.io/ring/", "crate://crates.io/rung/"),
+        ("mender-connect-rs-cargo.inc", " & ISC", ""),
+        ("mender-connect-rs-cargo.inc", "_RUST = \"1.", "_RUST = \"2."),
+    ] {
+        let good = read(folder.join(name));
+        assert!(good.contains(from), "{name}: {from}");
+        fs::write(folder.join(name), good.replace(from, to)).expect("write");
+        let said = update_crates(project.path(), &["--check"]).expect_err(from);
+        assert!(said.contains(from.trim()) && said.contains("yocto/update-crates"), "{said}");
+        update_crates(project.path(), &[]).expect("an update");
+        assert_eq!(read(folder.join(name)), good);
+    }
+
+    let lock = read(project.path().join("Cargo.lock"));
+    let git = lock.replacen("registry+https://github.com/rust-lang/crates.io-index", "git+https://a/b", 1);
+    fs::write(project.path().join("Cargo.lock"), git).expect("write");
+    let said = update_crates(project.path(), &[]).expect_err("a crate that isn't from crates.io");
+    assert!(said.contains("can only fetch from crates.io"), "{said}");
+}
+
+#[test]
+fn features_follow_packageconfig() {
+    if !available("python3") {
+        return;
+    }
+    let manifest = read(root().join("Cargo.toml"));
+    let features = manifest.split("\n[features]\n").nth(1).expect("features").split("\n[").next();
+    let defaults = "--bin mender-connect --no-default-features --features";
+    for (packageconfig, wanted, vendored) in [
+        (None, "dbus tls", false),
+        (Some("system-dbus"), "dbus", false),
+        (Some("tls"), "dbus tls vendored-dbus", true),
+    ] {
+        let settings = packageconfig.map_or(json!({}), |p| json!({ "PACKAGECONFIG": p }));
+        let flags = get(&settings, "CARGO_BUILD_FLAGS").split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(flags.replace(" '", "'"), format!("{defaults} '{wanted}'").replace(" '", "'"));
+        for feature in wanted.split(' ') {
+            let line = format!("\n{feature} = ");
+            assert!(format!("\n{}", features.expect("text")).contains(&line), "no feature {feature}");
+        }
+        let licence = get(&settings, "LICENSE");
+        assert_eq!(licence.contains(" & (AFL-2.1 | GPL-2.0-or-later)"), vendored, "{licence}");
+        assert!(licence.starts_with("Apache-2.0 & "), "{licence}");
+        let of_libdbus = read(root().join(".cargo/config.toml"));
+        let of_libdbus = value(&of_libdbus, "TARGET_CFLAGS");
+        let settings = packageconfig
+            .map_or(json!({ "CFLAGS": "-O2" }), |p| json!({ "CFLAGS": "-O2", "PACKAGECONFIG": p }));
+        let flags = if vendored { format!("-O2 {of_libdbus}") } else { "-O2".to_owned() };
+        assert_eq!(get(&settings, "CFLAGS").trim(), flags);
+    }
+}
+
+/// The flags for 32-bit musl are those of .cargo/config.toml, which neither build system reads.
+#[test]
+fn time_has_64_bits_wherever_the_project_says_so() {
+    let config = read(root().join(".cargo/config.toml"));
+    let Some(flags) = config.lines().find_map(|line| line.strip_prefix("rustflags = [\"")) else { return };
+    let flags = flags.trim_end_matches("\"]");
+    let recipe = read(recipes().join(concat!("mender-connect-rs_", env!("CARGO_PKG_VERSION"), ".bb")));
+    assert_eq!(value(&recipe, "RUSTFLAGS:append:libc-musl:arm"), format!(" {flags}"));
+    let package = root().join("yocto/files/buildroot/package/mender-connect-rs/mender-connect-rs.mk");
+    assert!(read(package).contains(&format!("$(if $(BR2_ARCH_IS_64),,{flags})")));
+}
+
+#[test]
+fn source_is_the_checkout_unless_told_otherwise() {
+    if !available("python3") {
+        return;
+    }
+    let checkout = fs::canonicalize(root()).expect("this checkout");
+    let source = get(&json!({}), "SRC_URI");
+    let here = format!("git://{};protocol=file;usehead=1;", checkout.display());
+    assert!(source.starts_with(&here), "{source}");
+    assert_eq!(get(&json!({}), "SRCREV"), "AUTOINC");
+    assert!(source.contains(&format!(";destsuffix=mender-connect-rs-{} ", env!("CARGO_PKG_VERSION"))));
+    assert!(source.contains(" file://mender-connect.conf "), "{source}");
+
+    let remote = json!({ "MENDER_CONNECT_RS_GIT": "git://host/it.git;branch=main", "SRCREV": "0123" });
+    assert!(get(&remote, "SRC_URI").starts_with("git://host/it.git;branch=main;destsuffix="));
+    assert_eq!(get(&remote, "SRCREV"), "0123");
+}
+
+#[test]
+fn takes_the_place_of_upstreams_package() {
+    if !available("python3") {
+        return;
+    }
+    assert_eq!(get(&json!({}), "PREFERRED_RPROVIDER_mender-connect"), "mender-connect-rs");
+    let other = json!({ "PREFERRED_RPROVIDER_mender-connect": "mender-connect" });
+    assert_eq!(get(&other, "PREFERRED_RPROVIDER_mender-connect"), "mender-connect");
+    assert_eq!(get(&json!({}), "RPROVIDES:mender-connect-rs"), "mender-connect (= 3.0.0)");
+    let newer = json!({ "MENDER_CONNECT_RS_UPSTREAM_VERSION": "3.0.1" });
+    assert_eq!(get(&newer, "RPROVIDES:mender-connect-rs"), "mender-connect (= 3.0.1)");
+    for (name, wanted) in [("RREPLACES", "mender-connect"), ("RCONFLICTS", "mender-connect")] {
+        assert_eq!(get(&json!({}), &format!("{name}:mender-connect-rs")), wanted);
+    }
+    let conf = get(&json!({ "sysconfdir": "/etc" }), "CONFFILES:mender-connect-rs");
+    assert_eq!(conf, "/etc/mender/mender-connect.conf");
+}
+
+#[test]
+fn an_old_rust_is_named_before_anything_is_built() {
+    if !available("python3") {
+        return;
+    }
+    assert!(get(&json!({}), "do_fetch[prefuncs]").contains("mender_connect_rs_check_rust"));
+    assert_eq!(get(&json!({}), "MENDER_CONNECT_RS_RUST"), env!("CARGO_PKG_RUST_VERSION"));
+    for (settings, fits) in [
+        (json!({ "RUSTVERSION": "1.75%" }), false),
+        (json!({ "RUSTVERSION": "1.87.1" }), false),
+        (json!({ "RUSTVERSION": "1.100.0%", "PREFERRED_VERSION_rust-native": "1.9%" }), false),
+        (json!({ "RUSTVERSION": "1.88.0%" }), true),
+        (json!({ "RUSTVERSION": "1.75%", "PREFERRED_VERSION_rust-native": "1.100%" }), true),
+        (json!({ "RUSTVERSION": "2.0" }), true),
+        (json!({}), true),
+        (json!({ "RUSTVERSION": "%" }), true),
+    ] {
+        let result = run(&settings, "mender_connect_rs_check_rust");
+        assert_eq!(result.is_ok(), fits, "{settings}: {result:?}");
+        if let Err(said) = result {
+            assert!(said.contains("needs Rust 1.88") && said.contains("meta-lts-mixins"), "{said}");
+        }
+    }
+}
+
+/// Runs the recipe's task over a configuration of SRC_URI.
+fn prepared(given: &str, mut settings: Value, folder: &str) -> Result<Value, String> {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    fs::write(dir.path().join("mender-connect.conf"), given).expect("write");
+    let build = dir.path().join("build");
+    fs::create_dir(&build).expect("a folder");
+    settings["WORKDIR"] = json!("/nonexistent");
+    settings[folder] = json!(dir.path());
+    settings["B"] = json!(build);
+    run(&settings, "do_prepare_mender_connect_conf")?;
+    Ok(serde_json::from_str(&read(build.join("mender-connect.conf"))).expect("JSON"))
+}
+
+#[test]
+fn configuration_is_completed_with_shell_and_user() {
+    if !available("python3") {
+        return;
+    }
+    let own = read(recipes().join("files/mender-connect.conf"));
+    let defaults = json!({ "ShellCommand": "/bin/sh", "User": "nobody" });
+    for folder in ["WORKDIR", "UNPACKDIR"] {
+        assert_eq!(prepared(&own, json!({}), folder), Ok(defaults.clone()));
+    }
+
+    let settings = json!({ "MENDER_CONNECT_SHELL": "/bin/bash", "MENDER_CONNECT_USER": "root" });
+    let wanted = json!({ "ShellCommand": "/bin/bash", "User": "root" });
+    assert_eq!(prepared(&own, settings.clone(), "UNPACKDIR"), Ok(wanted));
+
+    let given = r#"{"USER": "pi", "Terminal": {"Width": 90}, "PortForward": {"Allow": ["tcp/*:22"]}}"#;
+    let mut wanted: Value = serde_json::from_str(given).expect("JSON");
+    wanted["ShellCommand"] = json!("/bin/bash");
+    assert_eq!(prepared(given, settings, "UNPACKDIR"), Ok(wanted));
+
+    let said = prepared("{\"User\": }", json!({}), "UNPACKDIR").expect_err("no JSON");
+    assert!(said.contains("FATAL") && said.contains("mender-connect.conf"), "{said}");
+
+    let watched = get(&json!({}), "do_prepare_mender_connect_conf[vardeps]");
+    assert_eq!(watched.trim(), "MENDER_CONNECT_SHELL MENDER_CONNECT_USER");
+}
+
+#[test]
+fn installs_what_the_init_system_needs() {
+    if !available("python3") {
+        return;
+    }
+    for (features, unit, script) in [
+        ("systemd pam", true, false),
+        ("sysvinit", false, true),
+        ("systemd sysvinit", true, true),
+        ("", false, true),
+    ] {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (build, image) = (dir.path().join("build"), dir.path().join("image"));
+        fs::create_dir_all(build.join("target/a-b/release")).expect("a folder");
+        fs::write(build.join("target/a-b/release/mender-connect"), "ELF").expect("write");
+        fs::write(build.join("mender-connect.conf"), "{}").expect("write");
+        let settings = json!({
+            "B": build, "D": image, "S": root(), "DISTRO_FEATURES": features, "bindir": "/usr/bin", "sysconfdir": "/etc",
+            "systemd_system_unitdir": "/lib/systemd/system", "CARGO_TARGET_SUBDIR": "a-b/release",
+        });
+        run(&settings, "do_install").expect("do_install");
+
+        assert_eq!(mode(image.join("usr/bin/mender-connect")), 0o755);
+        assert_eq!(mode(image.join("etc/mender/mender-connect.conf")), 0o600);
+        assert_eq!(mode(image.join("etc/mender")), 0o755);
+        let unit_file = image.join("lib/systemd/system/mender-connect.service");
+        let script_file = image.join("etc/init.d/mender-connect");
+        assert_eq!((unit_file.exists(), script_file.exists()), (unit, script), "{features}");
+        if unit {
+            assert_eq!(mode(&unit_file), 0o644);
+        }
+        if script {
+            assert_eq!(mode(&script_file), 0o755);
+        }
+    }
+    assert_eq!(get(&json!({}), "SYSTEMD_SERVICE:mender-connect-rs"), "mender-connect.service");
+    assert_eq!(get(&json!({}), "INITSCRIPT_NAME"), "mender-connect");
+}

@@ -1,0 +1,99 @@
+SUMMARY = "Remote terminal, files and ports of a device through its Mender server"
+DESCRIPTION = "Takes the place of Mender's own mender-connect: same server, clients, configuration and command line."
+SECTION = "net"
+
+require ${BPN}-cargo.inc
+LICENSE = "${MENDER_CONNECT_RS_LICENSES}${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', ' & (AFL-2.1 | GPL-2.0-or-later)', d)}"
+LIC_FILES_CHKSUM = "file://LICENSE;md5=3b83ef96387f14655fc854ddc3c6bd57"
+
+# The commit that the layer's checkout is at. See the layer's README for building from elsewhere.
+MENDER_CONNECT_RS_GIT ?= "git://${MENDER_CONNECT_RS_CHECKOUT};protocol=file;usehead=1;nobranch=1"
+# With this name the source is in the default S of all series.
+SRC_URI = "${MENDER_CONNECT_RS_GIT};destsuffix=${BP} file://mender-connect.conf"
+require ${BPN}-crates.inc
+SRCREV ?= "${AUTOREV}"
+
+inherit cargo cargo-update-recipe-crates pkgconfig systemd update-rc.d
+
+PACKAGECONFIG ??= "system-dbus tls"
+PACKAGECONFIG[system-dbus] = ",,dbus"
+PACKAGECONFIG[tls] = ",,"
+
+# Not by PACKAGECONFIG_CONFARGS, which only the newer series' class hands to cargo.
+MENDER_CONNECT_RS_FEATURES = "dbus \
+    ${@bb.utils.filter('PACKAGECONFIG', 'tls', d)} \
+    ${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', 'vendored-dbus', d)}"
+CARGO_BUILD_FLAGS += "--bin mender-connect --no-default-features --features '${MENDER_CONNECT_RS_FEATURES}'"
+# What .cargo/config.toml says of time_t and of the vendored libdbus. That file isn't read here.
+RUSTFLAGS:append:libc-musl:arm = " --cfg=libc_unstable_time64"
+CFLAGS:append = " ${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', '-DHAVE_POLL=1 -DHAVE_MONOTONIC_CLOCK=1 -DHAVE_GETRESUID=1', d)}"
+# The packaging splits the debug information off.
+export CARGO_PROFILE_RELEASE_STRIP = "none"
+
+# Before the crates are fetched: without this, the first of them that needs the newer Rust fails.
+python mender_connect_rs_check_rust() {
+    import re
+
+    rust = d.getVar("PREFERRED_VERSION_rust-native") or d.getVar("RUSTVERSION") or ""
+    needed = d.getVar("MENDER_CONNECT_RS_RUST")
+    found = re.match(r"(\d+)\.(\d+)", rust)
+    if found and [int(part) for part in found.groups()] < [int(part) for part in needed.split(".")[:2]]:
+        bb.fatal("mender-connect-rs needs Rust %s or newer, but this build's is %s. With scarthgap, add the branch "
+                 "scarthgap/rust of https://git.yoctoproject.org/meta-lts-mixins to bblayers.conf." % (needed, rust))
+}
+do_fetch[prefuncs] += "mender_connect_rs_check_rust"
+
+MENDER_CONNECT_SHELL ??= "/bin/sh"
+MENDER_CONNECT_USER ??= "nobody"
+
+# The configuration is that of SRC_URI; what it doesn't say comes from the variables.
+python do_prepare_mender_connect_conf() {
+    import json
+
+    given = os.path.join(d.getVar("UNPACKDIR") or d.getVar("WORKDIR"), "mender-connect.conf")
+    with open(given) as file:
+        try:
+            conf = json.load(file)
+        except ValueError as error:
+            bb.fatal("%s: %s" % (given, error))
+
+    # The agent doesn't tell upper from lower case.
+    present = [key.lower() for key in conf]
+    if "shellcommand" not in present:
+        conf["ShellCommand"] = d.getVar("MENDER_CONNECT_SHELL")
+    if "user" not in present:
+        conf["User"] = d.getVar("MENDER_CONNECT_USER")
+
+    with open(os.path.join(d.getVar("B"), "mender-connect.conf"), "w") as file:
+        json.dump(conf, file, indent=4, sort_keys=True)
+        file.write("\n")
+}
+do_prepare_mender_connect_conf[doc] = "Completes the configuration file with MENDER_CONNECT_SHELL and MENDER_CONNECT_USER"
+do_prepare_mender_connect_conf[vardeps] += "MENDER_CONNECT_SHELL MENDER_CONNECT_USER"
+addtask prepare_mender_connect_conf after do_compile before do_install
+
+SYSTEMD_SERVICE:${PN} = "mender-connect.service"
+INITSCRIPT_NAME = "mender-connect"
+INITSCRIPT_PARAMS = "defaults 90 10"
+
+do_install() {
+    install -D -m 0755 ${B}/target/${CARGO_TARGET_SUBDIR}/mender-connect ${D}${bindir}/mender-connect
+    install -D -m 0600 ${B}/mender-connect.conf ${D}${sysconfdir}/mender/mender-connect.conf
+
+    if ${@bb.utils.contains('DISTRO_FEATURES', 'systemd', 'true', 'false', d)}; then
+        install -D -m 0644 ${S}/yocto/files/mender-connect.service ${D}${systemd_system_unitdir}/mender-connect.service
+    fi
+    if ${@bb.utils.contains('DISTRO_FEATURES', 'sysvinit', 'true', 'false', d)} ||
+        ! ${@bb.utils.contains('DISTRO_FEATURES', 'systemd', 'true', 'false', d)}; then
+        install -D -m 0755 ${S}/yocto/files/mender-connect.init ${D}${sysconfdir}/init.d/mender-connect
+    fi
+}
+
+CONFFILES:${PN} = "${sysconfdir}/mender/mender-connect.conf"
+
+RDEPENDS:${PN} = "mender-auth"
+# The version of upstream's package that this one passes for: meta-mender's inventory script conflicts with others.
+MENDER_CONNECT_RS_UPSTREAM_VERSION ?= "3.0.0"
+RPROVIDES:${PN} = "mender-connect (= ${MENDER_CONNECT_RS_UPSTREAM_VERSION})"
+RREPLACES:${PN} = "mender-connect"
+RCONFLICTS:${PN} = "mender-connect"
