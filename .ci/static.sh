@@ -1,0 +1,33 @@
+# Sourced by the scripts here: cargo for static executables, with zig as the C compiler and linker of every target.
+
+# zig's own allocator, from 0.16 on, keeps three times as much memory as musl's.
+zig_tools=(ziglang==0.15.2 cargo-zigbuild==0.24.0)
+
+# static_cargo COMMAND TARGET… -- OPTIONS…: for the release profile, the standard library included.
+static_cargo() {
+    local command=$1 targets=() flags name
+    shift
+    if [ "$(cat target/tools/versions 2>/dev/null)" != "${zig_tools[*]}" ]; then
+        rm -rf target/tools
+        python3 -m pip --disable-pip-version-check install --quiet --target target/tools "${zig_tools[@]}"
+        echo "${zig_tools[*]}" >target/tools/versions
+    fi
+    [ -d "$(rustc --print sysroot)/lib/rustlib/src" ] || rustup component add rust-src
+    while [ "$1" != -- ]; do
+        # zig brings crt and libc. Nothing unwinds: the tables would be a fifth of the executable.
+        flags="-Clink-self-contained=no -Cforce-unwind-tables=no"
+        case $1 in
+        armv7-*) flags+=" -Ctarget-feature=+thumb-mode" ;;
+        esac
+        name=${1^^}
+        local -x "CARGO_TARGET_${name//-/_}_RUSTFLAGS=$flags"
+        targets+=(--target "$1")
+        shift
+    done
+    shift
+    # Building the standard library takes unstable options.
+    local -x PYTHONPATH=$PWD/target/tools PATH=$PWD/target/tools/bin:$PATH RUSTC_BOOTSTRAP=1
+    env -u RUSTFLAGS -u CARGO_ENCODED_RUSTFLAGS cargo-zigbuild "$command" --release --locked "${targets[@]}" \
+        -Zbuild-std=std,panic_abort -Zbuild-std-features=optimize_for_size \
+        -Ztrim-paths --config 'profile.release.trim-paths="all"' "$@"
+}
