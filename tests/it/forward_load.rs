@@ -251,11 +251,10 @@ fn connections_that_come_and_go_leave_nothing_behind() {
     eventually(SOON, &what, || {
         (proc::threads(pid) <= threads && proc::descriptors(pid) <= descriptors).then_some(())
     });
-    let grown = proc::rss_kib(pid);
+    let grown = proc::assert_not_grown(pid, rss);
     println!(
         "{total} connections: {threads} threads, {descriptors} descriptors, {rss} KiB, then {grown} KiB"
     );
-    assert!(grown < rss + 1024, "memory grew from {rss} to {grown} KiB");
     client.close();
     drop(device);
 }
@@ -282,6 +281,5 @@ fn sessions_that_come_and_go_leave_nothing_behind() {
     eventually(SOON, &format!("{threads} threads, {descriptors} descriptors again"), || {
         (proc::threads(pid) <= threads && proc::descriptors(pid) <= descriptors).then_some(())
     });
-    let grown = proc::rss_kib(pid);
-    assert!(grown < rss + 1024, "memory grew from {rss} to {grown} KiB");
+    proc::assert_not_grown(pid, rss);
 }

@@ -396,6 +396,9 @@ fn no_race_leads_out_of_the_chroot() {
     let body = path_body(path.to_str().unwrap());
     let rest = Rest::open(&device);
     let (mut inside, mut refusals) = (0_u32, 0_u32);
+    // The kernel may see that something moved; without openat2 a folder may turn out to be a link by now.
+    let moved = ["temporarily", "not a directory", "too many levels"];
+    let expected = |text: &str| text == OUTSIDE || moved.iter().any(|reason| text.contains(reason));
     for round in 0..ROUNDS {
         if round % 10 == 0 {
             match rest.announce(&Form::to(&path)) {
@@ -404,7 +407,7 @@ fn no_race_leads_out_of_the_chroot() {
                     rest.send(FILES, "file_chunk", Some(4), b"");
                     while rest.next().prop("offset").and_then(|v| v.as_u64()).is_some_and(|o| o < 4) {}
                 }
-                Err(refusal) => assert_eq!(refusal.text, OUTSIDE),
+                Err(refusal) => assert!(expected(&refusal.text), "{refusal:?}"),
             }
             continue;
         }
@@ -416,7 +419,7 @@ fn no_race_leads_out_of_the_chroot() {
                 inside += 1;
             }
             Err(refusal) => {
-                assert!(refusal.text == OUTSIDE || refusal.text.contains("temporarily"), "{refusal:?}");
+                assert!(expected(&refusal.text), "{refusal:?}");
                 refusals += 1;
             }
         }

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::proc;
-use super::wait::{SOON, Watched, eventually, spawn};
+use super::wait::{SOON, Watched, eventually, spawn, tell};
 
 /// Where the executable lies. MENDER_CONNECT names another one than was built with the tests; else cargo tells
 /// integration tests, and an example looks beside itself.
@@ -27,11 +27,28 @@ pub fn executable() -> PathBuf {
     profile.join("mender-connect")
 }
 
-/// The executable with a bare environment, so that nothing of the caller's leaks into a test.
+/// The executable with a bare environment, so that nothing of the caller's leaks into a test. When it is for
+/// another kind of processor, MENDER_CONNECT_RUNNER names the emulator.
 pub fn command() -> Command {
-    let mut command = Command::new(executable());
+    let mut command = match std::env::var_os("MENDER_CONNECT_RUNNER") {
+        None => Command::new(executable()),
+        Some(runner) => {
+            let mut command = Command::new(runner);
+            command.arg(executable());
+            command
+        }
+    };
     bare(&mut command);
     command
+}
+
+/// Whether the executable runs in an emulator, where this test isn't possible: says so, and `why`.
+pub fn emulated(why: &str) -> bool {
+    let emulated = std::env::var_os("MENDER_CONNECT_RUNNER").is_some();
+    if emulated {
+        tell(&format!("not possible in an emulator: {why}"));
+    }
+    emulated
 }
 
 /// Takes everything out of the environment but what programs need to be found.

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use super::daemon;
 use super::wait::eventually;
 use std::time::Duration;
 
@@ -58,6 +59,17 @@ pub fn descriptor_targets(pid: u32) -> Vec<String> {
 /// Resident memory in KiB.
 pub fn rss_kib(pid: u32) -> u64 {
     status_number(&format!("/proc/{pid}/status"), "VmRSS:")
+}
+
+/// Asserts that the process has no more memory than it had, `before` KiB, but for what its allocator keeps; says
+/// how much it has.
+pub fn assert_not_grown(pid: u32, before: u64) -> u64 {
+    let now = rss_kib(pid);
+    assert!(
+        now < before + 1024 || daemon::emulated("its memory is the emulator's, too"),
+        "memory grew from {before} to {now} KiB"
+    );
+    now
 }
 
 /// How often the process's threads gave up the CPU by themselves, which is what a wake-up ends with.

@@ -172,7 +172,8 @@ impl Setup {
             Some(script) => {
                 let mut command = Command::new("/bin/sh");
                 daemon::bare(&mut command);
-                command.arg("-c").arg(script).arg("sh").arg(daemon::executable());
+                let agent = daemon::command();
+                command.arg("-c").arg(script).arg("sh").arg(agent.get_program()).args(agent.get_args());
                 command
             }
         };
