@@ -73,4 +73,6 @@ mod signals;
 mod terminal;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod tls;
+#[cfg(all(feature = "dbus", feature = "tls"))]
+mod year_2040;
 mod yocto;

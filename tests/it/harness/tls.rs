@@ -46,11 +46,11 @@ impl Authority {
         self.sign(params(names))
     }
 
-    /// One that expired years ago.
-    pub fn expired(&self, names: &[&str]) -> Identity {
+    /// One valid on the first days of these years and in between.
+    pub fn valid(&self, names: &[&str], from: i32, until: i32) -> Identity {
         let mut params = params(names);
-        params.not_before = rcgen::date_time_ymd(2019, 1, 1);
-        params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_before = rcgen::date_time_ymd(from, 1, 1);
+        params.not_after = rcgen::date_time_ymd(until, 1, 1);
         self.sign(params)
     }
 
