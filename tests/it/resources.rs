@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::harness::client::{Style, Terminal};
+use crate::harness::daemon;
 use crate::harness::device::{Device, Reading};
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, script_config};
@@ -233,4 +234,15 @@ impl Sequence {
             }
         }
     }
+}
+
+/// The static executable's promise is for plain websockets, as through mender-auth's forwarder.
+#[test]
+fn an_idle_agent_is_small() {
+    let (rig, _device) = Rig::connected();
+    let pid = rig.daemon.pid();
+    let (resident, own) = (proc::rss_kib(pid), proc::anonymous_kib(pid));
+    println!("idle and connected: {resident} KiB resident, {own} KiB of them its own");
+    let limit = if daemon::is_static() { 2_000_000 / 1024 } else { 8 * 1024 };
+    assert!(resident <= limit || daemon::emulated("its memory is the emulator's, too"), "{resident} KiB");
 }

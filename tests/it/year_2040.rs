@@ -2,7 +2,6 @@
 
 use std::fs::{File, FileTimes};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, UNIX_EPOCH};
 
 use nix::sys::signal::Signal;
@@ -53,9 +52,7 @@ fn files_keep_their_dates() {
 
 #[test]
 fn everything_works_in_june_2040() {
-    let agent = daemon::command();
-    let listing = Command::new("ldd").arg(agent.get_program()).output().unwrap().stdout;
-    if !String::from_utf8_lossy(&listing).contains("libc.so") {
+    if daemon::is_static() {
         return tell("the clock of a static executable can't be set for it alone");
     }
     if !Path::new("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1").exists() {

@@ -42,6 +42,12 @@ pub fn command() -> Command {
     command
 }
 
+/// Whether the program that is started, executable or emulator, is linked with nothing.
+pub fn is_static() -> bool {
+    let listing = Command::new("ldd").arg(command().get_program()).output().expect("run ldd").stdout;
+    !String::from_utf8_lossy(&listing).contains("libc.so")
+}
+
 /// Whether the executable runs in an emulator, where this test isn't possible: says so, and `why`.
 pub fn emulated(why: &str) -> bool {
     let emulated = std::env::var_os("MENDER_CONNECT_RUNNER").is_some();

@@ -61,6 +61,11 @@ pub fn rss_kib(pid: u32) -> u64 {
     status_number(&format!("/proc/{pid}/status"), "VmRSS:")
 }
 
+/// Of its resident memory what isn't a file's, in KiB.
+pub fn anonymous_kib(pid: u32) -> u64 {
+    status_number(&format!("/proc/{pid}/status"), "RssAnon:")
+}
+
 /// Asserts that the process has no more memory than it had, `before` KiB, but for what its allocator keeps; says
 /// how much it has.
 pub fn assert_not_grown(pid: u32, before: u64) -> u64 {
