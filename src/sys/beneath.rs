@@ -173,11 +173,14 @@ fn walk(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io::Res
             Entry::Link(link) => link,
         };
         links += 1;
-        if !rules.follow_links || links > MAX_LINKS {
+        if links > MAX_LINKS {
             return Err(Errno::ELOOP.into());
         }
         if last && is_strangers_link(way.here(), &link)? && strangers_links_are_barred() {
             return Err(Errno::EACCES.into());
+        }
+        if !rules.follow_links {
+            return Err(Errno::ELOOP.into());
         }
         let text = readlinkat(&link, "")?.into_vec();
         if is_magic(way.here(), &link)? {
