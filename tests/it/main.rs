@@ -22,6 +22,7 @@ mod forwards;
 mod harness;
 mod heavy;
 mod hostile;
+mod inits;
 mod layers;
 mod limits;
 mod link;
