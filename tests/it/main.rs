@@ -27,6 +27,7 @@ mod layers;
 mod limits;
 mod link;
 mod logs;
+mod packaging;
 mod playground;
 mod quotas;
 mod remote;
