@@ -52,11 +52,15 @@ mod heavy;
 #[cfg(feature = "dbus")]
 mod hostile;
 #[cfg(feature = "dbus")]
+mod inits;
+#[cfg(feature = "dbus")]
 mod limits;
 #[cfg(feature = "dbus")]
 mod link;
 #[cfg(feature = "dbus")]
 mod logs;
+#[cfg(feature = "dbus")]
+mod packaging;
 #[cfg(feature = "dbus")]
 mod playground;
 #[cfg(feature = "dbus")]

@@ -14,6 +14,7 @@ pub mod dns;
 pub mod forward;
 pub mod front;
 pub mod http;
+pub mod machine;
 pub mod manager;
 pub mod msg;
 pub mod proc;

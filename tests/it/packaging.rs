@@ -1,0 +1,331 @@
+//! The systemd unit and the Debian package, built by cargo-deb and installed by dpkg on a machine of its own.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use crate::harness::daemon::executable;
+use crate::harness::machine::{Machine, have_tools, tools};
+use crate::harness::wait::{SOON, eventually, skip};
+
+const UNIT: &str = include_str!("../../yocto/files/mender-connect.service");
+const CONFIG: &str = include_str!("../../yocto/files/debian/mender-connect.conf");
+const COPYRIGHT: &str = include_str!("../../yocto/files/debian/copyright");
+const BINARY: &str = "/usr/bin/mender-connect";
+const CONFFILE: &str = "/etc/mender/mender-connect.conf";
+const UNIT_FILE: &str = "/lib/systemd/system/mender-connect.service";
+const ENABLED: &str = "/etc/systemd/system/multi-user.target.wants/mender-connect.service";
+
+#[test]
+fn systemd_understands_the_unit() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("mender-connect.service");
+    fs::write(&copy, UNIT.replace(BINARY, &executable().display().to_string())).unwrap();
+    let mut command = Command::new("systemd-analyze");
+    // Other units' faults are none of ours.
+    command.args(["verify", "--man=no", "--recursive-errors=no"]).arg(&copy);
+    let Ok(output) = command.output() else { return skip("systemd-analyze is missing") };
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !printed.contains("mender-connect"), "{printed}");
+}
+
+#[test]
+fn the_unit_is_at_least_upstreams() {
+    let upstream = "Description=Mender Connect service
+        Wants=network-online.target mender-client.service mender-authd.service
+        After=systemd-resolved.service network-online.target mender-client.service mender-authd.service
+        Type=idle
+        User=root
+        Group=root
+        ExecStart=/usr/bin/mender-connect daemon
+        Restart=always
+        WantedBy=multi-user.target";
+    for line in upstream.lines().map(str::trim) {
+        assert!(UNIT.lines().any(|l| l == line), "{line}");
+    }
+}
+
+#[test]
+fn the_copyright_file_names_every_crate_that_is_not_under_apache() {
+    let mut command = Command::new(env!("CARGO"));
+    command.args(["tree", "--locked", "--edges=normal,no-proc-macro", "--prefix=none", "--format={p}|{l}"]);
+    let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let tree = String::from_utf8(output.stdout).unwrap();
+    let named: BTreeSet<&str> = COPYRIGHT
+        .lines()
+        .filter_map(|line| line.strip_prefix("Files: "))
+        .flat_map(|names| names.split(' '))
+        .filter(|name| !["*", "libdbus"].contains(name))
+        .collect();
+    let other: BTreeSet<&str> = tree
+        .lines()
+        .filter_map(|line| line.split_once('|'))
+        .filter(|(_, licence)| !licence.contains("Apache-2.0") || licence.starts_with("Apache-2.0 AND"))
+        .filter_map(|(krate, _)| krate.split(' ').next())
+        .collect();
+    assert_eq!(named, other);
+}
+
+/// Our package, built once, of the executable under test.
+fn package() -> &'static Path {
+    static PACKAGE: OnceLock<PathBuf> = OnceLock::new();
+    PACKAGE.get_or_init(|| {
+        // A target folder of its own, where this executable is what a release build would have made.
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("deb");
+        let package = target.join("package.deb");
+        fs::create_dir_all(target.join("release")).unwrap();
+        fs::copy(executable(), target.join("release/mender-connect")).unwrap();
+        let mut command = Command::new(tools().join("bin/cargo-deb"));
+        command.args(["--no-build", "--fast", "--quiet", "--output"]).arg(&package);
+        command.current_dir(env!("CARGO_MANIFEST_DIR")).env("CARGO_TARGET_DIR", &target);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        package
+    })
+}
+
+/// A machine with our package at /run/test/new.deb, and a systemd that takes orders and does nothing.
+fn machine() -> Option<Machine> {
+    if !have_tools(&["bin/cargo-deb"]) {
+        return None;
+    }
+    let package = package();
+    let machine = Machine::start()?;
+    fs::copy(package, machine.dir.path().join("new.deb")).unwrap();
+    machine.write(
+        "/usr/bin/orders",
+        "#!/bin/sh
+        case \"$*\" in
+            *able*) SYSTEMD_OFFLINE=1 exec systemctl.real \"$@\" ;;
+            *) echo \"$@\" >>/run/orders ;;
+        esac",
+    );
+    machine.sh("rm -f /usr/sbin/policy-rc.d
+        mkdir -p /run/systemd/system
+        mv /usr/bin/systemctl /usr/bin/systemctl.real
+        mv /usr/bin/orders /usr/bin/systemctl && chmod 755 /usr/bin/systemctl");
+    build(&machine, "mender-auth", "4.0.0", "");
+    machine.sh("dpkg -i /run/mender-auth.deb");
+    Some(machine)
+}
+
+/// Builds a package in the machine from what lies in /run/<name>, as /run/<name>.deb.
+fn build(machine: &Machine, name: &str, version: &str, fields: &str) {
+    let control = format!(
+        "Package: {name}\nVersion: {version}\nArchitecture: amd64\nMaintainer: nobody <nobody@localhost>\n\
+         Description: stands for the real one\n{fields}"
+    );
+    machine.write(&format!("/run/{name}/DEBIAN/control"), control);
+    machine.sh(&format!("cd /run && chmod -R u=rwX,go=rX {name} && dpkg-deb -b {name} {name}.deb"));
+}
+
+/// Installs a package that is like Mender's own, with scripts such as debhelper writes.
+fn install_upstream(machine: &Machine, unit_file: &str) {
+    let put = |path: &str, text: &str| machine.write(&format!("/run/mender-connect{path}"), text);
+    put(BINARY, "#!/bin/sh\necho upstream\n");
+    put(CONFFILE, CONFIG);
+    put(unit_file, UNIT);
+    put("/usr/share/doc/mender-connect/copyright", "somebody's");
+    put("/DEBIAN/conffiles", "/etc/mender/mender-connect.conf\n");
+    put(
+        "/DEBIAN/postinst",
+        "#!/bin/sh
+        set -e
+        deb-systemd-helper unmask mender-connect.service
+        if deb-systemd-helper --quiet was-enabled mender-connect.service; then
+            deb-systemd-helper enable mender-connect.service
+        else
+            deb-systemd-helper update-state mender-connect.service
+        fi
+        deb-systemd-invoke start mender-connect.service",
+    );
+    put("/DEBIAN/prerm", "#!/bin/sh\n[ \"$1\" != remove ] || deb-systemd-invoke stop mender-connect.service");
+    put(
+        "/DEBIAN/postrm",
+        "#!/bin/sh
+        set -e
+        if [ \"$1\" = remove ]; then
+            deb-systemd-helper mask mender-connect.service
+        elif [ \"$1\" = purge ]; then
+            deb-systemd-helper purge mender-connect.service
+            deb-systemd-helper unmask mender-connect.service
+        fi",
+    );
+    machine.sh("cd /run/mender-connect && chmod 755 usr/bin/* DEBIAN/p*");
+    build(machine, "mender-connect", "2.3.1", "Depends: dbus\n");
+    machine.sh("dpkg -i /run/mender-connect.deb");
+    assert_eq!(machine.sh("mender-connect"), "upstream\n");
+    assert!(machine.exists(ENABLED));
+}
+
+/// What systemd was told since it was asked last.
+fn orders(machine: &Machine) -> Vec<String> {
+    let (_, text) = machine.try_sh("cat /run/orders; rm -f /run/orders");
+    let wanted = ["start", "stop", "restart"];
+    let lines = text.lines().filter(|line| line.split(' ').any(|word| wanted.contains(&word)));
+    lines.map(str::to_owned).collect()
+}
+
+#[track_caller]
+fn expect_order(machine: &Machine, verb: &str) {
+    let orders = orders(machine);
+    assert!(
+        orders.len() == 1
+            && orders[0].ends_with("mender-connect.service")
+            && orders[0].split(' ').any(|word| word == verb),
+        "{verb}: {orders:?}"
+    );
+}
+
+/// All files that differ from those outside, but for the package managers' own.
+fn changes(machine: &Machine) -> BTreeSet<String> {
+    let found = machine.sh("cd /run/changes && find . ! -type d");
+    let own = ["./var/lib/dpkg/", "./var/lib/apt/", "./var/cache/", "./var/log/"];
+    found.lines().filter(|path| !own.iter().any(|o| path.starts_with(o))).map(str::to_owned).collect()
+}
+
+/// Purges our package, after which nothing of it is left.
+fn purge(machine: &Machine, before: &BTreeSet<String>) {
+    machine.sh("dpkg -P mender-connect-rs");
+    let after = changes(machine);
+    let left: Vec<_> = after.symmetric_difference(before).collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert!(!machine.exists("/etc/mender"));
+}
+
+/// The installed agent connects.
+fn runs(machine: &Machine) {
+    machine.sh("mender-connect daemon >/dev/null 2>&1 &");
+    machine.device();
+    machine.sh("kill $(pidof mender-connect)");
+    eventually(SOON, "the agent to end", || machine.pids_of("mender-connect").is_empty().then_some(()));
+}
+
+/// Whether the package is installed, and everything of it is in its place.
+#[track_caller]
+fn installed(machine: &Machine) {
+    let status = machine.sh("dpkg-query -W -f '${Status}' mender-connect-rs");
+    assert_eq!(status, "install ok installed");
+    for file in [BINARY, CONFFILE, UNIT_FILE] {
+        machine.sh(&format!("test -f {file}"));
+    }
+    assert_eq!(machine.sh("dpkg --verify mender-connect-rs | grep -v ' c '; :"), "");
+}
+
+#[test]
+fn the_package_installs_upgrades_and_goes() {
+    let Some(machine) = machine() else { return };
+    let before = changes(&machine);
+    machine.sh("dpkg -i /run/test/new.deb");
+    installed(&machine);
+    expect_order(&machine, "start");
+    let listed = machine.sh("dpkg -L mender-connect-rs | while read -r f; do [ -d $f ] || echo $f; done");
+    let mut listed: Vec<&str> = listed.lines().collect();
+    listed.sort_unstable();
+    let copyright = "/usr/share/doc/mender-connect-rs/copyright";
+    assert_eq!(listed, [CONFFILE, UNIT_FILE, BINARY, copyright]);
+    assert_eq!(machine.read(CONFFILE), CONFIG);
+    assert_eq!(machine.read(copyright), COPYRIGHT);
+    let mode = |path: &str| fs::metadata(machine.path(path)).unwrap().permissions().mode() & 0o7777;
+    assert_eq!((mode(CONFFILE), mode(BINARY)), (0o600, 0o755));
+    assert!(machine.exists(ENABLED));
+    runs(&machine);
+
+    // Again, as an upgrade does, with a changed configuration, and the service turned off.
+    machine.write(CONFFILE, r#"{"User":"root","ShellCommand":"/bin/bash"}"#);
+    machine.sh("SYSTEMD_OFFLINE=1 systemctl.real disable mender-connect.service; dpkg -i /run/test/new.deb");
+    installed(&machine);
+    expect_order(&machine, "restart");
+    assert!(machine.read(CONFFILE).contains("root"));
+    assert!(!machine.exists(ENABLED), "what an administrator turned off stays off");
+    machine.sh("SYSTEMD_OFFLINE=1 systemctl.real enable mender-connect.service; dpkg -i /run/test/new.deb");
+    expect_order(&machine, "restart");
+    assert!(machine.exists(ENABLED));
+
+    machine.sh("dpkg -r mender-connect-rs");
+    expect_order(&machine, "stop");
+    assert!(!machine.exists(BINARY) && machine.exists(CONFFILE));
+    machine.sh("dpkg -i /run/test/new.deb");
+    installed(&machine);
+    assert!(machine.exists(ENABLED), "it comes back as it was");
+    expect_order(&machine, "restart");
+    machine.sh("dpkg -r mender-connect-rs");
+    purge(&machine, &before);
+}
+
+#[test]
+fn an_upgrade_in_its_own_terminal_is_finished() {
+    let Some(machine) = machine() else { return };
+    machine.sh("dpkg -i /run/test/new.deb");
+    expect_order(&machine, "start");
+    // What systemd does with a service, and so with its terminals.
+    let (status, text) = machine.try_sh(
+        "mount -t cgroup2 cgroup2 /mnt && mkdir -p /mnt/packaging-test/mender-connect.service &&
+        echo $$ >/mnt/packaging-test/mender-connect.service/cgroup.procs",
+    );
+    if status != Some(0) {
+        return skip(&format!("no cgroup can be made here: {text}"));
+    }
+    let text = machine.sh("echo $$ >/mnt/packaging-test/mender-connect.service/cgroup.procs
+        dpkg -i /run/test/new.deb
+        echo $$ >/mnt/cgroup.procs
+        rmdir /mnt/packaging-test/mender-connect.service /mnt/packaging-test");
+    assert!(text.contains("once you restart it"), "{text}");
+    assert!(orders(&machine).is_empty());
+}
+
+/// From Mender's package to ours and on, with the administrator's configuration.
+fn takes_the_place(unit_file: &str, install: &str) {
+    let Some(machine) = machine() else { return };
+    let before = changes(&machine);
+    install_upstream(&machine, unit_file);
+    let modified = r#"{"User":"root","ShellCommand":"/bin/bash","Terminal":{"Width":100}}"#;
+    machine.write(CONFFILE, modified);
+    orders(&machine);
+    machine.sh(&format!("{install} /run/test/new.deb"));
+    installed(&machine);
+    let orders = orders(&machine);
+    assert!(orders.iter().any(|order| order.contains("stop")), "{orders:?}");
+    assert!(orders.last().is_some_and(|order| order.contains("start")), "{orders:?}");
+    assert_eq!(machine.read(CONFFILE), modified, "the administrator's configuration is kept");
+    assert!(machine.exists(ENABLED));
+    runs(&machine);
+
+    // What is left of Mender's package goes without harm.
+    machine.sh("dpkg -P mender-connect");
+    installed(&machine);
+    assert_eq!(machine.read(CONFFILE), modified);
+    assert!(machine.exists(ENABLED), "it is still enabled");
+
+    purge(&machine, &before);
+}
+
+#[test]
+fn the_package_takes_the_place_of_upstreams() {
+    takes_the_place(UNIT_FILE, "dpkg -i");
+}
+
+/// Newer Debian's packages have it there, and /lib is a link.
+#[test]
+fn the_package_takes_the_place_of_one_with_its_unit_below_usr() {
+    takes_the_place(
+        "/usr/lib/systemd/system/mender-connect.service",
+        "apt-get -y -o Dpkg::Options::=--force-confold install",
+    );
+}
+
+#[test]
+fn upstreams_service_that_was_turned_off_stays_off() {
+    let Some(machine) = machine() else { return };
+    install_upstream(&machine, UNIT_FILE);
+    machine.sh("SYSTEMD_OFFLINE=1 systemctl.real disable mender-connect.service");
+    orders(&machine);
+    machine.sh("dpkg -i /run/test/new.deb");
+    installed(&machine);
+    assert!(!machine.exists(ENABLED));
+    expect_order(&machine, "stop");
+}
