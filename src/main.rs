@@ -43,8 +43,8 @@ fn daemon(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
     logging::init(options.level)?;
     std::panic::set_hook(Box::new(|panic| {
         error!("panic: {panic}");
-        // A session clears up after itself. Without any other thread the daemon would be a ruin: the init
-        // system starts it anew.
+        // A session clears up after itself, if the build unwinds. Without any other thread the daemon would be
+        // a ruin: the init system starts it anew.
         let thread = std::thread::current();
         if !thread.name().is_some_and(|name| name.starts_with(session::THREAD_PREFIX)) {
             std::process::abort();

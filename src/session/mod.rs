@@ -30,7 +30,8 @@ use self::port_forward::look_ups::LookUps;
 pub use self::quota::{MAX_SHELLS, ShellQuota};
 pub use self::router::Router;
 
-/// The start of a session thread's name. A panic in one ends only that session.
+/// The start of a session thread's name. A panic in one ends only that session, where the build
+/// unwinds.
 pub const THREAD_PREFIX: &str = "s-";
 
 /// What all sessions of the device share, beyond the life of a link.

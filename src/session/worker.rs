@@ -65,7 +65,7 @@ impl Session {
         Session { id, context, inbox, wake, sink, terminal, files, forwards, idle: None }
     }
 
-    /// Runs until the session is over. A panic ends only this session.
+    /// Runs until the session is over. A panic ends only this session, where the build unwinds.
     pub fn run(mut self) {
         debug!("session {}: started", self.id);
         match catch_unwind(AssertUnwindSafe(|| self.serve())) {
