@@ -84,7 +84,6 @@ impl Session {
     fn serve(&mut self) -> io::Result<()> {
         let mut gone = false;
         loop {
-            self.wake.clear();
             if !gone && self.inbox.is_hung_up() {
                 gone = true;
                 self.idle = None;
@@ -111,6 +110,8 @@ impl Session {
                 set.wait(deadline)?;
                 (terminal.look(&set), forwards.look(&set))
             };
+            // Before anything is looked at: not all who call do so through the inbox.
+            self.wake.clear();
             self.terminal.proceed(terminal, Instant::now());
             self.forwards.proceed(forwards, Instant::now());
         }
