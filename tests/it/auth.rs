@@ -11,7 +11,8 @@ use crate::harness::manager::{Answer, INTERFACE, Manager, PATH};
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, TOKEN};
 use crate::harness::server::{Reply, Server};
-use crate::harness::wait::{SOON, eventually, millis, secs};
+use crate::harness::trace;
+use crate::harness::wait::{SOON, eventually, millis, secs, skip};
 
 fn bearer(device: &Device) -> &str {
     device.request().header("Authorization").expect("an Authorization header")
@@ -350,4 +351,16 @@ fn a_bus_away_for_a_while_is_waited_for() {
     });
     let mut terminal = Terminal::new(&found, Style::Cli);
     terminal.open_with_prompt();
+}
+
+/// With select(2), which libdbus uses when it isn't told better while it is compiled, descriptors end at 1023.
+#[test]
+fn the_bus_is_waited_for_without_select() {
+    if !trace::is_possible() {
+        return skip("strace is missing");
+    }
+    let traced = "exec strace -D -f -o trace -e trace=select,pselect6,poll,ppoll \"$@\"";
+    let (rig, _device) = Setup::new().wrapper(traced).connected();
+    let calls = std::fs::read_to_string(rig.dir.path().join("trace")).unwrap();
+    assert!(calls.contains("poll(") && !calls.contains("select"), "{calls}");
 }

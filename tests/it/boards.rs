@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -20,7 +19,7 @@ use crate::harness::rest::Form;
 use crate::harness::rig::{Rig, Setup};
 use crate::harness::root::{GID, GROUPS, Root, UID, USER, obstacle};
 use crate::harness::targets::{Role, Target, UdpEcho, stream};
-use crate::harness::trace::changes;
+use crate::harness::trace;
 use crate::harness::wait::{SOON, skip};
 use crate::signals::ends_quickly;
 
@@ -133,7 +132,7 @@ fn nothing_is_written_but_uploads() {
     if let Some(why) = obstacle() {
         return skip(why);
     }
-    if !Command::new("strace").arg("-V").output().is_ok_and(|output| output.status.success()) {
+    if !trace::is_possible() {
         return skip("strace is missing");
     }
     let setup = Setup::new().set("ShellCommand", "/bin/sh").set("ShellArguments", json!(["-i"]));
@@ -152,7 +151,7 @@ fn nothing_is_written_but_uploads() {
     assert!(names(&dir.join("fixed")).is_empty());
 
     let terminals = ["/dev/null", "/dev/ptmx", "/dev/tty"].map(Path::new);
-    let folders: BTreeSet<PathBuf> = changes(&dir.join("trace"))
+    let folders: BTreeSet<PathBuf> = trace::changes(&dir.join("trace"))
         .into_iter()
         .filter(|path| !terminals.contains(&path.as_path()) && !path.starts_with("/dev/pts"))
         .map(|path| path.parent().expect("no root").to_owned())

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use super::wait::{SOON, eventually};
 
@@ -22,6 +23,11 @@ const READING: &[&str] = &[
     "statfs",
     "statx",
 ];
+
+/// Whether there is a strace.
+pub fn is_possible() -> bool {
+    Command::new("strace").arg("-V").output().is_ok_and(|output| output.status.success())
+}
 
 /// The paths that were to be written, created, renamed, removed or given other attributes, successfully or
 /// not. To be asked after the end of the traced processes; `dir` is where `strace -ff -y` has put one file
