@@ -59,8 +59,8 @@ struct Queues {
 #[derive(Debug)]
 struct Item {
     message: Vec<u8>,
-    /// Data is void once its session has thrown away what it had queued.
-    epoch: Option<u32>,
+    /// Void once its session has thrown away such a lot.
+    epoch: Option<(Lot, u32)>,
     permit: Permit,
 }
 
@@ -131,8 +131,9 @@ impl Queues {
             return Some(Work::Flush);
         }
         while let Some(item) = self.pop() {
-            let void = item.epoch.is_some_and(|e| e != item.permit.account.epoch.load(Ordering::SeqCst));
-            if !void {
+            let account = &item.permit.account;
+            let void = |(lot, epoch)| epoch != account.epoch(lot).load(Ordering::SeqCst);
+            if !item.epoch.is_some_and(void) {
                 return Some(Work::Frame(item.message));
             }
         }
@@ -163,7 +164,8 @@ struct Account {
     data: AtomicUsize,
     replies: AtomicUsize,
     bulk: AtomicUsize,
-    epoch: AtomicU32,
+    output_epoch: AtomicU32,
+    chunk_epoch: AtomicU32,
     /// The session waits for room and wants to be woken.
     starved: AtomicBool,
     wake: Arc<Wake>,
@@ -176,6 +178,15 @@ enum Kind {
     Reply,
     /// Files and forwarded connections.
     Bulk,
+}
+
+/// What a session may throw away as a whole.
+#[derive(Debug, Clone, Copy)]
+enum Lot {
+    /// A terminal's output.
+    Output,
+    /// Chunks of a file.
+    Chunks,
 }
 
 /// One frame's place in the account, given back when the frame has left the queue.
@@ -191,6 +202,13 @@ impl Account {
             Kind::Data => &self.data,
             Kind::Reply => &self.replies,
             Kind::Bulk => &self.bulk,
+        }
+    }
+
+    fn epoch(&self, lot: Lot) -> &AtomicU32 {
+        match lot {
+            Lot::Output => &self.output_epoch,
+            Lot::Chunks => &self.chunk_epoch,
         }
     }
 }
@@ -218,7 +236,8 @@ impl FrameSink {
             data: AtomicUsize::new(0),
             replies: AtomicUsize::new(0),
             bulk: AtomicUsize::new(0),
-            epoch: AtomicU32::new(0),
+            output_epoch: AtomicU32::new(0),
+            chunk_epoch: AtomicU32::new(0),
             starved: AtomicBool::new(false),
             wake,
         };
@@ -227,22 +246,26 @@ impl FrameSink {
 
     /// Queues an answer. Never refused: ask [`FrameSink::takes_replies`] before taking on what needs one.
     pub fn reply(&self, frame: &Frame) {
-        let permit = Permit::new(&self.account, Kind::Reply);
-        self.outbox.push(Item { message: frame.encode(), epoch: None, permit });
+        self.push(frame.encode(), Kind::Reply, None);
     }
 
-    /// Queues data. Never refused: ask [`FrameSink::takes_data`] before reading it from its source.
+    /// Queues a terminal's output. Never refused: ask [`FrameSink::takes_data`] before reading it from its source.
     pub fn data(&self, frame: &Frame) {
-        self.push_voidable(frame.encode(), Kind::Data);
+        self.push(frame.encode(), Kind::Data, Some(Lot::Output));
     }
 
     /// Queues an encoded frame behind all interactive ones. Never refused: ask [`FrameSink::takes_bulk`] before.
     pub fn bulk(&self, message: Vec<u8>) {
-        self.push_voidable(message, Kind::Bulk);
+        self.push(message, Kind::Bulk, None);
     }
 
-    fn push_voidable(&self, message: Vec<u8>, kind: Kind) {
-        let epoch = Some(self.account.epoch.load(Ordering::SeqCst));
+    /// Queues an encoded chunk of a file, as [`FrameSink::bulk`] would.
+    pub fn chunk(&self, message: Vec<u8>) {
+        self.push(message, Kind::Bulk, Some(Lot::Chunks));
+    }
+
+    fn push(&self, message: Vec<u8>, kind: Kind, lot: Option<Lot>) {
+        let epoch = lot.map(|lot| (lot, self.account.epoch(lot).load(Ordering::SeqCst)));
         let permit = Permit::new(&self.account, kind);
         self.outbox.push(Item { message, epoch, permit });
     }
@@ -272,9 +295,18 @@ impl FrameSink {
         count.load(Ordering::SeqCst) < limit
     }
 
-    /// Throws away the data that is still queued; answers stay.
-    pub fn discard_data(&self) {
-        self.account.epoch.fetch_add(1, Ordering::SeqCst);
+    /// Throws away the terminal's output that is still queued.
+    pub fn discard_output(&self) {
+        self.discard(Lot::Output);
+    }
+
+    /// Throws away the chunks that are still queued.
+    pub fn discard_chunks(&self) {
+        self.discard(Lot::Chunks);
+    }
+
+    fn discard(&self, lot: Lot) {
+        self.account.epoch(lot).fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -336,15 +368,24 @@ mod tests {
     }
 
     #[test]
-    fn thrown_away_data_makes_room_and_answers_stay() {
+    fn what_is_thrown_away_makes_room_and_the_rest_stays() {
         let (outbox, sink, _wake) = sink();
-        sink.data(&frame("old"));
-        sink.reply(&frame("reply"));
-        sink.discard_data();
+        let fill = || {
+            sink.data(&frame("output"));
+            sink.reply(&frame("reply"));
+            sink.chunk(frame("chunk").encode());
+            sink.bulk(frame("bulk").encode());
+        };
+        let rest = || std::iter::from_fn(|| next(&outbox)).collect::<Vec<_>>();
+        fill();
+        sink.discard_output();
         sink.data(&frame("new"));
-        assert_eq!(next(&outbox).as_deref(), Some("reply"));
-        assert_eq!(next(&outbox).as_deref(), Some("new"));
-        assert!(sink.takes_data());
+        assert_eq!(rest(), ["reply", "new", "chunk", "bulk"]);
+        fill();
+        sink.discard_chunks();
+        sink.chunk(frame("new").encode());
+        assert_eq!(rest(), ["output", "reply", "bulk", "new"]);
+        assert!(sink.takes_data() && sink.takes_bulk());
     }
 
     #[test]

@@ -137,7 +137,7 @@ impl Download {
             }
             // An empty chunk is the end.
             self.at_end = read == 0;
-            sink.bulk(message);
+            sink.chunk(message);
         }
         Ok(())
     }

@@ -350,7 +350,7 @@ impl FileTransfer {
         match std::mem::replace(&mut self.state, State::Idle) {
             State::Idle => {}
             State::Sending(sending) => {
-                self.sink.discard_data();
+                self.sink.discard_chunks();
                 let (path, sent) = (sending.download.path(), sending.download.sent());
                 info!("session {}: broke off sending {path:?} after {sent} bytes: {why}", self.id);
             }

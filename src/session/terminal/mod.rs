@@ -132,7 +132,7 @@ impl Terminal {
             (State::Running(_), wire::STOP) => {
                 info!("session {}: stop requested by user {:?}", self.id, frame.user().as_str());
                 // After the answer nothing may come, and before it nothing needs to.
-                self.sink.discard_data();
+                self.sink.discard_output();
                 self.end(true, STOP_GRACE, now);
             }
             (_, wire::NEW) => self.start(&frame, now),
