@@ -2,12 +2,18 @@
 
 use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
-
-/// The time since 1970, UTC. To be used instead of `SystemTime::now`, which panics from 2038 on 32-bit musl: the
-/// standard library's `time_t` has 32 bits there, ours has 64 (see `.cargo/config.toml`).
+/// The time since 1970, UTC. To be used instead of `SystemTime::now`, which panics from 2038 on 32-bit musl.
+#[cfg(not(all(target_env = "musl", target_pointer_width = "32")))]
+#[allow(clippy::disallowed_methods, reason = "the standard library knows the way everywhere else")]
 pub fn now() -> Duration {
-    let Ok(now) = clock_gettime(ClockId::CLOCK_REALTIME) else { return Duration::ZERO };
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
+}
+
+/// The time since 1970, UTC. To be used instead of `SystemTime::now`, which panics from 2038: the standard
+/// library's `time_t` has 32 bits here, ours has 64 (see `.cargo/config.toml`).
+#[cfg(all(target_env = "musl", target_pointer_width = "32"))]
+pub fn now() -> Duration {
+    let Ok(now) = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME) else { return Duration::ZERO };
     // A clock may stand before 1970.
     u64::try_from(now.tv_sec()).map_or(Duration::ZERO, |_| now.into())
 }
@@ -24,9 +30,9 @@ mod tests {
     }
 
     #[test]
-    #[cfg(any(target_pointer_width = "64", target_env = "musl"))]
+    #[cfg(all(target_env = "musl", target_pointer_width = "32"))]
     fn seconds_have_64_bits() {
-        let now = clock_gettime(ClockId::CLOCK_REALTIME).unwrap();
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME).unwrap();
         assert_eq!(size_of_val(&now.tv_sec()), 8);
     }
 }
