@@ -59,6 +59,7 @@ fn levels_follow_the_flags() {
         let setup = flag.into_iter().fold(Setup::new(), Setup::flag);
         let (rig, _device, terminal) = setup.terminal();
         terminal.stop();
+        rig.daemon.wait_for_log("level=info ", SOON);
         let has = |level: &str| rig.daemon.count_log(&format!("level={level} ")) > 0;
         (has("info"), has("debug"), has("trace"))
     };

@@ -200,7 +200,7 @@ fn stop_without_a_session_ends_all_shells_of_the_user() {
     device.send(SHELL, "stop", "", &[("user_id", "alice".into())], b"");
     eventually(SOON, "alice's shells to end", || (proc::children(rig.daemon.pid()).len() == 1).then_some(()));
     for shell in &mut shells {
-        shell.forget_output();
+        shell.expect_after_output("stop", SOON);
         shell.input("x");
         shell.expect("shell", 2, Some(NOT_FOUND));
     }
