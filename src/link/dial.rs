@@ -13,7 +13,7 @@ use nix::sys::socket::{SockFlag, SockType};
 use tungstenite::client::{IntoClientRequest, client_with_config};
 use tungstenite::http::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER};
 use tungstenite::http::{Response, Uri};
-use tungstenite::protocol::{Role, WebSocketConfig};
+use tungstenite::protocol::WebSocketConfig;
 use tungstenite::{Error, HandshakeError, WebSocket};
 
 use super::endpoint::Endpoint;
@@ -38,7 +38,7 @@ const UNSENT_LIMIT: u16 = 16 * 1024;
 const BUFFER: usize = 16 * 1024;
 
 /// An open websocket: the half to read from and the half to write to.
-pub type Open = (WebSocket<ReadHalf>, WebSocket<WriteHalf>);
+pub type Open = (WebSocket<ReadHalf>, WriteHalf);
 
 /// Connects to the server that `credentials` name. Ends early when `cancel` says so or `gone` is disconnected.
 ///
@@ -72,13 +72,12 @@ pub fn dial(
 
     let config = WebSocketConfig::default()
         .read_buffer_size(BUFFER)
-        .write_buffer_size(2 * BUFFER)
         .max_message_size(Some(MAX_MESSAGE))
         .max_frame_size(Some(MAX_MESSAGE));
     let stream = ReadHalf::new(Arc::clone(&socket), tls, Instant::now() + UPGRADE_LIMIT);
     let (mut websocket, _) = client_with_config(request, stream, Some(config)).map_err(upgrade_error)?;
     let write_half = websocket.get_mut().open(outbox)?;
-    Ok((websocket, WebSocket::from_raw_socket(write_half, Role::Client, Some(config))))
+    Ok((websocket, write_half))
 }
 
 fn open_socket(target: &Endpoint, cancel: &Cancel, gone: &Receiver<()>) -> Result<Arc<TcpStream>, LinkError> {

@@ -6,6 +6,7 @@
 
 mod dial;
 mod endpoint;
+mod pace;
 mod proxy;
 mod reader;
 mod stream;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use log::{debug, warn};
@@ -48,7 +49,11 @@ pub fn run(
                     frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
                 return LinkError::Closed { code, reason };
             }
-            Message::Pong(_) | Message::Frame(_) => continue,
+            Message::Pong(payload) => {
+                outbox.answered(payload, Instant::now());
+                continue;
+            }
+            Message::Frame(_) => continue,
         };
         match Frame::decode(&bytes) {
             Ok(frame) => inbound(frame),

@@ -181,10 +181,3 @@ impl Write for WriteHalf {
         Ok(())
     }
 }
-
-impl Read for WriteHalf {
-    /// tungstenite wants a stream that could read. The writer never does.
-    fn read(&mut self, _buffer: &mut [u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}

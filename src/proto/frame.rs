@@ -207,41 +207,53 @@ impl Frame {
 
     /// The websocket message for it.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = self.encode_head(self.body.len());
-        out.extend_from_slice(&self.body);
+        let mut out = Vec::new();
+        self.encode_behind(0, &mut out);
         out
     }
 
-    /// The websocket message up to a body of `length` bytes, which are to be appended. The body that the
-    /// frame has doesn't count.
-    pub fn encode_head(&self, length: usize) -> Vec<u8> {
+    /// The websocket message for it, behind so many zeros.
+    pub fn encode_behind(&self, front: usize, out: &mut Vec<u8>) {
+        out.reserve_exact(front + self.head_room() + self.body.len());
+        out.resize(out.len() + front, 0);
+        self.encode_head(self.body.len(), out);
+        out.extend_from_slice(&self.body);
+    }
+
+    /// Bytes that suffice for a head.
+    pub fn head_room(&self) -> usize {
+        let sid = self.sid.as_ref().map_or(0, |sid| sid.as_str().len());
+        48 + self.typ.len() + sid + self.props.raw.len()
+    }
+
+    /// The websocket message up to a body of `length` bytes, which are to follow. The body that the frame has
+    /// doesn't count. A shorter body never has a longer head.
+    pub fn encode_head(&self, length: usize, out: &mut Vec<u8>) {
         let sid = self.sid.as_ref().map_or("", SessionId::as_str);
-        let mut out = Vec::with_capacity(48 + self.typ.len() + sid.len() + self.props.raw.len() + length);
         let fields =
             1 + u8::from(!self.typ.is_empty()) + u8::from(!sid.is_empty()) + u8::from(!self.props.is_empty());
         out.push(if length == 0 { 0x81 } else { 0x82 });
         // Writing to a Vec doesn't fail.
-        let _ = encode::write_str(&mut out, "hdr");
+        let _ = encode::write_str(out, "hdr");
         out.push(0x80 | fields);
-        let _ = encode::write_str(&mut out, "proto");
-        let _ = encode::write_u16(&mut out, self.proto);
+        let _ = encode::write_str(out, "proto");
+        let _ = encode::write_u16(out, self.proto);
         if !self.typ.is_empty() {
-            let _ = encode::write_str(&mut out, "typ");
-            let _ = encode::write_str(&mut out, &self.typ);
+            let _ = encode::write_str(out, "typ");
+            let _ = encode::write_str(out, &self.typ);
         }
         if !sid.is_empty() {
-            let _ = encode::write_str(&mut out, "sid");
-            let _ = encode::write_str(&mut out, sid);
+            let _ = encode::write_str(out, "sid");
+            let _ = encode::write_str(out, sid);
         }
         if !self.props.is_empty() {
-            let _ = encode::write_str(&mut out, "props");
+            let _ = encode::write_str(out, "props");
             out.extend_from_slice(&self.props.raw);
         }
         if length > 0 {
-            let _ = encode::write_str(&mut out, "body");
-            let _ = encode::write_bin_len(&mut out, u32::try_from(length).unwrap_or(u32::MAX));
+            let _ = encode::write_str(out, "body");
+            let _ = encode::write_bin_len(out, u32::try_from(length).unwrap_or(u32::MAX));
         }
-        out
     }
 }
 

@@ -185,7 +185,7 @@ fn our_own_frames_match_the_recorded_ones() {
     let wide_status = [
         ("shell/new response ok", shell::started(&sid)),
         ("shell/new response error", shell::failure(&sid, shell::NEW, "user has too many open sessions")),
-        ("shell/shell output", shell::output(&sid, &b"hello\r\n"[..])),
+        ("shell/shell output", shell::output(&sid).with_body(&b"hello\r\n"[..])),
         ("shell/shell error (unknown session)", shell::failure(&sid, shell::DATA, "session not found")),
         ("shell/stop response ok", shell::stopped(&sid)),
         ("shell/ping", shell::ping(&sid, 65)),

@@ -31,9 +31,9 @@ pub fn started(sid: &SessionId) -> Frame {
     Frame::new(SHELL, NEW, Some(sid)).with_props(status(NORMAL)).with_body("Shell started")
 }
 
-/// What the shell wrote.
-pub fn output(sid: &SessionId, bytes: impl Into<Bytes>) -> Frame {
-    Frame::new(SHELL, DATA, Some(sid)).with_props(status(NORMAL)).with_body(bytes)
+/// What the shell wrote, still without it.
+pub fn output(sid: &SessionId) -> Frame {
+    Frame::new(SHELL, DATA, Some(sid)).with_props(status(NORMAL))
 }
 
 /// The shell was ended as asked.

@@ -2,13 +2,14 @@
 //!
 //! The server acknowledges every tenth chunk whatever its size, and the released server loses messages when more
 //! than about twenty wait in one session. So the number of chunks in flight is fixed between the two, and it is their
-//! size that adapts to the connection: it grows as long as acks come without waiting in queues.
+//! size that adapts to the connection.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::stat::FileStat;
 use sha2::{Digest, Sha256};
@@ -23,12 +24,8 @@ use crate::sys::reason;
 
 /// Chunks that may be on the way. The server needs ten to say anything at all.
 const MAX_IN_FLIGHT: usize = 20;
-/// The server acknowledges when it has so many.
-const ACK_EVERY: usize = 10;
-const FIRST_CHUNK: usize = 4 * 1024;
+const SMALLEST_CHUNK: usize = 2 * 1024;
 const LARGEST_CHUNK: usize = 256 * 1024;
-/// An ack that takes so much longer than the quickest one has waited in a queue.
-const QUEUEING: Duration = Duration::from_millis(50);
 
 /// A file that is being sent.
 pub struct Download {
@@ -38,31 +35,11 @@ pub struct Download {
     size: Option<u64>,
     sent: u64,
     acked: u64,
-    /// The ends of the chunks on the way, and when each was handed over.
-    in_flight: std::collections::VecDeque<(u64, Instant)>,
+    /// The ends of the chunks on the way.
+    in_flight: VecDeque<u64>,
     at_end: bool,
-    pace: Pace,
     max_rate: Option<NonZeroU64>,
     digest: Sha256,
-}
-
-/// How large chunks are.
-struct Pace {
-    chunk: usize,
-    /// The quickest ack of this transfer.
-    quickest: Duration,
-}
-
-impl Pace {
-    /// Learns from the time between a chunk's sending and its ack.
-    fn learn(&mut self, took: Duration) {
-        self.quickest = self.quickest.min(took);
-        if took <= self.quickest * 2 + QUEUEING {
-            self.chunk = (self.chunk * 2).min(LARGEST_CHUNK);
-        } else if took > self.quickest * 4 + 4 * QUEUEING {
-            self.chunk = (self.chunk / 2).max(FIRST_CHUNK);
-        }
-    }
 }
 
 impl Download {
@@ -93,9 +70,8 @@ impl Download {
             size,
             sent: 0,
             acked: 0,
-            in_flight: std::collections::VecDeque::with_capacity(MAX_IN_FLIGHT),
+            in_flight: VecDeque::with_capacity(MAX_IN_FLIGHT),
             at_end: false,
-            pace: Pace { chunk: FIRST_CHUNK, quickest: Duration::MAX / 8 },
             max_rate,
             digest: Sha256::new(),
         })
@@ -117,23 +93,17 @@ impl Download {
                 return Err(EXHAUSTED.to_owned());
             }
             let left = self.size.map_or(u64::MAX, |size| size - self.sent);
-            let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(self.pace.chunk);
-            let head = file::chunk(sid, self.sent);
-            let mut message = head.encode_head(wanted);
-            let start = message.len();
-            let read = self.read(wanted, &mut message)?;
-            if read < wanted {
-                self.check_end(read)?;
-                // The length in front of the bytes was a promise.
-                let bytes = message.split_off(start);
-                message = head.encode_head(read);
-                message.extend(bytes);
-            }
-            self.digest.update(&message[message.len() - read..]);
+            let wanted =
+                usize::try_from(left).unwrap_or(usize::MAX).min(sink.piece(SMALLEST_CHUNK, LARGEST_CHUNK));
+            let (message, read) = sink.compose(&file::chunk(sid, self.sent), wanted, |place| {
+                let read = self.read(place);
+                (*read.as_ref().unwrap_or(&0), read)
+            });
+            let read = read?;
             counters.add(Direction::Sent, read as u64, now);
             self.sent += read as u64;
             if read > 0 {
-                self.in_flight.push_back((self.sent, now));
+                self.in_flight.push_back(self.sent);
             }
             // An empty chunk is the end.
             self.at_end = read == 0;
@@ -142,10 +112,24 @@ impl Download {
         Ok(())
     }
 
-    fn read(&self, wanted: usize, message: &mut Vec<u8>) -> Result<usize, String> {
-        let mut file = (&self.file).take(wanted as u64);
-        file.read_to_end(message)
-            .map_err(|e| format!("failed to read file: read {}: {}", self.path.display(), reason(&e)))
+    /// Fills `place`, or up to the end.
+    fn read(&mut self, place: &mut [u8]) -> Result<usize, String> {
+        let mut filled = 0;
+        while filled < place.len() {
+            match self.file.read(&mut place[filled..]) {
+                Ok(0) => {
+                    self.check_end(filled)?;
+                    break;
+                }
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    return Err(format!("failed to read file: read {}: {}", self.path.display(), reason(&e)));
+                }
+            }
+        }
+        self.digest.update(&place[..filled]);
+        Ok(filled)
     }
 
     /// The file gave less than it said. Some always do; a file that has shrunk isn't the one that was asked for.
@@ -163,17 +147,10 @@ impl Download {
     }
 
     /// So much has arrived.
-    pub fn ack(&mut self, offset: u64, now: Instant) {
+    pub fn ack(&mut self, offset: u64) {
         self.acked = self.acked.max(offset.min(self.sent));
-        let mut count = 0;
-        while let Some((end, handed_over)) = self.in_flight.front().copied()
-            && end <= self.acked
-        {
+        while self.in_flight.front().is_some_and(|end| *end <= self.acked) {
             self.in_flight.pop_front();
-            count += 1;
-            if count == ACK_EVERY {
-                self.pace.learn(now.saturating_duration_since(handed_over));
-            }
         }
     }
 

@@ -248,7 +248,7 @@ impl FileTransfer {
         let State::Sending(sending) = &mut self.state else { return };
         match file::offset(frame) {
             Some(Ok(offset)) => {
-                sending.download.ack(offset, now);
+                sending.download.ack(offset);
                 self.finish_sending(now);
             }
             Some(Err(())) => self.fail(frame, "invalid offset data type: require int64"),

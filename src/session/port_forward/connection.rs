@@ -14,6 +14,7 @@ use nix::sys::socket::SockType;
 
 use super::look_ups::LookUpPermit;
 use crate::config::Allowed;
+use crate::outbox::FrameSink;
 use crate::proto::forward::{Target, Transport};
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, net, reason};
@@ -25,8 +26,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
 /// A client that sends on without acknowledgements comes to here.
 const QUEUE_HARD_LIMIT: usize = 1 << 20;
-/// What is read of a stream at a time, and so the largest body.
-const READ: usize = 32 * 1024;
+/// What is read of a stream at a time, and so the body, as the connection to the server allows.
+const SMALLEST_READ: usize = 2 * 1024;
+const LARGEST_READ: usize = 64 * 1024;
 /// The largest datagram.
 const DATAGRAM: usize = 65_535;
 
@@ -110,8 +112,8 @@ pub enum Step {
 /// What reading brought.
 #[derive(Debug)]
 pub enum Input {
-    /// Data.
-    Data(Vec<u8>),
+    /// So many bytes of data, or a datagram.
+    Data(usize),
     /// Nothing now.
     Nothing,
     /// The end, and why if it isn't the regular one.
@@ -338,27 +340,26 @@ impl Connection {
         Ok(())
     }
 
+    /// What [`Connection::read`] needs room for.
+    pub fn largest_read(&self, sink: &FrameSink) -> usize {
+        match self.target.transport {
+            Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
+            Transport::Udp => DATAGRAM,
+        }
+    }
+
     /// Reads once.
-    pub fn read(&mut self, now: Instant) -> Input {
-        let State::Open(socket) = &mut self.state else { return Input::Nothing };
-        let (mut buffer, result) = match socket {
-            Socket::Tcp(stream) => {
-                let mut buffer = vec![0; READ];
-                let result = stream.read(&mut buffer);
-                (buffer, result)
-            }
-            Socket::Udp(socket) => {
-                let mut buffer = vec![0; DATAGRAM];
-                let result = socket.recv(&mut buffer);
-                (buffer, result)
-            }
+    pub fn read(&mut self, place: &mut [u8], now: Instant) -> Input {
+        let result = match &mut self.state {
+            State::Open(Socket::Tcp(stream)) => stream.read(place),
+            State::Open(Socket::Udp(socket)) => socket.recv(place),
+            _ => return Input::Nothing,
         };
         match result {
             Ok(0) if self.target.transport == Transport::Tcp => Input::End(None),
             Ok(n) => {
                 self.last_traffic = now;
-                buffer.truncate(n);
-                Input::Data(buffer)
+                Input::Data(n)
             }
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 Input::Nothing

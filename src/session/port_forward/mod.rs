@@ -1,7 +1,7 @@
 //! Port forwarding: protocol 3 for one session. All its connections live in the session's one poll loop.
 //!
 //! Bounds, for each connection: 64 KiB wait for a target that doesn't read before the client's data is no longer
-//! acknowledged; towards the client [`acks::DATA_LIMIT`] messages of up to 32 KiB (a datagram's size for UDP) are on
+//! acknowledged; towards the client [`acks::DATA_LIMIT`] messages of up to 64 KiB (a datagram's size for UDP) are on
 //! the way in the whole session, two of them in our memory.
 
 mod acks;
@@ -245,7 +245,7 @@ impl PortForward {
 
     /// Sends `new` before, or `stop` behind, all data of the connection.
     fn send_in_order(&self, typ: &str, id: &ConnectionId) {
-        self.sink.bulk(forward::about(&self.id, typ, id).encode());
+        self.sink.bulk((&forward::about(&self.id, typ, id)).into());
     }
 
     /// The client has nothing to do with the connection any more. What it sent still reaches the target.
@@ -363,12 +363,17 @@ impl PortForward {
         if !self.on_the_way.takes_data_of(connection.unacked) {
             return true;
         }
-        match connection.read(now) {
+        let frame = forward::about(&self.id, forward::FORWARD, id);
+        let (message, input) = self.sink.compose(&frame, connection.largest_read(&self.sink), |place| {
+            let input = connection.read(place, now);
+            (if let Input::Data(length) = input { length } else { 0 }, input)
+        });
+        match input {
             Input::Nothing => {}
-            Input::Data(bytes) => {
+            Input::Data(_) => {
                 connection.unacked += 1;
                 self.on_the_way.data_sent(id, now);
-                self.sink.bulk(forward::about(&self.id, forward::FORWARD, id).with_body(bytes).encode());
+                self.sink.bulk(message);
             }
             Input::End(why) => {
                 if let Some(why) = why {
@@ -410,7 +415,7 @@ fn advance(
 mod tests {
     use super::*;
     use crate::config;
-    use crate::outbox::{Outbox, Work};
+    use crate::outbox::{Outbox, Room, Work};
     use crate::proto::msgpack::MapWriter;
     use crate::proto::{PORT_FORWARD, Props};
     use std::net::TcpListener;
@@ -430,8 +435,8 @@ mod tests {
     }
 
     fn next_type(outbox: &Outbox) -> Option<String> {
-        match outbox.try_next()? {
-            Work::Frame(bytes) => Some(Frame::decode(&bytes.into()).unwrap().typ),
+        match outbox.try_next(Room { bulk: true, interactive: true })? {
+            Work::Message(mut m, _) => Some(Frame::decode(&m.content().to_vec().into()).unwrap().typ),
             other => panic!("{other:?}"),
         }
     }

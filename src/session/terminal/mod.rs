@@ -36,6 +36,9 @@ const STOP_GRACE: Duration = Duration::from_secs(2);
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 /// How long after a shell's end its last output may take to come through the terminal.
 const DRAIN_LIMIT: Duration = Duration::from_millis(500);
+/// The most output of a frame, as the connection to the server allows. What a terminal gives in one read fits.
+const SMALLEST_OUTPUT: usize = 4 * 1024;
+const LARGEST_OUTPUT: usize = 32 * 1024;
 /// Frames that wait while a shell ends.
 const MAX_DEFERRED: usize = 64;
 
@@ -297,11 +300,16 @@ impl Terminal {
     fn pass_output(&mut self, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
         while !running.at_end && self.sink.takes_data() {
-            let output = running.shell.read_output();
-            if !output.bytes.is_empty() {
-                self.sink.data(&wire::output(&self.id, output.bytes));
+            let frame = wire::output(&self.id);
+            let most = self.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
+            let (message, (length, then)) = self.sink.compose(&frame, most, |place| {
+                let (length, then) = running.shell.read_output(place);
+                (length, (length, then))
+            });
+            if length > 0 {
+                self.sink.output(message);
             }
-            match output.then {
+            match then {
                 Then::More => {}
                 Then::Wait => break,
                 Then::End => {

@@ -9,10 +9,8 @@ use crate::sys::pty::{Pty, WindowSize};
 
 /// Input that waits for a program to read it.
 const MAX_INPUT: usize = 1 << 20;
-/// Output goes out in frames of at most so much.
-const MAX_OUTPUT: usize = 32 * 1024;
-/// What a PTY gives in one read, and so enough for interactive use.
-const FIRST_READ: usize = 4096;
+/// Room for what is typed by hand.
+const SMALL_INPUT: usize = 4096;
 
 /// A shell on its terminal.
 #[derive(Debug)]
@@ -22,16 +20,7 @@ pub struct Shell {
     input: VecDeque<u8>,
 }
 
-/// What reading the terminal brought.
-#[derive(Debug)]
-pub struct Output {
-    /// What the programs wrote; may be empty.
-    pub bytes: Vec<u8>,
-    /// Whether there may be more at once, nothing for now, or nothing ever again.
-    pub then: Then,
-}
-
-/// See [`Output`].
+/// Whether there may be more output at once, none for now, or none ever again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Then {
     More,
@@ -95,22 +84,18 @@ impl Shell {
             }
         }
         // A pasted megabyte shouldn't cost memory for ever.
-        self.input.shrink_to(FIRST_READ);
+        self.input.shrink_to(SMALL_INPUT);
         Ok(())
     }
 
-    /// Reads what there is, up to a frame's worth.
-    pub fn read_output(&self) -> Output {
-        let mut bytes = vec![0; FIRST_READ];
+    /// Reads what there is, up to what `place` takes: how many bytes, and what is to be expected then.
+    pub fn read_output(&self, place: &mut [u8]) -> (usize, Then) {
         let mut filled = 0;
         let then = loop {
-            if filled == MAX_OUTPUT {
+            if filled == place.len() {
                 break Then::More;
             }
-            if filled == bytes.len() {
-                bytes.resize(MAX_OUTPUT, 0);
-            }
-            match self.pty.read(&mut bytes[filled..]) {
+            match self.pty.read(&mut place[filled..]) {
                 Ok(0) => break Then::End,
                 Ok(n) => filled += n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Then::Wait,
@@ -118,7 +103,6 @@ impl Shell {
                 Err(_) => break Then::End,
             }
         };
-        bytes.truncate(filled);
-        Output { bytes, then }
+        (filled, then)
     }
 }

@@ -4,6 +4,8 @@
 //! meanwhile, little more than [`REPLIES_IN_FLIGHT`] answers here. A count is a permit inside the queued
 //! frame, so it can't drift.
 
+mod message;
+
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -13,6 +15,9 @@ use bytes::Bytes;
 
 use crate::proto::Frame;
 use crate::sys::wake::Wake;
+
+use self::message::Spares;
+pub use self::message::{FRONT, Message};
 
 /// Frames of data, and again of bulk, a session may have queued: one being written and one behind it.
 pub const FRAMES_IN_FLIGHT: usize = 2;
@@ -31,10 +36,21 @@ pub enum Work {
     Pong(Bytes),
     /// The TLS layer has something of its own to say.
     Flush,
-    /// Send this message.
-    Frame(Vec<u8>),
+    /// Send this message. Whether it is bulk.
+    Message(Message, bool),
+    /// A probe was answered then.
+    Answered(Bytes, Instant),
     /// Nothing came before the deadline.
     Nothing,
+}
+
+/// What may leave now.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// Files and forwarded connections.
+    pub bulk: bool,
+    /// Everything else.
+    pub interactive: bool,
 }
 
 /// The queues, shared by the writer, the reader and every session of a link.
@@ -42,6 +58,8 @@ pub enum Work {
 pub struct Outbox {
     queues: Mutex<Queues>,
     filled: Condvar,
+    spares: Arc<Spares>,
+    piece: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -50,6 +68,8 @@ struct Queues {
     /// Only the latest ping needs an answer (RFC 6455, 5.5.3).
     pong: Option<Bytes>,
     flush: bool,
+    /// The latest answer speaks for those before.
+    answered: Option<(Bytes, Instant)>,
     interactive: VecDeque<Item>,
     bulk: VecDeque<Item>,
     /// Interactive frames that left in a row while bulk waited.
@@ -58,7 +78,7 @@ struct Queues {
 
 #[derive(Debug)]
 struct Item {
-    message: Vec<u8>,
+    message: Message,
     /// Void once its session has thrown away such a lot.
     epoch: Option<(Lot, u32)>,
     permit: Permit,
@@ -88,6 +108,12 @@ impl Outbox {
         self.filled.notify_one();
     }
 
+    /// Tells the writer of a pong.
+    pub fn answered(&self, payload: Bytes, now: Instant) {
+        self.lock().answered = Some((payload, now));
+        self.filled.notify_one();
+    }
+
     fn push(&self, item: Item) {
         let mut queues = self.lock();
         match item.permit.kind {
@@ -99,10 +125,10 @@ impl Outbox {
     }
 
     /// The next thing to do, waiting for it until `deadline`.
-    pub fn next(&self, deadline: Instant) -> Work {
+    pub fn next(&self, room: Room, deadline: Instant) -> Work {
         let mut queues = self.lock();
         loop {
-            if let Some(work) = queues.take() {
+            if let Some(work) = queues.take(room) {
                 return work;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -113,14 +139,24 @@ impl Outbox {
         }
     }
 
+    /// How large a message of bulk should be.
+    pub fn set_piece(&self, bytes: usize) {
+        self.piece.store(bytes, Ordering::Relaxed);
+    }
+
+    /// There is little to do: gives back what only busy times need.
+    pub fn rest(&self) {
+        self.spares.clear();
+    }
+
     /// The next thing to do, if there is one.
-    pub fn try_next(&self) -> Option<Work> {
-        self.lock().take()
+    pub fn try_next(&self, room: Room) -> Option<Work> {
+        self.lock().take(room)
     }
 }
 
 impl Queues {
-    fn take(&mut self) -> Option<Work> {
+    fn take(&mut self, room: Room) -> Option<Work> {
         if let Some((code, reason)) = self.close.take() {
             return Some(Work::Close(code, reason));
         }
@@ -130,24 +166,29 @@ impl Queues {
         if std::mem::take(&mut self.flush) {
             return Some(Work::Flush);
         }
-        while let Some(item) = self.pop() {
+        if let Some((payload, when)) = self.answered.take() {
+            return Some(Work::Answered(payload, when));
+        }
+        while let Some(item) = self.pop(room) {
             let account = &item.permit.account;
             let void = |(lot, epoch)| epoch != account.epoch(lot).load(Ordering::SeqCst);
             if !item.epoch.is_some_and(void) {
-                return Some(Work::Frame(item.message));
+                return Some(Work::Message(item.message, matches!(item.permit.kind, Kind::Bulk)));
             }
         }
         None
     }
 
     /// Interactive frames go first, but a terminal that never stops writing doesn't stop a transfer.
-    fn pop(&mut self) -> Option<Item> {
-        if self.bulk.is_empty() || (self.favoured < MAX_FAVOURED && !self.interactive.is_empty()) {
-            self.favoured += u32::from(!self.bulk.is_empty());
+    fn pop(&mut self, room: Room) -> Option<Item> {
+        let bulk = room.bulk && !self.bulk.is_empty();
+        let interactive = room.interactive && !self.interactive.is_empty();
+        if interactive && !(bulk && self.favoured >= MAX_FAVOURED) {
+            self.favoured += u32::from(bulk);
             return self.interactive.pop_front();
         }
         self.favoured = 0;
-        self.bulk.pop_front()
+        if bulk { self.bulk.pop_front() } else { None }
     }
 }
 
@@ -244,27 +285,43 @@ impl FrameSink {
         FrameSink { outbox: Arc::clone(outbox), account: Arc::new(account) }
     }
 
+    /// How large a message of bulk should be, within these bounds, to be no obstacle to a keystroke's echo.
+    pub fn piece(&self, least: usize, most: usize) -> usize {
+        self.outbox.piece.load(Ordering::Relaxed).clamp(least, most)
+    }
+
+    /// The message for `frame` with another body of up to `most` bytes, to be queued: as many as `read` says it has
+    /// put into what it is given. Besides, what `read` has to say.
+    pub fn compose<T>(
+        &self,
+        frame: &Frame,
+        most: usize,
+        read: impl FnOnce(&mut [u8]) -> (usize, T),
+    ) -> (Message, T) {
+        self.outbox.spares.compose(frame, most, read)
+    }
+
     /// Queues an answer. Never refused: ask [`FrameSink::takes_replies`] before taking on what needs one.
     pub fn reply(&self, frame: &Frame) {
-        self.push(frame.encode(), Kind::Reply, None);
+        self.push(frame.into(), Kind::Reply, None);
     }
 
     /// Queues a terminal's output. Never refused: ask [`FrameSink::takes_data`] before reading it from its source.
-    pub fn data(&self, frame: &Frame) {
-        self.push(frame.encode(), Kind::Data, Some(Lot::Output));
+    pub fn output(&self, message: Message) {
+        self.push(message, Kind::Data, Some(Lot::Output));
     }
 
-    /// Queues an encoded frame behind all interactive ones. Never refused: ask [`FrameSink::takes_bulk`] before.
-    pub fn bulk(&self, message: Vec<u8>) {
+    /// Queues a message behind all interactive ones. Never refused: ask [`FrameSink::takes_bulk`] before.
+    pub fn bulk(&self, message: Message) {
         self.push(message, Kind::Bulk, None);
     }
 
-    /// Queues an encoded chunk of a file, as [`FrameSink::bulk`] would.
-    pub fn chunk(&self, message: Vec<u8>) {
+    /// Queues a chunk of a file, as [`FrameSink::bulk`] would.
+    pub fn chunk(&self, message: Message) {
         self.push(message, Kind::Bulk, Some(Lot::Chunks));
     }
 
-    fn push(&self, message: Vec<u8>, kind: Kind, lot: Option<Lot>) {
+    fn push(&self, message: Message, kind: Kind, lot: Option<Lot>) {
         let epoch = lot.map(|lot| (lot, self.account.epoch(lot).load(Ordering::SeqCst)));
         let permit = Permit::new(&self.account, kind);
         self.outbox.push(Item { message, epoch, permit });
@@ -314,6 +371,8 @@ impl FrameSink {
 mod tests {
     use super::*;
 
+    const ALL: Room = Room { bulk: true, interactive: true };
+
     fn sink() -> (Arc<Outbox>, FrameSink, Arc<Wake>) {
         let outbox = Arc::new(Outbox::default());
         let wake = Arc::new(Wake::new().unwrap());
@@ -325,9 +384,13 @@ mod tests {
         Frame::new(1, typ, None)
     }
 
+    fn message(typ: &str) -> Message {
+        (&frame(typ)).into()
+    }
+
     fn next(outbox: &Outbox) -> Option<String> {
-        match outbox.next(Instant::now()) {
-            Work::Frame(bytes) => Some(Frame::decode(&bytes.into()).unwrap().typ),
+        match outbox.next(ALL, Instant::now()) {
+            Work::Message(mut m, _) => Some(Frame::decode(&m.content().to_vec().into()).unwrap().typ),
             Work::Nothing => None,
             other => panic!("{other:?}"),
         }
@@ -336,19 +399,19 @@ mod tests {
     #[test]
     fn frames_leave_in_order_and_urgent_matters_first() {
         let (outbox, sink, _wake) = sink();
-        sink.data(&frame("a"));
+        sink.output(message("a"));
         sink.reply(&frame("b"));
         outbox.flush();
         outbox.pong(Bytes::from_static(b"1"));
         outbox.pong(Bytes::from_static(b"2"));
         let now = Instant::now();
-        assert!(matches!(outbox.next(now), Work::Pong(p) if p == "2"));
-        assert!(matches!(outbox.next(now), Work::Flush));
+        assert!(matches!(outbox.next(ALL, now), Work::Pong(p) if p == "2"));
+        assert!(matches!(outbox.next(ALL, now), Work::Flush));
         assert_eq!(next(&outbox).as_deref(), Some("a"));
         outbox.close(1000, "");
-        assert!(matches!(outbox.next(now), Work::Close(1000, "")));
+        assert!(matches!(outbox.next(ALL, now), Work::Close(1000, "")));
         assert_eq!(next(&outbox).as_deref(), Some("b"));
-        assert!(next(&outbox).is_none() && outbox.try_next().is_none());
+        assert!(next(&outbox).is_none() && outbox.try_next(ALL).is_none());
     }
 
     #[test]
@@ -356,7 +419,7 @@ mod tests {
         let (outbox, sink, _wake) = sink();
         for _ in 0..FRAMES_IN_FLIGHT {
             assert!(sink.takes_data());
-            sink.data(&frame("d"));
+            sink.output(message("d"));
         }
         assert!(!sink.takes_data() && sink.takes_replies());
         assert!(next(&outbox).is_some());
@@ -371,19 +434,19 @@ mod tests {
     fn what_is_thrown_away_makes_room_and_the_rest_stays() {
         let (outbox, sink, _wake) = sink();
         let fill = || {
-            sink.data(&frame("output"));
+            sink.output(message("output"));
             sink.reply(&frame("reply"));
-            sink.chunk(frame("chunk").encode());
-            sink.bulk(frame("bulk").encode());
+            sink.chunk(message("chunk"));
+            sink.bulk(message("bulk"));
         };
         let rest = || std::iter::from_fn(|| next(&outbox)).collect::<Vec<_>>();
         fill();
         sink.discard_output();
-        sink.data(&frame("new"));
+        sink.output(message("new"));
         assert_eq!(rest(), ["reply", "new", "chunk", "bulk"]);
         fill();
         sink.discard_chunks();
-        sink.chunk(frame("new").encode());
+        sink.chunk(message("new"));
         assert_eq!(rest(), ["output", "reply", "bulk", "new"]);
         assert!(sink.takes_data() && sink.takes_bulk());
     }
@@ -391,8 +454,8 @@ mod tests {
     #[test]
     fn a_queue_that_goes_away_gives_all_room_back() {
         let (outbox, sink, _wake) = sink();
-        sink.data(&frame("d"));
-        sink.data(&frame("d"));
+        sink.output(message("d"));
+        sink.output(message("d"));
         assert!(!sink.takes_data());
         outbox.lock().interactive.clear();
         assert!(sink.takes_data());
@@ -401,15 +464,29 @@ mod tests {
     #[test]
     fn bulk_waits_for_interactive_frames_but_not_for_ever() {
         let (outbox, sink, _wake) = sink();
-        sink.bulk(frame("bulk").encode());
-        sink.data(&frame("echo"));
+        sink.bulk(message("bulk"));
+        sink.output(message("echo"));
         assert_eq!(next(&outbox).as_deref(), Some("echo"));
         assert_eq!(next(&outbox).as_deref(), Some("bulk"));
-        sink.bulk(frame("bulk").encode());
+        sink.bulk(message("bulk"));
         for _ in 0..100 {
-            sink.data(&frame("flood"));
+            sink.output(message("flood"));
         }
         let order: Vec<String> = (0..=MAX_FAVOURED).filter_map(|_| next(&outbox)).collect();
         assert!(order.contains(&"bulk".to_owned()), "{order:?}");
+    }
+
+    #[test]
+    fn what_there_is_no_room_for_stays() {
+        let (outbox, sink, _wake) = sink();
+        sink.bulk(message("bulk"));
+        sink.output(message("echo"));
+        let none = Room { bulk: false, interactive: false };
+        assert!(outbox.try_next(none).is_none());
+        let bulk = Room { bulk: true, interactive: false };
+        assert!(matches!(outbox.try_next(bulk), Some(Work::Message(_, true))));
+        outbox.answered(Bytes::new(), Instant::now());
+        assert!(matches!(outbox.try_next(none), Some(Work::Answered(..))));
+        assert_eq!(next(&outbox).as_deref(), Some("echo"));
     }
 }

@@ -1,0 +1,323 @@
+//! How much may be on the way to the server. Pure.
+//!
+//! What a slow connection doesn't carry away waits somewhere: in modems, in the kernel, in mender-auth's forwarder.
+//! A keystroke's echo waits behind it. So the writer counts what the server hasn't got yet, and keeps no more than
+//! the connection needs to be busy. What the server has got it tells by pongs: a ping that is written between
+//! messages is a probe, and its pong says that everything before it has arrived, and how long it took.
+//!
+//! A server that answers no pings gets everything as fast as it takes it.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::outbox::Room;
+
+/// The payload of a probe: how many bytes were written before it.
+pub type Probe = [u8; 8];
+
+const SMALLEST_WINDOW: u64 = 8 * 1024;
+const FIRST_WINDOW: u64 = 32 * 1024;
+const LARGEST_WINDOW: u64 = 4 * 1024 * 1024;
+/// Messages of bulk in a window: a keystroke's echo can go ahead of those that aren't written yet.
+const PIECES: u64 = 8;
+/// They needn't be smaller than what takes so long, up to a size that costs next to nothing: each one takes the server
+/// some time, whatever its size.
+const PIECE_TIME: Duration = Duration::from_millis(8);
+const LARGEST_QUICK_PIECE: u64 = 64 * 1024;
+/// Parts of a window between probes.
+const PROBES: u64 = 4;
+/// A server that hasn't answered the first probe for so long perhaps never will.
+const FIRST_ANSWER: Duration = Duration::from_millis(300);
+/// A probe that was lost, if that can happen.
+const LOST: Duration = Duration::from_secs(10);
+/// What the quickest answer was may change, with the way that packets take.
+const QUICKEST_HOLDS: Duration = Duration::from_secs(10);
+/// How much longer than the quickest answer takes, times its own time, and within these bounds, an answer may take:
+/// the connection stays busy although its speed varies.
+const SLACK: u32 = 16;
+const LEAST_SLACK: Duration = Duration::from_millis(1);
+const MOST_SLACK: Duration = Duration::from_millis(50);
+/// Steps in which the window changes at most.
+const STEP: u64 = 4;
+
+/// The bytes on the way and how many there may be.
+#[derive(Debug)]
+pub struct Pace {
+    window: u64,
+    /// Of this link, since its start.
+    written: u64,
+    arrived: u64,
+    probes: VecDeque<Sent>,
+    quickest: Option<(Duration, Instant)>,
+    /// A piece that takes [`PIECE_TIME`].
+    quick_piece: u64,
+    /// Probes up to here were sent before the window was changed.
+    changed: u64,
+    /// Whether a probe was ever answered.
+    answers: bool,
+}
+
+#[derive(Debug)]
+struct Sent {
+    /// Bytes written before it.
+    at: u64,
+    /// Of these, those on the way.
+    behind: u64,
+    when: Instant,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Pace {
+            window: FIRST_WINDOW,
+            written: 0,
+            arrived: 0,
+            probes: VecDeque::new(),
+            quickest: None,
+            quick_piece: 0,
+            changed: 0,
+            answers: false,
+        }
+    }
+}
+
+impl Pace {
+    /// So many bytes were written.
+    pub fn wrote(&mut self, bytes: usize) {
+        self.written += bytes as u64;
+    }
+
+    /// How large a message of bulk should be.
+    pub fn piece(&self, now: Instant) -> usize {
+        let piece = if self.is_unanswered(now) { LARGEST_WINDOW } else { self.window } / PIECES;
+        piece.max(self.quick_piece) as usize
+    }
+
+    /// What may be written now.
+    pub fn room(&self, now: Instant) -> Room {
+        let (open, window) = (self.is_unanswered(now), self.current_window(now));
+        // What is typed during a transfer doesn't wait for it.
+        Room { bulk: open || self.on_the_way() < window, interactive: open || self.on_the_way() < 2 * window }
+    }
+
+    /// When there is room although nothing came.
+    pub fn deadline(&self) -> Option<Instant> {
+        let patience = if self.answers { LOST } else { FIRST_ANSWER };
+        self.probes.front().map(|probe| probe.when + patience)
+    }
+
+    fn is_unanswered(&self, now: Instant) -> bool {
+        self.deadline().is_some_and(|deadline| now >= deadline)
+    }
+
+    /// The probe to write now, if one is due. With `bulk` a bulk message comes next.
+    pub fn probe(&mut self, bulk: bool, now: Instant) -> Option<Probe> {
+        let before = self.probes.back().map_or(self.arrived, |probe| probe.at);
+        // The first message of a transfer has one in front of it, whose answer nothing delays.
+        let due =
+            self.written - before >= self.current_window(now) / PROBES || bulk && self.probes.is_empty();
+        (due && !self.is_unanswered(now)).then(|| {
+            self.probes.push_back(Sent { at: self.written, behind: self.on_the_way(), when: now });
+            self.written.to_be_bytes()
+        })
+    }
+
+    /// The server has answered a probe.
+    pub fn answered(&mut self, probe: Probe, now: Instant) {
+        let at = u64::from_be_bytes(probe);
+        // Any other ping isn't a probe.
+        let Some(place) = self.probes.iter().position(|probe| probe.at == at) else { return };
+        let Some(probe) = self.probes.drain(..=place).next_back() else { return };
+        self.answers = true;
+        self.arrived = at;
+        self.learn(&probe, now);
+    }
+
+    fn learn(&mut self, probe: &Sent, now: Instant) {
+        let took = now.saturating_duration_since(probe.when);
+        let stale = self.is_stale(now) && probe.behind <= self.window / STEP + self.window / PROBES;
+        let quickest = match self.quickest {
+            Some((quickest, _)) if quickest < took && !stale => quickest,
+            _ => {
+                self.quickest = Some((took, now));
+                took
+            }
+        };
+        // An answer's time tells about a window that was full.
+        if probe.at <= self.changed || probe.behind < self.window / 8 * 7 {
+            return;
+        }
+        let slack = (quickest * SLACK).clamp(LEAST_SLACK, MOST_SLACK);
+        let target = quickest * 2 + slack;
+        // What the connection carries in that time.
+        let carried = |time: Duration| {
+            let bytes = u128::from(probe.behind) * time.as_nanos() / took.as_nanos().max(1);
+            u64::try_from(bytes).unwrap_or(u64::MAX)
+        };
+        self.quick_piece = carried(PIECE_TIME).min(LARGEST_QUICK_PIECE);
+        let least = if took > target { self.window / STEP } else { self.window };
+        let window = carried(target).clamp(least, self.window * STEP);
+        let window = window.clamp(SMALLEST_WINDOW.max(2 * self.quick_piece), LARGEST_WINDOW);
+        if window != self.window {
+            (self.window, self.changed) = (window, self.written);
+        }
+    }
+
+    fn on_the_way(&self) -> u64 {
+        self.written - self.arrived
+    }
+
+    fn is_stale(&self, now: Instant) -> bool {
+        self.quickest.is_some_and(|(_, when)| now >= when + QUICKEST_HOLDS)
+    }
+
+    /// To learn anew how quick an answer can be, there has to be less in front of it for a moment.
+    fn current_window(&self, now: Instant) -> u64 {
+        if self.is_stale(now) { self.window / STEP } else { self.window }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connection that carries `rate` bytes a second and takes `delay` besides, with a sender that always has more.
+    struct Simulation {
+        pace: Pace,
+        start: Instant,
+        now: Duration,
+        /// When the last byte written will have left the bottleneck.
+        busy_until: Duration,
+        answers: VecDeque<(Duration, Probe)>,
+        delivered: u64,
+        rate: f64,
+        delay: Duration,
+        /// The longest that a byte would have waited at the bottleneck, since it was last asked for.
+        waited: Duration,
+    }
+
+    impl Simulation {
+        fn new(rate: f64, delay: Duration) -> Self {
+            Simulation {
+                pace: Pace::default(),
+                start: Instant::now(),
+                now: Duration::ZERO,
+                busy_until: Duration::ZERO,
+                answers: VecDeque::new(),
+                delivered: 0,
+                rate,
+                delay,
+                waited: Duration::ZERO,
+            }
+        }
+
+        fn write(&mut self, bytes: usize) {
+            self.busy_until =
+                self.busy_until.max(self.now) + Duration::from_secs_f64(bytes as f64 / self.rate);
+            self.waited = self.waited.max(self.busy_until - self.now);
+            self.pace.wrote(bytes);
+            self.delivered += bytes as u64;
+        }
+
+        fn probe(&mut self, bulk: bool) {
+            if let Some(probe) = self.pace.probe(bulk, self.start + self.now) {
+                let arrives = self.busy_until.max(self.now) + self.delay;
+                self.answers.push_back((arrives, probe));
+            }
+        }
+
+        /// Sends for so long; what share of the connection was used.
+        fn run(&mut self, span: Duration) -> f64 {
+            let (end, before) = (self.now + span, self.delivered);
+            let begin = self.now;
+            while self.now < end {
+                while self.pace.room(self.start + self.now).bulk {
+                    self.probe(true);
+                    self.write(self.pace.piece(self.start + self.now).max(2048));
+                    self.probe(false);
+                }
+                let (arrives, probe) = self.answers.pop_front().expect("something is on the way");
+                self.now = self.now.max(arrives);
+                self.pace.answered(probe, self.start + self.now);
+            }
+            (self.delivered - before) as f64 / self.rate / (self.now - begin).as_secs_f64()
+        }
+    }
+
+    const fn millis(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[test]
+    fn connections_are_kept_busy_with_little_on_the_way() {
+        for (rate, delay, most_waited) in [
+            (125e3, millis(50), millis(150)),
+            (125e3, millis(2), millis(120)),
+            (1e6, millis(300), millis(500)),
+            (10e6, millis(20), millis(100)),
+            (40e6, millis(60), millis(150)),
+            (500e6, Duration::from_micros(100), millis(5)),
+        ] {
+            let mut simulation = Simulation::new(rate, delay);
+            simulation.run((delay * 30).max(millis(2000)));
+            simulation.waited = Duration::ZERO;
+            // Long enough for the quickest answer to be learnt anew a few times.
+            let share = simulation.run(Duration::from_secs(45));
+            let waited = simulation.waited;
+            assert!(share > 0.95, "{rate} bytes/s, {delay:?}: {share}");
+            assert!(waited < most_waited, "{rate} bytes/s, {delay:?}: {waited:?}");
+        }
+    }
+
+    #[test]
+    fn a_connection_that_changes_is_learnt_anew() {
+        let mut simulation = Simulation::new(10e6, millis(20));
+        simulation.run(Duration::from_secs(15));
+        (simulation.rate, simulation.delay) = (2e6, millis(200));
+        simulation.run(Duration::from_secs(25));
+        assert!(simulation.run(Duration::from_secs(20)) > 0.95);
+        (simulation.rate, simulation.delay) = (20e6, millis(5));
+        simulation.run(Duration::from_secs(5));
+        simulation.waited = Duration::ZERO;
+        assert!(simulation.run(Duration::from_secs(20)) > 0.9);
+        assert!(simulation.waited < millis(100), "{:?}", simulation.waited);
+    }
+
+    #[test]
+    fn a_window_is_reached_within_few_round_trips() {
+        let mut simulation = Simulation::new(200e6, millis(100));
+        simulation.run(millis(950));
+        assert_eq!(simulation.pace.window, LARGEST_WINDOW);
+    }
+
+    #[test]
+    fn a_server_without_answers_is_no_obstacle() {
+        let (mut pace, now) = (Pace::default(), Instant::now());
+        assert!(pace.probe(true, now).is_some());
+        while pace.room(now).bulk {
+            pace.wrote(4096);
+            pace.probe(false, now);
+        }
+        assert!(pace.room(now).interactive);
+        pace.wrote(FIRST_WINDOW as usize);
+        assert!(!pace.room(now).interactive);
+        let later = pace.deadline().unwrap();
+        assert_eq!(later, now + FIRST_ANSWER);
+        pace.wrote(1 << 30);
+        assert!(pace.room(later).bulk && pace.room(later).interactive);
+        assert_eq!(pace.piece(later) as u64 * PIECES, LARGEST_WINDOW);
+        assert_eq!(pace.probe(true, later), None);
+    }
+
+    #[test]
+    fn other_pings_are_no_probes() {
+        let (mut pace, now) = (Pace::default(), Instant::now());
+        pace.wrote(100);
+        let probe = pace.probe(true, now).unwrap();
+        pace.answered(*b"12345678", now);
+        assert_eq!(pace.on_the_way(), 100);
+        pace.answered(probe, now);
+        assert_eq!(pace.on_the_way(), 0);
+        pace.answered(probe, now);
+    }
+}
