@@ -46,7 +46,13 @@ const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 const MAX_MESSAGE: usize = (1 << 20) + (1 << 10);
 
 /// Takes the frames that come in. Must not block; dropped when the link ends.
-pub type Inbound = Box<dyn FnMut(Frame) + Send>;
+pub trait Inbound {
+    /// A frame has come.
+    fn frame(&mut self, frame: Frame);
+
+    /// No more of them have come yet.
+    fn pause(&mut self);
+}
 
 /// What becomes of a link.
 #[derive(Debug)]
@@ -138,7 +144,7 @@ impl Link {
     pub fn dial(
         credentials: Credentials,
         proxies: Arc<ProxySettings>,
-        accept: impl FnOnce(&Arc<Outbox>) -> io::Result<Inbound> + Send + 'static,
+        accept: impl FnOnce(&Arc<Outbox>) -> io::Result<Box<dyn Inbound>> + Send + 'static,
         events: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let (alive, gone) = crossbeam_channel::bounded(0);
@@ -169,7 +175,7 @@ fn run(
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
     gone: &Receiver<()>,
-    accept: impl FnOnce(&Arc<Outbox>) -> io::Result<Inbound>,
+    accept: impl FnOnce(&Arc<Outbox>) -> io::Result<Box<dyn Inbound>>,
     events: &impl Fn(LinkEvent),
 ) -> LinkError {
     let outbox = Arc::new(Outbox::default());
@@ -195,7 +201,7 @@ fn run(
     };
     cancel.established();
     events(LinkEvent::Connected);
-    let mut lost = reader::run(&mut socket, &outbox, &mut inbound, cancel);
+    let mut lost = reader::run(&mut socket, &outbox, &mut *inbound, cancel);
     // The sessions end here, whether or not the server still takes a goodbye.
     drop(inbound);
     outbox.close(lost.close_code(), "");

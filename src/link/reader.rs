@@ -24,13 +24,17 @@ const WARNINGS: u32 = 5;
 pub fn run(
     socket: &mut WebSocket<ReadHalf>,
     outbox: &Arc<Outbox>,
-    inbound: &mut Inbound,
+    inbound: &mut dyn Inbound,
     cancel: &Cancel,
 ) -> LinkError {
     let mut malformed = 0;
     loop {
         let message = match socket.read() {
             Ok(message) => message,
+            Err(Error::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {
+                inbound.pause();
+                continue;
+            }
             Err(e) => return lost(e),
         };
         if cancel.is_cancelled() {
@@ -56,7 +60,7 @@ pub fn run(
             Message::Frame(_) => continue,
         };
         match Frame::decode(&bytes) {
-            Ok(frame) => inbound(frame),
+            Ok(frame) => inbound.frame(frame),
             Err(e) => {
                 malformed += 1;
                 match malformed {

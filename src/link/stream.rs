@@ -4,6 +4,7 @@
 //! deadline. Afterwards it only reads: tungstenite answers pings and closes on the half that it reads from,
 //! so what it writes there is dropped, and the writer says it instead.
 
+use std::cell::Cell;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
@@ -60,25 +61,42 @@ impl Write for Deadline<'_> {
     }
 }
 
+/// What is read of a plain connection at a time: many small messages cost one system call.
+const BUFFER: usize = 32 * 1024;
+
 /// The half that tungstenite's handshake gets and the reader keeps.
 pub struct ReadHalf {
     socket: Arc<TcpStream>,
     tls: Option<tls::Reader>,
     phase: Phase,
+    /// Bytes of a plain connection that have come and weren't taken yet: `bytes[taken..filled]`.
+    bytes: Box<[u8]>,
+    taken: usize,
+    filled: usize,
 }
 
 enum Phase {
-    Handshake { deadline: Instant },
-    Open { quick_ack: bool, outbox: Arc<Outbox> },
+    Handshake {
+        deadline: Instant,
+    },
+    Open {
+        quick_ack: bool,
+        outbox: Arc<Outbox>,
+        /// Whether the reader knows that the next read may take long.
+        told: Cell<bool>,
+    },
 }
 
 impl ReadHalf {
     /// For a handshake that has to end by `deadline`.
     pub fn new(socket: Arc<TcpStream>, tls: Option<tls::Reader>, deadline: Instant) -> Self {
-        ReadHalf { socket, tls, phase: Phase::Handshake { deadline } }
+        // The TLS layer has a buffer of its own.
+        let bytes = if tls.is_some() { Box::default() } else { vec![0; BUFFER].into_boxed_slice() };
+        ReadHalf { socket, tls, phase: Phase::Handshake { deadline }, bytes, taken: 0, filled: 0 }
     }
 
     /// The handshake is over: from now on this half only reads, and waits as long as a live peer may be silent.
+    /// Before each wait `WouldBlock` is returned once.
     ///
     /// # Errors
     /// What setting socket options may say.
@@ -88,7 +106,7 @@ impl ReadHalf {
         // A peer on this machine, mender-auth's forwarder, writes with Nagle's algorithm on: a delayed
         // acknowledgement would cost 40 ms a keystroke.
         let quick_ack = self.socket.peer_addr()?.ip().is_loopback();
-        self.phase = Phase::Open { quick_ack, outbox: Arc::clone(outbox) };
+        self.phase = Phase::Open { quick_ack, outbox: Arc::clone(outbox), told: Cell::new(false) };
         let tls = self.tls.as_ref().map(tls::Reader::writer);
         Ok(WriteHalf { socket: Arc::clone(&self.socket), tls })
     }
@@ -98,7 +116,11 @@ impl Phase {
     fn read(&self, socket: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Phase::Handshake { deadline } => Deadline { socket, deadline: *deadline }.read(buffer),
-            Phase::Open { quick_ack, .. } => {
+            Phase::Open { quick_ack, told, .. } => {
+                if !told.replace(true) {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                told.set(false);
                 let mut socket = socket;
                 let n = uninterrupted(|| socket.read(buffer)).map_err(timed_out)?;
                 if *quick_ack {
@@ -122,7 +144,16 @@ impl Read for ReadHalf {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let (socket, phase) = (&self.socket, &self.phase);
         match &mut self.tls {
-            None => phase.read(socket, buffer),
+            None => {
+                if self.taken == self.filled {
+                    self.taken = 0;
+                    self.filled = 0;
+                    self.filled = phase.read(socket, &mut self.bytes)?;
+                }
+                let n = (&self.bytes[self.taken..self.filled]).read(buffer)?;
+                self.taken += n;
+                Ok(n)
+            }
             Some(tls) => tls.read(buffer, |buffer| phase.read(socket, buffer), || phase.answer()),
         }
     }
@@ -148,12 +179,34 @@ impl Write for ReadHalf {
 }
 
 /// The writer's half.
+#[derive(Debug)]
 pub struct WriteHalf {
     socket: Arc<TcpStream>,
     tls: Option<tls::Writer>,
 }
 
 impl WriteHalf {
+    /// Writes what goes without waiting, and says how much that was. The TLS layer may keep a rest.
+    ///
+    /// # Errors
+    /// As writing does.
+    pub fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let socket = self.socket.as_fd();
+        let now = |bytes: &[u8]| match net::send_now(socket, bytes) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(0),
+            other => other,
+        };
+        match &mut self.tls {
+            None => now(bytes),
+            Some(tls) => tls.write_now(bytes, now),
+        }
+    }
+
+    /// Whether the TLS layer has kept something.
+    pub fn has_rest(&self) -> bool {
+        self.tls.as_ref().is_some_and(tls::Writer::has_rest)
+    }
+
     /// Sends what the TLS layer has to say of its own, if anything.
     ///
     /// # Errors
@@ -178,6 +231,6 @@ impl Write for WriteHalf {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        if self.has_rest() { self.flush_tls() } else { Ok(()) }
     }
 }

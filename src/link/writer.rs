@@ -4,7 +4,7 @@
 //! where it is and written from there; small ones gather, so that a burst is one system call.
 
 use std::io::{self, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use tungstenite::protocol::frame::FrameHeader;
@@ -13,12 +13,10 @@ use tungstenite::protocol::frame::coding::{Control, Data, OpCode};
 use super::pace::Pace;
 use super::stream::WriteHalf;
 use super::{LinkError, PING_INTERVAL, WRITE_LIMIT};
-use crate::outbox::{FRONT, Message, Outbox, Work};
+use crate::outbox::{self, FRONT, Message, Outbox, SMALL, Work, Written};
 
 /// As the reference agent's.
 const PING_PAYLOAD: &[u8] = b"60";
-/// Messages up to this size are copied to be written together.
-const SMALL: usize = 4 * 1024;
 /// What gathers before it is written.
 const BATCH: usize = 16 * 1024;
 
@@ -27,18 +25,73 @@ const BATCH: usize = 16 * 1024;
 ///
 /// # Errors
 /// What the link died of, if it was the writing.
-pub fn run(half: WriteHalf, outbox: &Arc<Outbox>) -> Result<(), LinkError> {
-    let mut writer = Writer { half, batch: Vec::new(), masks: Masks::default(), pace: Pace::default() };
-    let result = writer.write(outbox).map_err(|e| match e.kind() {
+pub fn run(half: WriteHalf, outbox: &Outbox) -> Result<(), LinkError> {
+    let writer = Writer { half, batch: Vec::new(), masks: Masks::default(), pace: Pace::default() };
+    let line = Arc::new(Line(Mutex::new(writer)));
+    outbox.set_line(Arc::clone(&line) as Arc<dyn outbox::Line>);
+    let result = write(&line, outbox).map_err(|e| match e.kind() {
         io::ErrorKind::TimedOut => {
             LinkError::Broken(format!("the server took nothing for {} s", WRITE_LIMIT.as_secs()))
         }
         _ => LinkError::Broken(crate::sys::reason(&e)),
     });
-    writer.half.shut_down();
+    line.lock().half.shut_down();
     result
 }
 
+fn write(line: &Line, outbox: &Outbox) -> io::Result<()> {
+    let mut next_ping = Instant::now() + PING_INTERVAL;
+    let mut work = Work::Nothing;
+    loop {
+        let mut writer = line.lock();
+        if !writer.obey(work)? {
+            return Ok(());
+        }
+        let now = Instant::now();
+        if now >= next_ping {
+            writer.control(Control::Ping, PING_PAYLOAD)?;
+            next_ping = now + PING_INTERVAL;
+            writer.batch.shrink_to(0);
+            outbox.rest();
+        }
+        outbox.set_piece(writer.pace.piece(now));
+        let room = writer.pace.room(now);
+        // What has gathered goes out before waiting, and only then.
+        work = match outbox.try_next(room) {
+            Some(work) => work,
+            None => {
+                writer.flush()?;
+                let more_room = writer.pace.deadline().filter(|deadline| *deadline > now);
+                drop(writer);
+                outbox.next(room, more_room.map_or(next_ping, |at| at.min(next_ping)))
+            }
+        };
+    }
+}
+
+/// The writer as sessions see it. Its lock is never waited for: the outbox lets only one of them write.
+#[derive(Debug)]
+struct Line(Mutex<Writer>);
+
+impl Line {
+    fn lock(&self) -> MutexGuard<'_, Writer> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl outbox::Line for Line {
+    fn write_now(&self, message: Message) -> Result<Written, Message> {
+        let mut writer = self.lock();
+        if !writer.pace.room(Instant::now()).interactive {
+            return Err(message);
+        }
+        // An error is met again by the writer, which knows what to do about it.
+        let gathered = writer.message(message, false);
+        Ok(if gathered.is_ok() && writer.flush_now() { Written::All } else { Written::Part })
+    }
+}
+
+#[derive(Debug)]
 struct Writer {
     half: WriteHalf,
     /// Frames that are to be written together.
@@ -48,47 +101,28 @@ struct Writer {
 }
 
 impl Writer {
-    fn write(&mut self, outbox: &Outbox) -> io::Result<()> {
-        let mut next_ping = Instant::now() + PING_INTERVAL;
-        outbox.set_piece(self.pace.piece(Instant::now()));
-        loop {
-            let now = Instant::now();
-            let room = self.pace.room(now);
-            // What has gathered goes out before waiting, and only then.
-            let work = match outbox.try_next(room) {
-                Some(work) => work,
-                None => {
-                    self.flush()?;
-                    let more_room = self.pace.deadline().filter(|deadline| *deadline > now);
-                    outbox.next(room, more_room.map_or(next_ping, |at| at.min(next_ping)))
-                }
-            };
-            match work {
-                Work::Message(message, bulk) => self.message(message, bulk)?,
-                Work::Answered(payload, when) => {
-                    // Another length is another ping's.
-                    if let Ok(probe) = payload.as_ref().try_into() {
-                        self.pace.answered(probe, when);
-                    }
-                }
-                Work::Pong(payload) => self.control(Control::Pong, &payload)?,
-                Work::Flush => self.half.flush_tls()?,
-                Work::Nothing => {}
-                Work::Close(code, reason) => {
-                    let payload = [&code.to_be_bytes(), reason.as_bytes()].concat();
-                    self.control(Control::Close, &payload)?;
-                    return self.flush();
+    /// Does what is to be done. `false` when that was the last thing.
+    fn obey(&mut self, work: Work) -> io::Result<bool> {
+        match work {
+            Work::Message(message, bulk) => self.message(message, bulk)?,
+            Work::Answered(payload, when) => {
+                // Another length is another ping's.
+                if let Ok(probe) = payload.as_ref().try_into() {
+                    self.pace.answered(probe, when);
                 }
             }
-            let now = Instant::now();
-            outbox.set_piece(self.pace.piece(now));
-            if now >= next_ping {
-                self.control(Control::Ping, PING_PAYLOAD)?;
-                next_ping = now + PING_INTERVAL;
-                outbox.rest();
-                self.batch.shrink_to(0);
+            Work::Pong(payload) => self.control(Control::Pong, &payload)?,
+            Work::Flush => self.half.flush_tls()?,
+            Work::Rest => self.flush()?,
+            Work::Nothing => {}
+            Work::Close(code, reason) => {
+                let payload = [&code.to_be_bytes(), reason.as_bytes()].concat();
+                self.control(Control::Close, &payload)?;
+                self.flush()?;
+                return Ok(false);
             }
         }
+        Ok(true)
     }
 
     fn message(&mut self, mut message: Message, bulk: bool) -> io::Result<()> {
@@ -134,9 +168,20 @@ impl Writer {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let result = self.half.write_all(&self.batch);
+        self.half.write_all(&self.batch)?;
         self.batch.clear();
-        result
+        self.half.flush()
+    }
+
+    /// Writes what goes without waiting. Whether that was all.
+    fn flush_now(&mut self) -> bool {
+        match self.half.write_now(&self.batch) {
+            Ok(written) => {
+                self.batch.drain(..written);
+                self.batch.is_empty() && !self.half.has_rest()
+            }
+            Err(_) => false,
+        }
     }
 }
 
@@ -162,7 +207,7 @@ impl Header {
 
 /// Masking keys: nobody may be able to foresee them (RFC 6455, 5.3), so they are the system's random bytes, fetched
 /// for many frames at a time.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Masks {
     keys: Vec<[u8; 4]>,
 }

@@ -7,8 +7,9 @@
 mod message;
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -24,12 +25,17 @@ pub const FRAMES_IN_FLIGHT: usize = 2;
 /// Answers a session may have queued before it stops listening.
 pub const REPLIES_IN_FLIGHT: usize = 32;
 
+/// Messages up to this size are copied to be written together.
+pub const SMALL: usize = 4 * 1024;
+
 /// After so many interactive frames in a row one that waits as bulk has its turn.
 const MAX_FAVOURED: u32 = 16;
 
 /// What the writer does next, most urgent first.
 #[derive(Debug)]
 pub enum Work {
+    /// Write the rest of what a session has begun.
+    Rest,
     /// Say goodbye with this code and reason, and end.
     Close(u16, &'static str),
     /// Answer a ping.
@@ -53,6 +59,24 @@ pub struct Room {
     pub interactive: bool,
 }
 
+/// Where the messages go.
+pub trait Line: fmt::Debug + Send + Sync {
+    /// Writes a small message, as far as that goes without waiting, unless others on the way leave no room for it.
+    ///
+    /// # Errors
+    /// The message, if there is no room.
+    fn write_now(&self, message: Message) -> Result<Written, Message>;
+}
+
+/// How much was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// All of it.
+    All,
+    /// Not all of it: the writer has to see to the rest, before anything else.
+    Part,
+}
+
 /// The queues, shared by the writer, the reader and every session of a link.
 #[derive(Debug, Default)]
 pub struct Outbox {
@@ -60,10 +84,17 @@ pub struct Outbox {
     filled: Condvar,
     spares: Arc<Spares>,
     piece: AtomicUsize,
+    line: OnceLock<Arc<dyn Line>>,
 }
 
 #[derive(Debug, Default)]
 struct Queues {
+    /// Somebody writes: the writer, or a session on its own.
+    busy: bool,
+    /// The writer waits for a session to have written.
+    awaited: bool,
+    /// A session couldn't write all of it.
+    rest: bool,
     close: Option<(u16, &'static str)>,
     /// Only the latest ping needs an answer (RFC 6455, 5.5.3).
     pong: Option<Bytes>,
@@ -82,6 +113,13 @@ struct Item {
     /// Void once its session has thrown away such a lot.
     epoch: Option<(Lot, u32)>,
     permit: Permit,
+}
+
+impl Item {
+    /// Whether waking the writer would take longer than writing it.
+    fn is_small(&self) -> bool {
+        !matches!(self.permit.kind, Kind::Bulk) && self.message.size() <= SMALL
+    }
 }
 
 impl Outbox {
@@ -114,8 +152,29 @@ impl Outbox {
         self.filled.notify_one();
     }
 
+    /// Where sessions may write on their own, from the next time on that the writer waits.
+    pub fn set_line(&self, line: Arc<dyn Line>) {
+        self.lock().busy = true;
+        // Only once.
+        let _ = self.line.set(line);
+    }
+
     fn push(&self, item: Item) {
         let mut queues = self.lock();
+        let item = match self.line.get() {
+            Some(line) if queues.is_idle() && item.is_small() => {
+                queues.busy = true;
+                drop(queues);
+                match self.write_now(line, item) {
+                    None => return,
+                    Some(refused) => {
+                        queues = self.lock();
+                        refused
+                    }
+                }
+            }
+            _ => item,
+        };
         match item.permit.kind {
             Kind::Data | Kind::Reply => queues.interactive.push_back(item),
             Kind::Bulk => queues.bulk.push_back(item),
@@ -124,15 +183,40 @@ impl Outbox {
         self.filled.notify_one();
     }
 
-    /// The next thing to do, waiting for it until `deadline`.
+    /// Writes an item in the thread of the session that has made it: waking the writer would take longer. Back if
+    /// there is no room.
+    fn write_now(&self, line: &Arc<dyn Line>, item: Item) -> Option<Item> {
+        let Item { message, epoch, permit } = item;
+        let (written, refused) = match line.write_now(message) {
+            Ok(written) => (written, None),
+            Err(message) => (Written::All, Some(Item { message, epoch, permit })),
+        };
+        let mut queues = self.lock();
+        queues.busy = false;
+        queues.rest = written == Written::Part;
+        if !queues.is_idle() || std::mem::take(&mut queues.awaited) {
+            self.filled.notify_one();
+        }
+        refused
+    }
+
+    /// The next thing to do, waiting for it until `deadline`. What was done before has to be written.
     pub fn next(&self, room: Room, deadline: Instant) -> Work {
         let mut queues = self.lock();
+        queues.busy = false;
         loop {
+            if queues.busy {
+                queues.awaited = true;
+                queues = self.filled.wait(queues).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
             if let Some(work) = queues.take(room) {
+                queues.busy = true;
                 return work;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                queues.busy = true;
                 return Work::Nothing;
             }
             queues = self.filled.wait_timeout(queues, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -156,7 +240,16 @@ impl Outbox {
 }
 
 impl Queues {
+    /// Whether nobody writes and nothing is to be written.
+    fn is_idle(&self) -> bool {
+        let urgent = self.close.is_some() || self.pong.is_some() || self.flush || self.rest;
+        !(self.busy || urgent) && self.interactive.is_empty() && self.bulk.is_empty()
+    }
+
     fn take(&mut self, room: Room) -> Option<Work> {
+        if std::mem::take(&mut self.rest) {
+            return Some(Work::Rest);
+        }
         if let Some((code, reason)) = self.close.take() {
             return Some(Work::Close(code, reason));
         }

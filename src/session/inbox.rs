@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::proto::Frame;
+use crate::sys::pty::Pty;
 use crate::sys::wake::Wake;
 
 /// Frames an inbox holds. A session empties it each time it wakes; only a busy one lets it grow.
@@ -29,6 +30,8 @@ struct State {
     closed: bool,
     /// There was no room once.
     overflowed: bool,
+    /// The terminal, while a session waits for nothing but what is typed there.
+    keyboard: Option<Arc<Pty>>,
 }
 
 /// Why a frame wasn't taken. It is handed back.
@@ -50,6 +53,8 @@ impl Inbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes a frame. The session hears of it by [`Inbox::announce`].
+    ///
     /// # Errors
     /// When the frame can't be taken.
     pub fn push(&self, frame: Frame) -> Result<(), Rejected> {
@@ -63,10 +68,26 @@ impl Inbox {
             return Err(Rejected::Full(frame, first));
         }
         state.bytes = bytes;
+        state.keyboard = None;
         state.frames.push_back(frame);
-        drop(state);
-        self.wake.notify();
         Ok(())
+    }
+
+    /// Tells the session of what was pushed.
+    pub fn announce(&self) {
+        self.wake.notify();
+    }
+
+    /// Lets the reader type, until something else has come that has to be read before.
+    pub fn lend(&self, keyboard: Option<Arc<Pty>>) {
+        let mut state = self.lock();
+        state.keyboard = keyboard.filter(|_| state.frames.is_empty() && !state.hung_up);
+    }
+
+    /// Types right away, without waking the session, as far as that goes. How many bytes were typed.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        let keyboard = self.lock().keyboard.clone();
+        keyboard.and_then(|keyboard| keyboard.write(bytes).ok()).unwrap_or(0)
     }
 
     /// Puts the frame in the place of the latest one of the same kind; gives it back if there is none.
@@ -84,6 +105,7 @@ impl Inbox {
     pub fn pop(&self) -> Option<Frame> {
         let mut state = self.lock();
         let frame = state.frames.pop_front()?;
+        state.keyboard = None;
         state.bytes -= frame.body.len();
         Some(frame)
     }
@@ -92,6 +114,7 @@ impl Inbox {
     pub fn hang_up(&self) {
         let mut state = self.lock();
         state.hung_up = true;
+        state.keyboard = None;
         state.frames.clear();
         state.bytes = 0;
         drop(state);

@@ -17,6 +17,9 @@ use crate::sys::wake::Wake;
 /// Sessions of a link at a time. A server has a handful; this only keeps a mad one from taking all memory.
 const MAX_SESSIONS: usize = 256;
 
+/// Frames that their sessions don't hear of at once.
+const MAX_UNANNOUNCED: usize = 64;
+
 /// Knows the sessions of one link. When it is dropped they all end.
 pub struct Router {
     context: Arc<Context>,
@@ -24,6 +27,8 @@ pub struct Router {
     outbox: Arc<Outbox>,
     /// For what is answered without a session.
     sink: FrameSink,
+    /// The inboxes of the frames that their sessions haven't heard of yet.
+    unannounced: Vec<Arc<Inbox>>,
 }
 
 impl Router {
@@ -34,10 +39,24 @@ impl Router {
     pub fn new(context: &Arc<Context>, outbox: &Arc<Outbox>) -> io::Result<Self> {
         let sink = FrameSink::new(outbox, Arc::new(Wake::new()?));
         let table = context.new_table();
-        Ok(Router { context: Arc::clone(context), table, outbox: Arc::clone(outbox), sink })
+        Ok(Router {
+            context: Arc::clone(context),
+            table,
+            outbox: Arc::clone(outbox),
+            sink,
+            unannounced: Vec::new(),
+        })
     }
 
-    /// Brings a frame to its session, which is made if need be.
+    /// Tells the sessions of what has come: many frames that came at once wake a session once.
+    pub fn announce(&mut self) {
+        for inbox in self.unannounced.drain(..) {
+            inbox.announce();
+        }
+    }
+
+    /// Brings a frame to its session, which is made if need be. [`Router::announce`] is to be called when no more
+    /// follow at once.
     pub fn route(&mut self, frame: Frame) {
         if frame.proto == MENDER_CLIENT && self.context.config.mender_client {
             return mender_client::handle(&self.context, &frame, &self.sink);
@@ -66,9 +85,19 @@ impl Router {
     }
 
     /// Hands the frame to its session; back if there is none.
-    fn deliver(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
-        let inbox = self.table.lock().get(id).map(|entry| Arc::clone(&entry.inbox));
-        let Some(inbox) = inbox else { return Some(frame) };
+    fn deliver(&mut self, id: &SessionId, mut frame: Frame) -> Option<Frame> {
+        let entry = self.table.lock().get(id).cloned();
+        let Some(Entry { inbox, info, .. }) = entry else { return Some(frame) };
+        if (frame.proto, frame.typ.as_str()) == (SHELL, shell::DATA) {
+            let typed = inbox.type_in(&frame.body);
+            if typed > 0 {
+                info.update(|shell| shell.last_input = Instant::now());
+                if typed == frame.body.len() {
+                    return None;
+                }
+                frame.body = frame.body.split_off(typed);
+            }
+        }
         // Of sizes only the last one counts: a window that is dragged doesn't fill the inbox.
         let frame = if (frame.proto, frame.typ.as_str()) == (SHELL, shell::RESIZE) {
             inbox.supersede(frame)?
@@ -76,7 +105,13 @@ impl Router {
             frame
         };
         match inbox.push(frame) {
-            Ok(()) => None,
+            Ok(()) => {
+                self.unannounced.push(inbox);
+                if self.unannounced.len() >= MAX_UNANNOUNCED {
+                    self.announce();
+                }
+                None
+            }
             Err(Rejected::Closed(frame)) => Some(frame),
             Err(Rejected::Full(frame, first)) => {
                 if first {

@@ -18,6 +18,7 @@ use self::machine::{Action, Event, Machine, State};
 use crate::auth::{self, AuthEvent, Credentials, Source, SourceError};
 use crate::config::Config;
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
+use crate::proto::Frame;
 use crate::session::{Context, Router};
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
@@ -200,8 +201,7 @@ impl Supervisor {
         };
         let context = Arc::clone(&self.context);
         let accept = move |outbox: &Arc<_>| {
-            let mut router = Router::new(&context, outbox)?;
-            Ok(Box::new(move |frame| router.route(frame)) as link::Inbound)
+            Ok(Box::new(Inbound(Router::new(&context, outbox)?)) as Box<dyn link::Inbound>)
         };
         match Link::dial(credentials, Arc::clone(&self.proxies), accept, report) {
             Ok(link) => {
@@ -257,6 +257,19 @@ fn random() -> u64 {
     // Early in a boot there may be none; the time since is as good as it gets then.
     getrandom::u64()
         .unwrap_or_else(|_| u64::from(clock::now().subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+/// Brings what the link reads to the sessions.
+struct Inbound(Router);
+
+impl link::Inbound for Inbound {
+    fn frame(&mut self, frame: Frame) {
+        self.0.route(frame);
+    }
+
+    fn pause(&mut self) {
+        self.0.announce();
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use crossbeam_channel::Receiver;
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, send, socket,
+};
 
 use super::thread;
 
@@ -26,6 +28,14 @@ pub fn rearm_quick_ack(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// What setsockopt(2) says.
 pub fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result<()> {
     set_int(socket, libc::TCP_NOTSENT_LOWAT, libc::c_int::from(bytes))
+}
+
+/// Sends as much of `bytes` as goes without waiting.
+///
+/// # Errors
+/// What send(2) says; `WouldBlock` when nothing goes.
+pub fn send_now(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    Ok(send(socket.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)?)
 }
 
 #[allow(unsafe_code)]

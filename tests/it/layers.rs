@@ -16,7 +16,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("auth", &["config", "sys"]),
     ("link", &["auth", "outbox", "proto", "sys"]),
     ("session", &["config", "outbox", "proto", "sys"]),
-    ("supervisor", &["auth", "backoff", "config", "link", "session", "sys"]),
+    ("supervisor", &["auth", "backoff", "config", "link", "proto", "session", "sys"]),
 ];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {

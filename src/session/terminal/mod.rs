@@ -28,7 +28,7 @@ use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId};
 use crate::sys::PollSet;
 use crate::sys::process::SessionLeader;
-use crate::sys::pty::WindowSize;
+use crate::sys::pty::{Pty, WindowSize};
 
 /// How long a shell may take to end when its client stopped it, before it is killed, and after.
 const STOP_GRACE: Duration = Duration::from_secs(2);
@@ -224,6 +224,14 @@ impl Terminal {
         }
     }
 
+    /// Where may be typed at once, if nothing that was typed before waits.
+    pub fn keyboard(&self) -> Option<Arc<Pty>> {
+        match &self.state {
+            State::Running(running) if !running.shell.has_input() => Some(Arc::clone(running.shell.pty())),
+            _ => None,
+        }
+    }
+
     /// Adds what the terminal waits for.
     pub fn watch<'a>(&'a self, set: &mut PollSet<'a>) -> Watched {
         match &self.state {
@@ -289,6 +297,10 @@ impl Terminal {
                 Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
                 None => return self.end_because(ENDED.to_owned(), now),
             }
+        }
+        // The reader may have typed.
+        if let Some(shell) = self.info.lock().as_ref() {
+            running.clock.input(shell.last_input);
         }
         match running.clock.due(now) {
             Some(Due::Ping) => self.sink.reply(&wire::ping(&self.id, clock::PING_TIMEOUT)),

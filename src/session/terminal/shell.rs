@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 
 use crate::config;
 use crate::sys::process::SessionLeader;
@@ -16,7 +17,7 @@ const SMALL_INPUT: usize = 4096;
 #[derive(Debug)]
 pub struct Shell {
     pub process: SessionLeader,
-    pty: Pty,
+    pty: Arc<Pty>,
     input: VecDeque<u8>,
 }
 
@@ -39,11 +40,11 @@ impl Shell {
         let (pty, tty) = Pty::open(size, owner).map_err(words)?;
         let process = SessionLeader::spawn(&shell.command, &shell.arguments, &shell.user, tty)
             .map_err(|e| format!("fork/exec {}: {}", shell.command.display(), words(e)))?;
-        Ok(Shell { process, pty, input: VecDeque::new() })
+        Ok(Shell { process, pty: Arc::new(pty), input: VecDeque::new() })
     }
 
     /// The terminal's master side.
-    pub fn pty(&self) -> &Pty {
+    pub fn pty(&self) -> &Arc<Pty> {
         &self.pty
     }
 
