@@ -105,12 +105,7 @@ impl Writer {
     fn obey(&mut self, work: Work) -> io::Result<bool> {
         match work {
             Work::Message(message, bulk) => self.message(message, bulk)?,
-            Work::Answered(payload, when) => {
-                // Another length is another ping's.
-                if let Ok(probe) = payload.as_ref().try_into() {
-                    self.pace.answered(probe, when);
-                }
-            }
+            Work::Answered(probe, when) => self.pace.answered(probe, when),
             Work::Pong(payload) => self.control(Control::Pong, &payload)?,
             Work::Flush => self.half.flush_tls()?,
             Work::Rest => self.flush()?,

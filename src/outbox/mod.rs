@@ -25,6 +25,9 @@ pub const FRAMES_IN_FLIGHT: usize = 2;
 /// Answers a session may have queued before it stops listening.
 pub const REPLIES_IN_FLIGHT: usize = 32;
 
+/// The payload of a ping that asks how far the messages have come: how many bytes were written before it.
+pub type Probe = [u8; 8];
+
 /// Messages up to this size are copied to be written together.
 pub const SMALL: usize = 4 * 1024;
 
@@ -45,7 +48,7 @@ pub enum Work {
     /// Send this message. Whether it is bulk.
     Message(Message, bool),
     /// A probe was answered then.
-    Answered(Bytes, Instant),
+    Answered(Probe, Instant),
     /// Nothing came before the deadline.
     Nothing,
 }
@@ -100,7 +103,7 @@ struct Queues {
     pong: Option<Bytes>,
     flush: bool,
     /// The latest answer speaks for those before.
-    answered: Option<(Bytes, Instant)>,
+    answered: Option<(Probe, Instant)>,
     interactive: VecDeque<Item>,
     bulk: VecDeque<Item>,
     /// Interactive frames that left in a row while bulk waited.
@@ -146,9 +149,9 @@ impl Outbox {
         self.filled.notify_one();
     }
 
-    /// Tells the writer of a pong.
-    pub fn answered(&self, payload: Bytes, now: Instant) {
-        self.lock().answered = Some((payload, now));
+    /// Tells the writer of a probe's pong.
+    pub fn answered(&self, probe: Probe, now: Instant) {
+        self.lock().answered = Some((probe, now));
         self.filled.notify_one();
     }
 
@@ -259,8 +262,8 @@ impl Queues {
         if std::mem::take(&mut self.flush) {
             return Some(Work::Flush);
         }
-        if let Some((payload, when)) = self.answered.take() {
-            return Some(Work::Answered(payload, when));
+        if let Some((probe, when)) = self.answered.take() {
+            return Some(Work::Answered(probe, when));
         }
         while let Some(item) = self.pop(room) {
             let account = &item.permit.account;
@@ -578,7 +581,7 @@ mod tests {
         assert!(outbox.try_next(none).is_none());
         let bulk = Room { bulk: true, interactive: false };
         assert!(matches!(outbox.try_next(bulk), Some(Work::Message(_, true))));
-        outbox.answered(Bytes::new(), Instant::now());
+        outbox.answered([0; 8], Instant::now());
         assert!(matches!(outbox.try_next(none), Some(Work::Answered(..))));
         assert_eq!(next(&outbox).as_deref(), Some("echo"));
     }
