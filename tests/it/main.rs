@@ -60,6 +60,8 @@ mod link;
 #[cfg(feature = "dbus")]
 mod logs;
 #[cfg(feature = "dbus")]
+mod pace;
+#[cfg(feature = "dbus")]
 mod packaging;
 #[cfg(feature = "dbus")]
 mod playground;

@@ -302,6 +302,11 @@ impl Device {
         self.0.state.peek(|s| s.broken.clone())
     }
 
+    /// How many websocket pings have come.
+    pub fn pings(&self) -> usize {
+        self.0.state.peek(|s| s.pings.len())
+    }
+
     /// Waits for `count` websocket pings in all; returns when they came and what they carried.
     pub fn wait_pings(&self, count: usize, limit: Duration) -> Vec<(Instant, Vec<u8>)> {
         let found = self.0.state.wait(limit, |s| (s.pings.len() >= count).then(|| s.pings.clone()));
