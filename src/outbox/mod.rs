@@ -5,25 +5,21 @@
 //! frame, so it can't drift.
 
 mod message;
+mod sink;
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
 
-use crate::proto::Frame;
-use crate::sys::wake::Wake;
-
 use self::message::Spares;
-pub use self::message::{FRONT, Message};
+use self::sink::{Kind, Lot, Permit};
 
-/// Frames of data, and again of bulk, a session may have queued: one being written and one behind it.
-pub const FRAMES_IN_FLIGHT: usize = 2;
-/// Answers a session may have queued before it stops listening.
-pub const REPLIES_IN_FLIGHT: usize = 32;
+pub use self::message::{FRONT, Message};
+pub use self::sink::{FRAMES_IN_FLIGHT, FrameSink, REPLIES_IN_FLIGHT};
 
 /// The payload of a ping that asks how far the messages have come: how many bytes were written before it.
 pub type Probe = [u8; 8];
@@ -121,7 +117,7 @@ struct Item {
 impl Item {
     /// Whether waking the writer would take longer than writing it.
     fn is_small(&self) -> bool {
-        !matches!(self.permit.kind, Kind::Bulk) && self.message.size() <= SMALL
+        self.permit.kind != Kind::Bulk && self.message.size() <= SMALL
     }
 }
 
@@ -266,10 +262,8 @@ impl Queues {
             return Some(Work::Answered(probe, when));
         }
         while let Some(item) = self.pop(room) {
-            let account = &item.permit.account;
-            let void = |(lot, epoch)| epoch != account.epoch(lot).load(Ordering::SeqCst);
-            if !item.epoch.is_some_and(void) {
-                return Some(Work::Message(item.message, matches!(item.permit.kind, Kind::Bulk)));
+            if !item.epoch.is_some_and(|(lot, epoch)| item.permit.is_void(lot, epoch)) {
+                return Some(Work::Message(item.message, item.permit.kind == Kind::Bulk));
             }
         }
         None
@@ -288,301 +282,5 @@ impl Queues {
     }
 }
 
-/// Where a session puts its frames.
-#[derive(Debug, Clone)]
-pub struct FrameSink {
-    outbox: Arc<Outbox>,
-    account: Arc<Account>,
-}
-
-/// What one session has in the queue.
-#[derive(Debug)]
-struct Account {
-    data: AtomicUsize,
-    replies: AtomicUsize,
-    bulk: AtomicUsize,
-    output_epoch: AtomicU32,
-    chunk_epoch: AtomicU32,
-    /// The session waits for room and wants to be woken.
-    starved: AtomicBool,
-    wake: Arc<Wake>,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    /// What a terminal shows.
-    Data,
-    Reply,
-    /// Files and forwarded connections.
-    Bulk,
-}
-
-/// What a session may throw away as a whole.
-#[derive(Debug, Clone, Copy)]
-enum Lot {
-    /// A terminal's output.
-    Output,
-    /// Chunks of a file.
-    Chunks,
-}
-
-/// One frame's place in the account, given back when the frame has left the queue.
-#[derive(Debug)]
-struct Permit {
-    account: Arc<Account>,
-    kind: Kind,
-}
-
-impl Account {
-    fn count(&self, kind: Kind) -> &AtomicUsize {
-        match kind {
-            Kind::Data => &self.data,
-            Kind::Reply => &self.replies,
-            Kind::Bulk => &self.bulk,
-        }
-    }
-
-    fn epoch(&self, lot: Lot) -> &AtomicU32 {
-        match lot {
-            Lot::Output => &self.output_epoch,
-            Lot::Chunks => &self.chunk_epoch,
-        }
-    }
-}
-
-impl Permit {
-    fn new(account: &Arc<Account>, kind: Kind) -> Self {
-        account.count(kind).fetch_add(1, Ordering::SeqCst);
-        Permit { account: Arc::clone(account), kind }
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.account.count(self.kind).fetch_sub(1, Ordering::SeqCst);
-        if self.account.starved.swap(false, Ordering::SeqCst) {
-            self.account.wake.notify();
-        }
-    }
-}
-
-impl FrameSink {
-    /// A sink of its own account; `wake` is called when room has come that was missed.
-    pub fn new(outbox: &Arc<Outbox>, wake: Arc<Wake>) -> Self {
-        let account = Account {
-            data: AtomicUsize::new(0),
-            replies: AtomicUsize::new(0),
-            bulk: AtomicUsize::new(0),
-            output_epoch: AtomicU32::new(0),
-            chunk_epoch: AtomicU32::new(0),
-            starved: AtomicBool::new(false),
-            wake,
-        };
-        FrameSink { outbox: Arc::clone(outbox), account: Arc::new(account) }
-    }
-
-    /// How large a message of bulk should be, within these bounds, to be no obstacle to a keystroke's echo.
-    pub fn piece(&self, least: usize, most: usize) -> usize {
-        self.outbox.piece.load(Ordering::Relaxed).clamp(least, most)
-    }
-
-    /// The message for `frame` with another body of up to `most` bytes, to be queued: as many as `read` says it has
-    /// put into what it is given. Besides, what `read` has to say.
-    pub fn compose<T>(
-        &self,
-        frame: &Frame,
-        most: usize,
-        read: impl FnOnce(&mut [u8]) -> (usize, T),
-    ) -> (Message, T) {
-        self.outbox.spares.compose(frame, most, read)
-    }
-
-    /// Queues an answer. Never refused: ask [`FrameSink::takes_replies`] before taking on what needs one.
-    pub fn reply(&self, frame: &Frame) {
-        self.push(frame.into(), Kind::Reply, None);
-    }
-
-    /// Queues a terminal's output. Never refused: ask [`FrameSink::takes_data`] before reading it from its source.
-    pub fn output(&self, message: Message) {
-        self.push(message, Kind::Data, Some(Lot::Output));
-    }
-
-    /// Queues a message behind all interactive ones. Never refused: ask [`FrameSink::takes_bulk`] before.
-    pub fn bulk(&self, message: Message) {
-        self.push(message, Kind::Bulk, None);
-    }
-
-    /// Queues a chunk of a file, as [`FrameSink::bulk`] would.
-    pub fn chunk(&self, message: Message) {
-        self.push(message, Kind::Bulk, Some(Lot::Chunks));
-    }
-
-    fn push(&self, message: Message, kind: Kind, lot: Option<Lot>) {
-        let epoch = lot.map(|lot| (lot, self.account.epoch(lot).load(Ordering::SeqCst)));
-        let permit = Permit::new(&self.account, kind);
-        self.outbox.push(Item { message, epoch, permit });
-    }
-
-    /// Whether there is room for an answer. If not, the session is woken when there is.
-    pub fn takes_replies(&self) -> bool {
-        self.has_room(Kind::Reply, REPLIES_IN_FLIGHT)
-    }
-
-    /// Whether there is room for data. If not, the session is woken when there is.
-    pub fn takes_data(&self) -> bool {
-        self.has_room(Kind::Data, FRAMES_IN_FLIGHT)
-    }
-
-    /// Whether there is room for a bulk frame. If not, the session is woken when there is.
-    pub fn takes_bulk(&self) -> bool {
-        self.has_room(Kind::Bulk, FRAMES_IN_FLIGHT)
-    }
-
-    fn has_room(&self, kind: Kind, limit: usize) -> bool {
-        let count = self.account.count(kind);
-        if count.load(Ordering::SeqCst) < limit {
-            return true;
-        }
-        // Look again after raising the flag: room may have come in between, unannounced.
-        self.account.starved.store(true, Ordering::SeqCst);
-        count.load(Ordering::SeqCst) < limit
-    }
-
-    /// Throws away the terminal's output that is still queued.
-    pub fn discard_output(&self) {
-        self.discard(Lot::Output);
-    }
-
-    /// Throws away the chunks that are still queued.
-    pub fn discard_chunks(&self) {
-        self.discard(Lot::Chunks);
-    }
-
-    fn discard(&self, lot: Lot) {
-        self.account.epoch(lot).fetch_add(1, Ordering::SeqCst);
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ALL: Room = Room { bulk: true, interactive: true };
-
-    fn sink() -> (Arc<Outbox>, FrameSink, Arc<Wake>) {
-        let outbox = Arc::new(Outbox::default());
-        let wake = Arc::new(Wake::new().unwrap());
-        let sink = FrameSink::new(&outbox, Arc::clone(&wake));
-        (outbox, sink, wake)
-    }
-
-    fn frame(typ: &str) -> Frame {
-        Frame::new(1, typ, None)
-    }
-
-    fn message(typ: &str) -> Message {
-        (&frame(typ)).into()
-    }
-
-    fn next(outbox: &Outbox) -> Option<String> {
-        match outbox.next(ALL, Instant::now()) {
-            Work::Message(mut m, _) => Some(Frame::decode(&m.content().to_vec().into()).unwrap().typ),
-            Work::Nothing => None,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn frames_leave_in_order_and_urgent_matters_first() {
-        let (outbox, sink, _wake) = sink();
-        sink.output(message("a"));
-        sink.reply(&frame("b"));
-        outbox.flush();
-        outbox.pong(Bytes::from_static(b"1"));
-        outbox.pong(Bytes::from_static(b"2"));
-        let now = Instant::now();
-        assert!(matches!(outbox.next(ALL, now), Work::Pong(p) if p == "2"));
-        assert!(matches!(outbox.next(ALL, now), Work::Flush));
-        assert_eq!(next(&outbox).as_deref(), Some("a"));
-        outbox.close(1000, "");
-        assert!(matches!(outbox.next(ALL, now), Work::Close(1000, "")));
-        assert_eq!(next(&outbox).as_deref(), Some("b"));
-        assert!(next(&outbox).is_none() && outbox.try_next(ALL).is_none());
-    }
-
-    #[test]
-    fn room_comes_back_with_each_frame_that_leaves() {
-        let (outbox, sink, _wake) = sink();
-        for _ in 0..FRAMES_IN_FLIGHT {
-            assert!(sink.takes_data());
-            sink.output(message("d"));
-        }
-        assert!(!sink.takes_data() && sink.takes_replies());
-        assert!(next(&outbox).is_some());
-        assert!(sink.takes_data());
-        for _ in 0..REPLIES_IN_FLIGHT {
-            sink.reply(&frame("r"));
-        }
-        assert!(!sink.takes_replies());
-    }
-
-    #[test]
-    fn what_is_thrown_away_makes_room_and_the_rest_stays() {
-        let (outbox, sink, _wake) = sink();
-        let fill = || {
-            sink.output(message("output"));
-            sink.reply(&frame("reply"));
-            sink.chunk(message("chunk"));
-            sink.bulk(message("bulk"));
-        };
-        let rest = || std::iter::from_fn(|| next(&outbox)).collect::<Vec<_>>();
-        fill();
-        sink.discard_output();
-        sink.output(message("new"));
-        assert_eq!(rest(), ["reply", "new", "chunk", "bulk"]);
-        fill();
-        sink.discard_chunks();
-        sink.chunk(message("new"));
-        assert_eq!(rest(), ["output", "reply", "bulk", "new"]);
-        assert!(sink.takes_data() && sink.takes_bulk());
-    }
-
-    #[test]
-    fn a_queue_that_goes_away_gives_all_room_back() {
-        let (outbox, sink, _wake) = sink();
-        sink.output(message("d"));
-        sink.output(message("d"));
-        assert!(!sink.takes_data());
-        outbox.lock().interactive.clear();
-        assert!(sink.takes_data());
-    }
-
-    #[test]
-    fn bulk_waits_for_interactive_frames_but_not_for_ever() {
-        let (outbox, sink, _wake) = sink();
-        sink.bulk(message("bulk"));
-        sink.output(message("echo"));
-        assert_eq!(next(&outbox).as_deref(), Some("echo"));
-        assert_eq!(next(&outbox).as_deref(), Some("bulk"));
-        sink.bulk(message("bulk"));
-        for _ in 0..100 {
-            sink.output(message("flood"));
-        }
-        let order: Vec<String> = (0..=MAX_FAVOURED).filter_map(|_| next(&outbox)).collect();
-        assert!(order.contains(&"bulk".to_owned()), "{order:?}");
-    }
-
-    #[test]
-    fn what_there_is_no_room_for_stays() {
-        let (outbox, sink, _wake) = sink();
-        sink.bulk(message("bulk"));
-        sink.output(message("echo"));
-        let none = Room { bulk: false, interactive: false };
-        assert!(outbox.try_next(none).is_none());
-        let bulk = Room { bulk: true, interactive: false };
-        assert!(matches!(outbox.try_next(bulk), Some(Work::Message(_, true))));
-        outbox.answered([0; 8], Instant::now());
-        assert!(matches!(outbox.try_next(none), Some(Work::Answered(..))));
-        assert_eq!(next(&outbox).as_deref(), Some("echo"));
-    }
-}
+mod tests;
