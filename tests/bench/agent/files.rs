@@ -155,7 +155,7 @@ fn request(
 
 /// A file that comes from the device.
 pub struct Download {
-    session: u32,
+    pub session: u32,
     ack: Template,
     pub bytes: u64,
     chunks: u64,

@@ -4,15 +4,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a benchmark fails by panicking")]
 #![allow(dead_code, reason = "the harness serves the integration tests first")]
 
+mod churn;
 mod envelope;
 mod files;
 mod forwards;
 #[path = "../../it/harness/mod.rs"]
 mod harness;
 mod link;
+mod mixed;
 mod options;
 mod process;
 mod relay;
+mod resources;
 mod row;
 mod stage;
 mod table;
@@ -56,7 +59,10 @@ fn main() -> ExitCode {
 }
 
 fn rows() -> Vec<Row> {
-    [files::rows(), forwards::rows(), terminal::rows()].into_iter().flatten().collect()
+    [resources::rows(), terminal::rows(), mixed::rows(), files::rows(), forwards::rows(), churn::rows()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// Measures all agents in turns.

@@ -110,7 +110,7 @@ impl Stage {
     /// said and heard from time to time.
     pub fn attend(&mut self) -> Result<(), String> {
         self.link.ping()?;
-        self.link.settle(Duration::from_millis(50), Duration::from_secs(10))
+        self.link.settle(Duration::from_millis(50), Duration::from_secs(60))
     }
 
     /// An error, with what the agent had to say.

@@ -59,7 +59,8 @@ impl fmt::Display for Table {
         for line in &self.lines {
             let name = if line.row == before { "" } else { &line.row };
             before = &line.row;
-            let mut cells = vec![name.to_owned(), format!("{} ({})", line.what, line.unit)];
+            let unit = if line.unit.is_empty() { String::new() } else { format!(" ({})", line.unit) };
+            let mut cells = vec![name.to_owned(), format!("{}{unit}", line.what)];
             cells.extend(line.values.iter().map(|value| value.map_or("–".to_owned(), number)));
             if compared && let Some((last, others)) = line.values.split_last() {
                 cells.extend(others.iter().map(|value| match (value, last) {

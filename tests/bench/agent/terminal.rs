@@ -146,7 +146,7 @@ fn prepare_keys(agent: &Agent, scale: Scale, way: Way) -> Result<Measure, String
 
 /// Keys that are pressed and echoed.
 pub struct Keys {
-    session: u32,
+    pub session: u32,
     frames: Vec<Vec<u8>>,
     pressed: usize,
     at: Instant,
@@ -177,14 +177,15 @@ impl Keys {
     }
 
     /// Sends a key and waits for its echo.
-    fn press(&mut self, link: &mut Link) -> Result<Duration, String> {
+    pub fn press(&mut self, link: &mut Link) -> Result<Duration, String> {
         self.send(link)?;
         let header = link.next_of(self.session, SOON)?;
         self.take(link, &header)
     }
 }
 
-fn shell_message(typ: &str, session: u32, body: &[u8]) -> Vec<u8> {
+/// A message to a shell.
+pub fn shell_message(typ: &str, session: u32, body: &[u8]) -> Vec<u8> {
     Message { proto: SHELL, typ, session, body, ..Message::default() }.frame()
 }
 
