@@ -40,33 +40,29 @@ pub fn rows() -> Vec<Row> {
 }
 
 fn prepare_forwards(agent: &Agent, scale: Scale, at_once: usize) -> Result<Measure, String> {
-    let mut stage = Stage::start(agent, &config("exit 0"), Way::Direct)?;
     let target = Echo::start()?;
     let mut last = 0;
-    Ok(Box::new(move || {
-        stage.attend()?;
+    Stage::start(agent, &config("exit 0"), Way::Direct)?.measured(move |stage| {
         let session = stage.session();
         open(&mut stage.link, session)?;
         // As a whole: its drop ends it.
         let target = &target;
         let mut run = Forwards { session, port: target.port, last, slots: Vec::new() };
-        let figures = spin(&mut stage, scale, at_once, &mut run)?;
+        let figures = spin(stage, scale, at_once, &mut run)?;
         last = run.last;
         close(&mut stage.link, session)?;
         Ok(figures)
-    }))
+    })
 }
 
 fn prepare_shells(agent: &Agent, scale: Scale, at_once: usize) -> Result<Measure, String> {
-    let mut stage = Stage::start(agent, &config("exit 0"), Way::Direct)?;
     let mut last = 0;
-    Ok(Box::new(move || {
-        stage.attend()?;
+    Stage::start(agent, &config("exit 0"), Way::Direct)?.measured(move |stage| {
         let mut run = Shells { last, open: Vec::new() };
-        let figures = spin(&mut stage, scale, at_once, &mut run)?;
+        let figures = spin(stage, scale, at_once, &mut run)?;
         last = run.last;
         Ok(figures)
-    }))
+    })
 }
 
 /// Something that is begun, goes through its states and is over.

@@ -32,9 +32,8 @@ pub fn rows() -> Vec<Row> {
             let (small, large) = (stage.dir().join("small"), stage.dir().join("large"));
             write_file(&small, &content, BLOCK)?;
             write_file(&large, &content, scale.pick(size, size / 4))?;
-            verify_download(&mut stage, &small, &content).map_err(|why| stage.explain(&why))?;
-            Ok(Box::new(move || {
-                stage.attend()?;
+            stage.explained(|stage| verify_download(stage, &small, &content))?;
+            stage.measured(move |stage| {
                 let meter = Meter::start(stage.pid())?;
                 let session = stage.session();
                 let mut download = Download::start(&mut stage.link, session, &large)?;
@@ -43,7 +42,7 @@ pub fn rows() -> Vec<Row> {
                 let figures = rate(download.bytes, download.chunks, &meter)?;
                 close(&mut stage.link, session)?;
                 Ok(figures)
-            }))
+            })
         }));
     }
     for (millis, size) in [(0, 512 << 20), (20, 64 << 20), (100, 16 << 20)] {
@@ -66,9 +65,8 @@ fn prepare_upload(
     let target = stage.dir().join("upload");
     // The delay makes it slow.
     let verified = if millis == 0 { BLOCK } else { BLOCK / 64 };
-    verify_upload(&mut stage, &target, &content[..verified]).map_err(|why| stage.explain(&why))?;
-    Ok(Box::new(move || {
-        stage.attend()?;
+    stage.explained(|stage| verify_upload(stage, &target, &content[..verified]))?;
+    stage.measured(move |stage| {
         let meter = Meter::start(stage.pid())?;
         let session = stage.session();
         let mut upload = Upload::start(&mut stage.link, session, &target)?;
@@ -83,7 +81,7 @@ fn prepare_upload(
         figures.truncate(2);
         close(&mut stage.link, session)?;
         Ok(figures)
-    }))
+    })
 }
 
 /// No relay where there is nothing to delay.

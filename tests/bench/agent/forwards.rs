@@ -34,15 +34,10 @@ fn prepare_to_client(agent: &Agent, scale: Scale, millis: u64) -> Result<Measure
     // The delay makes it slow.
     let verified = if millis == 0 { content.len() } else { content.len() / 64 };
     let target = listen()?;
-    let session = stage.session();
-    open(&mut stage.link, session)?;
     let source = spawn_source(&target, Arc::clone(&content), Some(verified))?;
-    verify_to_client(&mut stage.link, session, port(&target)?, &content[..verified])
-        .map_err(|why| stage.explain(&why))?;
+    stage.explained(|stage| verify_to_client(stage, port(&target)?, &content[..verified]))?;
     let _ = source.join();
-    close(&mut stage.link, session)?;
-    Ok(Box::new(move || {
-        stage.attend()?;
+    stage.measured(move |stage| {
         let session = stage.session();
         open(&mut stage.link, session)?;
         let source = spawn_source(&target, Arc::clone(&content), None)?;
@@ -67,29 +62,15 @@ fn prepare_to_client(agent: &Agent, scale: Scale, millis: u64) -> Result<Measure
         close(&mut stage.link, session)?;
         let _ = source.join();
         Ok(figures)
-    }))
+    })
 }
 
 fn prepare_to_device(agent: &Agent, scale: Scale) -> Result<Measure, String> {
     let mut stage = Stage::start(agent, &config("exit 0"), way(0))?;
     let content = content();
     let target = listen()?;
-    let sink = Arc::new(Watched::new(Vec::new()));
-    let session = stage.session();
-    open(&mut stage.link, session)?;
-    let thread = spawn_sink(&target, Some(Arc::clone(&sink)))?;
-    connect(&mut stage.link, session, 1, port(&target)?)?;
-    for piece in content.chunks(CHUNK) {
-        push(&mut stage.link, session, &of_connection("forward", session, 1, piece))?;
-    }
-    let arrived = sink.wait(SOON, |got| (got.len() >= content.len()).then(|| *got == content));
-    if arrived != Some(true) {
-        return Err("the target got something else".to_owned());
-    }
-    close(&mut stage.link, session)?;
-    let _ = thread.join();
-    Ok(Box::new(move || {
-        stage.attend()?;
+    stage.explained(|stage| verify_to_device(stage, &target, &content))?;
+    stage.measured(move |stage| {
         let session = stage.session();
         open(&mut stage.link, session)?;
         let thread = spawn_sink(&target, None)?;
@@ -107,7 +88,26 @@ fn prepare_to_device(agent: &Agent, scale: Scale) -> Result<Measure, String> {
         close(&mut stage.link, session)?;
         let _ = thread.join();
         Ok(figures)
-    }))
+    })
+}
+
+fn verify_to_device(stage: &mut Stage, target: &TcpListener, content: &[u8]) -> Result<(), String> {
+    let sink = Arc::new(Watched::new(Vec::new()));
+    let session = stage.session();
+    let link = &mut stage.link;
+    open(link, session)?;
+    let thread = spawn_sink(target, Some(Arc::clone(&sink)))?;
+    connect(link, session, 1, port(target)?)?;
+    for piece in content.chunks(CHUNK) {
+        push(link, session, &of_connection("forward", session, 1, piece))?;
+    }
+    let arrived = sink.wait(SOON, |got| (got.len() >= content.len()).then(|| *got == content));
+    if arrived != Some(true) {
+        return Err("the target got something else".to_owned());
+    }
+    close(link, session)?;
+    let _ = thread.join();
+    Ok(())
 }
 
 /// Sends a piece and waits for its ack.
@@ -116,7 +116,10 @@ fn push(link: &mut Link, session: u32, forward: &[u8]) -> Result<(), String> {
     link.expect(session, Kind::Ack, SOON).map(drop)
 }
 
-fn verify_to_client(link: &mut Link, session: u32, port: u16, content: &[u8]) -> Result<(), String> {
+fn verify_to_client(stage: &mut Stage, port: u16, content: &[u8]) -> Result<(), String> {
+    let session = stage.session();
+    let link = &mut stage.link;
+    open(link, session)?;
     connect(link, session, 1, port)?;
     link.verify(true);
     let ack = of_connection("ack", session, 1, &[]);
@@ -131,7 +134,7 @@ fn verify_to_client(link: &mut Link, session: u32, port: u16, content: &[u8]) ->
     }
     link.expect(session, Kind::Stop, SOON)?;
     link.verify(false);
-    Ok(())
+    close(link, session)
 }
 
 /// A message of one connection.

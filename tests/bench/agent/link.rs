@@ -19,6 +19,8 @@ const BUFFER: usize = 512 << 10;
 const WRITE_LIMIT: Duration = Duration::from_secs(30);
 /// How long a read blocks before the deadline is looked at; a nearer one is waited for exactly.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// The rest of a message is skipped if it is so long.
+const LARGE: usize = 16 << 10;
 /// So much is written at once at most.
 const BATCH: usize = 256 << 10;
 
@@ -40,11 +42,13 @@ pub struct Link {
 /// The frame that is being read.
 #[derive(Default)]
 struct Frame {
+    open: bool,
     left: usize,
     mask: [u8; 4],
     /// How far into the mask.
     phase: usize,
     fin: bool,
+    large: bool,
 }
 
 /// The message that is being read.
@@ -191,20 +195,34 @@ impl Link {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
+        // Of a large message's rest not even a copy is made. To know before it is here that one comes, little is
+        // read behind another.
+        let skipped = self.start == self.end && self.frame.left >= LARGE && self.skips();
+        let room = match self.frame.large {
+            _ if skipped => self.frame.left.min(self.buffer.len()),
+            true => LARGE.min(self.buffer.len() - self.end),
+            false => self.buffer.len() - self.end,
+        };
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let mut flags = MsgFlags::empty();
+            let mut flags = if skipped { MsgFlags::MSG_TRUNC } else { MsgFlags::empty() };
             if left < PATIENCE {
                 let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
                 match ppoll(&mut fds, Some(TimeSpec::from_duration(left)), None) {
                     Ok(0) if left.is_zero() => return Ok(false),
                     Ok(0) | Err(nix::Error::EINTR) => continue,
-                    Ok(_) => flags = MsgFlags::MSG_DONTWAIT,
+                    Ok(_) => flags |= MsgFlags::MSG_DONTWAIT,
                     Err(e) => return Err(format!("poll: {e}")),
                 }
             }
-            match recv(self.stream.as_raw_fd(), &mut self.buffer[self.end..], flags) {
+            match recv(self.stream.as_raw_fd(), &mut self.buffer[self.end..self.end + room], flags) {
                 Ok(0) => return Err("the agent closed the connection".to_owned()),
+                Ok(count) if skipped => {
+                    self.frame.left -= count;
+                    self.frame.phase += count;
+                    self.message.total += count;
+                    return Ok(true);
+                }
                 Ok(count) => {
                     self.end += count;
                     return Ok(true);
@@ -215,18 +233,24 @@ impl Link {
         }
     }
 
+    /// Whether nobody wants to know the message's next bytes.
+    fn skips(&self) -> bool {
+        self.whole.is_none() && self.message.total >= HEAD
+    }
+
     /// Reads on in what the buffer holds.
     fn step(&mut self) -> Result<Step, String> {
-        if self.frame.left == 0 && !self.begin_frame()? {
+        if !self.frame.open && !self.begin_frame()? {
             return Ok(Step::Starved);
         }
+        let skips = self.skips();
         let count = self.frame.left.min(self.end - self.start);
         let bytes = &self.buffer[self.start..self.start + count];
         let frame = &mut self.frame;
         let unmask = |i: usize, byte: u8| byte ^ frame.mask[(frame.phase + i) & 3];
         match &mut self.whole {
             Some(whole) => whole.extend(bytes.iter().enumerate().map(|(i, byte)| unmask(i, *byte))),
-            None if self.message.total < HEAD => {
+            None if !skips => {
                 let head = &mut self.message.head[self.message.total..];
                 for (i, (to, from)) in head.iter_mut().zip(bytes).enumerate() {
                     *to = unmask(i, *from);
@@ -238,6 +262,7 @@ impl Link {
         self.message.total += count;
         frame.left -= count;
         frame.phase += count;
+        frame.open = frame.left > 0;
         Ok(match (frame.left, frame.fin) {
             (0, true) => Step::Message,
             (0, false) => Step::More,
@@ -274,11 +299,9 @@ impl Link {
                     }
                 }
                 self.start += at + 4;
-                self.frame = Frame { left: length, mask, phase: 0, fin: first & 0x80 != 0 };
+                let (fin, large) = (first & 0x80 != 0, length >= 4 * LARGE);
+                self.frame = Frame { open: true, left: length, mask, phase: 0, fin, large };
                 self.frames += 1;
-                if length == 0 && !self.frame.fin {
-                    continue;
-                }
                 return Ok(true);
             }
             let Some(payload) = bytes.get(at + 4..at + 4 + length) else { return Ok(false) };

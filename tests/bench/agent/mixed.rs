@@ -18,10 +18,10 @@ const SLOW: u64 = 125_000;
 
 pub fn rows() -> Vec<Row> {
     let mut rows = vec![row("keys-beside-download", "keys while a file goes down", |agent, scale| {
-        let (mut stage, file) = prepare(agent, Way::Direct)?;
-        Ok(Box::new(move || {
+        let (stage, file) = prepare(agent, Way::Direct)?;
+        stage.measured(move |stage| {
             let meter = Meter::start(stage.pid())?;
-            let (_, mixed) = run(&mut stage, &file, Duration::ZERO, scale.span)?;
+            let (_, mixed) = run(stage, &file, Duration::ZERO, scale.span)?;
             let cpu = meter.read()?.1;
             Ok(vec![
                 figure("echo, median", "µs", percentile(&mixed.times, 50) * 1e6),
@@ -29,7 +29,7 @@ pub fn rows() -> Vec<Row> {
                 figure("download", "MiB/s", mixed.bytes as f64 / MIB / mixed.span),
                 figure("agent's CPU", "s/s", cpu / mixed.span),
             ])
-        }))
+        })
     })];
     for each_way in [25, 50] {
         let about = format!("the same with 1 Mbit/s towards the server and {each_way} ms each way");
@@ -43,10 +43,10 @@ pub fn rows() -> Vec<Row> {
 }
 
 fn prepare_slow(agent: &Agent, scale: Scale, shape: Shape) -> Result<Measure, String> {
-    let (mut stage, file) = prepare(agent, Way::Link(shape))?;
+    let (stage, file) = prepare(agent, Way::Link(shape))?;
     let span = Duration::from_secs(scale.pick(15, 5));
-    Ok(Box::new(move || {
-        let (early, mixed) = run(&mut stage, &file, Duration::from_secs(5), span)?;
+    stage.measured(move |stage| {
+        let (early, mixed) = run(stage, &file, Duration::from_secs(5), span)?;
         let share = |bytes: u64| bytes as f64 / (SLOW as f64 * mixed.span) * 100.0;
         let figures: Vec<Figure> = vec![
             figure("echo, median", "ms", percentile(&mixed.times, 50) * 1e3),
@@ -56,7 +56,7 @@ fn prepare_slow(agent: &Agent, scale: Scale, shape: Shape) -> Result<Measure, St
             figure("of the link used by everything", "%", share(mixed.link_bytes)),
         ];
         Ok(figures)
-    }))
+    })
 }
 
 /// An agent, and a file that has no end.
@@ -85,7 +85,6 @@ struct Phase {
 
 /// Types for this long after the download's start, and this long again.
 fn run(stage: &mut Stage, file: &Path, first: Duration, then: Duration) -> Result<(Phase, Phase), String> {
-    stage.attend()?;
     let (shell, session) = (stage.session(), stage.session());
     start_shell(&mut stage.link, shell)?;
     let mut keys = Keys::new(shell);
@@ -129,7 +128,7 @@ fn type_for(
                 return Err("the file has an end".to_owned());
             }
         } else if header.session == keys.session {
-            phase.times.push(keys.take(&mut stage.link, &header)?.as_secs_f64());
+            phase.times.push(keys.take(&stage.link, &header)?.as_secs_f64());
             waiting = false;
         }
     }

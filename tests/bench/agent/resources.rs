@@ -72,14 +72,13 @@ fn prepare_wake_ups(agent: &Agent, scale: Scale) -> Result<Measure, String> {
     let session = stage.session();
     start_shell(&mut stage.link, session)?;
     let span = Duration::from_secs(scale.pick(20, 5));
-    Ok(Box::new(move || {
-        stage.attend()?;
+    stage.measured(move |stage| {
         stage.link.rest(Instant::now() + Duration::from_secs(3))?;
         let (before, started) = (voluntary_switches(stage.pid()), Instant::now());
         stage.link.rest(started + span)?;
         let count = voluntary_switches(stage.pid()) - before;
         Ok(vec![figure("wake-ups", "per s", count as f64 / started.elapsed().as_secs_f64())])
-    }))
+    })
 }
 
 /// `add` begins one more of what takes memory, told how many there are.
@@ -105,7 +104,7 @@ fn prepare_memory(
         let mut now = 0;
         for &count in counts {
             while now < count {
-                add(&mut stage, now).map_err(|why| stage.explain(&why))?;
+                stage.explained(|stage| add(stage, now))?;
                 now += 1;
             }
             stage.link.settle(QUIET, SOON)?;

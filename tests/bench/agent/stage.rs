@@ -19,6 +19,7 @@ use crate::harness::manager::Manager;
 use crate::harness::rig::{TOKEN, user_name};
 use crate::link::Link;
 use crate::relay::{Relay, Shape};
+use crate::row::{Figure, Measure};
 
 /// How long an agent may take to connect. Upstream's takes ten seconds.
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
@@ -84,8 +85,8 @@ impl Stage {
         let address: SocketAddr = relay.as_ref().map_or(server, Relay::address);
         let manager = Manager::start(&bus.address(), TOKEN, &format!("http://{address}"));
         let daemon = start(agent, config, dir.path(), &bus)?;
-        let (link, at) =
-            accept(&listener).map_err(|why| format!("{why}; its log:\n{}", log_tail(dir.path())))?;
+        let (link, at) = accept(&listener)
+            .map_err(|why| format!("{why}; the end of its log:\n{}", log_tail(dir.path())))?;
         let connected_after = at.saturating_duration_since(daemon.started);
         let _manager = manager;
         Ok(Stage { daemon, link, relay, connected_after, _manager, _bus: bus, dir, sessions: 0 })
@@ -106,16 +107,24 @@ impl Stage {
         self.sessions
     }
 
-    /// Before each measurement, since others may have had their turn for long: says and hears what has to be
-    /// said and heard from time to time.
-    pub fn attend(&mut self) -> Result<(), String> {
-        self.link.ping()?;
-        self.link.settle(Duration::from_millis(50), Duration::from_secs(60))
+    /// Runs something; when it fails, what the agent logged is added to why.
+    pub fn explained<T>(&mut self, run: impl FnOnce(&mut Stage) -> Result<T, String>) -> Result<T, String> {
+        run(self).map_err(|why| format!("{why}; the end of its log:\n{}", log_tail(self.dir.path())))
     }
 
-    /// An error, with what the agent had to say.
-    pub fn explain(&self, why: &str) -> String {
-        format!("{why}; the log's end:\n{}", log_tail(self.dir.path()))
+    /// Makes it what is run in each round.
+    pub fn measured(
+        mut self,
+        mut run: impl FnMut(&mut Stage) -> Result<Vec<Figure>, String> + 'static,
+    ) -> Result<Measure, String> {
+        Ok(Box::new(move || {
+            self.explained(|stage| {
+                // Others may have had their turn for long. Some agents want to hear a ping from time to time.
+                stage.link.ping()?;
+                stage.link.settle(Duration::from_millis(50), Duration::from_secs(60))?;
+                run(stage)
+            })
+        }))
     }
 }
 

@@ -49,19 +49,18 @@ fn prepare_output(agent: &Agent, scale: Scale) -> Result<Measure, String> {
     let script = print(&file);
     let mut stage = Stage::start(agent, &config(&script), Way::Direct)?;
     stage.link.verify(true);
-    output(&mut stage, content.len(), Some(&content)).map(drop).map_err(|why| stage.explain(&why))?;
+    stage.explained(|stage| output(stage, content.len(), Some(&content)))?;
     stage.link.verify(false);
     let size = scale.pick(256 << 20, 32 << 20);
     write_file(&file, &content, size)?;
-    Ok(Box::new(move || {
+    stage.measured(move |stage| {
         let _ = &dir;
         let bare = bare_loop(&script, size)?;
-        stage.attend()?;
-        let mut figures = output(&mut stage, size, None)?;
+        let mut figures = output(stage, size, None)?;
         figures.push(figure("a bare read loop's rate", "MiB/s", bare));
         figures.push(figure("of that", "×", figures[0].value / bare));
         Ok(figures)
-    }))
+    })
 }
 
 /// Has so much printed.
@@ -116,10 +115,8 @@ fn bare_loop(script: &str, size: usize) -> Result<f64, String> {
 }
 
 fn prepare_keys(agent: &Agent, scale: Scale, way: Way) -> Result<Measure, String> {
-    let mut stage = Stage::start(agent, &config(ECHO), way)?;
     let count = scale.pick(2000, 500);
-    Ok(Box::new(move || {
-        stage.attend()?;
+    Stage::start(agent, &config(ECHO), way)?.measured(move |stage| {
         let session = stage.session();
         start_shell(&mut stage.link, session)?;
         let mut keys = Keys::new(session);
@@ -134,14 +131,14 @@ fn prepare_keys(agent: &Agent, scale: Scale, way: Way) -> Result<Measure, String
         }
         let cpu = meter.read()?.1;
         stop_shell(&mut stage.link, session)?;
-        let mut figures: Vec<_> = [(50, "half of the keys"), (95, "95 %"), (99, "99 %")]
-            .map(|(percent, name)| {
-                figure(format!("echo of {name} within"), "µs", percentile(&times, percent))
-            })
-            .into();
+        let mut figures = vec![
+            figure("echo, median", "µs", percentile(&times, 50)),
+            figure("echo, 95th percentile", "µs", percentile(&times, 95)),
+            figure("echo, 99th percentile", "µs", percentile(&times, 99)),
+        ];
         figures.push(figure("agent's CPU for a key", "µs", cpu * 1e6 / count as f64));
         Ok(figures)
-    }))
+    })
 }
 
 /// Keys that are pressed and echoed.
