@@ -20,6 +20,7 @@ mod row;
 mod stage;
 mod table;
 mod terminal;
+mod yardstick;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -43,6 +44,16 @@ fn main() -> ExitCode {
                 println!("{:24} {}", row.name, row.about);
             }
             return ExitCode::SUCCESS;
+        }
+        Ok(Wish::Yardstick) => {
+            println!("{}\n", table::machine());
+            return match yardstick::run() {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(why) => {
+                    eprintln!("agent: {why}");
+                    ExitCode::FAILURE
+                }
+            };
         }
         Err(why) => {
             eprintln!("agent: {why}\n\n{}", options::HELP);

@@ -15,6 +15,7 @@ Measures an agent from outside and prints a table.
   --only ROW[,ROW]     only these rows; what begins with ROW counts
   --rounds N           how often each figure is measured; the median is printed (default 3)
   --quick              short and rough, in one round
+  --yardstick          measures what the bench itself could take, from an agent that costs nothing
   --list               lists the rows
   --help               says this
 ";
@@ -30,6 +31,7 @@ pub struct Options {
 pub enum Wish {
     Run(Options),
     Help,
+    Yardstick,
     List,
 }
 
@@ -48,6 +50,7 @@ pub fn parse(mut args: impl Iterator<Item = String>, rows: &[Row]) -> Result<Wis
             "--only" => options.only.extend(value()?.split(',').map(str::to_owned)),
             "--rounds" => options.rounds = value()?.parse().map_err(|_| "--rounds needs a number")?,
             "--quick" => options.quick = true,
+            "--yardstick" => return Ok(Wish::Yardstick),
             "--list" => return Ok(Wish::List),
             "--help" | "-h" => return Ok(Wish::Help),
             // cargo's own.

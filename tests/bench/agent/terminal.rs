@@ -3,18 +3,20 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::pty::openpty;
 
 use crate::envelope::{Header, Kind, Message, SHELL};
-use crate::files::{content, rate, write_file};
+use crate::files::{content, write_file};
 use crate::link::Link;
 use crate::process::Meter;
-use crate::row::{Figure, MIB, Measure, Row, SOON, Scale, figure, percentile, row};
+use crate::row::{GIB, MIB, Measure, Row, SOON, Scale, figure, percentile, row};
 use crate::stage::{Agent, Stage, Way, config, folder};
 
+/// Printed at a time.
+const SLICE: usize = 32 << 20;
 /// What a shell says when it is ready.
 const READY: &[u8] = b"READY";
 /// A shell that does nothing: the terminal itself echoes what is typed, up to 4095 keys.
@@ -36,9 +38,9 @@ pub fn rows() -> Vec<Row> {
     ]
 }
 
-/// Prints a file when a line has come. Raw, so that everything arrives as it is.
+/// Prints a file whenever a line has come. Raw, so that everything arrives as it is.
 fn print(file: &Path) -> String {
-    format!("stty raw -echo; printf READY; read go; exec cat {}", file.display())
+    format!("stty raw -echo; printf READY; while read go; do cat {}; done", file.display())
 }
 
 fn prepare_output(agent: &Agent, scale: Scale) -> Result<Measure, String> {
@@ -48,70 +50,106 @@ fn prepare_output(agent: &Agent, scale: Scale) -> Result<Measure, String> {
     write_file(&file, &content, content.len())?;
     let script = print(&file);
     let mut stage = Stage::start(agent, &config(&script), Way::Direct)?;
-    stage.link.verify(true);
-    stage.explained(|stage| output(stage, content.len(), Some(&content)))?;
-    stage.link.verify(false);
-    let size = scale.pick(256 << 20, 32 << 20);
-    write_file(&file, &content, size)?;
+    stage.explained(|stage| verify_output(stage, &content))?;
+    write_file(&file, &content, SLICE)?;
     stage.measured(move |stage| {
         let _ = &dir;
-        let bare = bare_loop(&script, size)?;
-        let mut figures = output(stage, size, None)?;
-        figures.push(figure("a bare read loop's rate", "MiB/s", bare));
-        figures.push(figure("of that", "×", figures[0].value / bare));
-        Ok(figures)
+        let session = stage.session();
+        start_shell(&mut stage.link, session)?;
+        let mut bare = Bare::start(&script)?;
+        let (mut bare_seconds, mut seconds, mut cpu, mut messages) = (0.0, 0.0, 0.0, 0);
+        // In turns, since the kernel has its faster and its slower moments.
+        let slices = scale.pick(8, 2);
+        for _ in 0..slices {
+            bare_seconds += bare.slice()?.as_secs_f64();
+            let meter = Meter::start(stage.pid())?;
+            messages += slice(&mut stage.link, session)?;
+            let took = meter.read()?;
+            (seconds, cpu) = (seconds + took.0, cpu + took.1);
+        }
+        stop_shell(&mut stage.link, session)?;
+        let bytes = (slices * SLICE) as f64;
+        Ok(vec![
+            figure("rate", "MiB/s", bytes / MIB / seconds),
+            figure("agent's CPU", "s/GiB", cpu / (bytes / GIB)),
+            figure("a message", "B", bytes / messages as f64),
+            figure("a bare read loop's rate", "MiB/s", bytes / MIB / bare_seconds),
+            figure("of that", "×", bare_seconds / seconds),
+        ])
     })
 }
 
-/// Has so much printed.
-fn output(stage: &mut Stage, size: usize, content: Option<&[u8]>) -> Result<Vec<Figure>, String> {
-    let session = stage.session();
-    start_shell(&mut stage.link, session)?;
-    let meter = Meter::start(stage.pid())?;
-    type_in(&mut stage.link, session, b"\n")?;
+/// Has a slice printed and counts the messages.
+fn slice(link: &mut Link, session: u32) -> Result<u64, String> {
+    type_in(link, session, b"\n")?;
     let (mut bytes, mut messages) = (0, 0);
-    while bytes < size {
-        let header = stage.link.expect(session, Kind::Shell, SOON)?;
-        if let Some(content) = content
-            && content.get(bytes..bytes + header.body) != Some(stage.link.body(&header))
-        {
+    while bytes < SLICE {
+        bytes += link.expect(session, Kind::Shell, SOON)?.body;
+        messages += 1;
+    }
+    Ok(messages)
+}
+
+fn verify_output(stage: &mut Stage, content: &[u8]) -> Result<(), String> {
+    let session = stage.session();
+    let link = &mut stage.link;
+    start_shell(link, session)?;
+    link.verify(true);
+    type_in(link, session, b"\n")?;
+    let mut bytes = 0;
+    while bytes < content.len() {
+        let header = link.expect(session, Kind::Shell, SOON)?;
+        if content.get(bytes..bytes + header.body) != Some(link.body(&header)) {
             return Err(format!("wrong output behind byte {bytes}"));
         }
         bytes += header.body;
-        messages += 1;
     }
-    let figures = rate(bytes as u64, messages, &meter)?;
-    stop_shell(&mut stage.link, session)?;
-    Ok(figures)
+    link.verify(false);
+    stop_shell(link, session)
 }
 
-/// The rate in MiB/s at which the same can be read from a terminal at all.
-fn bare_loop(script: &str, size: usize) -> Result<f64, String> {
-    let run = || {
-        let pty = openpty(None, None)?;
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", script]).stdin(Stdio::from(pty.slave.try_clone()?));
-        let mut child = command.stdout(pty.slave).stderr(Stdio::null()).spawn()?;
-        // The slave's last copy here.
-        drop(command);
-        let mut master = File::from(pty.master);
-        let mut buffer = vec![0; 64 << 10];
-        let mut greeting = Vec::new();
-        while greeting.len() < READY.len() {
-            let count = master.read(&mut buffer)?;
-            greeting.extend_from_slice(&buffer[..count]);
-        }
+/// A terminal without an agent: how fast the same can be read at all.
+struct Bare {
+    master: File,
+    shell: Child,
+    buffer: Vec<u8>,
+}
+
+impl Bare {
+    fn start(script: &str) -> Result<Bare, String> {
+        let start = || {
+            let pty = openpty(None, None)?;
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", script]).stdin(Stdio::from(pty.slave.try_clone()?));
+            let shell = command.stdout(pty.slave).stderr(Stdio::null()).spawn()?;
+            let mut bare = Bare { master: File::from(pty.master), shell, buffer: vec![0; 64 << 10] };
+            bare.read(READY.len())?;
+            Ok(bare)
+        };
+        start().map_err(|e: std::io::Error| format!("a terminal without an agent: {e}"))
+    }
+
+    /// Has a slice printed; returns how long it took.
+    fn slice(&mut self) -> Result<Duration, String> {
         let started = Instant::now();
-        master.write_all(b"\n")?;
-        let mut bytes = 0;
-        while bytes < size {
-            bytes += master.read(&mut buffer)?;
+        let read = self.master.write_all(b"\n").and_then(|()| self.read(SLICE));
+        read.map_err(|e| format!("a bare read loop: {e}"))?;
+        Ok(started.elapsed())
+    }
+
+    fn read(&mut self, mut count: usize) -> std::io::Result<()> {
+        while count > 0 {
+            count = count.saturating_sub(self.master.read(&mut self.buffer)?);
         }
-        let elapsed = started.elapsed();
-        child.wait()?;
-        Ok(size as f64 / MIB / elapsed.as_secs_f64())
-    };
-    run().map_err(|e: std::io::Error| format!("a bare read loop: {e}"))
+        Ok(())
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        let _ = self.shell.kill();
+        let _ = self.shell.wait();
+    }
 }
 
 fn prepare_keys(agent: &Agent, scale: Scale, way: Way) -> Result<Measure, String> {
