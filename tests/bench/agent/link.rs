@@ -19,6 +19,8 @@ const BUFFER: usize = 512 << 10;
 const WRITE_LIMIT: Duration = Duration::from_secs(30);
 /// How long a read blocks before the deadline is looked at; a nearer one is waited for exactly.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// Upstream's agent hears nothing but pings and pongs: a link without is dead to it after 60 s.
+const PING_EVERY: Duration = Duration::from_secs(30);
 /// The rest of a message is skipped if it is so long.
 const LARGE: usize = 16 << 10;
 /// So much is written at once at most.
@@ -35,6 +37,7 @@ pub struct Link {
     message: Partial,
     /// Whole messages are unmasked and kept while content is verified.
     whole: Option<Vec<u8>>,
+    pinged: Instant,
     /// Data frames received.
     pub frames: u64,
 }
@@ -79,6 +82,7 @@ impl Link {
             frame: Frame::default(),
             message: Partial { begun: false, total: 0, head: [0; HEAD] },
             whole: None,
+            pinged: Instant::now(),
             frames: 0,
         })
     }
@@ -173,8 +177,9 @@ impl Link {
         Ok(())
     }
 
-    /// A websocket ping, for agents that want to hear one from time to time.
+    /// A websocket ping.
     pub fn ping(&mut self) -> Result<(), String> {
+        self.pinged = Instant::now();
         self.put(&wire::encode(true, wire::PING, b"60"))?;
         self.flush()
     }
@@ -204,7 +209,11 @@ impl Link {
             false => self.buffer.len() - self.end,
         };
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            if now - self.pinged > PING_EVERY {
+                self.ping()?;
+            }
+            let left = deadline.saturating_duration_since(now);
             let mut flags = if skipped { MsgFlags::MSG_TRUNC } else { MsgFlags::empty() };
             if left < PATIENCE {
                 let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];

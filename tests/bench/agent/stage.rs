@@ -119,7 +119,7 @@ impl Stage {
     ) -> Result<Measure, String> {
         Ok(Box::new(move || {
             self.explained(|stage| {
-                // Others may have had their turn for long. Some agents want to hear a ping from time to time.
+                // Others may have had their turn for long.
                 stage.link.ping()?;
                 stage.link.settle(Duration::from_millis(50), Duration::from_secs(60))?;
                 run(stage)
