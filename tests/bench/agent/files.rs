@@ -10,7 +10,7 @@ use crate::harness::msg::{self, Ints, map};
 use crate::link::Link;
 use crate::process::Meter;
 use crate::relay::Shape;
-use crate::row::{Figure, GIB, MIB, Row, SOON, Scale, figure, row};
+use crate::row::{Figure, GIB, MIB, Measure, Row, SOON, Scale, figure, row};
 use crate::stage::{Agent, Stage, Way, config};
 
 /// What the server cuts an upload into.
@@ -24,42 +24,46 @@ const BLOCK: usize = 8 << 20;
 
 pub fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
-    for (millis, size) in [(0, 1024 << 20), (20, 512 << 20), (100, 256 << 20)] {
-        let about = format!("a download of {} MiB, {millis} ms round trip", size >> 20);
+    for millis in [0, 20, 100] {
+        let about = format!("downloads of 256 MiB, {millis} ms round trip");
         rows.push(row(format!("download-{millis}ms"), about, move |agent, scale| {
-            let mut stage = Stage::start(agent, &config("exit 0"), way(millis))?;
-            let content = content();
-            let (small, large) = (stage.dir().join("small"), stage.dir().join("large"));
-            write_file(&small, &content, BLOCK)?;
-            write_file(&large, &content, scale.pick(size, size / 4))?;
-            stage.explained(|stage| verify_download(stage, &small, &content))?;
-            stage.measured(move |stage| {
-                let meter = Meter::start(stage.pid())?;
-                let session = stage.session();
-                let mut download = Download::start(&mut stage.link, session, &large)?;
-                let end = Instant::now() + scale.span;
-                while Instant::now() < end && !download.step(&mut stage.link, end)? {}
-                let figures = rate(download.bytes, download.chunks, &meter)?;
-                close(&mut stage.link, session)?;
-                Ok(figures)
-            })
+            prepare_download(agent, scale, millis)
         }));
     }
-    for (millis, size) in [(0, 512 << 20), (20, 64 << 20), (100, 16 << 20)] {
-        let about = format!("an upload of {} MiB, {millis} ms round trip", size >> 20);
+    for millis in [0, 20, 100] {
+        let about = format!("uploads of 64 MiB, {millis} ms round trip");
         rows.push(row(format!("upload-{millis}ms"), about, move |agent, scale| {
-            prepare_upload(agent, scale, millis, size)
+            prepare_upload(agent, scale, millis)
         }));
     }
     rows
 }
 
-fn prepare_upload(
-    agent: &Agent,
-    scale: Scale,
-    millis: u64,
-    size: u64,
-) -> Result<crate::row::Measure, String> {
+/// One file after the other until time is up, and of the last one what has come by then.
+fn prepare_download(agent: &Agent, scale: Scale, millis: u64) -> Result<Measure, String> {
+    let mut stage = Stage::start(agent, &config("exit 0"), way(millis))?;
+    let content = content();
+    let (small, large) = (stage.dir().join("small"), stage.dir().join("large"));
+    write_file(&small, &content, BLOCK)?;
+    write_file(&large, &content, 256 << 20)?;
+    stage.explained(|stage| verify_download(stage, &small, &content))?;
+    stage.measured(move |stage| {
+        let meter = Meter::start(stage.pid())?;
+        let end = Instant::now() + scale.span;
+        let (mut bytes, mut chunks) = (0, 0);
+        while Instant::now() < end {
+            let session = stage.session();
+            let mut download = Download::start(&mut stage.link, session, &large)?;
+            while Instant::now() < end && !download.step(&mut stage.link, end)? {}
+            (bytes, chunks) = (bytes + download.bytes, chunks + download.chunks);
+            close(&mut stage.link, session)?;
+        }
+        rate(bytes, chunks, &meter)
+    })
+}
+
+/// One file after the other until time is up. The last one ends then, too, and is complete all the same.
+fn prepare_upload(agent: &Agent, scale: Scale, millis: u64) -> Result<Measure, String> {
     let mut stage = Stage::start(agent, &config("exit 0"), way(millis))?;
     let content = content();
     let target = stage.dir().join("upload");
@@ -68,18 +72,21 @@ fn prepare_upload(
     stage.explained(|stage| verify_upload(stage, &target, &content[..verified]))?;
     stage.measured(move |stage| {
         let meter = Meter::start(stage.pid())?;
-        let session = stage.session();
-        let mut upload = Upload::start(&mut stage.link, session, &target)?;
         let end = Instant::now() + scale.span;
-        while upload.sent < size && Instant::now() < end {
-            upload.step(&mut stage.link, &content[..CHUNK])?;
+        let mut bytes = 0;
+        while Instant::now() < end {
+            let session = stage.session();
+            let mut upload = Upload::start(&mut stage.link, session, &target)?;
+            while upload.sent < 64 << 20 && Instant::now() < end {
+                upload.step(&mut stage.link, &content[..CHUNK])?;
+            }
+            upload.finish(&mut stage.link)?;
+            bytes += upload.sent;
+            close(&mut stage.link, session)?;
         }
-        // Cut short it ends all the same, as a file that isn't larger.
-        upload.finish(&mut stage.link)?;
-        let mut figures = rate(upload.sent, 1, &meter)?;
+        let mut figures = rate(bytes, 1, &meter)?;
         // Their size is the server's.
         figures.truncate(2);
-        close(&mut stage.link, session)?;
         Ok(figures)
     })
 }

@@ -13,6 +13,7 @@ use nix::sys::time::TimeSpec;
 
 use crate::envelope::{CONTROL, HEAD, Header, Kind, Message, SHELL};
 use crate::harness::wire;
+use crate::interrupt::is_interrupted;
 
 const BUFFER: usize = 512 << 10;
 /// A write without progress for so long is an error.
@@ -209,6 +210,9 @@ impl Link {
             false => self.buffer.len() - self.end,
         };
         loop {
+            if is_interrupted() {
+                return Err("interrupted".to_owned());
+            }
             let now = Instant::now();
             if now - self.pinged > PING_EVERY {
                 self.ping()?;

@@ -5,11 +5,13 @@
 #![allow(dead_code, reason = "the harness serves the integration tests first")]
 
 mod churn;
+mod cores;
 mod envelope;
 mod files;
 mod forwards;
 #[path = "../../it/harness/mod.rs"]
 mod harness;
+mod interrupt;
 mod link;
 mod mixed;
 mod options;
@@ -60,13 +62,20 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Err(why) = interrupt::catch() {
+        eprintln!("agent: {why}");
+        return ExitCode::FAILURE;
+    }
     println!("{}\n", table::machine());
     let mut table = Table::new(options.agents.iter().map(|agent| agent.name.clone()).collect());
     for row in rows.iter().filter(|row| options.wants(&row.name)) {
+        if interrupt::is_interrupted() {
+            break;
+        }
         measure(row, &options, &mut table);
     }
     print!("{table}");
-    ExitCode::SUCCESS
+    if interrupt::is_interrupted() { ExitCode::from(130) } else { ExitCode::SUCCESS }
 }
 
 fn rows() -> Vec<Row> {
@@ -110,6 +119,9 @@ fn fail(row: &Row, agent: &Agent, why: &str) {
 
 /// The harness fails by panicking.
 fn guarded<T>(run: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    if interrupt::is_interrupted() {
+        return Err("interrupted".to_owned());
+    }
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         Err(text.or_else(|| panic.downcast_ref().map(|text: &&str| (*text).to_owned())).unwrap_or_default())

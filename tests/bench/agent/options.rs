@@ -12,7 +12,7 @@ Measures an agent from outside and prints a table.
 
   --agent NAME=PATH    an executable to measure, in place of this project's release build. Given twice or more,
                        they are measured in turns, and the last one is what the others are compared with
-  --only ROW[,ROW]     only these rows; what begins with ROW counts
+  --only ROW[,ROW]     only these rows, or those whose names begin so
   --rounds N           how often each figure is measured; the median is printed (default 3)
   --quick              short and rough, in one round
   --yardstick          measures what the bench itself could take, from an agent that costs nothing
@@ -37,7 +37,7 @@ pub enum Wish {
 
 impl Options {
     pub fn wants(&self, row: &str) -> bool {
-        self.only.is_empty() || self.only.iter().any(|only| row.starts_with(only))
+        self.only.is_empty() || self.only.iter().any(|only| only == row)
     }
 }
 
@@ -58,9 +58,19 @@ pub fn parse(mut args: impl Iterator<Item = String>, rows: &[Row]) -> Result<Wis
             _ => return Err(format!("unknown option {arg}")),
         }
     }
-    if let Some(only) = options.only.iter().find(|only| !rows.iter().any(|row| row.name.starts_with(*only))) {
-        return Err(format!("no row begins with {only}"));
+    let mut only = Vec::new();
+    for wanted in &options.only {
+        let named = |test: &dyn Fn(&str) -> bool| -> Vec<String> {
+            rows.iter().map(|row| row.name.clone()).filter(|name| test(name)).collect()
+        };
+        let exactly = named(&|name| name == wanted);
+        let found = if exactly.is_empty() { named(&|name| name.starts_with(wanted)) } else { exactly };
+        if found.is_empty() {
+            return Err(format!("no row is or begins with {wanted}"));
+        }
+        only.extend(found);
     }
+    options.only = only;
     if options.agents.is_empty() {
         let path = PathBuf::from(env!("CARGO_BIN_EXE_mender-connect"));
         options.agents.push(Agent { name: "here".to_owned(), path });

@@ -5,6 +5,9 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -12,11 +15,14 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tungstenite::handshake::derive_accept_key;
 
+use crate::cores::{Core, Pinned};
 use crate::harness::bus::Bus;
 use crate::harness::daemon::{self, Daemon};
 use crate::harness::http;
 use crate::harness::manager::Manager;
 use crate::harness::rig::{TOKEN, user_name};
+use crate::harness::wait::spawn;
+use crate::interrupt::unblocked;
 use crate::link::Link;
 use crate::relay::{Relay, Shape};
 use crate::row::{Figure, Measure};
@@ -72,9 +78,27 @@ pub fn folder() -> Result<TempDir, String> {
 impl Stage {
     /// Starts an agent and waits until it is connected.
     pub fn start(agent: &Agent, config: &Value, way: Way) -> Result<Stage, String> {
+        Stage::start_with(agent, config, way, start)
+    }
+
+    /// The agent has a core, and everything else another.
+    pub fn start_pinned(agent: &Agent, config: &Value, way: Way) -> Result<Stage, String> {
+        let _server = Pinned::to(Core::Server)?;
+        Stage::start_with(agent, config, way, |agent, config, dir, bus| {
+            let _agent = Pinned::to(Core::Agent)?;
+            start(agent, config, dir, bus)
+        })
+    }
+
+    fn start_with(
+        agent: &Agent,
+        config: &Value,
+        way: Way,
+        start: impl FnOnce(&Agent, &Value, &Path, &Bus) -> Result<Daemon, String>,
+    ) -> Result<Stage, String> {
         let dir = folder()?;
         let mut bus = Bus::absent(dir.path());
-        bus.try_restart()?;
+        unblocked(|| bus.try_restart())?;
         let listener = TcpListener::bind("127.0.0.1:0").map_err(|e| format!("listen on loopback: {e}"))?;
         let server = listener.local_addr().map_err(|e| e.to_string())?;
         let relay = match way {
@@ -84,7 +108,7 @@ impl Stage {
         };
         let address: SocketAddr = relay.as_ref().map_or(server, Relay::address);
         let manager = Manager::start(&bus.address(), TOKEN, &format!("http://{address}"));
-        let daemon = start(agent, config, dir.path(), &bus)?;
+        let daemon = unblocked(|| start(agent, config, dir.path(), &bus))?;
         let (link, at) = accept(&listener)
             .map_err(|why| format!("{why}; the end of its log:\n{}", log_tail(dir.path())))?;
         let connected_after = at.saturating_duration_since(daemon.started);
@@ -112,19 +136,55 @@ impl Stage {
         run(self).map_err(|why| format!("{why}; the end of its log:\n{}", log_tail(self.dir.path())))
     }
 
-    /// Makes it what is run in each round.
+    /// Makes it what is run in each round. In between somebody minds the link, which would be lost otherwise
+    /// while others have their turn.
     pub fn measured(
-        mut self,
+        self,
         mut run: impl FnMut(&mut Stage) -> Result<Vec<Figure>, String> + 'static,
     ) -> Result<Measure, String> {
+        let mut minded = Some(Minded::begin(self));
         Ok(Box::new(move || {
-            self.explained(|stage| {
-                // Others may have had their turn for long.
+            let mut stage = minded.take().ok_or("it failed before")?.end()?;
+            let figures = stage.explained(|stage| {
+                // So that no ping falls due soon.
                 stage.link.ping()?;
                 stage.link.settle(Duration::from_millis(50), Duration::from_secs(60))?;
                 run(stage)
-            })
+            })?;
+            minded = Some(Minded::begin(stage));
+            Ok(figures)
         }))
+    }
+}
+
+/// A stage whose link a thread minds.
+struct Minded {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Result<Stage, String>>>,
+}
+
+impl Minded {
+    fn begin(mut stage: Stage) -> Minded {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = spawn("minder", move || {
+            while !stopped.load(Ordering::SeqCst) {
+                stage.explained(|stage| stage.link.rest(Instant::now() + Duration::from_millis(200)))?;
+            }
+            Ok(stage)
+        });
+        Minded { stop, thread: Some(thread) }
+    }
+
+    fn end(&mut self) -> Result<Stage, String> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.take().ok_or("it ended before")?.join().map_err(|_| "the minder panicked")?
+    }
+}
+
+impl Drop for Minded {
+    fn drop(&mut self) {
+        let _ = self.end();
     }
 }
 

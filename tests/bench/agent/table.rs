@@ -85,8 +85,9 @@ fn number(value: f64) -> String {
         }
         10.0.. => format!("{value:.1}"),
         1.0.. => format!("{value:.2}"),
+        0.01.. => format!("{value:.3}"),
         0.0 => "0".to_owned(),
-        _ => format!("{value:.3}"),
+        _ => format!("{value:.5}"),
     }
 }
 

@@ -2,17 +2,21 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::openpty;
 
+use crate::cores::{Core, Pinned};
 use crate::envelope::{Header, Kind, Message, SHELL};
 use crate::files::{content, write_file};
+use crate::interrupt::unblocked;
 use crate::link::Link;
 use crate::process::Meter;
-use crate::row::{GIB, MIB, Measure, Row, SOON, Scale, figure, percentile, row};
+use crate::row::{Figure, GIB, MIB, Measure, Row, SOON, Scale, figure, percentile, row};
 use crate::stage::{Agent, Stage, Way, config, folder};
 
 /// Printed at a time.
@@ -30,10 +34,17 @@ pub fn rows() -> Vec<Row> {
             prepare_output,
         ),
         row("keys", "2,000 keys, one at a time, to a terminal that echoes", |agent, scale| {
-            prepare_keys(agent, scale, Way::Direct)
+            measure_keys(Stage::start(agent, &config(ECHO), Way::Direct)?, scale)
         }),
+        row(
+            "keys-one-core",
+            "the same with the agent on one core and the server on another",
+            |agent, scale| {
+                measure_keys_pinned(Stage::start_pinned(agent, &config(ECHO), Way::Direct)?, scale)
+            },
+        ),
         row("keys-forwarder", "the same through a relay like mender-auth's", |agent, scale| {
-            prepare_keys(agent, scale, Way::Forwarder)
+            measure_keys_pinned(Stage::start_pinned(agent, &config(ECHO), Way::Forwarder)?, scale)
         }),
     ]
 }
@@ -121,7 +132,8 @@ impl Bare {
             let pty = openpty(None, None)?;
             let mut command = Command::new("/bin/sh");
             command.args(["-c", script]).stdin(Stdio::from(pty.slave.try_clone()?));
-            let shell = command.stdout(pty.slave).stderr(Stdio::null()).spawn()?;
+            command.stdout(pty.slave).stderr(Stdio::null());
+            let shell = unblocked(|| command.spawn())?;
             let mut bare = Bare { master: File::from(pty.master), shell, buffer: vec![0; 64 << 10] };
             bare.read(READY.len())?;
             Ok(bare)
@@ -138,7 +150,11 @@ impl Bare {
     }
 
     fn read(&mut self, mut count: usize) -> std::io::Result<()> {
+        let limit = PollTimeout::try_from(SOON).unwrap_or(PollTimeout::MAX);
         while count > 0 {
+            if poll(&mut [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)], limit)? == 0 {
+                return Err(std::io::ErrorKind::TimedOut.into());
+            }
             count = count.saturating_sub(self.master.read(&mut self.buffer)?);
         }
         Ok(())
@@ -152,31 +168,38 @@ impl Drop for Bare {
     }
 }
 
-fn prepare_keys(agent: &Agent, scale: Scale, way: Way) -> Result<Measure, String> {
-    let count = scale.pick(2000, 500);
-    Stage::start(agent, &config(ECHO), way)?.measured(move |stage| {
-        let session = stage.session();
-        start_shell(&mut stage.link, session)?;
-        let mut keys = Keys::new(session);
-        // Caches fill, clocks speed up.
-        for _ in 0..200 {
-            keys.press(&mut stage.link)?;
-        }
-        let meter = Meter::start(stage.pid())?;
-        let mut times = Vec::with_capacity(count);
-        for _ in 0..count {
-            times.push(keys.press(&mut stage.link)?.as_secs_f64() * 1e6);
-        }
-        let cpu = meter.read()?.1;
-        stop_shell(&mut stage.link, session)?;
-        let mut figures = vec![
-            figure("echo, median", "µs", percentile(&times, 50)),
-            figure("echo, 95th percentile", "µs", percentile(&times, 95)),
-            figure("echo, 99th percentile", "µs", percentile(&times, 99)),
-        ];
-        figures.push(figure("agent's CPU for a key", "µs", cpu * 1e6 / count as f64));
-        Ok(figures)
+fn measure_keys(stage: Stage, scale: Scale) -> Result<Measure, String> {
+    stage.measured(move |stage| press_keys(stage, scale.pick(2000, 500)))
+}
+
+fn measure_keys_pinned(stage: Stage, scale: Scale) -> Result<Measure, String> {
+    stage.measured(move |stage| {
+        let _here = Pinned::to(Core::Server)?;
+        press_keys(stage, scale.pick(2000, 500))
     })
+}
+
+fn press_keys(stage: &mut Stage, count: usize) -> Result<Vec<Figure>, String> {
+    let session = stage.session();
+    start_shell(&mut stage.link, session)?;
+    let mut keys = Keys::new(session);
+    // Caches fill, clocks speed up.
+    for _ in 0..200 {
+        keys.press(&mut stage.link)?;
+    }
+    let meter = Meter::start(stage.pid())?;
+    let mut times = Vec::with_capacity(count);
+    for _ in 0..count {
+        times.push(keys.press(&mut stage.link)?.as_secs_f64() * 1e6);
+    }
+    let cpu = meter.read()?.1;
+    stop_shell(&mut stage.link, session)?;
+    Ok(vec![
+        figure("echo, median", "µs", percentile(&times, 50)),
+        figure("echo, 95th percentile", "µs", percentile(&times, 95)),
+        figure("echo, 99th percentile", "µs", percentile(&times, 99)),
+        figure("agent's CPU for a key", "µs", cpu * 1e6 / count as f64),
+    ])
 }
 
 /// Keys that are pressed and echoed.
