@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::cores::{Core, Pinned};
 use crate::envelope::{Header, Kind, SHELL};
 use crate::files::{close, open};
 use crate::forwards::{listen, new_connection, of_connection, port};
@@ -25,7 +26,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for at_once in [1, 16] {
-        let about = format!("forwards opened, used and stopped, {at_once} at a time");
+        let about =
+            format!("forwards opened, used and stopped, {at_once} at a time, with the agent on one core");
         rows.push(row(format!("forwards-{at_once}-at-a-time"), about, move |agent, scale| {
             prepare_forwards(agent, scale, at_once)
         }));
@@ -40,9 +42,13 @@ pub fn rows() -> Vec<Row> {
 }
 
 fn prepare_forwards(agent: &Agent, scale: Scale, at_once: usize) -> Result<Measure, String> {
-    let target = Echo::start()?;
+    let target = {
+        let _here = Pinned::to(Core::Server)?;
+        Echo::start()?
+    };
     let mut last = 0;
-    Stage::start(agent, &config("exit 0"), Way::Direct)?.measured(move |stage| {
+    Stage::start_pinned(agent, &config("exit 0"), Way::Direct)?.measured(move |stage| {
+        let _here = Pinned::to(Core::Server)?;
         let session = stage.session();
         open(&mut stage.link, session)?;
         // As a whole: its drop ends it.

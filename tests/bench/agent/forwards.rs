@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::cores::{Core, Pinned};
 use crate::envelope::{Kind, Message, PORTS};
 use crate::files::{CHUNK, close, content, open, rate, way};
 use crate::harness::msg::{self, Ints, map};
@@ -23,7 +24,7 @@ pub fn rows() -> Vec<Row> {
             prepare_to_client(agent, scale, millis)
         }));
     }
-    let about = "a forward to a target that reads at once, 4 KiB at a time";
+    let about = "a forward to a target that reads at once, with the agent on one core";
     rows.push(row("forward-to-device-0ms", about, prepare_to_device));
     rows
 }
@@ -66,11 +67,12 @@ fn prepare_to_client(agent: &Agent, scale: Scale, millis: u64) -> Result<Measure
 }
 
 fn prepare_to_device(agent: &Agent, scale: Scale) -> Result<Measure, String> {
-    let mut stage = Stage::start(agent, &config("exit 0"), way(0))?;
+    let mut stage = Stage::start_pinned(agent, &config("exit 0"), way(0))?;
     let content = content();
     let target = listen()?;
     stage.explained(|stage| verify_to_device(stage, &target, &content))?;
     stage.measured(move |stage| {
+        let _here = Pinned::to(Core::Server)?;
         let session = stage.session();
         open(&mut stage.link, session)?;
         let thread = spawn_sink(&target, None)?;
