@@ -251,7 +251,7 @@ mod tests {
         for (rate, delay, most_waited) in [
             (125e3, millis(50), millis(150)),
             (125e3, millis(2), millis(120)),
-            (1e6, millis(300), millis(350)),
+            (1e6, millis(300), millis(400)),
             (10e6, millis(20), millis(100)),
             (40e6, millis(60), millis(150)),
             (500e6, Duration::from_micros(100), millis(5)),

@@ -11,11 +11,18 @@ use tungstenite::{Error, Message, WebSocket};
 
 use super::stream::ReadHalf;
 use super::{Cancel, Inbound, LinkError, MAX_MESSAGE};
-use crate::outbox::Outbox;
+use crate::outbox::{Outbox, Spares};
 use crate::proto::Frame;
 
 /// What is said of a message beyond [`MAX_MESSAGE`].
 pub const TOO_LARGE: &str = "the server sent a message that is too large";
+
+/// Messages up to this size come in one read buffer with others.
+const SMALL: usize = 5 * 1024;
+/// Smaller ones would waste too much of a buffer for those.
+const TINY: usize = 2 * 1024;
+/// As many of them as the server sends of a file without an answer, and some more.
+const MAX_SPARES: usize = 24;
 
 /// How many malformed messages of one link are worth a warning.
 const WARNINGS: u32 = 5;
@@ -27,6 +34,7 @@ pub fn run(
     inbound: &mut dyn Inbound,
     cancel: &Cancel,
 ) -> LinkError {
+    let spares = Arc::new(Spares::new(MAX_SPARES));
     let mut malformed = 0;
     loop {
         let message = match socket.read() {
@@ -55,12 +63,20 @@ pub fn run(
             }
             Message::Pong(payload) => {
                 // Only a probe's has this length, and only that is worth waking the writer.
-                if let Ok(probe) = payload.as_ref().try_into() {
-                    outbox.answered(probe, Instant::now());
+                match payload.as_ref().try_into() {
+                    Ok(probe) => outbox.answered(probe, Instant::now()),
+                    // Once in a while.
+                    Err(_) => spares.clear(),
                 }
                 continue;
             }
             Message::Frame(_) => continue,
+        };
+        // A piece of the read buffer would keep all of it, and have another one allocated.
+        let bytes = match bytes.len() {
+            ..TINY => Bytes::copy_from_slice(&bytes),
+            TINY..=SMALL => Lent::copy(&spares, &bytes),
+            _ => bytes,
         };
         match Frame::decode(&bytes) {
             Ok(frame) => inbound.frame(frame),
@@ -75,6 +91,33 @@ pub fn run(
                 }
             }
         }
+    }
+}
+
+/// A message's memory, which is used again when nobody needs any of the message any more.
+struct Lent {
+    bytes: Vec<u8>,
+    length: usize,
+    home: Arc<Spares>,
+}
+
+impl Lent {
+    fn copy(spares: &Arc<Spares>, message: &[u8]) -> Bytes {
+        let mut bytes = spares.take(SMALL);
+        bytes[..message.len()].copy_from_slice(message);
+        Bytes::from_owner(Lent { bytes, length: message.len(), home: Arc::clone(spares) })
+    }
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.home.give(std::mem::take(&mut self.bytes));
     }
 }
 

@@ -2,60 +2,16 @@
 //! source puts it, then the head before it, whose length only then is known, and last what the link puts in front.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use super::spares::Spares;
 use crate::proto::Frame;
 
 /// What a websocket puts in front of a message at most.
 pub const FRONT: usize = 14;
 
-/// Buffers that wait to be used again.
-const MAX_SPARES: usize = 4;
-/// Smaller ones aren't worth it.
+/// Smaller buffers aren't worth to be used again.
 const MIN_SPARE: usize = 8 * 1024;
-
-/// Large buffers that are used again and again while there is much to write.
-#[derive(Debug, Default)]
-pub struct Spares(Mutex<Vec<Vec<u8>>>);
-
-impl Spares {
-    fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The message for `frame` with another body of up to `most` bytes: as many as `read` says it has put into
-    /// what it is given. Besides, what `read` has to say.
-    pub fn compose<T>(
-        self: &Arc<Self>,
-        frame: &Frame,
-        most: usize,
-        read: impl FnOnce(&mut [u8]) -> (usize, T),
-    ) -> (Message, T) {
-        let mut head = Vec::with_capacity(frame.head_room());
-        frame.encode_head(most, &mut head);
-        let start = FRONT + head.len();
-        let mut bytes = self.buffer(start + most);
-        let (length, said) = read(&mut bytes[start..start + most]);
-        if length < most {
-            head.clear();
-            frame.encode_head(length, &mut head);
-        }
-        let mut message = Message { bytes, content: start..start + length, home: Some(Arc::clone(self)) };
-        message.put_before(&head);
-        (message, said)
-    }
-
-    fn buffer(&self, size: usize) -> Vec<u8> {
-        let mut spares = self.lock();
-        let fitting = spares.iter().position(|bytes| bytes.len() >= size);
-        fitting.map_or_else(|| vec![0; size], |at| spares.swap_remove(at))
-    }
-
-    /// Gives their memory back.
-    pub fn clear(&self) {
-        *self.lock() = Vec::new();
-    }
-}
 
 /// A message, or what there is of it.
 #[derive(Debug)]
@@ -67,6 +23,28 @@ pub struct Message {
 }
 
 impl Message {
+    /// The message for `frame` with another body of up to `most` bytes: as many as `read` says it has put into
+    /// what it is given. Besides, what `read` has to say.
+    pub fn compose<T>(
+        spares: &Arc<Spares>,
+        frame: &Frame,
+        most: usize,
+        read: impl FnOnce(&mut [u8]) -> (usize, T),
+    ) -> (Message, T) {
+        let mut head = Vec::with_capacity(frame.head_room());
+        frame.encode_head(most, &mut head);
+        let start = FRONT + head.len();
+        let mut bytes = spares.take(start + most);
+        let (length, said) = read(&mut bytes[start..start + most]);
+        if length < most {
+            head.clear();
+            frame.encode_head(length, &mut head);
+        }
+        let mut message = Message { bytes, content: start..start + length, home: Some(Arc::clone(spares)) };
+        message.put_before(&head);
+        (message, said)
+    }
+
     fn put_before(&mut self, bytes: &[u8]) {
         let start = self.content.start - bytes.len();
         self.bytes[start..self.content.start].copy_from_slice(bytes);
@@ -100,10 +78,10 @@ impl From<&Frame> for Message {
 
 impl Drop for Message {
     fn drop(&mut self) {
-        let Some(home) = self.home.take() else { return };
-        let mut spares = home.lock();
-        if self.bytes.len() >= MIN_SPARE && spares.len() < MAX_SPARES {
-            spares.push(std::mem::take(&mut self.bytes));
+        if let Some(home) = self.home.take()
+            && self.bytes.len() >= MIN_SPARE
+        {
+            home.give(std::mem::take(&mut self.bytes));
         }
     }
 }
@@ -118,12 +96,12 @@ mod tests {
             place[..body.len()].copy_from_slice(body);
             (body.len(), ())
         };
-        spares.compose(&Frame::new(2, "typ", None), most, read).0
+        Message::compose(spares, &Frame::new(2, "typ", None), most, read).0
     }
 
     #[test]
     fn it_is_the_frame_with_the_body_that_was_read() {
-        let spares = Arc::new(Spares::default());
+        let spares = Arc::new(Spares::new(4));
         for (most, body) in [(3, &b"abc"[..]), (70_000, b"abc"), (70_000, &[7; 70_000]), (300, b"")] {
             let mut message = of(&spares, most, body);
             let expected = Frame::new(2, "typ", None).with_body(body.to_vec()).encode();
@@ -137,7 +115,7 @@ mod tests {
 
     #[test]
     fn large_buffers_are_used_again_and_given_back_when_asked() {
-        let spares = Arc::new(Spares::default());
+        let spares = Arc::new(Spares::new(4));
         let first = of(&spares, MIN_SPARE, b"x");
         let place = first.bytes.as_ptr();
         drop(first);
@@ -147,8 +125,8 @@ mod tests {
         assert!(larger.bytes.as_ptr() != place);
         let small = of(&spares, 10, b"x");
         drop((again, larger, small));
-        assert_eq!(spares.lock().len(), 2);
+        assert_eq!(spares.count(), 2);
         spares.clear();
-        assert!(spares.lock().is_empty());
+        assert_eq!(spares.count(), 0);
     }
 }

@@ -6,6 +6,7 @@
 
 mod message;
 mod sink;
+mod spares;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -15,17 +16,20 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use self::message::Spares;
 use self::sink::{Kind, Lot, Permit};
 
 pub use self::message::{FRONT, Message};
 pub use self::sink::{FRAMES_IN_FLIGHT, FrameSink, REPLIES_IN_FLIGHT};
+pub use self::spares::Spares;
 
 /// The payload of a ping that asks how far the messages have come: how many bytes were written before it.
 pub type Probe = [u8; 8];
 
 /// Messages up to this size are copied to be written together.
 pub const SMALL: usize = 4 * 1024;
+
+/// Large buffers that wait to be used again.
+const MAX_SPARES: usize = 4;
 
 /// After so many interactive frames in a row one that waits as bulk has its turn.
 const MAX_FAVOURED: u32 = 16;
@@ -77,7 +81,7 @@ pub enum Written {
 }
 
 /// The queues, shared by the writer, the reader and every session of a link.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Outbox {
     queues: Mutex<Queues>,
     filled: Condvar,
@@ -118,6 +122,18 @@ impl Item {
     /// Whether waking the writer would take longer than writing it.
     fn is_small(&self) -> bool {
         self.permit.kind != Kind::Bulk && self.message.size() <= SMALL
+    }
+}
+
+impl Default for Outbox {
+    fn default() -> Self {
+        Outbox {
+            queues: Mutex::default(),
+            filled: Condvar::new(),
+            spares: Arc::new(Spares::new(MAX_SPARES)),
+            piece: AtomicUsize::new(0),
+            line: OnceLock::new(),
+        }
     }
 }
 

@@ -123,7 +123,7 @@ impl FrameSink {
         most: usize,
         read: impl FnOnce(&mut [u8]) -> (usize, T),
     ) -> (Message, T) {
-        self.outbox.spares.compose(frame, most, read)
+        Message::compose(&self.outbox.spares, frame, most, read)
     }
 
     /// Queues an answer. Never refused: ask [`FrameSink::takes_replies`] before taking on what needs one.

@@ -284,14 +284,13 @@ impl Connection {
     ///
     /// # Errors
     /// When far more waits than was acknowledged.
-    pub fn queue(&mut self, data: &[u8], now: Instant) -> Result<(), String> {
+    pub fn queue(&mut self, data: Bytes, now: Instant) -> Result<(), String> {
         self.last_traffic = now;
         if self.queued + data.len() > QUEUE_HARD_LIMIT {
             return Err(format!("the target does not read and {} bytes wait", self.queued));
         }
         self.queued += data.len();
-        // A copy: a piece of the received message would keep all of it.
-        self.to_target.push_back(Bytes::copy_from_slice(data));
+        self.to_target.push_back(data);
         Ok(())
     }
 

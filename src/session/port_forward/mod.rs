@@ -173,7 +173,7 @@ impl PortForward {
     fn take_data(&mut self, frame: &Frame, id: &ConnectionId, now: Instant) {
         let Some(connection) = self.connections.get_mut(id) else { return self.refuse(frame, UNKNOWN) };
         connection.owed += 1;
-        if let Err(text) = connection.queue(&frame.body, now) {
+        if let Err(text) = connection.queue(frame.body.clone(), now) {
             return self.fail(id, &text, now);
         }
         self.owing.push_back(id.clone());
