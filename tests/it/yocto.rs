@@ -194,7 +194,7 @@ fn features_follow_packageconfig() {
         assert_eq!(licence.contains(" & (AFL-2.1 | GPL-2.0-or-later)"), vendored, "{licence}");
         assert!(licence.starts_with("Apache-2.0 & "), "{licence}");
         let of_libdbus = read(root().join(".cargo/config.toml"));
-        let of_libdbus = value(&of_libdbus, "TARGET_CFLAGS");
+        let of_libdbus = value(&of_libdbus, "HOST_CFLAGS");
         let settings = packageconfig
             .map_or(json!({ "CFLAGS": "-O2" }), |p| json!({ "CFLAGS": "-O2", "PACKAGECONFIG": p }));
         let flags = if vendored { format!("-O2 {of_libdbus}") } else { "-O2".to_owned() };
