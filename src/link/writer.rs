@@ -1,4 +1,4 @@
-//! The thread that writes to the websocket, the only one that does.
+//! The thread that writes to the websocket. While it waits, a session may write a small message itself, without waiting.
 //!
 //! It puts messages into websocket frames itself: tungstenite would copy each one first. A large message is masked
 //! where it is and written from there; small ones gather, so that a burst is one system call.
@@ -80,14 +80,17 @@ impl Line {
 }
 
 impl outbox::Line for Line {
-    fn write_now(&self, message: Message) -> Result<Written, Message> {
+    fn write_now(&self, messages: &mut dyn Iterator<Item = Message>) -> Written {
         let mut writer = self.lock();
-        if !writer.pace.room(Instant::now()).interactive {
-            return Err(message);
+        let mut gathered = Ok(());
+        while gathered.is_ok()
+            && writer.pace.room(Instant::now()).interactive
+            && let Some(message) = messages.next()
+        {
+            gathered = writer.message(message, false);
         }
         // An error is met again by the writer, which knows what to do about it.
-        let gathered = writer.message(message, false);
-        Ok(if gathered.is_ok() && writer.flush_now() { Written::All } else { Written::Part })
+        if gathered.is_ok() && writer.flush_now() { Written::All } else { Written::Part }
     }
 }
 

@@ -1,4 +1,5 @@
-//! What waits to be written to the websocket: filled by sessions, emptied by the link's writer.
+//! What waits to be written to the websocket: filled by sessions, emptied by the link's writer. While that waits,
+//! nothing is queued: a small message is written at once by the session that has made it.
 //!
 //! Bounds: a session has at most [`FRAMES_IN_FLIGHT`] frames of data and, since it stops reading its inbox
 //! meanwhile, little more than [`REPLIES_IN_FLIGHT`] answers here. A count is a permit inside the queued
@@ -64,19 +65,17 @@ pub struct Room {
 
 /// Where the messages go.
 pub trait Line: fmt::Debug + Send + Sync {
-    /// Writes a small message, as far as that goes without waiting, unless others on the way leave no room for it.
-    ///
-    /// # Errors
-    /// The message, if there is no room.
-    fn write_now(&self, message: Message) -> Result<Written, Message>;
+    /// Writes small messages, as far as that goes without waiting. Those that others on the way leave no room for it
+    /// doesn't take.
+    fn write_now(&self, messages: &mut dyn Iterator<Item = Message>) -> Written;
 }
 
 /// How much was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Written {
-    /// All of it.
+    /// All that was taken.
     All,
-    /// Not all of it: the writer has to see to the rest, before anything else.
+    /// Not all of that: the writer has to see to the rest, before anything else.
     Part,
 }
 
@@ -175,44 +174,51 @@ impl Outbox {
     }
 
     fn push(&self, item: Item) {
+        self.push_all(VecDeque::from([item]));
+    }
+
+    /// Queues items, or writes them.
+    fn push_all(&self, mut items: VecDeque<Item>) {
         let mut queues = self.lock();
-        let item = match self.line.get() {
-            Some(line) if queues.is_idle() && item.is_small() => {
-                queues.busy = true;
-                drop(queues);
-                match self.write_now(line, item) {
-                    None => return,
-                    Some(refused) => {
-                        queues = self.lock();
-                        refused
-                    }
-                }
+        if let Some(line) = self.line.get()
+            && queues.is_idle()
+            && items.iter().all(Item::is_small)
+        {
+            queues.busy = true;
+            drop(queues);
+            self.write_now(&**line, &mut items);
+            queues = self.lock();
+        }
+        if items.is_empty() {
+            return;
+        }
+        for item in items {
+            match item.permit.kind {
+                Kind::Data | Kind::Reply => queues.interactive.push_back(item),
+                Kind::Bulk => queues.bulk.push_back(item),
             }
-            _ => item,
-        };
-        match item.permit.kind {
-            Kind::Data | Kind::Reply => queues.interactive.push_back(item),
-            Kind::Bulk => queues.bulk.push_back(item),
         }
         drop(queues);
         self.filled.notify_one();
     }
 
-    /// Writes an item in the thread of the session that has made it: waking the writer would take longer. Back if
-    /// there is no room.
-    fn write_now(&self, line: &Arc<dyn Line>, item: Item) -> Option<Item> {
-        let Item { message, epoch, permit } = item;
-        let (written, refused) = match line.write_now(message) {
-            Ok(written) => (written, None),
-            Err(message) => (Written::All, Some(Item { message, epoch, permit })),
-        };
+    /// Writes items in the thread of the session that has made them: waking the writer would take longer. Leaves those
+    /// that there is no room for.
+    fn write_now(&self, line: &dyn Line, items: &mut VecDeque<Item>) {
+        let mut permits = Vec::with_capacity(items.len());
+        let mut messages = std::iter::from_fn(|| {
+            let Item { message, permit, .. } = items.pop_front()?;
+            permits.push(permit);
+            Some(message)
+        });
+        let written = line.write_now(&mut messages);
+        drop(permits);
         let mut queues = self.lock();
         queues.busy = false;
         queues.rest = written == Written::Part;
         if !queues.is_idle() || std::mem::take(&mut queues.awaited) {
             self.filled.notify_one();
         }
-        refused
     }
 
     /// The next thing to do, waiting for it until `deadline`. What was done before has to be written.

@@ -1,5 +1,6 @@
 //! The outbox as a session sees it: what it may put there, and its account of that.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
@@ -131,6 +132,15 @@ impl FrameSink {
         self.push(frame.into(), Kind::Reply, None);
     }
 
+    /// Queues answers that belong together, as [`FrameSink::reply`] would.
+    pub fn replies(&self, frames: impl Iterator<Item = Frame>) {
+        let items: VecDeque<Item> =
+            frames.map(|frame| self.item((&frame).into(), Kind::Reply, None)).collect();
+        if !items.is_empty() {
+            self.outbox.push_all(items);
+        }
+    }
+
     /// Queues a terminal's output. Never refused: ask [`FrameSink::takes_data`] before reading it from its source.
     pub fn output(&self, message: Message) {
         self.push(message, Kind::Data, Some(Lot::Output));
@@ -147,9 +157,12 @@ impl FrameSink {
     }
 
     fn push(&self, message: Message, kind: Kind, lot: Option<Lot>) {
+        self.outbox.push(self.item(message, kind, lot));
+    }
+
+    fn item(&self, message: Message, kind: Kind, lot: Option<Lot>) -> Item {
         let epoch = lot.map(|lot| (lot, self.account.epoch(lot).load(Ordering::SeqCst)));
-        let permit = Permit::new(&self.account, kind);
-        self.outbox.push(Item { message, epoch, permit });
+        Item { message, epoch, permit: Permit::new(&self.account, kind) }
     }
 
     /// Whether there is room for an answer. If not, the session is woken when there is.

@@ -131,20 +131,23 @@ struct Narrow {
 }
 
 impl Line for Narrow {
-    fn write_now(&self, mut message: Message) -> Result<Written, Message> {
+    fn write_now(&self, messages: &mut dyn Iterator<Item = Message>) -> Written {
         let mut taken = self.taken.lock().unwrap();
-        if taken.len() > self.takes {
-            return Err(message);
+        while taken.len() <= self.takes {
+            let Some(mut message) = messages.next() else { return Written::All };
+            taken.push(Frame::decode(&message.content().to_vec().into()).unwrap().typ);
+            if taken.len() > self.takes {
+                return Written::Part;
+            }
         }
-        taken.push(Frame::decode(&message.content().to_vec().into()).unwrap().typ);
-        Ok(if taken.len() > self.takes { Written::Part } else { Written::All })
+        Written::All
     }
 }
 
 #[test]
 fn small_messages_are_written_by_who_made_them_while_the_writer_waits() {
     let (outbox, sink, _wake) = sink();
-    let line = Arc::new(Narrow { takes: 2, ..Narrow::default() });
+    let line = Arc::new(Narrow { takes: 4, ..Narrow::default() });
     outbox.set_line(Arc::clone(&line) as Arc<dyn Line>);
     // The writer doesn't wait yet.
     sink.reply(&frame("early"));
@@ -168,18 +171,16 @@ fn small_messages_are_written_by_who_made_them_while_the_writer_waits() {
     assert_eq!(written(), "early");
     waits();
     sink.reply(&frame("first"));
-    sink.output(message("second"));
-    assert_eq!(*line.taken.lock().unwrap(), ["first", "second"]);
+    sink.replies(["second", "third"].map(frame).into_iter());
+    sink.output(message("fourth"));
+    assert_eq!(*line.taken.lock().unwrap(), ["first", "second", "third", "fourth"]);
     sink.bulk(message("bulk"));
     assert_eq!(written(), "bulk");
     waits();
     // A rest comes before everything else, and what there is no room for waits for the writer.
-    sink.reply(&frame("third"));
-    assert_eq!(written(), "Rest");
-    waits();
-    sink.reply(&frame("fourth"));
-    assert_eq!(written(), "fourth");
-    assert_eq!(*line.taken.lock().unwrap(), ["first", "second", "third"]);
+    sink.replies(["fifth", "sixth"].map(frame).into_iter());
+    assert_eq!((written(), written()), ("Rest".to_owned(), "sixth".to_owned()));
+    assert_eq!(line.taken.lock().unwrap().last().unwrap(), "fifth");
     outbox.close(1000, "");
     writer.unwrap().join().unwrap();
     assert!(sink.takes_data() && sink.takes_bulk() && sink.takes_replies());

@@ -152,13 +152,12 @@ impl FileTransfer {
         }
     }
 
-    /// Acknowledges what was received. To be called when nothing more waits to be read: one ack serves for all.
+    /// Acknowledges what was received. To be called when nothing more waits to be read.
     pub fn acknowledge(&mut self) {
-        if let State::Receiving(receiving) = &mut self.state
-            && let Some(offset) = receiving.upload.due_ack()
-        {
-            let ack = file::ack(&self.id, offset, user_of(&receiving.about));
-            self.sink.reply(&ack);
+        if let State::Receiving(receiving) = &mut self.state {
+            let user = user_of(&receiving.about);
+            let acks = receiving.upload.due_acks().map(|offset| file::ack(&self.id, offset, user));
+            self.sink.replies(acks);
         }
     }
 

@@ -23,6 +23,9 @@ use crate::proto::file::{self, Request};
 use crate::sys::wake::Wake;
 use crate::sys::{reason, thread};
 
+/// Acks at a time; one more speaks for those before. The server has fewer chunks on the way.
+const MAX_ACKS: usize = 24;
+
 /// A file that is being received.
 pub struct Upload {
     temporary: Temporary,
@@ -31,8 +34,8 @@ pub struct Upload {
     max_size: Option<NonZeroU64>,
     max_rate: Option<NonZeroU64>,
     received: u64,
-    /// The offset of the latest ack.
-    acked: u64,
+    /// The offsets that are to be acknowledged.
+    due: Vec<u64>,
     digest: Sha256,
 }
 
@@ -72,7 +75,7 @@ impl Upload {
             max_size: limits.and_then(|l| l.max_file_size),
             max_rate,
             received: 0,
-            acked: 0,
+            due: Vec::new(),
             digest: Sha256::new(),
         })
     }
@@ -104,16 +107,18 @@ impl Upload {
         if too_large || counters.exhausted(Direction::Received, self.max_rate, now) {
             return Err(failed(EXHAUSTED));
         }
+        if self.due.len() == MAX_ACKS {
+            self.due.pop();
+        }
+        // A chunk of one byte at the start has none.
+        self.due.extend(Some(self.received - 1).filter(|offset| *offset > 0));
         Ok(Progress::More)
     }
 
-    /// The offset to acknowledge now, if there is a new one.
-    pub fn due_ack(&mut self) -> Option<u64> {
-        let offset = self.received.saturating_sub(1);
-        (offset > self.acked).then(|| {
-            self.acked = offset;
-            offset
-        })
+    /// The offsets to acknowledge now. One for each chunk: the server sends one for each ack that it waits for, and so keeps one
+    /// more on the way than it does when acks speak for several.
+    pub fn due_acks(&mut self) -> std::vec::Drain<'_, u64> {
+        self.due.drain(..)
     }
 
     /// Completes the file, in a thread of its own: a device may take half a minute to write back what it has
