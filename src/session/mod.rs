@@ -81,6 +81,8 @@ struct Entry {
 /// What a session tells about itself.
 #[derive(Debug, Default)]
 pub struct Info {
+    /// Whom its first message was from.
+    user: UserId,
     shell: Mutex<Option<ShellInfo>>,
 }
 
@@ -95,6 +97,15 @@ pub struct ShellInfo {
     pub started: Instant,
     /// When something was typed last.
     pub last_input: Instant,
+    /// How many bytes were typed.
+    pub typed: u64,
+}
+
+impl ShellInfo {
+    fn input(&mut self, bytes: usize, now: Instant) {
+        self.last_input = now;
+        self.typed += bytes as u64;
+    }
 }
 
 impl Info {
@@ -102,8 +113,16 @@ impl Info {
         self.shell.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set(&self, shell: Option<ShellInfo>) {
-        *self.lock() = shell;
+    fn of(user: UserId) -> Self {
+        Info { user, shell: Mutex::default() }
+    }
+
+    fn set(&self, shell: ShellInfo) {
+        *self.lock() = Some(shell);
+    }
+
+    fn take(&self) -> Option<ShellInfo> {
+        self.lock().take()
     }
 
     fn update(&self, change: impl FnOnce(&mut ShellInfo)) {

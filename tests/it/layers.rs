@@ -10,12 +10,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("proto", &[]),
     ("backoff", &[]),
     ("cli", &[]),
-    ("logging", &["sys"]),
+    ("audit", &["proto"]),
+    ("logging", &["audit", "sys"]),
     ("config", &["sys"]),
     ("outbox", &["proto", "sys"]),
     ("auth", &["config", "sys"]),
     ("link", &["auth", "outbox", "proto", "sys"]),
-    ("session", &["config", "outbox", "proto", "sys"]),
+    ("session", &["audit", "config", "outbox", "proto", "sys"]),
     ("supervisor", &["auth", "backoff", "config", "link", "proto", "session", "sys"]),
 ];
 

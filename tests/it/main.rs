@@ -20,6 +20,8 @@ mod selftest_forward;
 #[cfg(feature = "dbus")]
 mod at_length;
 #[cfg(feature = "dbus")]
+mod audit;
+#[cfg(feature = "dbus")]
 mod auth;
 #[cfg(feature = "dbus")]
 mod boards;
