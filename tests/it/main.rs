@@ -68,6 +68,8 @@ mod packaging;
 #[cfg(feature = "dbus")]
 mod playground;
 #[cfg(feature = "dbus")]
+mod privileges;
+#[cfg(feature = "dbus")]
 mod quotas;
 #[cfg(feature = "dbus")]
 mod remote;
