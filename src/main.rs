@@ -8,7 +8,11 @@ use mender_connect::cli::{self, Invocation, Options};
 use mender_connect::sys::privilege::{self, Needs};
 use mender_connect::sys::process;
 use mender_connect::sys::signals::Signals;
+use mender_connect::sys::wipe::Wiping;
 use mender_connect::{config, logging, session, supervisor, sys};
+
+#[global_allocator]
+static MEMORY: Wiping = Wiping;
 
 const USAGE: u8 = 1;
 const UNKNOWN_COMMAND: u8 = 3;

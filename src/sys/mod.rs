@@ -10,6 +10,7 @@ pub mod signals;
 pub mod thread;
 pub mod users;
 pub mod wake;
+pub mod wipe;
 
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};

@@ -76,6 +76,8 @@ mod remote;
 #[cfg(feature = "dbus")]
 mod resources;
 #[cfg(feature = "dbus")]
+mod secrets;
+#[cfg(feature = "dbus")]
 mod shell;
 #[cfg(feature = "dbus")]
 mod signals;
