@@ -5,12 +5,12 @@ zig_tools=(ziglang==0.15.2 cargo-zigbuild==0.24.0)
 
 # static_cargo COMMAND TARGET… -- OPTIONS…: for the release profile, the standard library included.
 static_cargo() {
-    local command=$1 targets=() flags name
+    local command=$1 targets=() flags name zig=$PWD/target/tools/zig
     shift
-    if [ "$(cat target/tools/versions 2>/dev/null)" != "${zig_tools[*]}" ]; then
-        rm -rf target/tools
-        python3 -m pip --disable-pip-version-check install --quiet --target target/tools "${zig_tools[@]}"
-        echo "${zig_tools[*]}" >target/tools/versions
+    if [ "$(cat "$zig/versions" 2>/dev/null)" != "${zig_tools[*]}" ]; then
+        rm -rf "$zig"
+        python3 -m pip --disable-pip-version-check install --quiet --target "$zig" "${zig_tools[@]}"
+        echo "${zig_tools[*]}" >"$zig/versions"
     fi
     [ -d "$(rustc --print sysroot)/lib/rustlib/src" ] || rustup component add rust-src
     while [ "$1" != -- ]; do
@@ -26,7 +26,7 @@ static_cargo() {
     done
     shift
     # Building the standard library takes unstable options.
-    local -x PYTHONPATH=$PWD/target/tools PATH=$PWD/target/tools/bin:$PATH RUSTC_BOOTSTRAP=1
+    local -x PYTHONPATH=$zig PATH=$zig/bin:$PATH RUSTC_BOOTSTRAP=1
     env -u RUSTFLAGS -u CARGO_ENCODED_RUSTFLAGS cargo-zigbuild "$command" --release --locked "${targets[@]}" \
         -Zbuild-std=std,panic_abort -Zbuild-std-features=optimize_for_size \
         -Ztrim-paths --config 'profile.release.trim-paths="all"' "$@"

@@ -1,0 +1,165 @@
+//! What `.ci/release` writes beside an executable: a bill of materials and the licences. Looked at where the tests
+//! run with such an executable, which MENDER_CONNECT names.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::harness::daemon::executable;
+use crate::harness::wait::skip;
+
+const STD: &str = "pkg:generic/rust-std@";
+
+struct Bill {
+    /// target/TARGET/release
+    folder: PathBuf,
+    json: Value,
+}
+
+impl Bill {
+    fn of_the_executable() -> Option<Bill> {
+        std::env::var_os("MENDER_CONNECT")?;
+        let folder = executable().parent().unwrap().to_owned();
+        let Ok(text) = fs::read(folder.join("mender-connect.cdx.json")) else {
+            skip("the executable isn't one of .ci/release: there is no bill of materials");
+            return None;
+        };
+        Some(Bill { folder, json: serde_json::from_slice(&text).unwrap() })
+    }
+
+    fn target(&self) -> &str {
+        self.folder.parent().unwrap().file_name().unwrap().to_str().unwrap()
+    }
+
+    fn root(&self) -> &Value {
+        &self.json["metadata"]["component"]
+    }
+
+    fn components(&self) -> &[Value] {
+        self.json["components"].as_array().unwrap()
+    }
+
+    /// All that is needed from one component on, not looking further behind some.
+    fn needs<'a>(&'a self, from: &'a str, behind: &str) -> BTreeSet<&'a str> {
+        let edges = self.json["dependencies"].as_array().unwrap().iter();
+        let edges: BTreeMap<&str, &Vec<Value>> =
+            edges.map(|edge| (text(&edge["ref"]), edge["dependsOn"].as_array().unwrap())).collect();
+        let mut seen = BTreeSet::from([from]);
+        let mut waiting = vec![from];
+        while let Some(next) = waiting.pop() {
+            let further = edges[next].iter().map(text).filter(|needed| !needed.starts_with(behind));
+            waiting.extend(further.filter(|needed| seen.insert(needed)));
+        }
+        seen
+    }
+
+    /// The crates that cargo names, without the program itself.
+    fn crates(&self, edges: &str) -> BTreeSet<String> {
+        let mut command = Command::new(env!("CARGO"));
+        command.args(["tree", "--locked", "--prefix=none", "--format={p}", "--edges", edges]);
+        command.args(["--target", self.target()]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let tree = String::from_utf8(output.stdout).unwrap();
+        let purl = |line: &str| {
+            let (name, version) = line.split_once(" v").unwrap();
+            format!("pkg:cargo/{name}@{}", version.split(' ').next().unwrap())
+        };
+        tree.lines().filter(|line| !line.starts_with("mender-connect v")).map(purl).collect()
+    }
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap()
+}
+
+fn set<'a>(items: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
+    items.into_iter().map(str::to_owned).collect()
+}
+
+#[test]
+fn it_is_this_executables_bill() {
+    let Some(bill) = Bill::of_the_executable() else { return };
+    let digest = Sha256::digest(fs::read(executable()).unwrap());
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(bill.root()["hashes"][0]["content"], *digest);
+    assert_eq!(bill.root()["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(bill.root()["properties"][0]["value"], *bill.target());
+    // These would differ each time.
+    assert!(bill.json.get("serialNumber").is_none() && bill.json["metadata"].get("timestamp").is_none());
+}
+
+#[test]
+fn its_crates_are_those_that_cargo_names() {
+    let Some(bill) = Bill::of_the_executable() else { return };
+    let root = text(&bill.root()["bom-ref"]);
+    let of_std = bill.needs(root, "pkg:cargo/").into_iter().find(|part| part.starts_with(STD)).unwrap();
+    let mut found = bill.needs(root, STD);
+    found.retain(|part| part.starts_with("pkg:cargo/"));
+    assert_eq!(set(found), bill.crates("normal,build"));
+
+    let linked = bill.components().iter().filter(|component| component["scope"] == "required");
+    let linked = set(linked.map(|component| text(&component["purl"])));
+    let mut wanted = bill.crates("normal,no-proc-macro");
+    wanted.extend(set(bill.needs(of_std, "-")));
+    wanted.extend(set(bill.needs(root, "-").into_iter().filter(|part| part.starts_with("pkg:generic/"))));
+    wanted.remove(root);
+    assert_eq!(linked, wanted);
+}
+
+#[test]
+fn every_component_is_identified_and_needed() {
+    let Some(bill) = Bill::of_the_executable() else { return };
+    let lock = include_str!("../../Cargo.lock");
+    let refs = set(bill.components().iter().map(|component| text(&component["bom-ref"])));
+    for component in bill.components() {
+        let (name, version) = (text(&component["name"]), text(&component["version"]));
+        if text(&component["purl"]).starts_with("pkg:cargo/") {
+            let hash = text(&component["hashes"][0]["content"]);
+            assert_eq!(hash.len(), 64, "{name}");
+            let locked = format!("name = \"{name}\"\nversion = \"{version}\"\n");
+            let of_this = lock.split_once(&locked).map(|(_, rest)| rest.split("\n\n").next().unwrap());
+            assert!(of_this.is_none_or(|rest| rest.contains(hash)), "{name}");
+        } else {
+            assert!(text(&component["cpe"]).contains(version), "{name}");
+        }
+    }
+    for name in ["libdbus", "musl", "rust-std", "zig"] {
+        assert!(refs.iter().any(|part| part.starts_with(&format!("pkg:generic/{name}@"))), "{name}");
+    }
+    let mut needed = set(bill.needs(text(&bill.root()["bom-ref"]), "-"));
+    needed.remove(text(&bill.root()["bom-ref"]));
+    assert_eq!(refs, needed);
+    assert_eq!(refs.len(), bill.components().len());
+}
+
+#[test]
+fn every_component_has_its_licence_in_full() {
+    let Some(bill) = Bill::of_the_executable() else { return };
+    let licences = fs::read_to_string(bill.folder.join("THIRD-PARTY-LICENSES")).unwrap();
+    let listed: BTreeSet<&str> = licences.lines().collect();
+    // Above each text stands whose it is.
+    let (rule, end) = (format!("\n{}\n", "=".repeat(80)), format!("\n{}\n\n", "-".repeat(80)));
+    let texts: Vec<(String, &str)> = licences
+        .split(&rule)
+        .filter_map(|part| part.split_once(&end))
+        .map(|(titles, text)| (titles.replace('\n', " "), text))
+        .collect();
+    for component in bill.components() {
+        let title = format!("{} {}", text(&component["name"]), text(&component["version"]));
+        let licence = &component["licenses"][0];
+        let licence = text(if licence["expression"].is_null() {
+            &licence["license"]["id"]
+        } else {
+            &licence["expression"]
+        });
+        let line = format!("{title}: {licence}");
+        assert!(listed.contains(&*line) || listed.contains(&*format!("{line}, in the build only")), "{line}");
+        let mut own = texts.iter().filter(|(titles, _)| titles.split(", ").any(|one| one == title));
+        assert!(own.any(|(_, text)| text.len() > 500), "{title}");
+    }
+}
