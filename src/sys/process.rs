@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::poll::PollFlags;
+use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
-use nix::unistd::{Gid, Pid, Uid, geteuid, setgid, setgroups, setsid, setuid};
+use nix::unistd::{Gid, Pid, Uid, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
 
 use super::PollSet;
 use super::thread;
@@ -45,7 +46,8 @@ impl SessionLeader {
     /// Starts `command` on the terminal `tty` in `user`'s home, as `user` when this process is root.
     ///
     /// The environment is HOME and TERM and nothing else. Signals have their default effect, and no
-    /// descriptor of ours but the terminal is open.
+    /// descriptor of ours but the terminal is open. It is killed when the thread that starts it ends, as in a kill of
+    /// the daemon: a hang-up it might ignore.
     ///
     /// # Errors
     /// What fork, exec or switching to the user said.
@@ -62,13 +64,14 @@ impl SessionLeader {
             .stdin(Stdio::from(tty.try_clone()?))
             .stdout(Stdio::from(tty.try_clone()?))
             .stderr(Stdio::from(tty));
+        let parent = getpid();
         before_exec(&mut spawn, move || {
             lead_session()?;
             default_signals()?;
-            match &switch {
-                Some((groups, gid, uid)) => become_user(groups, *gid, *uid),
-                None => Ok(()),
+            if let Some((groups, gid, uid)) = &switch {
+                become_user(groups, *gid, *uid)?;
             }
+            end_with(parent)
         });
         let mut child = spawn.spawn()?;
         let Ok(id) = i32::try_from(child.id()) else {
@@ -242,6 +245,13 @@ fn become_user(groups: &[Gid], gid: Gid, uid: Uid) -> io::Result<()> {
     setgid(gid)?;
     setuid(uid)?;
     Ok(())
+}
+
+/// The kernel kills this process when the thread that forked it ends, `parent`'s. Changing the user would undo that.
+fn end_with(parent: Pid) -> io::Result<()> {
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    // It may have ended before.
+    if getppid() == parent { Ok(()) } else { Err(nix::errno::Errno::ESRCH.into()) }
 }
 
 fn watch_exit(pid: Pid) -> io::Result<ExitWatch> {
