@@ -32,6 +32,8 @@ mod control;
 #[cfg(feature = "dbus")]
 mod disk;
 #[cfg(feature = "dbus")]
+mod faults;
+#[cfg(feature = "dbus")]
 mod files;
 #[cfg(feature = "dbus")]
 mod forward_access;
@@ -53,6 +55,8 @@ mod heavy;
 mod hostile;
 #[cfg(feature = "dbus")]
 mod inits;
+#[cfg(feature = "dbus")]
+mod kills;
 #[cfg(feature = "dbus")]
 mod limits;
 #[cfg(feature = "dbus")]
