@@ -1,5 +1,6 @@
 //! The shell's process: started on its terminal, watched, ended, reaped.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -22,6 +23,8 @@ use super::wake::Wake;
 
 /// As many as the kernel knows on every architecture but MIPS.
 const KERNEL_SIGNALS: i32 = 64;
+/// Who is forked while the others are told is told then; this often.
+const HANG_UP_ROUNDS: u32 = 20;
 
 /// A process that leads a session of its own, on a terminal of its own.
 ///
@@ -109,9 +112,17 @@ impl SessionLeader {
             return;
         }
         // As long as the leader isn't reaped its id, and so the session's and the group's, can't be anyone else's.
-        for pid in session_members(self.pid) {
-            let _ = kill(pid, Signal::SIGHUP);
-            let _ = kill(pid, Signal::SIGCONT);
+        let mut told = HashSet::new();
+        for _ in 0..HANG_UP_ROUNDS {
+            let new: Vec<Pid> =
+                session_members(self.pid).into_iter().filter(|pid| told.insert(*pid)).collect();
+            for pid in &new {
+                let _ = kill(*pid, Signal::SIGHUP);
+                let _ = kill(*pid, Signal::SIGCONT);
+            }
+            if new.is_empty() {
+                break;
+            }
         }
         let _ = killpg(self.pid, Signal::SIGTERM);
     }

@@ -232,3 +232,47 @@ fn a_clock_that_jumps() {
     let device = rig.server.next_device(secs(30));
     assert_healthy(&mut rig, &device);
 }
+
+// ---- the shells
+
+/// A shell that has many processes, and is getting more.
+fn crowded() -> (Rig, Device, Terminal, u32) {
+    // It doesn't pass a hang-up on to its jobs, as bash does.
+    let setup = quick().set("ShellCommand", "/bin/sh").set("ShellArguments", serde_json::json!(["-i"]));
+    let (rig, device) = setup.connected();
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open_with_prompt();
+    let shell = terminal.run("echo $$").parse().expect("a process id");
+    let jobs = "(for n in $(seq 1000); do sleep 1000 & [ $n != 50 ] || echo ma''ny; done; wait) &".repeat(3);
+    terminal.input(format!("for n in $(seq 300); do sleep 1000 & done; {jobs}\n"));
+    terminal.read_until("many", SOON);
+    (rig, device, terminal, shell)
+}
+
+fn wait_session_gone(shell: u32, limit: Duration) {
+    eventually(limit, "the last process to end", || proc::session(shell).is_empty().then_some(()));
+}
+
+#[test]
+fn a_crowd_of_processes_in_a_shell_that_is_stopped() {
+    let (mut rig, device, terminal, shell) = crowded();
+    let mut other = Terminal::new(&device, Style::Cli);
+    other.open_with_prompt();
+    let start = Instant::now();
+    terminal.ask_stop();
+    assert_eq!(other.run("echo there"), "there");
+    assert_eq!(terminal.expect_after_output("stop", SOON).status(), Some(1));
+    println!("stopped after {:?}", start.elapsed());
+    wait_session_gone(shell, secs(5));
+    other.stop();
+    assert_healthy(&mut rig, &device);
+}
+
+#[test]
+fn a_crowd_of_processes_in_a_shell_that_loses_its_link() {
+    let (mut rig, device, _terminal, shell) = crowded();
+    device.reset();
+    wait_session_gone(shell, secs(5));
+    let device = rig.device();
+    assert_healthy(&mut rig, &device);
+}
