@@ -32,6 +32,8 @@ mod control;
 #[cfg(feature = "dbus")]
 mod disk;
 #[cfg(feature = "dbus")]
+mod exhaustion;
+#[cfg(feature = "dbus")]
 mod faults;
 #[cfg(feature = "dbus")]
 mod files;
