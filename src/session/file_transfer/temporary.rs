@@ -349,7 +349,7 @@ mod tests {
             // The second replaces the first, by way of the temporary name.
             for _ in 0..2 {
                 create(&target(dir.path(), &name)).unwrap().commit(attributes(0o600)).unwrap();
-                assert_eq!(names(dir.path()), [name.clone()]);
+                assert_eq!(names(dir.path()), [name.as_str()]);
             }
         }
     }
