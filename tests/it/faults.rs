@@ -73,7 +73,7 @@ fn peers_that_stall() {
         (upgrade, "the websocket handshake timed out"),
         (bytes, "the websocket handshake timed out"),
         (proxied, "timed out"),
-        (tls, if cfg!(feature = "tls") { "tls" } else { "TLS" }),
+        (tls, "tls"),
     ];
     // The next attempts will go where they should.
     for (rig, _) in &all {
