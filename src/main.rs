@@ -57,11 +57,12 @@ fn daemon(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
     }));
     privilege::keep_to_oneself()?;
     let config = config::load(&options.config, &options.fallback_config)?;
+    let privileged_shells = config.terminal.enabled && !config.shell.no_new_privileges;
     let needs = Needs {
         shells: config.terminal.enabled,
+        root_shells: privileged_shells && config.shell.user.uid.is_root(),
         files: config.file_transfer,
-        privileged_programs: config.mender_client
-            || config.terminal.enabled && !config.shell.no_new_privileges,
+        privileged_programs: privileged_shells || config.mender_client,
     };
     if let Err(e) = privilege::reduce(needs) {
         warn!("privileges that aren't needed couldn't be given up: {}", sys::reason(&e));

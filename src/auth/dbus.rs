@@ -6,6 +6,7 @@
 //! The manager may come, go and be replaced at any time, and so may the bus. Its signals are taken only
 //! from the owner of its name.
 
+use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,9 +18,9 @@ use dbus::message::{MatchRule, MessageType};
 use log::{debug, info, trace, warn};
 
 use super::{AuthEvent, Credentials, Source, SourceError};
-use crate::sys::thread;
 use crate::sys::wake::Wake;
 use crate::sys::wipe::wipe_texts;
+use crate::sys::{reason, thread};
 
 const MANAGER: &str = "io.mender.AuthenticationManager";
 const PATH: &str = "/io/mender/AuthenticationManager";
@@ -111,7 +112,10 @@ impl Source for Manager {
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => self.went_down(now, "the connecting thread failed"),
             },
-            Bus::Down { until } if now >= *until => self.bus = Bus::connect(&self.wake)?,
+            Bus::Down { until } if now >= *until => match Bus::connect(&self.wake) {
+                Ok(bus) => self.bus = bus,
+                Err(e) => self.went_down(now, &reason(&e)),
+            },
             Bus::Down { .. } | Bus::Up(_) => {}
         }
         self.receive(now, &mut events);
@@ -294,7 +298,7 @@ fn third(message: &Message) -> Option<&str> {
 }
 
 impl Bus {
-    fn connect(wake: &Arc<Wake>) -> Result<Self, SourceError> {
+    fn connect(wake: &Arc<Wake>) -> io::Result<Self> {
         let (sender, receiver) = crossbeam_channel::bounded(1);
         let wake = Arc::clone(wake);
         thread::spawn("bus-connect", thread::LARGE_STACK, move || {

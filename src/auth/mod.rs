@@ -105,7 +105,7 @@ pub enum SourceError {
     #[error("mender-connect dbus failed to connect, error: {0}")]
     Bus(String),
     /// No thread to connect with.
-    #[error("mender-connect dbus failed to connect, error: {0}")]
+    #[error("mender-connect dbus failed to connect, error: {}", crate::sys::reason(.0))]
     Thread(#[from] io::Error),
     /// This program can't use any.
     #[error("built without D-Bus, there is nothing to get a token from")]

@@ -123,7 +123,7 @@ pub enum LinkError {
     #[error("closed")]
     Cancelled,
     /// The system refused a thread or a descriptor.
-    #[error("out of resources: {0}")]
+    #[error("out of resources: {}", crate::sys::reason(.0))]
     Resources(#[from] io::Error),
 }
 

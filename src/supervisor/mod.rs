@@ -34,7 +34,7 @@ pub enum Error {
     #[error(transparent)]
     Source(#[from] SourceError),
     /// The system refused something basic.
-    #[error("out of resources: {0}")]
+    #[error("out of resources: {}", crate::sys::reason(.0))]
     System(#[from] io::Error),
 }
 

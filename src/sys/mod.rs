@@ -19,12 +19,26 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
+/// Where they aren't nix's.
+const WORDS: [(Errno, &str); 9] = [
+    (Errno::EAGAIN, "resource temporarily unavailable"),
+    (Errno::EBADF, "bad file descriptor"),
+    (Errno::EDQUOT, "disk quota exceeded"),
+    (Errno::EIO, "input/output error"),
+    (Errno::ELOOP, "too many levels of symbolic links"),
+    (Errno::ENFILE, "too many open files in system"),
+    (Errno::ENOMEM, "cannot allocate memory"),
+    (Errno::EOPNOTSUPP, "operation not supported"),
+    (Errno::EXDEV, "invalid cross-device link"),
+];
+
 /// The system's words for an error as Go prints them, which is what a peer and an operator compare
 /// with: lower case, without the number.
 pub fn reason(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(code) => {
-            let text = Errno::from_raw(code).desc();
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(errno) => {
+            let known = WORDS.iter().find(|(known, _)| *known == errno);
+            let text = known.map_or(errno.desc(), |(_, words)| words);
             let mut chars = text.chars();
             chars.next().map_or_else(String::new, |c| c.to_lowercase().chain(chars).collect())
         }
@@ -83,4 +97,19 @@ fn timeout_until(at: Instant) -> PollTimeout {
     let left = at.saturating_duration_since(Instant::now());
     let millis = (left + Duration::from_micros(999)).as_millis();
     i32::try_from(millis).ok().and_then(|ms| PollTimeout::try_from(ms).ok()).unwrap_or(PollTimeout::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_in_gos_words() {
+        let words = |errno: Errno| reason(&errno.into());
+        assert_eq!(words(Errno::ENOENT), "no such file or directory");
+        assert_eq!(words(Errno::EMFILE), "too many open files");
+        assert_eq!(words(Errno::EAGAIN), "resource temporarily unavailable");
+        assert_eq!(words(Errno::ENOMEM), "cannot allocate memory");
+        assert_eq!(reason(&io::Error::other("no number")), "no number");
+    }
 }

@@ -65,6 +65,8 @@ pub fn restore() -> io::Result<()> {
 pub struct Needs {
     /// Shells of a user.
     pub shells: bool,
+    /// Shells of root's that may do everything.
+    pub root_shells: bool,
     /// Reading and writing anybody's files.
     pub files: bool,
     /// Running programs that may do anything root may: shells with sudo, the Mender client.
@@ -101,7 +103,7 @@ pub fn reduce(needs: Needs) -> io::Result<()> {
     if !needs.privileged_programs {
         bound(kept)?;
     }
-    limit(kept)
+    limit(kept, needs.root_shells)
 }
 
 /// Takes capabilities from what programs may get.
@@ -134,9 +136,10 @@ struct Sets {
     inheritable: u32,
 }
 
-/// Takes all capabilities but these from this thread.
+/// Takes all capabilities but these from this thread. They may stay permitted: a program that gets more of them by
+/// exec(2) than its parent was permitted loses its parent-death signal.
 #[allow(unsafe_code)]
-fn limit(kept: u64) -> io::Result<()> {
+fn limit(kept: u64, permitted: bool) -> io::Result<()> {
     let mut header = Header { version: 0x2008_0522, pid: 0 };
     // The lower 32 capabilities, then the upper ones.
     let mut sets = [Sets::default(); 2];
@@ -147,7 +150,9 @@ fn limit(kept: u64) -> io::Result<()> {
     for (n, set) in sets.iter_mut().enumerate() {
         let kept = (kept >> (32 * n)) as u32;
         set.effective &= kept;
-        set.permitted &= kept;
+        if !permitted {
+            set.permitted &= kept;
+        }
     }
     // SAFETY: as above, only that the sets are read.
     let result = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) };
@@ -160,7 +165,9 @@ mod tests {
 
     #[test]
     fn each_feature_has_its_capabilities() {
-        let needs = |shells, files| Needs { shells, files, privileged_programs: true }.capabilities();
+        let needs = |shells, files| {
+            Needs { shells, root_shells: false, files, privileged_programs: true }.capabilities()
+        };
         assert_eq!(needs(false, false), 0b0000_0100);
         assert_eq!(needs(true, false), 0b1110_0101);
         assert_eq!(needs(false, true), 0b0001_1111);

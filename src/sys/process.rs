@@ -1,5 +1,6 @@
 //! The shell's process: started on its terminal, watched, ended, reaped.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -11,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::poll::PollFlags;
-use nix::sys::prctl::set_no_new_privs;
+use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
-use nix::unistd::{Gid, Pid, Uid, geteuid, setgid, setgroups, setsid, setuid};
+use nix::unistd::{Gid, Pid, Uid, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
 
 use super::PollSet;
 use super::privilege;
@@ -23,6 +24,8 @@ use super::wake::Wake;
 
 /// As many as the kernel knows on every architecture but MIPS.
 const KERNEL_SIGNALS: i32 = 64;
+/// Who is forked while the others are told is told then; this often.
+const HANG_UP_ROUNDS: u32 = 20;
 
 /// A process that leads a session of its own, on a terminal of its own.
 ///
@@ -48,7 +51,8 @@ impl SessionLeader {
     ///
     /// The environment is HOME and TERM and nothing else. Signals have their default effect, umask and limits are
     /// those that this process was started with, and no descriptor of ours but the terminal is open. With
-    /// `no_new_privileges` no program can become more than the user is.
+    /// `no_new_privileges` no program can become more than the user is. When the thread that starts it ends, as in a
+    /// kill of the daemon, it gets SIGTERM besides its terminal's hang-up, which it might ignore.
     ///
     /// # Errors
     /// What fork, exec or switching to the user said.
@@ -71,17 +75,18 @@ impl SessionLeader {
             .stdin(Stdio::from(tty.try_clone()?))
             .stdout(Stdio::from(tty.try_clone()?))
             .stderr(Stdio::from(tty));
+        let parent = getpid();
         before_exec(&mut spawn, move || {
             lead_session()?;
             default_signals()?;
             privilege::restore()?;
             if no_new_privileges {
-                set_no_new_privs()?;
+                prctl::set_no_new_privs()?;
             }
-            match &switch {
-                Some((groups, gid, uid)) => become_user(groups, *gid, *uid),
-                None => Ok(()),
+            if let Some((groups, gid, uid)) = &switch {
+                become_user(groups, *gid, *uid)?;
             }
+            end_with(parent)
         });
         let mut child = spawn.spawn()?;
         let Ok(id) = i32::try_from(child.id()) else {
@@ -119,9 +124,17 @@ impl SessionLeader {
             return;
         }
         // As long as the leader isn't reaped its id, and so the session's and the group's, can't be anyone else's.
-        for pid in session_members(self.pid) {
-            let _ = kill(pid, Signal::SIGHUP);
-            let _ = kill(pid, Signal::SIGCONT);
+        let mut told = HashSet::new();
+        for _ in 0..HANG_UP_ROUNDS {
+            let new: Vec<Pid> =
+                session_members(self.pid).into_iter().filter(|pid| told.insert(*pid)).collect();
+            for pid in &new {
+                let _ = kill(*pid, Signal::SIGHUP);
+                let _ = kill(*pid, Signal::SIGCONT);
+            }
+            if new.is_empty() {
+                break;
+            }
         }
         let _ = killpg(self.pid, Signal::SIGTERM);
     }
@@ -258,6 +271,14 @@ fn become_user(groups: &[Gid], gid: Gid, uid: Uid) -> io::Result<()> {
     setgid(gid)?;
     setuid(uid)?;
     Ok(())
+}
+
+/// The kernel ends this process when the thread that forked it ends, `parent`'s. Changing the user would undo that.
+/// Not by SIGKILL: an interactive shell, which ignores SIGTERM, passes the hang-up on to its jobs.
+fn end_with(parent: Pid) -> io::Result<()> {
+    prctl::set_pdeathsig(Signal::SIGTERM)?;
+    // It may have ended before.
+    if getppid() == parent { Ok(()) } else { Err(nix::errno::Errno::ESRCH.into()) }
 }
 
 fn watch_exit(pid: Pid) -> io::Result<ExitWatch> {

@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use crate::control::complaint;
+use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::device::{Generation, Reading};
 use crate::harness::forward::Client;
@@ -109,14 +110,15 @@ fn websocket_pings_every_25_seconds() {
 
 #[test]
 fn a_silent_server_is_given_up_after_60_seconds() {
-    let (rig, device) = Setup::new().set("ReconnectIntervalSeconds", 1).connected();
+    let (mut rig, device) = Setup::new().set("ReconnectIntervalSeconds", 1).connected();
     let start = Instant::now();
     device.go_mute();
     device.wait_end(secs(90));
     let after = start.elapsed();
     println!("a silent server was given up after {after:?}");
     assert!((secs(55)..secs(70)).contains(&after), "given up after {after:?}");
-    rig.device();
+    let device = rig.device();
+    assert_healthy(&mut rig, &device);
 }
 
 /// The released server sends neither pings while data flows nor counts data as life; the agent's
@@ -140,17 +142,18 @@ fn data_alone_keeps_the_link_with_the_released_server() {
 
 #[test]
 fn a_peer_that_stops_reading_is_given_up() {
-    let (rig, device) =
+    let (mut rig, device) =
         Setup::new().config(script_config("exec yes")).set("ReconnectIntervalSeconds", 1).connected();
     let terminal = Terminal::new(&device, Style::Cli);
     terminal.open();
     terminal.next(SOON);
     let start = Instant::now();
     device.set_reading(Reading::Paused);
-    rig.server.next_device(secs(45));
+    let next = rig.server.next_device(secs(45));
     let after = start.elapsed();
     println!("a peer that stopped reading was given up after {after:?}");
     assert!(after > secs(8), "given up too early, after {after:?}");
+    assert_healthy(&mut rig, &next);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use dbus::Message;
 use dbus::channel::Channel;
 use nix::sys::signal::Signal;
 
+use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Style, Terminal};
 use crate::harness::daemon;
 use crate::harness::device::{Device, Generation};
@@ -254,8 +255,9 @@ fn a_manager_that_answers_nonsense_is_survived() {
         rig.manager.signal_nonsense();
         rig.manager.answer_get(Answer::Normal);
         rig.manager.change("sane", &rig.server.url());
-        assert_eq!(bearer(&rig.device()), "Bearer sane");
-        assert!(rig.daemon.is_running());
+        let device = rig.device();
+        assert_eq!(bearer(&device), "Bearer sane");
+        assert_healthy(&mut rig, &device);
     }
 }
 
@@ -282,15 +284,13 @@ fn a_silent_manager_blocks_nothing_else() {
 
 #[test]
 fn a_flood_of_signals_ends_with_the_last_one() {
-    let (rig, _device) = Rig::connected();
+    let (mut rig, _device) = Rig::connected();
     rig.manager.set("final", &rig.server.url());
     rig.manager.flood(2000, "final", &rig.server.url());
     let device = eventually(secs(60), "a link with the last token", || {
         Some(rig.device()).filter(|d| bearer(d) == "Bearer final")
     });
-    let mut terminal = Terminal::new(&device, Style::Cli);
-    terminal.open_with_prompt();
-    assert_eq!(terminal.run("echo settled"), "settled");
+    assert_healthy(&mut rig, &device);
 }
 
 #[test]
@@ -333,9 +333,10 @@ fn a_restarted_bus_is_found_again() {
     });
     // Signals work on the new bus, too.
     rig.manager.change("signalled", &rig.server.url());
-    assert_eq!(bearer(&rig.device()), "Bearer signalled");
+    let device = rig.device();
+    assert_eq!(bearer(&device), "Bearer signalled");
     renewed.wait_end(SOON);
-    assert!(rig.daemon.is_running());
+    assert_healthy(&mut rig, &device);
 }
 
 #[test]
@@ -349,8 +350,7 @@ fn a_bus_away_for_a_while_is_waited_for() {
     let found = eventually(secs(40), "a link with the new token", || {
         Some(rig.server.next_device(secs(40))).filter(|d| bearer(d) == "Bearer back")
     });
-    let mut terminal = Terminal::new(&found, Style::Cli);
-    terminal.open_with_prompt();
+    assert_healthy(&mut rig, &found);
 }
 
 /// With select(2), which libdbus uses when it isn't told better while it is compiled, descriptors end at 1023.

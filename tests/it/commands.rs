@@ -9,6 +9,7 @@ use std::process::Command;
 use serde_json::json;
 
 use crate::control::complaint;
+use crate::harness::aftermath::assert_comes_back;
 use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::device::Device;
 use crate::harness::msg::{COMMANDS, Msg};
@@ -323,6 +324,27 @@ fn the_link_and_the_agent_may_end_meanwhile() {
     fakes.rig.daemon.signal(nix::sys::signal::Signal::SIGTERM);
     assert_eq!(fakes.rig.daemon.wait_exit(SOON).code(), Some(0));
     release();
+}
+
+/// A kill of the agent isn't one of an update under way. What is started anew knows nothing of it.
+#[test]
+fn a_command_outlives_a_killed_agent() {
+    let setup = || Setup::new().wrapper(NAMESPACE);
+    let Some(mut fakes) = Fakes::start(Setup::new()) else { return };
+    let done = fakes.path("done");
+    let release = fakes.install_waiting("mender-update", &format!("echo done >'{}'", done.display()));
+    fakes.order("check-update");
+    fakes.wait_calls(1);
+    let command = proc::children(fakes.rig.daemon.pid());
+    assert_eq!(command.len(), 1);
+    fakes.rig.daemon.signal(nix::sys::signal::Signal::SIGKILL);
+    fakes.rig.daemon.wait_exit(SOON);
+    assert!(!proc::has_ended(command[0]));
+    release();
+    eventually(SOON, "the command to end", || proc::has_ended(command[0]).then_some(()));
+    assert_eq!(fs::read_to_string(done).unwrap(), "done\n");
+    fs::remove_dir_all(fakes.path("bin")).unwrap();
+    assert_comes_back(&mut fakes.rig, &setup());
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! Disks that are full and commits that fail. The small disk is a file system in memory that only the agent
 //! sees, in a mount namespace of its own; that takes root.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::Command;
 
 use crate::files::{names, pattern, put, refused};
+use crate::harness::aftermath::{assert_healthy, assert_no_temporary_files};
 use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Device;
 use crate::harness::msg::{CONTROL, FILES};
@@ -27,13 +29,15 @@ fn small_disk() -> Option<(Rig, Device, PathBuf)> {
 
 #[test]
 fn a_disk_that_fills_up_keeps_the_old_file() {
-    let Some((_rig, device, mnt)) = small_disk() else { return };
+    let Some((mut rig, device, mnt)) = small_disk() else { return };
     put(&device, &Form::to("/mnt/f"), b"old").unwrap();
     let text = "failed to write file chunk: write /mnt/f: no space left on device";
     assert_eq!(put(&device, &Form::to("/mnt/f"), &pattern(2 << 20)), Err(refused(400, text)));
     eventually(SOON, "the temporary file to go", || (names(&mnt) == ["f"]).then_some(()));
     assert_eq!(fs::read(mnt.join("f")).unwrap(), b"old");
     put(&device, &Form::to("/mnt/g"), &pattern(500_000)).unwrap();
+    assert_no_temporary_files(&mnt);
+    assert_healthy(&mut rig, &device);
 }
 
 #[test]
@@ -87,14 +91,44 @@ fn an_owner_that_cannot_be_given_is_told() {
     assert!(!path.exists());
 }
 
+/// A file without a name gets one by /proc, or by a capability of root's.
+#[test]
+fn an_upload_where_there_is_no_proc() {
+    if !is_root() {
+        return skip("mounting a file system needs root");
+    }
+    let script = "exec unshare -m sh -c 'mount -t tmpfs tmpfs /mnt && mount -t tmpfs tmpfs /proc && exec \"$@\"' sh \"$@\"";
+    let (rig, device) = Setup::new().wrapper(script).connected();
+    let mnt = PathBuf::from(format!("/proc/{}/root/mnt", rig.daemon.pid()));
+    for content in [b"first", b"again"] {
+        let rest = Rest::open(&device);
+        let before = names(&mnt);
+        rest.announce(&Form::to("/mnt/f")).unwrap();
+        rest.send(FILES, "file_chunk", Some(0), content);
+        rest.next();
+        assert_eq!(names(&mnt), before, "no name yet");
+        rest.send(FILES, "file_chunk", Some(5), b"");
+        assert_eq!(offset_of(&rest.next()), 5);
+        assert_eq!(names(&mnt), ["f"]);
+        assert_eq!(fs::read(mnt.join("f")).unwrap(), content);
+    }
+}
+
 /// A disk that writes nothing back while it is frozen. Thaws when dropped, since nothing else can end those who wait.
-struct Frozen(u32);
+pub struct Frozen(File);
 
 impl Frozen {
+    /// Freezes the agent's /mnt.
+    pub fn new(agent: u32) -> Frozen {
+        // By descriptor: the agent may not live until it thaws.
+        let frozen = Frozen(File::open(format!("/proc/{agent}/root/mnt")).unwrap());
+        assert!(frozen.command("-f"), "freeze the file system");
+        frozen
+    }
+
     fn command(&self, what: &str) -> bool {
-        let pid = self.0.to_string();
-        let status = Command::new("nsenter").args(["-t", &pid, "-m", "fsfreeze", what, "/mnt"]).status();
-        status.is_ok_and(|status| status.success())
+        let path = format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd());
+        Command::new("fsfreeze").args([what, &path]).status().is_ok_and(|status| status.success())
     }
 }
 
@@ -104,21 +138,28 @@ impl Drop for Frozen {
     }
 }
 
+/// Starts an agent with a disk at /mnt that can be frozen.
+pub fn slow_disk() -> Option<&'static str> {
+    if !is_root() {
+        skip("mounting a file system needs root");
+        return None;
+    }
+    Some(
+        "exec unshare -m sh -c 'dd if=/dev/zero of=disk bs=1M count=16 2>/dev/null && \
+         mkfs.ext4 -q disk && mount -o loop disk /mnt && exec \"$@\"' sh \"$@\"",
+    )
+}
+
 #[test]
 fn a_commit_that_takes_long_holds_nothing_up() {
-    if !is_root() {
-        return skip("mounting a file system needs root");
-    }
-    let script = "exec unshare -m sh -c 'dd if=/dev/zero of=disk bs=1M count=16 2>/dev/null && \
-                  mkfs.ext4 -q disk && mount -o loop disk /mnt && exec \"$@\"' sh \"$@\"";
+    let Some(script) = slow_disk() else { return };
     let (rig, device) = Setup::new().wrapper(script).connected();
     let mnt = PathBuf::from(format!("/proc/{}/root/mnt", rig.daemon.pid()));
     let rest = Rest::open(&device);
     rest.announce(&Form::to("/mnt/f")).unwrap();
     rest.send(FILES, "file_chunk", Some(0), b"data");
     rest.next();
-    let frozen = Frozen(rig.daemon.pid());
-    assert!(frozen.command("-f"), "freeze the file system");
+    let frozen = Frozen::new(rig.daemon.pid());
     rest.send(FILES, "file_chunk", Some(4), b"");
     // The session still answers, and so does everybody else.
     for _ in 0..3 {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use data_encoding::BASE64;
 use nix::sys::signal::Signal;
 
+use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::device::{Device, Generation};
 use crate::harness::msg::{self, CONTROL, Ints};
@@ -110,15 +111,15 @@ fn ipv6_works() {
 #[test]
 fn every_refusal_is_retried() {
     let mut replies: Vec<Reply> =
-        [400, 403, 404, 409, 413, 500, 502].into_iter().map(Reply::status).collect();
+        [400, 401, 403, 404, 409, 413, 429, 500, 502, 503].into_iter().map(Reply::status).collect();
     replies.extend([Reply::WrongAccept, Reply::Close, Reply::Garbage]);
     for reply in replies {
         let name = format!("{reply:?}");
-        let rig = quick().start_with(|s| s.script([reply]));
+        let mut rig = quick().start_with(|s| s.script([reply]));
         rig.daemon.wait_for_log("connection manager failed to connect", SOON);
         let device = rig.device();
         assert_eq!(rig.server.requests().len(), 2, "{name}");
-        assert!(!device.is_over());
+        assert_healthy(&mut rig, &device);
     }
 }
 
@@ -126,8 +127,9 @@ fn every_refusal_is_retried() {
 fn a_redirect_is_not_followed() {
     let elsewhere = Server::start(Generation::New);
     let location = format!("{}{CONNECT_PATH}", elsewhere.url());
-    let rig = quick().start_with(|s| s.script([Reply::with(302, "Location", &location)]));
-    rig.device();
+    let mut rig = quick().start_with(|s| s.script([Reply::with(302, "Location", &location)]));
+    let device = rig.device();
+    assert_healthy(&mut rig, &device);
     assert!(elsewhere.requests().is_empty(), "the token would have gone to a stranger");
 }
 
@@ -197,7 +199,7 @@ fn eventually_failed(rig: &Rig, times: usize) {
 
 #[test]
 fn every_ending_is_followed_by_a_new_link() {
-    let (rig, mut device) = quick().connected();
+    let (mut rig, mut device) = quick().connected();
     for code in [1000, 1001, 1008, 1011, 3000] {
         device.close_frame(code, "over");
         // The server may leave its side open: closing TCP is the device's job.
@@ -208,7 +210,7 @@ fn every_ending_is_followed_by_a_new_link() {
     device = rig.next_link();
     device.reset();
     device = rig.next_link();
-    shell_works(&device);
+    assert_healthy(&mut rig, &device);
 }
 
 #[test]
@@ -302,13 +304,15 @@ fn pings_are_answered_with_their_payload() {
 
 #[test]
 fn frames_may_arrive_a_byte_at_a_time() {
-    let (_rig, device) = Rig::connected();
+    let (mut rig, device) = Rig::connected();
     let sid = new_sid();
     let frame = wire::encode(true, wire::BINARY, &sized(&sid, 200));
     for byte in frame {
         device.write(&[byte]).expect("write");
     }
     assert_eq!(device.next_of(&sid, SOON).proto, CONTROL);
+    device.send(CONTROL, "close", &sid, &[], b"");
+    assert_healthy(&mut rig, &device);
 }
 
 #[test]

@@ -35,6 +35,10 @@ mod control;
 #[cfg(feature = "dbus")]
 mod disk;
 #[cfg(feature = "dbus")]
+mod exhaustion;
+#[cfg(feature = "dbus")]
+mod faults;
+#[cfg(feature = "dbus")]
 mod files;
 #[cfg(feature = "dbus")]
 mod forward_access;
@@ -56,6 +60,8 @@ mod heavy;
 mod hostile;
 #[cfg(feature = "dbus")]
 mod inits;
+#[cfg(feature = "dbus")]
+mod kills;
 #[cfg(feature = "dbus")]
 mod limits;
 #[cfg(feature = "dbus")]

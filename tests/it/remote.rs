@@ -2,6 +2,7 @@
 
 use data_encoding::BASE64;
 
+use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Style, Terminal};
 use crate::harness::device::{Device, Generation};
 use crate::harness::front::Proxy;
@@ -72,7 +73,7 @@ fn a_refusing_proxy_is_reported_and_retried() {
         let server = Server::start(Generation::New);
         let proxy = Proxy::start(server.address());
         proxy.refuse(Some(status));
-        let rig = Setup::new()
+        let mut rig = Setup::new()
             .url("http://device.example")
             .set("ReconnectIntervalSeconds", 1)
             .env("HTTP_PROXY", &format!("http://{}", proxy.authority()))
@@ -80,7 +81,8 @@ fn a_refusing_proxy_is_reported_and_retried() {
         let line = rig.daemon.wait_for_log(FAILED, SOON);
         assert!(line.contains(&status.to_string()), "the status is named: {line}");
         proxy.refuse(None);
-        server.next_device(secs(20));
+        let device = server.next_device(secs(20));
+        assert_healthy(&mut rig, &device);
     }
 }
 

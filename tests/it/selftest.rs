@@ -296,12 +296,19 @@ fn changes_are_told_from_looks() {
     change(r#"mkdir("/run/x", 0700) = 0"#, "/run/x");
     change(r#"bind(5<socket:[1]>, {sa_family=AF_UNIX, sun_path="/run/s"}, 110) = 0"#, "/run/s");
     change(r#"something_new("/x") = 0"#, "/x");
+    change(
+        r#"openat(7</d>, ".", O_WRONLY|O_CLOEXEC|O_TMPFILE, 0200) = 8</d/#12 (deleted)>"#,
+        "/d/#12 (deleted)",
+    );
+    change(r#"openat(7</d>, ".", O_WRONLY|O_CLOEXEC|O_TMPFILE, 0200) = -1 EROFS (x)"#, "/d/#");
+    change(r#"linkat(AT_FDCWD</>, "/proc/self/fd/8", 7</d>, "x", AT_SYMLINK_FOLLOW) = 0"#, "/d/x");
     let rename = r#"renameat(6</d>, "a", 7</e>, "/b") = 0"#;
     assert_eq!(changed(rename), Some(vec!["/d/a".into(), "/b".into()]));
     for look in [
         r#"openat(AT_FDCWD</tmp>, "/etc/passwd", O_RDONLY|O_CLOEXEC) = 3</etc/passwd>"#,
         r#"newfstatat(3</etc/passwd>, "", {st_mode=S_IFREG|0644, ...}, AT_EMPTY_PATH) = 0"#,
         "bind(5<socket:[1]>, {sa_family=AF_NETLINK, nl_pid=0}, 12) = 0",
+        r#"linkat(8</d/#12>, "", 7</d>, ".", AT_EMPTY_PATH) = -1 EEXIST (x)"#,
         "--- SIGTERM {si_signo=SIGTERM, si_code=SI_USER, si_pid=1, si_uid=0} ---",
         "+++ exited with 0 +++",
     ] {

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
+use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Reading;
 use crate::harness::manager::Answer;
@@ -23,11 +24,7 @@ pub fn ends_quickly(rig: &mut Rig, signal: Signal) {
     assert!(took < secs(2), "{signal}: took {took:?}");
     // Their parent is gone; whoever adopted them reaps them.
     for child in children {
-        eventually(SOON, &format!("shell {child} to end"), || {
-            let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
-            let state = stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next());
-            matches!(state, None | Some(Some('Z'))).then_some(())
-        });
+        eventually(SOON, &format!("shell {child} to end"), || proc::has_ended(child).then_some(()));
     }
 }
 
@@ -175,7 +172,7 @@ fn signals_ignored_by_the_starter_still_end_the_agent() {
 /// A read with a time-out is interrupted by being stopped and continued, handler or not (signal(7)).
 #[test]
 fn an_agent_that_stood_still_goes_on() {
-    let (rig, device, mut terminal) = Setup::new().terminal();
+    let (mut rig, device, mut terminal) = Setup::new().terminal();
     for round in 0..3 {
         rig.daemon.freeze();
         if round == 1 {
@@ -184,6 +181,7 @@ fn an_agent_that_stood_still_goes_on() {
         rig.daemon.thaw();
         assert_eq!(terminal.run("echo $((6 * 7))").lines().last(), Some("42"));
     }
-    assert!(!device.is_over());
     assert_eq!(rig.daemon.count_log("lost"), 0);
+    terminal.stop();
+    assert_healthy(&mut rig, &device);
 }

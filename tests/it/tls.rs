@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Generation;
 use crate::harness::front::Proxy;
@@ -78,11 +79,15 @@ fn untrusted_certificates_are_refused() {
         let server = Server::start(Generation::New);
         let front = TlsFront::start(&identity, server.address());
         let url = format!("https://127.0.0.1:{}", front.port());
-        let rig = Setup::new().url(&url).env("SSL_CERT_FILE", text(&ca)).start();
+        let mut rig = Setup::new().url(&url).env("SSL_CERT_FILE", text(&ca)).start();
         let line = rig.daemon.wait_for_log(FAILED, SOON);
         assert!(line.to_lowercase().contains("certificate"), "{what}: the log says why: {line}");
         front.wait_failure(SOON);
         assert!(server.requests().is_empty(), "{what}: the token was sent to a stranger");
+        let good = TlsFront::start(&authority.identity(&names), server.address());
+        rig.manager.change("new", &format!("https://127.0.0.1:{}", good.port()));
+        let device = server.device();
+        assert_healthy(&mut rig, &device);
     }
 }
 

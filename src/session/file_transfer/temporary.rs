@@ -1,23 +1,28 @@
 //! The file that an upload is written to before it takes its target's name.
 //!
-//! It lies in the target's directory under a name of ours, made from the target's, and is locked while it is
-//! written to. So what is left of an upload that was cut by a power failure can be told from one under way and from
-//! anybody else's file: the next upload to the same target removes it.
+//! Where the file system can (O_TMPFILE) it has no name until it is complete and on the disk, so that nothing is left
+//! of it whatever ends this program. Then it is linked to its target's name; to replace a file it is linked to a
+//! name of ours for the moment that rename(2) needs.
+//!
+//! Elsewhere it has that name from the start. The name is made from the target's, and the file is locked while it is
+//! written to. So what is left of an upload that was cut can be told from one under way and from anybody else's file:
+//! the next upload to the same target removes it.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use data_encoding::HEXLOWER;
 use log::{debug, info};
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
+use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, fchmod, fstat};
-use nix::unistd::{UnlinkatFlags, fchown, fsync, geteuid, unlinkat};
+use nix::unistd::{UnlinkatFlags, fchown, fsync, geteuid, linkat, unlinkat};
 use sha2::{Digest, Sha256};
 
 use super::place::{Attributes, Target};
@@ -26,14 +31,15 @@ use super::place::{Attributes, Target};
 const MODE: Mode = Mode::S_IWUSR;
 const ATTEMPTS: u32 = 100;
 
-/// An upload's file. Removed when dropped, unless it was committed.
+/// An upload's file. Gone when dropped, unless it was committed.
 #[derive(Debug)]
 pub struct Temporary {
     file: Flock<File>,
     dir: OwnedFd,
-    name: OsString,
+    /// The temporary name, while there is one.
+    name: Option<OsString>,
     target: OsString,
-    committed: bool,
+    given_up: Arc<AtomicBool>,
 }
 
 /// The step at which a commit failed.
@@ -50,18 +56,38 @@ fn prefix(target: &OsStr) -> String {
     format!(".mender-connect-{}-", HEXLOWER.encode(&digest[..8]))
 }
 
+/// Names of this kind that no upload of this process has had yet.
+fn fresh_names(target: &OsStr) -> impl Iterator<Item = OsString> + use<> {
+    static COUNTER: AtomicU32 = AtomicU32::new(0);
+    let prefix = prefix(target);
+    let number = || COUNTER.fetch_add(1, Ordering::Relaxed);
+    (0..ATTEMPTS).map(move |_| format!("{prefix}{:x}-{:x}", std::process::id(), number()).into())
+}
+
 impl Temporary {
     /// Creates the file for `target`, after removing what earlier uploads to it have left behind.
     ///
     /// # Errors
     /// What creating a file may say.
     pub fn create(target: &Target) -> io::Result<Self> {
-        static COUNTER: AtomicU32 = AtomicU32::new(0);
-        let prefix = prefix(&target.name);
-        remove_stale(&target.dir, &prefix);
-        for _ in 0..ATTEMPTS {
-            let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-            let name: OsString = format!("{prefix}{:x}-{number:x}", std::process::id()).into();
+        remove_stale(&target.dir, &prefix(&target.name));
+        Self::without_name(target).map_or_else(|| Self::with_name(target), Ok)
+    }
+
+    /// `None` where that doesn't go, for whatever reason: the other way knows the words for it.
+    fn without_name(target: &Target) -> Option<Self> {
+        let flags = OFlag::O_TMPFILE | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let file = File::from(openat(&target.dir, ".", flags, MODE).ok()?);
+        // Whether it can get a name, before anything is written: the one that each directory has is only refused last.
+        (link(&file, &target.dir, OsStr::new(".")) == Err(Errno::EEXIST)).then_some(())?;
+        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()?;
+        Some(Self::new(file, target.dir.try_clone().ok()?, None, target))
+    }
+
+    fn with_name(target: &Target) -> io::Result<Self> {
+        for name in fresh_names(&target.name) {
+            // First of all: without it the file couldn't be removed.
+            let dir = target.dir.try_clone()?;
             let flags =
                 OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let fd = match openat(&target.dir, name.as_os_str(), flags, MODE) {
@@ -70,18 +96,16 @@ impl Temporary {
             };
             // Before it was locked another upload may have taken it for left over.
             let Ok(file) = Flock::lock(File::from(fd), FlockArg::LockExclusiveNonblock) else { continue };
-            let temporary = Temporary {
-                file,
-                dir: target.dir.try_clone()?,
-                name,
-                target: target.name.clone(),
-                committed: false,
-            };
+            let temporary = Self::new(file, dir, Some(name), target);
             if fstat(&*temporary.file)?.st_nlink == 1 {
                 return Ok(temporary);
             }
         }
         Err(Errno::EEXIST.into())
+    }
+
+    fn new(file: Flock<File>, dir: OwnedFd, name: Option<OsString>, target: &Target) -> Self {
+        Temporary { file, dir, name, target: target.name.clone(), given_up: Arc::default() }
     }
 
     /// To write to.
@@ -99,9 +123,7 @@ impl Temporary {
         let mode = Mode::from_bits_truncate(attributes.mode);
         fchmod(self.file.as_fd(), mode).map_err(CommitError::Permissions)?;
         fsync(&*self.file).map_err(CommitError::Commit)?;
-        renameat(&self.dir, self.name.as_os_str(), &self.dir, self.target.as_os_str())
-            .map_err(CommitError::Commit)?;
-        self.committed = true;
+        self.take_name().map_err(CommitError::Commit)?;
         match fsync(&self.dir) {
             // Some file systems can't, and a directory opened by path alone can't either.
             Ok(()) | Err(Errno::EINVAL | Errno::EBADF | Errno::ENOTSUP) => Ok(()),
@@ -109,19 +131,48 @@ impl Temporary {
         }
     }
 
-    /// A way to remove the file while another thread commits it; after the commit it does nothing.
+    fn take_name(&mut self) -> nix::Result<()> {
+        if self.given_up.load(Ordering::SeqCst) {
+            return Err(Errno::ECANCELED);
+        }
+        if self.name.is_none() {
+            match link(&self.file, &self.dir, &self.target) {
+                // A link replaces nothing.
+                Err(Errno::EEXIST) => self.name = Some(self.link_aside()?),
+                other => return other,
+            }
+        }
+        let Some(name) = &self.name else { return Ok(()) };
+        renameat(&self.dir, name.as_os_str(), &self.dir, self.target.as_os_str())?;
+        self.name = None;
+        Ok(())
+    }
+
+    /// Gives the file a temporary name.
+    fn link_aside(&self) -> nix::Result<OsString> {
+        for name in fresh_names(&self.target) {
+            match link(&self.file, &self.dir, &name) {
+                Err(Errno::EEXIST) => {}
+                other => return other.map(|()| name),
+            }
+        }
+        Err(Errno::EEXIST)
+    }
+
+    /// A way to give the file up while another thread commits it; after the commit it does nothing.
     ///
     /// # Errors
     /// When no descriptor can be had.
     pub fn remover(&self) -> io::Result<Remover> {
-        Ok(Remover { dir: self.dir.try_clone()?, name: self.name.clone() })
+        let given_up = Arc::clone(&self.given_up);
+        Ok(Remover { dir: self.dir.try_clone()?, name: self.name.clone(), given_up })
     }
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        if !self.committed {
-            remove(&self.dir, &self.name);
+        if let Some(name) = &self.name {
+            remove(&self.dir, name);
         }
     }
 }
@@ -130,13 +181,26 @@ impl Drop for Temporary {
 #[derive(Debug)]
 pub struct Remover {
     dir: OwnedFd,
-    name: OsString,
+    name: Option<OsString>,
+    given_up: Arc<AtomicBool>,
 }
 
 impl Remover {
-    /// Removes the file if it still has its temporary name.
+    /// The file is not to get its target's name, if it hasn't got it yet, and loses the temporary one.
     pub fn remove(&self) {
-        remove(&self.dir, &self.name);
+        self.given_up.store(true, Ordering::SeqCst);
+        if let Some(name) = &self.name {
+            remove(&self.dir, name);
+        }
+    }
+}
+
+/// Gives a file without a name this one. The first way needs /proc, the second a capability that not even every root has.
+fn link(file: &File, dir: &OwnedFd, name: &OsStr) -> nix::Result<()> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match linkat(AT_FDCWD, path.as_str(), dir, name, AtFlags::AT_SYMLINK_FOLLOW) {
+        Err(Errno::ENOENT) => linkat(file, "", dir, name, AtFlags::AT_EMPTY_PATH),
+        other => other,
     }
 }
 
@@ -193,29 +257,58 @@ mod tests {
         Attributes { uid: nix::unistd::getuid(), gid: nix::unistd::getgid(), mode }
     }
 
+    /// Without a name where the file system can, and as on those that can't.
+    const WAYS: [fn(&Target) -> io::Result<Temporary>; 2] = [Temporary::create, Temporary::with_name];
+
     #[test]
     fn a_commit_replaces_the_target_and_a_drop_does_not() {
+        for create in WAYS {
+            let dir = tempfile::tempdir().unwrap();
+            let place = target(dir.path(), "t");
+            fs::write(dir.path().join("t"), "old").unwrap();
+            let dropped = create(&place).unwrap();
+            dropped.file().write_all(b"half").unwrap();
+            assert_eq!(names(dir.path()).len(), 1 + usize::from(dropped.name.is_some()));
+            drop(dropped);
+            assert_eq!(names(dir.path()), ["t"]);
+            assert_eq!(fs::read_to_string(dir.path().join("t")).unwrap(), "old");
+            let committed = create(&place).unwrap();
+            committed.file().write_all(b"new").unwrap();
+            committed.commit(attributes(0o640)).unwrap();
+            assert_eq!(names(dir.path()), ["t"]);
+            assert_eq!(fs::read_to_string(dir.path().join("t")).unwrap(), "new");
+            assert_eq!(dir.path().join("t").metadata().unwrap().permissions().mode() & 0o7777, 0o640);
+        }
+    }
+
+    #[test]
+    fn a_file_has_no_name_where_the_file_system_can() {
         let dir = tempfile::tempdir().unwrap();
-        let place = target(dir.path(), "t");
-        fs::write(dir.path().join("t"), "old").unwrap();
-        let dropped = Temporary::create(&place).unwrap();
-        dropped.file().write_all(b"half").unwrap();
-        assert_eq!(names(dir.path()).len(), 2);
-        drop(dropped);
-        assert_eq!(fs::read_to_string(dir.path().join("t")).unwrap(), "old");
-        let committed = Temporary::create(&place).unwrap();
-        committed.file().write_all(b"new").unwrap();
-        committed.commit(attributes(0o640)).unwrap();
+        let flags = OFlag::O_TMPFILE | OFlag::O_WRONLY;
+        let can = nix::fcntl::open(dir.path(), flags, MODE).is_ok();
+        let temporary = Temporary::create(&target(dir.path(), "t")).unwrap();
+        assert_eq!(names(dir.path()).is_empty(), can);
+        temporary.commit(attributes(0o600)).unwrap();
         assert_eq!(names(dir.path()), ["t"]);
-        assert_eq!(fs::read_to_string(dir.path().join("t")).unwrap(), "new");
-        assert_eq!(dir.path().join("t").metadata().unwrap().permissions().mode() & 0o7777, 0o640);
+    }
+
+    #[test]
+    fn a_commit_that_fails_leaves_the_target_alone() {
+        for create in WAYS {
+            let dir = tempfile::tempdir().unwrap();
+            let temporary = create(&target(dir.path(), "t")).unwrap();
+            // Nothing can replace a directory.
+            fs::create_dir(dir.path().join("t")).unwrap();
+            assert!(matches!(temporary.commit(attributes(0o600)), Err(CommitError::Commit(Errno::EISDIR))));
+            assert_eq!(names(dir.path()), ["t"]);
+        }
     }
 
     #[test]
     fn only_what_is_left_over_and_ours_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let place = target(dir.path(), "t");
-        let under_way = Temporary::create(&place).unwrap();
+        let under_way = Temporary::with_name(&place).unwrap();
         let ours = prefix(OsStr::new("t"));
         let path = |name: &str| dir.path().join(name);
         fs::write(path(&format!("{ours}dead-0")), "left over").unwrap();
@@ -235,18 +328,29 @@ mod tests {
 
     #[test]
     fn a_removed_file_is_not_committed() {
-        let dir = tempfile::tempdir().unwrap();
-        let temporary = Temporary::create(&target(dir.path(), "t")).unwrap();
-        temporary.remover().unwrap().remove();
-        assert!(matches!(temporary.commit(attributes(0o600)), Err(CommitError::Commit(Errno::ENOENT))));
-        assert!(names(dir.path()).is_empty());
+        for create in WAYS {
+            let dir = tempfile::tempdir().unwrap();
+            let temporary = create(&target(dir.path(), "t")).unwrap();
+            temporary.remover().unwrap().remove();
+            let canceled = CommitError::Commit(Errno::ECANCELED);
+            assert_eq!(
+                format!("{:?}", temporary.commit(attributes(0o600))),
+                format!("{:?}", Err::<(), _>(canceled))
+            );
+            assert!(names(dir.path()).is_empty());
+        }
     }
 
     #[test]
     fn the_longest_names_fit() {
-        let dir = tempfile::tempdir().unwrap();
-        let name = "n".repeat(255);
-        Temporary::create(&target(dir.path(), &name)).unwrap().commit(attributes(0o600)).unwrap();
-        assert_eq!(names(dir.path()), [name]);
+        for create in WAYS {
+            let dir = tempfile::tempdir().unwrap();
+            let name = "n".repeat(255);
+            // The second replaces the first, by way of the temporary name.
+            for _ in 0..2 {
+                create(&target(dir.path(), &name)).unwrap().commit(attributes(0o600)).unwrap();
+                assert_eq!(names(dir.path()), [name.as_str()]);
+            }
+        }
     }
 }

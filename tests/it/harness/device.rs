@@ -190,6 +190,13 @@ impl Device {
         self.quit();
     }
 
+    /// Ends the server's half of the TCP connection; it still reads.
+    pub fn half_close(&self) {
+        if let Some(stream) = self.0.stream.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            stream.shutdown(Shutdown::Write).expect("shut down");
+        }
+    }
+
     /// Ends the TCP connection with a reset.
     pub fn reset(&self) {
         let stream = self.0.stream.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -236,12 +236,18 @@ impl Client {
 
     /// Sends `open` and leaves the answer to the test.
     pub fn start(device: &Device) -> Client {
-        let inner = Inner { device: device.clone(), sid: new_sid(), state: Watched::default() };
+        let client = Client::within(device, &new_sid());
+        let versions = encode(&map(&[("versions", Value::Array(vec![1.into()]))]), Ints::Wide);
+        client.inner.post(CONTROL, "open", None, &versions);
+        client
+    }
+
+    /// In a session that is open already.
+    pub fn within(device: &Device, sid: &str) -> Client {
+        let inner = Inner { device: device.clone(), sid: sid.to_owned(), state: Watched::default() };
         let inner = Arc::new(inner);
         let reading = Arc::clone(&inner);
         let reader = spawn("cli-reader", move || reading.read());
-        let versions = encode(&map(&[("versions", Value::Array(vec![1.into()]))]), Ints::Wide);
-        inner.post(CONTROL, "open", None, &versions);
         Client { inner, reader: Some(reader) }
     }
 

@@ -49,12 +49,25 @@ pub fn read_request(stream: &mut TcpStream) -> Result<Request, String> {
     })
 }
 
-/// Writes a response head, and a body when there is one.
-pub fn respond(stream: &mut TcpStream, status: u16, headers: &[(String, String)], body: Option<&str>) {
+fn head(status: u16, headers: &[(String, String)]) -> String {
     let mut text = format!("HTTP/1.1 {status} Scripted\r\n");
     for (key, value) in headers {
         text.push_str(&format!("{key}: {value}\r\n"));
     }
+    text
+}
+
+/// Writes a response head, each byte in a segment of its own.
+pub fn respond_slowly(stream: &mut TcpStream, status: u16, headers: &[(String, String)]) {
+    let _ = stream.set_nodelay(true);
+    for byte in format!("{}\r\n", head(status, headers)).bytes() {
+        let _ = stream.write_all(&[byte]);
+    }
+}
+
+/// Writes a response head, and a body when there is one.
+pub fn respond(stream: &mut TcpStream, status: u16, headers: &[(String, String)], body: Option<&str>) {
+    let mut text = head(status, headers);
     if let Some(body) = body {
         text.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
     } else {

@@ -5,6 +5,7 @@
 //! Nothing sleeps for a fixed time: every wait is for an event and has a deadline, and a missed
 //! deadline says what was awaited. When a test panics, [`daemon::Daemon`] prints its log.
 
+pub mod aftermath;
 pub mod bus;
 pub mod client;
 pub mod connection;

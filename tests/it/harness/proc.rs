@@ -11,6 +11,20 @@ pub fn exists(pid: u32) -> bool {
     fs::metadata(format!("/proc/{pid}")).is_ok()
 }
 
+/// Whether the process has ended. Whoever adopted it may take time to reap it.
+pub fn has_ended(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('Z'))
+}
+
+/// The processes of a session that haven't ended.
+pub fn session(leader: u32) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_member = |pid: &u32| stat_field(*pid, 3) == Some(leader) && !has_ended(*pid);
+    pids.filter(is_member).collect()
+}
+
 /// Whether every thread of the process has been stopped by a signal.
 pub fn is_stopped(pid: u32) -> bool {
     let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
@@ -61,6 +75,11 @@ pub fn rss_kib(pid: u32) -> u64 {
     status_number(&format!("/proc/{pid}/status"), "VmRSS:")
 }
 
+/// The size of its address space in KiB.
+pub fn virtual_kib(pid: u32) -> u64 {
+    status_number(&format!("/proc/{pid}/status"), "VmSize:")
+}
+
 /// Of its resident memory what isn't a file's, in KiB.
 pub fn anonymous_kib(pid: u32) -> u64 {
     status_number(&format!("/proc/{pid}/status"), "RssAnon:")
@@ -99,9 +118,14 @@ pub fn children(pid: u32) -> Vec<u32> {
 }
 
 fn parent(pid: u32) -> Option<u32> {
+    stat_field(pid, 1)
+}
+
+/// A number of /proc/PID/stat, counted from the state.
+fn stat_field(pid: u32, place: usize) -> Option<u32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name is in parentheses and may hold anything; what follows the last one is regular.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+    stat.rsplit_once(')')?.1.split_whitespace().nth(place)?.parse().ok()
 }
 
 fn count(dir: &str) -> usize {

@@ -60,7 +60,7 @@ impl Form {
         Form { path: path.as_ref().to_str().expect("UTF-8").to_owned(), ..Form::default() }
     }
 
-    fn body(&self) -> Vec<u8> {
+    pub fn body(&self) -> Vec<u8> {
         let mut fields = Vec::new();
         if let Some(src_path) = &self.src_path {
             fields.push(("src_path", Value::from(src_path.as_str())));

@@ -19,6 +19,8 @@ pub const CONNECT_PATH: &str = "/api/devices/v1/deviceconnect/connect";
 #[derive(Debug, Clone)]
 pub enum Reply {
     Upgrade,
+    /// The same, a byte at a time.
+    Slowly,
     /// An HTTP status with headers and a small body.
     Status(u16, Vec<(String, String)>),
     /// 101 with a Sec-WebSocket-Accept that belongs to another key.
@@ -227,7 +229,7 @@ fn handshake(mut stream: TcpStream, shared: &Watched<Shared>) -> Result<(), Stri
             use std::io::Write;
             let _ = stream.write_all(b"\x00\x01SSH-2.0-notawebserver\r\n\r\n");
         }
-        Reply::Upgrade | Reply::WrongAccept => {
+        Reply::Upgrade | Reply::Slowly | Reply::WrongAccept => {
             if let Err(fault) = check(&request) {
                 http::respond(&mut stream, 400, &[], Some(&fault));
                 return Err(fault);
@@ -242,8 +244,12 @@ fn handshake(mut stream: TcpStream, shared: &Watched<Shared>) -> Result<(), Stri
                 ("Connection".to_owned(), "Upgrade".to_owned()),
                 ("Sec-WebSocket-Accept".to_owned(), accept),
             ];
-            http::respond(&mut stream, 101, &headers, None);
-            if matches!(reply, Reply::Upgrade) {
+            if matches!(reply, Reply::Slowly) {
+                http::respond_slowly(&mut stream, 101, &headers);
+            } else {
+                http::respond(&mut stream, 101, &headers, None);
+            }
+            if !matches!(reply, Reply::WrongAccept) {
                 stream.set_read_timeout(None).map_err(|e| e.to_string())?;
                 let device = Device::start(stream, generation, request);
                 shared.update(|s| s.devices.push_back(device));

@@ -57,6 +57,15 @@ pub fn changed(line: &str) -> Option<Vec<PathBuf>> {
         "open" | "openat" | "openat2" if !writing.iter().any(|flag| arguments.contains(flag)) => None,
         // Links may have led elsewhere: where they did counts.
         "open" | "openat" | "openat2" if result.contains('<') => Some(paths(result)),
+        // A file without a name in this directory.
+        "openat" if arguments.contains("O_TMPFILE") => {
+            Some(paths(arguments).iter().map(|p| p.join("#")).collect())
+        }
+        // The file that gets one more name; and its directory's own name, which is asked for to be refused.
+        "linkat" => {
+            let target = arguments.split_once("\", ").map_or("", |(_, target)| target);
+            Some(paths(target)).filter(|_| !target.contains("\".\","))
+        }
         "bind" if !arguments.contains("sa_family=AF_UNIX") => None,
         _ => Some(paths(arguments)),
     }
