@@ -29,6 +29,8 @@ use self::port_forward::look_ups::LookUps;
 
 pub use self::quota::{MAX_SHELLS, ShellQuota};
 pub use self::router::Router;
+#[cfg(fuzzing)]
+pub use self::router::Seat;
 
 /// The start of a session thread's name. A panic in one ends only that session, where the build
 /// unwinds.
@@ -102,7 +104,8 @@ impl Info {
         self.shell.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set(&self, shell: Option<ShellInfo>) {
+    /// A shell runs, or none any more.
+    pub fn set(&self, shell: Option<ShellInfo>) {
         *self.lock() = shell;
     }
 

@@ -12,19 +12,20 @@ use nix::poll::PollFlags;
 use super::file_transfer::FileTransfer;
 use super::inbox::Inbox;
 use super::port_forward::PortForward;
+use super::router::Seat;
 use super::terminal::Terminal;
-use super::{Context, Info};
+use super::{Context, THREAD_PREFIX};
 use crate::outbox::FrameSink;
 use crate::proto::{CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, SHELL, SessionId, control};
-use crate::sys::PollSet;
 use crate::sys::wake::Wake;
+use crate::sys::{PollSet, thread};
 
 /// Silence after which the peer is asked whether it is there, and after which the session is over.
 const PING_AFTER: Duration = Duration::from_secs(48);
 const CLOSE_AFTER: Duration = Duration::from_secs(60);
 
 /// One session id, while there is something to do for it.
-pub struct Session {
+struct Session {
     id: SessionId,
     context: Arc<Context>,
     inbox: Arc<Inbox>,
@@ -49,24 +50,32 @@ impl Idle {
     }
 }
 
+/// Runs a session in a thread of its own.
+///
+/// # Errors
+/// When no thread can be had.
+pub fn start(context: &Arc<Context>, seat: Seat) -> io::Result<()> {
+    let session = Session::new(Arc::clone(context), &seat);
+    let name = format!("{THREAD_PREFIX}{}", seat.id.as_str());
+    let body = move || {
+        session.run();
+        drop(seat);
+    };
+    thread::spawn(&name, thread::SMALL_STACK, body).map(drop)
+}
+
 impl Session {
-    /// To be run in a thread of its own.
-    pub fn new(
-        id: SessionId,
-        context: Arc<Context>,
-        inbox: Arc<Inbox>,
-        wake: Arc<Wake>,
-        sink: FrameSink,
-        info: Arc<Info>,
-    ) -> Self {
-        let terminal = Terminal::new(Arc::clone(&context), id.clone(), sink.clone(), info);
+    fn new(context: Arc<Context>, seat: &Seat) -> Self {
+        let (id, inbox, wake) = (seat.id.clone(), Arc::clone(&seat.inbox), Arc::clone(&seat.wake));
+        let sink = seat.sink.clone();
+        let terminal = Terminal::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&seat.info));
         let files = FileTransfer::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
         let forwards = PortForward::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
         Session { id, context, inbox, wake, sink, terminal, files, forwards, idle: None }
     }
 
     /// Runs until the session is over. A panic ends only this session, where the build unwinds.
-    pub fn run(mut self) {
+    fn run(mut self) {
         debug!("session {}: started", self.id);
         match catch_unwind(AssertUnwindSafe(|| self.serve())) {
             Ok(Ok(())) => debug!("session {}: ended", self.id),
