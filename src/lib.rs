@@ -19,7 +19,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`cli`], [`config`], [`logging`] | what the operator says and is told |
+//! | [`cli`], [`config`], [`logging`], [`audit`] | what the operator says and is told |
 //! | [`supervisor`] | when to connect; signals |
 //! | [`auth`] | token and server URL, from mender-auth over D-Bus (feature `dbus`) |
 //! | [`link`] | one websocket's life: dial, read, write; TLS (feature `tls`) |
@@ -32,13 +32,14 @@
 //! Words, each for one thing: a *message* is the websocket's; a *frame* is our decoded unit; a *session* is one
 //! session id's life; a *link* is one websocket's life; a *permit* is a counted right held by a guard.
 //!
-//! Arrows point one way: `main → supervisor → { auth, link, session } → { outbox, config, proto, backoff, sys }`. `link` and
-//! `session` don't know each other; the supervisor joins them. A session waits for nobody: its inbox and its share of
+//! Arrows point one way: `main → supervisor → { auth, link, session } → { outbox, audit, config, proto, backoff, sys }`. `link`
+//! and `session` don't know each other; the supervisor joins them. A session waits for nobody: its inbox and its share of
 //! the outbox are bounded, and it polls for room. Two short cuts spare a keystroke and its echo a thread each, where
 //! that changes no order: the reader types into a terminal whose session has nothing else to read, and a session writes
 //! a small message itself while the writer has nothing to do. Neither ever waits. When the link is gone its router is dropped, which ends the sessions,
 //! and what they own is released when they are dropped.
 
+pub mod audit;
 pub mod auth;
 pub mod backoff;
 pub mod cli;

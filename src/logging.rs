@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
+use crate::audit;
 use crate::sys::clock;
 
 const TIME: &[BorrowedFormatItem<'static>] =
@@ -79,15 +80,19 @@ impl Log for Logger {
             Level::Debug => ("debug", 7),
             Level::Trace => ("trace", 7),
         };
-        let message = record.args().to_string();
+        let message = if record.target() == audit::TARGET {
+            format!("audit {}", record.args())
+        } else {
+            format!("{:?}", record.args().to_string())
+        };
         let metadata = record.metadata().clone();
         let write = |args: std::fmt::Arguments<'_>| {
             self.inner.log(&Record::builder().metadata(metadata).args(args).build());
         };
         if self.journal {
-            write(format_args!("<{priority}>level={name} msg={message:?}"));
+            write(format_args!("<{priority}>level={name} msg={message}"));
         } else {
-            write(format_args!("{} level={name} msg={message:?}", time()));
+            write(format_args!("{} level={name} msg={message}", time()));
         }
     }
 

@@ -3,11 +3,16 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use log::error;
+use log::{error, warn};
 use mender_connect::cli::{self, Invocation, Options};
+use mender_connect::sys::privilege::{self, Needs};
 use mender_connect::sys::process;
 use mender_connect::sys::signals::Signals;
-use mender_connect::{config, logging, session, supervisor};
+use mender_connect::sys::wipe::Wiping;
+use mender_connect::{config, logging, session, supervisor, sys};
+
+#[global_allocator]
+static MEMORY: Wiping = Wiping;
 
 const USAGE: u8 = 1;
 const UNKNOWN_COMMAND: u8 = 3;
@@ -50,7 +55,17 @@ fn daemon(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
             std::process::abort();
         }
     }));
+    privilege::keep_to_oneself()?;
     let config = config::load(&options.config, &options.fallback_config)?;
+    let needs = Needs {
+        shells: config.terminal.enabled,
+        files: config.file_transfer,
+        privileged_programs: config.mender_client
+            || config.terminal.enabled && !config.shell.no_new_privileges,
+    };
+    if let Err(e) = privilege::reduce(needs) {
+        warn!("privileges that aren't needed couldn't be given up: {}", sys::reason(&e));
+    }
     supervisor::run(config, &signals)?;
     Ok(())
 }

@@ -19,6 +19,7 @@ use log::{debug, info, trace, warn};
 use super::{AuthEvent, Credentials, Source, SourceError};
 use crate::sys::thread;
 use crate::sys::wake::Wake;
+use crate::sys::wipe::wipe_texts;
 
 const MANAGER: &str = "io.mender.AuthenticationManager";
 const PATH: &str = "/io/mender/AuthenticationManager";
@@ -220,6 +221,7 @@ impl Manager {
                 }
             }
         }
+        wipe_texts(&mut message);
     }
 
     fn handle_answer(&mut self, message: &mut Message, now: Instant, events: &mut Vec<AuthEvent>) {

@@ -71,9 +71,15 @@ pub(super) struct Terminal {
     pub width: u16,
     pub height: u16,
     pub disable: bool,
+    pub no_new_privileges: bool,
 }
 
-keys!(Terminal { "width" => width, "height" => height, "disable" => disable });
+keys!(Terminal {
+    "width" => width,
+    "height" => height,
+    "disable" => disable,
+    "nonewprivileges" => no_new_privileges,
+});
 
 #[derive(Debug)]
 pub(super) struct Sessions {

@@ -62,6 +62,9 @@ pub struct Shell {
     pub arguments: Vec<String>,
     /// Whom it runs as (`User`).
     pub user: User,
+    /// Whether nothing in it can become more than the user is: sudo and the like don't work
+    /// (`Terminal.NoNewPrivileges`).
+    pub no_new_privileges: bool,
 }
 
 /// The remote terminal.
@@ -219,7 +222,12 @@ fn complete(
 
     let user = validate(&settings.shell_command, &settings.user, notes)?;
     Ok(Config {
-        shell: Shell { command: settings.shell_command.into(), arguments, user },
+        shell: Shell {
+            command: settings.shell_command.into(),
+            arguments,
+            user,
+            no_new_privileges: settings.terminal.no_new_privileges,
+        },
         terminal,
         sessions,
         file_transfer: !settings.file_transfer.disable,

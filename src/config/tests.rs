@@ -92,7 +92,7 @@ fn a_minimal_file_gets_every_default() {
 #[test]
 fn every_key_reaches_its_field() {
     let (config, notes) = load(
-        r#""Terminal": {"Width": 132, "Height": 43, "Disable": true},
+        r#""Terminal": {"Width": 132, "Height": 43, "Disable": true, "NoNewPrivileges": true},
         "Sessions": {"StopExpired": true, "ExpireAfter": 60, "MaxPerUser": 4},
         "Limits": {"Enabled": true, "FileTransfer": {"Chroot": "/data", "FollowSymLinks": true,
             "AllowOverwrite": true, "OwnerPut": "a", "GroupPut": "b", "OwnerGet": ["c", "d"], "GroupGet": ["e"],
@@ -104,6 +104,7 @@ fn every_key_reaches_its_field() {
     );
     assert_eq!(notes, []);
     assert_eq!(config.terminal, Terminal { enabled: false, width: 132, height: 43 });
+    assert!(config.shell.no_new_privileges);
     assert_eq!(config.sessions.expiry, Expiry::Age(Duration::from_secs(60)));
     assert_eq!(config.sessions.max_per_user, 4);
     assert!(!config.file_transfer && !config.port_forward && !config.mender_client);

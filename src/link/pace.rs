@@ -176,8 +176,26 @@ impl Pace {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
+
+    /// Of a connection that was quick long ago and has become so slow that the window shrank below what was written
+    /// behind the last probe.
+    pub fn without_room_or_probe(now: Instant) -> Pace {
+        let start = now - QUICKEST_HOLDS - Duration::from_secs(1);
+        let mut pace = Pace::default();
+        let first = pace.probe(true, start).unwrap();
+        pace.answered(first, start + Duration::from_millis(1));
+        let mut last = first;
+        while pace.room(start).bulk {
+            pace.wrote(7300);
+            last = pace.probe(false, start).unwrap_or(last);
+        }
+        pace.answered(last, now);
+        let room = pace.room(now);
+        assert!(!room.bulk && !room.interactive && pace.deadline().is_none(), "{pace:?}");
+        pace
+    }
 
     /// A connection that carries `rate` bytes a second and takes `delay` besides, with a sender that always has more.
     struct Simulation {

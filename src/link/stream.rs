@@ -186,6 +186,12 @@ pub struct WriteHalf {
 }
 
 impl WriteHalf {
+    /// Of a plain connection without a reader.
+    #[cfg(test)]
+    pub fn plain(socket: TcpStream) -> Self {
+        WriteHalf { socket: Arc::new(socket), tls: None }
+    }
+
     /// Writes what goes without waiting, and says how much that was. The TLS layer may keep a rest.
     ///
     /// # Errors

@@ -60,6 +60,9 @@ fn write(line: &Line, outbox: &Outbox) -> io::Result<()> {
         work = match outbox.try_next(room) {
             Some(work) => work,
             None => {
+                // The window may have shrunk below what was written since the last probe: nothing would tell that it
+                // has arrived.
+                writer.probe(false)?;
                 writer.flush()?;
                 let more_room = writer.pace.deadline().filter(|deadline| *deadline > now);
                 drop(writer);
@@ -240,6 +243,12 @@ fn apply(mask: [u8; 4], bytes: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::outbox::FrameSink;
+    use crate::proto::Frame;
+    use crate::sys::wake::Wake;
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
 
     #[test]
     fn every_byte_is_masked_with_its_own() {
@@ -250,6 +259,41 @@ mod tests {
             let expected: Vec<u8> = mask.iter().copied().cycle().take(length).collect();
             assert_eq!(bytes, expected);
         }
+    }
+
+    /// Without the probe everything would wait for an answer to nothing, for ever.
+    #[test]
+    fn room_that_is_lacking_is_asked_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let outbox = Arc::new(Outbox::default());
+        let pace = super::super::pace::tests::without_room_or_probe(Instant::now());
+        let half = WriteHalf::plain(ours);
+        let line = Line(Mutex::new(Writer { half, batch: Vec::new(), masks: Masks::default(), pace }));
+        let theirs = Arc::clone(&outbox);
+        let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
+            write(&line, &theirs)
+        })
+        .unwrap();
+        let sink = FrameSink::new(&outbox, Arc::new(Wake::new().unwrap()));
+        sink.bulk((&Frame::new(2, "file_chunk", None)).into());
+        let mut next = |opcode| {
+            let mut head = [0; 6];
+            server.read_exact(&mut head).unwrap();
+            assert_eq!(head[0] & 0xf, opcode);
+            let mut payload = vec![0; usize::from(head[1] & 0x7f)];
+            server.read_exact(&mut payload).unwrap();
+            payload.iter().zip(head[2..].iter().cycle()).map(|(byte, mask)| byte ^ mask).collect::<Vec<u8>>()
+        };
+        let probe = next(9);
+        outbox.answered(probe.try_into().unwrap(), Instant::now());
+        // Of the transfer's own a probe goes first.
+        next(9);
+        next(2);
+        outbox.close(1000, "");
+        writer.join().unwrap().unwrap();
     }
 
     #[test]

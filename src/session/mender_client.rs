@@ -4,11 +4,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::info;
 
 use super::Context;
+use crate::audit::Record;
 use crate::outbox::FrameSink;
 use crate::proto::{Frame, MENDER_CLIENT, Props};
 use crate::sys::process;
@@ -23,10 +24,17 @@ const MAX_WAITING: usize = 64;
 
 /// The commands that are running, with those who wait for their end.
 #[derive(Debug, Default)]
-pub struct Commands(Mutex<HashMap<String, Vec<(Frame, FrameSink)>>>);
+pub struct Commands(Mutex<HashMap<String, Vec<Waiting>>>);
+
+#[derive(Debug)]
+struct Waiting {
+    request: Frame,
+    sink: FrameSink,
+    since: Instant,
+}
 
 impl Commands {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Vec<(Frame, FrameSink)>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Vec<Waiting>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -41,14 +49,15 @@ pub fn handle(context: &Arc<Context>, frame: &Frame, sink: &FrameSink) {
         return;
     };
     {
+        let one = Waiting { request: frame.clone(), sink: sink.clone(), since: Instant::now() };
         let mut running = context.commands.lock();
         if let Some(waiting) = running.get_mut(command) {
             if waiting.len() < MAX_WAITING {
-                waiting.push((frame.clone(), sink.clone()));
+                waiting.push(one);
             }
             return;
         }
-        running.insert(command.to_owned(), vec![(frame.clone(), sink.clone())]);
+        running.insert(command.to_owned(), vec![one]);
     }
     let theirs = Arc::clone(context);
     let started = thread::spawn(command, thread::SMALL_STACK, move || {
@@ -61,13 +70,15 @@ pub fn handle(context: &Arc<Context>, frame: &Frame, sink: &FrameSink) {
 }
 
 fn finish(context: &Context, command: &str, result: &Result<(), String>) {
-    match result {
-        Ok(()) => info!("{command}: done"),
-        Err(e) => warn!("{command}: {e}"),
-    }
     let waiting = context.commands.lock().remove(command).unwrap_or_default();
-    for (frame, sink) in waiting {
-        answer(&frame, &sink, result);
+    for Waiting { request, sink, since } in waiting {
+        Record::new("command", request.sid.as_ref(), &request.user())
+            .with("command", command)
+            .since(since, Instant::now())
+            .with("result", if result.is_ok() { "ok" } else { "failed" })
+            .text("reason", result.as_ref().err().map_or("", String::as_str))
+            .log(result.is_ok());
+        answer(&request, &sink, result);
     }
 }
 

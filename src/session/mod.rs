@@ -83,6 +83,8 @@ struct Entry {
 /// What a session tells about itself.
 #[derive(Debug, Default)]
 pub struct Info {
+    /// Whom its first message was from.
+    user: UserId,
     shell: Mutex<Option<ShellInfo>>,
 }
 
@@ -97,6 +99,15 @@ pub struct ShellInfo {
     pub started: Instant,
     /// When something was typed last.
     pub last_input: Instant,
+    /// How many bytes were typed.
+    pub typed: u64,
+}
+
+impl ShellInfo {
+    fn input(&mut self, bytes: usize, now: Instant) {
+        self.last_input = now;
+        self.typed += bytes as u64;
+    }
 }
 
 impl Info {
@@ -104,9 +115,17 @@ impl Info {
         self.shell.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A shell runs, or none any more.
-    pub fn set(&self, shell: Option<ShellInfo>) {
-        *self.lock() = shell;
+    fn of(user: UserId) -> Self {
+        Info { user, shell: Mutex::default() }
+    }
+
+    /// A shell runs.
+    pub fn set(&self, shell: ShellInfo) {
+        *self.lock() = Some(shell);
+    }
+
+    fn take(&self) -> Option<ShellInfo> {
+        self.lock().take()
     }
 
     fn update(&self, change: impl FnOnce(&mut ShellInfo)) {

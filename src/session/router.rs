@@ -126,7 +126,7 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
         if (frame.proto, frame.typ.as_str()) == (SHELL, shell::DATA) {
             let typed = inbox.type_in(&frame.body);
             if typed > 0 {
-                info.update(|shell| shell.last_input = Instant::now());
+                info.update(|shell| shell.input(typed, Instant::now()));
                 if typed == frame.body.len() {
                     return None;
                 }
@@ -192,9 +192,9 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
     fn spawn(&mut self, id: &SessionId, first: Frame) -> io::Result<()> {
         let wake = Arc::new(Wake::new()?);
         let inbox = Arc::new(Inbox::new(Arc::clone(&wake)));
+        let info = Arc::new(Info::of(first.user()));
         // Can't be refused: the inbox is empty.
         let _ = inbox.push(first);
-        let info = Arc::new(Info::default());
         let entry = Entry { inbox: Arc::clone(&inbox), info: Arc::clone(&info), since: Instant::now() };
         let seat = Seat {
             id: id.clone(),

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use log::{debug, error, info};
+use log::{error, info};
 use nix::poll::PollFlags;
 
 use super::file_transfer::FileTransfer;
@@ -14,7 +14,8 @@ use super::inbox::Inbox;
 use super::port_forward::PortForward;
 use super::router::Seat;
 use super::terminal::Terminal;
-use super::{Context, THREAD_PREFIX};
+use super::{Context, Info, THREAD_PREFIX};
+use crate::audit::Record;
 use crate::outbox::FrameSink;
 use crate::proto::{CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, SHELL, SessionId, control};
 use crate::sys::wake::Wake;
@@ -24,6 +25,9 @@ use crate::sys::{PollSet, thread};
 const PING_AFTER: Duration = Duration::from_secs(48);
 const CLOSE_AFTER: Duration = Duration::from_secs(60);
 
+/// In the audit log, of a session that couldn't go on.
+const FAILED: &str = "failed";
+
 /// One session id, while there is something to do for it.
 struct Session {
     id: SessionId,
@@ -31,11 +35,14 @@ struct Session {
     inbox: Arc<Inbox>,
     wake: Arc<Wake>,
     sink: FrameSink,
+    info: Arc<Info>,
     terminal: Terminal,
     files: FileTransfer,
     forwards: PortForward,
     /// Runs once another protocol than the terminal's was spoken: terminal clients don't answer pings.
     idle: Option<Idle>,
+    /// Why it ends, as the audit log has it.
+    end: &'static str,
 }
 
 /// The time since something came in.
@@ -67,24 +74,35 @@ pub fn start(context: &Arc<Context>, seat: Seat) -> io::Result<()> {
 impl Session {
     fn new(context: Arc<Context>, seat: &Seat) -> Self {
         let (id, inbox, wake) = (seat.id.clone(), Arc::clone(&seat.inbox), Arc::clone(&seat.wake));
-        let sink = seat.sink.clone();
-        let terminal = Terminal::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&seat.info));
+        let (sink, info) = (seat.sink.clone(), Arc::clone(&seat.info));
+        let terminal = Terminal::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&info));
         let files = FileTransfer::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
         let forwards = PortForward::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
-        Session { id, context, inbox, wake, sink, terminal, files, forwards, idle: None }
+        Session { id, context, inbox, wake, sink, info, terminal, files, forwards, idle: None, end: "done" }
     }
 
     /// Runs until the session is over. A panic ends only this session, where the build unwinds.
     fn run(mut self) {
-        debug!("session {}: started", self.id);
+        let started = Instant::now();
+        self.record("session-start").log(true);
         match catch_unwind(AssertUnwindSafe(|| self.serve())) {
-            Ok(Ok(())) => debug!("session {}: ended", self.id),
+            Ok(Ok(())) => {}
             Ok(Err(e)) => self.fail(&crate::sys::reason(&e)),
             Err(_) => self.fail("internal error"),
         }
+        let record = self.record("session-end").since(started, Instant::now());
+        let (good, end) = (self.end != FAILED, self.end);
+        // What it has leaves its own lines before.
+        drop(self);
+        record.text("reason", end).log(good);
     }
 
-    fn fail(&self, reason: &str) {
+    fn record(&self, event: &str) -> Record {
+        Record::new(event, Some(&self.id), &self.info.user)
+    }
+
+    fn fail(&mut self, reason: &str) {
+        self.end = FAILED;
         error!("session {}: {reason}", self.id);
         self.inbox.close();
         self.sink.reply(&control::error(&self.id, reason, true));
@@ -95,6 +113,7 @@ impl Session {
         loop {
             if !gone && self.inbox.is_hung_up() {
                 gone = true;
+                self.end = "link lost";
                 self.idle = None;
                 self.terminal.hang_up(Instant::now());
                 self.files.hang_up(Instant::now());
@@ -182,7 +201,7 @@ impl Session {
             control::PING => Some(control::pong(&self.id)),
             control::PONG => None,
             control::CLOSE => {
-                debug!("session {}: closed by the peer", self.id);
+                self.end = "closed";
                 over = true;
                 None
             }
@@ -227,7 +246,7 @@ impl Session {
     fn check_idle(&mut self, now: Instant) {
         match &mut self.idle {
             Some(idle) if now >= idle.since + CLOSE_AFTER => {
-                debug!("session {}: nothing heard for {} s", self.id, CLOSE_AFTER.as_secs());
+                self.end = "idle";
                 self.sink.reply(&control::error(&self.id, "session timeout", true));
                 self.close();
             }

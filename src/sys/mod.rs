@@ -3,12 +3,14 @@
 pub mod beneath;
 pub mod clock;
 pub mod net;
+pub mod privilege;
 pub mod process;
 pub mod pty;
 pub mod signals;
 pub mod thread;
 pub mod users;
 pub mod wake;
+pub mod wipe;
 
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};

@@ -11,10 +11,12 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::poll::PollFlags;
+use nix::sys::prctl::set_no_new_privs;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
 use nix::unistd::{Gid, Pid, Uid, geteuid, setgid, setgroups, setsid, setuid};
 
 use super::PollSet;
+use super::privilege;
 use super::thread;
 use super::users::User;
 use super::wake::Wake;
@@ -44,12 +46,19 @@ enum ExitWatch {
 impl SessionLeader {
     /// Starts `command` on the terminal `tty` in `user`'s home, as `user` when this process is root.
     ///
-    /// The environment is HOME and TERM and nothing else. Signals have their default effect, and no
-    /// descriptor of ours but the terminal is open.
+    /// The environment is HOME and TERM and nothing else. Signals have their default effect, umask and limits are
+    /// those that this process was started with, and no descriptor of ours but the terminal is open. With
+    /// `no_new_privileges` no program can become more than the user is.
     ///
     /// # Errors
     /// What fork, exec or switching to the user said.
-    pub fn spawn(command: &Path, arguments: &[String], user: &User, tty: OwnedFd) -> io::Result<Self> {
+    pub fn spawn(
+        command: &Path,
+        arguments: &[String],
+        user: &User,
+        no_new_privileges: bool,
+        tty: OwnedFd,
+    ) -> io::Result<Self> {
         let home = if user.home.is_dir() { user.home.as_path() } else { Path::new("/") };
         let switch = geteuid().is_root().then(|| (user.groups.clone(), user.gid, user.uid));
         let mut spawn = Command::new(command);
@@ -65,6 +74,10 @@ impl SessionLeader {
         before_exec(&mut spawn, move || {
             lead_session()?;
             default_signals()?;
+            privilege::restore()?;
+            if no_new_privileges {
+                set_no_new_privs()?;
+            }
             match &switch {
                 Some((groups, gid, uid)) => become_user(groups, *gid, *uid),
                 None => Ok(()),
@@ -154,7 +167,10 @@ pub fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String
     let failed = |e: io::Error| format!("fork/exec {}: {}", program.display(), super::reason(&e));
     let mut command = Command::new(program);
     command.arg(argument).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    before_exec(&mut command, default_signals);
+    before_exec(&mut command, || {
+        default_signals()?;
+        privilege::restore()
+    });
     let mut child = command.spawn().map_err(failed)?;
     let ended = i32::try_from(child.id()).map_err(io::Error::other).and_then(|pid| {
         let exit = watch_exit(Pid::from_raw(pid))?;
@@ -301,7 +317,7 @@ mod tests {
         let user = crate::sys::users::lookup(&me.name).unwrap();
         let (pty, tty) = Pty::open(WindowSize { width: 80, height: 24 }, None).unwrap();
         let arguments = ["-c".to_string(), script.to_string()];
-        let leader = SessionLeader::spawn(Path::new("/bin/sh"), &arguments, &user, tty).unwrap();
+        let leader = SessionLeader::spawn(Path::new("/bin/sh"), &arguments, &user, false, tty).unwrap();
         (pty, leader)
     }
 
@@ -375,7 +391,7 @@ mod tests {
         let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap();
         let user = crate::sys::users::lookup(&me.name).unwrap();
         let (_pty, tty) = Pty::open(WindowSize { width: 80, height: 24 }, None).unwrap();
-        let error = SessionLeader::spawn(Path::new("/bin/x"), &[], &user, tty).unwrap_err();
+        let error = SessionLeader::spawn(Path::new("/bin/x"), &[], &user, false, tty).unwrap_err();
         assert_eq!(crate::sys::reason(&error), "no such file or directory");
     }
 }

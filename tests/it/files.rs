@@ -468,20 +468,11 @@ fn both_ends_of_a_disabled_feature() {
 }
 
 #[test]
-fn each_transfer_leaves_a_line_in_the_log_and_the_counters() {
+fn each_transfer_is_counted() {
     let (rig, device, dir) = rig_and_dir(Generation::New);
     let path = dir.join("f");
     put(&device, &Form::to(&path), b"abc").unwrap();
-    let sha = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-    let line = rig.daemon.wait_for_log("received file", SOON);
-    for part in
-        [path.to_str().unwrap(), "size 3", "duration", sha, "user aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee"]
-    {
-        assert!(line.contains(part), "{part} in {line}");
-    }
     get(&device, &path).unwrap();
-    let line = rig.daemon.wait_for_log("sent file", SOON);
-    assert!(line.contains(sha) && line.contains("size 3"), "{line}");
     rig.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
     rig.daemon.wait_for_log("total: tx/rx 3/3", SOON);
 }

@@ -10,12 +10,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("proto", &[]),
     ("backoff", &[]),
     ("cli", &[]),
-    ("logging", &["sys"]),
+    ("audit", &["proto"]),
+    ("logging", &["audit", "sys"]),
     ("config", &["sys"]),
     ("outbox", &["proto", "sys"]),
     ("auth", &["config", "sys"]),
     ("link", &["auth", "outbox", "proto", "sys"]),
-    ("session", &["config", "outbox", "proto", "sys"]),
+    ("session", &["audit", "config", "outbox", "proto", "sys"]),
     ("supervisor", &["auth", "backoff", "config", "link", "proto", "session", "sys"]),
 ];
 
@@ -68,6 +69,23 @@ fn arrows_point_one_way() {
                 place.display()
             );
         }
+    }
+}
+
+/// The tests that the README names.
+#[test]
+fn tests_that_are_named_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).expect("read the README");
+    let is_name = |name: &str| {
+        !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    };
+    let tests = readme.split('`').skip(1).step_by(2).filter_map(|code| code.split_once("::"));
+    let tests: Vec<_> = tests.filter(|(module, test)| is_name(module) && is_name(test)).collect();
+    assert!(tests.len() > 20, "{tests:?}");
+    for (module, test) in tests {
+        let source = fs::read_to_string(root.join(format!("tests/it/{module}.rs"))).expect(module);
+        assert!(source.contains(&format!("fn {test}()")), "{module}::{test}");
     }
 }
 

@@ -20,6 +20,8 @@ mod selftest_forward;
 #[cfg(feature = "dbus")]
 mod at_length;
 #[cfg(feature = "dbus")]
+mod audit;
+#[cfg(feature = "dbus")]
 mod auth;
 #[cfg(feature = "dbus")]
 mod boards;
@@ -66,11 +68,15 @@ mod packaging;
 #[cfg(feature = "dbus")]
 mod playground;
 #[cfg(feature = "dbus")]
+mod privileges;
+#[cfg(feature = "dbus")]
 mod quotas;
 #[cfg(feature = "dbus")]
 mod remote;
 #[cfg(feature = "dbus")]
 mod resources;
+#[cfg(feature = "dbus")]
+mod secrets;
 #[cfg(feature = "dbus")]
 mod shell;
 #[cfg(feature = "dbus")]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::OnceLock;
 
 use crate::harness::daemon::executable;
@@ -12,6 +12,8 @@ use crate::harness::machine::{Machine, have_tools, tools};
 use crate::harness::wait::{SOON, eventually, skip};
 
 const UNIT: &str = include_str!("../../yocto/files/mender-connect.service");
+const CONFINED: &str = include_str!("../../yocto/files/mender-connect-confined.conf");
+const README: &str = include_str!("../../README.md");
 const CONFIG: &str = include_str!("../../yocto/files/debian/mender-connect.conf");
 const COPYRIGHT: &str = include_str!("../../yocto/files/debian/copyright");
 const BINARY: &str = "/usr/bin/mender-connect";
@@ -19,17 +21,42 @@ const CONFFILE: &str = "/etc/mender/mender-connect.conf";
 const UNIT_FILE: &str = "/lib/systemd/system/mender-connect.service";
 const ENABLED: &str = "/etc/systemd/system/multi-user.target.wants/mender-connect.service";
 
-#[test]
-fn systemd_understands_the_unit() {
+/// Asks systemd about the unit, and its drop-in if there is one.
+fn analyze(drop_in: Option<&str>, arguments: &[&str]) -> Option<Output> {
     let dir = tempfile::tempdir().unwrap();
     let copy = dir.path().join("mender-connect.service");
     fs::write(&copy, UNIT.replace(BINARY, &executable().display().to_string())).unwrap();
-    let mut command = Command::new("systemd-analyze");
-    // Other units' faults are none of ours.
-    command.args(["verify", "--man=no", "--recursive-errors=no"]).arg(&copy);
-    let Ok(output) = command.output() else { return skip("systemd-analyze is missing") };
-    let printed = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && !printed.contains("mender-connect"), "{printed}");
+    if let Some(text) = drop_in {
+        fs::create_dir(copy.with_extension("service.d")).unwrap();
+        fs::write(copy.with_extension("service.d").join("confined.conf"), text).unwrap();
+    }
+    let output = Command::new("systemd-analyze").args(arguments).arg(&copy).output();
+    if output.is_err() {
+        skip("systemd-analyze is missing");
+    }
+    output.ok()
+}
+
+#[test]
+fn systemd_understands_the_unit() {
+    for drop_in in [None, Some(CONFINED)] {
+        // Other units' faults are none of ours.
+        let Some(output) = analyze(drop_in, &["verify", "--man=no", "--recursive-errors=no"]) else { return };
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && !printed.contains("mender-connect"), "{printed}");
+    }
+}
+
+/// The README states them as systemd 252 gives them.
+#[test]
+fn exposure_is_as_stated() {
+    for (drop_in, score) in [(None, "9.6"), (Some(CONFINED), "3.3")] {
+        let Some(output) = analyze(drop_in, &["security", "--offline=true", "--no-pager"]) else { return };
+        let printed = String::from_utf8_lossy(&output.stdout);
+        let line = printed.lines().find(|line| line.contains("Overall exposure level")).unwrap_or(&printed);
+        assert!(line.contains(&format!(": {score} ")), "{line}");
+        assert!(README.contains(&format!("{score} with systemd 252")), "{score}");
+    }
 }
 
 #[test]

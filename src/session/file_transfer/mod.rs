@@ -6,12 +6,12 @@ pub mod rate;
 mod temporary;
 mod upload;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use data_encoding::HEXLOWER;
-use log::{debug, info, warn};
+use log::{debug, info};
 use nix::sys::stat::FileStat;
 use sha2::{Digest, Sha256};
 
@@ -19,6 +19,7 @@ use self::download::Download;
 use self::place::Failure;
 use self::upload::{Commit, Progress, Upload};
 use super::Context;
+use crate::audit::Record;
 use crate::outbox::FrameSink;
 use crate::proto::file::{self, FileInfo, Request};
 use crate::proto::{Frame, SessionId, UserId};
@@ -145,8 +146,7 @@ impl FileTransfer {
                     return self.finish_receiving(result, now);
                 }
                 if committing.give_up.is_some_and(|at| now >= at) {
-                    committing.commit.abandon();
-                    self.state = State::Idle;
+                    self.abort("the connection was lost");
                 }
             }
         }
@@ -210,7 +210,9 @@ impl FileTransfer {
     fn start_sending(&mut self, frame: Frame, now: Instant) {
         let limits = self.context.config.limits.as_ref();
         let known = self.known.as_ref();
+        let mut asked = PathBuf::new();
         let started = Request::decode(&frame.body).map_err(Failure::system).and_then(|request| {
+            asked.clone_from(&request.path);
             let known = known.filter(|(path, _)| *path == request.path).map(|(_, stat)| stat);
             Download::start(limits, &self.context.transferred, &request.path, known, now)
         });
@@ -221,16 +223,21 @@ impl FileTransfer {
                 self.stray_acks = true;
                 self.state = State::Sending(Box::new(Sending { about, download }));
             }
-            Err(failure) => self.refuse(&frame, &failure),
+            Err(failure) => {
+                self.log_refusal("download", &asked, &frame, &failure);
+                self.refuse(&frame, &failure);
+            }
         }
     }
 
     fn start_receiving(&mut self, frame: Frame, now: Instant) {
         let limits = self.context.config.limits.as_ref();
         self.stray_chunks = true;
-        let started = Request::decode(&frame.body)
-            .map_err(Failure::system)
-            .and_then(|request| Upload::start(limits, &self.context.transferred, &request, now));
+        let mut asked = PathBuf::new();
+        let started = Request::decode(&frame.body).map_err(Failure::system).and_then(|request| {
+            asked.clone_from(&request.path);
+            Upload::start(limits, &self.context.transferred, &request, now)
+        });
         match started {
             Ok(upload) => {
                 let about = About { user: frame.user(), request: frame, started: now };
@@ -239,7 +246,10 @@ impl FileTransfer {
                 self.sink.reply(&file::ack(&self.id, 0, None));
             }
             // The one refusal without a code: the server's answer would be another one than upstream's.
-            Err(failure) => self.refuse(&frame, &Failure { denied: false, ..failure }),
+            Err(failure) => {
+                self.log_refusal("upload", &asked, &frame, &failure);
+                self.refuse(&frame, &Failure { denied: false, ..failure });
+            }
         }
     }
 
@@ -259,8 +269,8 @@ impl FileTransfer {
         match std::mem::replace(&mut self.state, State::Idle) {
             State::Sending(sending) if sending.download.is_complete() => {
                 let Sending { about, download } = *sending;
-                let (path, size) = (download.path().to_owned(), download.sent());
-                self.log_success("sent", &path, size, download.digest(), &about, now);
+                let record = self.record("download", download.path(), &about, download.sent(), now);
+                log_success(record, download.digest());
             }
             other => self.state = other,
         }
@@ -278,43 +288,48 @@ impl FileTransfer {
     fn commit(&mut self) {
         let State::Receiving(receiving) = std::mem::replace(&mut self.state, State::Idle) else { return };
         let Receiving { about, upload } = *receiving;
+        let record = self.record("upload", upload.path(), &about, upload.received(), Instant::now());
         match upload.commit(&self.wake) {
             Ok(commit) => {
                 self.state = State::Committing(Box::new(Committing { about, commit, give_up: None }));
             }
-            Err(text) => self.tell_failure(&about.request, &text),
+            Err(text) => {
+                log_failure(record, "failed", &text);
+                self.tell_failure(&about.request, &text);
+            }
         }
     }
 
     fn finish_receiving(&mut self, result: Result<(), String>, now: Instant) {
         let State::Committing(committing) = std::mem::replace(&mut self.state, State::Idle) else { return };
         let Committing { about, commit, .. } = *committing;
+        let record = self.record("upload", &commit.path, &about, commit.size, now);
         match result {
             Ok(()) => {
                 self.sink.reply(&file::ack(&self.id, commit.size, user_of(&about)));
-                let (path, size) = (commit.path.clone(), commit.size);
-                self.log_success("received", &path, size, commit.digest(), &about, now);
+                log_success(record, commit.digest());
             }
-            Err(text) => self.tell_failure(&about.request, &text),
+            Err(text) => {
+                log_failure(record, "failed", &text);
+                self.tell_failure(&about.request, &text);
+            }
         }
     }
 
-    fn log_success(
-        &self,
-        what: &str,
-        path: &std::path::Path,
-        size: u64,
-        digest: Sha256,
-        about: &About,
-        now: Instant,
-    ) {
-        info!(
-            "session {}: {what} file {path:?}, size {size}, duration {:.3} s, sha256 {}, user {}",
-            self.id,
-            now.saturating_duration_since(about.started).as_secs_f64(),
-            HEXLOWER.encode(&digest.finalize()),
-            about.user
-        );
+    /// What every line about a transfer begins with.
+    fn record(&self, direction: &str, path: &Path, about: &About, bytes: u64, now: Instant) -> Record {
+        Record::new("transfer", Some(&self.id), &about.user)
+            .with("direction", direction)
+            .text("path", path.to_string_lossy())
+            .with("bytes", bytes)
+            .since(about.started, now)
+    }
+
+    fn log_refusal(&self, direction: &str, path: &Path, frame: &Frame, failure: &Failure) {
+        let now = Instant::now();
+        let about = About { user: frame.user(), request: frame.clone(), started: now };
+        let result = if failure.denied { "denied" } else { "failed" };
+        log_failure(self.record(direction, path, &about, 0, now), result, &failure.text);
     }
 
     /// The peer has a problem, which ends the transfer.
@@ -334,13 +349,12 @@ impl FileTransfer {
     }
 
     fn tell_failure(&self, cause: &Frame, text: &str) {
-        warn!("session {}: file transfer failed: {text}", self.id);
         self.sink.reply(&file::error(&self.id, cause, text, None));
     }
 
     /// Says no to a request; a transfer under way goes on.
     fn refuse(&self, cause: &Frame, failure: &Failure) {
-        warn!("session {}: {}: {}", self.id, cause.typ.escape_debug(), failure.text);
+        debug!("session {}: {}: {}", self.id, cause.typ.escape_debug(), failure.text);
         let code = failure.denied.then_some(FORBIDDEN);
         self.sink.reply(&file::error(&self.id, cause, &failure.text, code));
     }
@@ -350,16 +364,38 @@ impl FileTransfer {
             State::Idle => {}
             State::Sending(sending) => {
                 self.sink.discard_chunks();
-                let (path, sent) = (sending.download.path(), sending.download.sent());
-                info!("session {}: broke off sending {path:?} after {sent} bytes: {why}", self.id);
+                let Sending { about, download } = &*sending;
+                let record = self.record("download", download.path(), about, download.sent(), Instant::now());
+                log_failure(record, "failed", why);
             }
             State::Receiving(receiving) => {
-                let (path, received) = (receiving.upload.path(), receiving.upload.received());
-                info!("session {}: broke off receiving {path:?} after {received} bytes: {why}", self.id);
+                let Receiving { about, upload } = &*receiving;
+                let record = self.record("upload", upload.path(), about, upload.received(), Instant::now());
+                log_failure(record, "failed", why);
             }
-            State::Committing(committing) => committing.commit.abandon(),
+            State::Committing(committing) => {
+                let Committing { about, commit, .. } = &*committing;
+                commit.abandon();
+                let record = self.record("upload", &commit.path, about, commit.size, Instant::now());
+                log_failure(record, "abandoned", why);
+            }
         }
     }
+}
+
+impl Drop for FileTransfer {
+    fn drop(&mut self) {
+        // Only after a panic is there still something under way.
+        self.abort("internal error");
+    }
+}
+
+fn log_success(record: Record, digest: Sha256) {
+    record.with("result", "ok").with("sha256", HEXLOWER.encode(&digest.finalize())).log(true);
+}
+
+fn log_failure(record: Record, result: &str, why: &str) {
+    record.with("result", result).text("reason", why).log(false);
 }
 
 /// Whom acks are told back to, if there is anybody.

@@ -13,9 +13,11 @@ use nix::poll::PollFlags;
 use nix::sys::socket::SockType;
 
 use super::look_ups::LookUpPermit;
+use crate::audit::Record;
 use crate::config::Allowed;
 use crate::outbox::FrameSink;
 use crate::proto::forward::{Target, Transport};
+use crate::proto::{SessionId, UserId};
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, net, reason};
 
@@ -31,11 +33,14 @@ const SMALLEST_READ: usize = 2 * 1024;
 const LARGEST_READ: usize = 64 * 1024;
 /// The largest datagram.
 const DATAGRAM: usize = 65_535;
+/// What a refusal by the configuration begins with.
+const DENIED: &str = "access denied";
+/// In the audit log, of a connection that did what it was there for.
+const CLOSED: &str = "closed";
 
 /// A connection on behalf of a client.
 #[derive(Debug)]
 pub struct Connection {
-    target: Target,
     state: State,
     to_target: VecDeque<Bytes>,
     queued: usize,
@@ -45,6 +50,39 @@ pub struct Connection {
     pub owed: usize,
     /// When data last went either way.
     pub last_traffic: Instant,
+    trail: Trail,
+}
+
+/// What the audit log says of a connection when it's dropped.
+#[derive(Debug)]
+pub struct Trail {
+    session: SessionId,
+    user: UserId,
+    target: Target,
+    /// What was connected to.
+    address: Option<SocketAddr>,
+    started: Instant,
+    bytes_in: u64,
+    bytes_out: u64,
+    /// In a word.
+    result: &'static str,
+    reason: String,
+}
+
+impl Drop for Trail {
+    fn drop(&mut self) {
+        let Target { host, port, transport } = &self.target;
+        let address = self.address.map_or_else(String::new, |address| address.to_string());
+        Record::new("forward", Some(&self.session), &self.user)
+            .with("protocol", transport.name())
+            .text("target", format!("{host}:{port}"))
+            .text("address", address)
+            .since(self.started, Instant::now())
+            .bytes(self.bytes_in, self.bytes_out)
+            .with("result", self.result)
+            .text("reason", &self.reason)
+            .log(self.result == CLOSED);
+    }
 }
 
 #[derive(Debug)]
@@ -122,15 +160,37 @@ pub enum Input {
 
 impl Connection {
     /// Towards `target`, not begun.
-    pub fn new(target: Target, now: Instant) -> Self {
+    pub fn new(target: Target, session: &SessionId, user: UserId, now: Instant) -> Self {
+        let trail = Trail {
+            session: session.clone(),
+            user,
+            target,
+            address: None,
+            started: now,
+            bytes_in: 0,
+            bytes_out: 0,
+            result: CLOSED,
+            reason: "session".to_owned(),
+        };
         let state = State::Waiting { until: now + LOOK_UP_LIMIT };
         let to_target = VecDeque::new();
-        Connection { target, state, to_target, queued: 0, unacked: 0, owed: 0, last_traffic: now }
+        Connection { state, to_target, queued: 0, unacked: 0, owed: 0, last_traffic: now, trail }
+    }
+
+    /// Has the audit log say that it was closed in order, and by whom.
+    pub fn closed_by(&mut self, whom: &str) {
+        self.trail.reason = whom.to_owned();
+    }
+
+    /// Has the audit log say what went wrong.
+    pub fn broke(&mut self, why: &str) {
+        self.trail.result = if why.starts_with(DENIED) { "denied" } else { "failed" };
+        self.trail.reason = why.to_owned();
     }
 
     /// Where it goes.
     pub fn target(&self) -> &Target {
-        &self.target
+        &self.trail.target
     }
 
     /// Whether a thread is busy with its name.
@@ -140,7 +200,7 @@ impl Connection {
 
     /// As Go words it: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
     fn failed(&self, what: &str) -> Step {
-        Step::Failed(format!("dial {}{what}", self.target.transport.name()))
+        Step::Failed(format!("dial {}{what}", self.trail.target.transport.name()))
     }
 
     /// Goes on towards being open. `permit` gives the right to look a name up, if there is one to be had.
@@ -153,9 +213,11 @@ impl Connection {
     ) -> Step {
         match &self.state {
             State::Open(_) => Step::Pending,
-            State::Waiting { until } => match known_addresses(&self.target) {
+            State::Waiting { until } => match known_addresses(&self.trail.target) {
                 Some(addresses) => self.choose(addresses, allowed, now),
-                None if now >= *until => self.failed(&format!(": lookup {}: i/o timeout", self.target.host)),
+                None if now >= *until => {
+                    self.failed(&format!(": lookup {}: i/o timeout", self.trail.target.host))
+                }
                 None => match permit() {
                     Some(permit) => self.look_up(permit, wake, now),
                     None => Step::Pending,
@@ -163,9 +225,9 @@ impl Connection {
             },
             State::LookingUp { answer, until } => match answer.try_recv() {
                 Ok(Ok(addresses)) => self.choose(addresses, allowed, now),
-                Ok(Err(e)) => self.failed(&format!(": lookup {}: {e}", self.target.host)),
+                Ok(Err(e)) => self.failed(&format!(": lookup {}: {e}", self.trail.target.host)),
                 Err(TryRecvError::Empty) if now < *until => Step::Pending,
-                Err(_) => self.failed(&format!(": lookup {}: i/o timeout", self.target.host)),
+                Err(_) => self.failed(&format!(": lookup {}: i/o timeout", self.trail.target.host)),
             },
             State::Connecting { socket, until, .. } => {
                 let outcome = match (is_writable(socket), now >= *until) {
@@ -184,18 +246,18 @@ impl Connection {
             drop(permit);
             wake.notify();
         };
-        match net::look_up(&self.target.host, self.target.port, done) {
+        match net::look_up(&self.trail.target.host, self.trail.target.port, done) {
             Ok(answer) => {
                 self.state = State::LookingUp { answer, until: now + LOOK_UP_LIMIT };
                 Step::Pending
             }
-            Err(e) => self.failed(&format!(": lookup {}: {}", self.target.host, reason(&e))),
+            Err(e) => self.failed(&format!(": lookup {}: {}", self.trail.target.host, reason(&e))),
         }
     }
 
     /// Of the target's addresses those that may be reached, and no others, whatever the name says later.
     fn choose(&mut self, addresses: Vec<SocketAddr>, allowed: Option<&[Allowed]>, now: Instant) -> Step {
-        let Target { host, port, transport } = &self.target;
+        let Target { host, port, transport } = &self.trail.target;
         let permitted = |address: &SocketAddr| {
             let permits = |a: &Allowed| a.permits(transport.name(), host, address.ip(), *port);
             allowed.is_none_or(|allowed| allowed.iter().any(permits))
@@ -204,23 +266,21 @@ impl Connection {
         let addresses: VecDeque<SocketAddr> = addresses.into_iter().filter(permitted).collect();
         if total > 0 && addresses.is_empty() {
             let transport = transport.name();
-            return Step::Failed(format!(
-                "access denied: {transport}/{host}:{port} is not in PortForward.Allow"
-            ));
+            return Step::Failed(format!("{DENIED}: {transport}/{host}:{port} is not in PortForward.Allow"));
         }
         let none = format!(": lookup {host}: no such host");
         self.connect_next(addresses, none, now)
     }
 
     fn connect_next(&mut self, mut addresses: VecDeque<SocketAddr>, mut last: String, now: Instant) -> Step {
-        let kind = match self.target.transport {
+        let kind = match self.trail.target.transport {
             Transport::Tcp => SockType::Stream,
             Transport::Udp => SockType::Datagram,
         };
         while let Some(address) = addresses.pop_front() {
             match net::begin_connect(address, kind) {
                 Ok(fd) => {
-                    let socket = Socket::new(self.target.transport, fd);
+                    let socket = Socket::new(self.trail.target.transport, fd);
                     let until = now + CONNECT_LIMIT;
                     self.state = State::Connecting { socket, address, others: addresses, until };
                     return Step::Pending;
@@ -245,6 +305,7 @@ impl Connection {
                 }
                 self.state = State::Open(socket);
                 self.last_traffic = now;
+                self.trail.address = Some(address);
                 Step::Opened
             }
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
@@ -322,6 +383,7 @@ impl Connection {
             match written {
                 Ok(n) => {
                     self.last_traffic = now;
+                    self.trail.bytes_in += n as u64;
                     self.queued -= n;
                     let _ = data.split_to(n);
                     if data.is_empty() {
@@ -332,7 +394,7 @@ impl Connection {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
                     (self.to_target, self.queued) = (VecDeque::new(), 0);
-                    return Err(format!("write {}: {}", self.target.transport.name(), reason(&e)));
+                    return Err(format!("write {}: {}", self.trail.target.transport.name(), reason(&e)));
                 }
             }
         }
@@ -341,7 +403,7 @@ impl Connection {
 
     /// What [`Connection::read`] needs room for.
     pub fn largest_read(&self, sink: &FrameSink) -> usize {
-        match self.target.transport {
+        match self.trail.target.transport {
             Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
             Transport::Udp => DATAGRAM,
         }
@@ -355,9 +417,10 @@ impl Connection {
             _ => return Input::Nothing,
         };
         match result {
-            Ok(0) if self.target.transport == Transport::Tcp => Input::End(None),
+            Ok(0) if self.trail.target.transport == Transport::Tcp => Input::End(None),
             Ok(n) => {
                 self.last_traffic = now;
+                self.trail.bytes_out += n as u64;
                 Input::Data(n)
             }
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
@@ -365,7 +428,7 @@ impl Connection {
             }
             // Nobody listens there now; somebody may later.
             Err(e)
-                if self.target.transport == Transport::Udp
+                if self.trail.target.transport == Transport::Udp
                     && e.kind() == io::ErrorKind::ConnectionRefused =>
             {
                 Input::Nothing

@@ -110,7 +110,8 @@ impl PortForward {
             forward::FORWARD => self.take_data(frame, &id, now),
             forward::ACK => self.take_ack(&id),
             forward::STOP => match self.connections.remove(&id) {
-                Some(connection) => {
+                Some(mut connection) => {
+                    connection.closed_by("client");
                     self.send_in_order(forward::STOP, &id);
                     self.let_go(&id, connection, now);
                 }
@@ -138,7 +139,7 @@ impl PortForward {
             warn!("session {}: more than {MAX_CONNECTIONS} forwarded connections", self.id);
             return self.refuse(frame, "too many connections");
         }
-        self.connections.insert(id.clone(), Connection::new(target, now));
+        self.connections.insert(id.clone(), Connection::new(target, &self.id, frame.user(), now));
         self.advance(&id, now);
     }
 
@@ -160,7 +161,7 @@ impl PortForward {
                 self.flush(id, now);
             }
             Step::Failed(text) => {
-                warn!("session {}: port forward: {text}", self.id);
+                connection.broke(&text);
                 self.sink.reply(&forward::error(&self.id, forward::NEW, &text));
                 // What the client has sent meanwhile is acknowledged all the same: it waits for that.
                 if let Some(connection) = self.connections.remove(id) {
@@ -199,7 +200,9 @@ impl PortForward {
 
     /// The connection is broken.
     fn fail(&mut self, id: &ConnectionId, text: &str, now: Instant) {
-        debug!("session {}: port forward: {text}", self.id);
+        if let Some(connection) = self.connections.get_mut(id) {
+            connection.broke(text);
+        }
         self.stop(id, Some(text), now);
     }
 
@@ -344,9 +347,12 @@ impl PortForward {
     fn finish(&mut self, now: Instant) {
         let looking_up = self.finishing.iter().filter(|(c, _)| c.is_looking_up()).count();
         self.finishing.retain_mut(|(connection, until)| {
-            let failed =
-                matches!(advance(connection, looking_up, &self.context, &self.wake, now), Step::Failed(_));
-            let more = !failed && connection.flush(now).is_ok() && connection.has_output() && now < *until;
+            let step = advance(connection, looking_up, &self.context, &self.wake, now);
+            let flushed = if let Step::Failed(text) = step { Err(text) } else { connection.flush(now) };
+            if let Err(text) = &flushed {
+                connection.broke(text);
+            }
+            let more = flushed.is_ok() && connection.has_output() && now < *until;
             if !more {
                 connection.finish();
             }
@@ -376,8 +382,9 @@ impl PortForward {
                 self.sink.bulk(message);
             }
             Input::End(why) => {
-                if let Some(why) = why {
-                    debug!("session {}: port forward: read: {why}", self.id);
+                match why {
+                    None => connection.closed_by("target"),
+                    Some(why) => connection.broke(&format!("read: {why}")),
                 }
                 self.stop(id, None, now);
             }
@@ -393,7 +400,9 @@ impl PortForward {
             .map(|(id, _)| id.clone())
             .collect();
         for id in idle {
-            debug!("session {}: port forward: idle for {} s", self.id, IDLE_LIMIT.as_secs());
+            if let Some(connection) = self.connections.get_mut(&id) {
+                connection.closed_by("idle");
+            }
             self.stop(&id, None, now);
         }
     }

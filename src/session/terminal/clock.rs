@@ -27,8 +27,13 @@ pub struct Clock {
 pub enum Due {
     /// Ask the client.
     Ping,
-    /// End the shell, for this reason.
-    End(String),
+    /// End the shell.
+    End {
+        /// Why, in the audit log's word.
+        why: &'static str,
+        /// Why, for the client.
+        text: String,
+    },
 }
 
 impl Clock {
@@ -80,10 +85,11 @@ impl Clock {
                 Expiry::Age(limit) => format!("open for {} s", limit.as_secs()),
                 Expiry::Never => String::new(),
             };
-            return Some(Due::End(format!("session expired: {text}")));
+            return Some(Due::End { why: "expired", text: format!("session expired: {text}") });
         }
         if now >= self.pong_limit {
-            return Some(Due::End("health check failed: the client did not answer".to_owned()));
+            let text = "health check failed: the client did not answer".to_owned();
+            return Some(Due::End { why: "health check failed", text });
         }
         if now >= self.next_ping {
             // From now on, not from when it was due: a stopped process mustn't catch up.
@@ -102,7 +108,7 @@ mod tests {
 
     fn end(due: Option<Due>) -> String {
         match due {
-            Some(Due::End(why)) => why,
+            Some(Due::End { text, .. }) => text,
             other => panic!("{other:?}"),
         }
     }

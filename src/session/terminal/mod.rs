@@ -23,6 +23,7 @@ use self::clock::{Clock, Due};
 use self::shell::{Shell, Then};
 use super::quota::{MAX_SHELLS, ShellPermit};
 use super::{Context, Info, ShellInfo};
+use crate::audit::Record;
 use crate::outbox::FrameSink;
 use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId};
@@ -72,10 +73,15 @@ struct Running {
     at_end: bool,
     /// When the other of the two is not waited for any longer.
     give_up: Option<Instant>,
+    /// Bytes of output.
+    shown: u64,
 }
 
 struct Ending {
     process: SessionLeader,
+    shown: u64,
+    /// Why it ends, as the audit log has it.
+    why: &'static str,
     permit: Option<ShellPermit>,
     /// The client waits for an answer.
     answer: bool,
@@ -116,8 +122,10 @@ impl Terminal {
             (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
                 running.clock.input(now);
-                self.info.update(|shell| shell.last_input = now);
-                if let Err(reason) = running.shell.type_in(&frame.body) {
+                let typed = running.shell.type_in(&frame.body);
+                let bytes = if typed.is_ok() { frame.body.len() } else { 0 };
+                self.info.update(|shell| shell.input(bytes, now));
+                if let Err(reason) = typed {
                     let id = self.id.as_str();
                     let text =
                         format!("routeMessage: shell command execution error, session_id={id}: {reason}");
@@ -133,10 +141,9 @@ impl Terminal {
             }
             (State::Running(running), wire::PONG) => running.clock.pong(now),
             (State::Running(_), wire::STOP) => {
-                info!("session {}: stop requested by user {:?}", self.id, frame.user().as_str());
                 // After the answer nothing may come, and before it nothing needs to.
                 self.sink.discard_output();
-                self.end(true, STOP_GRACE, now);
+                self.end("stopped", true, STOP_GRACE, now);
             }
             (_, wire::NEW) => self.start(&frame, now),
             _ => {
@@ -149,7 +156,7 @@ impl Terminal {
 
     fn start(&mut self, frame: &Frame, now: Instant) {
         if let Err(reason) = self.try_start(frame, now) {
-            warn!("session {}: {reason}", self.id);
+            Record::new("shell-refused", Some(&self.id), &frame.user()).text("reason", &reason).log(false);
             self.sink.reply(&wire::failure(&self.id, wire::NEW, reason));
         }
     }
@@ -170,11 +177,12 @@ impl Terminal {
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
         let shell = Shell::start(&config.shell, size).map_err(|e| format!("failed to start shell: {e}"))?;
-        info!("session {}: shell started for user {user}, pid {}", self.id, shell.process.pid());
-        self.info.set(Some(ShellInfo { user, pid: shell.process.pid(), started: now, last_input: now }));
+        let pid = shell.process.pid();
+        Record::new("shell-start", Some(&self.id), &user).with("pid", pid).log(true);
+        self.info.set(ShellInfo { user, pid, started: now, last_input: now, typed: 0 });
         self.sink.reply(&wire::started(&self.id));
         let clock = Clock::new(config.sessions.expiry, now);
-        let running = Running { shell, permit, clock, exit: None, at_end: false, give_up: None };
+        let running = Running { shell, permit, clock, exit: None, at_end: false, give_up: None, shown: 0 };
         self.state = State::Running(Box::new(running));
         Ok(())
     }
@@ -183,7 +191,7 @@ impl Terminal {
     /// is free at once, so that nothing is in the way of those who come back.
     pub fn hang_up(&mut self, now: Instant) {
         self.deferred.clear();
-        self.end(false, HANG_UP_GRACE, now);
+        self.end("link lost", false, HANG_UP_GRACE, now);
         if let State::Ending(ending) = &mut self.state {
             ending.permit = None;
             ending.answer = false;
@@ -192,24 +200,37 @@ impl Terminal {
     }
 
     /// From running to ending: the terminal is closed, which hangs it up, and the processes are told.
-    fn end(&mut self, answer: bool, grace: Duration, now: Instant) {
+    fn end(&mut self, why: &'static str, answer: bool, grace: Duration, now: Instant) {
         match std::mem::replace(&mut self.state, State::Nothing) {
             State::Running(running) => {
-                let Running { shell: Shell { process, .. }, permit, .. } = *running;
+                let Running { shell: Shell { process, .. }, permit, shown, .. } = *running;
                 process.hang_up();
                 let deadline = Some(now + grace);
                 let permit = Some(permit);
-                self.state = State::Ending(Ending { process, permit, answer, killed: false, deadline });
+                self.state =
+                    State::Ending(Ending { process, shown, why, permit, answer, killed: false, deadline });
             }
             other => self.state = other,
         }
     }
 
     /// Ends the shell for a reason of ours, which the client is told behind the output it has coming.
-    fn end_because(&mut self, reason: String, now: Instant) {
+    fn end_because(&mut self, why: &'static str, reason: String, now: Instant) {
         info!("session {}: {reason}", self.id);
         self.sink.reply(&wire::failure(&self.id, wire::STOP, reason));
-        self.end(false, STOP_GRACE, now);
+        self.end(why, false, STOP_GRACE, now);
+    }
+
+    /// The shell is over.
+    fn log_end(&self, shown: u64, status: &str, why: &str, now: Instant) {
+        let Some(shell) = self.info.take() else { return };
+        Record::new("shell-end", Some(&self.id), &shell.user)
+            .with("pid", shell.pid)
+            .since(shell.started, now)
+            .bytes(shell.typed, shown)
+            .text("status", status)
+            .text("reason", why)
+            .log(true);
     }
 
     /// When [`Terminal::proceed`] wants to be called though nothing happened.
@@ -295,7 +316,7 @@ impl Terminal {
                 Some(status) if self.sink.takes_data() => return self.ended_by_itself(status, now),
                 // The last output still waits for the link.
                 Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
-                None => return self.end_because(ENDED.to_owned(), now),
+                None => return self.end_because("hung up", ENDED.to_owned(), now),
             }
         }
         // The reader may have typed.
@@ -304,7 +325,7 @@ impl Terminal {
         }
         match running.clock.due(now) {
             Some(Due::Ping) => self.sink.reply(&wire::ping(&self.id, clock::PING_TIMEOUT)),
-            Some(Due::End(reason)) => self.end_because(reason, now),
+            Some(Due::End { why, text }) => self.end_because(why, text, now),
             None => {}
         }
     }
@@ -319,6 +340,7 @@ impl Terminal {
                 (length, (length, then))
             });
             if length > 0 {
+                running.shown += length as u64;
                 self.sink.output(message);
             }
             match then {
@@ -335,7 +357,7 @@ impl Terminal {
     fn ended_by_itself(&mut self, status: ExitStatus, now: Instant) {
         let State::Running(running) = std::mem::replace(&mut self.state, State::Nothing) else { return };
         let age = now.saturating_duration_since(running.clock.started());
-        info!("session {}: shell ended with {status} after {:.1} s", self.id, age.as_secs_f32());
+        self.log_end(running.shown, &status.to_string(), "exited", now);
         if status.code() == Some(2) && age < Duration::from_secs(1) {
             warn!(
                 "the shell ended at once with exit status 2: it may not know its arguments {:?}; \
@@ -343,7 +365,6 @@ impl Terminal {
                 self.context.config.shell.arguments
             );
         }
-        self.info.set(None);
         // The slot is free before the client can know.
         drop(running);
         self.sink.reply(&wire::failure(&self.id, wire::STOP, ENDED));
@@ -354,9 +375,8 @@ impl Terminal {
         if ready.process
             && let Some(status) = ending.process.try_wait()
         {
-            info!("session {}: shell ended with {status}", self.id);
-            let answer = ending.answer;
-            self.info.set(None);
+            let Ending { answer, shown, why, .. } = *ending;
+            self.log_end(shown, &status.to_string(), why, now);
             self.state = State::Nothing;
             if answer {
                 self.sink.reply(&wire::stopped(&self.id));
@@ -378,6 +398,13 @@ impl Terminal {
                 self.sink.reply(&wire::failure(&self.id, wire::STOP, text));
             }
         }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // Only after a panic is there still one.
+        self.log_end(0, "", "failed", Instant::now());
     }
 }
 

@@ -38,8 +38,9 @@ impl Shell {
         let words = |e: io::Error| crate::sys::reason(&e);
         let owner = nix::unistd::geteuid().is_root().then_some(shell.user.uid);
         let (pty, tty) = Pty::open(size, owner).map_err(words)?;
-        let process = SessionLeader::spawn(&shell.command, &shell.arguments, &shell.user, tty)
-            .map_err(|e| format!("fork/exec {}: {}", shell.command.display(), words(e)))?;
+        let config::Shell { command, arguments, user, no_new_privileges } = shell;
+        let process = SessionLeader::spawn(command, arguments, user, *no_new_privileges, tty)
+            .map_err(|e| format!("fork/exec {}: {}", command.display(), words(e)))?;
         Ok(Shell { process, pty: Arc::new(pty), input: VecDeque::new() })
     }
 

@@ -1,0 +1,77 @@
+//! The audit log: a line for each session, shell, transfer, forward and command, of the form `event=… key=value …`.
+//!
+//! Which keys an event has, their order and what they mean is described in the README and stays so. Texts are quoted
+//! and escaped, numbers are bare, times are seconds. Of what was typed, shown or transferred nothing is in it.
+
+use std::fmt::{Display, Write};
+use std::time::Instant;
+
+use log::{Level, log};
+
+use crate::proto::{SessionId, UserId};
+
+/// By which the logger knows these lines.
+pub const TARGET: &str = module_path!();
+
+/// A line being written.
+#[derive(Debug)]
+#[must_use]
+pub struct Record(String);
+
+impl Record {
+    /// About something that is `user`'s, in a session if it belongs to one.
+    pub fn new(event: &str, session: Option<&SessionId>, user: &UserId) -> Self {
+        let session = session.map_or("", SessionId::as_str);
+        Record(format!("event={event} session={session:?} user={:?}", user.as_str()))
+    }
+
+    /// A number, or a word that needs no quotes.
+    pub fn with(mut self, key: &str, value: impl Display) -> Self {
+        // Writing to a String doesn't fail.
+        let _ = write!(self.0, " {key}={value}");
+        self
+    }
+
+    /// Anything else: quoted.
+    pub fn text(mut self, key: &str, value: impl AsRef<str>) -> Self {
+        let _ = write!(self.0, " {key}={:?}", value.as_ref());
+        self
+    }
+
+    /// How long it took, in seconds.
+    pub fn since(self, start: Instant, now: Instant) -> Self {
+        let seconds = now.saturating_duration_since(start).as_secs_f64();
+        self.with("duration", format_args!("{seconds:.3}"))
+    }
+
+    /// Payload in bytes: to the device and from it.
+    pub fn bytes(self, bytes_in: u64, bytes_out: u64) -> Self {
+        self.with("bytes_in", bytes_in).with("bytes_out", bytes_out)
+    }
+
+    /// Writes the line: as a warning where something was refused or has failed.
+    pub fn log(self, good: bool) {
+        log!(target: TARGET, if good { Level::Info } else { Level::Warn }, "{}", self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_peer_cannot_forge_a_line() {
+        let start = Instant::now();
+        let session = SessionId::new("s\nevent=x");
+        let record = Record::new("shell-end", session.as_ref(), &"a\" pid=1".into())
+            .with("pid", 7)
+            .since(start, start + Duration::from_millis(1500))
+            .bytes(1, 2)
+            .text("reason", "\u{1b}[2J");
+        assert_eq!(
+            record.0,
+            r#"event=shell-end session="s\nevent=x" user="a\" pid=1" pid=7 duration=1.500 bytes_in=1 bytes_out=2 reason="\u{1b}[2J""#
+        );
+    }
+}

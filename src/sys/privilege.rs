@@ -1,0 +1,169 @@
+//! What the process gives up at its start, and what the programs it runs get back. To be called before any other
+//! thread is started: capabilities belong to threads, and are inherited.
+
+use std::io;
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::geteuid;
+
+/// capabilities(7), as far as this program uses any.
+const CHOWN: u32 = 0;
+const DAC_OVERRIDE: u32 = 1;
+const DAC_READ_SEARCH: u32 = 2;
+const FOWNER: u32 = 3;
+const FSETID: u32 = 4;
+const KILL: u32 = 5;
+const SETGID: u32 = 6;
+const SETUID: u32 = 7;
+
+/// What the process was started with.
+#[derive(Debug)]
+struct Inherited {
+    umask: Mode,
+    /// Soft and hard.
+    core: Option<(rlim_t, rlim_t)>,
+}
+
+static INHERITED: OnceLock<Inherited> = OnceLock::new();
+
+/// The memory, which holds the token, goes into no core file and isn't shown to other processes of the user; new
+/// files are for the user alone.
+///
+/// # Errors
+/// When the system refuses the first.
+pub fn keep_to_oneself() -> io::Result<()> {
+    let core = getrlimit(Resource::RLIMIT_CORE).ok();
+    let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), core });
+    if let Some((_, hard)) = core {
+        setrlimit(Resource::RLIMIT_CORE, 0, hard)?;
+    }
+    // The limit doesn't count where core files are piped to a program.
+    prctl::set_dumpable(false)?;
+    Ok(())
+}
+
+/// Gives a program what the daemon was started with. Async-signal-safe, to be called between fork and exec.
+///
+/// # Errors
+/// What setrlimit(2) says.
+pub fn restore() -> io::Result<()> {
+    let Some(Inherited { umask: mask, core }) = INHERITED.get() else { return Ok(()) };
+    umask(*mask);
+    if let Some((soft, hard)) = core {
+        setrlimit(Resource::RLIMIT_CORE, *soft, *hard)?;
+    }
+    Ok(())
+}
+
+/// What the daemon does that takes privileges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Needs {
+    /// Shells of a user.
+    pub shells: bool,
+    /// Reading and writing anybody's files.
+    pub files: bool,
+    /// Running programs that may do anything root may: shells with sudo, the Mender client.
+    pub privileged_programs: bool,
+}
+
+impl Needs {
+    /// A bit for each capability.
+    fn capabilities(self) -> u64 {
+        let set = |needed: bool, capabilities: &[u32]| {
+            capabilities.iter().filter(|_| needed).fold(0, |set, capability| set | 1 << capability)
+        };
+        // Certificates and other things to be read may belong to anybody.
+        set(true, &[DAC_READ_SEARCH])
+            | set(self.shells, &[CHOWN, KILL, SETGID, SETUID])
+            | set(self.files, &[CHOWN, DAC_OVERRIDE, FOWNER, FSETID])
+    }
+}
+
+/// Gives up for ever what isn't needed: root's capabilities beyond it, and, unless a program run may need more, also
+/// that such a program could get any (the bounding set, no_new_privs).
+///
+/// # Errors
+/// When the system refuses; what could be given up is gone.
+pub fn reduce(needs: Needs) -> io::Result<()> {
+    let kept = needs.capabilities();
+    if !needs.privileged_programs {
+        prctl::set_no_new_privs()?;
+    }
+    // Whoever starts the daemon as another user says himself what that one may.
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    if !needs.privileged_programs {
+        bound(kept)?;
+    }
+    limit(kept)
+}
+
+/// Takes capabilities from what programs may get.
+#[allow(unsafe_code)]
+fn bound(kept: u64) -> io::Result<()> {
+    for capability in (0..u64::BITS).filter(|capability| kept & 1 << capability == 0) {
+        // SAFETY: takes integers and touches no memory of ours.
+        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) };
+        match Errno::result(result) {
+            // Beyond the last one that the kernel knows.
+            Err(Errno::EINVAL) => break,
+            other => other?,
+        };
+    }
+    Ok(())
+}
+
+/// `struct __user_cap_header_struct` and `__user_cap_data_struct` of linux/capability.h, version 3.
+#[repr(C)]
+struct Header {
+    version: u32,
+    pid: libc::c_int,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Sets {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// Takes all capabilities but these from this thread.
+#[allow(unsafe_code)]
+fn limit(kept: u64) -> io::Result<()> {
+    let mut header = Header { version: 0x2008_0522, pid: 0 };
+    // The lower 32 capabilities, then the upper ones.
+    let mut sets = [Sets::default(); 2];
+    // SAFETY: the kernel reads one header and writes two sets, which is what version 3 is defined to have; both
+    // live until the call returns.
+    let result = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) };
+    Errno::result(result)?;
+    for (n, set) in sets.iter_mut().enumerate() {
+        let kept = (kept >> (32 * n)) as u32;
+        set.effective &= kept;
+        set.permitted &= kept;
+    }
+    // SAFETY: as above, only that the sets are read.
+    let result = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) };
+    Errno::result(result).map(drop).map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_feature_has_its_capabilities() {
+        let needs = |shells, files| Needs { shells, files, privileged_programs: true }.capabilities();
+        assert_eq!(needs(false, false), 0b0000_0100);
+        assert_eq!(needs(true, false), 0b1110_0101);
+        assert_eq!(needs(false, true), 0b0001_1111);
+        assert_eq!(needs(true, true), 0b1111_1111);
+    }
+}

@@ -1,0 +1,76 @@
+//! An allocator that wipes memory before it's given back: a token that was replaced, or a password that was typed,
+//! leaves no copy behind in what libraries made of it on its way.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::hint::black_box;
+
+/// Larger blocks hold files and output; a token is in no more than the headers a server takes.
+const LARGEST: usize = 16 * 1024;
+
+/// The system's allocator, with blocks of up to 16 KiB wiped when they are freed.
+#[derive(Debug)]
+pub struct Wiping;
+
+// SAFETY: memory comes from the system's allocator and goes back to it with the same layout. What is written to lies
+// within a block that nobody uses any more.
+#[allow(unsafe_code)]
+unsafe impl GlobalAlloc for Wiping {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        if layout.size() <= LARGEST {
+            // SAFETY: the block has that size and is the caller's to give up.
+            unsafe { block.write_bytes(0, layout.size()) };
+            // Else the compiler would leave out what it believes nobody reads.
+            black_box(block);
+        }
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(block, layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        if layout.size() > LARGEST {
+            // SAFETY: as the caller promises.
+            return unsafe { System.realloc(block, layout, size) };
+        }
+        // The system's would leave the old block as it is.
+        // SAFETY: the caller promises that the size fits the alignment.
+        let new = unsafe { self.alloc(Layout::from_size_align_unchecked(size, layout.align())) };
+        if !new.is_null() {
+            // SAFETY: two blocks, each at least as large as what is copied; the old one is given up.
+            unsafe {
+                new.copy_from_nonoverlapping(block, layout.size().min(size));
+                self.dealloc(block, layout);
+            }
+        }
+        new
+    }
+}
+
+/// Wipes the texts of a message that has been dealt with: libdbus keeps messages to use their memory again.
+#[cfg(feature = "dbus")]
+#[allow(unsafe_code)]
+pub fn wipe_texts(message: &mut dbus::Message) {
+    let mut arguments = message.iter_init();
+    loop {
+        if let Some(text) = arguments.get::<&str>() {
+            let (start, length) = (text.as_ptr().addr(), text.len());
+            let start = std::ptr::with_exposed_provenance_mut::<u8>(start);
+            // SAFETY: so many bytes of libdbus's are the text, and not the zero behind it. The message is only ours,
+            // and nothing that was borrowed from it lives any more.
+            unsafe { start.write_bytes(0, length) };
+            black_box(start);
+        }
+        if !arguments.next() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! What the agent keeps of root's privileges, by its configuration, and what its programs get.
+
+use std::fs;
+
+use serde_json::json;
+
+use crate::harness::client::{Style, Terminal};
+use crate::harness::daemon::emulated;
+use crate::harness::rest::{Form, Rest};
+use crate::harness::rig::{Setup, is_root};
+use crate::harness::wait::skip;
+
+/// A line of /proc/PID/status.
+fn status(pid: &str, field: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("read the status");
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).expect(field);
+    line.trim_start_matches(':').trim().to_owned()
+}
+
+fn capabilities(pid: &str, set: &str) -> u64 {
+    u64::from_str_radix(&status(pid, set), 16).expect("a number")
+}
+
+/// Names as in capabilities(7), by their numbers.
+const NAMES: [&str; 8] =
+    ["chown", "dac_override", "dac_read_search", "fowner", "fsetid", "kill", "setgid", "setuid"];
+
+fn names(set: u64) -> Vec<&'static str> {
+    assert!(set < 1 << NAMES.len(), "{set:x}");
+    (0..NAMES.len()).filter(|n| set & 1 << n != 0).map(|n| NAMES[n]).collect()
+}
+
+fn cannot_tell() -> bool {
+    if !is_root() {
+        skip("only root has privileges to give up");
+        return true;
+    }
+    emulated("its privileges are the emulator's")
+}
+
+#[test]
+fn the_daemon_keeps_what_its_features_need() {
+    if cannot_tell() {
+        return;
+    }
+    let all = capabilities("self", "CapBnd");
+    let off = json!({ "Disable": true });
+    let shells = ["chown", "dac_read_search", "kill", "setgid", "setuid"];
+    let files = ["chown", "dac_override", "dac_read_search", "fowner", "fsetid"];
+    let quiet = Setup::new().set("MenderClient", off.clone());
+    for (setup, kept, bounded) in [
+        (Setup::new(), &NAMES[..], false),
+        (Setup::new().set("FileTransfer", off.clone()), &shells, false),
+        // The Mender client runs as root.
+        (Setup::new().set("Terminal", off.clone()), &files, false),
+        (quiet.set("Terminal", off.clone()), &files, true),
+    ] {
+        let (rig, device) = setup.connected();
+        let pid = rig.daemon.pid().to_string();
+        for task in fs::read_dir(format!("/proc/{pid}/task")).expect("threads") {
+            let task = format!("{pid}/task/{}", task.expect("a thread").file_name().display());
+            assert_eq!(names(capabilities(&task, "CapEff")), kept, "{task}");
+            assert_eq!(capabilities(&task, "CapPrm"), capabilities(&task, "CapEff"));
+            let bounding = capabilities(&task, "CapBnd");
+            assert_eq!(bounding, if bounded { capabilities(&task, "CapEff") } else { all });
+            assert_eq!(status(&task, "NoNewPrivs"), if bounded { "1" } else { "0" });
+        }
+        drop(device);
+    }
+}
+
+#[test]
+fn roots_shell_may_do_everything() {
+    if cannot_tell() {
+        return;
+    }
+    let (_rig, _device, mut terminal) = Setup::new().terminal();
+    let shell = terminal.run("echo $$");
+    for set in ["CapEff", "CapPrm", "CapBnd"] {
+        assert_eq!(capabilities(&shell, set), capabilities("self", set), "{set}");
+    }
+    assert_eq!(status(&shell, "NoNewPrivs"), "0");
+    assert_eq!(terminal.run("umask"), terminal.run("grep Umask /proc/$$/status | cut -f2"));
+}
+
+/// A program that is set-uid works in a shell unless the configuration says that none may.
+#[test]
+fn nothing_in_a_confined_shell_becomes_more_than_its_user() {
+    use std::os::unix::fs::PermissionsExt;
+    if cannot_tell() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+    let program = dir.path().join("id");
+    fs::copy("/usr/bin/id", &program).expect("copy");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).expect("chmod");
+    let command = format!("{} -u", program.display());
+    for (confined, euid) in [(false, "0"), (true, "65534")] {
+        let terminal = json!({ "NoNewPrivileges": confined });
+        let (_rig, _device, mut terminal) =
+            Setup::new().set("User", "nobody").set("Terminal", terminal).terminal();
+        assert_eq!(terminal.run(&command), euid, "a confined shell: {confined}");
+    }
+    // Root's own shell has what the daemon has, and no more.
+    let (_rig, _device, mut terminal) =
+        Setup::new().set("Terminal", json!({ "NoNewPrivileges": true })).terminal();
+    let shell = terminal.run("echo $$");
+    assert_eq!(names(capabilities(&shell, "CapEff")), NAMES);
+}
+
+/// With what is left the daemon still does what it's for: other people's files and shells.
+#[test]
+fn nothing_is_lacking_that_is_needed() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    if cannot_tell() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let private = dir.path().join("private");
+    fs::create_dir(&private).expect("a directory");
+    fs::set_permissions(&private, fs::Permissions::from_mode(0o700)).expect("chmod");
+    chown(&private, Some(65534), Some(65534)).expect("chown");
+    let file = private.join("file");
+    fs::write(&file, "theirs").expect("write");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("chmod");
+    chown(&file, Some(65534), Some(65534)).expect("chown");
+
+    let (_rig, device) = Setup::new().set("User", "nobody").connected();
+    let path = file.to_str().expect("UTF-8");
+    assert_eq!(Rest::download(&device, path).expect("a download").bytes, b"theirs");
+    let form = Form { uid: Some(2), gid: Some(3), mode: Some(0o640), ..Form::to(&file) };
+    Rest::upload(&device, &form, b"new").expect("an upload");
+    let stat = fs::metadata(&file).expect("the file");
+    assert_eq!((stat.uid(), stat.gid(), stat.mode() & 0o7777), (2, 3, 0o640));
+
+    // Somebody else's processes get the hang-up and are killed, too.
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open_with_prompt();
+    assert_eq!(terminal.run("id -u"), "65534");
+    terminal.run("trap '' HUP TERM");
+    terminal.stop();
+}
