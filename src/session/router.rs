@@ -172,6 +172,10 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
     }
 
     fn create(&mut self, id: &SessionId, frame: Frame) {
+        if self.outbox.is_crowded() {
+            // A server that doesn't read what sessions leave behind gets no more of them.
+            return debug!("dropping {}/{:?}: too many answers wait", frame.proto, frame.typ);
+        }
         // Shells have a quota of their own: no flood of other sessions is in their way.
         let started = if frame.proto != SHELL && self.table.lock().len() >= MAX_SESSIONS {
             Err("too many sessions".to_owned())
@@ -244,5 +248,44 @@ impl<S> Drop for Router<S> {
         for (_, entry) in self.table.lock().drain() {
             entry.inbox.hang_up();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+    use crate::outbox::{REPLIES_IN_FLIGHT, Room};
+
+    #[test]
+    fn sessions_that_come_and_go_leave_no_more_behind_than_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("conf");
+        std::fs::write(&file, r#"{ "ShellCommand": "/bin/sh", "User": "root" }"#).unwrap();
+        let context = Context::new(config::load(&file, &dir.path().join("absent")).unwrap());
+        let outbox = Arc::new(Outbox::default());
+        let begin = |_: &Arc<Context>, seat: Seat| {
+            while seat.sink.takes_replies() {
+                seat.sink.reply(&control::pong(&seat.id));
+            }
+            Ok(())
+        };
+        let mut router = Router::with(&context, &outbox, begin).unwrap();
+        let mut flood = || {
+            for number in 0..1000 {
+                router.route(Frame::new(
+                    CONTROL,
+                    control::PING,
+                    SessionId::new(&number.to_string()).as_ref(),
+                ));
+            }
+            let all = Room { bulk: true, interactive: true };
+            std::iter::from_fn(|| outbox.try_next(all)).count()
+        };
+        // And more once that was read.
+        for left in [flood(), flood()] {
+            assert!((4096..4096 + REPLIES_IN_FLIGHT).contains(&left), "{left}");
+        }
+        assert_eq!(context.counts().0, 0);
     }
 }
