@@ -23,7 +23,7 @@ fuzz_target!(|data: &[u8]| {
     }
     if !data.contains(&0) {
         // Nothing laid over a file changes it, and neither does the file itself.
-        let over: &[u8] = if data.len() % 2 == 0 { b"{}" } else { data };
+        let over: &[u8] = if data.len().is_multiple_of(2) { b"{}" } else { data };
         assert_eq!(read(over, data), config);
     }
 });

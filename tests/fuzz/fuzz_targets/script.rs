@@ -76,7 +76,7 @@ enum Sid {
 
 /// Mostly a few, and now and then as many as it takes to meet a bound.
 fn few_or(many: u16, number: u8) -> u16 {
-    if number < 250 { u16::from(number % 5) } else { many }
+    if number < 255 { u16::from(number % 5) } else { many }
 }
 
 #[derive(Arbitrary, Debug, Clone)]
