@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::str::FromStr;
 
 use thiserror::Error;
 
@@ -78,12 +79,11 @@ impl Host {
         };
         let bare = name.strip_prefix('[').and_then(|n| n.strip_suffix(']')).unwrap_or(name);
         match (bare.parse::<IpAddr>(), bits) {
-            (Ok(address), None) => Ok(Host::Network(address, if address.is_ipv4() { 32 } else { 128 })),
-            (Ok(address), Some(bits)) => {
+            (Ok(address), bits) => {
                 let most = if address.is_ipv4() { 32 } else { 128 };
-                let bits = bits.parse().ok().filter(|b| *b <= most);
+                let bits = bits.map_or(Some(most), |bits| number(bits).filter(|b| *b <= most));
                 let bits = bits.ok_or_else(|| format!("a network of {address} has 0 to {most} bits"))?;
-                Ok(Host::Network(address, bits))
+                Ok(Host::network(address, bits))
             }
             (Err(_), Some(_)) => Err(format!("{name:?} is no address")),
             (Err(_), None) => {
@@ -97,6 +97,21 @@ impl Host {
             }
         }
     }
+
+    /// IPv4 addresses in IPv6's clothes are those IPv4 addresses: that is how [`Allowed::permits`] sees them.
+    fn network(address: IpAddr, bits: u32) -> Self {
+        let plain = address.to_canonical();
+        if plain != address && bits >= 96 {
+            Host::Network(plain, bits - 96)
+        } else {
+            Host::Network(address, bits)
+        }
+    }
+}
+
+/// A number in digits alone: the standard library would take a sign, too.
+fn number<T: FromStr>(text: &str) -> Option<T> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
 fn parse_ports(ports: &str) -> Result<RangeInclusive<u16>, String> {
@@ -104,8 +119,9 @@ fn parse_ports(ports: &str) -> Result<RangeInclusive<u16>, String> {
         return Ok(1..=u16::MAX);
     }
     let port = |text: &str| {
-        let port: Option<u16> = text.parse().ok().filter(|port| *port > 0);
-        port.ok_or_else(|| format!("{text:?} is no port, expected 1 to 65535"))
+        number(text)
+            .filter(|port: &u16| *port > 0)
+            .ok_or_else(|| format!("{text:?} is no port, expected 1 to 65535"))
     };
     let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
     let range = port(first)?..=port(last)?;
@@ -124,6 +140,9 @@ mod tests {
     fn entries_match_what_they_say() {
         assert!(permits("tcp/127.0.0.1:22", "tcp", "127.0.0.1", "127.0.0.1", 22));
         assert!(permits("tcp/127.0.0.1:22", "tcp", "x", "::ffff:127.0.0.1", 22));
+        assert!(permits("tcp/[::ffff:10.0.0.1]:22", "tcp", "x", "10.0.0.1", 22));
+        assert!(permits("tcp/[::ffff:10.0.0.0]/104:22", "tcp", "x", "10.9.9.9", 22));
+        assert!(!permits("tcp/[::ffff:10.0.0.0]/104:22", "tcp", "x", "11.0.0.1", 22));
         assert!(!permits("tcp/127.0.0.1:22", "udp", "127.0.0.1", "127.0.0.1", 22));
         assert!(!permits("tcp/127.0.0.1:22", "tcp", "127.0.0.1", "127.0.0.1", 23));
         assert!(!permits("tcp/127.0.0.1:22", "tcp", "127.0.0.2", "127.0.0.2", 22));
@@ -157,6 +176,8 @@ mod tests {
             ("tcp/host:65536", "is no port"),
             ("tcp/host:9-8", "is empty"),
             ("tcp/::1:22", "in brackets"),
+            ("tcp/host:+80", "is no port"),
+            ("tcp/10.0.0.0/+8:1", "0 to 32 bits"),
             ("tcp/10.0.0.0/33:1", "0 to 32 bits"),
             ("tcp/name/8:1", "is no address"),
             ("tcp/:1", "neither an address nor a name"),

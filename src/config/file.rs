@@ -274,13 +274,24 @@ fn read(file: &Path, settings: &mut Settings, notes: &mut Notes) -> Result<bool,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(ConfigError::Open { file: file.to_owned(), error }),
     };
+    lay(file, &text, settings, notes)?;
+    Ok(true)
+}
+
+/// Lays the text of a file over `settings`.
+pub(super) fn lay(
+    file: &Path,
+    text: &[u8],
+    settings: &mut Settings,
+    notes: &mut Notes,
+) -> Result<(), ConfigError> {
     let mut document = Document { settings, deprecated: Deprecated::default() };
-    let unknown = json::merge(&text, &mut document)?;
+    let unknown = json::merge(text, &mut document)?;
     for key in unknown {
         notes.push((Level::Warn, format!("{}: ignoring unknown key {key}", file.display())));
     }
     document.deprecated.warn(notes);
-    Ok(true)
+    Ok(())
 }
 
 #[cfg(test)]

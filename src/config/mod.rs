@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use log::Level;
 
+use self::file::Settings;
 use crate::sys::users::{self, User, UserError};
 
 pub use allow::{AllowError, Allowed};
@@ -183,7 +184,16 @@ pub fn load(main: &Path, fallback: &Path) -> Result<Config, ConfigError> {
 }
 
 fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> Result<Config, ConfigError> {
-    let mut settings = file::read_both(main, fallback, notes)?;
+    let settings = file::read_both(main, fallback, notes)?;
+    complete(settings, notes, |command, user, notes| validate(command, user, shells, notes))
+}
+
+/// Fills in defaults and checks; `validate` is for what only the device can tell.
+fn complete(
+    mut settings: Settings,
+    notes: &mut Notes,
+    validate: impl FnOnce(&str, &str, &mut Notes) -> Result<User, ConfigError>,
+) -> Result<Config, ConfigError> {
     if settings.shell_command.is_empty() {
         notes.push((Level::Warn, format!("ShellCommand is empty, defaulting to {DEFAULT_SHELL}")));
         settings.shell_command = DEFAULT_SHELL.to_owned();
@@ -210,7 +220,7 @@ fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> 
         None => None,
     };
 
-    let user = validate(&settings.shell_command, &settings.user, shells, notes)?;
+    let user = validate(&settings.shell_command, &settings.user, notes)?;
     Ok(Config {
         shell: Shell {
             command: settings.shell_command.into(),
@@ -323,6 +333,17 @@ fn is_listed(command: &str, shells: &Path) -> Result<bool, ConfigError> {
         Err(_) if command == DEFAULT_SHELL => Ok(true),
         Err(error) => Err(ConfigError::Open { file: shells.to_owned(), error }),
     }
+}
+
+/// As [`load`], of files with these texts, on a device that has every shell and whose every user is `user`. For the
+/// fuzz target.
+#[cfg(fuzzing)]
+pub fn of_texts(main: &[u8], fallback: &[u8], user: &User) -> Result<Config, ConfigError> {
+    let (mut settings, mut notes) = (Settings::default(), Notes::new());
+    for text in [fallback, main] {
+        file::lay(Path::new("text"), text, &mut settings, &mut notes)?;
+    }
+    complete(settings, &mut notes, |_, name, _| Ok(User { name: name.to_owned(), ..user.clone() }))
 }
 
 #[cfg(test)]

@@ -70,14 +70,19 @@ pub fn dial(
     }
     let tls = tls.map(|client| client.handshake(within(TLS_LIMIT))).transpose()?;
 
-    let config = WebSocketConfig::default()
-        .read_buffer_size(BUFFER)
-        .max_message_size(Some(MAX_MESSAGE))
-        .max_frame_size(Some(MAX_MESSAGE));
     let stream = ReadHalf::new(Arc::clone(&socket), tls, Instant::now() + UPGRADE_LIMIT);
-    let (mut websocket, _) = client_with_config(request, stream, Some(config)).map_err(upgrade_error)?;
+    let (mut websocket, _) =
+        client_with_config(request, stream, Some(limits(MAX_MESSAGE))).map_err(upgrade_error)?;
     let write_half = websocket.get_mut().open(outbox)?;
     Ok((websocket, write_half))
+}
+
+/// For messages of up to `most` bytes.
+pub fn limits(most: usize) -> WebSocketConfig {
+    WebSocketConfig::default()
+        .read_buffer_size(BUFFER)
+        .max_message_size(Some(most))
+        .max_frame_size(Some(most))
 }
 
 fn open_socket(target: &Endpoint, cancel: &Cancel, gone: &Receiver<()>) -> Result<Arc<TcpStream>, LinkError> {

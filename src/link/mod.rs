@@ -33,6 +33,8 @@ use crate::sys::thread;
 
 pub use endpoint::PATH;
 pub use proxy::ProxySettings;
+#[cfg(fuzzing)]
+pub use reader::read;
 
 /// A link without an inbound byte for so long is dead: the peers' own measure.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);

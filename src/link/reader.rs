@@ -1,6 +1,6 @@
 //! The link thread after the websocket is open: message by message, frame by frame, to its session.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,7 +9,6 @@ use log::{debug, warn};
 use tungstenite::error::ProtocolError;
 use tungstenite::{Error, Message, WebSocket};
 
-use super::stream::ReadHalf;
 use super::{Cancel, Inbound, LinkError, MAX_MESSAGE};
 use crate::outbox::{Outbox, Spares};
 use crate::proto::Frame;
@@ -29,7 +28,7 @@ const WARNINGS: u32 = 5;
 
 /// Reads until the link ends and says why it did.
 pub fn run(
-    socket: &mut WebSocket<ReadHalf>,
+    socket: &mut WebSocket<impl Read + Write>,
     outbox: &Arc<Outbox>,
     inbound: &mut dyn Inbound,
     cancel: &Cancel,
@@ -134,4 +133,18 @@ fn lost(error: Error) -> LinkError {
         }
         other => LinkError::Broken(other.to_string()),
     }
+}
+
+/// Reads what a server sends after the upgrade, in messages of up to `most` bytes. For the fuzz target.
+#[cfg(fuzzing)]
+pub fn read(
+    stream: impl Read + Write,
+    most: usize,
+    outbox: &Arc<Outbox>,
+    inbound: &mut dyn Inbound,
+) -> LinkError {
+    let config = Some(super::dial::limits(most));
+    let role = tungstenite::protocol::Role::Client;
+    let mut socket = WebSocket::from_raw_socket(stream, role, config);
+    run(&mut socket, outbox, inbound, &Cancel::default())
 }

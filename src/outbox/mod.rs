@@ -3,7 +3,7 @@
 //!
 //! Bounds: a session has at most [`FRAMES_IN_FLIGHT`] frames of data and, since it stops reading its inbox
 //! meanwhile, little more than [`REPLIES_IN_FLIGHT`] answers here. A count is a permit inside the queued
-//! frame, so it can't drift.
+//! frame, so it can't drift. A session leaves its answers behind when it ends: while too many wait, none begins.
 
 mod message;
 mod sink;
@@ -34,6 +34,9 @@ const MAX_SPARES: usize = 4;
 
 /// After so many interactive frames in a row one that waits as bulk has its turn.
 const MAX_FAVOURED: u32 = 16;
+
+/// When so many interactive frames wait, no more sessions should begin: those that end leave theirs behind.
+const CROWD: usize = 4096;
 
 /// What the writer does next, most urgent first.
 #[derive(Debug)]
@@ -242,6 +245,11 @@ impl Outbox {
             }
             queues = self.filled.wait_timeout(queues, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Whether so much waits that no session should begin any more.
+    pub fn is_crowded(&self) -> bool {
+        self.lock().interactive.len() >= CROWD
     }
 
     /// How large a message of bulk should be.

@@ -223,7 +223,7 @@ impl Frame {
     /// Bytes that suffice for a head.
     pub fn head_room(&self) -> usize {
         let sid = self.sid.as_ref().map_or(0, |sid| sid.as_str().len());
-        48 + self.typ.len() + sid + self.props.raw.len()
+        49 + self.typ.len() + sid + self.props.raw.len()
     }
 
     /// The websocket message up to a body of `length` bytes, which are to follow. The body that the frame has
@@ -393,6 +393,16 @@ mod tests {
             assert_eq!(props.int(absent), None, "{absent}");
         }
         assert!(Frame::new(1, "t", None).with_props(props).user().as_str() == "someone");
+    }
+
+    #[test]
+    fn the_longest_head_has_room() {
+        let long = "x".repeat(70_000);
+        let frame =
+            Frame::new(1, &long, SessionId::new(&long).as_ref()).with_props(Props::new().with_int("k", 1));
+        let mut head = Vec::new();
+        frame.encode_head(70_000, &mut head);
+        assert_eq!(head.len(), frame.head_room());
     }
 
     #[test]

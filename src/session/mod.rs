@@ -29,6 +29,8 @@ use self::port_forward::look_ups::LookUps;
 
 pub use self::quota::{MAX_SHELLS, ShellQuota};
 pub use self::router::Router;
+#[cfg(fuzzing)]
+pub use self::router::Seat;
 
 /// The start of a session thread's name. A panic in one ends only that session, where the build
 /// unwinds.
@@ -117,7 +119,8 @@ impl Info {
         Info { user, shell: Mutex::default() }
     }
 
-    fn set(&self, shell: ShellInfo) {
+    /// A shell runs.
+    pub fn set(&self, shell: ShellInfo) {
         *self.lock() = Some(shell);
     }
 

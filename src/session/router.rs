@@ -7,11 +7,9 @@ use std::time::Instant;
 use log::{debug, info, warn};
 
 use super::inbox::{Inbox, Rejected};
-use super::worker::Session;
-use super::{Context, Entry, Info, THREAD_PREFIX, Table, ThreadCount, mender_client, terminal};
+use super::{Context, Entry, Info, Table, ThreadCount, mender_client, terminal, worker};
 use crate::outbox::{FrameSink, Outbox};
 use crate::proto::{CONTROL, Frame, MENDER_CLIENT, SHELL, SessionId, control, shell};
-use crate::sys::thread;
 use crate::sys::wake::Wake;
 
 /// Sessions of a link at a time. A server has a handful; this only keeps a mad one from taking all memory.
@@ -20,8 +18,33 @@ const MAX_SESSIONS: usize = 256;
 /// Frames that their sessions don't hear of at once.
 const MAX_UNANNOUNCED: usize = 64;
 
+/// Starts a session.
+pub type Start = fn(&Arc<Context>, Seat) -> io::Result<()>;
+
+/// What a session has of its own. When it is dropped the session is over, and its name free.
+pub struct Seat {
+    /// Its name.
+    pub id: SessionId,
+    /// What it has to read.
+    pub inbox: Arc<Inbox>,
+    /// Calls it when there is news.
+    pub wake: Arc<Wake>,
+    /// Takes what it has to say.
+    pub sink: FrameSink,
+    /// What it tells about itself.
+    pub info: Arc<Info>,
+    table: Arc<Table>,
+    _count: ThreadCount,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.table.remove(&self.id, &self.inbox);
+    }
+}
+
 /// Knows the sessions of one link. When it is dropped they all end.
-pub struct Router {
+pub struct Router<S = Start> {
     context: Arc<Context>,
     table: Arc<Table>,
     outbox: Arc<Outbox>,
@@ -29,6 +52,7 @@ pub struct Router {
     sink: FrameSink,
     /// The inboxes of the frames that their sessions haven't heard of yet.
     unannounced: Vec<Arc<Inbox>>,
+    start: S,
 }
 
 impl Router {
@@ -37,6 +61,16 @@ impl Router {
     /// # Errors
     /// When no descriptor can be had.
     pub fn new(context: &Arc<Context>, outbox: &Arc<Outbox>) -> io::Result<Self> {
+        Router::with(context, outbox, worker::start)
+    }
+}
+
+impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
+    /// The same with sessions that `start` starts.
+    ///
+    /// # Errors
+    /// When no descriptor can be had.
+    pub fn with(context: &Arc<Context>, outbox: &Arc<Outbox>, start: S) -> io::Result<Self> {
         let sink = FrameSink::new(outbox, Arc::new(Wake::new()?));
         let table = context.new_table();
         Ok(Router {
@@ -45,6 +79,7 @@ impl Router {
             outbox: Arc::clone(outbox),
             sink,
             unannounced: Vec::new(),
+            start,
         })
     }
 
@@ -137,6 +172,10 @@ impl Router {
     }
 
     fn create(&mut self, id: &SessionId, frame: Frame) {
+        if self.outbox.is_crowded() {
+            // A server that doesn't read what sessions leave behind gets no more of them.
+            return debug!("dropping {}/{:?}: too many answers wait", frame.proto, frame.typ);
+        }
         // Shells have a quota of their own: no flood of other sessions is in their way.
         let started = if frame.proto != SHELL && self.table.lock().len() >= MAX_SESSIONS {
             Err("too many sessions".to_owned())
@@ -161,24 +200,18 @@ impl Router {
         // Can't be refused: the inbox is empty.
         let _ = inbox.push(first);
         let entry = Entry { inbox: Arc::clone(&inbox), info: Arc::clone(&info), since: Instant::now() };
-        let sink = FrameSink::new(&self.outbox, Arc::clone(&wake));
-        let session =
-            Session::new(id.clone(), Arc::clone(&self.context), Arc::clone(&inbox), wake, sink, info);
-        let table = Arc::clone(&self.table);
-        let name = id.clone();
-        let count = ThreadCount::new(&self.context);
-        // Before the thread runs, so that it finds itself there when it ends.
+        let seat = Seat {
+            id: id.clone(),
+            sink: FrameSink::new(&self.outbox, Arc::clone(&wake)),
+            inbox,
+            wake,
+            info,
+            table: Arc::clone(&self.table),
+            _count: ThreadCount::new(&self.context),
+        };
+        // Before it runs, so that it finds itself there when it ends.
         self.table.lock().insert(id.clone(), entry);
-        let thread_name = format!("{THREAD_PREFIX}{}", id.as_str());
-        let thread = thread::spawn(&thread_name, thread::SMALL_STACK, move || {
-            session.run();
-            table.remove(&name, &inbox);
-            drop(count);
-        });
-        if thread.is_err() {
-            self.table.lock().remove(id);
-        }
-        thread.map(drop)
+        (self.start)(&self.context, seat)
     }
 
     fn stop_shells_of_user(&mut self, frame: &Frame) {
@@ -210,10 +243,49 @@ impl Router {
     }
 }
 
-impl Drop for Router {
+impl<S> Drop for Router<S> {
     fn drop(&mut self) {
         for (_, entry) in self.table.lock().drain() {
             entry.inbox.hang_up();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+    use crate::outbox::{REPLIES_IN_FLIGHT, Room};
+
+    #[test]
+    fn sessions_that_come_and_go_leave_no_more_behind_than_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("conf");
+        std::fs::write(&file, r#"{ "ShellCommand": "/bin/sh", "User": "root" }"#).unwrap();
+        let context = Context::new(config::load(&file, &dir.path().join("absent")).unwrap());
+        let outbox = Arc::new(Outbox::default());
+        let begin = |_: &Arc<Context>, seat: Seat| {
+            while seat.sink.takes_replies() {
+                seat.sink.reply(&control::pong(&seat.id));
+            }
+            Ok(())
+        };
+        let mut router = Router::with(&context, &outbox, begin).unwrap();
+        let mut flood = || {
+            for number in 0..1000 {
+                router.route(Frame::new(
+                    CONTROL,
+                    control::PING,
+                    SessionId::new(&number.to_string()).as_ref(),
+                ));
+            }
+            let all = Room { bulk: true, interactive: true };
+            std::iter::from_fn(|| outbox.try_next(all)).count()
+        };
+        // And more once that was read.
+        for left in [flood(), flood()] {
+            assert!((4096..4096 + REPLIES_IN_FLIGHT).contains(&left), "{left}");
+        }
+        assert_eq!(context.counts().0, 0);
     }
 }

@@ -12,13 +12,14 @@ use nix::poll::PollFlags;
 use super::file_transfer::FileTransfer;
 use super::inbox::Inbox;
 use super::port_forward::PortForward;
+use super::router::Seat;
 use super::terminal::Terminal;
-use super::{Context, Info};
+use super::{Context, Info, THREAD_PREFIX};
 use crate::audit::Record;
 use crate::outbox::FrameSink;
 use crate::proto::{CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, SHELL, SessionId, control};
-use crate::sys::PollSet;
 use crate::sys::wake::Wake;
+use crate::sys::{PollSet, thread};
 
 /// Silence after which the peer is asked whether it is there, and after which the session is over.
 const PING_AFTER: Duration = Duration::from_secs(48);
@@ -28,7 +29,7 @@ const CLOSE_AFTER: Duration = Duration::from_secs(60);
 const FAILED: &str = "failed";
 
 /// One session id, while there is something to do for it.
-pub struct Session {
+struct Session {
     id: SessionId,
     context: Arc<Context>,
     inbox: Arc<Inbox>,
@@ -56,16 +57,24 @@ impl Idle {
     }
 }
 
+/// Runs a session in a thread of its own.
+///
+/// # Errors
+/// When no thread can be had.
+pub fn start(context: &Arc<Context>, seat: Seat) -> io::Result<()> {
+    let session = Session::new(Arc::clone(context), &seat);
+    let name = format!("{THREAD_PREFIX}{}", seat.id.as_str());
+    let body = move || {
+        session.run();
+        drop(seat);
+    };
+    thread::spawn(&name, thread::SMALL_STACK, body).map(drop)
+}
+
 impl Session {
-    /// To be run in a thread of its own.
-    pub fn new(
-        id: SessionId,
-        context: Arc<Context>,
-        inbox: Arc<Inbox>,
-        wake: Arc<Wake>,
-        sink: FrameSink,
-        info: Arc<Info>,
-    ) -> Self {
+    fn new(context: Arc<Context>, seat: &Seat) -> Self {
+        let (id, inbox, wake) = (seat.id.clone(), Arc::clone(&seat.inbox), Arc::clone(&seat.wake));
+        let (sink, info) = (seat.sink.clone(), Arc::clone(&seat.info));
         let terminal = Terminal::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&info));
         let files = FileTransfer::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
         let forwards = PortForward::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
@@ -73,7 +82,7 @@ impl Session {
     }
 
     /// Runs until the session is over. A panic ends only this session, where the build unwinds.
-    pub fn run(mut self) {
+    fn run(mut self) {
         let started = Instant::now();
         self.record("session-start").log(true);
         match catch_unwind(AssertUnwindSafe(|| self.serve())) {

@@ -1,0 +1,482 @@
+//! What a server may do to a link, step by step: frames, pauses and the link's end, for a router whose sessions are run
+//! by hand, beside a model that knows what has to become of each frame.
+
+#![no_main]
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use arbitrary::Arbitrary;
+use bytes::Bytes;
+use libfuzzer_sys::fuzz_target;
+use mender_connect::config::{Config, Expiry, Sessions, Shell, Terminal};
+use mender_connect::outbox::{Outbox, REPLIES_IN_FLIGHT, Room, Work};
+use mender_connect::proto::{
+    CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, Props, SHELL, SessionId,
+};
+use mender_connect::session::{Context, Router, Seat, ShellInfo};
+use mender_connect::sys::{PollSet, users};
+use nix::poll::PollFlags;
+
+/// As in the agent.
+const MAX_SESSIONS: usize = 256;
+const MAX_FRAMES: usize = 1024;
+const MAX_BYTES: usize = 2 << 20;
+
+/// Answers that may wait when another session begins.
+const CROWD: usize = 4096;
+
+#[derive(Arbitrary, Debug)]
+struct Script {
+    terminal: bool,
+    mender_client: bool,
+    steps: Vec<Step>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    /// The server sends a message, so many times.
+    Send { message: Message, sid: Sid, times: u8 },
+    /// The same once for so many sessions.
+    SendToMany { message: Message, sessions: u8 },
+    /// Nothing more has come for now.
+    Announce,
+    /// A session reads so many frames of what it has, all that it can where it is to read many.
+    Read { sid: u8, frames: u8 },
+    /// A session answers.
+    Answer { sid: u8 },
+    /// A session has a shell now.
+    Shell { sid: u8, user: u8 },
+    /// A session ends, if nothing has come, or at once.
+    End { sid: u8, at_once: bool },
+    /// A session that has ended leaves.
+    Leave { sid: u8 },
+    /// So many sessions one after another that say all they can and leave.
+    Churn(u8),
+    /// From now on the system has threads, or none.
+    Threads(bool),
+    /// The writer sends so many messages.
+    Write(u8),
+    /// The link is lost and there is another one.
+    Relink,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Sid {
+    None,
+    /// One of a few.
+    Of(u8),
+}
+
+/// Mostly a few, and now and then as many as it takes to meet a bound.
+fn few_or(many: u16, number: u8) -> u16 {
+    if number < 255 { u16::from(number % 5) } else { many }
+}
+
+#[derive(Arbitrary, Debug, Clone)]
+struct Message {
+    kind: Kind,
+    user: u8,
+    body: Body,
+}
+
+#[derive(Arbitrary, Debug, Clone, Copy)]
+enum Kind {
+    ShellNew,
+    ShellData,
+    ShellResize,
+    ShellStop,
+    ShellPong,
+    ShellOther,
+    ControlOpen,
+    ControlClose,
+    ControlPong,
+    ControlError,
+    File,
+    Forward,
+    Client,
+}
+
+#[derive(Arbitrary, Debug, Clone, Copy)]
+enum Body {
+    None,
+    Small,
+    Large,
+    Huge,
+}
+
+/// The name of a frame's number among its properties.
+const NUMBER: &str = "number";
+const BODY: Bytes = Bytes::from_static(&[0; 1 << 20]);
+
+static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
+    shell: Shell {
+        command: PathBuf::from("/bin/sh"),
+        arguments: Vec::new(),
+        user: users::lookup("root").expect("root is known"),
+        no_new_privileges: false,
+    },
+    terminal: Terminal { enabled: true, width: 80, height: 40 },
+    sessions: Sessions { expiry: Expiry::Never, max_per_user: 1 },
+    file_transfer: true,
+    port_forward: true,
+    forward_targets: None,
+    mender_client: false,
+    limits: None,
+    reconnect_interval: Duration::from_secs(1),
+});
+
+fuzz_target!(|script: Script| {
+    let context = Context::new(Config {
+        terminal: Terminal { enabled: script.terminal, ..CONFIG.terminal.clone() },
+        mender_client: script.mender_client,
+        ..CONFIG.clone()
+    });
+    let mut link = Link::new(&context);
+    let mut ended = Vec::new();
+    for step in &script.steps {
+        if matches!(step, Step::Relink) {
+            ended.extend(link.end());
+            link = Link::new(&context);
+        } else {
+            link.step(step);
+        }
+        assert_eq!(context.counts().0, link.sessions.len(), "{step:?}");
+        assert!(link.queued.len() < CROWD + (link.sessions.len() + 1) * REPLIES_IN_FLIGHT);
+    }
+    ended.extend(link.end());
+    assert_eq!(context.wait_until_quiet(Instant::now()), ended.is_empty());
+    drop(ended);
+    assert!(context.wait_until_quiet(Instant::now()), "a session is counted that isn't there");
+});
+
+impl Message {
+    fn proto_and_type(&self) -> (u16, &'static str) {
+        match self.kind {
+            Kind::ShellNew => (SHELL, "new"),
+            Kind::ShellData => (SHELL, "shell"),
+            Kind::ShellResize => (SHELL, "resize"),
+            Kind::ShellStop => (SHELL, "stop"),
+            Kind::ShellPong => (SHELL, "pong"),
+            Kind::ShellOther => (SHELL, "other"),
+            Kind::ControlOpen => (CONTROL, "open"),
+            Kind::ControlClose => (CONTROL, "close"),
+            Kind::ControlPong => (CONTROL, "pong"),
+            Kind::ControlError => (CONTROL, "error"),
+            Kind::File => (FILE_TRANSFER, "stat"),
+            Kind::Forward => (PORT_FORWARD, "new"),
+            // Its real commands would be run.
+            Kind::Client => (MENDER_CLIENT, "other"),
+        }
+    }
+
+    fn size(&self) -> usize {
+        match self.body {
+            Body::None => 0,
+            Body::Small => 9,
+            Body::Large => 64 * 1024,
+            Body::Huge => BODY.len(),
+        }
+    }
+}
+
+fn name(sid: u16) -> SessionId {
+    SessionId::new(&sid.to_string()).expect("a name")
+}
+
+fn user(number: u8) -> String {
+    if number == 0 { String::new() } else { (number % 4).to_string() }
+}
+
+/// A session as the model has it.
+struct Session {
+    seat: Seat,
+    /// Unlike its name it is never used again.
+    serial: i64,
+    /// What it has to read: number, size, and whether it is a window's size.
+    pending: VecDeque<(i64, usize, bool)>,
+    /// Something has come since it has last looked.
+    unheard: bool,
+    hung_up: bool,
+    closed: bool,
+    user: Option<String>,
+}
+
+/// The session that the router has just started; an error when there are no threads.
+type Begun = Rc<RefCell<Result<Option<Seat>, ()>>>;
+type Start = Box<dyn FnMut(&Arc<Context>, Seat) -> io::Result<()>>;
+
+/// A link with its router, and what has to be true of them.
+struct Link {
+    router: Router<Start>,
+    outbox: Arc<Outbox>,
+    begun: Begun,
+    terminal: bool,
+    mender_client: bool,
+    sessions: HashMap<SessionId, Session>,
+    /// Sessions that have ended, whose names others got before they left.
+    replaced: Vec<Session>,
+    /// The answers that wait to be written: whose they are, none for the router, and what they are.
+    queued: VecDeque<(Option<i64>, u16, String)>,
+    sent: i64,
+}
+
+impl Link {
+    fn new(context: &Arc<Context>) -> Self {
+        let outbox = Arc::new(Outbox::default());
+        let begun = Begun::new(RefCell::new(Ok(None)));
+        let theirs = Rc::clone(&begun);
+        let start: Start = Box::new(move |_, seat| match &mut *theirs.borrow_mut() {
+            Ok(begun) => {
+                assert!(begun.replace(seat).is_none());
+                Ok(())
+            }
+            Err(()) => Err(io::ErrorKind::WouldBlock.into()),
+        });
+        Link {
+            router: Router::with(context, &outbox, start).expect("a descriptor"),
+            outbox,
+            begun,
+            terminal: context.config.terminal.enabled,
+            mender_client: context.config.mender_client,
+            sessions: HashMap::new(),
+            replaced: Vec::new(),
+            queued: VecDeque::new(),
+            sent: 0,
+        }
+    }
+
+    fn step(&mut self, step: &Step) {
+        match step {
+            Step::Send { message, sid, times } => {
+                let sid = if let Sid::Of(sid) = sid { Some(u16::from(sid % 4)) } else { None };
+                (0..few_or(1100, *times)).for_each(|_| self.send(message, sid));
+            }
+            Step::SendToMany { message, sessions } => {
+                (0..few_or(300, *sessions)).for_each(|sid| self.send(message, Some(sid)));
+            }
+            Step::Announce => self.announce(),
+            Step::Read { sid, frames } => {
+                if let Some(session) = self.sessions.get_mut(&name((sid % 4).into())) {
+                    session.read(if *frames > 100 { usize::MAX } else { (*frames).into() });
+                }
+            }
+            Step::Answer { sid } => {
+                self.answer(&name((sid % 4).into()));
+            }
+            Step::Shell { sid, user: number } => {
+                let Some(session) = self.sessions.get_mut(&name((sid % 4).into())) else { return };
+                let (now, user) = (Instant::now(), user(*number));
+                let info =
+                    ShellInfo { user: user.as_str().into(), pid: 1, started: now, last_input: now, typed: 0 };
+                session.seat.info.set(info);
+                session.user = Some(user);
+            }
+            Step::End { sid, at_once } => {
+                if let Some(session) = self.sessions.get_mut(&name((sid % 4).into())) {
+                    session.end(*at_once);
+                }
+            }
+            Step::Leave { sid } => {
+                let id = name((sid % 4).into());
+                if self.sessions.get(&id).is_some_and(|session| session.closed) {
+                    self.sessions.remove(&id);
+                }
+                self.replaced.pop();
+            }
+            Step::Churn(sessions) => {
+                let open = Message { kind: Kind::ControlOpen, user: 0, body: Body::None };
+                for sid in (1000..).take(few_or(200, *sessions).into()) {
+                    self.send(&open, Some(sid));
+                    while self.answer(&name(sid)) {}
+                    if let Some(mut session) = self.sessions.remove(&name(sid)) {
+                        session.end(true);
+                    }
+                }
+            }
+            Step::Threads(any) => *self.begun.borrow_mut() = if *any { Ok(None) } else { Err(()) },
+            Step::Write(messages) => (0..*messages).for_each(|_| self.write()),
+            Step::Relink => {}
+        }
+    }
+
+    fn send(&mut self, message: &Message, sid: Option<u16>) {
+        self.sent += 1;
+        let (proto, typ) = message.proto_and_type();
+        let (id, user) = (sid.map(name), user(message.user));
+        let props = Props::new().with_str("user_id", &user).with_i64(NUMBER, self.sent);
+        let frame = Frame::new(proto, typ, id.as_ref()).with_props(props);
+        self.router.route(frame.with_body(BODY.slice(..message.size())));
+
+        if proto == MENDER_CLIENT && self.mender_client {
+            return self.expect_answer(proto, typ);
+        }
+        let Some(id) = id else {
+            let theirs = |session: &Session| session.user.as_ref() == Some(&user) && !user.is_empty();
+            if matches!(message.kind, Kind::ShellStop) {
+                let ids: Vec<_> =
+                    self.sessions.iter().filter(|(_, s)| theirs(s)).map(|(id, _)| id.clone()).collect();
+                for id in ids {
+                    self.expect_delivery(&id, message);
+                }
+            }
+            return;
+        };
+        if self.expect_delivery(&id, message) {
+            return;
+        }
+        match (proto, message.kind) {
+            (SHELL, Kind::ShellNew) if self.terminal => self.expect_session(&id, message),
+            (SHELL, Kind::ShellResize | Kind::ShellPong) if self.terminal => {}
+            (SHELL, _) => self.expect_answer(proto, typ),
+            (_, Kind::ControlClose | Kind::ControlPong | Kind::ControlError) => {}
+            _ => self.expect_session(&id, message),
+        }
+    }
+
+    /// A session answers, if there is room. Whether it has.
+    fn answer(&mut self, id: &SessionId) -> bool {
+        let Some(session) = self.sessions.get(id) else { return false };
+        let waiting = self.queued.iter().filter(|(owner, ..)| *owner == Some(session.serial)).count();
+        let takes = session.seat.sink.takes_replies();
+        assert_eq!(takes, waiting < REPLIES_IN_FLIGHT);
+        if takes {
+            session.seat.sink.reply(&Frame::new(CONTROL, "pong", Some(&session.seat.id)));
+            self.queued.push_back((Some(session.serial), CONTROL, "pong".to_owned()));
+        }
+        takes
+    }
+
+    /// The router has answered, unless too many of its answers wait.
+    fn expect_answer(&mut self, proto: u16, typ: &str) {
+        if self.queued.iter().filter(|(owner, ..)| owner.is_none()).count() < REPLIES_IN_FLIGHT {
+            self.queued.push_back((None, proto, typ.to_owned()));
+        }
+    }
+
+    fn expect_refusal(&mut self, message: &Message) {
+        match message.proto_and_type() {
+            (SHELL, typ) => self.expect_answer(SHELL, typ),
+            _ => self.expect_answer(CONTROL, "error"),
+        }
+    }
+
+    /// A session of this name has the latest message, or none and there is an answer. False if there is no session.
+    fn expect_delivery(&mut self, id: &SessionId, message: &Message) -> bool {
+        let Some(session) = self.sessions.get_mut(id).filter(|session| !session.closed) else { return false };
+        let is_size = matches!(message.kind, Kind::ShellResize);
+        let latest = (self.sent, message.size(), is_size);
+        if let Some(old) = session.pending.iter_mut().rev().find(|(.., old)| *old && is_size) {
+            *old = latest;
+            return true;
+        }
+        let bytes: usize = session.pending.iter().map(|(_, size, _)| size).sum();
+        let (frames, full) = (session.pending.len(), bytes + message.size() > MAX_BYTES);
+        if frames == 0 || (frames < MAX_FRAMES && !full) {
+            session.pending.push_back(latest);
+            session.unheard = true;
+        } else if !matches!(message.kind, Kind::ShellResize | Kind::ShellPong) {
+            // Keystrokes may be refused; in anything else a gap ends the session.
+            if message.proto_and_type().0 != SHELL {
+                session.hung_up = true;
+                session.pending.clear();
+            }
+            self.expect_refusal(message);
+        }
+        true
+    }
+
+    fn expect_session(&mut self, id: &SessionId, message: &Message) {
+        if self.queued.len() >= CROWD {
+            return;
+        }
+        let many = message.proto_and_type().0 != SHELL && self.sessions.len() >= MAX_SESSIONS;
+        let begun = if many { None } else { self.begun.borrow_mut().as_mut().ok().map(Option::take) };
+        if !many {
+            // One that has ended and not left yet loses its name.
+            self.replaced.extend(self.sessions.remove(id));
+        }
+        let Some(seat) = begun else { return self.expect_refusal(message) };
+        let seat = seat.expect("a session");
+        assert_eq!(seat.id, *id);
+        let pending =
+            VecDeque::from([(self.sent, message.size(), matches!(message.kind, Kind::ShellResize))]);
+        let session = Session {
+            seat,
+            serial: self.sent,
+            pending,
+            unheard: false,
+            hung_up: false,
+            closed: false,
+            user: None,
+        };
+        self.sessions.insert(id.clone(), session);
+    }
+
+    fn announce(&mut self) {
+        self.router.announce();
+        for session in self.sessions.values().filter(|session| session.unheard) {
+            let mut set = PollSet::new();
+            let place = set.add(session.seat.wake.as_fd(), PollFlags::POLLIN);
+            set.wait(Some(Instant::now())).expect("poll");
+            assert!(set.events(place).contains(PollFlags::POLLIN), "{} wasn't woken", session.seat.id);
+        }
+    }
+
+    /// The writer sends a message.
+    fn write(&mut self) {
+        let all = Room { bulk: true, interactive: true };
+        let written = self.outbox.try_next(all).map(|work| match work {
+            Work::Message(mut message, false) => {
+                let frame = Frame::decode(&Bytes::copy_from_slice(message.content())).expect("a frame");
+                (frame.proto, frame.typ)
+            }
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(written, self.queued.pop_front().map(|(_, proto, typ)| (proto, typ)));
+    }
+
+    /// The link is lost. What its sessions have left.
+    fn end(mut self) -> Vec<Seat> {
+        assert!(self.begun.borrow().as_ref().is_ok_and(Option::is_none) || self.begun.borrow().is_err());
+        (0..=self.queued.len()).for_each(|_| self.write());
+        drop(self.router);
+        assert!(self.sessions.values().all(|session| session.seat.inbox.is_hung_up()));
+        assert!(self.sessions.values().all(|session| session.seat.inbox.pop().is_none()));
+        self.sessions.into_values().chain(self.replaced).map(|session| session.seat).collect()
+    }
+}
+
+impl Session {
+    fn read(&mut self, most: usize) {
+        self.seat.wake.clear();
+        self.unheard = false;
+        assert_eq!(self.seat.inbox.is_hung_up(), self.hung_up);
+        for _ in 0..most {
+            let read = self.seat.inbox.pop().map(|frame| (frame.props.int(NUMBER), frame.body.len()));
+            let expected = self.pending.pop_front().map(|(number, size, _)| (Some(number), size));
+            assert_eq!(read, expected);
+            if read.is_none() {
+                return;
+            }
+        }
+    }
+
+    fn end(&mut self, at_once: bool) {
+        if at_once {
+            self.seat.inbox.close();
+            self.closed = true;
+            self.pending.clear();
+        } else {
+            let closed = self.seat.inbox.close_if_empty();
+            assert_eq!(closed, self.pending.is_empty());
+            self.closed = closed;
+        }
+    }
+}
