@@ -14,6 +14,10 @@ use rmp::encode;
 pub use super::msgpack::DecodeError;
 use super::msgpack::{Cursor, Value};
 
+/// What a header may take in all, in bytes: as much as the reference agent takes of a message. Answers repeat parts of
+/// it, and so do log lines.
+const MAX_HEADER: usize = 8 * 1024;
+
 /// The name of a session, chosen by the server; never empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SessionId(Arc<str>);
@@ -196,7 +200,13 @@ impl Frame {
         let mut body = Bytes::new();
         for _ in 0..cursor.map("the message")?.unwrap_or(0) {
             match cursor.value()? {
-                Value::Blob(b"hdr") => header = Header::decode(&mut cursor, message)?,
+                Value::Blob(b"hdr") => {
+                    let before = cursor.rest().len();
+                    header = Header::decode(&mut cursor, message)?;
+                    if before - cursor.rest().len() > MAX_HEADER {
+                        return Err(DecodeError::Range("the header's length"));
+                    }
+                }
                 Value::Blob(b"body") => body = blob(&mut cursor, "body", message)?,
                 _ => cursor.skip()?,
             }
@@ -361,6 +371,9 @@ mod tests {
         assert_eq!(decode(b"\x81\xa3hdr\xc0"), Err(DecodeError::NoHeader));
         assert_eq!(decode(b"\x81\xa3hdr\x81\xa5proto\xce\0\x01\0\0"), Err(DecodeError::Range("proto")));
         assert!(matches!(decode(b"hello"), Err(DecodeError::Type { .. })));
+        let sized = |typ: usize| Frame::new(1, &"t".repeat(typ), None).with_body(vec![0; 100_000]).encode();
+        assert!(decode(&sized(MAX_HEADER - 20)).is_ok());
+        assert_eq!(decode(&sized(MAX_HEADER)), Err(DecodeError::Range("the header's length")));
         // A Vec<u8> in serde's default form: an array, which Go refuses as well.
         assert!(matches!(
             decode(b"\x82\xa3hdr\x81\xa5proto\x01\xa4body\x92\x01\x02"),

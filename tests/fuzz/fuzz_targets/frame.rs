@@ -20,6 +20,10 @@ struct Expected {
 }
 
 fuzz_target!(|message: &[u8]| {
+    // Headers have a bound, which the other reader doesn't know.
+    if message.len() > 2048 {
+        return;
+    }
     let message = Bytes::copy_from_slice(message);
     let read = Frame::decode(&message);
     // Its nesting is limited, and a byte that msgpack never uses is nil for it.
