@@ -173,7 +173,8 @@ impl Scene {
 
     /// Good messages with some bytes changed. They may open sessions, so the link has to go.
     fn hostile_frames(&mut self) {
-        let (sid, user) = (new_sid(), ("user_id", "u".into()));
+        // A name that no change makes another session's.
+        let (sid, user) = ("of a hostile peer".to_owned(), ("user_id", "u".into()));
         let good = [
             msg::message(CONTROL, "ping", &sid, std::slice::from_ref(&user), b"body"),
             msg::message(SHELL, "new", &sid, &[&size(80, 24)[..], &[user.clone()]].concat(), b""),
