@@ -177,7 +177,7 @@ impl Scene {
         let (sid, user) = ("of a hostile peer".to_owned(), ("user_id", "u".into()));
         let good = [
             msg::message(CONTROL, "ping", &sid, std::slice::from_ref(&user), b"body"),
-            msg::message(SHELL, "new", &sid, &[&size(80, 24)[..], &[user.clone()]].concat(), b""),
+            msg::message(SHELL, "new", &sid, &[&size(80, 24)[..], std::slice::from_ref(&user)].concat(), b""),
             msg::message(SHELL, "resize", &sid, &size(80, 24), b""),
             msg::message(FILES, "stat", &sid, &[user], &path_body("/")),
         ];
