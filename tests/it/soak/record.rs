@@ -91,7 +91,7 @@ impl Record {
     /// Compares the last quarter of each life with its first, after the warm-up.
     pub fn assert_flat(&self) {
         // What the allocator happens to keep; glibc keeps more than musl.
-        let tolerance = if daemon::is_static() { 256 } else { 2048 };
+        let tolerance = if daemon::is_static() { 256 } else { 4096 };
         for life in 0..=self.life {
             let samples: Vec<&Sample> =
                 self.samples.iter().filter(|s| s.life == life).skip(WARM_UP).collect();
