@@ -189,7 +189,8 @@ pub fn ack(sid: &SessionId, offset: u64, user: Option<&str>) -> Frame {
     Frame::new(FILE_TRANSFER, ACK, Some(sid)).with_props(props)
 }
 
-/// `cause` could not be obeyed. `code` is an HTTP status for those who asked the server.
+/// `cause` could not be obeyed. Its properties go back, as far as the server can read them: it closes the whole link
+/// for a message that it can't read. `code` is an HTTP status for those who asked the server.
 pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> Frame {
     let mut body = MapWriter::new()
         .str("err", Some(text))
@@ -198,7 +199,7 @@ pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> F
     if let Some(code) = code {
         body = body.with("code", |out| encode::write_sint(out, code.into()).map(drop));
     }
-    Frame::new(FILE_TRANSFER, ERROR, Some(sid)).with_props(cause.props.clone()).with_body(body.finish())
+    Frame::new(FILE_TRANSFER, ERROR, Some(sid)).with_props(cause.props.readable()).with_body(body.finish())
 }
 
 /// The offset of a chunk or an ack: `None` without one, an error if it is no number of bytes.
@@ -231,6 +232,23 @@ mod tests {
         assert!(error(b"").starts_with("malformed request parameters: "));
         assert!(error(b"\x81\xa4path\x01").starts_with("malformed request parameters: "));
         assert!(error(b"\x82\xa4path\xa1x\xa3uid\xff").starts_with("malformed request parameters: "));
+    }
+
+    #[test]
+    fn errors_give_back_what_can_be_read() {
+        let error = |props: &[u8]| {
+            let message = [b"\x81\xa3hdr\x82\xa5proto\x02\xa5props", props].concat();
+            let cause = Frame::decode(&message.into()).unwrap();
+            error(&SessionId::new("s").unwrap(), &cause, "no", None).props
+        };
+        let good = Props::new().with_str("user_id", "u").with_i64("offset", 7);
+        assert_eq!(error(b"\x82\xa7user_id\xa1u\xa6offset\xd3\0\0\0\0\0\0\0\x07"), good);
+        // Names that are a number, no UTF-8, a map; values that are a map, an extension; at last a name that is bin.
+        let strange = b"\x87\x70\xa1u\xa7user_i\xfe\xa1u\x81\x01\x02\xc0\xa1m\x81\x01\x02\xa1x\xd4\x05\x00\
+            \xa7user_id\xa1u\xc4\x06offset\xd3\0\0\0\0\0\0\0\x07";
+        assert_eq!(error(strange), good);
+        assert!(error(b"\x81\x01\x02").is_empty());
+        assert!(error(b"\xc0").is_empty());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use rmp::encode;
+use rmp::{Marker, encode};
 
 pub use super::msgpack::DecodeError;
 use super::msgpack::{Cursor, Value};
@@ -112,6 +112,35 @@ impl Props {
         raw.extend_from_slice(pairs.rest());
         let _ = encode::write_str(&mut raw, key);
         let _ = value(&mut raw);
+        Props { raw: raw.into() }
+    }
+
+    /// What every peer can read of it: scalars under names.
+    #[must_use]
+    pub fn readable(&self) -> Self {
+        let mut cursor = Cursor::new(&self.raw);
+        let (mut count, mut pairs) = (0, Vec::new());
+        for _ in 0..cursor.map("props").ok().flatten().unwrap_or(0) {
+            let Ok(name) = cursor.value() else { break };
+            let start = cursor.rest();
+            let Ok(value) = cursor.value() else { break };
+            let scalar =
+                !matches!(value, Value::Other(marker) if !matches!(marker, Marker::True | Marker::False));
+            if let (Value::Blob(name), true) = (name, scalar)
+                && let Ok(name) = std::str::from_utf8(name)
+            {
+                count += 1;
+                // Writing to a Vec doesn't fail.
+                let _ = encode::write_str(&mut pairs, name);
+                pairs.extend_from_slice(&start[..start.len() - cursor.rest().len()]);
+            }
+        }
+        if count == 0 {
+            return Props::new();
+        }
+        let mut raw = Vec::with_capacity(5 + pairs.len());
+        let _ = encode::write_map_len(&mut raw, count);
+        raw.append(&mut pairs);
         Props { raw: raw.into() }
     }
 

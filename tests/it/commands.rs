@@ -32,7 +32,7 @@ const MISSING: &str = "Cannot find Mender client binary, tried [/usr/bin/mender-
 const KINDS: [&str; 2] = ["check-update", "send-inventory"];
 
 /// Why these tests can't run here.
-fn obstacle() -> Option<&'static str> {
+pub fn obstacle() -> Option<&'static str> {
     if !is_root() {
         return Some("only root can put programs into /usr/bin of a mount namespace");
     }

@@ -89,6 +89,8 @@ mod shell;
 #[cfg(feature = "dbus")]
 mod signals;
 #[cfg(feature = "dbus")]
+mod soak;
+#[cfg(feature = "dbus")]
 mod terminal;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod tls;

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::proc;
-use super::wait::{SOON, Watched, eventually, spawn, tell};
+use super::wait::{SOON, Watched, eventually, millis, spawn, tell};
 
 /// Where the executable lies. MENDER_CONNECT names another one than was built with the tests; else cargo tells
 /// integration tests, and an example looks beside itself.
@@ -70,7 +70,8 @@ pub fn run(args: &[&str]) -> Output {
     command().args(args).stdin(Stdio::null()).output().expect("run mender-connect")
 }
 
-/// A running agent; killed on drop. When the test panics its log is printed.
+/// A running agent; killed on drop, or told to end where MENDER_CONNECT_TERM is set: what runs it may have a word to
+/// say at a regular end. When the test panics its log is printed.
 pub struct Daemon {
     child: Child,
     log: Arc<Watched<Log>>,
@@ -131,6 +132,11 @@ impl Daemon {
     /// Everything logged so far.
     pub fn log(&self) -> Vec<String> {
         self.log.peek(|log| log.lines.clone())
+    }
+
+    /// Takes what was logged so far away, so that it doesn't pile up for hours.
+    pub fn take_log(&self) -> Vec<String> {
+        self.log.update(|log| std::mem::take(&mut log.lines))
     }
 
     /// How many lines have been logged: a mark for [`Daemon::wait_for_log_after`].
@@ -202,6 +208,13 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         if self.status.is_none() {
+            if std::env::var_os("MENDER_CONNECT_TERM").is_some() {
+                self.signal(Signal::SIGTERM);
+                let deadline = Instant::now() + SOON;
+                while Instant::now() < deadline && matches!(self.child.try_wait(), Ok(None)) {
+                    std::thread::park_timeout(millis(20));
+                }
+            }
             let _ = self.child.kill();
             let _ = self.child.wait();
         }

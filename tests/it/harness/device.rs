@@ -343,6 +343,20 @@ impl Device {
         self.0.state.peek(|s| s.ended.is_some())
     }
 
+    /// Whether the connection is over within this time.
+    pub fn ended_within(&self, limit: Duration) -> bool {
+        self.0.state.wait(limit, |s| s.ended.as_ref().map(drop)).is_some()
+    }
+
+    /// Whether the device answers a websocket ping in time. Its payload must be unique on this link.
+    pub fn answers(&self, payload: &[u8], limit: Duration) -> bool {
+        let answered = |s: &mut State| {
+            let answered = s.pongs.iter().any(|(_, p)| p == payload);
+            (answered || s.ended.is_some()).then_some(answered)
+        };
+        self.try_frame(true, wire::PING, payload).is_ok() && self.0.state.wait(limit, answered) == Some(true)
+    }
+
     // ---- its end
 
     pub(super) fn nudge(&self) {

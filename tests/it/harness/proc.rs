@@ -34,6 +34,20 @@ pub fn is_stopped(pid: u32) -> bool {
     })
 }
 
+/// Whether the process exists and is no zombie.
+pub fn is_running(pid: u32) -> bool {
+    status_line(pid, "State:").is_some_and(|state| !state.contains('Z'))
+}
+
+/// Whether any process was started with this argument.
+pub fn has_argument(wanted: &str) -> bool {
+    let Ok(entries) = fs::read_dir("/proc") else { return false };
+    entries.flatten().any(|entry| {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).any(|argument| argument == wanted.as_bytes())
+    })
+}
+
 /// Waits until the process is gone, reaped included.
 pub fn wait_gone(pid: u32, limit: Duration) {
     eventually(limit, &format!("process {pid} to be gone: {:?}", status_line(pid, "State:")), || {

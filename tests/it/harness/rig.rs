@@ -219,9 +219,9 @@ impl Rig {
         device
     }
 
-    /// The device's connection, once it is there.
+    /// The device's connection, once it is there. Where another program runs the agent, that takes a while to start.
     pub fn device(&self) -> Device {
-        self.server.next_device(SOON)
+        self.server.next_device(SOON * 4)
     }
 }
 
