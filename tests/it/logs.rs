@@ -81,7 +81,7 @@ fn nothing_secret_at_any_level() {
     let mut terminal = Terminal::new(&device, Style::Cli);
     terminal.open_with_prompt();
     rig.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
-    rig.daemon.wait_for_log("  shells: 1/16", SOON);
+    rig.daemon.wait_for_log("  sessions: 1", SOON);
     rig.manager.change("", "");
     rig.daemon.wait_for_log("dbusEventLoop terminated", SOON);
     let log = rig.daemon.log().join("\n");
