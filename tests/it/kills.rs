@@ -130,23 +130,16 @@ fn pid_after(terminal: &mut Terminal, word: &str) -> u32 {
     text.trim().parse().expect("a process id")
 }
 
+/// In the foreground and in the background: an interactive shell passes its hang-up on to its jobs.
 #[test]
 fn with_a_shell_and_what_runs_in_it() {
-    let (rig, _device, mut terminal) = Setup::new().terminal();
-    terminal.input("sh -c 'echo front''=$$; exec sleep 1000'\n");
-    let process = pid_after(&mut terminal, "front=");
-    killed(rig, &Setup::new());
-    eventually(SOON, &format!("process {process} to end"), || proc::has_ended(process).then_some(()));
-}
-
-/// An interactive shell passes the hang-up on to its jobs.
-#[test]
-fn with_a_job_in_the_background() {
-    let (rig, _device, mut terminal) = Setup::new().terminal();
-    terminal.input("sh -c 'echo back''=$$; exec sleep 1000' &\n");
-    let job = pid_after(&mut terminal, "back=");
-    killed(rig, &Setup::new());
-    eventually(SOON, &format!("process {job} to end"), || proc::has_ended(job).then_some(()));
+    for end in ["", " &"] {
+        let (rig, _device, mut terminal) = Setup::new().terminal();
+        terminal.input(format!("sh -c 'echo job''=$$; exec sleep 1000'{end}\n"));
+        let process = pid_after(&mut terminal, "job=");
+        killed(rig, &Setup::new());
+        eventually(SOON, &format!("process {process} to end"), || proc::has_ended(process).then_some(()));
+    }
 }
 
 /// They don't mind that their terminals are gone.
