@@ -208,47 +208,47 @@ impl FileTransfer {
     }
 
     fn start_sending(&mut self, frame: Frame, now: Instant) {
+        let about = About { user: frame.user(), request: frame, started: now };
         let limits = self.context.config.limits.as_ref();
         let known = self.known.as_ref();
         let mut asked = PathBuf::new();
-        let started = Request::decode(&frame.body).map_err(Failure::system).and_then(|request| {
+        let started = Request::decode(&about.request.body).map_err(Failure::system).and_then(|request| {
             asked.clone_from(&request.path);
             let known = known.filter(|(path, _)| *path == request.path).map(|(_, stat)| stat);
             Download::start(limits, &self.context.transferred, &request.path, known, now)
         });
         match started {
             Ok(download) => {
-                let about = About { user: frame.user(), request: frame, started: now };
                 debug!("session {}: sending {:?}", self.id, download.path());
                 self.stray_acks = true;
                 self.state = State::Sending(Box::new(Sending { about, download }));
             }
             Err(failure) => {
-                self.log_refusal("download", &asked, &frame, &failure);
-                self.refuse(&frame, &failure);
+                self.log_refusal("download", &asked, &about, &failure);
+                self.refuse(&about.request, &failure);
             }
         }
     }
 
     fn start_receiving(&mut self, frame: Frame, now: Instant) {
+        let about = About { user: frame.user(), request: frame, started: now };
         let limits = self.context.config.limits.as_ref();
         self.stray_chunks = true;
         let mut asked = PathBuf::new();
-        let started = Request::decode(&frame.body).map_err(Failure::system).and_then(|request| {
+        let started = Request::decode(&about.request.body).map_err(Failure::system).and_then(|request| {
             asked.clone_from(&request.path);
             Upload::start(limits, &self.context.transferred, &request, now)
         });
         match started {
             Ok(upload) => {
-                let about = About { user: frame.user(), request: frame, started: now };
                 debug!("session {}: receiving {:?}", self.id, upload.path());
                 self.state = State::Receiving(Box::new(Receiving { about, upload }));
                 self.sink.reply(&file::ack(&self.id, 0, None));
             }
             // The one refusal without a code: the server's answer would be another one than upstream's.
             Err(failure) => {
-                self.log_refusal("upload", &asked, &frame, &failure);
-                self.refuse(&frame, &Failure { denied: false, ..failure });
+                self.log_refusal("upload", &asked, &about, &failure);
+                self.refuse(&about.request, &Failure { denied: false, ..failure });
             }
         }
     }
@@ -325,11 +325,9 @@ impl FileTransfer {
             .since(about.started, now)
     }
 
-    fn log_refusal(&self, direction: &str, path: &Path, frame: &Frame, failure: &Failure) {
-        let now = Instant::now();
-        let about = About { user: frame.user(), request: frame.clone(), started: now };
+    fn log_refusal(&self, direction: &str, path: &Path, about: &About, failure: &Failure) {
         let result = if failure.denied { "denied" } else { "failed" };
-        log_failure(self.record(direction, path, &about, 0, now), result, &failure.text);
+        log_failure(self.record(direction, path, about, 0, about.started), result, &failure.text);
     }
 
     /// The peer has a problem, which ends the transfer.

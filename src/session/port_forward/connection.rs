@@ -33,8 +33,6 @@ const SMALLEST_READ: usize = 2 * 1024;
 const LARGEST_READ: usize = 64 * 1024;
 /// The largest datagram.
 const DATAGRAM: usize = 65_535;
-/// What a refusal by the configuration begins with.
-const DENIED: &str = "access denied";
 /// In the audit log, of a connection that did what it was there for.
 const CLOSED: &str = "closed";
 
@@ -184,7 +182,9 @@ impl Connection {
 
     /// Has the audit log say what went wrong.
     pub fn broke(&mut self, why: &str) {
-        self.trail.result = if why.starts_with(DENIED) { "denied" } else { "failed" };
+        if self.trail.result == CLOSED {
+            self.trail.result = "failed";
+        }
         self.trail.reason = why.to_owned();
     }
 
@@ -266,7 +266,9 @@ impl Connection {
         let addresses: VecDeque<SocketAddr> = addresses.into_iter().filter(permitted).collect();
         if total > 0 && addresses.is_empty() {
             let transport = transport.name();
-            return Step::Failed(format!("{DENIED}: {transport}/{host}:{port} is not in PortForward.Allow"));
+            let text = format!("access denied: {transport}/{host}:{port} is not in PortForward.Allow");
+            self.trail.result = "denied";
+            return Step::Failed(text);
         }
         let none = format!(": lookup {host}: no such host");
         self.connect_next(addresses, none, now)
