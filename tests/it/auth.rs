@@ -271,10 +271,7 @@ fn a_late_answer_counts() {
 
 #[test]
 fn a_silent_manager_blocks_nothing_else() {
-    let mut rig = Setup::new().without_manager().start();
-    rig.manager.answer_get(Answer::Silent);
-    rig.manager.appear();
-    rig.manager.wait_calls("GetJwtToken", 1, SOON);
+    let mut rig = Setup::new().asking(Answer::Silent);
     rig.manager.change("signalled", &rig.server.url());
     // The signal says it all; the call may time out in peace.
     assert_eq!(bearer(&rig.server.next_device(secs(20))), "Bearer signalled");

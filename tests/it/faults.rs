@@ -109,10 +109,7 @@ fn a_manager_that_crashes_in_mid_call() {
 
 #[test]
 fn a_manager_that_crashes_before_it_has_ever_answered() {
-    let mut rig = Setup::new().without_manager().start();
-    rig.manager.answer_get(Answer::Silent);
-    rig.manager.appear();
-    rig.manager.wait_calls("GetJwtToken", 1, SOON);
+    let mut rig = Setup::new().asking(Answer::Silent);
     rig.manager.vanish();
     rig.daemon.wait_for_log("call to GetJWTToken on the Mender D-Bus API failed: ", SOON);
     rig.manager.answer_get(Answer::Normal);
@@ -136,10 +133,7 @@ fn a_manager_that_talks_nonsense() {
 /// It is waited for, and nothing waits with it.
 #[test]
 fn a_manager_that_takes_half_a_minute() {
-    let mut fresh = Setup::new().without_manager().start();
-    fresh.manager.answer_get(Answer::Late(secs(30)));
-    fresh.manager.appear();
-    fresh.manager.wait_calls("GetJwtToken", 1, SOON);
+    let mut fresh = Setup::new().asking(Answer::Late(secs(30)));
     let asked = Instant::now();
     let (mut rig, device) = quick().connected();
     rig.manager.answer_get(Answer::Late(secs(30)));

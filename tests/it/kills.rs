@@ -47,10 +47,7 @@ fn without_a_token() {
 
 #[test]
 fn asking_for_a_token() {
-    let mut rig = Setup::new().without_manager().start();
-    rig.manager.answer_get(Answer::Silent);
-    rig.manager.appear();
-    rig.manager.wait_calls("GetJwtToken", 1, SOON);
+    let rig = Setup::new().asking(Answer::Silent);
     killed(rig, &Setup::new());
 }
 

@@ -87,10 +87,7 @@ fn term_ends_a_back_off() {
 
 #[test]
 fn term_ends_a_call_nobody_answers() {
-    let mut rig = Setup::new().without_manager().start();
-    rig.manager.answer_get(Answer::Silent);
-    rig.manager.appear();
-    rig.manager.wait_calls("GetJwtToken", 1, SOON);
+    let mut rig = Setup::new().asking(Answer::Silent);
     ends_quickly(&mut rig, Signal::SIGTERM);
 }
 

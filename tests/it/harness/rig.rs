@@ -12,7 +12,7 @@ use super::bus::Bus;
 use super::client::{Style, Terminal};
 use super::daemon::{self, Daemon};
 use super::device::{Device, Generation};
-use super::manager::Manager;
+use super::manager::{Answer, Manager};
 use super::server::Server;
 use super::wait::{SOON, millis};
 
@@ -226,6 +226,15 @@ impl Rig {
 }
 
 impl Setup {
+    /// Starts and waits until the manager, which answers so from the beginning, is asked for the token.
+    pub fn asking(self, answer: Answer) -> Rig {
+        let mut rig = self.without_manager().start();
+        rig.manager.answer_get(answer);
+        rig.manager.appear();
+        rig.manager.wait_calls("GetJwtToken", 1, SOON);
+        rig
+    }
+
     /// Starts and waits for the connection.
     pub fn connected(self) -> (Rig, Device) {
         let rig = self.start();
