@@ -24,6 +24,9 @@ USAGE:
 
 COMMANDS:
    daemon   run in the foreground until SIGTERM
+   check    say what the daemon would make of its configuration
+   doctor   walk the way to the server, and say where it ends and what to do about it
+   status   say what the running daemon is doing
    version  print the version
    help, h  print help, of all or of one command
 
@@ -42,6 +45,22 @@ GLOBAL OPTIONS:
 pub enum Invocation {
     /// Run.
     Daemon(Options),
+    /// Say what the configuration means.
+    Check(Options),
+    /// Try the way to the server.
+    Doctor {
+        /// Where the configuration is.
+        options: Options,
+        /// Whether to write JSON; `None` where nothing was said about it.
+        json: Option<bool>,
+    },
+    /// Ask the running daemon for its state.
+    Status {
+        /// Whether to write JSON.
+        json: bool,
+        /// Whether to go on, with a new picture each second.
+        watch: bool,
+    },
     /// Print this to standard output, and exit with 0.
     Print(String),
     /// Print this line to standard error, and exit with 3.
@@ -93,16 +112,18 @@ fn parse_global(mut args: VecDeque<OsString>) -> Result<Invocation, Invocation> 
         _ if version && !help => return Ok(Invocation::Print(VERSION.to_owned())),
         _ => return Ok(Invocation::Print(HELP.to_owned())),
     };
-    command.parse_flags(&mut args)?;
+    let Flags { json, watch } = command.parse_flags(&mut args)?;
+    let level = match (trace, debug) {
+        (true, _) => LevelFilter::Trace,
+        (_, true) => LevelFilter::Debug,
+        _ => LevelFilter::Info,
+    };
+    let options = Options { config, fallback_config, level };
     match (command, args.pop_front()) {
-        (Command::Daemon, _) => {
-            let level = match (trace, debug) {
-                (true, _) => LevelFilter::Trace,
-                (_, true) => LevelFilter::Debug,
-                _ => LevelFilter::Info,
-            };
-            Ok(Invocation::Daemon(Options { config, fallback_config, level }))
-        }
+        (Command::Daemon, _) => Ok(Invocation::Daemon(options)),
+        (Command::Check, _) => Ok(Invocation::Check(options)),
+        (Command::Doctor, _) => Ok(Invocation::Doctor { options, json }),
+        (Command::Status, _) => Ok(Invocation::Status { json: json.unwrap_or(false), watch }),
         (Command::Version, _) => Ok(Invocation::Print(VERSION.to_owned())),
         (Command::Help, None) => Ok(Invocation::Print(HELP.to_owned())),
         (Command::Help, Some(topic)) => Ok(Invocation::Print(Command::find(&topic)?.help())),
@@ -112,14 +133,27 @@ fn parse_global(mut args: VecDeque<OsString>) -> Result<Invocation, Invocation> 
 #[derive(Debug, Clone, Copy)]
 enum Command {
     Daemon,
+    Check,
+    Doctor,
+    Status,
     Version,
     Help,
+}
+
+/// What a command was told besides its name.
+#[derive(Debug, Default)]
+struct Flags {
+    json: Option<bool>,
+    watch: bool,
 }
 
 impl Command {
     fn find(name: &OsStr) -> Result<Self, Invocation> {
         match name.as_bytes() {
             b"daemon" => Ok(Self::Daemon),
+            b"check" => Ok(Self::Check),
+            b"doctor" => Ok(Self::Doctor),
+            b"status" => Ok(Self::Status),
             b"version" => Ok(Self::Version),
             b"help" | b"h" => Ok(Self::Help),
             _ => Err(Invocation::UnknownCommand(format!("No help topic for '{}'", name.display()))),
@@ -127,29 +161,50 @@ impl Command {
     }
 
     fn help(self) -> String {
-        let (name, what, arguments) = match self {
-            Self::Daemon => ("daemon", "run in the foreground until SIGTERM", ""),
-            Self::Version => ("version", "print the version", ""),
-            Self::Help => ("help", "print help, of all or of one command", " [command]"),
+        let (name, what, arguments, options) = match self {
+            Self::Daemon => ("daemon", "run in the foreground until SIGTERM", "", ""),
+            Self::Check => (
+                "check",
+                "say what the daemon would make of its configuration; exit status 1 if it wouldn't start",
+                "",
+                "",
+            ),
+            Self::Doctor => (
+                "doctor",
+                "walk the way to the server, and say where it ends and what to do about it",
+                "",
+                "   --json      write JSON, as without a terminal; --json=false: text\n",
+            ),
+            Self::Status => (
+                "status",
+                "say what the running daemon is doing",
+                "",
+                "   --json      write JSON\n   --watch     go on, with a new picture each second\n",
+            ),
+            Self::Version => ("version", "print the version", "", ""),
+            Self::Help => ("help", "print help, of all or of one command", " [command]", ""),
         };
         format!(
             "NAME:\n   mender-connect {name} - {what}\n\n\
-             USAGE:\n   mender-connect [global options] {name} [--help]{arguments}\n\n\
-             OPTIONS:\n   --help, -h  print this help\n"
+             USAGE:\n   mender-connect [global options] {name} [options]{arguments}\n\n\
+             OPTIONS:\n{options}   --help, -h  print this help\n"
         )
     }
 
-    /// A command's own flags: there is only help.
-    fn parse_flags(self, args: &mut VecDeque<OsString>) -> Result<(), Invocation> {
+    /// A command's own flags.
+    fn parse_flags(self, args: &mut VecDeque<OsString>) -> Result<Flags, Invocation> {
         let usage = |error| Invocation::Usage { error, help: self.help() };
         let mut help = false;
+        let mut flags = Flags::default();
         while let Some(flag) = next_flag(args).map_err(usage)? {
-            match flag.name.as_str() {
-                "help" | "h" => help = flag.switch().map_err(usage)?,
+            match (self, flag.name.as_str()) {
+                (_, "help" | "h") => help = flag.switch().map_err(usage)?,
+                (Self::Doctor | Self::Status, "json") => flags.json = Some(flag.switch().map_err(usage)?),
+                (Self::Status, "watch") => flags.watch = flag.switch().map_err(usage)?,
                 _ => return Err(usage(flag.undefined())),
             }
         }
-        if help { Err(Invocation::Print(self.help())) } else { Ok(()) }
+        if help { Err(Invocation::Print(self.help())) } else { Ok(flags) }
     }
 }
 

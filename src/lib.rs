@@ -42,12 +42,15 @@
 pub mod audit;
 pub mod auth;
 pub mod backoff;
+pub mod check;
 pub mod cli;
 pub mod config;
+pub mod doctor;
 pub mod link;
 pub mod logging;
 pub mod outbox;
 pub mod proto;
 pub mod session;
+pub mod status;
 pub mod supervisor;
 pub mod sys;

@@ -9,7 +9,7 @@ use mender_connect::sys::privilege::{self, Needs};
 use mender_connect::sys::process;
 use mender_connect::sys::signals::Signals;
 use mender_connect::sys::wipe::Wiping;
-use mender_connect::{config, logging, session, supervisor, sys};
+use mender_connect::{check, config, doctor, logging, session, status, supervisor, sys};
 
 #[global_allocator]
 static MEMORY: Wiping = Wiping;
@@ -39,7 +39,17 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Invocation::Check(options) => finish(check::run(&options.config, &options.fallback_config)),
+        Invocation::Doctor { options, json } => {
+            finish(doctor::run(&options.config, &options.fallback_config, json))
+        }
+        Invocation::Status { json, watch } => finish(status::show(json, watch)),
     }
+}
+
+/// Of a command that has said itself what there is to say.
+fn finish(good: bool) -> ExitCode {
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn daemon(options: &Options) -> Result<(), Box<dyn std::error::Error>> {

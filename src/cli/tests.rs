@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use super::*;
 
 fn run(line: &str) -> Invocation {
@@ -163,4 +165,34 @@ fn unknown_commands_are_named() {
     assert_eq!(run("-- --debug"), Invocation::UnknownCommand("No help topic for '--debug'".into()));
     let empty = parse([OsString::new()]);
     assert_eq!(empty, Invocation::UnknownCommand("No help topic for ''".into()));
+}
+
+#[test]
+fn the_tools_take_their_own_flags() {
+    assert!(matches!(run("-c /x check"), Invocation::Check(options) if options.config == Path::new("/x")));
+    for (line, expected) in [
+        ("doctor", None),
+        ("doctor --json", Some(true)),
+        ("doctor --json=false", Some(false)),
+        ("--debug doctor -json", Some(true)),
+    ] {
+        assert!(matches!(run(line), Invocation::Doctor { json, .. } if json == expected), "{line}");
+    }
+    for (line, json, watch) in [
+        ("status", false, false),
+        ("status --json", true, false),
+        ("status --watch", false, true),
+        ("status --watch --json --json=false", false, true),
+    ] {
+        assert_eq!(run(line), Invocation::Status { json, watch }, "{line}");
+    }
+    for line in ["check --json", "doctor --watch", "daemon --json", "status --debug"] {
+        let (error, help) = usage(line);
+        assert!(error.starts_with("flag provided but not defined"), "{line}: {error}");
+        assert!(help.starts_with("NAME:\n   mender-connect "), "{line}: {help}");
+    }
+    for command in ["check", "doctor", "status"] {
+        assert!(HELP.contains(&format!("   {command} ")));
+        assert!(printed(&format!("{command} --help")).contains(command));
+    }
 }

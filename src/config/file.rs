@@ -36,6 +36,7 @@ pub(super) struct Settings {
     pub file_transfer: Switch,
     pub port_forward: PortForward,
     pub mender_client: Switch,
+    pub auth: Auth,
 }
 
 keys!(Settings {
@@ -49,6 +50,7 @@ keys!(Settings {
     "filetransfer" => file_transfer,
     "portforward" => port_forward,
     "menderclient" => mender_client,
+    "auth" => auth,
 });
 
 #[derive(Debug, Default)]
@@ -57,6 +59,15 @@ pub(super) struct Switch {
 }
 
 keys!(Switch { "disable" => disable });
+
+#[derive(Debug, Default)]
+pub(super) struct Auth {
+    pub source: String,
+    pub token_file: String,
+    pub server_url: String,
+}
+
+keys!(Auth { "source" => source, "tokenfile" => token_file, "serverurl" => server_url });
 
 #[derive(Debug, Default)]
 pub(super) struct PortForward {
@@ -87,11 +98,18 @@ pub(super) struct Sessions {
     pub expire_after: u32,
     pub expire_after_idle: u32,
     pub max_per_user: u32,
+    pub idle_includes_output: bool,
 }
 
 impl Default for Sessions {
     fn default() -> Self {
-        Self { stop_expired: true, expire_after: 0, expire_after_idle: 0, max_per_user: 0 }
+        Self {
+            stop_expired: true,
+            expire_after: 0,
+            expire_after_idle: 0,
+            max_per_user: 0,
+            idle_includes_output: false,
+        }
     }
 }
 
@@ -100,6 +118,7 @@ keys!(Sessions {
     "expireafter" => expire_after,
     "expireafteridle" => expire_after_idle,
     "maxperuser" => max_per_user,
+    "idleincludesoutput" => idle_includes_output,
 });
 
 #[derive(Debug, Default)]

@@ -49,8 +49,24 @@ pub struct Config {
     pub mender_client: bool,
     /// Limits of file transfer (`Limits.FileTransfer`); `None` unless `Limits.Enabled`.
     pub limits: Option<FileLimits>,
+    /// Where token and server URL come from (`Auth`).
+    pub auth: Auth,
     /// The base of the back-off between connection attempts, above zero (`ReconnectIntervalSeconds`).
     pub reconnect_interval: Duration,
+}
+
+/// Where token and server URL come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Auth {
+    /// From mender-auth on the system bus (`Auth.Source`: `dbus`).
+    Dbus,
+    /// From a file (`Auth.Source`: `file`).
+    File {
+        /// Absolute path of the file that has the token (`Auth.TokenFile`).
+        token: PathBuf,
+        /// The server's URL (`Auth.ServerURL`).
+        server_url: String,
+    },
 }
 
 /// What a terminal runs, and as whom.
@@ -85,6 +101,8 @@ pub struct Sessions {
     pub expiry: Expiry,
     /// How many sessions a user may have at a time, above zero (`Sessions.MaxPerUser`).
     pub max_per_user: u32,
+    /// Whether output is activity, too (`Sessions.IdleIncludesOutput`).
+    pub idle_includes_output: bool,
 }
 
 /// When a session is ended. Durations are above zero.
@@ -160,6 +178,15 @@ pub enum ConfigError {
     /// `PortForward.Allow` has an entry that means nothing.
     #[error(transparent)]
     Allow(#[from] AllowError),
+    /// `Auth.Source` is neither of the two.
+    #[error("Auth.Source {0:?} is not known, only \"dbus\" and \"file\" are")]
+    AuthSource(String),
+    /// With `Auth.Source` `file`, another key is missing.
+    #[error("Auth.{0} is needed where Auth.Source is \"file\"")]
+    AuthMissing(&'static str),
+    /// `Auth.TokenFile` doesn't start with a slash.
+    #[error("Auth.TokenFile ({0}) is not an absolute path")]
+    TokenFileNotAbsolute(String),
     /// `User` can't be found.
     #[error(transparent)]
     User(#[from] UserError),
@@ -211,6 +238,7 @@ fn complete(
     let sessions = Sessions {
         expiry: expiry(&settings.sessions, notes),
         max_per_user: settings.sessions.max_per_user.max(1),
+        idle_includes_output: settings.sessions.idle_includes_output,
     };
     let reconnect_interval = reconnect_interval(settings.reconnect_interval_seconds, notes);
     let limits = settings.limits.enabled.then(|| limits(settings.limits.file_transfer, notes));
@@ -219,6 +247,8 @@ fn complete(
         Some(entries) => Some(entries.iter().map(|e| Allowed::parse(e)).collect::<Result<_, _>>()?),
         None => None,
     };
+
+    let auth = auth(settings.auth)?;
 
     let user = validate(&settings.shell_command, &settings.user, notes)?;
     Ok(Config {
@@ -235,8 +265,26 @@ fn complete(
         forward_targets,
         mender_client: !settings.mender_client.disable,
         limits,
+        auth,
         reconnect_interval,
     })
+}
+
+fn auth(raw: file::Auth) -> Result<Auth, ConfigError> {
+    match raw.source.as_str() {
+        "" | "dbus" => return Ok(Auth::Dbus),
+        "file" => {}
+        _ => return Err(ConfigError::AuthSource(raw.source)),
+    }
+    for (key, value) in [("TokenFile", &raw.token_file), ("ServerURL", &raw.server_url)] {
+        if value.is_empty() {
+            return Err(ConfigError::AuthMissing(key));
+        }
+    }
+    if !raw.token_file.starts_with('/') {
+        return Err(ConfigError::TokenFileNotAbsolute(raw.token_file));
+    }
+    Ok(Auth::File { token: raw.token_file.into(), server_url: raw.server_url })
 }
 
 fn expiry(sessions: &file::Sessions, notes: &mut Notes) -> Expiry {

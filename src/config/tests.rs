@@ -81,7 +81,14 @@ pub const EXPIRES: &str = r#""Sessions": {"ExpireAfterIdle": 600}"#;
 fn a_minimal_file_gets_every_default() {
     let (config, notes) = load("");
     assert_eq!(config.terminal, Terminal { enabled: true, width: 80, height: 40 });
-    assert_eq!(config.sessions, Sessions { expiry: Expiry::Idle(Duration::from_secs(600)), max_per_user: 1 });
+    assert_eq!(
+        config.sessions,
+        Sessions {
+            expiry: Expiry::Idle(Duration::from_secs(600)),
+            max_per_user: 1,
+            idle_includes_output: false
+        }
+    );
     assert!(config.file_transfer && config.port_forward && config.mender_client);
     assert_eq!(config.limits, None);
     assert_eq!(config.reconnect_interval, Duration::from_secs(5));
@@ -295,4 +302,34 @@ fn without_a_list_only_bin_sh_will_do() {
     device.write("main", &device.working(""));
     let error = device.load().0.unwrap_err().to_string();
     assert!(error.starts_with(&format!("open {}: ", device.path("shells"))), "{error}");
+}
+
+#[test]
+fn the_token_comes_from_the_bus_or_a_file() {
+    for members in
+        ["", r#""Auth": {}"#, r#""Auth": {"Source": "dbus"}"#, r#""auth": {"Source": "", "TokenFile": "/t"}"#]
+    {
+        assert_eq!(load(members).0.auth, Auth::Dbus, "{members}");
+    }
+    let file = r#""Auth": {"Source": "file", "TokenFile": "/run/token", "ServerURL": "https://x"}"#;
+    let expected = Auth::File { token: "/run/token".into(), server_url: "https://x".to_owned() };
+    assert_eq!(load(file).0.auth, expected);
+    for (auth, error) in [
+        (r#"{"Source": "File"}"#, r#"Auth.Source "File" is not known, only "dbus" and "file" are"#),
+        (
+            r#"{"Source": "file", "ServerURL": "x"}"#,
+            r#"Auth.TokenFile is needed where Auth.Source is "file""#,
+        ),
+        (
+            r#"{"Source": "file", "TokenFile": "/x"}"#,
+            r#"Auth.ServerURL is needed where Auth.Source is "file""#,
+        ),
+        (
+            r#"{"Source": "file", "TokenFile": "x", "ServerURL": "x"}"#,
+            "Auth.TokenFile (x) is not an absolute path",
+        ),
+        (r#"{"Source": 1}"#, "Error parsing config file: Auth.Source: expected a string, found 1"),
+    ] {
+        assert_eq!(fail(&format!(r#"{{"User": "root", "Auth": {auth}}}"#)), error);
+    }
 }

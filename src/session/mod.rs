@@ -39,8 +39,7 @@ pub const THREAD_PREFIX: &str = "s-";
 /// What all sessions of the device share, beyond the life of a link.
 #[derive(Debug)]
 pub struct Context {
-    /// The configuration.
-    pub config: Config,
+    config: Mutex<Arc<Config>>,
     /// How many shells there may be.
     pub shells: Arc<ShellQuota>,
     /// How much was transferred.
@@ -138,10 +137,9 @@ impl Info {
 impl Context {
     /// For a device with this configuration.
     pub fn new(config: Config) -> Arc<Self> {
-        let shells = ShellQuota::new(config.sessions.max_per_user);
         Arc::new(Context {
-            config,
-            shells,
+            config: Mutex::new(Arc::new(config)),
+            shells: Arc::default(),
             transferred: Counters::default(),
             commands: Commands::default(),
             look_ups: Arc::default(),
@@ -149,6 +147,16 @@ impl Context {
             threads: Mutex::default(),
             thread_ended: Condvar::new(),
         })
+    }
+
+    /// The configuration as it is now.
+    pub fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts another configuration in its place. What has begun goes on as it was: shells, transfers and connections.
+    pub fn reconfigure(&self, config: Config) {
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
     }
 
     /// An empty table for a new link. The one before keeps its own, until its sessions have ended.
@@ -169,7 +177,7 @@ impl Context {
 
     /// Logs the status of every session.
     pub fn log_status(&self) {
-        let now = Instant::now();
+        let (now, config) = (Instant::now(), self.config());
         let sessions: Vec<(SessionId, Entry)> =
             self.table().lock().iter().map(|(id, entry)| (id.clone(), entry.clone())).collect();
         info!("  shells: {}/{MAX_SHELLS}", self.shells.running());
@@ -182,7 +190,7 @@ impl Context {
                     ago(shell.started),
                     ago(shell.last_input),
                     shell.user,
-                    self.config.shell.command.display(),
+                    config.shell.command.display(),
                     shell.pid
                 ),
                 None => info!("   {id} status:no shell started:{} s ago", ago(entry.since)),

@@ -22,9 +22,8 @@ pub enum Refusal {
 }
 
 /// The shells of this device, by user.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ShellQuota {
-    max_per_user: usize,
     running: Mutex<HashMap<UserId, usize>>,
 }
 
@@ -36,12 +35,6 @@ pub struct ShellPermit {
 }
 
 impl ShellQuota {
-    /// With `max_per_user` shells for each user.
-    pub fn new(max_per_user: u32) -> Arc<Self> {
-        let max_per_user = usize::try_from(max_per_user).unwrap_or(usize::MAX);
-        Arc::new(ShellQuota { max_per_user, running: Mutex::default() })
-    }
-
     fn lock(&self) -> MutexGuard<'_, HashMap<UserId, usize>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -51,15 +44,17 @@ impl ShellQuota {
         self.lock().values().sum()
     }
 
+    /// For a user that may have `max_per_user` shells.
+    ///
     /// # Errors
     /// When the device or the user has enough; the device is looked at first.
-    pub fn acquire(self: &Arc<Self>, user: &UserId) -> Result<ShellPermit, Refusal> {
+    pub fn acquire(self: &Arc<Self>, user: &UserId, max_per_user: u32) -> Result<ShellPermit, Refusal> {
         let mut running = self.lock();
         if running.values().sum::<usize>() >= MAX_SHELLS {
             return Err(Refusal::Device);
         }
         let of_user = running.get(user).copied().unwrap_or(0);
-        if of_user >= self.max_per_user {
+        if of_user >= usize::try_from(max_per_user).unwrap_or(usize::MAX) {
             return Err(Refusal::User);
         }
         running.insert(user.clone(), of_user + 1);
@@ -85,19 +80,19 @@ mod tests {
 
     #[test]
     fn counts_by_user_and_in_all() {
-        let quota = ShellQuota::new(2);
+        let quota = Arc::<ShellQuota>::default();
         let (a, b) = (UserId::from("a"), UserId::from(""));
-        let first = quota.acquire(&a).unwrap();
-        let _second = quota.acquire(&a).unwrap();
-        assert_eq!(quota.acquire(&a).unwrap_err(), Refusal::User);
-        let _other = quota.acquire(&b).unwrap();
+        let first = quota.acquire(&a, 2).unwrap();
+        let _second = quota.acquire(&a, 2).unwrap();
+        assert_eq!(quota.acquire(&a, 2).unwrap_err(), Refusal::User);
+        let _other = quota.acquire(&b, 2).unwrap();
         drop(first);
         assert_eq!(quota.running(), 2);
-        let _again = quota.acquire(&a).unwrap();
-        let many = ShellQuota::new(100);
-        let mut permits: Vec<_> = (0..MAX_SHELLS).map(|_| many.acquire(&a).unwrap()).collect();
-        assert_eq!(many.acquire(&a).unwrap_err(), Refusal::Device);
+        let _again = quota.acquire(&a, 2).unwrap();
+        let many = Arc::<ShellQuota>::default();
+        let mut permits: Vec<_> = (0..MAX_SHELLS).map(|_| many.acquire(&a, 100).unwrap()).collect();
+        assert_eq!(many.acquire(&a, 100).unwrap_err(), Refusal::Device);
         permits.pop();
-        assert!(many.acquire(&a).is_ok());
+        assert!(many.acquire(&a, 100).is_ok());
     }
 }

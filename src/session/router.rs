@@ -93,7 +93,7 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
     /// Brings a frame to its session, which is made if need be. [`Router::announce`] is to be called when no more
     /// follow at once.
     pub fn route(&mut self, frame: Frame) {
-        if frame.proto == MENDER_CLIENT && self.context.config.mender_client {
+        if frame.proto == MENDER_CLIENT && self.context.config().mender_client {
             return mender_client::handle(&self.context, &frame, &self.sink);
         }
         let Some(id) = frame.sid.clone() else {
@@ -106,8 +106,8 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
         };
         let Some(frame) = self.deliver(&id, frame) else { return };
         match (frame.proto, frame.typ.as_str()) {
-            (SHELL, shell::NEW) if self.context.config.terminal.enabled => self.create(&id, frame),
-            (SHELL, _) if self.context.config.terminal.enabled => {
+            (SHELL, shell::NEW) if self.context.config().terminal.enabled => self.create(&id, frame),
+            (SHELL, _) if self.context.config().terminal.enabled => {
                 if let Some(answer) = terminal::answer_without_shell(&id, &frame) {
                     self.answer(&answer);
                 }

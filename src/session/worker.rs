@@ -166,8 +166,8 @@ impl Session {
         match frame.proto {
             SHELL => self.terminal.handle(frame, now),
             CONTROL => self.handle_control(&frame),
-            FILE_TRANSFER if self.context.config.file_transfer => self.files.handle(frame, now),
-            PORT_FORWARD if self.context.config.port_forward => self.forwards.handle(&frame, now),
+            FILE_TRANSFER if self.context.config().file_transfer => self.files.handle(frame, now),
+            PORT_FORWARD if self.context.config().port_forward => self.forwards.handle(&frame, now),
             other => {
                 let text = format!("no handler registered for protocol: 0x{other:04X}");
                 self.sink.reply(&control::error_about(&self.id, &frame, &text, false));
@@ -233,7 +233,7 @@ impl Session {
 
     /// The protocols that are there for a session.
     fn protocols(&self) -> Vec<u16> {
-        let config = &self.context.config;
+        let config = self.context.config();
         let enabled = [
             (SHELL, config.terminal.enabled),
             (FILE_TRANSFER, config.file_transfer),

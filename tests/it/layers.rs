@@ -13,11 +13,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("audit", &["proto"]),
     ("logging", &["audit", "sys"]),
     ("config", &["sys"]),
+    ("check", &["config"]),
     ("outbox", &["proto", "sys"]),
     ("auth", &["config", "sys"]),
     ("link", &["auth", "outbox", "proto", "sys"]),
     ("session", &["audit", "config", "outbox", "proto", "sys"]),
-    ("supervisor", &["auth", "backoff", "config", "link", "proto", "session", "sys"]),
+    ("status", &["session", "sys"]),
+    ("doctor", &["auth", "config", "link", "status", "sys"]),
+    ("supervisor", &["auth", "backoff", "config", "link", "proto", "session", "status", "sys"]),
 ];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {

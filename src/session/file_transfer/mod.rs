@@ -186,7 +186,8 @@ impl FileTransfer {
 
     #[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
     fn stat(&mut self, frame: &Frame) {
-        let limits = self.context.config.limits.as_ref();
+        let config = self.context.config();
+        let limits = config.limits.as_ref();
         let found = Request::decode(&frame.body)
             .map_err(Failure::system)
             .and_then(|request| Ok((place::stat(limits, &request.path)?, request.path)));
@@ -209,7 +210,8 @@ impl FileTransfer {
 
     fn start_sending(&mut self, frame: Frame, now: Instant) {
         let about = About { user: frame.user(), request: frame, started: now };
-        let limits = self.context.config.limits.as_ref();
+        let config = self.context.config();
+        let limits = config.limits.as_ref();
         let known = self.known.as_ref();
         let mut asked = PathBuf::new();
         let started = Request::decode(&about.request.body).map_err(Failure::system).and_then(|request| {
@@ -232,7 +234,8 @@ impl FileTransfer {
 
     fn start_receiving(&mut self, frame: Frame, now: Instant) {
         let about = About { user: frame.user(), request: frame, started: now };
-        let limits = self.context.config.limits.as_ref();
+        let config = self.context.config();
+        let limits = config.limits.as_ref();
         self.stray_chunks = true;
         let mut asked = PathBuf::new();
         let started = Request::decode(&about.request.body).map_err(Failure::system).and_then(|request| {

@@ -417,7 +417,7 @@ fn advance(
     now: Instant,
 ) -> Step {
     let permit = || if looking_up < MAX_LOOK_UPS { context.look_ups.acquire(wake) } else { None };
-    connection.advance(permit, context.config.forward_targets.as_deref(), wake, now)
+    connection.advance(permit, context.config().forward_targets.as_deref(), wake, now)
 }
 
 #[cfg(test)]

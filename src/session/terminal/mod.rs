@@ -114,7 +114,7 @@ impl Terminal {
 
     /// Obeys a frame of the shell protocol.
     pub fn handle(&mut self, frame: Frame, now: Instant) {
-        if !self.context.config.terminal.enabled {
+        if !self.context.config().terminal.enabled {
             return self.sink.reply(&unknown(&self.id, &frame));
         }
         match (&mut self.state, frame.typ.as_str()) {
@@ -172,8 +172,9 @@ impl Terminal {
             return Err(reason.to_owned());
         }
         let user = frame.user();
-        let permit = self.context.shells.acquire(&user).map_err(|e| e.to_string())?;
-        let config = &self.context.config;
+        let config = self.context.config();
+        let permit =
+            self.context.shells.acquire(&user, config.sessions.max_per_user).map_err(|e| e.to_string())?;
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
         let shell = Shell::start(&config.shell, size).map_err(|e| format!("failed to start shell: {e}"))?;
@@ -362,7 +363,7 @@ impl Terminal {
             warn!(
                 "the shell ended at once with exit status 2: it may not know its arguments {:?}; \
                  a /bin/sh that is dash has no --login, see ShellCommand and ShellArguments",
-                self.context.config.shell.arguments
+                self.context.config().shell.arguments
             );
         }
         // The slot is free before the client can know.
