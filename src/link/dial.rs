@@ -73,7 +73,7 @@ pub fn dial(
     let stream = ReadHalf::new(Arc::clone(&socket), tls, Instant::now() + UPGRADE_LIMIT);
     let (mut websocket, _) =
         client_with_config(request, stream, Some(limits(MAX_MESSAGE))).map_err(upgrade_error)?;
-    let write_half = websocket.get_mut().open(outbox)?;
+    let write_half = websocket.get_mut().open(outbox, cancel.heard())?;
     Ok((websocket, write_half))
 }
 

@@ -19,6 +19,8 @@ mod writer;
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,7 +31,7 @@ use thiserror::Error;
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
 use crate::proto::Frame;
-use crate::sys::thread;
+use crate::sys::{net, thread};
 
 pub use endpoint::PATH;
 pub use proxy::ProxySettings;
@@ -42,6 +44,8 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 const PING_INTERVAL: Duration = Duration::from_secs(25);
 /// A write without progress for so long means a dead link.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
+/// A dial that takes longer hangs: each of its steps has a limit, and a host so many addresses.
+const DIAL_LIMIT: Duration = Duration::from_secs(600);
 /// How long a goodbye may take.
 const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 /// The largest inbound message: a pasted text comes as one, of up to 1 MiB.
@@ -133,6 +137,9 @@ pub enum LinkError {
 #[derive(Debug)]
 pub struct Link {
     cancel: Arc<Cancel>,
+    since: Instant,
+    /// Whether something waited to be read when that was looked at last.
+    had_news: bool,
     /// Dropped to tell a dial that waits for names.
     _alive: Sender<()>,
 }
@@ -157,7 +164,21 @@ impl Link {
             debug!("the link has ended: {lost}");
             events(LinkEvent::Lost(lost));
         })?;
-        Ok(Link { cancel, _alive: alive })
+        Ok(Link { cancel, since: Instant::now(), had_news: false, _alive: alive })
+    }
+
+    /// Whether the link makes progress: `false` if its thread hasn't read in the whole time since this was asked last,
+    /// though there was something to read, or has dialled for longer than any dial can take.
+    pub fn goes_on(&mut self, now: Instant) -> bool {
+        let (established, heard, socket) = self.cancel.with(|state| {
+            (state.established, state.heard.swap(false, Ordering::Relaxed), state.socket.clone())
+        });
+        if !established {
+            return now.saturating_duration_since(self.since) < DIAL_LIMIT;
+        }
+        let has_news = socket.is_some_and(|socket| net::has_news(socket.as_fd()));
+        let had_news = std::mem::replace(&mut self.had_news, has_news);
+        heard || !had_news || !has_news
     }
 
     /// Ends the link: at once where it still dials, else with a short goodbye that nobody waits for.
@@ -236,6 +257,8 @@ struct CancelState {
     cancelled: bool,
     established: bool,
     socket: Option<Arc<TcpStream>>,
+    /// Set by the reader.
+    heard: Arc<AtomicBool>,
 }
 
 impl Cancel {
@@ -264,6 +287,11 @@ impl Cancel {
             state.socket = Some(Arc::clone(socket));
             if state.cancelled { Err(LinkError::Cancelled) } else { Ok(()) }
         })
+    }
+
+    /// To be set whenever something was read.
+    fn heard(&self) -> Arc<AtomicBool> {
+        self.with(|state| Arc::clone(&state.heard))
     }
 
     fn established(&self) {

@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{SILENCE_LIMIT, WRITE_LIMIT, tls};
@@ -84,6 +85,8 @@ enum Phase {
         outbox: Arc<Outbox>,
         /// Whether the reader knows that the next read may take long.
         told: Cell<bool>,
+        /// Set whenever the reader has read.
+        heard: Arc<AtomicBool>,
     },
 }
 
@@ -96,17 +99,17 @@ impl ReadHalf {
     }
 
     /// The handshake is over: from now on this half only reads, and waits as long as a live peer may be silent.
-    /// Before each wait `WouldBlock` is returned once.
+    /// Before each wait `WouldBlock` is returned once. `heard` is set after each.
     ///
     /// # Errors
     /// What setting socket options may say.
-    pub fn open(&mut self, outbox: &Arc<Outbox>) -> io::Result<WriteHalf> {
+    pub fn open(&mut self, outbox: &Arc<Outbox>, heard: Arc<AtomicBool>) -> io::Result<WriteHalf> {
         self.socket.set_read_timeout(Some(SILENCE_LIMIT))?;
         self.socket.set_write_timeout(Some(WRITE_LIMIT))?;
         // A peer on this machine, mender-auth's forwarder, writes with Nagle's algorithm on: a delayed
         // acknowledgement would cost 40 ms a keystroke.
         let quick_ack = self.socket.peer_addr()?.ip().is_loopback();
-        self.phase = Phase::Open { quick_ack, outbox: Arc::clone(outbox), told: Cell::new(false) };
+        self.phase = Phase::Open { quick_ack, outbox: Arc::clone(outbox), told: Cell::new(false), heard };
         let tls = self.tls.as_ref().map(tls::Reader::writer);
         Ok(WriteHalf { socket: Arc::clone(&self.socket), tls })
     }
@@ -116,13 +119,14 @@ impl Phase {
     fn read(&self, socket: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Phase::Handshake { deadline } => Deadline { socket, deadline: *deadline }.read(buffer),
-            Phase::Open { quick_ack, told, .. } => {
+            Phase::Open { quick_ack, told, heard, .. } => {
                 if !told.replace(true) {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }
                 told.set(false);
                 let mut socket = socket;
                 let n = uninterrupted(|| socket.read(buffer)).map_err(timed_out)?;
+                heard.store(true, Ordering::Relaxed);
                 if *quick_ack {
                     // Only a hint; a socket that can't do it still works.
                     let _ = net::rearm_quick_ack(socket.as_fd());

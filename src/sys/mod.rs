@@ -3,6 +3,7 @@
 pub mod beneath;
 pub mod clock;
 pub mod net;
+pub mod notify;
 pub mod privilege;
 pub mod process;
 pub mod pty;

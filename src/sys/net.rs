@@ -8,7 +8,7 @@ use crossbeam_channel::Receiver;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, send, socket,
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, recv, send, socket,
 };
 
 use super::thread;
@@ -36,6 +36,12 @@ pub fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result<()> {
 /// What send(2) says; `WouldBlock` when nothing goes.
 pub fn send_now(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     Ok(send(socket.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)?)
+}
+
+/// Whether something waits to be read: bytes, an end or an error.
+pub fn has_news(socket: BorrowedFd<'_>) -> bool {
+    let look = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+    recv(socket.as_raw_fd(), &mut [0], look) != Err(Errno::EAGAIN)
 }
 
 #[allow(unsafe_code)]

@@ -17,6 +17,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
 use nix::unistd::{Gid, Pid, Uid, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
 
 use super::PollSet;
+use super::notify;
 use super::privilege;
 use super::thread;
 use super::users::User;
@@ -180,6 +181,9 @@ pub fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String
     let failed = |e: io::Error| format!("fork/exec {}: {}", program.display(), super::reason(&e));
     let mut command = Command::new(program);
     command.arg(argument).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    for ours in notify::VARIABLES {
+        command.env_remove(ours);
+    }
     before_exec(&mut command, || {
         default_signals()?;
         privilege::restore()

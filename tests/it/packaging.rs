@@ -61,10 +61,11 @@ fn exposure_is_as_stated() {
 
 #[test]
 fn the_unit_is_at_least_upstreams() {
+    // But for its type: this agent says when it is ready.
+    assert!(UNIT.lines().any(|line| line == "Type=notify"));
     let upstream = "Description=Mender Connect service
         Wants=network-online.target mender-client.service mender-authd.service
         After=systemd-resolved.service network-online.target mender-client.service mender-authd.service
-        Type=idle
         User=root
         Group=root
         ExecStart=/usr/bin/mender-connect daemon

@@ -134,3 +134,51 @@ fn expiry_can_be_switched_off() {
     device.nothing(secs(3), "no expiry", |_| true);
     assert_eq!(terminal.run("echo alive"), "alive");
 }
+
+/// What is shown a minute before the end.
+const NOTICE: &str = "[mender-connect] Idle: this session ends in";
+
+#[test]
+fn the_idle_are_told_a_minute_before() {
+    let (rig, _device, mut terminal) = sessions(json!({ "ExpireAfterIdle": 62 })).terminal();
+    let start = Instant::now();
+    let shown = terminal.read_until(NOTICE, SOON);
+    assert!((millis(1000)..secs(8)).contains(&start.elapsed()), "after {:?}", start.elapsed());
+    let shown = shown + &terminal.read_until("unless something is typed.\r\n", SOON);
+    assert!(shown.contains(&format!("\r\n{NOTICE} 60 s")), "{shown:?}");
+    // Whoever types stays, and is told again.
+    assert_eq!(terminal.run("echo here"), "here");
+    terminal.read_until(NOTICE, SOON);
+    assert!(proc::children(rig.daemon.pid()).len() == 1);
+}
+
+#[test]
+fn those_who_type_and_shells_that_never_idle_are_told_nothing() {
+    let idle = |limit: u32| sessions(json!({ "ExpireAfterIdle": limit }));
+    for setup in [
+        idle(60),
+        idle(66),
+        sessions(json!({ "ExpireAfter": 61 })),
+        sessions(json!({ "StopExpired": false })),
+    ] {
+        let (_rig, _device, mut terminal) = setup.terminal();
+        let start = Instant::now();
+        while start.elapsed() < secs(3) {
+            let shown = terminal.run("sleep 0.5; echo typing");
+            assert_eq!(shown, "typing");
+        }
+    }
+}
+
+#[test]
+fn output_keeps_a_shell_alive_where_it_is_to() {
+    let mut config = script_config("for i in 1 2 3 4 5 6 7 8; do echo output; sleep 0.5; done; sleep 60");
+    config["Sessions"] = json!({ "ExpireAfterIdle": 2, "IdleIncludesOutput": true });
+    let (_rig, device) = Setup::new().config(config).connected();
+    let terminal = Terminal::new(&device, Style::Cli);
+    terminal.open();
+    let start = Instant::now();
+    let stop = terminal.expect_after_output("stop", SOON);
+    assert_eq!(stop.status(), Some(2));
+    assert!((millis(5000)..secs(12)).contains(&start.elapsed()), "after {:?}", start.elapsed());
+}

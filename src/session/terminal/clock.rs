@@ -1,4 +1,4 @@
-//! A shell's timers: the health check and the expiry. Pure.
+//! A shell's timers: the health check and the expiry, of which an idle user is warned. Pure.
 
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,9 @@ const PING_INTERVAL: Duration = Duration::from_secs(60);
 /// How much later than that its answer may come.
 const PONG_GRACE: Duration = Duration::from_secs(5);
 
+/// How long before it is closed an idle shell says so. One that is closed as early as that doesn't.
+const NOTICE: Duration = Duration::from_secs(60);
+
 /// What clients are told to expect: the seconds until the next ping.
 pub const PING_TIMEOUT: u16 = 65;
 
@@ -17,7 +20,9 @@ pub const PING_TIMEOUT: u16 = 65;
 pub struct Clock {
     expiry: Expiry,
     started: Instant,
-    last_input: Instant,
+    last_activity: Instant,
+    /// Whether the user was told that the end is near.
+    warned: bool,
     next_ping: Instant,
     pong_limit: Instant,
 }
@@ -27,6 +32,8 @@ pub struct Clock {
 pub enum Due {
     /// Ask the client.
     Ping,
+    /// Tell the user how soon the shell is closed.
+    Warn(Duration),
     /// End the shell.
     End {
         /// Why, in the audit log's word.
@@ -42,7 +49,8 @@ impl Clock {
         Clock {
             expiry,
             started: now,
-            last_input: now,
+            last_activity: now,
+            warned: false,
             next_ping: now + PING_INTERVAL,
             pong_limit: now + PING_INTERVAL + PONG_GRACE,
         }
@@ -53,9 +61,17 @@ impl Clock {
         self.started
     }
 
-    /// Something was typed.
-    pub fn input(&mut self, now: Instant) {
-        self.last_input = now;
+    /// Something was typed, or whatever else counts as activity.
+    pub fn activity(&mut self, now: Instant) {
+        if now > self.last_activity {
+            self.last_activity = now;
+            self.warned = false;
+        }
+    }
+
+    /// From now on the shell expires by this.
+    pub fn set_expiry(&mut self, expiry: Expiry) {
+        self.expiry = expiry;
     }
 
     /// The client has answered.
@@ -66,15 +82,24 @@ impl Clock {
     fn expires(&self) -> Option<Instant> {
         match self.expiry {
             Expiry::Never => None,
-            Expiry::Idle(limit) => self.last_input.checked_add(limit),
+            Expiry::Idle(limit) => self.last_activity.checked_add(limit),
             Expiry::Age(limit) => self.started.checked_add(limit),
+        }
+    }
+
+    fn warns(&self) -> Option<Instant> {
+        match self.expiry {
+            Expiry::Idle(limit) if limit > NOTICE && !self.warned => {
+                self.last_activity.checked_add(limit - NOTICE)
+            }
+            _ => None,
         }
     }
 
     /// When [`Clock::due`] has something to say.
     pub fn deadline(&self) -> Instant {
         let next = self.next_ping.min(self.pong_limit);
-        self.expires().map_or(next, |at| at.min(next))
+        self.warns().or(self.expires()).map_or(next, |at| at.min(next))
     }
 
     /// What is due now, if anything.
@@ -90,6 +115,10 @@ impl Clock {
         if now >= self.pong_limit {
             let text = "health check failed: the client did not answer".to_owned();
             return Some(Due::End { why: "health check failed", text });
+        }
+        if self.warns().is_some_and(|at| now >= at) {
+            self.warned = true;
+            return self.expires().map(|at| Due::Warn(at - now));
         }
         if now >= self.next_ping {
             // From now on, not from when it was due: a stopped process mustn't catch up.
@@ -132,12 +161,36 @@ mod tests {
     fn idleness_counts_from_the_last_input_and_age_from_the_start() {
         let start = Instant::now();
         let mut idle = Clock::new(Expiry::Idle(10 * SECOND), start);
-        idle.input(start + 5 * SECOND);
+        idle.activity(start + 5 * SECOND);
         assert_eq!(idle.due(start + 14 * SECOND), None);
         assert_eq!(end(idle.due(start + 15 * SECOND)), "session expired: no input for 10 s");
         let mut age = Clock::new(Expiry::Age(10 * SECOND), start);
-        age.input(start + 5 * SECOND);
+        age.activity(start + 5 * SECOND);
         assert_eq!(age.deadline(), start + 10 * SECOND);
         assert_eq!(end(age.due(start + 10 * SECOND)), "session expired: open for 10 s");
+    }
+
+    #[test]
+    fn the_idle_are_warned_a_minute_before() {
+        let start = Instant::now();
+        let mut clock = Clock::new(Expiry::Idle(70 * SECOND), start);
+        clock.pong(start + 60 * SECOND);
+        assert_eq!(clock.deadline(), start + 10 * SECOND);
+        assert_eq!(clock.due(start + 9 * SECOND), None);
+        assert_eq!(clock.due(start + 10 * SECOND), Some(Due::Warn(60 * SECOND)));
+        assert_eq!(clock.due(start + 11 * SECOND), None);
+        // What is known already is no activity.
+        clock.activity(start);
+        assert_eq!(clock.due(start + 12 * SECOND), None);
+        clock.activity(start + 20 * SECOND);
+        assert_eq!(clock.deadline(), start + 30 * SECOND);
+        assert_eq!(clock.due(start + 31 * SECOND), Some(Due::Warn(59 * SECOND)));
+        // Another limit counts from the same moment.
+        clock.set_expiry(Expiry::Idle(12 * SECOND));
+        assert_eq!(end(clock.due(start + 32 * SECOND)), "session expired: no input for 12 s");
+        for expiry in [Expiry::Idle(60 * SECOND), Expiry::Age(70 * SECOND), Expiry::Never] {
+            let mut clock = Clock::new(expiry, start);
+            assert_eq!(clock.due(start + 59 * SECOND), None, "{expiry:?}");
+        }
     }
 }
