@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use log::{error, warn};
 use mender_connect::cli::{self, Invocation, Options};
-use mender_connect::sys::privilege::{self, Needs};
+use mender_connect::sys::privilege;
 use mender_connect::sys::process;
 use mender_connect::sys::signals::Signals;
 use mender_connect::sys::wipe::Wiping;
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
             let _ = write!(std::io::stderr(), "Incorrect Usage: {error}\n\n{help}");
             ExitCode::from(USAGE)
         }
-        Invocation::Daemon(options) => match daemon(&options) {
+        Invocation::Daemon(options) => match daemon(options) {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => {
                 error!("{e}");
@@ -52,7 +52,7 @@ fn finish(good: bool) -> ExitCode {
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn daemon(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
+fn daemon(options: Options) -> Result<(), Box<dyn std::error::Error>> {
     let signals = Signals::block()?;
     process::keep_descriptors_private();
     logging::init(options.level)?;
@@ -66,17 +66,11 @@ fn daemon(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
         }
     }));
     privilege::keep_to_oneself()?;
-    let config = config::load(&options.config, &options.fallback_config)?;
-    let privileged_shells = config.terminal.enabled && !config.shell.no_new_privileges;
-    let needs = Needs {
-        shells: config.terminal.enabled,
-        root_shells: privileged_shells && config.shell.user.uid.is_root(),
-        files: config.file_transfer,
-        privileged_programs: privileged_shells || config.mender_client,
-    };
-    if let Err(e) = privilege::reduce(needs) {
+    let load = move || config::load(&options.config, &options.fallback_config);
+    let config = load()?;
+    if let Err(e) = privilege::reduce(supervisor::needs(&config)) {
         warn!("privileges that aren't needed couldn't be given up: {}", sys::reason(&e));
     }
-    supervisor::run(config, &signals)?;
+    supervisor::run(config, load, &signals)?;
     Ok(())
 }

@@ -154,9 +154,13 @@ impl Context {
         Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Puts another configuration in its place. What has begun goes on as it was: shells, transfers and connections.
+    /// Puts another configuration in its place. What has begun goes on as it was,
+    /// but shells expire as it says, and what it disables ends.
     pub fn reconfigure(&self, config: Config) {
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+        for entry in self.table().lock().values() {
+            entry.inbox.announce();
+        }
     }
 
     /// An empty table for a new link. The one before keeps its own, until its sessions have ended.

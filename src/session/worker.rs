@@ -120,6 +120,7 @@ impl Session {
                 self.forwards.hang_up();
             }
             self.read_inbox();
+            self.end_disabled(Instant::now());
             self.files.acknowledge();
             self.check_idle(Instant::now());
             self.files.proceed(Instant::now());
@@ -144,6 +145,21 @@ impl Session {
             self.wake.clear();
             self.terminal.proceed(terminal, Instant::now());
             self.forwards.proceed(forwards, Instant::now());
+        }
+    }
+
+    /// What the configuration doesn't allow any more ends.
+    fn end_disabled(&mut self, now: Instant) {
+        let config = self.context.config();
+        if !config.terminal.enabled {
+            self.terminal.disable(now);
+        }
+        let files = !config.file_transfer && !self.files.is_idle();
+        let forwards = !config.port_forward && !self.forwards.is_idle();
+        if self.idle.is_some() && (files || forwards) {
+            self.end = "disabled";
+            self.sink.reply(&control::error(&self.id, "disabled by the configuration", true));
+            self.close();
         }
     }
 

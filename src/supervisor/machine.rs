@@ -44,8 +44,8 @@ pub enum Event {
     },
     /// Time has passed; maybe a deadline with it.
     Tick,
-    /// The operator wants a new connection now.
-    Reconnect,
+    /// The operator wants an attempt now, unless there is a connection.
+    Hurry,
     /// The operator wants the end.
     Stop,
 }
@@ -79,7 +79,7 @@ pub struct Machine {
     /// Attempts since the last success.
     attempt: u32,
     /// ReconnectIntervalSeconds.
-    base: Duration,
+    pub base: Duration,
     /// A source of uniform 64-bit numbers.
     random: fn() -> u64,
 }
@@ -98,19 +98,21 @@ impl Machine {
         }
     }
 
-    /// How things stand, for people.
-    pub fn describe(&self, server: &str, now: Instant) -> String {
+    /// How things stand, for people: at `now` or, without that, in words that stay true for as long as the state.
+    pub fn describe(&self, server: &str, now: Option<Instant>) -> String {
         match self.state {
             State::Unauthorized => "waiting for a token".to_owned(),
             State::Waiting { until } => {
-                let left = until.saturating_duration_since(now).as_secs_f32();
-                format!("next attempt to connect to {server} in {left:.0} s, {} failed", self.attempt)
+                let left = now.map(|now| until.saturating_duration_since(now).as_secs_f32());
+                let left = left.map_or_else(String::new, |left| format!(" in {left:.0} s"));
+                format!("next attempt to connect to {server}{left}, {} failed", self.attempt)
             }
             State::Asking => "asking for a token".to_owned(),
             State::Dialling => format!("connecting to {server}"),
             State::Connected { since } => {
-                let age = now.saturating_duration_since(since).as_secs();
-                format!("connected to {server} for {age} s")
+                let age = now.map(|now| now.saturating_duration_since(since).as_secs());
+                let age = age.map_or_else(String::new, |age| format!(" for {age} s"));
+                format!("connected to {server}{age}")
             }
             State::Stopping => "ending".to_owned(),
         }
@@ -144,8 +146,8 @@ impl Machine {
             }
             (_, Event::Tick) => vec![],
 
-            (State::Asking, Event::Reconnect) => vec![],
-            (_, Event::Reconnect) => self.go(State::Asking, vec![Action::Close, Action::Ask]),
+            (State::Asking | State::Connected { .. }, Event::Hurry) => vec![],
+            (_, Event::Hurry) => self.go(State::Asking, vec![Action::Close, Action::Ask]),
         }
     }
 
@@ -317,11 +319,11 @@ mod tests {
             (due, Event::Tick, Asking, vec![Ask]),
             (connected, Event::Tick, connected, vec![]),
             // The operator.
-            (connected, Event::Reconnect, Asking, vec![Close, Ask]),
-            (waiting, Event::Reconnect, Asking, vec![Close, Ask]),
-            (Unauthorized, Event::Reconnect, Asking, vec![Close, Ask]),
-            (Dialling, Event::Reconnect, Asking, vec![Close, Ask]),
-            (Asking, Event::Reconnect, Asking, vec![]),
+            (connected, Event::Hurry, connected, vec![]),
+            (waiting, Event::Hurry, Asking, vec![Close, Ask]),
+            (Unauthorized, Event::Hurry, Asking, vec![Close, Ask]),
+            (Dialling, Event::Hurry, Asking, vec![Close, Ask]),
+            (Asking, Event::Hurry, Asking, vec![]),
             (connected, Event::Stop, Stopping, vec![Close]),
             (waiting, Event::Stop, Stopping, vec![Close]),
             (Stopping, announced("b"), Stopping, vec![]),

@@ -2,6 +2,7 @@
 //! poll(2), lets the [`machine`] decide, and does what was decided.
 
 pub mod machine;
+mod service;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -15,11 +16,13 @@ use nix::sys::signal::Signal;
 use thiserror::Error;
 
 use self::machine::{Action, Event, Machine, State};
+use self::service::Service;
 use crate::auth::{self, AuthEvent, Credentials, Source, SourceError};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::proto::Frame;
 use crate::session::{Context, Router};
+use crate::sys::privilege::{self, Needs};
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, clock};
@@ -38,12 +41,27 @@ pub enum Error {
     System(#[from] io::Error),
 }
 
-/// Runs the daemon until it is told to end by SIGTERM or SIGINT.
+/// Runs the daemon until it is told to end by SIGTERM or SIGINT. At SIGHUP it has `load` read the configuration again.
 ///
 /// # Errors
 /// When it can't start: a bus that is lost later is waited for.
-pub fn run(config: Config, signals: &Signals) -> Result<(), Error> {
-    Supervisor::new(config)?.run(signals)
+pub fn run(
+    config: Config,
+    load: impl Fn() -> Result<Config, ConfigError> + 'static,
+    signals: &Signals,
+) -> Result<(), Error> {
+    Supervisor::new(config, Box::new(load))?.run(signals)
+}
+
+/// What a daemon with this configuration does that takes privileges.
+pub fn needs(config: &Config) -> Needs {
+    let privileged_shells = config.terminal.enabled && !config.shell.no_new_privileges;
+    Needs {
+        shells: config.terminal.enabled,
+        root_shells: privileged_shells && config.shell.user.uid.is_root(),
+        files: config.file_transfer,
+        privileged_programs: privileged_shells || config.mender_client,
+    }
 }
 
 /// Which link, and what becomes of it.
@@ -51,6 +69,8 @@ type Report = (u64, LinkEvent);
 
 struct Supervisor {
     machine: Machine,
+    load: Box<dyn Fn() -> Result<Config, ConfigError>>,
+    service: Service,
     source: Box<dyn Source>,
     context: Arc<Context>,
     proxies: Arc<ProxySettings>,
@@ -65,12 +85,14 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    fn new(config: Config) -> Result<Self, Error> {
+    fn new(config: Config, load: Box<dyn Fn() -> Result<Config, ConfigError>>) -> Result<Self, Error> {
         let wake = Arc::new(Wake::new()?);
         // At most two reports a link, and links are made one after another.
         let (reporter, reports) = crossbeam_channel::unbounded();
         Ok(Supervisor {
             machine: Machine::new(config.reconnect_interval, random),
+            load,
+            service: Service::new(Instant::now()),
             source: auth::source(&wake)?,
             context: Context::new(config),
             proxies: Arc::new(ProxySettings::from_environment()),
@@ -91,6 +113,10 @@ impl Supervisor {
             }
             self.wake.clear();
             let auth = self.source.process(Instant::now())?;
+            // Whatever the source says: it is there.
+            if !auth.is_empty() && !self.service.is_ready() {
+                self.service.ready();
+            }
             for event in latest(auth) {
                 self.step(Event::Auth(event));
             }
@@ -98,7 +124,12 @@ impl Supervisor {
                 self.handle_report(report);
             }
             self.step(Event::Tick);
+            let now = Instant::now();
+            let link = &mut self.link;
+            self.service.feed(now, || link.as_mut().is_none_or(|link| link.goes_on(now)));
+            self.service.status(self.machine.describe(&self.server(), None));
         }
+        self.service.stopping();
         self.stop();
         Ok(())
     }
@@ -113,7 +144,8 @@ impl Supervisor {
             events.set(PollFlags::POLLOUT, write);
             set.add_raw(fd, events);
         }
-        set.wait([self.machine.deadline(), self.source.deadline()].into_iter().flatten().min())
+        let deadlines = [self.machine.deadline(), self.source.deadline(), self.service.deadline()];
+        set.wait(deadlines.into_iter().flatten().min())
     }
 
     fn handle_signal(&mut self, signal: Signal) {
@@ -123,12 +155,49 @@ impl Supervisor {
                 self.step(Event::Stop);
             }
             Signal::SIGHUP => {
-                info!("SIGHUP received, connecting anew");
-                self.step(Event::Reconnect);
+                info!("SIGHUP received, reading the configuration");
+                self.reload();
+                self.step(Event::Hurry);
             }
             Signal::SIGUSR1 => self.log_status(),
             _ => {}
         }
+    }
+
+    /// Takes over what the configuration files say now, all of it or, with the reason in the log, nothing.
+    fn reload(&mut self) {
+        let ready = self.service.is_ready();
+        if ready {
+            self.service.reloading();
+        }
+        match (self.load)() {
+            Ok(config) => self.adopt(config),
+            Err(e) => error!("the old configuration stays: {e}"),
+        }
+        if ready {
+            self.service.ready();
+        }
+    }
+
+    fn adopt(&mut self, config: Config) {
+        let old = self.context.config();
+        if config == *old {
+            return info!("the configuration has not changed");
+        }
+        if !privilege::suffices_for(needs(&config)) {
+            return error!(
+                "the old configuration stays: the new one takes privileges that were given up at the start; restart to use it"
+            );
+        }
+        if config.auth != old.auth {
+            match auth::source(&self.wake) {
+                Ok(source) => self.source = source,
+                Err(e) => return error!("the old configuration stays: {e}"),
+            }
+        }
+        self.machine.base = config.reconnect_interval;
+        self.context.reconfigure(config);
+        info!("the new configuration is in use");
     }
 
     fn handle_report(&mut self, (epoch, event): Report) {
@@ -218,7 +287,7 @@ impl Supervisor {
 
     fn log_status(&self) {
         info!("mender-connect daemon v{}", env!("CARGO_PKG_VERSION"));
-        info!(" status: {}", self.machine.describe(&self.server(), Instant::now()));
+        info!(" status: {}", self.machine.describe(&self.server(), Some(Instant::now())));
         self.context.log_status();
     }
 

@@ -86,6 +86,17 @@ impl Needs {
     }
 }
 
+static HELD: OnceLock<Needs> = OnceLock::new();
+
+/// Whether what was kept is enough for `needs`, too.
+pub fn suffices_for(needs: Needs) -> bool {
+    let Some(held) = HELD.get() else { return true };
+    let programs = held.privileged_programs || !needs.privileged_programs;
+    let capabilities = needs.capabilities() & !held.capabilities() == 0;
+    let root_shells = held.root_shells || !needs.root_shells;
+    programs && (!geteuid().is_root() || capabilities && root_shells)
+}
+
 /// Gives up for ever what isn't needed: root's capabilities beyond it, and, unless a program run may need more, also
 /// that such a program could get any (the bounding set, no_new_privs).
 ///
@@ -93,6 +104,7 @@ impl Needs {
 /// When the system refuses; what could be given up is gone.
 pub fn reduce(needs: Needs) -> io::Result<()> {
     let kept = needs.capabilities();
+    let _ = HELD.set(needs);
     if !needs.privileged_programs {
         prctl::set_no_new_privs()?;
     }

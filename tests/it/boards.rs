@@ -111,8 +111,7 @@ fn link(rig: &mut Rig, device: &Device) {
     rig.daemon.signal(Signal::SIGUSR1);
     rig.daemon.wait_for_log_after(mark, "  shells: 0/16", SOON);
     rig.daemon.signal(Signal::SIGHUP);
-    device.wait_end(SOON);
-    let device = rig.device();
+    rig.daemon.wait_for_log_after(mark, "the configuration has not changed", SOON);
     terminal(&device);
     ends_quickly(rig, Signal::SIGTERM);
 }

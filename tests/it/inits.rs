@@ -112,7 +112,7 @@ fn ordinary(world: World) {
     assert!(!machine.exists("/run/mender-connect.log"), "the log's pipe has no name any more");
 
     expect(&machine, "reload", 0, "");
-    machine.device();
+    machine.wait_syslog("the configuration has not changed");
     assert_eq!(pid(&machine), first);
 
     let mut before = first;
@@ -171,7 +171,7 @@ fn trouble(world: World) {
     ));
     expect(&machine, "status", 0, &format!("process {old}"));
     expect(&machine, "reload", 0, "");
-    machine.device();
+    expect(&machine, "status", 0, &format!("process {old}"));
     expect(&machine, "restart", 0, "started");
     machine.device();
     assert_ne!(pid(&machine), old);
@@ -241,7 +241,7 @@ fn the_init_script_restarts_the_agent_whose_terminal_it_runs_in() {
         terminal.open_with_prompt();
         assert_eq!(terminal.run("echo $((6 * 7))"), "42");
         expect(&machine, "reload", 0, "");
-        machine.device();
+        assert_eq!(terminal.run("echo on"), "on");
     }
 }
 
@@ -285,7 +285,7 @@ fn openrc_starts_respawns_and_stops_it() {
 
     let (status, text) = rc("reload");
     assert_eq!(status, Some(0), "{text}");
-    machine.device();
+    eventually(SOON, "the reload", || log().contains("the configuration has not changed").then_some(()));
     assert_eq!(supervised(&machine, None), first);
 
     machine.sh(&format!("kill -9 {first}"));
@@ -321,5 +321,5 @@ fn openrc_restarts_the_agent_whose_terminal_it_runs_in() {
         (status == Some(0)).then_some(())
     });
     machine.sh("rc-service mender-connect reload");
-    machine.device();
+    machine.server.no_device(Duration::from_millis(300), "a reload keeps the link");
 }

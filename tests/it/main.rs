@@ -79,11 +79,15 @@ mod privileges;
 #[cfg(feature = "dbus")]
 mod quotas;
 #[cfg(feature = "dbus")]
+mod reload;
+#[cfg(feature = "dbus")]
 mod remote;
 #[cfg(feature = "dbus")]
 mod resources;
 #[cfg(feature = "dbus")]
 mod secrets;
+#[cfg(feature = "dbus")]
+mod service;
 #[cfg(feature = "dbus")]
 mod shell;
 #[cfg(feature = "dbus")]

@@ -121,7 +121,7 @@ impl Terminal {
             // What comes while a shell ends is about the time after.
             (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
-                running.clock.input(now);
+                running.clock.activity(now);
                 let typed = running.shell.type_in(&frame.body);
                 let bytes = if typed.is_ok() { frame.body.len() } else { 0 };
                 self.info.update(|shell| shell.input(bytes, now));
@@ -197,6 +197,13 @@ impl Terminal {
             ending.permit = None;
             ending.answer = false;
             ending.deadline = ending.deadline.map(|at| at.min(now + HANG_UP_GRACE));
+        }
+    }
+
+    /// There are no terminals any more.
+    pub fn disable(&mut self, now: Instant) {
+        if matches!(self.state, State::Running(_)) {
+            self.end_because("disabled", "the terminal was disabled".to_owned(), now);
         }
     }
 
@@ -322,10 +329,18 @@ impl Terminal {
         }
         // The reader may have typed.
         if let Some(shell) = self.info.lock().as_ref() {
-            running.clock.input(shell.last_input);
+            running.clock.activity(shell.last_input);
         }
+        running.clock.set_expiry(self.context.config().sessions.expiry);
         match running.clock.due(now) {
             Some(Due::Ping) => self.sink.reply(&wire::ping(&self.id, clock::PING_TIMEOUT)),
+            Some(Due::Warn(left)) => {
+                let left = left.as_secs_f32().ceil();
+                let text = format!(
+                    "\r\n[mender-connect] Idle: this session ends in {left} s unless something is typed.\r\n"
+                );
+                self.sink.reply(&wire::output(&self.id).with_body(text));
+            }
             Some(Due::End { why, text }) => self.end_because(why, text, now),
             None => {}
         }
@@ -342,6 +357,9 @@ impl Terminal {
             });
             if length > 0 {
                 running.shown += length as u64;
+                if self.context.config().sessions.idle_includes_output {
+                    running.clock.activity(now);
+                }
                 self.sink.output(message);
             }
             match then {

@@ -162,11 +162,6 @@ impl Daemon {
         }
     }
 
-    /// How far behind `mark` the first line with `text` lies.
-    pub fn position_after(&self, mark: usize, text: &str) -> usize {
-        self.log.peek(|log| log.lines.iter().skip(mark).take_while(|line| !line.contains(text)).count())
-    }
-
     /// How many lines contain `text`.
     pub fn count_log(&self, text: &str) -> usize {
         self.log.peek(|log| log.lines.iter().filter(|line| line.contains(text)).count())

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -209,14 +208,22 @@ impl Rig {
         let mark = self.daemon.mark();
         self.daemon.signal(Signal::SIGHUP);
         self.daemon.wait_for_log_after(mark, "SIGHUP received", SOON);
-        // A link that came up just before the signal doesn't count: it is replaced.
-        let mark = mark + self.daemon.position_after(mark, "SIGHUP received");
-        self.daemon.wait_for_log_after(mark, "Connection established", SOON);
-        let mut device = self.server.device();
-        while let Some(later) = self.server.try_device(Duration::ZERO) {
-            device = later;
+        // An attempt that was under way when the signal came is replaced.
+        loop {
+            let device = self.server.device();
+            if device.answers(b"the next link", SOON) {
+                return device;
+            }
         }
-        device
+    }
+
+    /// Writes another configuration and has the agent read it.
+    pub fn reload(&self, config: &Value) -> usize {
+        std::fs::write(self.dir.path().join("mender-connect.conf"), config.to_string())
+            .expect("write the configuration");
+        let mark = self.daemon.mark();
+        self.daemon.signal(Signal::SIGHUP);
+        mark
     }
 
     /// The device's connection, once it is there. Where another program runs the agent, that takes a while to start.

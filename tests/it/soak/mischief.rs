@@ -38,7 +38,7 @@ pub const ACTS: [Act; 21] = [
     ("manager anew", Scene::manager_anew),
     ("manager's nonsense", Scene::nonsense),
     ("bus anew", Scene::bus_anew),
-    ("SIGHUP", Scene::reconnect),
+    ("SIGHUP", Scene::reload),
     ("SIGUSR1", Scene::status),
     ("SIGSTOP", Scene::freeze),
 ];
@@ -270,9 +270,11 @@ impl Scene {
 
     // ---- the agent
 
-    fn reconnect(&mut self) {
-        self.rig.daemon.signal(Signal::SIGHUP);
-        self.link.wait_end(SOON);
+    fn reload(&mut self) {
+        for _ in 0..20 {
+            self.rig.daemon.signal(Signal::SIGHUP);
+        }
+        self.assert_undisturbed("SIGHUP");
     }
 
     fn status(&mut self) {
