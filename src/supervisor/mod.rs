@@ -71,6 +71,8 @@ struct Supervisor {
     machine: Machine,
     load: Box<dyn Fn() -> Result<Config, ConfigError>>,
     service: Service,
+    /// The configuration files say something else, which couldn't be used.
+    outdated: bool,
     source: Box<dyn Source>,
     context: Arc<Context>,
     proxies: Arc<ProxySettings>,
@@ -93,6 +95,7 @@ impl Supervisor {
             machine: Machine::new(config.reconnect_interval, random),
             load,
             service: Service::new(Instant::now()),
+            outdated: false,
             source: auth::source(&wake)?,
             context: Context::new(config),
             proxies: Arc::new(ProxySettings::from_environment()),
@@ -127,7 +130,8 @@ impl Supervisor {
             let now = Instant::now();
             let link = &mut self.link;
             self.service.feed(now, || link.as_mut().is_none_or(|link| link.goes_on(now)));
-            self.service.status(self.machine.describe(&self.server(), None));
+            let stale = if self.outdated { "; the configuration was not reloaded, see the log" } else { "" };
+            self.service.status(self.machine.describe(&self.server(), None) + stale);
         }
         self.service.stopping();
         self.stop();
@@ -171,33 +175,43 @@ impl Supervisor {
             self.service.reloading();
         }
         match (self.load)() {
-            Ok(config) => self.adopt(config),
-            Err(e) => error!("the old configuration stays: {e}"),
+            Ok(config) => self.outdated = !self.adopt(config),
+            Err(e) => {
+                error!("the old configuration stays: {e}");
+                self.outdated = true;
+            }
         }
         if ready {
             self.service.ready();
         }
     }
 
-    fn adopt(&mut self, config: Config) {
+    /// Whether the configuration could be put in the place of the old one.
+    fn adopt(&mut self, config: Config) -> bool {
         let old = self.context.config();
         if config == *old {
-            return info!("the configuration has not changed");
+            info!("the configuration has not changed");
+            return true;
         }
         if !privilege::suffices_for(needs(&config)) {
-            return error!(
+            error!(
                 "the old configuration stays: the new one takes privileges that were given up at the start; restart to use it"
             );
+            return false;
         }
         if config.auth != old.auth {
             match auth::source(&self.wake) {
                 Ok(source) => self.source = source,
-                Err(e) => return error!("the old configuration stays: {e}"),
+                Err(e) => {
+                    error!("the old configuration stays: {e}");
+                    return false;
+                }
             }
         }
         self.machine.base = config.reconnect_interval;
         self.context.reconfigure(config);
         info!("the new configuration is in use");
+        true
     }
 
     fn handle_report(&mut self, (epoch, event): Report) {

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::harness::client::new_sid;
 use crate::harness::daemon;
-use crate::harness::rig::{Setup, is_root};
+use crate::harness::rig::{Setup, bash_config, is_root};
 use crate::harness::server::Reply;
 use crate::harness::wait::{SOON, eventually, millis, secs, skip};
 use crate::signals::ends_quickly;
@@ -126,6 +126,15 @@ fn a_reload_is_told() {
     let now = reloading.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").expect("when it began");
     assert!(now.parse::<u64>().is_ok(), "{reloading}");
     assert_eq!(ready, "READY=1");
+    // What went wrong is to be seen there, too.
+    std::fs::write(rig.dir.path().join("mender-connect.conf"), "{").unwrap();
+    rig.daemon.signal(Signal::SIGHUP);
+    manager.until("READY=1");
+    let said = manager.until("STATUS=connected").pop().unwrap();
+    assert!(said.ends_with("; the configuration was not reloaded, see the log"), "{said}");
+    rig.reload(&bash_config());
+    let said = manager.until("STATUS=connected").pop().unwrap();
+    assert!(!said.contains("configuration"), "{said}");
 }
 
 #[test]
