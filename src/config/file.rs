@@ -7,22 +7,8 @@ use std::path::Path;
 
 use log::Level;
 
-use super::json::{self, Merge, Object};
+use super::json::{self, JsonError, Merge, Object, Walk, keys};
 use super::{ConfigError, Notes};
-
-/// Declares which key goes to which field. Keys are in lower case, as [`Object::field`] gets them.
-macro_rules! keys {
-    ($object:ty { $($key:literal => $field:ident),* $(,)? }) => {
-        impl Object for $object {
-            fn field(&mut self, key: &str) -> Option<&mut dyn Merge> {
-                match key {
-                    $($key => Some(&mut self.$field),)*
-                    _ => None,
-                }
-            }
-        }
-    };
-}
 
 #[derive(Debug, Default)]
 pub(super) struct Settings {
@@ -40,17 +26,17 @@ pub(super) struct Settings {
 }
 
 keys!(Settings {
-    "shellcommand" => shell_command,
-    "shellarguments" => shell_arguments,
-    "user" => user,
-    "terminal" => terminal,
-    "sessions" => sessions,
-    "limits" => limits,
-    "reconnectintervalseconds" => reconnect_interval_seconds,
-    "filetransfer" => file_transfer,
-    "portforward" => port_forward,
-    "menderclient" => mender_client,
-    "auth" => auth,
+    "ShellCommand" => shell_command,
+    "ShellArguments" => shell_arguments,
+    "User" => user,
+    "Terminal" => terminal,
+    "Sessions" => sessions,
+    "Limits" => limits,
+    "ReconnectIntervalSeconds" => reconnect_interval_seconds,
+    "FileTransfer" => file_transfer,
+    "PortForward" => port_forward,
+    "MenderClient" => mender_client,
+    "Auth" => auth,
 });
 
 #[derive(Debug, Default)]
@@ -58,7 +44,7 @@ pub(super) struct Switch {
     pub disable: bool,
 }
 
-keys!(Switch { "disable" => disable });
+keys!(Switch { "Disable" => disable });
 
 #[derive(Debug, Default)]
 pub(super) struct Auth {
@@ -67,7 +53,7 @@ pub(super) struct Auth {
     pub server_url: String,
 }
 
-keys!(Auth { "source" => source, "tokenfile" => token_file, "serverurl" => server_url });
+keys!(Auth { "Source" => source, "TokenFile" => token_file, "ServerURL" => server_url });
 
 #[derive(Debug, Default)]
 pub(super) struct PortForward {
@@ -75,7 +61,7 @@ pub(super) struct PortForward {
     pub allow: Option<Vec<String>>,
 }
 
-keys!(PortForward { "disable" => disable, "allow" => allow });
+keys!(PortForward { "Disable" => disable, "Allow" => allow });
 
 #[derive(Debug, Default)]
 pub(super) struct Terminal {
@@ -86,10 +72,10 @@ pub(super) struct Terminal {
 }
 
 keys!(Terminal {
-    "width" => width,
-    "height" => height,
-    "disable" => disable,
-    "nonewprivileges" => no_new_privileges,
+    "Width" => width,
+    "Height" => height,
+    "Disable" => disable,
+    "NoNewPrivileges" => no_new_privileges,
 });
 
 #[derive(Debug)]
@@ -114,11 +100,11 @@ impl Default for Sessions {
 }
 
 keys!(Sessions {
-    "stopexpired" => stop_expired,
-    "expireafter" => expire_after,
-    "expireafteridle" => expire_after_idle,
-    "maxperuser" => max_per_user,
-    "idleincludesoutput" => idle_includes_output,
+    "StopExpired" => stop_expired,
+    "ExpireAfter" => expire_after,
+    "ExpireAfterIdle" => expire_after_idle,
+    "MaxPerUser" => max_per_user,
+    "IdleIncludesOutput" => idle_includes_output,
 });
 
 #[derive(Debug, Default)]
@@ -127,7 +113,7 @@ pub(super) struct Limits {
     pub file_transfer: FileTransferLimits,
 }
 
-keys!(Limits { "enabled" => enabled, "filetransfer" => file_transfer });
+keys!(Limits { "Enabled" => enabled, "FileTransfer" => file_transfer });
 
 #[derive(Debug)]
 pub(super) struct FileTransferLimits {
@@ -169,20 +155,20 @@ impl Default for FileTransferLimits {
 }
 
 keys!(FileTransferLimits {
-    "chroot" => chroot,
-    "followsymlinks" => follow_sym_links,
-    "allowoverwrite" => allow_overwrite,
-    "ownerput" => owner_put,
-    "groupput" => group_put,
-    "ownerget" => owner_get,
-    "groupget" => group_get,
-    "umask" => umask,
-    "maxfilesize" => max_file_size,
-    "counters" => counters,
-    "allowsuid" => allow_suid,
-    "regularfilesonly" => regular_files_only,
-    "preservemode" => preserve_mode,
-    "preserveowner" => preserve_owner,
+    "Chroot" => chroot,
+    "FollowSymLinks" => follow_sym_links,
+    "AllowOverwrite" => allow_overwrite,
+    "OwnerPut" => owner_put,
+    "GroupPut" => group_put,
+    "OwnerGet" => owner_get,
+    "GroupGet" => group_get,
+    "Umask" => umask,
+    "MaxFileSize" => max_file_size,
+    "Counters" => counters,
+    "AllowSuid" => allow_suid,
+    "RegularFilesOnly" => regular_files_only,
+    "PreserveMode" => preserve_mode,
+    "PreserveOwner" => preserve_owner,
 });
 
 #[derive(Debug, Default)]
@@ -192,8 +178,8 @@ pub(super) struct Counters {
 }
 
 keys!(Counters {
-    "maxbytestxperminute" => max_bytes_tx_per_minute,
-    "maxbytesrxperminute" => max_bytes_rx_per_minute,
+    "MaxBytesTxPerMinute" => max_bytes_tx_per_minute,
+    "MaxBytesRxPerMinute" => max_bytes_rx_per_minute,
 });
 
 /// Keys from the time when the agent found its server by itself. They must still have the right types.
@@ -208,12 +194,12 @@ struct Deprecated {
 }
 
 keys!(Deprecated {
-    "serverurl" => server_url,
-    "servers" => servers,
-    "clientprotocol" => client_protocol,
-    "httpsclient" => https_client,
-    "skipverify" => skip_verify,
-    "servercertificate" => server_certificate,
+    "ServerURL" => server_url,
+    "Servers" => servers,
+    "ClientProtocol" => client_protocol,
+    "HttpsClient" => https_client,
+    "SkipVerify" => skip_verify,
+    "ServerCertificate" => server_certificate,
 });
 
 #[derive(Debug, Default)]
@@ -221,7 +207,7 @@ struct Server {
     server_url: String,
 }
 
-keys!(Server { "serverurl" => server_url });
+keys!(Server { "ServerURL" => server_url });
 
 #[derive(Debug, Default)]
 struct HttpsClient {
@@ -230,12 +216,13 @@ struct HttpsClient {
     ssl_engine: String,
 }
 
-keys!(HttpsClient { "certificate" => certificate, "key" => key, "sslengine" => ssl_engine });
+keys!(HttpsClient { "Certificate" => certificate, "Key" => key, "SSLEngine" => ssl_engine });
 
 impl Deprecated {
-    fn warn(&self, notes: &mut Notes) {
+    /// Those that say something, by the names that upstream's warnings have for them.
+    fn used(&self) -> Vec<&'static str> {
         let client = &self.https_client;
-        for (name, given) in [
+        let all = [
             ("ServerURL", !self.server_url.is_empty()),
             ("Servers", !self.servers.is_empty()),
             ("ClientProtocol", !self.client_protocol.is_empty()),
@@ -245,11 +232,8 @@ impl Deprecated {
             ),
             ("SkipVerify", self.skip_verify),
             ("ServerCertificate", !self.server_certificate.is_empty()),
-        ] {
-            if given {
-                notes.push((Level::Warn, format!("{name} field is deprecated, ignoring.")));
-            }
-        }
+        ];
+        all.into_iter().filter(|(_, used)| *used).map(|(name, _)| name).collect()
     }
 }
 
@@ -259,8 +243,12 @@ struct Document<'a> {
 }
 
 impl Object for Document<'_> {
-    fn field(&mut self, key: &str) -> Option<&mut dyn Merge> {
+    fn field(&mut self, key: &str) -> Option<(&'static str, &mut dyn Merge)> {
         self.settings.field(key).or_else(|| self.deprecated.field(key))
+    }
+
+    fn fields(&self) -> Vec<(&'static str, &dyn Merge)> {
+        self.settings.fields()
     }
 }
 
@@ -269,9 +257,12 @@ pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Resu
     let mut settings = Settings::default();
     let mut any = false;
     for file in [fallback, main] {
-        match read(file, &mut settings, notes) {
-            Ok(true) => notes.push((Level::Info, format!("Loaded configuration file: {}", file.display()))),
-            Ok(false) => continue,
+        match read(file, &mut settings).and_then(|read| read.map(|laid| laid.finish(file, notes)).transpose())
+        {
+            Ok(Some(())) => {
+                notes.push((Level::Info, format!("Loaded configuration file: {}", file.display())));
+            }
+            Ok(None) => continue,
             Err(error) => {
                 let text = format!("Error loading configuration from file: {} ({error})", file.display());
                 notes.push((Level::Error, text));
@@ -286,31 +277,44 @@ pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Resu
     Ok(settings)
 }
 
-/// Lays one file over `settings`; false when there is no such file.
-fn read(file: &Path, settings: &mut Settings, notes: &mut Notes) -> Result<bool, ConfigError> {
+/// Lays as much of one file over `settings` as fits; `None` when there is no such file.
+pub(super) fn read(file: &Path, settings: &mut Settings) -> Result<Option<Laid>, ConfigError> {
     let text = match fs::read(file) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(ConfigError::Open { file: file.to_owned(), error }),
     };
-    lay(file, &text, settings, notes)?;
-    Ok(true)
+    Ok(Some(lay(&text, settings)?))
 }
 
-/// Lays the text of a file over `settings`.
-pub(super) fn lay(
-    file: &Path,
-    text: &[u8],
-    settings: &mut Settings,
-    notes: &mut Notes,
-) -> Result<(), ConfigError> {
+/// What was met in a file.
+pub(super) struct Laid {
+    pub walk: Walk,
+    /// The deprecated keys that say something.
+    pub deprecated: Vec<&'static str>,
+}
+
+/// Lays as much of the text of a file over `settings` as fits.
+pub(super) fn lay(text: &[u8], settings: &mut Settings) -> Result<Laid, JsonError> {
     let mut document = Document { settings, deprecated: Deprecated::default() };
-    let unknown = json::merge(text, &mut document)?;
-    for key in unknown {
-        notes.push((Level::Warn, format!("{}: ignoring unknown key {key}", file.display())));
+    let walk = json::merge(text, &mut document)?;
+    Ok(Laid { walk, deprecated: document.deprecated.used() })
+}
+
+impl Laid {
+    /// Notes what was ignored, unless something is wrong.
+    pub(super) fn finish(self, file: &Path, notes: &mut Notes) -> Result<(), ConfigError> {
+        if let Some((_, error)) = self.walk.errors.into_iter().next() {
+            return Err(error.into());
+        }
+        for key in self.walk.unknown {
+            notes.push((Level::Warn, format!("{}: ignoring unknown key {key}", file.display())));
+        }
+        for name in self.deprecated {
+            notes.push((Level::Warn, format!("{name} field is deprecated, ignoring.")));
+        }
+        Ok(())
     }
-    document.deprecated.warn(notes);
-    Ok(())
 }
 
 #[cfg(test)]

@@ -52,22 +52,51 @@ pub enum Value {
 
 /// Something that a JSON value can be laid over.
 pub trait Merge {
-    /// Lays `value` over `self`. After an error `self` may be half changed.
-    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError>;
+    /// Lays `value` over `self`, and returns whether it took it: not if it doesn't fit, and not what its fields took.
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> bool;
+
+    /// Appends what it is now: `key` with its value, or, of an object, the keys below `key` with theirs.
+    fn list(&self, key: &str, values: &mut Vec<(String, serde_json::Value)>);
 }
 
 /// A struct that takes a JSON object.
 pub trait Object {
-    /// The field for a key, which is in lower case; `None` if there is no such field.
-    fn field(&mut self, key: &str) -> Option<&mut dyn Merge>;
+    /// The field for a key, which is folded, and its name; `None` if there is no such field.
+    fn field(&mut self, key: &str) -> Option<(&'static str, &mut dyn Merge)>;
+
+    /// All fields with their names.
+    fn fields(&self) -> Vec<(&'static str, &dyn Merge)>;
 }
 
-/// Lays the JSON `text` over `target`, and returns the paths of the keys that it has no field for, each once.
-pub fn merge(text: &[u8], target: &mut dyn Merge) -> Result<Vec<String>, JsonError> {
+/// Makes a struct an [`Object`]: declares which key goes to which field.
+macro_rules! keys {
+    ($object:ty { $($key:literal => $field:ident),* $(,)? }) => {
+        impl $crate::config::json::Object for $object {
+            fn field(&mut self, key: &str) -> Option<(&'static str, &mut dyn $crate::config::json::Merge)> {
+                $(if key.eq_ignore_ascii_case($key) {
+                    return Some(($key, &mut self.$field));
+                })*
+                None
+            }
+
+            fn fields(&self) -> Vec<(&'static str, &dyn $crate::config::json::Merge)> {
+                vec![$(($key, &self.$field)),*]
+            }
+        }
+    };
+}
+
+pub(super) use keys;
+
+/// Lays the JSON `text` over `target`, all of it that fits.
+///
+/// # Errors
+/// When it isn't JSON. What doesn't fit is told in [`Walk::errors`].
+pub fn merge(text: &[u8], target: &mut dyn Merge) -> Result<Walk, JsonError> {
     let value = parse(text).map_err(JsonError::Syntax)?;
-    let mut walk = Walk { path: String::new(), unknown: Vec::new() };
-    target.merge(value, &mut walk)?;
-    Ok(walk.unknown)
+    let mut walk = Walk::default();
+    target.merge(value, &mut walk);
+    Ok(walk)
 }
 
 fn parse(text: &[u8]) -> Result<Value, serde_json::Error> {
@@ -90,14 +119,30 @@ fn fold(key: &str) -> String {
 }
 
 /// Where in the document a merge is, and what it met.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Walk {
+    /// In the document's own spelling, elements of arrays with their index.
     path: String,
-    unknown: Vec<String>,
+    /// In ours, arrays as a whole.
+    key: String,
+    /// The paths there is no field for, each once.
+    pub unknown: Vec<String>,
+    /// The keys whose value was taken, as often as it was.
+    pub given: Vec<String>,
+    /// The keys whose value doesn't fit, and why.
+    pub errors: Vec<(String, JsonError)>,
+}
+
+fn push(path: &mut String, name: &str) {
+    if !path.is_empty() {
+        path.push('.');
+    }
+    path.push_str(name);
 }
 
 impl Walk {
-    fn mismatch(&self, expected: impl Into<String>, found: &Value) -> JsonError {
+    /// Notes that there should be something else; `false`, for [`Merge::merge`] to return.
+    fn mismatch(&mut self, expected: impl Into<String>, found: &Value) -> bool {
         let found = match found {
             Value::Null => "null".to_owned(),
             Value::Bool(_) => "a boolean".to_owned(),
@@ -109,80 +154,108 @@ impl Walk {
             Value::Object(_) => "an object".to_owned(),
         };
         let key = if self.path.is_empty() { "top level".to_owned() } else { self.path.clone() };
-        JsonError::Type { key, expected: expected.into(), found }
+        self.errors.push((self.key.clone(), JsonError::Type { key, expected: expected.into(), found }));
+        false
     }
 
-    fn member(&mut self, key: &str, value: Value, object: &mut impl Object) -> Result<(), JsonError> {
-        let parent = self.path.len();
-        if parent > 0 {
-            self.path.push('.');
-        }
-        self.path.push_str(key);
+    fn member(&mut self, key: &str, value: Value, object: &mut impl Object) {
+        let parents = (self.path.len(), self.key.len());
+        push(&mut self.path, key);
         match object.field(&fold(key)) {
-            Some(field) => field.merge(value, self)?,
+            Some((name, field)) => {
+                push(&mut self.key, name);
+                if field.merge(value, self) {
+                    self.given.push(self.key.clone());
+                }
+            }
             None if self.unknown.contains(&self.path) => {}
             None => self.unknown.push(self.path.clone()),
         }
-        self.path.truncate(parent);
-        Ok(())
+        self.path.truncate(parents.0);
+        self.key.truncate(parents.1);
     }
 
-    fn element<T: Merge + Default>(&mut self, index: usize, value: Value) -> Result<T, JsonError> {
-        let parent = self.path.len();
+    fn element<T: Merge + Default>(&mut self, index: usize, value: Value) -> T {
+        let before = (self.path.len(), self.given.len());
         self.path.push_str(&format!("[{index}]"));
         let mut element = T::default();
-        element.merge(value, self)?;
-        self.path.truncate(parent);
-        Ok(element)
+        element.merge(value, self);
+        self.path.truncate(before.0);
+        self.given.truncate(before.1);
+        element
     }
 }
 
 impl<T: Object> Merge for T {
-    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> bool {
         match value {
-            Value::Null => Ok(()),
+            Value::Null => {}
             Value::Object(members) => {
-                members.into_iter().try_for_each(|(key, value)| walk.member(&key, value, self))
+                members.into_iter().for_each(|(key, value)| walk.member(&key, value, self));
             }
-            other => Err(walk.mismatch("an object", &other)),
+            other => return walk.mismatch("an object", &other),
+        }
+        false
+    }
+
+    fn list(&self, key: &str, values: &mut Vec<(String, serde_json::Value)>) {
+        for (name, field) in self.fields() {
+            let mut key = key.to_owned();
+            push(&mut key, name);
+            field.list(&key, values);
         }
     }
 }
 
 impl Merge for bool {
-    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> bool {
         match value {
-            Value::Null => {}
+            Value::Null => return false,
             Value::Bool(value) => *self = value,
-            other => return Err(walk.mismatch("a boolean", &other)),
+            other => return walk.mismatch("a boolean", &other),
         }
-        Ok(())
+        true
+    }
+
+    fn list(&self, key: &str, values: &mut Vec<(String, serde_json::Value)>) {
+        values.push((key.to_owned(), (*self).into()));
     }
 }
 
 impl Merge for String {
-    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> bool {
         match value {
-            Value::Null => {}
+            Value::Null => return false,
             Value::String(value) => *self = value,
-            other => return Err(walk.mismatch("a string", &other)),
+            other => return walk.mismatch("a string", &other),
         }
-        Ok(())
+        true
+    }
+
+    fn list(&self, key: &str, values: &mut Vec<(String, serde_json::Value)>) {
+        values.push((key.to_owned(), self.as_str().into()));
     }
 }
 
 macro_rules! merge_integer {
     ($($integer:ty),*) => {$(
         impl Merge for $integer {
-            fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
+            fn merge(&mut self, value: Value, walk: &mut Walk) -> bool {
                 let fits = match &value {
-                    Value::Null => return Ok(()),
+                    Value::Null => return false,
                     Value::Integer(number) => <$integer>::try_from(*number).ok(),
                     _ => None,
                 };
-                let range = || format!("an integer from {} to {}", <$integer>::MIN, <$integer>::MAX);
-                *self = fits.ok_or_else(|| walk.mismatch(range(), &value))?;
-                Ok(())
+                let Some(number) = fits else {
+                    let range = format!("an integer from {} to {}", <$integer>::MIN, <$integer>::MAX);
+                    return walk.mismatch(range, &value);
+                };
+                *self = number;
+                true
+            }
+
+            fn list(&self, key: &str, values: &mut Vec<(String, serde_json::Value)>) {
+                values.push((key.to_owned(), (*self).into()));
             }
         }
     )*};
@@ -191,27 +264,47 @@ macro_rules! merge_integer {
 merge_integer!(u16, u32, u64, i64);
 
 impl<T: Merge + Default> Merge for Vec<T> {
-    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
-        *self = match value {
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> bool {
+        let errors = walk.errors.len();
+        let list = match value {
             Value::Null => Vec::new(),
             Value::Array(values) => {
                 let elements = values.into_iter().enumerate();
-                elements.map(|(index, value)| walk.element(index, value)).collect::<Result<_, _>>()?
+                elements.map(|(index, value)| walk.element(index, value)).collect()
             }
-            other => return Err(walk.mismatch("an array", &other)),
+            other => return walk.mismatch("an array", &other),
         };
-        Ok(())
+        let fits = walk.errors.len() == errors;
+        if fits {
+            *self = list;
+        }
+        fits
+    }
+
+    fn list(&self, key: &str, values: &mut Vec<(String, serde_json::Value)>) {
+        let mut elements = Vec::new();
+        self.iter().for_each(|element| element.list(key, &mut elements));
+        values.push((key.to_owned(), elements.into_iter().map(|(_, value)| value).collect()));
     }
 }
 
 /// For an array whose absence isn't the same as being empty.
 impl<T: Merge + Default> Merge for Option<Vec<T>> {
-    fn merge(&mut self, value: Value, walk: &mut Walk) -> Result<(), JsonError> {
-        if value == Value::Null {
-            *self = None;
-            return Ok(());
+    fn merge(&mut self, value: Value, walk: &mut Walk) -> bool {
+        let null = value == Value::Null;
+        let mut list = Vec::new();
+        let fits = list.merge(value, walk);
+        if fits {
+            *self = (!null).then_some(list);
         }
-        self.get_or_insert_default().merge(value, walk)
+        fits
+    }
+
+    fn list(&self, key: &str, values: &mut Vec<(String, serde_json::Value)>) {
+        match self {
+            Some(list) => list.list(key, values),
+            None => values.push((key.to_owned(), serde_json::Value::Null)),
+        }
     }
 }
 

@@ -1,34 +1,28 @@
-//! The configuration: two JSON files become one validated [`Config`]. Runs on the main thread, once at start.
+//! The configuration: two JSON files become one validated [`Config`]. Runs on the main thread, and keeps nothing.
 //!
-//! `json` knows Go's rules for JSON, `file` the keys; here are defaults and validation.
-//! JSON keys are given in parentheses.
+//! `json` knows Go's rules for JSON, `file` the keys, `defaults` what is filled in, `validate` what is refused;
+//! `survey` tells all of it to people. JSON keys are given in parentheses.
 
-use std::fs;
 use std::io;
 use std::num::NonZeroU64;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::Level;
 
 use self::file::Settings;
-use crate::sys::users::{self, User, UserError};
+use crate::sys::users::{User, UserError};
 
 pub use allow::{AllowError, Allowed};
 pub use json::JsonError;
+pub use survey::{Finding, Origin, State, Survey, survey};
 
 mod allow;
+mod defaults;
 mod file;
 mod json;
-
-const DEFAULT_SHELL: &str = "/bin/sh";
-const DEFAULT_WIDTH: u16 = 80;
-const DEFAULT_HEIGHT: u16 = 40;
-const DEFAULT_IDLE_SECONDS: u32 = 600;
-const DEFAULT_RECONNECT: Duration = Duration::from_secs(5);
-/// Takes the place of a umask that can't be read: it lets nobody but the owner in.
-const STRICT_UMASK: u32 = 0o077;
+mod survey;
+mod validate;
 
 /// The settings of the daemon, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -195,15 +189,36 @@ pub enum ConfigError {
     ShellNotListed(String),
 }
 
+impl ConfigError {
+    /// The key that it is about; empty when it is about a whole file.
+    fn key(&self) -> String {
+        let key = match self {
+            ConfigError::Json(_) => "",
+            ConfigError::Open { .. }
+            | ConfigError::ShellNotAbsolute(_)
+            | ConfigError::ShellNotExecutable(_)
+            | ConfigError::ShellNotListed(_) => "ShellCommand",
+            ConfigError::NoUser | ConfigError::User(_) => "User",
+            ConfigError::Allow(_) => "PortForward.Allow",
+            ConfigError::AuthSource(_) => "Auth.Source",
+            ConfigError::AuthMissing(key) => return format!("Auth.{key}"),
+            ConfigError::TokenFileNotAbsolute(_) => "Auth.TokenFile",
+        };
+        key.to_owned()
+    }
+}
+
 /// Log lines, kept apart from the logger so that tests can look at them.
 type Notes = Vec<(Level, String)>;
+
+const SHELLS: &str = "/etc/shells";
 
 /// Reads `fallback`, then `main` over it, fills in defaults and checks the result.
 ///
 /// Either file may be missing. What was defaulted, ignored or wrong is logged.
 pub fn load(main: &Path, fallback: &Path) -> Result<Config, ConfigError> {
     let mut notes = Notes::new();
-    let config = load_with(main, fallback, Path::new("/etc/shells"), &mut notes);
+    let config = load_with(main, fallback, Path::new(SHELLS), &mut notes);
     for (level, text) in notes {
         log::log!(level, "{text}");
     }
@@ -212,115 +227,67 @@ pub fn load(main: &Path, fallback: &Path) -> Result<Config, ConfigError> {
 
 fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> Result<Config, ConfigError> {
     let settings = file::read_both(main, fallback, notes)?;
-    complete(settings, notes, |command, user, notes| validate(command, user, shells, notes))
+    complete(settings, notes, |command, user, notes| validate::device(command, user, shells, notes))
 }
 
-/// Fills in defaults and checks; `validate` is for what only the device can tell.
+/// Fills in defaults and checks; `device` is for what only the device can tell.
 fn complete(
     mut settings: Settings,
     notes: &mut Notes,
-    validate: impl FnOnce(&str, &str, &mut Notes) -> Result<User, ConfigError>,
+    device: impl FnOnce(&str, &str, &mut Notes) -> Result<User, ConfigError>,
 ) -> Result<Config, ConfigError> {
-    if settings.shell_command.is_empty() {
-        notes.push((Level::Warn, format!("ShellCommand is empty, defaulting to {DEFAULT_SHELL}")));
-        settings.shell_command = DEFAULT_SHELL.to_owned();
-    }
-    let arguments = settings.shell_arguments.take().unwrap_or_else(|| {
-        notes.push((Level::Warn, "ShellArguments is empty, defaulting to [--login]".to_owned()));
-        vec!["--login".to_owned()]
-    });
-    let or = |value, default| if value == 0 { default } else { value };
-    let terminal = Terminal {
-        enabled: !settings.terminal.disable,
-        width: or(settings.terminal.width, DEFAULT_WIDTH),
-        height: or(settings.terminal.height, DEFAULT_HEIGHT),
-    };
-    let sessions = Sessions {
-        expiry: expiry(&settings.sessions, notes),
-        max_per_user: settings.sessions.max_per_user.max(1),
-        idle_includes_output: settings.sessions.idle_includes_output,
-    };
-    let reconnect_interval = reconnect_interval(settings.reconnect_interval_seconds, notes);
-    let limits = settings.limits.enabled.then(|| limits(settings.limits.file_transfer, notes));
-
+    defaults::fill(&mut settings, notes);
     let forward_targets = match &settings.port_forward.allow {
         Some(entries) => Some(entries.iter().map(|e| Allowed::parse(e)).collect::<Result<_, _>>()?),
         None => None,
     };
-
     let auth = auth(settings.auth)?;
-
-    let user = validate(&settings.shell_command, &settings.user, notes)?;
+    let user = device(&settings.shell_command, &settings.user, notes)?;
     Ok(Config {
         shell: Shell {
             command: settings.shell_command.into(),
-            arguments,
+            arguments: settings.shell_arguments.unwrap_or_default(),
             user,
             no_new_privileges: settings.terminal.no_new_privileges,
         },
-        terminal,
-        sessions,
+        terminal: Terminal {
+            enabled: !settings.terminal.disable,
+            width: settings.terminal.width,
+            height: settings.terminal.height,
+        },
+        sessions: Sessions {
+            expiry: expiry(&settings.sessions),
+            max_per_user: settings.sessions.max_per_user,
+            idle_includes_output: settings.sessions.idle_includes_output,
+        },
         file_transfer: !settings.file_transfer.disable,
         port_forward: !settings.port_forward.disable,
         forward_targets,
         mender_client: !settings.mender_client.disable,
-        limits,
+        limits: settings.limits.enabled.then(|| limits(settings.limits.file_transfer)),
         auth,
-        reconnect_interval,
+        reconnect_interval: Duration::from_secs(settings.reconnect_interval_seconds.unsigned_abs()),
     })
 }
 
 fn auth(raw: file::Auth) -> Result<Auth, ConfigError> {
-    match raw.source.as_str() {
-        "" | "dbus" => return Ok(Auth::Dbus),
-        "file" => {}
-        _ => return Err(ConfigError::AuthSource(raw.source)),
+    match validate::auth(&raw).into_iter().next() {
+        Some(error) => Err(error),
+        None if raw.source == defaults::AUTH_SOURCE => Ok(Auth::Dbus),
+        None => Ok(Auth::File { token: raw.token_file.into(), server_url: raw.server_url }),
     }
-    for (key, value) in [("TokenFile", &raw.token_file), ("ServerURL", &raw.server_url)] {
-        if value.is_empty() {
-            return Err(ConfigError::AuthMissing(key));
-        }
-    }
-    if !raw.token_file.starts_with('/') {
-        return Err(ConfigError::TokenFileNotAbsolute(raw.token_file));
-    }
-    Ok(Auth::File { token: raw.token_file.into(), server_url: raw.server_url })
 }
 
-fn expiry(sessions: &file::Sessions, notes: &mut Notes) -> Expiry {
-    if !sessions.stop_expired {
-        return Expiry::Never;
-    }
+fn expiry(sessions: &file::Sessions) -> Expiry {
     let seconds = |seconds: u32| Duration::from_secs(seconds.into());
     match (sessions.expire_after_idle, sessions.expire_after) {
-        (0, 0) => {
-            notes.push((Level::Info, "Defaulting ExpireAfterIdle to 10m0s".to_owned()));
-            Expiry::Idle(seconds(DEFAULT_IDLE_SECONDS))
-        }
+        (0, 0) => Expiry::Never,
         (0, age) => Expiry::Age(seconds(age)),
-        (idle, 0) => Expiry::Idle(seconds(idle)),
-        (idle, _) => {
-            let text = "ExpireAfter and ExpireAfterIdle are mutually exclusive, ignoring ExpireAfter";
-            notes.push((Level::Warn, text.to_owned()));
-            Expiry::Idle(seconds(idle))
-        }
+        (idle, _) => Expiry::Idle(seconds(idle)),
     }
 }
 
-fn reconnect_interval(seconds: i64, notes: &mut Notes) -> Duration {
-    match u64::try_from(seconds) {
-        Ok(0) => DEFAULT_RECONNECT,
-        // Nobody waits longer than that, and sums with it can't overflow.
-        Ok(seconds) => Duration::from_secs(seconds.min(u32::MAX.into())),
-        Err(_) => {
-            let text = format!("ReconnectIntervalSeconds is negative, defaulting to {DEFAULT_RECONNECT:?}");
-            notes.push((Level::Warn, text));
-            DEFAULT_RECONNECT
-        }
-    }
-}
-
-fn limits(raw: file::FileTransferLimits, notes: &mut Notes) -> FileLimits {
+fn limits(raw: file::FileTransferLimits) -> FileLimits {
     let given = |text: String| (!text.is_empty()).then_some(text);
     FileLimits {
         chroot: given(raw.chroot).map(PathBuf::from),
@@ -330,7 +297,7 @@ fn limits(raw: file::FileTransferLimits, notes: &mut Notes) -> FileLimits {
         group_put: given(raw.group_put),
         owner_get: raw.owner_get,
         group_get: raw.group_get,
-        umask: given(raw.umask).map(|text| umask(&text, notes)),
+        umask: given(raw.umask).map(|text| defaults::umask(&text).unwrap_or(defaults::STRICT_UMASK)),
         max_file_size: NonZeroU64::new(raw.max_file_size),
         max_tx_bytes_per_minute: NonZeroU64::new(raw.counters.max_bytes_tx_per_minute),
         max_rx_bytes_per_minute: NonZeroU64::new(raw.counters.max_bytes_rx_per_minute),
@@ -341,55 +308,13 @@ fn limits(raw: file::FileTransferLimits, notes: &mut Notes) -> FileLimits {
     }
 }
 
-/// A umask that can't be read isn't fatal: that would take the terminal away from whoever has to correct it.
-fn umask(text: &str, notes: &mut Notes) -> u32 {
-    match u32::from_str_radix(text, 8) {
-        Ok(bits) => bits & 0o777,
-        Err(_) => {
-            let text = format!(
-                "Limits.FileTransfer.Umask {text:?} is not an octal number, using {STRICT_UMASK:03o} instead"
-            );
-            notes.push((Level::Error, text));
-            STRICT_UMASK
-        }
-    }
-}
-
-fn validate(command: &str, user: &str, shells: &Path, notes: &mut Notes) -> Result<User, ConfigError> {
-    if !Path::new(command).is_absolute() {
-        return Err(ConfigError::ShellNotAbsolute(command.to_owned()));
-    }
-    if !fs::metadata(command).is_ok_and(|metadata| metadata.permissions().mode() & 0o111 != 0) {
-        return Err(ConfigError::ShellNotExecutable(command.to_owned()));
-    }
-    if user.is_empty() {
-        return Err(ConfigError::NoUser);
-    }
-    let user = users::lookup(user)?;
-    if !is_listed(command, shells)? {
-        let error = ConfigError::ShellNotListed(command.to_owned());
-        notes.push((Level::Error, error.to_string()));
-        return Err(error);
-    }
-    Ok(user)
-}
-
-/// Whether `shells` has the line `command`. Small images have no /etc/shells: then only /bin/sh counts as listed.
-fn is_listed(command: &str, shells: &Path) -> Result<bool, ConfigError> {
-    match fs::read(shells) {
-        Ok(text) => Ok(String::from_utf8_lossy(&text).lines().any(|line| line == command)),
-        Err(_) if command == DEFAULT_SHELL => Ok(true),
-        Err(error) => Err(ConfigError::Open { file: shells.to_owned(), error }),
-    }
-}
-
 /// As [`load`], of files with these texts, on a device that has every shell and whose every user is `user`. For the
 /// fuzz target.
 #[cfg(fuzzing)]
 pub fn of_texts(main: &[u8], fallback: &[u8], user: &User) -> Result<Config, ConfigError> {
     let (mut settings, mut notes) = (Settings::default(), Notes::new());
     for text in [fallback, main] {
-        file::lay(Path::new("text"), text, &mut settings, &mut notes)?;
+        file::lay(text, &mut settings)?.finish(Path::new("text"), &mut notes)?;
     }
     complete(settings, &mut notes, |_, name, _| Ok(User { name: name.to_owned(), ..user.clone() }))
 }

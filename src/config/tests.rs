@@ -1,4 +1,5 @@
-use std::fs::Permissions;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 
 use log::Level::{Error, Info, Warn};
 use tempfile::TempDir;

@@ -47,28 +47,39 @@ mod without_dbus {
     use crate::harness::daemon;
     use crate::harness::rig::bash_config;
 
-    fn run(config: &Value) -> (Output, String) {
+    fn run(config: &Value, command: &str) -> (Output, String) {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let file = dir.path().join("conf");
         std::fs::write(&file, config.to_string()).expect("write");
         let file = file.to_str().expect("UTF-8");
-        let output = daemon::run(&["--config", file, "--fallback-config", "/nonexistent", "daemon"]);
+        let output = daemon::run(&["--config", file, "--fallback-config", "/nonexistent", command]);
         let log = String::from_utf8_lossy(&output.stderr).into_owned();
         (output, log)
     }
 
     #[test]
     fn the_daemon_ends_at_once_and_says_why() {
-        let (output, log) = run(&bash_config());
+        let (output, log) = run(&bash_config(), "daemon");
         assert_eq!(output.status.code(), Some(1), "{log}");
         assert!(log.contains("built without D-Bus, there is nothing to get a token from"), "{log}");
     }
 
     #[test]
     fn a_wrong_configuration_is_told_first() {
-        let (output, log) = run(&json!({"ShellCommand": "/bin/sh"}));
+        let (output, log) = run(&json!({"ShellCommand": "/bin/sh"}), "daemon");
         assert_eq!(output.status.code(), Some(1), "{log}");
         assert!(log.contains("please provide a user to run the shell as"), "{log}");
         assert!(!log.contains("D-Bus"), "{log}");
+    }
+
+    #[test]
+    fn check_knows_that_a_token_can_only_come_from_a_file() {
+        let mut config = bash_config();
+        let (output, _) = run(&config, "check");
+        let report = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{report}");
+        assert!(report.contains("Auth.Source: built without D-Bus"), "{report}");
+        config["Auth"] = json!({"Source": "file", "TokenFile": "/t", "ServerURL": "https://host"});
+        assert_eq!(run(&config, "check").0.status.code(), Some(0));
     }
 }

@@ -27,6 +27,8 @@ mod auth;
 #[cfg(feature = "dbus")]
 mod boards;
 #[cfg(feature = "dbus")]
+mod check;
+#[cfg(feature = "dbus")]
 mod commands;
 #[cfg(feature = "dbus")]
 mod config;

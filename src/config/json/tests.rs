@@ -24,41 +24,32 @@ struct Outer {
     inner: Inner,
 }
 
-impl Object for Outer {
-    fn field(&mut self, key: &str) -> Option<&mut dyn Merge> {
-        Some(match key {
-            "name" => &mut self.name,
-            "flag" => &mut self.flag,
-            "list" => &mut self.list,
-            "maybe" => &mut self.maybe,
-            "objects" => &mut self.objects,
-            "inner" => &mut self.inner,
-            _ => return None,
-        })
-    }
-}
+keys!(Outer {
+    "Name" => name,
+    "Flag" => flag,
+    "List" => list,
+    "Maybe" => maybe,
+    "Objects" => objects,
+    "Inner" => inner,
+});
 
-impl Object for Inner {
-    fn field(&mut self, key: &str) -> Option<&mut dyn Merge> {
-        Some(match key {
-            "small" => &mut self.small,
-            "medium" => &mut self.medium,
-            "large" => &mut self.large,
-            "signed" => &mut self.signed,
-            "deep" => &mut self.deep,
-            _ => return None,
-        })
-    }
-}
+keys!(Inner {
+    "Small" => small,
+    "Medium" => medium,
+    "Large" => large,
+    "Signed" => signed,
+    "Deep" => deep,
+});
 
-impl Object for Deep {
-    fn field(&mut self, key: &str) -> Option<&mut dyn Merge> {
-        (key == "text").then_some(&mut self.text)
-    }
+keys!(Deep { "Text" => text });
+
+fn walk(text: &str) -> Walk {
+    merge(text.as_bytes(), &mut Outer::default()).unwrap()
 }
 
 fn over(mut target: Outer, text: &str) -> Outer {
-    merge(text.as_bytes(), &mut target).unwrap();
+    let walk = merge(text.as_bytes(), &mut target).unwrap();
+    assert!(walk.errors.is_empty(), "{walk:?}");
     target
 }
 
@@ -67,11 +58,15 @@ fn read(text: &str) -> Outer {
 }
 
 fn unknown(text: &str) -> Vec<String> {
-    merge(text.as_bytes(), &mut Outer::default()).unwrap()
+    walk(text).unknown
 }
 
+/// The first.
 fn error(text: &str) -> String {
-    merge(text.as_bytes(), &mut Outer::default()).unwrap_err().to_string()
+    match merge(text.as_bytes(), &mut Outer::default()) {
+        Ok(walk) => walk.errors[0].1.to_string(),
+        Err(error) => error.to_string(),
+    }
 }
 
 #[test]
@@ -195,8 +190,50 @@ fn wrong_types_are_named_with_their_path() {
 }
 
 #[test]
-fn the_first_type_error_is_the_one_told() {
-    assert!(error(r#"{"flag": 1, "name": 2}"#).contains("flag"));
+fn every_type_error_is_told_in_its_order_and_the_rest_is_taken() {
+    let mut target = Outer { list: vec!["before".into()], ..Outer::default() };
+    let text = r#"{"flag": 1, "list": ["a", 2, 3], "maybe": {}, "inner": {"small": 9, "MEDIUM": "x"}, "name": "a",
+        "objects": [{"text": true}]}"#;
+    let walk = merge(text.as_bytes(), &mut target).unwrap();
+    let keys: Vec<_> = walk.errors.iter().map(|(key, _)| key.as_str()).collect();
+    assert_eq!(keys, ["Flag", "List", "List", "Maybe", "Inner.Medium", "Objects.Text"]);
+    let texts: Vec<_> = walk.errors.iter().map(|(_, error)| error.to_string()).collect();
+    let of = |n: usize, path: &str| assert!(texts[n].contains(&format!(": {path}: expected")), "{texts:?}");
+    of(0, "flag");
+    of(2, "list[2]");
+    of(4, "inner.MEDIUM");
+    of(5, "objects[0].text");
+    let inner = Inner { small: 9, ..Inner::default() };
+    assert_eq!(target, Outer { name: "a".into(), list: vec!["before".into()], inner, ..Outer::default() });
+    assert_eq!(walk.given, ["Inner.Small", "Name"]);
+}
+
+#[test]
+fn what_was_given_is_told_in_our_spelling() {
+    let text = r#"{"NAME": "a", "flag": null, "maybe": null, "objects": [{"text": "x"}], "name": "b", "x": 1,
+        "inner": {"deep": {"tEXT": ""}}}"#;
+    assert_eq!(walk(text).given, ["Name", "Maybe", "Objects", "Name", "Inner.Deep.Text"]);
+}
+
+#[test]
+fn values_are_listed_by_their_whole_keys() {
+    let target = read(r#"{"list": ["a", "b"], "inner": {"signed": -1}}"#);
+    let mut values = Vec::new();
+    target.list("", &mut values);
+    let lines: Vec<_> = values.iter().map(|(key, value)| format!("{key} {value}")).collect();
+    let expected = [
+        "Name \"\"",
+        "Flag false",
+        "List [\"a\",\"b\"]",
+        "Maybe null",
+        "Objects []",
+        "Inner.Small 0",
+        "Inner.Medium 0",
+        "Inner.Large 0",
+        "Inner.Signed -1",
+        "Inner.Deep.Text \"\"",
+    ];
+    assert_eq!(lines, expected);
 }
 
 #[test]

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use arbitrary::Arbitrary;
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use mender_connect::config::{Config, Expiry, Sessions, Shell, Terminal};
+use mender_connect::config::{Auth, Config, Expiry, Sessions, Shell, Terminal};
 use mender_connect::outbox::{Outbox, REPLIES_IN_FLIGHT, Room, Work};
 use mender_connect::proto::{
     CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, Props, SHELL, SessionId,
@@ -123,12 +123,13 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
         no_new_privileges: false,
     },
     terminal: Terminal { enabled: true, width: 80, height: 40 },
-    sessions: Sessions { expiry: Expiry::Never, max_per_user: 1 },
+    sessions: Sessions { expiry: Expiry::Never, max_per_user: 1, idle_includes_output: false },
     file_transfer: true,
     port_forward: true,
     forward_targets: None,
     mender_client: false,
     limits: None,
+    auth: Auth::Dbus,
     reconnect_interval: Duration::from_secs(1),
 });
 
@@ -243,8 +244,8 @@ impl Link {
             router: Router::with(context, &outbox, start).expect("a descriptor"),
             outbox,
             begun,
-            terminal: context.config.terminal.enabled,
-            mender_client: context.config.mender_client,
+            terminal: context.config().terminal.enabled,
+            mender_client: context.config().mender_client,
             sessions: HashMap::new(),
             replaced: Vec::new(),
             queued: VecDeque::new(),
