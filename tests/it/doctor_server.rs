@@ -8,7 +8,7 @@ use crate::harness::doctor::{Findings, Office, now, token};
 use crate::harness::front::{Acceptor, Proxy};
 use crate::harness::http;
 use crate::harness::server::Reply;
-use crate::harness::wait::{SOON, skip};
+use crate::harness::wait::skip;
 use crate::harness::wire;
 
 /// A port of this machine's where nothing listens.
@@ -248,6 +248,7 @@ mod tls {
     use super::*;
     use crate::harness::doctor::text;
     use crate::harness::tls::{Authority, Identity, TlsFront};
+    use crate::harness::wait::SOON;
 
     /// A device whose server shows this, and who trusts this authority.
     fn office(identity: &Identity, authority: &Authority, host: &str) -> (Office, TlsFront) {
