@@ -6,6 +6,8 @@
 //! The manager may come, go and be replaced at any time, and so may the bus. Its signals are taken only
 //! from the owner of its name.
 
+pub mod visit;
+
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;

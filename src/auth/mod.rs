@@ -13,6 +13,9 @@ use thiserror::Error;
 
 use crate::sys::wake::Wake;
 
+#[cfg(feature = "dbus")]
+pub use dbus::visit::{Refusal, Visit};
+
 /// A device's JSON web token. Never shown.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);

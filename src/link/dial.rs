@@ -11,12 +11,14 @@ use log::debug;
 use nix::errno::Errno;
 use nix::sys::socket::{SockFlag, SockType};
 use tungstenite::client::{IntoClientRequest, client_with_config};
+use tungstenite::handshake::client::Request;
 use tungstenite::http::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER};
 use tungstenite::http::{Response, Uri};
 use tungstenite::protocol::WebSocketConfig;
 use tungstenite::{Error, HandshakeError, WebSocket};
 
 use super::endpoint::Endpoint;
+use super::probe::Progress;
 use super::proxy::ProxySettings;
 use super::stream::{Deadline, ReadHalf, WriteHalf};
 use super::{Cancel, LinkError, MAX_MESSAGE, tls};
@@ -51,6 +53,24 @@ pub fn dial(
     gone: &Receiver<()>,
     outbox: &Arc<Outbox>,
 ) -> Result<Open, LinkError> {
+    let (request, stream) = reach(credentials, proxies, cancel, gone, &mut |_| {})?;
+    let (mut websocket, _) =
+        client_with_config(request, stream, Some(limits(MAX_MESSAGE))).map_err(upgrade_error)?;
+    let write_half = websocket.get_mut().open(outbox, cancel.heard())?;
+    Ok((websocket, write_half))
+}
+
+/// The way to the server, up to what is to be asked of it. `progress` hears of each step that was made.
+///
+/// # Errors
+/// Which step failed and why.
+pub fn reach(
+    credentials: &Credentials,
+    proxies: &ProxySettings,
+    cancel: &Cancel,
+    gone: &Receiver<()>,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<(Request, ReadHalf), LinkError> {
     let server = Endpoint::parse(&credentials.server_url)?;
     let tls = if server.tls { Some(tls::Client::new(&server)?) } else { None };
     let mut bearer = HeaderValue::from_str(&format!("Bearer {}", credentials.token.reveal()))
@@ -61,20 +81,23 @@ pub fn dial(
     let mut request = uri.into_client_request().map_err(|e| LinkError::Url(e.to_string()))?;
     request.headers_mut().insert(AUTHORIZATION, bearer);
 
+    progress(Progress::Server(&server));
+
     let proxy = proxies.proxy_for(&server)?;
-    let socket = open_socket(proxy.as_ref().map_or(&server, |p| &p.endpoint), cancel, gone)?;
+    let first = proxy.as_ref().map_or(&server, |p| &p.endpoint);
+    progress(Progress::Proxy(proxy.as_ref().map(|p| &p.endpoint)));
+    let socket = open_socket(first, cancel, gone, progress)?;
     let within = |limit| Deadline { socket: &socket, deadline: Instant::now() + limit };
     if let Some(proxy) = &proxy {
         debug!("asking the proxy {} for {}", proxy.endpoint.authority(), server.authority());
         proxy.tunnel(within(PROXY_LIMIT), &server)?;
+        progress(Progress::Tunnel);
     }
     let tls = tls.map(|client| client.handshake(within(TLS_LIMIT))).transpose()?;
 
     let stream = ReadHalf::new(Arc::clone(&socket), tls, Instant::now() + UPGRADE_LIMIT);
-    let (mut websocket, _) =
-        client_with_config(request, stream, Some(limits(MAX_MESSAGE))).map_err(upgrade_error)?;
-    let write_half = websocket.get_mut().open(outbox, cancel.heard())?;
-    Ok((websocket, write_half))
+    progress(Progress::Secured(stream.tls_version()));
+    Ok((request, stream))
 }
 
 /// For messages of up to `most` bytes.
@@ -85,13 +108,26 @@ pub fn limits(most: usize) -> WebSocketConfig {
         .max_frame_size(Some(most))
 }
 
-fn open_socket(target: &Endpoint, cancel: &Cancel, gone: &Receiver<()>) -> Result<Arc<TcpStream>, LinkError> {
+fn open_socket(
+    target: &Endpoint,
+    cancel: &Cancel,
+    gone: &Receiver<()>,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Arc<TcpStream>, LinkError> {
     let mut last = LinkError::Resolve { host: target.host.clone(), reason: "no addresses".to_owned() };
-    for address in resolve(target, gone)? {
+    let addresses = resolve(target, gone)?;
+    progress(Progress::Resolved(&addresses));
+    for address in addresses {
         match connect_to(address, cancel) {
-            Ok(socket) => return Ok(socket),
+            Ok(socket) => {
+                progress(Progress::Connected(address));
+                return Ok(socket);
+            }
             Err(_) if cancel.is_cancelled() => return Err(LinkError::Cancelled),
-            Err(e) => last = LinkError::Connect { address: address.to_string(), reason: reason(&e) },
+            Err(e) => {
+                last = LinkError::Connect { address: address.to_string(), reason: reason(&e) };
+                progress(Progress::Failed(&last));
+            }
         }
     }
     Err(last)
@@ -130,7 +166,7 @@ fn connect_to(address: SocketAddr, cancel: &Cancel) -> io::Result<Arc<TcpStream>
     }
 }
 
-fn upgrade_error<H: tungstenite::handshake::HandshakeRole>(error: HandshakeError<H>) -> LinkError {
+pub fn upgrade_error<H: tungstenite::handshake::HandshakeRole>(error: HandshakeError<H>) -> LinkError {
     match error {
         HandshakeError::Interrupted(_) => LinkError::TimedOut("the websocket handshake"),
         HandshakeError::Failure(Error::Http(response)) => {

@@ -7,6 +7,7 @@
 mod dial;
 mod endpoint;
 mod pace;
+mod probe;
 mod proxy;
 mod reader;
 mod stream;
@@ -33,7 +34,8 @@ use crate::outbox::Outbox;
 use crate::proto::Frame;
 use crate::sys::{net, thread};
 
-pub use endpoint::PATH;
+pub use endpoint::{Endpoint, PATH};
+pub use probe::{Answer, CLOSED, NOT_HTTP, Progress, probe};
 pub use proxy::ProxySettings;
 #[cfg(fuzzing)]
 pub use reader::read;
@@ -99,7 +101,7 @@ pub enum LinkError {
     Proxy(String),
     /// No secure connection.
     #[error("tls: {0}")]
-    Tls(String),
+    Tls(String, TlsFault),
     /// The server answered, but not with a websocket. Try again later.
     #[error("websocket: bad handshake: HTTP status {status}")]
     Refused {
@@ -131,6 +133,25 @@ pub enum LinkError {
     /// The system refused a thread or a descriptor.
     #[error("out of resources: {}", crate::sys::reason(.0))]
     Resources(#[from] io::Error),
+}
+
+/// What kind of thing stands in the way of a secure connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsFault {
+    /// This program was built without TLS.
+    LeftOut,
+    /// There are no certificates to trust on this system.
+    NoRoots,
+    /// The server's certificate isn't vouched for by any of them.
+    Issuer,
+    /// It is for other names.
+    Name,
+    /// It isn't valid yet, or any more, by this system's clock.
+    Dates,
+    /// What came isn't TLS.
+    NotTls,
+    /// Anything else.
+    Other,
 }
 
 /// A link as its owner holds it.

@@ -3,9 +3,9 @@
 use std::io;
 use std::net::TcpStream;
 
-use super::LinkError;
 use super::endpoint::Endpoint;
 use super::stream::Deadline;
+use super::{LinkError, TlsFault};
 
 /// Who wants to speak TLS.
 pub enum Client {}
@@ -14,7 +14,8 @@ impl Client {
     /// # Errors
     /// Always. Before anything is asked of the network, so that this is what is heard of.
     pub fn new(_: &Endpoint) -> Result<Self, LinkError> {
-        Err(LinkError::Tls("built without TLS, only http servers can be reached".to_owned()))
+        let why = "built without TLS, only http servers can be reached";
+        Err(LinkError::Tls(why.to_owned(), TlsFault::LeftOut))
     }
 
     pub fn handshake(self, _: Deadline<'_>) -> Result<Reader, LinkError> {
@@ -27,6 +28,10 @@ pub enum Reader {}
 
 impl Reader {
     pub fn writer(&self) -> Writer {
+        match *self {}
+    }
+
+    pub fn version(&self) -> String {
         match *self {}
     }
 

@@ -120,7 +120,7 @@ impl Drop for Lent {
     }
 }
 
-fn lost(error: Error) -> LinkError {
+pub fn lost(error: Error) -> LinkError {
     match error {
         Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => LinkError::Silent,
         Error::Io(e) => LinkError::Broken(crate::sys::reason(&e)),

@@ -98,6 +98,11 @@ impl ReadHalf {
         ReadHalf { socket, tls, phase: Phase::Handshake { deadline }, bytes, taken: 0, filled: 0 }
     }
 
+    /// The version of TLS, if that is spoken.
+    pub fn tls_version(&self) -> Option<String> {
+        self.tls.as_ref().map(tls::Reader::version)
+    }
+
     /// The handshake is over: from now on this half only reads, and waits as long as a live peer may be silent.
     /// Before each wait `WouldBlock` is returned once. `heard` is set after each.
     ///

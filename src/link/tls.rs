@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustls::pki_types::{ServerName, UnixTime};
 use rustls::time_provider::TimeProvider;
-use rustls::{ClientConfig, ClientConnection, RootCertStore};
+use rustls::{CertificateError, ClientConfig, ClientConnection, Error, InvalidMessage, RootCertStore};
 
-use super::LinkError;
 use super::endpoint::Endpoint;
 use super::stream::{Deadline, timed_out};
+use super::{LinkError, TlsFault};
 use crate::sys::clock;
 
 /// A TLS record and its framing.
@@ -53,7 +53,7 @@ impl Client {
             connection.complete_io(&mut socket).map_err(|e| match e.kind() {
                 io::ErrorKind::TimedOut => LinkError::TimedOut("the TLS handshake"),
                 io::ErrorKind::UnexpectedEof => failed("the server closed the connection"),
-                _ => failed(e),
+                _ => LinkError::Tls(e.to_string(), fault(&e)),
             })?;
         }
         Ok(Reader::new(Shared(Arc::new(Mutex::new(connection)))))
@@ -61,7 +61,23 @@ impl Client {
 }
 
 fn failed(why: impl ToString) -> LinkError {
-    LinkError::Tls(why.to_string())
+    LinkError::Tls(why.to_string(), TlsFault::Other)
+}
+
+fn fault(error: &io::Error) -> TlsFault {
+    use CertificateError::{
+        Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
+    };
+    match error.get_ref().and_then(|e| e.downcast_ref()) {
+        Some(Error::InvalidCertificate(e)) => match e {
+            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => TlsFault::Dates,
+            NotValidForName | NotValidForNameContext { .. } => TlsFault::Name,
+            // As a certificate that signs itself.
+            _ => TlsFault::Issuer,
+        },
+        Some(Error::InvalidMessage(InvalidMessage::InvalidContentType)) => TlsFault::NotTls,
+        _ => TlsFault::Other,
+    }
 }
 
 /// For the dates in certificates.
@@ -80,9 +96,10 @@ fn roots() -> Result<RootCertStore, LinkError> {
     let (usable, _) = store.add_parsable_certificates(found.certs);
     if usable == 0 {
         let why = found.errors.first().map_or_else(String::new, |e| format!(": {e}"));
-        return Err(failed(format!(
+        let why = format!(
             "no trusted certificates on this system (install ca-certificates or set SSL_CERT_FILE){why}"
-        )));
+        );
+        return Err(LinkError::Tls(why, TlsFault::NoRoots));
     }
     Ok(store)
 }
@@ -114,6 +131,11 @@ impl Reader {
     /// The half that writes from now on.
     pub fn writer(&self) -> Writer {
         Writer { tls: self.tls.clone(), ciphertext: Vec::new() }
+    }
+
+    /// The version of TLS that was agreed on.
+    pub fn version(&self) -> String {
+        self.tls.lock().protocol_version().map_or_else(String::new, |version| format!("{version:?}"))
     }
 
     /// Reads plaintext. `fetch` gets more ciphertext; `answer` is called when the TLS layer has something of

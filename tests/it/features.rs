@@ -3,6 +3,7 @@
 #[cfg(all(feature = "dbus", not(feature = "tls")))]
 mod without_tls {
     use crate::harness::device::Generation;
+    use crate::harness::doctor::Office;
     use crate::harness::front::Proxy;
     use crate::harness::rig::Setup;
     use crate::harness::server::Server;
@@ -25,6 +26,12 @@ mod without_tls {
         }
     }
 
+    #[test]
+    fn doctor_says_so() {
+        let (found, advice) = Office::at("https://device.invalid").ask().assert_break("tls");
+        assert!(found.contains("built without TLS") && advice.contains("forwarder"), "{found}: {advice}");
+    }
+
     /// Neither the resolver nor a proxy is asked, so that no words of theirs hide the reason.
     #[test]
     fn a_secure_server_is_not_even_looked_for() {
@@ -45,6 +52,7 @@ mod without_dbus {
     use serde_json::{Value, json};
 
     use crate::harness::daemon;
+    use crate::harness::doctor::Office;
     use crate::harness::rig::bash_config;
 
     fn run(config: &Value, command: &str) -> (Output, String) {
@@ -62,6 +70,12 @@ mod without_dbus {
         let (output, log) = run(&bash_config(), "daemon");
         assert_eq!(output.status.code(), Some(1), "{log}");
         assert!(log.contains("built without D-Bus, there is nothing to get a token from"), "{log}");
+    }
+
+    #[test]
+    fn doctor_says_so() {
+        let (found, advice) = Office::open().ask().assert_break("bus");
+        assert!(found.contains("built without D-Bus") && advice.contains("Auth.Source"), "{found}: {advice}");
     }
 
     #[test]

@@ -37,6 +37,10 @@ mod control;
 #[cfg(feature = "dbus")]
 mod disk;
 #[cfg(feature = "dbus")]
+mod doctor;
+#[cfg(feature = "dbus")]
+mod doctor_server;
+#[cfg(feature = "dbus")]
 mod exhaustion;
 #[cfg(feature = "dbus")]
 mod faults;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
+use super::doctor::within;
 use super::rig::{Setup, is_root};
 use super::wait::{SOON, Watched, spawn};
 
@@ -83,6 +84,13 @@ impl NameServer {
     /// An agent that asks this server and no other.
     pub fn setup(&self) -> Setup {
         Setup::new().wrapper(NAMESPACE).env("NAME_SERVER", &self.address.to_string())
+    }
+
+    /// The command, asking this server and no other.
+    pub fn asked_by(&self, command: &Command) -> Command {
+        let mut command = within(&["/bin/sh", "-c", NAMESPACE, "sh"], command);
+        command.env("NAME_SERVER", self.address.to_string());
+        command
     }
 
     /// How often a name's IPv4 addresses were asked for.

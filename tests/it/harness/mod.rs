@@ -12,6 +12,7 @@ pub mod connection;
 pub mod daemon;
 pub mod device;
 pub mod dns;
+pub mod doctor;
 pub mod forward;
 pub mod front;
 pub mod http;

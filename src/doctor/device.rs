@@ -1,0 +1,278 @@
+//! The steps on the device: the daemon, its configuration, what a terminal needs, the token.
+
+use std::fs;
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::unistd::geteuid;
+
+use super::token::{expiry, span};
+use super::{Break, Report};
+use crate::auth::Credentials;
+#[cfg(feature = "dbus")]
+use crate::auth::{Refusal, Visit};
+use crate::config::{self, Auth, Config, ConfigError};
+use crate::status;
+use crate::sys::pty::{Pty, WindowSize};
+use crate::sys::{clock, reason};
+
+/// What of the environment the daemon minds.
+const VARIABLES: [&str; 9] = [
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "DBUS_SYSTEM_BUS_ADDRESS",
+];
+
+/// A token that expires sooner is worth a word, in seconds.
+const SOON: u64 = 3600;
+/// No token is longer, in bytes.
+const LONGEST_TOKEN: u64 = 64 * 1024;
+
+/// Whether an agent has a connection, or may have one, that another one with the same token would end.
+pub fn daemon(report: &mut Report) -> bool {
+    let processes = daemons();
+    for pid in &processes {
+        let others = differing(pid);
+        if !others.is_empty() {
+            report.warn(format!(
+                "process {pid} has other values than this shell of: {}. What it finds may differ",
+                others.join(", ")
+            ));
+        }
+    }
+    let (found, occupied) = match status::fetch() {
+        Ok(status) => {
+            let state = status["connection"]["state"].as_str().unwrap_or("in an unknown state");
+            let free = matches!(state, "unauthorized" | "waiting" | "asking" | "stopping");
+            (format!("running, {state}"), !free)
+        }
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            match processes.first() {
+                Some(pid) => (format!("process {pid} runs, and doesn't tell its state"), true),
+                None => ("not running".to_owned(), false),
+            }
+        }
+        Err(e) => (format!("running, but its state can't be had: {}", reason(&e)), true),
+    };
+    report.good("daemon", &found);
+    occupied
+}
+
+/// The processes that run `mender-connect … daemon`, of whoever's making.
+fn daemons() -> Vec<String> {
+    let is_daemon = |pid: &str| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        words.any(|word| word.rsplit(|byte| *byte == b'/').next() == Some(b"mender-connect"))
+            && words.any(|word| word == b"daemon")
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter(|name| name.bytes().all(|b| b.is_ascii_digit()) && is_daemon(name)).collect()
+}
+
+/// Which variables have other values in a process than here, if that can be seen.
+fn differing(pid: &str) -> Vec<&'static str> {
+    let Ok(environment) = fs::read(format!("/proc/{pid}/environ")) else { return Vec::new() };
+    let theirs = |name: &str| {
+        let mut entries = environment.split(|byte| *byte == 0);
+        entries.find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"=")).unwrap_or_default()
+    };
+    let ours = |name: &str| std::env::var_os(name).unwrap_or_default().into_encoded_bytes();
+    VARIABLES.into_iter().filter(|name| theirs(name) != ours(name)).collect()
+}
+
+/// The configuration, with the shell and its user.
+pub fn configuration(report: &mut Report, main: &Path, fallback: &Path) -> Result<Config, Break> {
+    let files: Vec<_> = [fallback, main].into_iter().filter(|file| file.exists()).collect();
+    let files = match files[..] {
+        [] => "no file, defaults".to_owned(),
+        [file] => file.display().to_string(),
+        _ => format!("{} over {}", main.display(), fallback.display()),
+    };
+    let config = match config::load(main, fallback) {
+        Ok(config) => config,
+        Err(e) => {
+            let (step, advice) = match e {
+                ConfigError::ShellNotAbsolute(_)
+                | ConfigError::ShellNotExecutable(_)
+                | ConfigError::ShellNotListed(_) => {
+                    ("shell", "Set ShellCommand to the absolute path of a program that /etc/shells lists.")
+                }
+                ConfigError::NoUser | ConfigError::User(_) if cfg!(target_env = "musl") => (
+                    "user",
+                    "Set User to a name of /etc/passwd: this executable asks no other user database.",
+                ),
+                ConfigError::NoUser | ConfigError::User(_) => {
+                    ("user", "Set User to the name of one of this device's users.")
+                }
+                _ => ("configuration", "Correct the file; `mender-connect check` says whether it is right."),
+            };
+            if step != "configuration" {
+                report.good("configuration", &files);
+            }
+            return Err(report.bad(step, &e.to_string(), advice));
+        }
+    };
+    report.good("configuration", &files);
+
+    let shell = &config.shell;
+    let program = shell.command.canonicalize().unwrap_or_else(|_| shell.command.clone());
+    if program.ends_with("dash") && shell.arguments.iter().any(|argument| argument == "--login") {
+        report.warn(
+            "this shell is dash, which knows no --login and ends at once: set ShellArguments or ShellCommand",
+        );
+    }
+    report.good("shell", &format!("{} {}", shell.command.display(), shell.arguments.join(" ")));
+
+    let user = &shell.user;
+    if !geteuid().is_root() && geteuid() != user.uid {
+        report.warn("doctor isn't run by root: whether the shell could be this user's wasn't tried");
+    }
+    report.good("user", &format!("{}, uid {}", user.name, user.uid));
+    Ok(config)
+}
+
+/// What a terminal needs.
+pub fn terminal(report: &mut Report, config: &Config) -> Result<(), Break> {
+    let config::Terminal { enabled, width, height } = config.terminal;
+    if !enabled {
+        report.good("pty", "not needed, Terminal.Disable is set");
+        return Ok(());
+    }
+    let owner = geteuid().is_root().then_some(config.shell.user.uid);
+    match Pty::open(WindowSize { width, height }, owner) {
+        Ok(_) => {
+            report.good("pty", "can be opened");
+            Ok(())
+        }
+        Err(e) => {
+            let advice = match e.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::ENOSPC) => {
+                    "All PTYs are in use: end some of their programs or raise the sysctl kernel.pty.max."
+                }
+                _ => {
+                    "A file system of type devpts has to be mounted on /dev/pts, and /dev/ptmx has to exist."
+                }
+            };
+            Err(report.bad("pty", &reason(&e), advice))
+        }
+    }
+}
+
+/// Token and server URL, from wherever the configuration says.
+pub fn credentials(report: &mut Report, config: &Config) -> Result<Credentials, Break> {
+    let credentials = match &config.auth {
+        Auth::Dbus => from_bus(report)?,
+        Auth::File { token, server_url } => from_file(report, token, server_url)?,
+    };
+    let length = credentials.token.len();
+    let found = match (expiry(credentials.token.reveal()), clock::now().as_secs()) {
+        (None, _) => format!("{length} bytes, no expiry to be read"),
+        (Some(at), now) if at <= now => {
+            report.warn("the server will hardly accept it, unless this device's clock is wrong");
+            format!("{length} bytes, expired {} ago", span(now - at))
+        }
+        (Some(at), now) => {
+            if at - now < SOON {
+                report.warn("it expires soon; mender-auth has to fetch the next one");
+            }
+            format!("{length} bytes, expires in {}", span(at - now))
+        }
+    };
+    report.good("token", &found);
+    Ok(credentials)
+}
+
+#[cfg(feature = "dbus")]
+const NOT_ACCEPTED: &str = "Is the device accepted on the server? mender-auth gets a token only then. \
+    Its log says more: journalctl -u mender-authd";
+
+#[cfg(feature = "dbus")]
+fn from_bus(report: &mut Report) -> Result<Credentials, Break> {
+    let visit = Visit::begin().map_err(|why| {
+        let advice = "Is D-Bus running (systemctl status dbus)? DBUS_SYSTEM_BUS_ADDRESS, if it is set, has to lead to it.";
+        report.bad("bus", &why, advice)
+    })?;
+    let address = std::env::var("DBUS_SYSTEM_BUS_ADDRESS");
+    let address = address.as_deref().unwrap_or("the system bus");
+    report.good("bus", &format!("connected to {address} as {}", visit.name()));
+
+    let start = "Is mender-auth running? systemctl status mender-authd (mender-client before Mender 4)";
+    match visit.owner() {
+        Some(owner) => report.good("owner", &format!("mender-auth is {owner}")),
+        None if visit.can_start_manager() => report.good("owner", "nobody yet, the bus starts mender-auth"),
+        None => {
+            return Err(report.bad("owner", "nobody is io.mender.AuthenticationManager on the bus", start));
+        }
+    }
+
+    let answer = match visit.token() {
+        Err(Refusal::Denied(why)) => {
+            let advice = if geteuid().is_root() {
+                "The bus's policy has to let root call it: is io.mender.AuthenticationManager.conf in \
+                    /usr/share/dbus-1/system.d or /etc/dbus-1/system.d?"
+            } else {
+                "Run this as root: the bus's policy lets only some users ask for the token."
+            };
+            return Err(report.bad("policy", &why, advice));
+        }
+        Err(Refusal::Absent(why)) => return Err(report.bad("owner", &why, start)),
+        answer => answer,
+    };
+    report.good("policy", "lets GetJwtToken be called");
+
+    let restart = "Its log says more: journalctl -u mender-authd. Restarting it may help: systemctl restart mender-authd";
+    match answer {
+        Ok(Ok(credentials)) => Ok(credentials),
+        Ok(Err(true)) => Err(report.bad("token", "mender-auth has none", NOT_ACCEPTED)),
+        Ok(Err(false)) => Err(report.bad("token", "mender-auth names no server for it", restart)),
+        Err(Refusal::Failed(why) | Refusal::Denied(why) | Refusal::Absent(why)) => {
+            Err(report.bad("token", &format!("mender-auth answers: {why}"), restart))
+        }
+        Err(Refusal::Silent) => Err(report.bad("token", "mender-auth doesn't answer in time", restart)),
+    }
+}
+
+#[cfg(not(feature = "dbus"))]
+fn from_bus(report: &mut Report) -> Result<Credentials, Break> {
+    let why = "built without D-Bus, there is nothing to get a token from";
+    Err(report.bad("bus", why, "Use an executable with it, or set Auth.Source to \"file\"."))
+}
+
+fn from_file(report: &mut Report, file: &Path, server_url: &str) -> Result<Credentials, Break> {
+    let name = file.display();
+    let (token, mode) = read(file).map_err(|e| {
+        let advice = match e.kind() {
+            ErrorKind::PermissionDenied if !geteuid().is_root() => {
+                "Run this as the daemon's user, or as root."
+            }
+            _ => "Auth.TokenFile has to name a file that the daemon may read.",
+        };
+        report.bad("file", &format!("open {name}: {}", reason(&e)), advice)
+    })?;
+    if mode & 0o004 != 0 {
+        report.warn(format!("everybody on this device can read the token: chmod 600 {name}"));
+    }
+    report.good("file", &format!("{name}, mode {:03o}", mode & 0o777));
+    Credentials::new(token.trim(), server_url).ok_or_else(|| {
+        report.bad("token", "the file is empty", "Whoever fetches the token has to write it there.")
+    })
+}
+
+/// The text of a file and its mode.
+fn read(file: &Path) -> io::Result<(String, u32)> {
+    let file = fs::File::open(file)?;
+    let mode = file.metadata()?.permissions().mode();
+    let mut text = String::new();
+    file.take(LONGEST_TOKEN).read_to_string(&mut text)?;
+    Ok((text, mode))
+}
