@@ -71,7 +71,7 @@ impl Supervisor {
         let (reporter, reports) = crossbeam_channel::unbounded();
         Ok(Supervisor {
             machine: Machine::new(config.reconnect_interval, random),
-            source: auth::source(&wake)?,
+            source: auth::source(&config.auth, &wake, true)?,
             context: Context::new(config),
             proxies: Arc::new(ProxySettings::from_environment()),
             link: None,
