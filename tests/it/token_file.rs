@@ -191,13 +191,14 @@ fn a_half_written_token_is_not_taken() {
     let (place, rig, device) = connected();
     let mut file = File::create(place.path("token")).expect("open");
     file.write_all(b"half").expect("write");
-    // What happens to others' files, or to this one's mode, says nothing about its content.
+    // What happens to this one's mode, or to others' files, says nothing about its content.
+    place.mode("token", 0o640);
+    place.mode("token", 0o600);
     let (mut n, mut terminal) = (0, Terminal::new(&device, Style::Cli));
     terminal.open_with_prompt();
     throughout(millis(1800), "nobody reads half a token", || {
         n += 1;
         place.write(&format!("other-{}", n % 3), n.to_string());
-        place.mode("token", 0o600);
         rig.server.try_device(millis(0)).is_none() && !device.is_over()
     });
     assert_eq!(terminal.run("echo still here"), "still here");
@@ -328,6 +329,17 @@ fn a_refused_token_is_tried_again_and_replaced() {
     next_shows(&rig, "new");
 }
 
+/// How much the agent watches.
+fn watches(rig: &Rig) -> usize {
+    let folder = format!("/proc/{}/fdinfo", rig.daemon.pid());
+    let infos =
+        fs::read_dir(folder).expect("descriptors").filter_map(|e| fs::read_to_string(e.ok()?.path()).ok());
+    let counts: Vec<usize> =
+        infos.map(|info| info.matches("inotify wd:").count()).filter(|&n| n > 0).collect();
+    assert_eq!(counts.len(), 1, "one inotify descriptor");
+    counts[0]
+}
+
 #[test]
 fn nothing_happens_without_a_change() {
     let (place, rig, _device) = connected_at(Place::quiet());
@@ -339,14 +351,12 @@ fn nothing_happens_without_a_change() {
         }
         (since.elapsed() > secs(3)).then_some(())
     });
-    let descriptors = proc::descriptors(rig.daemon.pid());
+    let watches = watches(&rig);
     for n in 0..20 {
         place.replace("token", &format!("token-{n}"));
         next_shows(&rig, &format!("token-{n}"));
     }
-    let targets = proc::descriptor_targets(rig.daemon.pid());
-    assert_eq!(targets.iter().filter(|target| target.contains("inotify")).count(), 1, "{targets:?}");
-    assert!(proc::descriptors(rig.daemon.pid()) <= descriptors + 2, "{targets:?}");
+    assert_eq!(self::watches(&rig), watches);
     rig.daemon.signal(Signal::SIGHUP);
     next_shows(&rig, "token-19");
 }
@@ -444,4 +454,21 @@ fn without_inotify_it_is_looked_at_now_and_then() {
     place.replace("token", "three");
     next_shows(&rig, "three");
     assert_eq!(rig.daemon.count_log("can't be watched"), 1);
+}
+
+/// What the README says to make a token with.
+#[test]
+fn the_readmes_commands_make_a_token() {
+    const README: &str = include_str!("../../README.md");
+    let (_, section) = README.split_once("### Without D-Bus").expect("the section");
+    let commands = section.split("```\n").nth(2).expect("its commands");
+    let place = Place::new();
+    let commands = commands.replace("/run/mender", place.path("mender").to_str().expect("UTF-8"));
+    let rig = Setup::new().token_file(&place.path("mender/token")).start();
+    for token in ["one", "two"] {
+        let status = Command::new("/bin/sh").args(["-ec", &commands]).env("TOKEN", token).status();
+        assert!(status.expect("run sh").success());
+        next_shows(&rig, token);
+    }
+    assert_eq!(rig.daemon.count_log("can be read by others"), 0);
 }
