@@ -95,6 +95,8 @@ mod soak;
 mod terminal;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod tls;
+#[cfg(feature = "dbus")]
+mod unprivileged;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod year_2040;
 mod yocto;

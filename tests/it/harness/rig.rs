@@ -40,6 +40,7 @@ pub struct Setup {
     fallback: Option<PathBuf>,
     journal: bool,
     manager: bool,
+    policy: String,
     token_file: Option<PathBuf>,
 }
 
@@ -80,6 +81,7 @@ impl Setup {
             fallback: None,
             journal: false,
             manager: true,
+            policy: String::new(),
             token_file: None,
         }
     }
@@ -147,6 +149,12 @@ impl Setup {
         self
     }
 
+    /// What the bus doesn't allow, as elements of its configuration.
+    pub fn policy(mut self, policy: &str) -> Setup {
+        policy.clone_into(&mut self.policy);
+        self
+    }
+
     /// The token comes from this file, and there is neither manager nor bus.
     pub fn token_file(mut self, file: &Path) -> Setup {
         self.token_file = Some(file.to_owned());
@@ -160,7 +168,7 @@ impl Setup {
     /// Lets the test script the server before the agent starts.
     pub fn start_with(self, prepare: impl FnOnce(&Server)) -> Rig {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let mut bus = Bus::absent(dir.path());
+        let mut bus = Bus::with_policy(dir.path(), &self.policy);
         if self.token_file.is_none() {
             bus.restart();
         }
