@@ -207,6 +207,25 @@ fn a_half_written_token_is_not_taken() {
     next_shows(&rig, "half-and-half");
 }
 
+/// Nor one in a folder that has just come.
+#[test]
+fn a_half_written_token_in_a_new_folder_is_not_taken() {
+    let place = Place::new();
+    let rig = Setup::new().token_file(&place.path("new/token")).start();
+    rig.daemon.wait_for_log("waiting for a new token in", SOON);
+    fs::create_dir(place.path("new")).expect("a folder");
+    place.write("new/token", "");
+    let mut file = File::create(place.path("new/token")).expect("open");
+    let mut n = 0;
+    throughout(millis(1800), "nobody reads half a token", || {
+        n += 1;
+        file.write_all(b"x").expect("write");
+        rig.server.try_device(millis(0)).is_none()
+    });
+    drop(file);
+    next_shows(&rig, &"x".repeat(n));
+}
+
 #[test]
 fn an_emptied_or_removed_token_is_withdrawn_after_a_second() {
     for empty in [true, false] {
@@ -353,6 +372,8 @@ fn nothing_happens_without_a_change() {
     });
     let watches = watches(&rig);
     for n in 0..20 {
+        // The file lives on under another name, and is nobody's concern any more.
+        fs::hard_link(place.path("token"), place.path(&format!("old-{n}"))).expect("link");
         place.replace("token", &format!("token-{n}"));
         next_shows(&rig, &format!("token-{n}"));
     }
