@@ -21,7 +21,7 @@
 //! |---|---|
 //! | [`cli`], [`config`], [`logging`], [`audit`] | what the operator says and is told |
 //! | [`supervisor`] | when to connect; signals |
-//! | [`auth`] | token and server URL, from mender-auth over D-Bus (feature `dbus`) |
+//! | [`auth`] | token and server URL, from mender-auth over D-Bus (feature `dbus`) or from a file |
 //! | [`link`] | one websocket's life: dial, read, write; TLS (feature `tls`) |
 //! | [`session`] | from a frame to the thread that owns what it is about; terminals, files, ports, commands |
 //! | [`outbox`] | from sessions to the writer: order, bounds, back-pressure |

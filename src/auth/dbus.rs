@@ -44,8 +44,8 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 pub struct Manager {
     wake: Arc<Wake>,
     bus: Bus,
-    /// Whether there ever was a bus; before that its absence is fatal.
-    was_up: bool,
+    /// Whether the absence of a bus is fatal: until there was one, where it is required.
+    fatal: bool,
     retry_delay: Duration,
     owner: Option<String>,
     owner_query: Option<u32>,
@@ -68,16 +68,19 @@ struct Question {
 
 impl Manager {
     /// Begins to connect to the system bus (DBUS_SYSTEM_BUS_ADDRESS is honoured); `wake` is called when
-    /// that has been decided.
+    /// that has been decided. Unless it's `required`, a bus that isn't there is waited for.
     ///
     /// # Errors
-    /// When no thread can be had.
-    pub fn connect(wake: Arc<Wake>) -> Result<Self, SourceError> {
-        let bus = Bus::connect(&wake)?;
+    /// When no thread can be had and the bus is required.
+    pub fn connect(wake: Arc<Wake>, required: bool) -> Result<Self, SourceError> {
+        let bus = match Bus::connect(&wake) {
+            Err(e) if required => return Err(e.into()),
+            result => result.unwrap_or_else(|_| Bus::Down { until: Instant::now() + FIRST_RETRY }),
+        };
         Ok(Manager {
             wake,
             bus,
-            was_up: false,
+            fatal: required,
             retry_delay: FIRST_RETRY,
             owner: None,
             owner_query: None,
@@ -109,8 +112,8 @@ impl Source for Manager {
         match &self.bus {
             Bus::Connecting(answer) => match answer.try_recv() {
                 Ok(Ok(channel)) => self.came_up(channel, now),
-                Ok(Err(e)) if self.was_up => self.went_down(now, &describe(&e)),
-                Ok(Err(e)) => return Err(SourceError::Bus(describe(&e))),
+                Ok(Err(e)) if self.fatal => return Err(SourceError::Bus(describe(&e))),
+                Ok(Err(e)) => self.went_down(now, &describe(&e)),
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => self.went_down(now, "the connecting thread failed"),
             },
@@ -156,7 +159,7 @@ impl Manager {
         channel.set_watch_enabled(true);
         debug!("connected to the system bus");
         self.bus = Bus::Up(channel);
-        (self.was_up, self.retry_delay) = (true, FIRST_RETRY);
+        (self.fatal, self.retry_delay) = (false, FIRST_RETRY);
         let announcements = MatchRule::new_signal(INTERFACE, "JwtTokenStateChange").with_sender(MANAGER);
         let owners =
             format!("{},arg0='{MANAGER}'", MatchRule::new_signal(BUS, "NameOwnerChanged").match_str());

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "dbus")]
 mod dbus;
+mod file;
 
 use std::fmt;
 use std::io;
@@ -11,6 +12,7 @@ use std::time::Instant;
 
 use thiserror::Error;
 
+use crate::config;
 use crate::sys::wake::Wake;
 
 #[cfg(feature = "dbus")]
@@ -110,27 +112,30 @@ pub enum SourceError {
     /// No thread to connect with.
     #[error("mender-connect dbus failed to connect, error: {}", crate::sys::reason(.0))]
     Thread(#[from] io::Error),
-    /// This program can't use any.
-    #[error("built without D-Bus, there is nothing to get a token from")]
+    /// The authentication manager is asked for, which takes D-Bus.
+    #[error("built without D-Bus, a token can only come from a file: Auth.Source must be \"file\"")]
     LeftOut,
 }
 
-/// The source of this device: the authentication manager on the system bus. `wake` is called when there is
-/// something to process beside the descriptor and the deadline.
+/// The source of this device. `wake` is called when there is something to process beside the descriptor and the
+/// deadline. Unless it's `required`, a bus that isn't there at first is waited for, as it is later.
 ///
 /// # Errors
 /// When there can't be one.
-#[cfg(feature = "dbus")]
-pub fn source(wake: &Arc<Wake>) -> Result<Box<dyn Source>, SourceError> {
-    Ok(Box::new(dbus::Manager::connect(Arc::clone(wake))?))
+pub fn source(auth: &config::Auth, wake: &Arc<Wake>, required: bool) -> Result<Box<dyn Source>, SourceError> {
+    match auth {
+        config::Auth::File { token, server_url } => Ok(Box::new(file::TokenFile::new(token, server_url))),
+        config::Auth::Dbus => manager(wake, required),
+    }
 }
 
-/// The source of this device, which only the authentication manager on the system bus could be.
-///
-/// # Errors
-/// Always.
+#[cfg(feature = "dbus")]
+fn manager(wake: &Arc<Wake>, required: bool) -> Result<Box<dyn Source>, SourceError> {
+    Ok(Box::new(dbus::Manager::connect(Arc::clone(wake), required)?))
+}
+
 #[cfg(not(feature = "dbus"))]
-pub fn source(_: &Arc<Wake>) -> Result<Box<dyn Source>, SourceError> {
+fn manager(_: &Arc<Wake>, _: bool) -> Result<Box<dyn Source>, SourceError> {
     Err(SourceError::LeftOut)
 }
 

@@ -96,7 +96,7 @@ impl Supervisor {
             load,
             service: Service::new(Instant::now()),
             outdated: false,
-            source: auth::source(&wake)?,
+            source: auth::source(&config.auth, &wake, true)?,
             context: Context::new(config),
             proxies: Arc::new(ProxySettings::from_environment()),
             link: None,
@@ -200,7 +200,7 @@ impl Supervisor {
             return false;
         }
         if config.auth != old.auth {
-            match auth::source(&self.wake) {
+            match auth::source(&config.auth, &self.wake, false) {
                 Ok(source) => self.source = source,
                 Err(e) => {
                     error!("the old configuration stays: {e}");

@@ -69,7 +69,10 @@ mod without_dbus {
     fn the_daemon_ends_at_once_and_says_why() {
         let (output, log) = run(&bash_config(), "daemon");
         assert_eq!(output.status.code(), Some(1), "{log}");
-        assert!(log.contains("built without D-Bus, there is nothing to get a token from"), "{log}");
+        assert!(
+            log.contains("built without D-Bus, a token can only come from a file: Auth.Source must be"),
+            "{log}"
+        );
     }
 
     #[test]

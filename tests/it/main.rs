@@ -16,8 +16,9 @@ mod layers;
 mod sbom;
 mod selftest;
 mod selftest_forward;
+mod token_file;
 
-// Without a token the daemon has nothing to do.
+// The token of these comes from the bus.
 #[cfg(feature = "dbus")]
 mod at_length;
 #[cfg(feature = "dbus")]
@@ -104,6 +105,8 @@ mod soak;
 mod terminal;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod tls;
+#[cfg(feature = "dbus")]
+mod unprivileged;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod year_2040;
 mod yocto;

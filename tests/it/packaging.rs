@@ -13,6 +13,7 @@ use crate::harness::wait::{SOON, eventually, skip};
 
 const UNIT: &str = include_str!("../../yocto/files/mender-connect.service");
 const CONFINED: &str = include_str!("../../yocto/files/mender-connect-confined.conf");
+const USER: &str = include_str!("../../yocto/files/mender-connect-user.conf");
 const README: &str = include_str!("../../README.md");
 const CONFIG: &str = include_str!("../../yocto/files/debian/mender-connect.conf");
 const COPYRIGHT: &str = include_str!("../../yocto/files/debian/copyright");
@@ -21,14 +22,16 @@ const CONFFILE: &str = "/etc/mender/mender-connect.conf";
 const UNIT_FILE: &str = "/lib/systemd/system/mender-connect.service";
 const ENABLED: &str = "/etc/systemd/system/multi-user.target.wants/mender-connect.service";
 
-/// Asks systemd about the unit, and its drop-in if there is one.
-fn analyze(drop_in: Option<&str>, arguments: &[&str]) -> Option<Output> {
+/// Asks systemd about the unit with these drop-ins.
+fn analyze(drop_ins: &[&str], arguments: &[&str]) -> Option<Output> {
     let dir = tempfile::tempdir().unwrap();
     let copy = dir.path().join("mender-connect.service");
     fs::write(&copy, UNIT.replace(BINARY, &executable().display().to_string())).unwrap();
-    if let Some(text) = drop_in {
-        fs::create_dir(copy.with_extension("service.d")).unwrap();
-        fs::write(copy.with_extension("service.d").join("confined.conf"), text).unwrap();
+    let folder = copy.with_extension("service.d");
+    fs::create_dir(&folder).unwrap();
+    for text in drop_ins {
+        let name = if *text == CONFINED { "confined.conf" } else { "user.conf" };
+        fs::write(folder.join(name), text).unwrap();
     }
     let output = Command::new("systemd-analyze").args(arguments).arg(&copy).output();
     if output.is_err() {
@@ -39,9 +42,11 @@ fn analyze(drop_in: Option<&str>, arguments: &[&str]) -> Option<Output> {
 
 #[test]
 fn systemd_understands_the_unit() {
-    for drop_in in [None, Some(CONFINED)] {
+    for drop_ins in [&[][..], &[CONFINED], &[USER], &[CONFINED, USER]] {
         // Other units' faults are none of ours.
-        let Some(output) = analyze(drop_in, &["verify", "--man=no", "--recursive-errors=no"]) else { return };
+        let Some(output) = analyze(drop_ins, &["verify", "--man=no", "--recursive-errors=no"]) else {
+            return;
+        };
         let printed = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && !printed.contains("mender-connect"), "{printed}");
     }
@@ -50,12 +55,14 @@ fn systemd_understands_the_unit() {
 /// The README states them as systemd 252 gives them.
 #[test]
 fn exposure_is_as_stated() {
-    for (drop_in, score) in [(None, "9.6"), (Some(CONFINED), "3.3")] {
-        let Some(output) = analyze(drop_in, &["security", "--offline=true", "--no-pager"]) else { return };
+    let scores = [(&[][..], "9.6"), (&[CONFINED], "3.3"), (&[USER], "6.5"), (&[CONFINED, USER], "2.2")];
+    for (drop_ins, score) in scores {
+        let Some(output) = analyze(drop_ins, &["security", "--offline=true", "--no-pager"]) else { return };
         let printed = String::from_utf8_lossy(&output.stdout);
         let line = printed.lines().find(|line| line.contains("Overall exposure level")).unwrap_or(&printed);
         assert!(line.contains(&format!(": {score} ")), "{line}");
-        assert!(README.contains(&format!("{score} with systemd 252")), "{score}");
+        let stated = README.lines().any(|line| line.contains(score)) && README.contains("with systemd 252");
+        assert!(stated, "{score}");
     }
 }
 

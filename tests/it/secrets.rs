@@ -56,8 +56,8 @@ fn pieces_in_memory(pid: u32, secret: &str) -> Vec<String> {
     found
 }
 
-/// Replaces the first token by another and looks what is left of it.
-fn a_replaced_token_is_gone(rig: &Rig, server: &Server, url: &str, old: &str) {
+/// Replaces the first token by others and looks what is left of it.
+fn a_replaced_token_is_gone(rig: &Rig, server: &Server, old: &str, replace: impl Fn(&str)) {
     if !is_root() {
         return skip("only root can read the agent's memory");
     }
@@ -71,7 +71,7 @@ fn a_replaced_token_is_gone(rig: &Rig, server: &Server, url: &str, old: &str) {
     assert!(!pieces_in_memory(pid, old).is_empty(), "the search finds what is there");
     // Of the same length and shorter: buffers that are used again have more of what was in them before.
     for new in [token(2), token(3)[..600].to_owned()] {
-        rig.manager.change(&new, url);
+        replace(&new);
         Terminal::new(&server.device(), Style::Cli).open();
         // The old link's threads may still be about to end.
         let deadline = Instant::now() + SOON;
@@ -89,7 +89,17 @@ fn a_replaced_token_is_gone(rig: &Rig, server: &Server, url: &str, old: &str) {
 fn a_replaced_token_is_wiped_from_memory() {
     let old = token(1);
     let rig = Setup::new().token(&old).start();
-    a_replaced_token_is_gone(&rig, &rig.server, &rig.server.url(), &old);
+    a_replaced_token_is_gone(&rig, &rig.server, &old, |new| rig.manager.change(new, &rig.server.url()));
+}
+
+#[test]
+fn a_replaced_token_of_a_file_is_wiped_from_memory() {
+    let old = token(1);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("token");
+    fs::write(&file, &old).expect("write");
+    let rig = Setup::new().token_file(&file).start();
+    a_replaced_token_is_gone(&rig, &rig.server, &old, |new| fs::write(&file, new).expect("write"));
 }
 
 #[cfg(feature = "tls")]
@@ -105,7 +115,7 @@ fn a_replaced_token_is_wiped_from_memory_with_tls() {
     let old = token(1);
     let url = format!("https://127.0.0.1:{}", front.port());
     let rig = Setup::new().token(&old).url(&url).env("SSL_CERT_FILE", ca.to_str().expect("UTF-8")).start();
-    a_replaced_token_is_gone(&rig, &server, &url, &old);
+    a_replaced_token_is_gone(&rig, &server, &old, |new| rig.manager.change(new, &url));
 }
 
 #[test]

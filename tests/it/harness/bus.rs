@@ -25,6 +25,11 @@ impl Bus {
 
     /// A bus that isn't running yet.
     pub fn absent(dir: &Path) -> Bus {
+        Bus::with_policy(dir, "")
+    }
+
+    /// A bus that isn't running yet, and doesn't allow everybody everything when it does.
+    pub fn with_policy(dir: &Path, policy: &str) -> Bus {
         let socket = dir.join("bus");
         let config = dir.join("bus.conf");
         let text = format!(
@@ -40,6 +45,7 @@ impl Bus {
     <allow send_destination="*" eavesdrop="true"/>
     <allow receive_sender="*" eavesdrop="true"/>
   </policy>
+{policy}
 </busconfig>
 "#,
             socket.display()

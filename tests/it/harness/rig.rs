@@ -39,6 +39,8 @@ pub struct Setup {
     fallback: Option<PathBuf>,
     journal: bool,
     manager: bool,
+    policy: String,
+    token_file: Option<PathBuf>,
 }
 
 /// A configuration whose shell is bash without anybody's start-up files, run as the current user.
@@ -78,6 +80,8 @@ impl Setup {
             fallback: None,
             journal: false,
             manager: true,
+            policy: String::new(),
+            token_file: None,
         }
     }
 
@@ -144,6 +148,18 @@ impl Setup {
         self
     }
 
+    /// What the bus doesn't allow, as elements of its configuration.
+    pub fn policy(mut self, policy: &str) -> Setup {
+        policy.clone_into(&mut self.policy);
+        self
+    }
+
+    /// The token comes from this file, and there is neither manager nor bus.
+    pub fn token_file(mut self, file: &Path) -> Setup {
+        self.token_file = Some(file.to_owned());
+        self.without_manager()
+    }
+
     pub fn start(self) -> Rig {
         self.start_with(|_| {})
     }
@@ -151,7 +167,10 @@ impl Setup {
     /// Lets the test script the server before the agent starts.
     pub fn start_with(self, prepare: impl FnOnce(&Server)) -> Rig {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let bus = Bus::start(dir.path());
+        let mut bus = Bus::with_policy(dir.path(), &self.policy);
+        if self.token_file.is_none() {
+            bus.restart();
+        }
         let server = Server::start(self.generation);
         prepare(&server);
         let url = self.url.clone().unwrap_or_else(|| server.url());
@@ -159,13 +178,17 @@ impl Setup {
         if self.manager {
             manager.appear();
         }
-        let daemon = Daemon::start(self.command(&dir, &bus.address()), self.journal);
+        let daemon = Daemon::start(self.command(&dir, &bus.address(), &url), self.journal);
         Rig { daemon, manager, server, bus, dir }
     }
 
-    fn command(&self, dir: &TempDir, bus: &str) -> Command {
+    fn command(&self, dir: &TempDir, bus: &str, url: &str) -> Command {
         let config = dir.path().join("mender-connect.conf");
-        std::fs::write(&config, self.config.to_string()).expect("write the configuration");
+        let mut settings = self.config.clone();
+        if let Some(file) = &self.token_file {
+            settings["Auth"] = json!({ "Source": "file", "TokenFile": file, "ServerURL": url });
+        }
+        std::fs::write(&config, settings.to_string()).expect("write the configuration");
         let mut command = match self.wrapper {
             None => daemon::command(),
             Some(script) => {
@@ -191,7 +214,8 @@ impl Setup {
 impl Rig {
     /// Starts the agent anew, after its end.
     pub fn restart(&mut self, setup: &Setup) {
-        self.daemon = Daemon::start(setup.command(&self.dir, &self.bus.address()), setup.journal);
+        self.daemon =
+            Daemon::start(setup.command(&self.dir, &self.bus.address(), &self.server.url()), setup.journal);
     }
 
     /// The usual one, connected.
