@@ -171,10 +171,7 @@ impl TokenFile {
         self.settles = None;
         // Before it is read, so that no change goes by in between.
         self.watch_all(now);
-        let found = read(&self.path).and_then(|(bytes, mode)| {
-            let token = parse(&bytes)?;
-            Ok((Credentials::new(token, &self.server_url), mode))
-        });
+        let found = look_into(&self.path, &self.server_url);
         let shown = self.path.display().to_string();
         match found {
             Ok((credentials, mode)) => {
@@ -185,11 +182,12 @@ impl TokenFile {
                 } else {
                     complain(&mut self.exposed, format!("{shown} can be read by others than its owner"));
                 }
-                if self.current.as_ref() != Some(&credentials) {
+                let credentials = Some(Some(credentials));
+                if self.current != credentials {
                     debug!("a token from {shown}");
                     self.told_to_wait = false;
                 }
-                self.current = Some(credentials);
+                self.current = credentials;
             }
             Err(why) => {
                 if !settled && matches!(self.current, Some(Some(_))) {
@@ -308,6 +306,16 @@ fn steps(path: &Path) -> VecDeque<OsString> {
         _ => None,
     };
     path.components().filter_map(step).collect()
+}
+
+/// What a file lets know, and its mode.
+///
+/// # Errors
+/// When there is no token in it, and why.
+pub fn look_into(path: &Path, server_url: &str) -> io::Result<(Credentials, u32)> {
+    let (bytes, mode) = read(path)?;
+    let credentials = Credentials::new(parse(&bytes)?, server_url);
+    Ok((credentials.ok_or_else(|| io::Error::other("there is no server's URL for it"))?, mode))
 }
 
 /// The file's content and mode. Not by `read_to_end`, which would leave pieces of the token elsewhere.

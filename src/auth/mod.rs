@@ -17,6 +17,7 @@ use crate::sys::wake::Wake;
 
 #[cfg(feature = "dbus")]
 pub use dbus::visit::{Refusal, Visit};
+pub use file::look_into;
 
 /// A device's JSON web token. Never shown.
 #[derive(Clone, PartialEq, Eq)]

@@ -1,8 +1,7 @@
 //! The steps on the device: the daemon, its configuration, what a terminal needs, the token.
 
 use std::fs;
-use std::io::{self, ErrorKind, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -10,7 +9,7 @@ use nix::unistd::geteuid;
 
 use super::token::{expiry, span};
 use super::{Break, Report};
-use crate::auth::Credentials;
+use crate::auth::{self, Credentials};
 #[cfg(feature = "dbus")]
 use crate::auth::{Refusal, Visit};
 use crate::config::{self, Auth, Config, ConfigError};
@@ -33,8 +32,6 @@ const VARIABLES: [&str; 9] = [
 
 /// A token that expires sooner is worth a word, in seconds.
 const SOON: u64 = 3600;
-/// No token is longer, in bytes.
-const LONGEST_TOKEN: u64 = 64 * 1024;
 
 /// Whether an agent has a connection, or may have one, that another one with the same token would end.
 pub fn daemon(report: &mut Report) -> bool {
@@ -250,29 +247,19 @@ fn from_bus(report: &mut Report) -> Result<Credentials, Break> {
 
 fn from_file(report: &mut Report, file: &Path, server_url: &str) -> Result<Credentials, Break> {
     let name = file.display();
-    let (token, mode) = read(file).map_err(|e| {
+    let (credentials, mode) = auth::look_into(file, server_url).map_err(|e| {
         let advice = match e.kind() {
             ErrorKind::PermissionDenied if !geteuid().is_root() => {
                 "Run this as the daemon's user, or as root."
             }
+            ErrorKind::Other => "Whoever fetches the token has to write it there, and nothing else.",
             _ => "Auth.TokenFile has to name a file that the daemon may read.",
         };
-        report.bad("file", &format!("open {name}: {}", reason(&e)), advice)
+        report.bad("file", &format!("{name}: {}", reason(&e)), advice)
     })?;
-    if mode & 0o004 != 0 {
-        report.warn(format!("everybody on this device can read the token: chmod 600 {name}"));
+    if mode & 0o044 != 0 {
+        report.warn(format!("others than its owner can read the token: chmod 600 {name}"));
     }
     report.good("file", &format!("{name}, mode {:03o}", mode & 0o777));
-    Credentials::new(token.trim(), server_url).ok_or_else(|| {
-        report.bad("token", "the file is empty", "Whoever fetches the token has to write it there.")
-    })
-}
-
-/// The text of a file and its mode.
-fn read(file: &Path) -> io::Result<(String, u32)> {
-    let file = fs::File::open(file)?;
-    let mode = file.metadata()?.permissions().mode();
-    let mut text = String::new();
-    file.take(LONGEST_TOKEN).read_to_string(&mut text)?;
-    Ok((text, mode))
+    Ok(credentials)
 }

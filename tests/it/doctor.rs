@@ -319,10 +319,10 @@ fn tokens_in_files() {
     assert!(findings.found("token").starts_with(&format!("{} bytes", office.token.len())));
     assert!(!findings.steps().contains(&"bus"));
     mode(0o604);
-    assert!(office.ask().warnings("file").contains("everybody"));
+    assert!(office.ask().warnings("file").contains("others than its owner"));
     for empty in ["", "\n"] {
         office.file("token", empty);
-        let (found, _) = office.ask().assert_break("token");
+        let (found, _) = office.ask().assert_break("file");
         assert!(found.contains("empty"), "{found}");
     }
     std::fs::remove_file(&file).expect("remove");

@@ -44,6 +44,7 @@ impl Idle {
         static USUAL: OnceLock<Idle> = OnceLock::new();
         USUAL.get_or_init(|| {
             let (rig, _device) = Rig::connected();
+            rig.daemon.wait_for_log("Connection established", SOON);
             eventually(SOON, "the start to be over", || {
                 let idle = Idle::of(rig.daemon.pid());
                 let has = |name: &str| idle.threads.iter().any(|thread| thread == name);
