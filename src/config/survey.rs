@@ -111,9 +111,12 @@ fn survey_with(main: &Path, fallback: &Path, shells: &Path) -> Survey {
             findings.push(Level::Error, &error.key(), &error.to_string());
         }
     }
-    let mut list = findings.list;
-    list.sort_by_key(|finding| finding.level);
-    Survey { main: main.state, fallback: fallback.state, findings: list, values }
+    // Sorting would take more code.
+    let mut sorted = Vec::new();
+    for level in [Level::Error, Level::Warn, Level::Info] {
+        sorted.extend(findings.list.iter().filter(|finding| finding.level == level).cloned());
+    }
+    Survey { main: main.state, fallback: fallback.state, findings: sorted, values }
 }
 
 fn values(settings: &Settings) -> Vec<(String, Value)> {
