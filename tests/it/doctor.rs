@@ -97,6 +97,12 @@ fn people_get_text_and_programs_json() {
         let report: Value = serde_json::from_str(&text).expect("JSON");
         assert!(report["steps"][0]["seconds"].is_f64());
     }
+    // A warning is no break.
+    office.manager.set(&token(now() + 60), &office.server.url());
+    let (code, text) = terminal(&[]);
+    assert_eq!(code, Some(0), "{text}");
+    let (_, end) = text.split_once("\n✓ token: ").expect("the token");
+    assert!(end.lines().nth(1).is_some_and(|line| line.starts_with("  ! it expires soon")), "{text}");
     // A break is the last that is said, with what to do.
     office.manager.set("", "");
     for (code, text) in [terminal(&[]), run(&["--json=false"])] {
@@ -113,10 +119,12 @@ fn a_connected_agent_keeps_its_link_and_its_shells() {
     let (rig, device, mut terminal) = Setup::new().terminal();
     office.manager.set(&office.token, &rig.server.url());
     // It says that it is connected; it says nothing, and is only seen to run; what it says isn't understood.
-    for state in [Some("connected"), None, Some("connecting"), Some("dancing")] {
+    for state in [Some("connected"), None, Some("connecting"), Some("dancing"), Some("")] {
         let _ = std::fs::remove_file(office.dir.path().join("status.sock"));
-        if let Some(state) = state {
-            office.tells(state);
+        match state {
+            Some("") => office.says("neither this nor that".to_owned()),
+            Some(state) => office.tells(state),
+            None => {}
         }
         let findings = office.run(office.command(&[]));
         findings.assert_good();
@@ -124,7 +132,7 @@ fn a_connected_agent_keeps_its_link_and_its_shells() {
         assert!(findings.found("upgrade").contains("the token is accepted"), "{findings:?}");
     }
     let requests = rig.server.requests();
-    assert_eq!(requests.len(), 5);
+    assert_eq!(requests.len(), 6);
     for request in &requests[1..] {
         assert_eq!(request.path, requests[0].path);
         assert_eq!(request.header("Authorization"), Some(format!("Bearer {}", office.token).as_str()));

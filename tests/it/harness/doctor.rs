@@ -105,10 +105,14 @@ impl Office {
 
     /// A daemon in this state says so to whoever asks, once.
     pub fn tells(&self, state: &str) {
+        self.says(json!({ "connection": { "state": state } }).to_string());
+    }
+
+    /// What comes from the daemon's socket, once.
+    pub fn says(&self, text: String) {
         let socket = self.dir.path().join("status.sock");
         let _ = std::fs::remove_file(&socket);
         let listener = UnixListener::bind(socket).expect("listen");
-        let text = json!({ "connection": { "state": state } }).to_string();
         spawn("status", move || {
             let (mut stream, _) = listener.accept().expect("accept");
             stream.write_all(text.as_bytes()).expect("write");
