@@ -17,6 +17,7 @@ mod sbom;
 mod selftest;
 mod selftest_forward;
 mod token_file;
+mod token_places;
 
 // The token of these comes from the bus.
 #[cfg(feature = "dbus")]
