@@ -2,6 +2,7 @@
 //! poll(2), lets the [`machine`] decide, and does what was decided.
 
 pub mod machine;
+mod past;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -15,11 +16,13 @@ use nix::sys::signal::Signal;
 use thiserror::Error;
 
 use self::machine::{Action, Event, Machine, State};
+use self::past::Past;
 use crate::auth::{self, AuthEvent, Credentials, Source, SourceError};
 use crate::config::Config;
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::proto::Frame;
 use crate::session::{Context, Router};
+use crate::status;
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, clock};
@@ -51,6 +54,7 @@ type Report = (u64, LinkEvent);
 
 struct Supervisor {
     machine: Machine,
+    past: Past,
     source: Box<dyn Source>,
     context: Arc<Context>,
     proxies: Arc<ProxySettings>,
@@ -62,6 +66,7 @@ struct Supervisor {
     reporter: Sender<Report>,
     reports: Receiver<Report>,
     wake: Arc<Wake>,
+    status: status::Listener,
 }
 
 impl Supervisor {
@@ -70,6 +75,7 @@ impl Supervisor {
         // At most two reports a link, and links are made one after another.
         let (reporter, reports) = crossbeam_channel::unbounded();
         Ok(Supervisor {
+            past: Past::new(Instant::now()),
             machine: Machine::new(config.reconnect_interval, random),
             source: auth::source(&wake)?,
             context: Context::new(config),
@@ -79,6 +85,7 @@ impl Supervisor {
             unfinished: 0,
             reporter,
             reports,
+            status: status::Listener::open(&wake),
             wake,
         })
     }
@@ -98,6 +105,9 @@ impl Supervisor {
                 self.handle_report(report);
             }
             self.step(Event::Tick);
+            let now = Instant::now();
+            self.status
+                .answer(&self.context, now, || self.past.report(&self.machine, &self.context.config(), now));
         }
         self.stop();
         Ok(())
@@ -113,7 +123,9 @@ impl Supervisor {
             events.set(PollFlags::POLLOUT, write);
             set.add_raw(fd, events);
         }
-        set.wait([self.machine.deadline(), self.source.deadline()].into_iter().flatten().min())
+        self.status.watch(&mut set);
+        let deadlines = [self.machine.deadline(), self.source.deadline(), self.status.deadline()];
+        set.wait(deadlines.into_iter().flatten().min())
     }
 
     fn handle_signal(&mut self, signal: Signal) {
@@ -147,8 +159,10 @@ impl Supervisor {
                 self.step(Event::Connected);
             }
             LinkEvent::Lost(reason) => {
+                let dialled = matches!(self.machine.state, State::Dialling);
+                self.past.lost(dialled, reason.to_string(), Instant::now());
                 let (server, token) = (self.server(), self.machine.credentials.as_ref());
-                if matches!(self.machine.state, State::Dialling) {
+                if dialled {
                     error!(
                         "connection manager failed to connect to {}{}: {reason}; len(token)={}",
                         server.trim_end_matches('/'),
@@ -182,11 +196,15 @@ impl Supervisor {
                     let (sessions, shells) = self.context.counts();
                     info!("dbusEventLoop terminated {sessions} sessions, {shells} shells");
                 }
-                Action::LogNoReconnect(why) => error!("error reconnecting: {why}"),
+                Action::LogNoReconnect(why) => {
+                    error!("error reconnecting: {why}");
+                    self.past.failed_because(why, Instant::now());
+                }
             }
         }
         if self.machine.state != before {
             debug!("{before:?} -> {:?}", self.machine.state);
+            self.past.changed(self.machine.state, Instant::now());
         }
     }
 
@@ -225,6 +243,7 @@ impl Supervisor {
     /// Every session's processes are ended and reaped, as far as that is possible in time.
     fn stop(mut self) {
         let deadline = Instant::now() + STOP_LIMIT;
+        self.status.close();
         self.link = None;
         // The reader drops its router and with it the sessions, and then says so.
         while self.unfinished > 0
