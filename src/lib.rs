@@ -21,6 +21,7 @@
 //! |---|---|
 //! | [`cli`], [`config`], [`logging`], [`audit`] | what the operator says and is told |
 //! | [`supervisor`] | when to connect; signals |
+//! | [`status`] | what the daemon tells about itself, over a socket |
 //! | [`auth`] | token and server URL, from mender-auth over D-Bus (feature `dbus`) or from a file |
 //! | [`link`] | one websocket's life: dial, read, write; TLS (feature `tls`) |
 //! | [`session`] | from a frame to the thread that owns what it is about; terminals, files, ports, commands |

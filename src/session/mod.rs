@@ -6,6 +6,7 @@
 
 mod file_transfer;
 mod inbox;
+mod info;
 mod mender_client;
 mod port_forward;
 mod quota;
@@ -18,15 +19,17 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use log::info;
+use serde_json::{Value, json};
 
-use self::file_transfer::rate::Counters;
+use self::file_transfer::rate::{Counters, Direction};
 use self::inbox::Inbox;
 use self::mender_client::Commands;
 use crate::config::Config;
-use crate::proto::{SessionId, UserId};
+use crate::proto::SessionId;
 
 use self::port_forward::look_ups::LookUps;
 
+pub use self::info::{Info, ShellInfo};
 pub use self::quota::{MAX_SHELLS, ShellQuota};
 pub use self::router::Router;
 #[cfg(fuzzing)]
@@ -35,6 +38,9 @@ pub use self::router::Seat;
 /// The start of a session thread's name. A panic in one ends only that session, where the build
 /// unwinds.
 pub const THREAD_PREFIX: &str = "s-";
+
+/// Forwarded connections that `status` tells of.
+const MAX_FORWARDS_SHOWN: usize = 1024;
 
 /// What all sessions of the device share, beyond the life of a link.
 #[derive(Debug)]
@@ -76,62 +82,6 @@ impl Table {
 struct Entry {
     inbox: Arc<Inbox>,
     info: Arc<Info>,
-    since: Instant,
-}
-
-/// What a session tells about itself.
-#[derive(Debug, Default)]
-pub struct Info {
-    /// Whom its first message was from.
-    user: UserId,
-    shell: Mutex<Option<ShellInfo>>,
-}
-
-/// A shell for the status report.
-#[derive(Debug, Clone)]
-pub struct ShellInfo {
-    /// Whose.
-    pub user: UserId,
-    /// Its process.
-    pub pid: i32,
-    /// Since when.
-    pub started: Instant,
-    /// When something was typed last.
-    pub last_input: Instant,
-    /// How many bytes were typed.
-    pub typed: u64,
-}
-
-impl ShellInfo {
-    fn input(&mut self, bytes: usize, now: Instant) {
-        self.last_input = now;
-        self.typed += bytes as u64;
-    }
-}
-
-impl Info {
-    fn lock(&self) -> MutexGuard<'_, Option<ShellInfo>> {
-        self.shell.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn of(user: UserId) -> Self {
-        Info { user, shell: Mutex::default() }
-    }
-
-    /// A shell runs.
-    pub fn set(&self, shell: ShellInfo) {
-        *self.lock() = Some(shell);
-    }
-
-    fn take(&self) -> Option<ShellInfo> {
-        self.lock().take()
-    }
-
-    fn update(&self, change: impl FnOnce(&mut ShellInfo)) {
-        if let Some(shell) = self.lock().as_mut() {
-            change(shell);
-        }
-    }
 }
 
 impl Context {
@@ -179,31 +129,54 @@ impl Context {
         (self.table().lock().len(), self.shells.running())
     }
 
+    /// The sessions, the longest-lived first.
+    fn sessions(&self) -> Vec<(SessionId, Entry)> {
+        let mut sessions: Vec<_> =
+            self.table().lock().iter().map(|(id, entry)| (id.clone(), entry.clone())).collect();
+        sessions.sort_by_key(|(_, entry)| entry.info.traffic.since);
+        sessions
+    }
+
     /// Logs the status of every session.
     pub fn log_status(&self) {
-        let (now, config) = (Instant::now(), self.config());
-        let sessions: Vec<(SessionId, Entry)> =
-            self.table().lock().iter().map(|(id, entry)| (id.clone(), entry.clone())).collect();
+        let (now, config, sessions) = (Instant::now(), self.config(), self.sessions());
         info!("  shells: {}/{MAX_SHELLS}", self.shells.running());
         info!("  sessions: {}", sessions.len());
         let ago = |at: Instant| now.saturating_duration_since(at).as_secs();
-        for (id, entry) in sessions {
-            match entry.info.lock().clone() {
+        for (id, Entry { info, .. }) in sessions {
+            match info.shell() {
                 Some(shell) => info!(
                     "   {id} status:active started:{} s ago, last input:{} s ago, user:{}, shell:{} pid:{}",
-                    ago(shell.started),
-                    ago(shell.last_input),
+                    ago(shell.traffic.since),
+                    ago(shell.traffic.last()),
                     shell.user,
                     config.shell.command.display(),
                     shell.pid
                 ),
-                None => info!("   {id} status:no shell started:{} s ago", ago(entry.since)),
+                None => info!("   {id} status:no shell started:{} s ago", ago(info.traffic.since)),
             }
         }
         info!("  file-transfer:");
         for line in self.transferred.report(now) {
             info!("   {line}");
         }
+    }
+
+    /// Adds shells, sessions and what was transferred to what `status` tells.
+    pub fn report(&self, document: &mut Value) {
+        let (now, mut room) = (Instant::now(), MAX_FORWARDS_SHOWN);
+        let sessions = self.sessions();
+        let sessions = sessions.iter().map(|(id, entry)| entry.info.report(id, now, &mut room));
+        document["sessions"] = sessions.collect();
+        document["shells"] = json!({ "running": self.shells.running(), "max": MAX_SHELLS });
+        let figures = |direction| self.transferred.figures(direction, now);
+        let (received, sent) = (figures(Direction::Received), figures(Direction::Sent));
+        document["transferred"] = json!({
+            "bytes_in": received.total,
+            "bytes_out": sent.total,
+            "average_in": received.average,
+            "average_out": sent.average,
+        });
     }
 
     /// Waits until no session thread is left, at most until `deadline`. Tells whether that came first.

@@ -122,11 +122,11 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
     /// Hands the frame to its session; back if there is none.
     fn deliver(&mut self, id: &SessionId, mut frame: Frame) -> Option<Frame> {
         let entry = self.table.lock().get(id).cloned();
-        let Some(Entry { inbox, info, .. }) = entry else { return Some(frame) };
+        let Some(Entry { inbox, info }) = entry else { return Some(frame) };
         if (frame.proto, frame.typ.as_str()) == (SHELL, shell::DATA) {
             let typed = inbox.type_in(&frame.body);
             if typed > 0 {
-                info.update(|shell| shell.input(typed, Instant::now()));
+                info.typed(typed, Instant::now());
                 if typed == frame.body.len() {
                     return None;
                 }
@@ -196,10 +196,10 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
     fn spawn(&mut self, id: &SessionId, first: Frame) -> io::Result<()> {
         let wake = Arc::new(Wake::new()?);
         let inbox = Arc::new(Inbox::new(Arc::clone(&wake)));
-        let info = Arc::new(Info::of(first.user()));
+        let info = Arc::new(Info::of(first.user(), Instant::now()));
         // Can't be refused: the inbox is empty.
         let _ = inbox.push(first);
-        let entry = Entry { inbox: Arc::clone(&inbox), info: Arc::clone(&info), since: Instant::now() };
+        let entry = Entry { inbox: Arc::clone(&inbox), info: Arc::clone(&info) };
         let seat = Seat {
             id: id.clone(),
             sink: FrameSink::new(&self.outbox, Arc::clone(&wake)),
@@ -223,7 +223,7 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
             .table
             .lock()
             .iter()
-            .filter(|(_, entry)| entry.info.lock().as_ref().is_some_and(|shell| shell.user == user))
+            .filter(|(_, entry)| entry.info.shell().is_some_and(|shell| shell.user == user))
             .map(|(id, _)| id.clone())
             .collect();
         info!("stopping {} shells of user {user}", shells.len());

@@ -76,8 +76,20 @@ impl Session {
         let (id, inbox, wake) = (seat.id.clone(), Arc::clone(&seat.inbox), Arc::clone(&seat.wake));
         let (sink, info) = (seat.sink.clone(), Arc::clone(&seat.info));
         let terminal = Terminal::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&info));
-        let files = FileTransfer::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
-        let forwards = PortForward::new(Arc::clone(&context), id.clone(), sink.clone(), Arc::clone(&wake));
+        let files = FileTransfer::new(
+            Arc::clone(&context),
+            id.clone(),
+            sink.clone(),
+            Arc::clone(&wake),
+            Arc::clone(&info),
+        );
+        let forwards = PortForward::new(
+            Arc::clone(&context),
+            id.clone(),
+            sink.clone(),
+            Arc::clone(&wake),
+            Arc::clone(&info),
+        );
         Session { id, context, inbox, wake, sink, info, terminal, files, forwards, idle: None, end: "done" }
     }
 
@@ -176,6 +188,7 @@ impl Session {
     }
 
     fn handle(&mut self, frame: Frame, now: Instant) {
+        self.info.heard(frame.proto, now);
         if frame.proto != SHELL || self.idle.is_some() {
             self.idle = Some(Idle { since: now, pinged: false });
         }

@@ -28,6 +28,20 @@ pub enum State {
     Stopping,
 }
 
+impl State {
+    /// In a word, as `status` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Unauthorized => "unauthorized",
+            State::Waiting { .. } => "waiting",
+            State::Asking => "asking",
+            State::Dialling => "connecting",
+            State::Connected { .. } => "connected",
+            State::Stopping => "stopping",
+        }
+    }
+}
+
 /// What happens to a supervisor.
 #[derive(Debug, Clone)]
 pub enum Event {

@@ -2,6 +2,7 @@
 //! poll(2), lets the [`machine`] decide, and does what was decided.
 
 pub mod machine;
+mod past;
 mod service;
 
 use std::io;
@@ -16,12 +17,14 @@ use nix::sys::signal::Signal;
 use thiserror::Error;
 
 use self::machine::{Action, Event, Machine, State};
+use self::past::Past;
 use self::service::Service;
 use crate::auth::{self, AuthEvent, Credentials, Source, SourceError};
 use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::proto::Frame;
 use crate::session::{Context, Router};
+use crate::status;
 use crate::sys::privilege::{self, Needs};
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
@@ -73,6 +76,7 @@ struct Supervisor {
     service: Service,
     /// The configuration files say something else, which couldn't be used.
     outdated: bool,
+    past: Past,
     source: Box<dyn Source>,
     context: Arc<Context>,
     proxies: Arc<ProxySettings>,
@@ -84,6 +88,7 @@ struct Supervisor {
     reporter: Sender<Report>,
     reports: Receiver<Report>,
     wake: Arc<Wake>,
+    status: status::Listener,
 }
 
 impl Supervisor {
@@ -92,6 +97,7 @@ impl Supervisor {
         // At most two reports a link, and links are made one after another.
         let (reporter, reports) = crossbeam_channel::unbounded();
         Ok(Supervisor {
+            past: Past::new(Instant::now()),
             machine: Machine::new(config.reconnect_interval, random),
             load,
             service: Service::new(Instant::now()),
@@ -104,6 +110,7 @@ impl Supervisor {
             unfinished: 0,
             reporter,
             reports,
+            status: status::Listener::open(&wake),
             wake,
         })
     }
@@ -132,6 +139,8 @@ impl Supervisor {
             self.service.feed(now, || link.as_mut().is_none_or(|link| link.goes_on(now)));
             let stale = if self.outdated { "; the configuration was not reloaded, see the log" } else { "" };
             self.service.status(self.machine.describe(&self.server(), None) + stale);
+            self.status
+                .answer(&self.context, now, || self.past.report(&self.machine, &self.context.config(), now));
         }
         self.service.stopping();
         self.stop();
@@ -148,7 +157,13 @@ impl Supervisor {
             events.set(PollFlags::POLLOUT, write);
             set.add_raw(fd, events);
         }
-        let deadlines = [self.machine.deadline(), self.source.deadline(), self.service.deadline()];
+        self.status.watch(&mut set);
+        let deadlines = [
+            self.machine.deadline(),
+            self.source.deadline(),
+            self.service.deadline(),
+            self.status.deadline(),
+        ];
         set.wait(deadlines.into_iter().flatten().min())
     }
 
@@ -230,8 +245,10 @@ impl Supervisor {
                 self.step(Event::Connected);
             }
             LinkEvent::Lost(reason) => {
+                let dialled = matches!(self.machine.state, State::Dialling);
+                self.past.lost(dialled, reason.to_string(), Instant::now());
                 let (server, token) = (self.server(), self.machine.credentials.as_ref());
-                if matches!(self.machine.state, State::Dialling) {
+                if dialled {
                     error!(
                         "connection manager failed to connect to {}{}: {reason}; len(token)={}",
                         server.trim_end_matches('/'),
@@ -265,11 +282,15 @@ impl Supervisor {
                     let (sessions, shells) = self.context.counts();
                     info!("dbusEventLoop terminated {sessions} sessions, {shells} shells");
                 }
-                Action::LogNoReconnect(why) => error!("error reconnecting: {why}"),
+                Action::LogNoReconnect(why) => {
+                    error!("error reconnecting: {why}");
+                    self.past.failed_because(why, Instant::now());
+                }
             }
         }
         if self.machine.state != before {
             debug!("{before:?} -> {:?}", self.machine.state);
+            self.past.changed(self.machine.state, Instant::now());
         }
     }
 
@@ -308,6 +329,7 @@ impl Supervisor {
     /// Every session's processes are ended and reaped, as far as that is possible in time.
     fn stop(mut self) {
         let deadline = Instant::now() + STOP_LIMIT;
+        self.status.close();
         self.link = None;
         // The reader drops its router and with it the sessions, and then says so.
         while self.unfinished > 0

@@ -23,6 +23,9 @@ use crate::harness::trace;
 use crate::harness::wait::{SOON, skip};
 use crate::signals::ends_quickly;
 
+/// Where the status socket is.
+const RUN: &str = "/run/mender-connect";
+
 /// Makes everything read-only but the folder `files` and a /run of the agent's own. The traces are written to
 /// `trace`. The tracer is a grandchild: so the agent keeps the process id that the test knows.
 const READ_ONLY: &str = r#"exec unshare --mount --propagation private /bin/sh -c '
@@ -126,7 +129,7 @@ fn complaints(rig: &Rig) -> Vec<String> {
 }
 
 #[test]
-fn nothing_is_written_but_uploads() {
+fn nothing_is_written_but_uploads_and_the_status_socket() {
     if let Some(why) = obstacle() {
         return skip(why);
     }
@@ -134,7 +137,8 @@ fn nothing_is_written_but_uploads() {
         return skip("strace is missing");
     }
     let setup = Setup::new().set("ShellCommand", "/bin/sh").set("ShellArguments", json!(["-i"]));
-    let (mut rig, device) = setup.set("ReconnectIntervalSeconds", 1).wrapper(READ_ONLY).connected();
+    let setup = setup.env("RUNTIME_DIRECTORY", RUN).wrapper(READ_ONLY);
+    let (mut rig, device) = setup.set("ReconnectIntervalSeconds", 1).connected();
     let dir = rig.dir.path().canonicalize().unwrap();
     let place = |name: &str| dir.join(name).to_str().unwrap().to_owned();
     terminal(&device);
@@ -142,7 +146,8 @@ fn nothing_is_written_but_uploads() {
     refuses_uploads(&device, &place("fixed"));
     assert_eq!(get(&device, "/etc/passwd").unwrap().bytes, fs::read("/etc/passwd").unwrap());
     forwards(&device);
-    assert!(names(Path::new(&format!("/proc/{}/root/run", rig.daemon.pid()))).is_empty());
+    let run = format!("/proc/{}/root/{RUN}", rig.daemon.pid());
+    assert_eq!(names(Path::new(&run)), ["status.sock"]);
     link(&mut rig, &device);
     assert_eq!(complaints(&rig), [] as [&str; 0]);
     assert_eq!(names(&dir.join("files")), ["up"]);
@@ -155,7 +160,8 @@ fn nothing_is_written_but_uploads() {
         .map(|path| path.parent().expect("no root").to_owned())
         .collect();
     // The upload that was refused is among them, and so would be any other attempt.
-    assert_eq!(folders, BTreeSet::from(["files", "fixed"].map(|name| dir.join(name))));
+    let [files, fixed] = ["files", "fixed"].map(|name| dir.join(name));
+    assert_eq!(folders, BTreeSet::from([files, fixed, "/run".into(), RUN.into()]));
 }
 
 /// Without a shell: it is /bin/sh, with --login.
@@ -207,7 +213,7 @@ fn busybox_and_an_account_are_enough() {
         device.send(COMMANDS, typ, &sid, &[], b"");
         assert_eq!(device.next_of(&sid, SOON).status(), Some(status), "{typ}");
     }
-    assert_eq!(names(Path::new(&format!("/proc/{}/root/run", rig.daemon.pid()))), ["dbus"]);
+    assert_eq!(names(Path::new(&format!("/proc/{}/root/run", rig.daemon.pid()))), ["dbus", "mender-connect"]);
     link(&mut rig, &device);
     assert_eq!(complaints(&rig), [] as [&str; 0]);
     assert_eq!(names(&root.path("data")), ["up"]);

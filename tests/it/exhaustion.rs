@@ -33,12 +33,12 @@ fn prlimit(rig: &Rig, arguments: &[&str]) -> String {
 }
 
 /// Sets a limit of the running agent.
-fn limit(rig: &Rig, name: &str, value: u64) {
+pub fn limit(rig: &Rig, name: &str, value: u64) {
     prlimit(rig, &[&format!("--{name}={value}:")]);
 }
 
 /// Takes it away.
-fn lift(rig: &Rig, name: &str) {
+pub fn lift(rig: &Rig, name: &str) {
     let most = prlimit(rig, &[&format!("--{name}"), "--output=HARD", "--noheadings", "--raw"]);
     prlimit(rig, &[&format!("--{name}={most}:")]);
 }
@@ -144,7 +144,7 @@ fn processes_and_threads() {
     if !is_root() {
         return skip("an agent of another user needs root");
     }
-    let script = "chmod 755 . && exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
+    let script = "chmod 755 . && install -d -o 65534 run && exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
     let setup = Setup::new().wrapper(script).set("User", "nobody").set("ReconnectIntervalSeconds", 1);
     let (mut rig, device) = connected(setup);
     let why = "resource temporarily unavailable";

@@ -103,6 +103,10 @@ mod signals;
 #[cfg(feature = "dbus")]
 mod soak;
 #[cfg(feature = "dbus")]
+mod status;
+#[cfg(feature = "dbus")]
+mod status_socket;
+#[cfg(feature = "dbus")]
 mod terminal;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod tls;

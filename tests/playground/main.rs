@@ -154,6 +154,7 @@ fn start_agent(config: &Path, log: &Path, bus: &Bus) -> Result<Daemon, String> {
     command.arg("--fallback-config").arg(config.with_extension("absent"));
     command.arg("daemon");
     command.env("DBUS_SYSTEM_BUS_ADDRESS", bus.address());
+    command.env("RUNTIME_DIRECTORY", config.with_file_name("run"));
     Ok(Daemon::start_logging_to(command, file))
 }
 

@@ -164,6 +164,11 @@ impl Download {
         &self.path
     }
 
+    /// How many bytes will be sent, where that is known.
+    pub fn size(&self) -> Option<u64> {
+        self.size
+    }
+
     /// Bytes so far.
     pub fn sent(&self) -> u64 {
         self.sent

@@ -19,6 +19,7 @@ use self::download::Download;
 use self::place::Failure;
 use self::upload::{Commit, Progress, Upload};
 use super::Context;
+use super::info::{Info, TransferInfo};
 use crate::audit::Record;
 use crate::outbox::FrameSink;
 use crate::proto::file::{self, FileInfo, Request};
@@ -38,6 +39,7 @@ pub struct FileTransfer {
     id: SessionId,
     sink: FrameSink,
     wake: Arc<Wake>,
+    info: Arc<Info>,
     state: State,
     /// The latest answer to `stat`, by which a client expects a certain number of bytes.
     known: Option<(PathBuf, FileStat)>,
@@ -64,28 +66,38 @@ struct About {
 struct Sending {
     about: About,
     download: Download,
+    shown: Arc<TransferInfo>,
 }
 
 struct Receiving {
     about: About,
     upload: Upload,
+    shown: Arc<TransferInfo>,
 }
 
 struct Committing {
     about: About,
     commit: Commit,
+    _shown: Arc<TransferInfo>,
     /// Set when the link is gone: nobody waits for the answer, and the commit not for ever.
     give_up: Option<Instant>,
 }
 
 impl FileTransfer {
     /// Without a transfer. `wake` is called when something has been done on the side.
-    pub fn new(context: Arc<Context>, id: SessionId, sink: FrameSink, wake: Arc<Wake>) -> Self {
+    pub fn new(
+        context: Arc<Context>,
+        id: SessionId,
+        sink: FrameSink,
+        wake: Arc<Wake>,
+        info: Arc<Info>,
+    ) -> Self {
         FileTransfer {
             context,
             id,
             sink,
             wake,
+            info,
             state: State::Idle,
             known: None,
             stray_chunks: false,
@@ -136,7 +148,12 @@ impl FileTransfer {
             State::Sending(sending) => {
                 let counters = &self.context.transferred;
                 let request = sending.about.request.clone();
-                if let Err(text) = sending.download.proceed(&self.id, &self.sink, counters, now) {
+                let before = sending.download.sent();
+                let result = sending.download.proceed(&self.id, &self.sink, counters, now);
+                let sent = sending.download.sent();
+                sending.shown.bytes.set(sent);
+                self.info.traffic.bytes_out.add((sent - before) as usize);
+                if let Err(text) = result {
                     return self.fail(&request, &text);
                 }
                 self.finish_sending(now);
@@ -223,7 +240,8 @@ impl FileTransfer {
             Ok(download) => {
                 debug!("session {}: sending {:?}", self.id, download.path());
                 self.stray_acks = true;
-                self.state = State::Sending(Box::new(Sending { about, download }));
+                let shown = self.info.transfer("download", download.path(), download.size(), now);
+                self.state = State::Sending(Box::new(Sending { about, download, shown }));
             }
             Err(failure) => {
                 self.log_refusal("download", &asked, &about, &failure);
@@ -237,15 +255,17 @@ impl FileTransfer {
         let config = self.context.config();
         let limits = config.limits.as_ref();
         self.stray_chunks = true;
-        let mut asked = PathBuf::new();
+        let (mut asked, mut size) = (PathBuf::new(), None);
         let started = Request::decode(&about.request.body).map_err(Failure::system).and_then(|request| {
             asked.clone_from(&request.path);
+            size = request.size;
             Upload::start(limits, &self.context.transferred, &request, now)
         });
         match started {
             Ok(upload) => {
                 debug!("session {}: receiving {:?}", self.id, upload.path());
-                self.state = State::Receiving(Box::new(Receiving { about, upload }));
+                let shown = self.info.transfer("upload", upload.path(), size, now);
+                self.state = State::Receiving(Box::new(Receiving { about, upload, shown }));
                 self.sink.reply(&file::ack(&self.id, 0, None));
             }
             // The one refusal without a code: the server's answer would be another one than upstream's.
@@ -271,7 +291,7 @@ impl FileTransfer {
     fn finish_sending(&mut self, now: Instant) {
         match std::mem::replace(&mut self.state, State::Idle) {
             State::Sending(sending) if sending.download.is_complete() => {
-                let Sending { about, download } = *sending;
+                let Sending { about, download, .. } = *sending;
                 let record = self.record("download", download.path(), &about, download.sent(), now);
                 log_success(record, download.digest());
             }
@@ -281,7 +301,12 @@ impl FileTransfer {
 
     fn take_chunk(&mut self, frame: &Frame, now: Instant) {
         let State::Receiving(receiving) = &mut self.state else { return };
-        match receiving.upload.chunk(frame, &self.context.transferred, now) {
+        let before = receiving.upload.received();
+        let progress = receiving.upload.chunk(frame, &self.context.transferred, now);
+        let received = receiving.upload.received();
+        receiving.shown.bytes.set(received);
+        self.info.traffic.bytes_in.add((received - before) as usize);
+        match progress {
             Ok(Progress::More) => {}
             Ok(Progress::End) => self.commit(),
             Err(text) => self.fail(frame, &text),
@@ -290,11 +315,12 @@ impl FileTransfer {
 
     fn commit(&mut self) {
         let State::Receiving(receiving) = std::mem::replace(&mut self.state, State::Idle) else { return };
-        let Receiving { about, upload } = *receiving;
+        let Receiving { about, upload, shown } = *receiving;
         let record = self.record("upload", upload.path(), &about, upload.received(), Instant::now());
         match upload.commit(&self.wake) {
             Ok(commit) => {
-                self.state = State::Committing(Box::new(Committing { about, commit, give_up: None }));
+                let committing = Committing { about, commit, _shown: shown, give_up: None };
+                self.state = State::Committing(Box::new(committing));
             }
             Err(text) => {
                 log_failure(record, "failed", &text);
@@ -365,12 +391,12 @@ impl FileTransfer {
             State::Idle => {}
             State::Sending(sending) => {
                 self.sink.discard_chunks();
-                let Sending { about, download } = &*sending;
+                let Sending { about, download, .. } = &*sending;
                 let record = self.record("download", download.path(), about, download.sent(), Instant::now());
                 log_failure(record, "failed", why);
             }
             State::Receiving(receiving) => {
-                let Receiving { about, upload } = &*receiving;
+                let Receiving { about, upload, .. } = &*receiving;
                 let record = self.record("upload", upload.path(), about, upload.received(), Instant::now());
                 log_failure(record, "failed", why);
             }

@@ -18,6 +18,7 @@ use crate::config::Allowed;
 use crate::outbox::FrameSink;
 use crate::proto::forward::{Target, Transport};
 use crate::proto::{SessionId, UserId};
+use crate::session::info::{ForwardInfo, Info};
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, net, reason};
 
@@ -56,12 +57,9 @@ pub struct Connection {
 pub struct Trail {
     session: SessionId,
     user: UserId,
-    target: Target,
-    /// What was connected to.
-    address: Option<SocketAddr>,
-    started: Instant,
-    bytes_in: u64,
-    bytes_out: u64,
+    info: Arc<Info>,
+    /// What was connected to, when, and how much was carried.
+    shown: Arc<ForwardInfo>,
     /// In a word.
     result: &'static str,
     reason: String,
@@ -69,14 +67,15 @@ pub struct Trail {
 
 impl Drop for Trail {
     fn drop(&mut self) {
-        let Target { host, port, transport } = &self.target;
-        let address = self.address.map_or_else(String::new, |address| address.to_string());
+        self.info.remove_forward(&self.shown);
+        let ForwardInfo { target: Target { host, port, transport }, address, traffic } = &*self.shown;
+        let address = address.get().map_or_else(String::new, ToString::to_string);
         Record::new("forward", Some(&self.session), &self.user)
             .with("protocol", transport.name())
             .text("target", format!("{host}:{port}"))
             .text("address", address)
-            .since(self.started, Instant::now())
-            .bytes(self.bytes_in, self.bytes_out)
+            .since(traffic.since, Instant::now())
+            .bytes(traffic.bytes_in.get(), traffic.bytes_out.get())
             .with("result", self.result)
             .text("reason", &self.reason)
             .log(self.result == CLOSED);
@@ -158,15 +157,12 @@ pub enum Input {
 
 impl Connection {
     /// Towards `target`, not begun.
-    pub fn new(target: Target, session: &SessionId, user: UserId, now: Instant) -> Self {
+    pub fn new(target: Target, session: &SessionId, user: UserId, info: &Arc<Info>, now: Instant) -> Self {
         let trail = Trail {
             session: session.clone(),
             user,
-            target,
-            address: None,
-            started: now,
-            bytes_in: 0,
-            bytes_out: 0,
+            shown: info.add_forward(target, now),
+            info: Arc::clone(info),
             result: CLOSED,
             reason: "session".to_owned(),
         };
@@ -190,7 +186,7 @@ impl Connection {
 
     /// Where it goes.
     pub fn target(&self) -> &Target {
-        &self.trail.target
+        &self.trail.shown.target
     }
 
     /// Whether a thread is busy with its name.
@@ -200,7 +196,7 @@ impl Connection {
 
     /// As Go words it: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
     fn failed(&self, what: &str) -> Step {
-        Step::Failed(format!("dial {}{what}", self.trail.target.transport.name()))
+        Step::Failed(format!("dial {}{what}", self.trail.shown.target.transport.name()))
     }
 
     /// Goes on towards being open. `permit` gives the right to look a name up, if there is one to be had.
@@ -213,10 +209,10 @@ impl Connection {
     ) -> Step {
         match &self.state {
             State::Open(_) => Step::Pending,
-            State::Waiting { until } => match known_addresses(&self.trail.target) {
+            State::Waiting { until } => match known_addresses(&self.trail.shown.target) {
                 Some(addresses) => self.choose(addresses, allowed, now),
                 None if now >= *until => {
-                    self.failed(&format!(": lookup {}: i/o timeout", self.trail.target.host))
+                    self.failed(&format!(": lookup {}: i/o timeout", self.trail.shown.target.host))
                 }
                 None => match permit() {
                     Some(permit) => self.look_up(permit, wake, now),
@@ -225,9 +221,9 @@ impl Connection {
             },
             State::LookingUp { answer, until } => match answer.try_recv() {
                 Ok(Ok(addresses)) => self.choose(addresses, allowed, now),
-                Ok(Err(e)) => self.failed(&format!(": lookup {}: {e}", self.trail.target.host)),
+                Ok(Err(e)) => self.failed(&format!(": lookup {}: {e}", self.trail.shown.target.host)),
                 Err(TryRecvError::Empty) if now < *until => Step::Pending,
-                Err(_) => self.failed(&format!(": lookup {}: i/o timeout", self.trail.target.host)),
+                Err(_) => self.failed(&format!(": lookup {}: i/o timeout", self.trail.shown.target.host)),
             },
             State::Connecting { socket, until, .. } => {
                 let outcome = match (is_writable(socket), now >= *until) {
@@ -246,18 +242,18 @@ impl Connection {
             drop(permit);
             wake.notify();
         };
-        match net::look_up(&self.trail.target.host, self.trail.target.port, done) {
+        match net::look_up(&self.trail.shown.target.host, self.trail.shown.target.port, done) {
             Ok(answer) => {
                 self.state = State::LookingUp { answer, until: now + LOOK_UP_LIMIT };
                 Step::Pending
             }
-            Err(e) => self.failed(&format!(": lookup {}: {}", self.trail.target.host, reason(&e))),
+            Err(e) => self.failed(&format!(": lookup {}: {}", self.trail.shown.target.host, reason(&e))),
         }
     }
 
     /// Of the target's addresses those that may be reached, and no others, whatever the name says later.
     fn choose(&mut self, addresses: Vec<SocketAddr>, allowed: Option<&[Allowed]>, now: Instant) -> Step {
-        let Target { host, port, transport } = &self.trail.target;
+        let Target { host, port, transport } = &self.trail.shown.target;
         let permitted = |address: &SocketAddr| {
             let permits = |a: &Allowed| a.permits(transport.name(), host, address.ip(), *port);
             allowed.is_none_or(|allowed| allowed.iter().any(permits))
@@ -275,14 +271,14 @@ impl Connection {
     }
 
     fn connect_next(&mut self, mut addresses: VecDeque<SocketAddr>, mut last: String, now: Instant) -> Step {
-        let kind = match self.trail.target.transport {
+        let kind = match self.trail.shown.target.transport {
             Transport::Tcp => SockType::Stream,
             Transport::Udp => SockType::Datagram,
         };
         while let Some(address) = addresses.pop_front() {
             match net::begin_connect(address, kind) {
                 Ok(fd) => {
-                    let socket = Socket::new(self.trail.target.transport, fd);
+                    let socket = Socket::new(self.trail.shown.target.transport, fd);
                     let until = now + CONNECT_LIMIT;
                     self.state = State::Connecting { socket, address, others: addresses, until };
                     return Step::Pending;
@@ -307,7 +303,7 @@ impl Connection {
                 }
                 self.state = State::Open(socket);
                 self.last_traffic = now;
-                self.trail.address = Some(address);
+                let _ = self.trail.shown.address.set(address);
                 Step::Opened
             }
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
@@ -385,7 +381,7 @@ impl Connection {
             match written {
                 Ok(n) => {
                     self.last_traffic = now;
-                    self.trail.bytes_in += n as u64;
+                    self.trail.shown.moved(&self.trail.info, n, false, now);
                     self.queued -= n;
                     let _ = data.split_to(n);
                     if data.is_empty() {
@@ -396,7 +392,11 @@ impl Connection {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
                     (self.to_target, self.queued) = (VecDeque::new(), 0);
-                    return Err(format!("write {}: {}", self.trail.target.transport.name(), reason(&e)));
+                    return Err(format!(
+                        "write {}: {}",
+                        self.trail.shown.target.transport.name(),
+                        reason(&e)
+                    ));
                 }
             }
         }
@@ -405,7 +405,7 @@ impl Connection {
 
     /// What [`Connection::read`] needs room for.
     pub fn largest_read(&self, sink: &FrameSink) -> usize {
-        match self.trail.target.transport {
+        match self.trail.shown.target.transport {
             Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
             Transport::Udp => DATAGRAM,
         }
@@ -419,10 +419,10 @@ impl Connection {
             _ => return Input::Nothing,
         };
         match result {
-            Ok(0) if self.trail.target.transport == Transport::Tcp => Input::End(None),
+            Ok(0) if self.trail.shown.target.transport == Transport::Tcp => Input::End(None),
             Ok(n) => {
                 self.last_traffic = now;
-                self.trail.bytes_out += n as u64;
+                self.trail.shown.moved(&self.trail.info, n, true, now);
                 Input::Data(n)
             }
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
@@ -430,7 +430,7 @@ impl Connection {
             }
             // Nobody listens there now; somebody may later.
             Err(e)
-                if self.trail.target.transport == Transport::Udp
+                if self.trail.shown.target.transport == Transport::Udp
                     && e.kind() == io::ErrorKind::ConnectionRefused =>
             {
                 Input::Nothing

@@ -18,6 +18,7 @@ use nix::poll::PollFlags;
 use self::acks::OnTheWay;
 use self::connection::{Connection, Input, Step};
 use super::Context;
+use super::info::Info;
 use crate::outbox::FrameSink;
 use crate::proto::forward::{self, ConnectionId, Target};
 use crate::proto::{Frame, SessionId};
@@ -42,6 +43,7 @@ pub struct PortForward {
     id: SessionId,
     sink: FrameSink,
     wake: Arc<Wake>,
+    info: Arc<Info>,
     connections: BTreeMap<ConnectionId, Connection>,
     /// Without a client any more, but with data for the target, until then.
     finishing: Vec<(Connection, Instant)>,
@@ -71,12 +73,19 @@ impl Watched {
 
 impl PortForward {
     /// Without connections. `wake` is called when something has been done on the side.
-    pub fn new(context: Arc<Context>, id: SessionId, sink: FrameSink, wake: Arc<Wake>) -> Self {
+    pub fn new(
+        context: Arc<Context>,
+        id: SessionId,
+        sink: FrameSink,
+        wake: Arc<Wake>,
+        info: Arc<Info>,
+    ) -> Self {
         PortForward {
             context,
             id,
             sink,
             wake,
+            info,
             connections: BTreeMap::new(),
             finishing: Vec::new(),
             on_the_way: OnTheWay::default(),
@@ -139,7 +148,7 @@ impl PortForward {
             warn!("session {}: more than {MAX_CONNECTIONS} forwarded connections", self.id);
             return self.refuse(frame, "too many connections");
         }
-        self.connections.insert(id.clone(), Connection::new(target, &self.id, frame.user(), now));
+        self.connections.insert(id.clone(), Connection::new(target, &self.id, frame.user(), &self.info, now));
         self.advance(&id, now);
     }
 
@@ -440,7 +449,8 @@ mod tests {
         let wake = Arc::new(Wake::new().unwrap());
         let id = SessionId::new("s").unwrap();
         let sink = FrameSink::new(&outbox, Arc::clone(&wake));
-        (PortForward::new(context, id, sink, wake), outbox)
+        let info = Arc::new(Info::of("".into(), Instant::now()));
+        (PortForward::new(context, id, sink, wake, info), outbox)
     }
 
     fn next_type(outbox: &Outbox) -> Option<String> {

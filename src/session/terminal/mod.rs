@@ -65,6 +65,7 @@ enum State {
 
 struct Running {
     shell: Shell,
+    info: Arc<ShellInfo>,
     permit: ShellPermit,
     clock: Clock,
     /// Set when the process is reaped. Its last output may still be on the way.
@@ -73,13 +74,10 @@ struct Running {
     at_end: bool,
     /// When the other of the two is not waited for any longer.
     give_up: Option<Instant>,
-    /// Bytes of output.
-    shown: u64,
 }
 
 struct Ending {
     process: SessionLeader,
-    shown: u64,
     /// Why it ends, as the audit log has it.
     why: &'static str,
     permit: Option<ShellPermit>,
@@ -124,7 +122,7 @@ impl Terminal {
                 running.clock.activity(now);
                 let typed = running.shell.type_in(&frame.body);
                 let bytes = if typed.is_ok() { frame.body.len() } else { 0 };
-                self.info.update(|shell| shell.input(bytes, now));
+                self.info.typed(bytes, now);
                 if let Err(reason) = typed {
                     let id = self.id.as_str();
                     let text =
@@ -180,10 +178,11 @@ impl Terminal {
         let shell = Shell::start(&config.shell, size).map_err(|e| format!("failed to start shell: {e}"))?;
         let pid = shell.process.pid();
         Record::new("shell-start", Some(&self.id), &user).with("pid", pid).log(true);
-        self.info.set(ShellInfo { user, pid, started: now, last_input: now, typed: 0 });
+        let info = ShellInfo::new(user, pid, now);
+        self.info.set_shell(Arc::clone(&info));
         self.sink.reply(&wire::started(&self.id));
         let clock = Clock::new(config.sessions.expiry, now);
-        let running = Running { shell, permit, clock, exit: None, at_end: false, give_up: None, shown: 0 };
+        let running = Running { shell, info, permit, clock, exit: None, at_end: false, give_up: None };
         self.state = State::Running(Box::new(running));
         Ok(())
     }
@@ -211,12 +210,11 @@ impl Terminal {
     fn end(&mut self, why: &'static str, answer: bool, grace: Duration, now: Instant) {
         match std::mem::replace(&mut self.state, State::Nothing) {
             State::Running(running) => {
-                let Running { shell: Shell { process, .. }, permit, shown, .. } = *running;
+                let Running { shell: Shell { process, .. }, permit, .. } = *running;
                 process.hang_up();
                 let deadline = Some(now + grace);
                 let permit = Some(permit);
-                self.state =
-                    State::Ending(Ending { process, shown, why, permit, answer, killed: false, deadline });
+                self.state = State::Ending(Ending { process, why, permit, answer, killed: false, deadline });
             }
             other => self.state = other,
         }
@@ -230,12 +228,12 @@ impl Terminal {
     }
 
     /// The shell is over.
-    fn log_end(&self, shown: u64, status: &str, why: &str, now: Instant) {
-        let Some(shell) = self.info.take() else { return };
+    fn log_end(&self, status: &str, why: &str, now: Instant) {
+        let Some(shell) = self.info.take_shell() else { return };
         Record::new("shell-end", Some(&self.id), &shell.user)
             .with("pid", shell.pid)
-            .since(shell.started, now)
-            .bytes(shell.typed, shown)
+            .since(shell.traffic.since, now)
+            .bytes(shell.traffic.bytes_in.get(), shell.traffic.bytes_out.get())
             .text("status", status)
             .text("reason", why)
             .log(true);
@@ -328,9 +326,7 @@ impl Terminal {
             }
         }
         // The reader may have typed.
-        if let Some(shell) = self.info.lock().as_ref() {
-            running.clock.activity(shell.last_input);
-        }
+        running.clock.activity(running.info.traffic.last());
         running.clock.set_expiry(self.context.config().sessions.expiry);
         match running.clock.due(now) {
             Some(Due::Ping) => self.sink.reply(&wire::ping(&self.id, clock::PING_TIMEOUT)),
@@ -356,7 +352,8 @@ impl Terminal {
                 (length, (length, then))
             });
             if length > 0 {
-                running.shown += length as u64;
+                running.info.traffic.bytes_out.add(length);
+                self.info.traffic.bytes_out.add(length);
                 if self.context.config().sessions.idle_includes_output {
                     running.clock.activity(now);
                 }
@@ -376,7 +373,7 @@ impl Terminal {
     fn ended_by_itself(&mut self, status: ExitStatus, now: Instant) {
         let State::Running(running) = std::mem::replace(&mut self.state, State::Nothing) else { return };
         let age = now.saturating_duration_since(running.clock.started());
-        self.log_end(running.shown, &status.to_string(), "exited", now);
+        self.log_end(&status.to_string(), "exited", now);
         if status.code() == Some(2) && age < Duration::from_secs(1) {
             warn!(
                 "the shell ended at once with exit status 2: it may not know its arguments {:?}; \
@@ -394,8 +391,8 @@ impl Terminal {
         if ready.process
             && let Some(status) = ending.process.try_wait()
         {
-            let Ending { answer, shown, why, .. } = *ending;
-            self.log_end(shown, &status.to_string(), why, now);
+            let Ending { answer, why, .. } = *ending;
+            self.log_end(&status.to_string(), why, now);
             self.state = State::Nothing;
             if answer {
                 self.sink.reply(&wire::stopped(&self.id));
@@ -423,7 +420,7 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         // Only after a panic is there still one.
-        self.log_end(0, "", "failed", Instant::now());
+        self.log_end("", "failed", Instant::now());
     }
 }
 

@@ -274,9 +274,7 @@ impl Link {
             Step::Shell { sid, user: number } => {
                 let Some(session) = self.sessions.get_mut(&name((sid % 4).into())) else { return };
                 let (now, user) = (Instant::now(), user(*number));
-                let info =
-                    ShellInfo { user: user.as_str().into(), pid: 1, started: now, last_input: now, typed: 0 };
-                session.seat.info.set(info);
+                session.seat.info.set_shell(ShellInfo::new(user.as_str().into(), 1, now));
                 session.user = Some(user);
             }
             Step::End { sid, at_once } => {

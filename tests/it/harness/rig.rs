@@ -205,6 +205,7 @@ impl Setup {
         command.arg("--fallback-config").arg(self.fallback.clone().unwrap_or_else(absent));
         command.arg("daemon");
         command.env("DBUS_SYSTEM_BUS_ADDRESS", bus);
+        command.env("RUNTIME_DIRECTORY", dir.path().join("run"));
         command.envs(self.env.iter().cloned());
         command.current_dir(dir.path());
         command
@@ -216,6 +217,22 @@ impl Rig {
     pub fn restart(&mut self, setup: &Setup) {
         self.daemon =
             Daemon::start(setup.command(&self.dir, &self.bus.address(), &self.server.url()), setup.journal);
+    }
+
+    /// The command `status` with these flags, which asks this agent.
+    pub fn status_command(&self, flags: &[&str]) -> Command {
+        let mut command = daemon::command();
+        command.arg("status").args(flags).env("RUNTIME_DIRECTORY", self.dir.path().join("run"));
+        command.stdin(std::process::Stdio::null());
+        command
+    }
+
+    /// What it says.
+    pub fn status(&self) -> Value {
+        let output = self.status_command(&["--json"]).output().expect("run mender-connect");
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && told.is_empty(), "{told}");
+        serde_json::from_slice(&output.stdout).expect("a document")
     }
 
     /// The usual one, connected.

@@ -66,6 +66,8 @@ pub fn changed(line: &str) -> Option<Vec<PathBuf>> {
             let target = arguments.split_once("\", ").map_or("", |(_, target)| target);
             Some(paths(target)).filter(|_| !target.contains("\".\","))
         }
+        // A socket's own permissions, before it has a name.
+        "fchmod" if arguments.contains("<socket:") => None,
         "bind" if !arguments.contains("sa_family=AF_UNIX") => None,
         _ => Some(paths(arguments)),
     }

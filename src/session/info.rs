@@ -1,0 +1,305 @@
+//! What a session tells about itself, for `status`, SIGUSR1 and the audit log. Its threads write, anybody reads, and
+//! nobody waits: the locks are held for a moment, and a chunk costs relaxed atomics only.
+
+use std::net::SocketAddr;
+use std::path::Path;
+#[cfg(target_has_atomic = "64")]
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::proto::forward::Target;
+use crate::proto::{FILE_TRANSFER, PORT_FORWARD, SHELL, SessionId, UserId};
+
+/// Characters shown of a peer's text, and of a path.
+const MAX_TEXT: usize = 256;
+const MAX_PATH: usize = 4096;
+
+/// A number that others read at any time.
+#[cfg(target_has_atomic = "64")]
+#[derive(Debug, Default)]
+pub struct Number(AtomicU64);
+
+#[cfg(target_has_atomic = "64")]
+impl Number {
+    /// Its value.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+
+    /// Another value.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Relaxed);
+    }
+
+    /// More of it.
+    pub fn add(&self, more: usize) {
+        self.0.fetch_add(more as u64, Relaxed);
+    }
+}
+
+/// A number that others read at any time, on small processors such as ARM v5.
+#[cfg(not(target_has_atomic = "64"))]
+#[derive(Debug, Default)]
+pub struct Number(Mutex<u64>);
+
+#[cfg(not(target_has_atomic = "64"))]
+impl Number {
+    /// Its value.
+    pub fn get(&self) -> u64 {
+        *lock(&self.0)
+    }
+
+    /// Another value.
+    pub fn set(&self, value: u64) {
+        *lock(&self.0) = value;
+    }
+
+    /// More of it.
+    pub fn add(&self, more: usize) {
+        *lock(&self.0) += more as u64;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// When something began and was last busy, and how much of its payload went to the device and from it.
+#[derive(Debug)]
+pub struct Traffic {
+    /// When it began.
+    pub since: Instant,
+    /// Nanoseconds from then until it was last busy.
+    last: Number,
+    /// To the device.
+    pub bytes_in: Number,
+    /// From the device.
+    pub bytes_out: Number,
+}
+
+impl Traffic {
+    fn new(since: Instant) -> Self {
+        Traffic { since, last: Number::default(), bytes_in: Number::default(), bytes_out: Number::default() }
+    }
+
+    /// It is busy.
+    pub fn touch(&self, now: Instant) {
+        let nanos = now.saturating_duration_since(self.since).as_nanos();
+        self.last.set(u64::try_from(nanos).unwrap_or(u64::MAX));
+    }
+
+    /// When it was last busy.
+    pub fn last(&self) -> Instant {
+        self.since.checked_add(Duration::from_nanos(self.last.get())).unwrap_or(self.since)
+    }
+
+    fn report(&self, now: Instant) -> Value {
+        json!({
+            "age": seconds(now, self.since),
+            "idle": seconds(now, self.last()),
+            "bytes_in": self.bytes_in.get(),
+            "bytes_out": self.bytes_out.get(),
+        })
+    }
+}
+
+/// How long ago something was, in seconds.
+fn seconds(now: Instant, then: Instant) -> f64 {
+    now.saturating_duration_since(then).as_secs_f64()
+}
+
+/// A session's.
+#[derive(Debug)]
+pub struct Info {
+    /// Whom its first message was from.
+    pub user: UserId,
+    /// Of all that it does. Busy is what something comes in from the peer for.
+    pub traffic: Traffic,
+    /// A bit for each protocol that was spoken.
+    protocols: AtomicU32,
+    shell: Mutex<Option<Arc<ShellInfo>>>,
+    transfer: Mutex<Weak<TransferInfo>>,
+    forwards: Mutex<Vec<Arc<ForwardInfo>>>,
+}
+
+/// A shell's. Busy is what is typed for.
+#[derive(Debug)]
+pub struct ShellInfo {
+    /// Whose.
+    pub user: UserId,
+    /// Its process.
+    pub pid: i32,
+    /// What was typed and shown.
+    pub traffic: Traffic,
+}
+
+/// A file's that is being transferred.
+#[derive(Debug)]
+pub struct TransferInfo {
+    direction: &'static str,
+    path: String,
+    size: Option<u64>,
+    since: Instant,
+    /// Bytes so far.
+    pub bytes: Number,
+}
+
+/// A forwarded connection's.
+#[derive(Debug)]
+pub struct ForwardInfo {
+    /// Where it goes, in the client's words.
+    pub target: Target,
+    /// What it is connected to.
+    pub address: OnceLock<SocketAddr>,
+    /// Either way.
+    pub traffic: Traffic,
+}
+
+impl ShellInfo {
+    /// Of one that starts now.
+    pub fn new(user: UserId, pid: i32, now: Instant) -> Arc<Self> {
+        Arc::new(ShellInfo { user, pid, traffic: Traffic::new(now) })
+    }
+}
+
+impl ForwardInfo {
+    /// Something went to the device, or from it where `out`.
+    pub fn moved(&self, session: &Info, bytes: usize, out: bool, now: Instant) {
+        self.traffic.touch(now);
+        for traffic in [&self.traffic, &session.traffic] {
+            if out { &traffic.bytes_out } else { &traffic.bytes_in }.add(bytes);
+        }
+    }
+}
+
+impl Info {
+    /// Of a session that `user` begins.
+    pub fn of(user: UserId, now: Instant) -> Self {
+        Info {
+            user,
+            traffic: Traffic::new(now),
+            protocols: AtomicU32::new(0),
+            shell: Mutex::default(),
+            transfer: Mutex::default(),
+            forwards: Mutex::default(),
+        }
+    }
+
+    /// A message has come.
+    pub fn heard(&self, proto: u16, now: Instant) {
+        self.traffic.touch(now);
+        let bit = 1_u32.checked_shl(proto.into()).unwrap_or(0);
+        if self.protocols.load(Relaxed) & bit != bit {
+            self.protocols.fetch_or(bit, Relaxed);
+        }
+    }
+
+    /// Something was typed.
+    pub fn typed(&self, bytes: usize, now: Instant) {
+        self.traffic.touch(now);
+        self.traffic.bytes_in.add(bytes);
+        if let Some(shell) = &*lock(&self.shell) {
+            shell.traffic.touch(now);
+            shell.traffic.bytes_in.add(bytes);
+        }
+    }
+
+    /// A shell runs.
+    pub fn set_shell(&self, shell: Arc<ShellInfo>) {
+        *lock(&self.shell) = Some(shell);
+    }
+
+    /// It doesn't any more.
+    pub fn take_shell(&self) -> Option<Arc<ShellInfo>> {
+        lock(&self.shell).take()
+    }
+
+    /// The shell that runs.
+    pub fn shell(&self) -> Option<Arc<ShellInfo>> {
+        lock(&self.shell).clone()
+    }
+
+    /// A file's way begins. It is told of as long as somebody keeps what comes back.
+    pub fn transfer(
+        &self,
+        direction: &'static str,
+        path: &Path,
+        size: Option<u64>,
+        since: Instant,
+    ) -> Arc<TransferInfo> {
+        let path = clipped(&path.to_string_lossy(), MAX_PATH);
+        let transfer = Arc::new(TransferInfo { direction, path, size, since, bytes: Number::default() });
+        *lock(&self.transfer) = Arc::downgrade(&transfer);
+        transfer
+    }
+
+    /// A connection begins.
+    pub fn add_forward(&self, target: Target, now: Instant) -> Arc<ForwardInfo> {
+        let forward = Arc::new(ForwardInfo { target, address: OnceLock::new(), traffic: Traffic::new(now) });
+        lock(&self.forwards).push(Arc::clone(&forward));
+        forward
+    }
+
+    /// A connection has ended.
+    pub fn remove_forward(&self, forward: &Arc<ForwardInfo>) {
+        let mut forwards = lock(&self.forwards);
+        if let Some(place) = forwards.iter().position(|other| Arc::ptr_eq(other, forward)) {
+            forwards.remove(place);
+        }
+        if forwards.is_empty() {
+            *forwards = Vec::new();
+        }
+    }
+
+    /// For `status`, with at most `room` connections, which are taken off it.
+    pub fn report(&self, id: &SessionId, now: Instant, room: &mut usize) -> Value {
+        let protocols = self.protocols.load(Relaxed);
+        let spoken = [(SHELL, "terminal"), (FILE_TRANSFER, "files"), (PORT_FORWARD, "forwards")];
+        let kinds: Vec<_> = spoken.iter().filter(|(p, _)| protocols & 1 << p != 0).map(|(_, k)| k).collect();
+        let shell = self.shell().map(|shell| {
+            let mut report = shell.traffic.report(now);
+            report["user"] = clipped(shell.user.as_str(), MAX_TEXT).into();
+            report["pid"] = shell.pid.into();
+            report
+        });
+        let transfer = lock(&self.transfer).upgrade().map(|transfer| {
+            json!({
+                "direction": transfer.direction,
+                "path": transfer.path,
+                "size": transfer.size,
+                "bytes": transfer.bytes.get(),
+                "age": seconds(now, transfer.since),
+            })
+        });
+        let (open, forwards) = {
+            let forwards = lock(&self.forwards);
+            (forwards.len(), forwards.iter().take(*room).cloned().collect::<Vec<_>>())
+        };
+        *room -= forwards.len();
+        let forwards = forwards.iter().map(|forward| {
+            let mut report = forward.traffic.report(now);
+            let Target { host, port, transport } = &forward.target;
+            report["protocol"] = transport.name().into();
+            report["target"] = format!("{}:{port}", clipped(host, MAX_TEXT)).into();
+            report["address"] = forward.address.get().map(ToString::to_string).into();
+            report
+        });
+        let mut report = self.traffic.report(now);
+        report["id"] = clipped(id.as_str(), MAX_TEXT).into();
+        report["user"] = clipped(self.user.as_str(), MAX_TEXT).into();
+        report["kinds"] = json!(kinds);
+        report["shell"] = shell.into();
+        report["transfers"] = transfer.into_iter().collect();
+        report["forwards"] = forwards.collect();
+        report["forwards_open"] = open.into();
+        report
+    }
+}
+
+fn clipped(text: &str, limit: usize) -> String {
+    text.chars().take(limit).collect()
+}

@@ -1,0 +1,198 @@
+//! The daemon's side: a socket in the supervisor's poll loop, and a thread for each answer, so that nobody who doesn't
+//! read is waited for. Whatever fails is a warning: no daemon ends for want of its status.
+
+use std::fs::{self, DirBuilder, Metadata};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use log::warn;
+use nix::poll::PollFlags;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::stat::{Mode, fchmod};
+use serde_json::Value;
+
+use super::{NAME, connect, directory};
+use crate::session::Context;
+use crate::sys::wake::Wake;
+use crate::sys::{PollSet, reason, thread};
+
+/// Answers under way at a time. Who comes meanwhile waits in the socket's queue.
+const MAX_ANSWERS: usize = 4;
+const QUEUE: i32 = 16;
+/// How long an answer may take in all, and a write of it without progress.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+const WRITE_LIMIT: Duration = Duration::from_secs(1);
+const PIECE: usize = 64 << 10;
+/// How long nobody is accepted when that has failed.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The daemon's socket, if it could be made.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Option<Socket>,
+    answers: Arc<AtomicUsize>,
+    /// Called when there is room for one more answer.
+    wake: Arc<Wake>,
+    pause: Option<Instant>,
+    warned: bool,
+}
+
+#[derive(Debug)]
+struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode.
+    name: (u64, u64),
+}
+
+/// Removes the socket, unless another has its name by now.
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| name(&found) == self.name) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn name(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+/// An answer under way.
+struct Answer {
+    answers: Arc<AtomicUsize>,
+    wake: Arc<Wake>,
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.answers.fetch_sub(1, Ordering::SeqCst);
+        self.wake.notify();
+    }
+}
+
+impl Listener {
+    /// Makes the socket. `wake` is called when [`Listener::answer`] can go on.
+    pub fn open(wake: &Arc<Wake>) -> Self {
+        let socket = Socket::make(&directory());
+        if let Err(e) = &socket {
+            warn!("no status: {}: {}", directory().join(NAME).display(), reason(e));
+        }
+        let (answers, wake) = (Arc::default(), Arc::clone(wake));
+        Listener { socket: socket.ok(), answers, wake, pause: None, warned: false }
+    }
+
+    /// Nobody is answered any more.
+    pub fn close(&mut self) {
+        self.socket = None;
+    }
+
+    /// Adds the socket, if somebody could be answered now.
+    pub fn watch<'a>(&'a self, set: &mut PollSet<'a>) {
+        if let Some(socket) = &self.socket
+            && self.pause.is_none()
+            && self.answers.load(Ordering::SeqCst) < MAX_ANSWERS
+        {
+            set.add(socket.listener.as_fd(), PollFlags::POLLIN);
+        }
+    }
+
+    /// When [`Listener::answer`] wants to be called though nothing happened.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.pause
+    }
+
+    /// Answers who has come: with what `state` says, and with the sessions.
+    pub fn answer(&mut self, context: &Arc<Context>, now: Instant, state: impl Fn() -> Value) {
+        if self.pause.is_some_and(|until| now < until) {
+            return;
+        }
+        self.pause = None;
+        let Some(socket) = &self.socket else { return };
+        while self.answers.load(Ordering::SeqCst) < MAX_ANSWERS {
+            let failed = match socket.listener.accept() {
+                Ok((stream, _)) => self.start(stream, context, state()).err(),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) => Some(e),
+            };
+            if let Some(e) = failed {
+                // What was not accepted stays ready.
+                self.pause = Some(now + PAUSE);
+                if !std::mem::replace(&mut self.warned, true) {
+                    warn!("status can't be told: {}", reason(&e));
+                }
+                return;
+            }
+        }
+    }
+
+    fn start(&self, stream: UnixStream, context: &Arc<Context>, mut document: Value) -> io::Result<()> {
+        self.answers.fetch_add(1, Ordering::SeqCst);
+        let answer = Answer { answers: Arc::clone(&self.answers), wake: Arc::clone(&self.wake) };
+        let context = Arc::clone(context);
+        thread::spawn("status", thread::SMALL_STACK, move || {
+            context.report(&mut document);
+            // Fails when the other side has gone away, or doesn't read.
+            let _ = write(stream, &format!("{document}\n"));
+            drop(answer);
+        })
+        .map(drop)
+    }
+}
+
+fn write(mut stream: UnixStream, text: &str) -> io::Result<()> {
+    stream.set_write_timeout(Some(WRITE_LIMIT))?;
+    let deadline = Instant::now() + ANSWER_LIMIT;
+    for piece in text.as_bytes().chunks(PIECE) {
+        if Instant::now() >= deadline {
+            break;
+        }
+        stream.write_all(piece)?;
+    }
+    Ok(())
+}
+
+impl Socket {
+    fn make(directory: &Path) -> io::Result<Self> {
+        match DirBuilder::new().mode(0o700).create(directory) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        // In a directory that only we can write nobody puts anything in our way.
+        let found = fs::symlink_metadata(directory)?;
+        if !found.is_dir() || found.uid() != nix::unistd::geteuid().as_raw() || found.mode() & 0o022 != 0 {
+            return Err(io::Error::other("its place is no directory of the daemon's own"));
+        }
+        let path = directory.join(NAME);
+        remove_stale(&path)?;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        // What bind(2) makes has these permissions from the beginning.
+        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        bind(socket.as_raw_fd(), &UnixAddr::new(&path)?)?;
+        let name = name(&fs::symlink_metadata(&path)?);
+        let made = Socket { listener: socket.into(), path, name };
+        listen(&made.listener, Backlog::new(QUEUE)?)?;
+        Ok(made)
+    }
+}
+
+/// Removes what a daemon that was killed has left.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+        Ok(found) if found.file_type().is_socket() => {}
+        Ok(_) => return Err(io::Error::other("something is in its place")),
+    }
+    match connect(path, SockFlag::SOCK_NONBLOCK) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        _ => Err(io::Error::other("another daemon has it")),
+    }
+}
