@@ -262,7 +262,8 @@ fn the_package_installs_upgrades_and_goes() {
     let mut listed: Vec<&str> = listed.lines().collect();
     listed.sort_unstable();
     let copyright = "/usr/share/doc/mender-connect-rs/copyright";
-    let manual = ["5/mender-connect.conf.5", "8/mender-connect.8"].map(|page| format!("/usr/share/man/man{page}.gz"));
+    let manual =
+        ["5/mender-connect.conf.5", "8/mender-connect.8"].map(|page| format!("/usr/share/man/man{page}.gz"));
     let example = "/usr/share/doc/mender-connect-rs/examples/mender-connect.conf.example";
     assert_eq!(listed, [CONFFILE, UNIT_FILE, BINARY, copyright, example, &manual[0], &manual[1]]);
     machine.sh(&format!("gzip -t {}", manual.join(" ")));
