@@ -1,9 +1,9 @@
 //! The README, the manual pages and the pages beside them: every command in them is run ([`commands`]), and what they
 //! say of keys, options and log lines is what the program has ([`facts`]).
 //!
-//! A fenced block without a language, or with `sh`, has commands, one in each line. Blocks with `json` are
-//! configurations or what a command prints, those with `log` quote the log. In the manual pages lines of examples that
-//! start with a prompt are commands, and examples that start with a brace are configurations.
+//! A fenced block without a language, or with `sh`, has commands, one in each line, unless the text before it ends in
+//! "prints". Blocks with `json` are configurations or what a command prints, those with `log` quote the log. In the manual
+//! pages lines of examples that start with a prompt are commands, and examples that start with a brace configurations.
 
 use std::fs;
 use std::path::Path;
@@ -41,6 +41,9 @@ fn complete() -> bool {
     STUBS.iter().all(said)
 }
 
+/// In place of a language: what a command prints.
+const PRINTED: &str = "printed";
+
 /// A literal piece of a page.
 struct Block {
     language: String,
@@ -55,14 +58,18 @@ fn blocks(page: &str) -> Vec<Block> {
 fn fences(text: &str) -> Vec<Block> {
     let mut blocks = Vec::new();
     let mut open: Option<Block> = None;
+    let mut before = "";
     for line in text.lines() {
         match (line.strip_prefix("```"), &mut open) {
             (Some(_), Some(_)) => blocks.extend(open.take()),
             (Some(language), None) => {
+                let printed = before.trim_end_matches(':').ends_with("prints");
+                let language = if printed { PRINTED } else { language };
                 open = Some(Block { language: language.to_owned(), lines: Vec::new() });
             }
             (None, Some(block)) => block.lines.push(line.to_owned()),
-            (None, None) => {}
+            (None, None) if line.is_empty() => {}
+            (None, None) => before = line,
         }
     }
     assert!(open.is_none(), "a fence is open at the end");
