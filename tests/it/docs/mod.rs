@@ -1,8 +1,8 @@
 //! The README, the manual pages and the pages beside them: every command in them is run ([`commands`]), and what they
 //! say of keys, options and log lines is what the program has ([`facts`]).
 //!
-//! A fenced block without a language, or with `sh`, has commands, one in each line, unless the text before it ends in
-//! "prints". Blocks with `json` are configurations or what a command prints, those with `log` quote the log. In the manual
+//! A fenced block without a language, or with `sh`, has commands, one in each line, or what [`STARTS`] as the output of
+//! one. Blocks with `json` are configurations or what a command prints, those with `log` quote the log. In the manual
 //! pages lines of examples that start with a prompt are commands, and examples that start with a brace configurations.
 
 use std::fs;
@@ -29,20 +29,18 @@ fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-/// Until the merge of what these do and of the keys that the README doesn't have yet: goes away with it, and with it
-/// `complete`.
+/// Until these commands are merged, and with them the keys that the README doesn't have yet: goes away with that.
 const STUBS: [&str; 3] = ["check", "doctor", "status"];
 
-fn complete() -> bool {
-    let said = |command: &&str| {
-        let output = crate::harness::daemon::run(&[command]);
-        !output.stdout.is_empty() || !output.stderr.is_empty()
-    };
-    STUBS.iter().all(said)
+/// Whether nothing is there yet but the command's name.
+fn is_stub(command: &str) -> bool {
+    let output = crate::harness::daemon::run(&[command]);
+    output.stdout.is_empty() && output.stderr.is_empty()
 }
 
-/// In place of a language: what a command prints.
+/// In place of a language: what a command prints, which starts with one of these.
 const PRINTED: &str = "printed";
+const STARTS: [&str; 3] = ["error: ", "✓ ", "mender-connect 0."];
 
 /// A literal piece of a page.
 struct Block {
@@ -58,18 +56,19 @@ fn blocks(page: &str) -> Vec<Block> {
 fn fences(text: &str) -> Vec<Block> {
     let mut blocks = Vec::new();
     let mut open: Option<Block> = None;
-    let mut before = "";
     for line in text.lines() {
         match (line.strip_prefix("```"), &mut open) {
             (Some(_), Some(_)) => blocks.extend(open.take()),
             (Some(language), None) => {
-                let printed = before.trim_end_matches(':').ends_with("prints");
-                let language = if printed { PRINTED } else { language };
                 open = Some(Block { language: language.to_owned(), lines: Vec::new() });
             }
-            (None, Some(block)) => block.lines.push(line.to_owned()),
-            (None, None) if line.is_empty() => {}
-            (None, None) => before = line,
+            (None, Some(block)) => {
+                if block.lines.is_empty() && STARTS.iter().any(|start| line.starts_with(start)) {
+                    PRINTED.clone_into(&mut block.language);
+                }
+                block.lines.push(line.to_owned());
+            }
+            (None, None) => {}
         }
     }
     assert!(open.is_none(), "a fence is open at the end");
