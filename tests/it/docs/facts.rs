@@ -42,7 +42,7 @@ fn keys_of_example() -> BTreeMap<String, Value> {
     found
 }
 
-/// The keys that the program knows, in lower case: first those that have a meaning, then the deprecated ones.
+/// The keys that the program knows: first those that have a meaning, then the deprecated ones.
 fn keys_of_program() -> (BTreeSet<String>, BTreeSet<String>) {
     let source = read("src/config/file.rs");
     let mut keys = (BTreeSet::new(), BTreeSet::new());
@@ -51,15 +51,15 @@ fn keys_of_program() -> (BTreeSet<String>, BTreeSet<String>) {
         let deprecated =
             ["Deprecated", "Server ", "HttpsClient"].iter().any(|name| declaration.starts_with(name));
         let keys = if deprecated { &mut keys.1 } else { &mut keys.0 };
-        keys.extend(declaration.split('"').skip(1).step_by(2).map(str::to_lowercase));
+        keys.extend(declaration.split('"').skip(1).step_by(2).map(str::to_owned));
     }
     assert!(keys.0.len() > 35 && keys.1.len() > 8, "{keys:?}");
     keys
 }
 
-/// The words of a text that could be keys, in lower case.
+/// The words of a text that could be keys.
 fn words(text: &str) -> BTreeSet<String> {
-    text.split(|c: char| !c.is_ascii_alphanumeric()).map(str::to_lowercase).collect()
+    text.split(|c: char| !c.is_ascii_alphanumeric()).map(str::to_owned).collect()
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn every_key_is_described_and_nothing_else() {
 
     let example = keys_of_example();
     let in_example: BTreeSet<String> =
-        example.keys().flat_map(|key| key.split('.')).map(str::to_lowercase).collect();
+        example.keys().flat_map(|key| key.split('.')).map(str::to_owned).collect();
     assert_eq!(in_example, keys, "{EXAMPLE} has all keys");
     // In the manual each has its item, with a default that is the example's.
     let manual = read(CONF_5);
@@ -134,7 +134,7 @@ fn examples_of_configurations_are_right() {
             let value: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{page}: {e}: {text}"));
             // Others are what a command prints.
             let mut members = value.as_object().into_iter().flatten();
-            if members.all(|(key, _)| keys.contains(&key.to_lowercase())) {
+            if members.all(|(key, _)| keys.contains(key)) {
                 let config = load(&text, r#"{ "User": "root", "ShellCommand": "/bin/sh" }"#);
                 config.unwrap_or_else(|e| panic!("{page}: {e}: {text}"));
                 let mut dotted = BTreeMap::new();
