@@ -39,6 +39,8 @@ mod control;
 #[cfg(feature = "dbus")]
 mod disk;
 #[cfg(feature = "dbus")]
+mod docs;
+#[cfg(feature = "dbus")]
 mod doctor;
 #[cfg(feature = "dbus")]
 mod doctor_server;

@@ -19,7 +19,7 @@ const CONFIG: &str = include_str!("../../yocto/files/debian/mender-connect.conf"
 const COPYRIGHT: &str = include_str!("../../yocto/files/debian/copyright");
 const BINARY: &str = "/usr/bin/mender-connect";
 const CONFFILE: &str = "/etc/mender/mender-connect.conf";
-const UNIT_FILE: &str = "/lib/systemd/system/mender-connect.service";
+pub const UNIT_FILE: &str = "/lib/systemd/system/mender-connect.service";
 const ENABLED: &str = "/etc/systemd/system/multi-user.target.wants/mender-connect.service";
 
 /// Asks systemd about the unit with these drop-ins.
@@ -124,7 +124,7 @@ fn package() -> &'static Path {
 }
 
 /// A machine with our package at /run/test/new.deb, and a systemd that takes orders and does nothing.
-fn machine() -> Option<Machine> {
+pub fn machine() -> Option<Machine> {
     if !have_tools(&["bin/cargo-deb"]) {
         return None;
     }
@@ -159,7 +159,7 @@ fn build(machine: &Machine, name: &str, version: &str, fields: &str) {
 }
 
 /// Installs a package that is like Mender's own, with scripts such as debhelper writes.
-fn install_upstream(machine: &Machine, unit_file: &str) {
+pub fn install_upstream(machine: &Machine, unit_file: &str) {
     let put = |path: &str, text: &str| machine.write(&format!("/run/mender-connect{path}"), text);
     put(BINARY, "#!/bin/sh\necho upstream\n");
     put(CONFFILE, CONFIG);
@@ -262,7 +262,11 @@ fn the_package_installs_upgrades_and_goes() {
     let mut listed: Vec<&str> = listed.lines().collect();
     listed.sort_unstable();
     let copyright = "/usr/share/doc/mender-connect-rs/copyright";
-    assert_eq!(listed, [CONFFILE, UNIT_FILE, BINARY, copyright]);
+    let manual =
+        ["5/mender-connect.conf.5", "8/mender-connect.8"].map(|page| format!("/usr/share/man/man{page}.gz"));
+    let example = "/usr/share/doc/mender-connect-rs/examples/mender-connect.conf.example";
+    assert_eq!(listed, [CONFFILE, UNIT_FILE, BINARY, copyright, example, &manual[0], &manual[1]]);
+    machine.sh(&format!("gzip -t {}", manual.join(" ")));
     assert_eq!(machine.read(CONFFILE), CONFIG);
     assert_eq!(machine.read(copyright), COPYRIGHT);
     let mode = |path: &str| fs::metadata(machine.path(path)).unwrap().permissions().mode() & 0o7777;

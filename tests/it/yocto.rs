@@ -335,6 +335,7 @@ fn installs_what_the_init_system_needs() {
         fs::write(build.join("mender-connect.conf"), "{}").expect("write");
         let settings = json!({
             "B": build, "D": image, "S": root(), "DISTRO_FEATURES": features, "bindir": "/usr/bin", "sysconfdir": "/etc",
+            "mandir": "/usr/share/man",
             "systemd_system_unitdir": "/lib/systemd/system", "CARGO_TARGET_SUBDIR": "a-b/release",
         });
         run(&settings, "do_install").expect("do_install");
@@ -342,6 +343,9 @@ fn installs_what_the_init_system_needs() {
         assert_eq!(mode(image.join("usr/bin/mender-connect")), 0o755);
         assert_eq!(mode(image.join("etc/mender/mender-connect.conf")), 0o600);
         assert_eq!(mode(image.join("etc/mender")), 0o755);
+        for page in ["8/mender-connect.8", "5/mender-connect.conf.5"] {
+            assert_eq!(mode(image.join(format!("usr/share/man/man{page}"))), 0o644);
+        }
         let unit_file = image.join("lib/systemd/system/mender-connect.service");
         let script_file = image.join("etc/init.d/mender-connect");
         assert_eq!((unit_file.exists(), script_file.exists()), (unit, script), "{features}");

@@ -1,0 +1,283 @@
+//! Keys, options, log lines and links of the pages against the program.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use mender_connect::config;
+use serde_json::Value;
+
+use super::{PAGES, PRINTED, STUBS, blocks, is_stub, read, root};
+use crate::harness::daemon::run;
+use crate::harness::wait::skip;
+
+const EXAMPLE: &str = "yocto/files/mender-connect.conf.example";
+const CONF_5: &str = "yocto/files/man/mender-connect.conf.5";
+const MAIN_8: &str = "yocto/files/man/mender-connect.8";
+
+/// The example as the command that it names makes it.
+fn example() -> String {
+    read(EXAMPLE).lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+/// Each value of an object with its dotted key.
+fn leaves(prefix: &str, value: &Value, found: &mut BTreeMap<String, Value>) {
+    match value {
+        Value::Object(members) => {
+            for (key, value) in members {
+                let dotted = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                leaves(&dotted, value, found);
+            }
+        }
+        value => {
+            found.insert(prefix.to_owned(), value.clone());
+        }
+    }
+}
+
+fn keys_of_example() -> BTreeMap<String, Value> {
+    let mut found = BTreeMap::new();
+    leaves("", &serde_json::from_str(&example()).expect("JSON"), &mut found);
+    found
+}
+
+/// The keys that the program knows: first those that have a meaning, then the deprecated ones.
+fn keys_of_program() -> (BTreeSet<String>, BTreeSet<String>) {
+    let source = read("src/config/file.rs");
+    let mut keys = (BTreeSet::new(), BTreeSet::new());
+    for declaration in source.split("\nkeys!(").skip(1) {
+        let declaration = declaration.split(");").next().expect("an end");
+        let deprecated =
+            ["Deprecated", "Server ", "HttpsClient"].iter().any(|name| declaration.starts_with(name));
+        let keys = if deprecated { &mut keys.1 } else { &mut keys.0 };
+        keys.extend(declaration.split('"').skip(1).step_by(2).map(str::to_owned));
+    }
+    assert!(keys.0.len() > 35 && keys.1.len() > 8, "{keys:?}");
+    keys
+}
+
+/// The words of a text that could be keys.
+fn words(text: &str) -> BTreeSet<String> {
+    text.split(|c: char| !c.is_ascii_alphanumeric()).map(str::to_owned).collect()
+}
+
+#[test]
+fn every_key_is_described_and_nothing_else() {
+    let (keys, deprecated) = keys_of_program();
+    for page in ["README.md", CONF_5] {
+        let described = words(&read(page));
+        let missing: Vec<_> = keys.difference(&described).collect();
+        assert!(missing.is_empty() || STUBS.into_iter().any(is_stub), "{page} doesn't have {missing:?}");
+    }
+    let described = words(&read(CONF_5));
+    let missing: Vec<_> = deprecated.difference(&described).collect();
+    assert!(missing.is_empty(), "{CONF_5} doesn't have {missing:?}");
+
+    let example = keys_of_example();
+    let in_example: BTreeSet<String> =
+        example.keys().flat_map(|key| key.split('.')).map(str::to_owned).collect();
+    assert_eq!(in_example, keys, "{EXAMPLE} has all keys");
+    // In the manual each has its item, with a default that is the example's.
+    let manual = read(CONF_5);
+    let mut items = BTreeMap::new();
+    for item in manual.split("\n.It Va ").skip(1) {
+        let mut lines = item.lines();
+        let (key, about) = (lines.next().expect("a key"), lines.next().unwrap_or_default());
+        if let Some(about) = about.strip_prefix(".Pq ") {
+            let default = about.split("; default ").nth(1).unwrap_or_else(|| panic!("{key} has no default"));
+            items.insert(key.to_owned(), default.replace("\\(dq", "\"").replace(", required", ""));
+        }
+    }
+    assert_eq!(items.keys().collect::<Vec<_>>(), example.keys().collect::<Vec<_>>());
+    for (key, default) in items {
+        let value = &example[&key];
+        let nothing = value.is_null() || value == "" || key == "User";
+        let expected = if nothing { "none".to_owned() } else { value.to_string() };
+        assert_eq!(default, expected, "{key}");
+    }
+}
+
+fn load(text: &str, fallback: &str) -> Result<config::Config, String> {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        fs::write(&path, text).expect("write");
+        path
+    };
+    config::load(&write("main", text), &write("fallback", fallback)).map_err(|e| e.to_string())
+}
+
+#[test]
+fn the_example_has_every_key_at_its_default() {
+    for enabled in ["false", "true"] {
+        let example = example().replace(r#""Enabled": false"#, &format!(r#""Enabled": {enabled}"#));
+        let minimal = format!(r#"{{ "User": "nobody", "Limits": {{ "Enabled": {enabled} }} }}"#);
+        assert_eq!(load(&example, "{}").unwrap(), load(&minimal, "{}").unwrap());
+    }
+}
+
+/// Whoever copies a part of a configuration gets what it says.
+#[test]
+fn examples_of_configurations_are_right() {
+    let (keys, _) = keys_of_program();
+    let known = keys_of_example();
+    let mut loaded = 0;
+    for page in PAGES {
+        let blocks = blocks(page);
+        for (i, block) in blocks.iter().enumerate().filter(|(_, block)| block.language == "json") {
+            // What is wrong with it is said next.
+            if blocks.get(i + 1).is_some_and(|next| next.language == PRINTED) {
+                continue;
+            }
+            let text = block.lines.join("\n");
+            let value: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{page}: {e}: {text}"));
+            // Others are what a command prints.
+            let mut members = value.as_object().into_iter().flatten();
+            if members.all(|(key, _)| keys.contains(key)) {
+                let config = load(&text, r#"{ "User": "root", "ShellCommand": "/bin/sh" }"#);
+                config.unwrap_or_else(|e| panic!("{page}: {e}: {text}"));
+                let mut dotted = BTreeMap::new();
+                leaves("", &value, &mut dotted);
+                assert!(dotted.keys().all(|key| known.contains_key(key)), "{page}: {text}");
+                loaded += 1;
+            }
+        }
+    }
+    assert!(loaded > 4, "{loaded}");
+}
+
+#[test]
+fn every_command_and_option_is_in_the_manual() {
+    let manual = read(MAIN_8);
+    let help = |args: &[&str]| String::from_utf8(run(args).stdout).expect("UTF-8");
+    let all = help(&["help"]);
+    let commands =
+        all.split("COMMANDS:\n").nth(1).and_then(|rest| rest.split("\n\n").next()).expect("commands");
+    let name = |line: &'_ str| line.split([' ', ',']).find(|word| !word.is_empty()).map(str::to_owned);
+    let commands: Vec<String> = commands.lines().filter_map(name).collect();
+    assert!(commands.len() > 5, "{commands:?}");
+    for command in &commands {
+        let items = [format!(".It Cm {command}"), format!(".It Cm {command} , Cm h")];
+        assert!(manual.lines().any(|line| items.iter().any(|item| item == line)), "{command}");
+        for option in options(&help(&["help", command])) {
+            let described = manual.contains(&format!("\n.It Cm {command} Fl {option}"));
+            assert!(described || ["h", "-help"].contains(&option.as_str()), "{command} -{option}");
+        }
+    }
+    for option in options(&all) {
+        let item = |line: &str| line.starts_with(".It Fl ") && flags(line).contains(&option);
+        assert!(manual.lines().any(item), "-{option}");
+    }
+}
+
+/// The options of a help text, without their first dash.
+fn options(help: &str) -> BTreeSet<String> {
+    let text = help.split("OPTIONS:\n").last().expect("options");
+    let columns = text
+        .lines()
+        .filter(|line| line.starts_with("   -"))
+        .filter_map(|line| line.trim().split("  ").next());
+    let words = columns.flat_map(|column| column.split([' ', ',']).filter_map(|word| word.strip_prefix('-')));
+    words.map(str::to_owned).collect()
+}
+
+/// The same of an item of the manual.
+fn flags(item: &str) -> BTreeSet<String> {
+    item.split("Fl ").skip(1).filter_map(|rest| rest.split([' ', ',']).next()).map(str::to_owned).collect()
+}
+
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            if !path.ends_with("docs") {
+                sources(&path, found);
+            }
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// What is quoted of the log is in the program, or a test sees it there; what differs is left out by an ellipsis.
+#[test]
+fn quoted_log_lines_are_the_programs() {
+    let mut files = Vec::new();
+    sources(&root().join("src"), &mut files);
+    sources(&root().join("tests/it"), &mut files);
+    let mut program = String::new();
+    for file in files {
+        // Long texts go on in the next line.
+        let text = fs::read_to_string(file).expect("read a source");
+        let lines: Vec<&str> = text.lines().map(str::trim_start).collect();
+        program.push_str(&lines.join("\n").replace("\\\n", ""));
+    }
+    let mut quoted = 0;
+    for page in PAGES {
+        for line in
+            blocks(page).into_iter().filter(|block| block.language == "log").flat_map(|block| block.lines)
+        {
+            // A text within a text, the reason within the failure, is elsewhere in the program.
+            for piece in line.split('…').flat_map(|piece| piece.split(';')) {
+                let found = program.contains(piece.trim())
+                    || piece.split(": ").all(|text| program.contains(text.trim()));
+                assert!(found, "{page}: {line}: {piece}");
+            }
+            quoted += 1;
+        }
+    }
+    assert!(quoted > 30, "{quoted}");
+}
+
+/// As GitHub makes it of a heading.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim_start_matches('#').trim().to_lowercase();
+    kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).collect::<String>().replace(' ', "-")
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let mut links = 0;
+    for page in
+        PAGES.iter().chain(&["CHANGELOG.md", "yocto/SECURITY.md"]).filter(|page| page.ends_with(".md"))
+    {
+        let text = read(page);
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if target.contains("://") {
+                continue;
+            }
+            let (file, name) = target.split_once('#').unwrap_or((target, ""));
+            let page_file = root().join(page);
+            let file =
+                if file.is_empty() { page_file } else { page_file.parent().expect("a folder").join(file) };
+            assert!(file.exists(), "{page}: {target}");
+            if !name.is_empty() {
+                let text = fs::read_to_string(&file).expect("read");
+                let mut headings = text.lines().filter(|line| line.starts_with('#'));
+                assert!(headings.any(|heading| anchor(heading) == name), "{page}: {target}");
+            }
+            links += 1;
+        }
+    }
+    assert!(links > 50, "{links}");
+}
+
+#[test]
+fn manual_pages_are_clean() {
+    for page in [MAIN_8, CONF_5] {
+        let mut mandoc = Command::new("mandoc");
+        let Ok(output) = mandoc.args(["-T", "lint", "-W", "warning"]).arg(root().join(page)).output() else {
+            return skip("mandoc is missing: install the package 'mandoc'");
+        };
+        let found = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && found.is_empty(), "{found}");
+        // The other formatter, where there is one.
+        if let Ok(output) =
+            Command::new("groff").args(["-mdoc", "-Tutf8", "-wall"]).arg(root().join(page)).output()
+        {
+            let found = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() && found.is_empty(), "{found}");
+        }
+    }
+}
