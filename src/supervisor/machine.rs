@@ -58,7 +58,7 @@ pub enum Event {
     },
     /// Time has passed; maybe a deadline with it.
     Tick,
-    /// The operator wants an attempt now, unless there is a connection.
+    /// The operator wants an attempt now, unless there is a connection or an attempt, and a look at the token.
     Hurry,
     /// The operator wants the end.
     Stop,
@@ -160,8 +160,9 @@ impl Machine {
             }
             (_, Event::Tick) => vec![],
 
-            (State::Asking | State::Connected { .. }, Event::Hurry) => vec![],
-            (_, Event::Hurry) => self.go(State::Asking, vec![Action::Close, Action::Ask]),
+            (State::Asking, Event::Hurry) => vec![],
+            (State::Dialling | State::Connected { .. }, Event::Hurry) => vec![Action::Ask],
+            (_, Event::Hurry) => self.go(State::Asking, vec![Action::Ask]),
         }
     }
 
@@ -333,10 +334,10 @@ mod tests {
             (due, Event::Tick, Asking, vec![Ask]),
             (connected, Event::Tick, connected, vec![]),
             // The operator.
-            (connected, Event::Hurry, connected, vec![]),
-            (waiting, Event::Hurry, Asking, vec![Close, Ask]),
-            (Unauthorized, Event::Hurry, Asking, vec![Close, Ask]),
-            (Dialling, Event::Hurry, Asking, vec![Close, Ask]),
+            (connected, Event::Hurry, connected, vec![Ask]),
+            (Dialling, Event::Hurry, Dialling, vec![Ask]),
+            (waiting, Event::Hurry, Asking, vec![Ask]),
+            (Unauthorized, Event::Hurry, Asking, vec![Ask]),
             (Asking, Event::Hurry, Asking, vec![]),
             (connected, Event::Stop, Stopping, vec![Close]),
             (waiting, Event::Stop, Stopping, vec![Close]),

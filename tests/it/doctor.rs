@@ -337,5 +337,5 @@ fn tokens_in_files() {
     let (found, _) = office.ask().assert_break("file");
     assert!(found.contains("no such file"), "{found}");
     let (found, _) = office.set("Auth", auth("/etc", &url)).ask().assert_break("file");
-    assert!(found.contains("is a directory"), "{found}");
+    assert!(found.contains("it is no regular file"), "{found}");
 }

@@ -48,6 +48,7 @@ fn setup(policy: &str) -> Option<Setup> {
         return None;
     }
     let script = "chmod 755 . && chgrp 65534 *.conf && chmod 640 *.conf &&
+        mkdir -m 700 run && chown 65534 run &&
         exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
     let policy = format!("{MENDERS}{policy}");
     Some(Setup::new().set("User", "nobody").policy(&policy).wrapper(script))

@@ -6,7 +6,7 @@
 use std::fs;
 use std::process::Command;
 
-use super::{PAGES, STUBS, commands_of, is_stub, read, root};
+use super::{PAGES, commands_of, read, root};
 use crate::harness::daemon::executable;
 use crate::harness::machine::Machine;
 use crate::packaging;
@@ -184,12 +184,7 @@ fn checked(command: &str) -> String {
 }
 
 fn run(page: &str) {
-    let stubs: Vec<&str> = STUBS.into_iter().filter(|name| is_stub(name)).collect();
-    let here = |command: &String| {
-        let program = command.split(' ').next().is_some_and(|word| word.ends_with("mender-connect"));
-        let stub = program && stubs.iter().any(|name| command.contains(name));
-        !stub && !ELSEWHERE.iter().any(|(other, _)| other == command)
-    };
+    let here = |command: &String| !ELSEWHERE.iter().any(|(other, _)| other == command);
     let blocks =
         commands_of(page).into_iter().map(|block| block.into_iter().filter(&here).collect::<Vec<_>>());
     let blocks: Vec<_> = blocks.filter(|block| !block.is_empty()).collect();

@@ -29,15 +29,6 @@ fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-/// Until these commands are merged, and with them the keys that the README doesn't have yet: goes away with that.
-const STUBS: [&str; 3] = ["check", "doctor", "status"];
-
-/// Whether nothing is there yet but the command's name.
-fn is_stub(command: &str) -> bool {
-    let output = crate::harness::daemon::run(&[command]);
-    output.stdout.is_empty() && output.stderr.is_empty()
-}
-
 /// In place of a language: what a command prints, which starts with one of these.
 const PRINTED: &str = "printed";
 const STARTS: [&str; 3] = ["error: ", "✓ ", "mender-connect 0."];
