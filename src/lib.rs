@@ -20,8 +20,9 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`cli`], [`config`], [`logging`], [`audit`] | what the operator says and is told |
-//! | [`supervisor`] | when to connect; signals |
-//! | [`status`] | what the daemon tells about itself, over a socket |
+//! | [`check`], [`doctor`] | commands: what the configuration means, how far the way to the server leads |
+//! | [`supervisor`] | when to connect; signals, reload, what systemd is told |
+//! | [`status`] | what the daemon tells about itself, over a socket; the command that asks |
 //! | [`auth`] | token and server URL, from mender-auth over D-Bus (feature `dbus`) or from a file |
 //! | [`link`] | one websocket's life: dial, read, write; TLS (feature `tls`) |
 //! | [`session`] | from a frame to the thread that owns what it is about; terminals, files, ports, commands |
@@ -33,8 +34,8 @@
 //! Words, each for one thing: a *message* is the websocket's; a *frame* is our decoded unit; a *session* is one
 //! session id's life; a *link* is one websocket's life; a *permit* is a counted right held by a guard.
 //!
-//! Arrows point one way: `main → supervisor → { auth, link, session } → { outbox, audit, config, proto, backoff, sys }`. `link`
-//! and `session` don't know each other; the supervisor joins them. A session waits for nobody: its inbox and its share of
+//! Arrows point one way: `main → supervisor → { auth, link, status → session } → { outbox, audit, config, proto, backoff, sys }`, and beside
+//! the supervisor `check` and `doctor`. `link` and `session` don't know each other; the supervisor joins them. A session waits for nobody: its inbox and its share of
 //! the outbox are bounded, and it polls for room. Two short cuts spare a keystroke and its echo a thread each, where
 //! that changes no order: the reader types into a terminal whose session has nothing else to read, and a session writes
 //! a small message itself while the writer has nothing to do. Neither ever waits. When the link is gone its router is dropped, which ends the sessions,

@@ -84,7 +84,10 @@ stop() {
     kill $(pid)
     tail --pid=$(pid) -f /dev/null
 }
-case $* in *able*) SYSTEMD_OFFLINE=1 exec systemctl.real "$@" ;; esac
+case $* in
+    "enable --now mender-connect") systemctl enable mender-connect && verb=start ;;
+    *able*) SYSTEMD_OFFLINE=1 exec systemctl.real "$@" ;;
+esac
 case "$verb $units" in
     daemon-reload*) ;;
     "stop "*.timer) rm /run/timer-${units# } ;;
