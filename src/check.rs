@@ -63,34 +63,9 @@ fn report(main: &Path, fallback: &Path) -> (String, bool) {
 /// A value as JSON; of the server's URL without user and password.
 fn shown(key: &str, value: Value) -> String {
     match value {
-        Value::String(url) if key == "Auth.ServerURL" => Value::from(without_password(&url)).to_string(),
-        value => value.to_string(),
-    }
-}
-
-fn without_password(url: &str) -> String {
-    let start = url.find("://").map_or(0, |at| at + 3);
-    let end = url[start..].find('/').map_or(url.len(), |at| start + at);
-    match url[start..end].rfind('@') {
-        Some(at) => format!("{}{}", &url[..start], &url[start + at + 1..]),
-        None => url.to_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn user_and_password_of_a_url_are_not_shown() {
-        for (url, shown) in [
-            ("https://a:b@host:1/p@th", "https://host:1/p@th"),
-            ("a:b@host", "host"),
-            ("https://a:b@c@host", "https://host"),
-            ("http://localhost:5000", "http://localhost:5000"),
-            ("", ""),
-        ] {
-            assert_eq!(without_password(url), shown);
+        Value::String(url) if key == "Auth.ServerURL" => {
+            Value::from(config::without_password(&url)).to_string()
         }
+        value => value.to_string(),
     }
 }

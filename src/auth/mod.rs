@@ -64,10 +64,7 @@ impl Credentials {
 
     /// The server's URL as it may be logged: without user and password.
     pub fn shown_server_url(&self) -> String {
-        let Some((scheme, rest)) = self.server_url.split_once("://") else { return self.server_url.clone() };
-        let end = rest.find('/').unwrap_or(rest.len());
-        let host = rest[..end].rfind('@').map_or(rest, |at| &rest[at + 1..]);
-        format!("{scheme}://{host}")
+        config::without_password(&self.server_url)
     }
 }
 

@@ -16,12 +16,14 @@ use crate::sys::users::{User, UserError};
 pub use allow::{AllowError, Allowed};
 pub use json::JsonError;
 pub use survey::{Finding, Origin, State, Survey, survey};
+pub use url::without_password;
 
 mod allow;
 mod defaults;
 mod file;
 mod json;
 mod survey;
+mod url;
 mod validate;
 
 /// The settings of the daemon, checked.

@@ -3,7 +3,9 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
+use super::info::Info;
 use crate::proto::Frame;
 use crate::sys::pty::Pty;
 use crate::sys::wake::Wake;
@@ -84,10 +86,14 @@ impl Inbox {
         state.keyboard = keyboard.filter(|_| state.frames.is_empty() && !state.hung_up);
     }
 
-    /// Types right away, without waking the session, as far as that goes. How many bytes were typed.
-    pub fn type_in(&self, bytes: &[u8]) -> usize {
-        let keyboard = self.lock().keyboard.clone();
-        keyboard.and_then(|keyboard| keyboard.write(bytes).ok()).unwrap_or(0)
+    /// Types right away, without waking the session, as far as that goes. How many bytes were typed, of which
+    /// `info` knows before the shell can have obeyed and be over.
+    pub fn type_in(&self, bytes: &[u8], info: &Info) -> usize {
+        let Some(keyboard) = self.lock().keyboard.clone() else { return 0 };
+        info.typed(bytes.len(), Instant::now());
+        let typed = keyboard.write(bytes).unwrap_or(0);
+        info.not_typed(bytes.len() - typed);
+        typed
     }
 
     /// Puts the frame in the place of the latest one of the same kind; gives it back if there is none.

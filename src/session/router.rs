@@ -124,14 +124,11 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
         let entry = self.table.lock().get(id).cloned();
         let Some(Entry { inbox, info }) = entry else { return Some(frame) };
         if (frame.proto, frame.typ.as_str()) == (SHELL, shell::DATA) {
-            let typed = inbox.type_in(&frame.body);
-            if typed > 0 {
-                info.typed(typed, Instant::now());
-                if typed == frame.body.len() {
-                    return None;
-                }
-                frame.body = frame.body.split_off(typed);
+            let typed = inbox.type_in(&frame.body, &info);
+            if typed > 0 && typed == frame.body.len() {
+                return None;
             }
+            frame.body = frame.body.split_off(typed);
         }
         // Of sizes only the last one counts: a window that is dragged doesn't fill the inbox.
         let frame = if (frame.proto, frame.typ.as_str()) == (SHELL, shell::RESIZE) {

@@ -206,10 +206,9 @@ impl Machine {
     /// token until somebody fetches one.
     fn answered_nothing(&mut self) -> Vec<Action> {
         match self.state {
-            State::Asking if self.credentials.take().is_some() => self.go(
-                State::Unauthorized,
-                vec![Action::LogNoReconnect("the authentication manager has no token".to_owned())],
-            ),
+            State::Asking if self.credentials.take().is_some() => {
+                self.go(State::Unauthorized, vec![Action::LogNoReconnect("there is no token".to_owned())])
+            }
             State::Asking => self.go(State::Unauthorized, vec![]),
             _ => vec![Action::Fetch],
         }
@@ -293,7 +292,7 @@ mod tests {
         let nothing = || Event::Auth(AuthEvent::Answered(None));
         let revoked = || Event::Auth(AuthEvent::Announced(None));
         let unanswered = || Event::Auth(AuthEvent::Unanswered("why".into()));
-        let no_token = || LogNoReconnect("the authentication manager has no token".into());
+        let no_token = || LogNoReconnect("there is no token".into());
         let revoke = || vec![LogUnauthorized, Close];
         let table: Vec<(State, Event, State, Vec<Action>)> = vec![
             // A token, announced or as an answer, is used at once, and a changed one replaces a link.
