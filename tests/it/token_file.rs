@@ -29,10 +29,10 @@ impl Place {
         Place { dir: tempfile::tempdir().expect("a temporary directory") }
     }
 
-    /// Where no other test makes or removes anything meanwhile: that wakes who looks for a name there, too.
+    /// Where no other test makes or removes anything meanwhile, nor further up: that wakes who looks for a name there,
+    /// too.
     fn quiet() -> Place {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"));
-        Place { dir: dir.expect("a temporary directory") }
+        Place { dir: tempfile::tempdir_in("/dev/shm").expect("a temporary directory") }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
