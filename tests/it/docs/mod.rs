@@ -1,4 +1,4 @@
-//! The README, the manual pages and the pages beside them: every command in them is run ([`commands`]), and what they
+//! The README, the manual pages and the pages beside them: every command in them is run ([`typed`]), and what they
 //! say of keys, options and log lines is what the program has ([`facts`]).
 //!
 //! A fenced block without a language, or with `sh`, has commands, one in each line, or what [`STARTS`] as the output of
@@ -8,8 +8,8 @@
 use std::fs;
 use std::path::Path;
 
-mod commands;
 mod facts;
+mod typed;
 
 /// Where commands are expected.
 const PAGES: [&str; 6] = [

@@ -26,7 +26,7 @@ const ELSEWHERE: [(&str, By); 12] = [
     ("tests/playground/run", By::Test("playground::a_session_at_the_terminal", "examples/playground")),
     ("tests/run", By::Script(".ci/run", "\ntests/run\n")),
     ("tests/soak 7200", By::Script(".ci/run", "\ntests/soak ")),
-    ("cargo build --release --locked", By::Script(".ci/run", "\ncargo build --release --locked\n")),
+    ("cargo build --release --locked", By::Script(".ci/run", "\n    cargo build --release --locked\n")),
     (".ci/release", By::Script(".ci/boards", "\n.ci/release\n")),
     (
         ".ci/release arm-unknown-linux-musleabihf riscv64gc-unknown-linux-musl i686-unknown-linux-musl",
