@@ -170,3 +170,29 @@ fn signals_in_any_number_are_obeyed() {
     reload(&rig, &with(&[("Sessions", json!({ "MaxPerUser": 100 }))]));
     assert_eq!(terminal.run("echo on"), "on");
 }
+
+/// From the bus to a file and back, where the bus isn't there at first.
+#[test]
+fn the_token_comes_from_where_the_new_configuration_says() {
+    use std::os::unix::fs::PermissionsExt;
+    let bearer = |device: &crate::harness::device::Device| {
+        device.request().header("Authorization").unwrap_or_default().to_owned()
+    };
+    let (mut rig, _device) = Setup::new().token("of-the-bus").connected();
+    let file = rig.dir.path().join("token");
+    std::fs::write(&file, "of-the-file\n").unwrap();
+    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o600)).unwrap();
+    let auth = json!({ "Source": "file", "TokenFile": file, "ServerURL": rig.server.url() });
+    reload(&rig, &with(&[("Auth", auth)]));
+    let device = rig.device();
+    assert_eq!(bearer(&device), "Bearer of-the-file");
+
+    rig.bus.kill();
+    let mark = rig.reload(&with(&[]));
+    rig.daemon.wait_for_log_after(mark, "no system bus", SOON);
+    // What it has goes on until somebody says otherwise.
+    assert!(device.answers(b"still", SOON));
+    rig.bus.restart();
+    rig.manager.appear();
+    assert_eq!(bearer(&rig.device()), "Bearer of-the-bus");
+}
