@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::config::Expiry;
+use crate::config::{Expiry, Sessions};
 
 /// How often the client is asked whether it is there.
 const PING_INTERVAL: Duration = Duration::from_secs(60);
@@ -19,6 +19,7 @@ pub const PING_TIMEOUT: u16 = 65;
 #[derive(Debug)]
 pub struct Clock {
     expiry: Expiry,
+    output_counts: bool,
     started: Instant,
     last_activity: Instant,
     /// Whether the user was told that the end is near.
@@ -45,9 +46,10 @@ pub enum Due {
 
 impl Clock {
     /// For a shell that starts now.
-    pub fn new(expiry: Expiry, now: Instant) -> Self {
+    pub fn new(sessions: &Sessions, now: Instant) -> Self {
         Clock {
-            expiry,
+            expiry: sessions.expiry,
+            output_counts: sessions.idle_includes_output,
             started: now,
             last_activity: now,
             warned: false,
@@ -61,17 +63,24 @@ impl Clock {
         self.started
     }
 
-    /// Something was typed, or whatever else counts as activity.
-    pub fn activity(&mut self, now: Instant) {
+    /// Something was typed.
+    pub fn input(&mut self, now: Instant) {
         if now > self.last_activity {
             self.last_activity = now;
             self.warned = false;
         }
     }
 
+    /// Something was shown.
+    pub fn output(&mut self, now: Instant) {
+        if self.output_counts {
+            self.input(now);
+        }
+    }
+
     /// From now on the shell expires by this.
-    pub fn set_expiry(&mut self, expiry: Expiry) {
-        self.expiry = expiry;
+    pub fn follow(&mut self, sessions: &Sessions) {
+        (self.expiry, self.output_counts) = (sessions.expiry, sessions.idle_includes_output);
     }
 
     /// The client has answered.
@@ -135,6 +144,10 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    fn sessions(expiry: Expiry) -> Sessions {
+        Sessions { expiry, max_per_user: 1, idle_includes_output: false }
+    }
+
     fn end(due: Option<Due>) -> String {
         match due {
             Some(Due::End { text, .. }) => text,
@@ -145,7 +158,7 @@ mod tests {
     #[test]
     fn pings_each_minute_and_wants_answers() {
         let start = Instant::now();
-        let mut clock = Clock::new(Expiry::Never, start);
+        let mut clock = Clock::new(&sessions(Expiry::Never), start);
         assert_eq!(clock.due(start + 59 * SECOND), None);
         assert_eq!(clock.deadline(), start + 60 * SECOND);
         assert_eq!(clock.due(start + 60 * SECOND), Some(Due::Ping));
@@ -160,12 +173,12 @@ mod tests {
     #[test]
     fn idleness_counts_from_the_last_input_and_age_from_the_start() {
         let start = Instant::now();
-        let mut idle = Clock::new(Expiry::Idle(10 * SECOND), start);
-        idle.activity(start + 5 * SECOND);
+        let mut idle = Clock::new(&sessions(Expiry::Idle(10 * SECOND)), start);
+        idle.input(start + 5 * SECOND);
         assert_eq!(idle.due(start + 14 * SECOND), None);
         assert_eq!(end(idle.due(start + 15 * SECOND)), "session expired: no input for 10 s");
-        let mut age = Clock::new(Expiry::Age(10 * SECOND), start);
-        age.activity(start + 5 * SECOND);
+        let mut age = Clock::new(&sessions(Expiry::Age(10 * SECOND)), start);
+        age.input(start + 5 * SECOND);
         assert_eq!(age.deadline(), start + 10 * SECOND);
         assert_eq!(end(age.due(start + 10 * SECOND)), "session expired: open for 10 s");
     }
@@ -173,23 +186,23 @@ mod tests {
     #[test]
     fn the_idle_are_warned_a_minute_before() {
         let start = Instant::now();
-        let mut clock = Clock::new(Expiry::Idle(70 * SECOND), start);
+        let mut clock = Clock::new(&sessions(Expiry::Idle(70 * SECOND)), start);
         clock.pong(start + 60 * SECOND);
         assert_eq!(clock.deadline(), start + 10 * SECOND);
         assert_eq!(clock.due(start + 9 * SECOND), None);
         assert_eq!(clock.due(start + 10 * SECOND), Some(Due::Warn(60 * SECOND)));
         assert_eq!(clock.due(start + 11 * SECOND), None);
         // What is known already is no activity.
-        clock.activity(start);
+        clock.input(start);
         assert_eq!(clock.due(start + 12 * SECOND), None);
-        clock.activity(start + 20 * SECOND);
+        clock.input(start + 20 * SECOND);
         assert_eq!(clock.deadline(), start + 30 * SECOND);
         assert_eq!(clock.due(start + 31 * SECOND), Some(Due::Warn(59 * SECOND)));
         // Another limit counts from the same moment.
-        clock.set_expiry(Expiry::Idle(12 * SECOND));
+        clock.follow(&sessions(Expiry::Idle(12 * SECOND)));
         assert_eq!(end(clock.due(start + 32 * SECOND)), "session expired: no input for 12 s");
         for expiry in [Expiry::Idle(60 * SECOND), Expiry::Age(70 * SECOND), Expiry::Never] {
-            let mut clock = Clock::new(expiry, start);
+            let mut clock = Clock::new(&sessions(expiry), start);
             assert_eq!(clock.due(start + 59 * SECOND), None, "{expiry:?}");
         }
     }

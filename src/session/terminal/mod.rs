@@ -119,7 +119,7 @@ impl Terminal {
             // What comes while a shell ends is about the time after.
             (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
-                running.clock.activity(now);
+                running.clock.input(now);
                 let typed = running.shell.type_in(&frame.body);
                 let bytes = if typed.is_ok() { frame.body.len() } else { 0 };
                 self.info.typed(bytes, now);
@@ -181,7 +181,7 @@ impl Terminal {
         let info = ShellInfo::new(user, pid, now);
         self.info.set_shell(Arc::clone(&info));
         self.sink.reply(&wire::started(&self.id));
-        let clock = Clock::new(config.sessions.expiry, now);
+        let clock = Clock::new(&config.sessions, now);
         let running = Running { shell, info, permit, clock, exit: None, at_end: false, give_up: None };
         self.state = State::Running(Box::new(running));
         Ok(())
@@ -299,6 +299,7 @@ impl Terminal {
 
     fn run(&mut self, ready: Ready, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
+        running.clock.follow(&self.context.config().sessions);
         if ready.pty.contains(PollFlags::POLLOUT)
             && let Err(e) = running.shell.pass_input()
         {
@@ -326,8 +327,7 @@ impl Terminal {
             }
         }
         // The reader may have typed.
-        running.clock.activity(running.info.traffic.last());
-        running.clock.set_expiry(self.context.config().sessions.expiry);
+        running.clock.input(running.info.traffic.last());
         match running.clock.due(now) {
             Some(Due::Ping) => self.sink.reply(&wire::ping(&self.id, clock::PING_TIMEOUT)),
             Some(Due::Warn(left)) => {
@@ -354,9 +354,7 @@ impl Terminal {
             if length > 0 {
                 running.info.traffic.bytes_out.add(length);
                 self.info.traffic.bytes_out.add(length);
-                if self.context.config().sessions.idle_includes_output {
-                    running.clock.activity(now);
-                }
+                running.clock.output(now);
                 self.sink.output(message);
             }
             match then {
