@@ -196,7 +196,7 @@ impl Connection {
 
     /// As Go words it: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
     fn failed(&self, what: &str) -> Step {
-        Step::Failed(format!("dial {}{what}", self.trail.shown.target.transport.name()))
+        Step::Failed(format!("dial {}{what}", self.target().transport.name()))
     }
 
     /// Goes on towards being open. `permit` gives the right to look a name up, if there is one to be had.
@@ -209,10 +209,10 @@ impl Connection {
     ) -> Step {
         match &self.state {
             State::Open(_) => Step::Pending,
-            State::Waiting { until } => match known_addresses(&self.trail.shown.target) {
+            State::Waiting { until } => match known_addresses(self.target()) {
                 Some(addresses) => self.choose(addresses, allowed, now),
                 None if now >= *until => {
-                    self.failed(&format!(": lookup {}: i/o timeout", self.trail.shown.target.host))
+                    self.failed(&format!(": lookup {}: i/o timeout", self.target().host))
                 }
                 None => match permit() {
                     Some(permit) => self.look_up(permit, wake, now),
@@ -221,9 +221,9 @@ impl Connection {
             },
             State::LookingUp { answer, until } => match answer.try_recv() {
                 Ok(Ok(addresses)) => self.choose(addresses, allowed, now),
-                Ok(Err(e)) => self.failed(&format!(": lookup {}: {e}", self.trail.shown.target.host)),
+                Ok(Err(e)) => self.failed(&format!(": lookup {}: {e}", self.target().host)),
                 Err(TryRecvError::Empty) if now < *until => Step::Pending,
-                Err(_) => self.failed(&format!(": lookup {}: i/o timeout", self.trail.shown.target.host)),
+                Err(_) => self.failed(&format!(": lookup {}: i/o timeout", self.target().host)),
             },
             State::Connecting { socket, until, .. } => {
                 let outcome = match (is_writable(socket), now >= *until) {
@@ -242,18 +242,18 @@ impl Connection {
             drop(permit);
             wake.notify();
         };
-        match net::look_up(&self.trail.shown.target.host, self.trail.shown.target.port, done) {
+        match net::look_up(&self.target().host, self.target().port, done) {
             Ok(answer) => {
                 self.state = State::LookingUp { answer, until: now + LOOK_UP_LIMIT };
                 Step::Pending
             }
-            Err(e) => self.failed(&format!(": lookup {}: {}", self.trail.shown.target.host, reason(&e))),
+            Err(e) => self.failed(&format!(": lookup {}: {}", self.target().host, reason(&e))),
         }
     }
 
     /// Of the target's addresses those that may be reached, and no others, whatever the name says later.
     fn choose(&mut self, addresses: Vec<SocketAddr>, allowed: Option<&[Allowed]>, now: Instant) -> Step {
-        let Target { host, port, transport } = &self.trail.shown.target;
+        let Target { host, port, transport } = self.target();
         let permitted = |address: &SocketAddr| {
             let permits = |a: &Allowed| a.permits(transport.name(), host, address.ip(), *port);
             allowed.is_none_or(|allowed| allowed.iter().any(permits))
@@ -271,14 +271,14 @@ impl Connection {
     }
 
     fn connect_next(&mut self, mut addresses: VecDeque<SocketAddr>, mut last: String, now: Instant) -> Step {
-        let kind = match self.trail.shown.target.transport {
+        let kind = match self.target().transport {
             Transport::Tcp => SockType::Stream,
             Transport::Udp => SockType::Datagram,
         };
         while let Some(address) = addresses.pop_front() {
             match net::begin_connect(address, kind) {
                 Ok(fd) => {
-                    let socket = Socket::new(self.trail.shown.target.transport, fd);
+                    let socket = Socket::new(self.target().transport, fd);
                     let until = now + CONNECT_LIMIT;
                     self.state = State::Connecting { socket, address, others: addresses, until };
                     return Step::Pending;
@@ -392,11 +392,7 @@ impl Connection {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
                     (self.to_target, self.queued) = (VecDeque::new(), 0);
-                    return Err(format!(
-                        "write {}: {}",
-                        self.trail.shown.target.transport.name(),
-                        reason(&e)
-                    ));
+                    return Err(format!("write {}: {}", self.target().transport.name(), reason(&e)));
                 }
             }
         }
@@ -405,7 +401,7 @@ impl Connection {
 
     /// What [`Connection::read`] needs room for.
     pub fn largest_read(&self, sink: &FrameSink) -> usize {
-        match self.trail.shown.target.transport {
+        match self.target().transport {
             Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
             Transport::Udp => DATAGRAM,
         }
@@ -419,7 +415,7 @@ impl Connection {
             _ => return Input::Nothing,
         };
         match result {
-            Ok(0) if self.trail.shown.target.transport == Transport::Tcp => Input::End(None),
+            Ok(0) if self.target().transport == Transport::Tcp => Input::End(None),
             Ok(n) => {
                 self.last_traffic = now;
                 self.trail.shown.moved(&self.trail.info, n, true, now);
@@ -430,7 +426,7 @@ impl Connection {
             }
             // Nobody listens there now; somebody may later.
             Err(e)
-                if self.trail.shown.target.transport == Transport::Udp
+                if self.target().transport == Transport::Udp
                     && e.kind() == io::ErrorKind::ConnectionRefused =>
             {
                 Input::Nothing
