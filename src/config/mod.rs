@@ -15,7 +15,7 @@ use crate::sys::users::{User, UserError};
 
 pub use allow::{AllowError, Allowed};
 pub use json::JsonError;
-pub use survey::{Finding, Origin, State, Survey, survey};
+pub use survey::{Finding, Origin, State, Survey, knows_no_login, survey};
 pub use url::without_password;
 
 mod allow;

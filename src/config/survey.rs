@@ -14,6 +14,8 @@ use super::{ConfigError, JsonError, Notes, SHELLS, complete, defaults, validate}
 mod advice;
 mod suggest;
 
+pub use advice::knows_no_login;
+
 /// Where a value comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {

@@ -13,22 +13,13 @@ use crate::auth::{self, Credentials};
 #[cfg(feature = "dbus")]
 use crate::auth::{Refusal, Visit};
 use crate::config::{self, Auth, Config, ConfigError};
+use crate::link::PROXY_VARIABLES;
 use crate::status;
 use crate::sys::pty::{Pty, WindowSize};
 use crate::sys::{clock, reason};
 
-/// What of the environment the daemon minds.
-const VARIABLES: [&str; 9] = [
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    "DBUS_SYSTEM_BUS_ADDRESS",
-];
+/// What of the environment the daemon minds, beside proxies.
+const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "DBUS_SYSTEM_BUS_ADDRESS"];
 
 /// A token that expires sooner is worth a word, in seconds.
 const SOON: u64 = 3600;
@@ -84,7 +75,8 @@ fn differing(pid: &str) -> Vec<&'static str> {
         entries.find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"=")).unwrap_or_default()
     };
     let ours = |name: &str| std::env::var_os(name).unwrap_or_default().into_encoded_bytes();
-    VARIABLES.into_iter().filter(|name| theirs(name) != ours(name)).collect()
+    let names = PROXY_VARIABLES.as_flattened().iter().copied().chain(VARIABLES);
+    names.filter(|name| theirs(name) != ours(name)).collect()
 }
 
 /// The configuration, with the shell and its user.
@@ -122,8 +114,7 @@ pub fn configuration(report: &mut Report, main: &Path, fallback: &Path) -> Resul
     report.good("configuration", &files);
 
     let shell = &config.shell;
-    let program = shell.command.canonicalize().unwrap_or_else(|_| shell.command.clone());
-    if program.ends_with("dash") && shell.arguments.iter().any(|argument| argument == "--login") {
+    if config::knows_no_login(&shell.command, &shell.arguments) {
         report.warn(
             "this shell is dash, which knows no --login and ends at once: set ShellArguments or ShellCommand",
         );

@@ -5,14 +5,13 @@ use std::time::{Duration, UNIX_EPOCH};
 use super::token::{expiry, span};
 use super::{Break, Report};
 use crate::auth::Credentials;
-use crate::link::{Answer, CLOSED, Endpoint, LinkError, NOT_HTTP, Progress, ProxySettings, TlsFault, probe};
+use crate::link::{
+    Answer, CLOSED, Endpoint, LinkError, NOT_HTTP, PROXY_VARIABLES, Progress, ProxySettings, TlsFault, probe,
+};
 use crate::sys::clock;
 
 /// A clock that is off by more is worth a word.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
-
-const PROXY_VARIABLES: [&str; 6] =
-    ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
 
 const FORWARDER: &str = "mender-auth's forwarder";
 
@@ -78,8 +77,8 @@ impl Walk<'_> {
             Progress::Connected(address) => {
                 self.report.good("tcp", &format!("connected to {address}"));
                 if self.proxy.is_none() {
-                    let set: Vec<_> =
-                        PROXY_VARIABLES.into_iter().filter(|name| std::env::var_os(name).is_some()).collect();
+                    let names = PROXY_VARIABLES.as_flattened().iter().copied();
+                    let set: Vec<_> = names.filter(|name| std::env::var_os(name).is_some()).collect();
                     let found = match &set[..] {
                         [] => "none, no variable names one".to_owned(),
                         _ => format!("none for this server, {} notwithstanding", set.join(", ")),

@@ -36,7 +36,7 @@ use crate::sys::{net, thread};
 
 pub use endpoint::{Endpoint, PATH};
 pub use probe::{Answer, CLOSED, NOT_HTTP, Progress, probe};
-pub use proxy::ProxySettings;
+pub use proxy::{PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;
 

@@ -13,6 +13,10 @@ use crate::sys::net::contains;
 /// No sane proxy answers with more than this many bytes of header.
 const MAX_ANSWER: usize = 16 * 1024;
 
+/// The environment's variables, in upper and lower case: for http, for https, and the exceptions.
+pub const PROXY_VARIABLES: [[&str; 3]; 2] =
+    [["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"], ["http_proxy", "https_proxy", "no_proxy"]];
+
 /// What the environment says about proxies. As in curl and Go: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, in
 /// upper or lower case.
 #[derive(Default, Clone)]
@@ -38,15 +42,10 @@ impl ProxySettings {
     }
 
     fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Self {
-        let either = |name: &str| {
-            let set = |name: &str| lookup(name).filter(|v| !v.trim().is_empty());
-            set(name).or_else(|| set(&name.to_lowercase()))
-        };
-        ProxySettings {
-            http: either("HTTP_PROXY"),
-            https: either("HTTPS_PROXY"),
-            exceptions: either("NO_PROXY").unwrap_or_default(),
-        }
+        let set = |name: &str| lookup(name).filter(|v| !v.trim().is_empty());
+        let [upper, lower] = PROXY_VARIABLES;
+        let [http, https, exceptions] = [0, 1, 2].map(|at| set(upper[at]).or_else(|| set(lower[at])));
+        ProxySettings { http, https, exceptions: exceptions.unwrap_or_default() }
     }
 
     /// The proxy for `server`. The machine itself, where mender-auth's forwarder is, is never reached

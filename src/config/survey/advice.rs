@@ -39,8 +39,8 @@ pub(super) fn give(
             }
         }
     }
-    let login = settings.shell_arguments.iter().flatten().any(|argument| argument == "--login");
-    if !settings.terminal.disable && login && is_dash(&settings.shell_command) {
+    let arguments = settings.shell_arguments.as_deref().unwrap_or_default();
+    if !settings.terminal.disable && knows_no_login(Path::new(&settings.shell_command), arguments) {
         let text = format!(
             "{} is dash, which ends at once with --login: name another shell, or set ShellArguments to []",
             settings.shell_command
@@ -106,8 +106,10 @@ fn idle(settings: &Settings) -> [Idle; 11] {
     ]
 }
 
-fn is_dash(command: &str) -> bool {
-    fs::canonicalize(command).is_ok_and(|program| program.ends_with("dash"))
+/// Whether the shell is dash and among its arguments is --login, with which it ends at once.
+pub fn knows_no_login(command: &Path, arguments: &[String]) -> bool {
+    arguments.iter().any(|argument| argument == "--login")
+        && fs::canonicalize(command).is_ok_and(|program| program.ends_with("dash"))
 }
 
 /// What file transfer will look for each time.

@@ -249,7 +249,7 @@ impl Rig {
         let mark = self.daemon.mark();
         self.daemon.signal(Signal::SIGHUP);
         self.daemon.wait_for_log_after(mark, "SIGHUP received", SOON);
-        // An attempt that was under way when the signal came is replaced.
+        // One that is lost already may be first in the queue.
         loop {
             let device = self.server.device();
             if device.answers(b"the next link", SOON) {
