@@ -13,6 +13,7 @@ mod cli;
 mod features;
 mod harness;
 mod layers;
+mod regression;
 mod sbom;
 mod selftest;
 mod selftest_forward;

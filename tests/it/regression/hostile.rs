@@ -1,0 +1,1 @@
+//! Clients and users who mean harm.

@@ -1,0 +1,13 @@
+//! One test for each bug that was found in the field or by attacking the agent, with its story. Each fails without
+//! its fix.
+
+#[cfg(feature = "dbus")]
+mod files;
+#[cfg(feature = "dbus")]
+mod forwards;
+#[cfg(feature = "dbus")]
+mod hostile;
+#[cfg(feature = "dbus")]
+mod network;
+#[cfg(feature = "dbus")]
+mod terminal;

@@ -1,0 +1,1 @@
+//! The remote terminal and the daemon's process.
