@@ -424,13 +424,9 @@ impl Connection {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 Input::Nothing
             }
-            // Nobody listens there now; somebody may later.
-            Err(e)
-                if self.target().transport == Transport::Udp
-                    && e.kind() == io::ErrorKind::ConnectionRefused =>
-            {
-                Input::Nothing
-            }
+            // The network reports the fate of one datagram (ICMP): no receiver now, too large, prohibited. The next
+            // one may get through.
+            Err(_) if self.target().transport == Transport::Udp => Input::Nothing,
             Err(e) => Input::End(Some(reason(&e))),
         }
     }
