@@ -34,6 +34,9 @@ const SMALLEST_READ: usize = 2 * 1024;
 const LARGEST_READ: usize = 64 * 1024;
 /// The largest datagram.
 const DATAGRAM: usize = 65_535;
+/// What is read and thrown away at a time of a target whose client has gone, and how often in a turn.
+const DISCARD: usize = 4096;
+const MAX_DISCARDS: usize = 16;
 /// In the audit log, of a connection that did what it was there for.
 const CLOSED: &str = "closed";
 
@@ -49,6 +52,9 @@ pub struct Connection {
     pub owed: usize,
     /// When data last went either way.
     pub last_traffic: Instant,
+    /// Writing to the target was shut down; the target has ended its side.
+    shut_down: bool,
+    ended: bool,
     trail: Trail,
 }
 
@@ -168,7 +174,17 @@ impl Connection {
         };
         let state = State::Waiting { until: now + LOOK_UP_LIMIT };
         let to_target = VecDeque::new();
-        Connection { state, to_target, queued: 0, unacked: 0, owed: 0, last_traffic: now, trail }
+        Connection {
+            state,
+            to_target,
+            queued: 0,
+            unacked: 0,
+            owed: 0,
+            last_traffic: now,
+            shut_down: false,
+            ended: false,
+            trail,
+        }
     }
 
     /// Has the audit log say that it was closed in order, and by whom.
@@ -320,7 +336,7 @@ impl Connection {
             State::Connecting { socket, .. } => (socket, PollFlags::POLLOUT),
             State::Open(socket) => {
                 let mut events = PollFlags::empty();
-                events.set(PollFlags::POLLIN, reading);
+                events.set(PollFlags::POLLIN, reading && !self.ended);
                 events.set(PollFlags::POLLOUT, !self.to_target.is_empty());
                 (socket, events)
             }
@@ -431,12 +447,42 @@ impl Connection {
         }
     }
 
-    /// Tells the target that nothing more will come.
-    pub fn finish(&self) {
-        if let State::Open(Socket::Tcp(stream)) = &self.state {
-            // Fails when it is gone already.
-            let _ = stream.shutdown(std::net::Shutdown::Write);
+    /// Delivers what the client has left: writes it, shuts down writing, and reads until the target ends, too. Closing
+    /// a socket with unread data would reset it, and the target would lose what it has not read yet. Returns whether
+    /// there is more to do.
+    pub fn finish(&mut self, now: Instant) -> bool {
+        if let Err(text) = self.flush(now) {
+            self.broke(&text);
+            return false;
         }
+        let done = self.to_target.is_empty();
+        let State::Open(Socket::Tcp(stream)) = &mut self.state else { return !done };
+        if done && !self.shut_down {
+            self.shut_down = true;
+            if stream.shutdown(std::net::Shutdown::Write).is_err() {
+                // The target is gone already.
+                return false;
+            }
+        }
+        // A target that writes without end must not keep the session from its other work.
+        for _ in 0..MAX_DISCARDS {
+            match stream.read(&mut [0; DISCARD]) {
+                Ok(0) => {
+                    self.ended = true;
+                    break;
+                }
+                Ok(_) => {}
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => break,
+                Err(e) => {
+                    if !done {
+                        self.broke(&format!("read: {}", reason(&e)));
+                    }
+                    return false;
+                }
+            }
+        }
+        // A target that has ended its side may still take what is left.
+        !(done && self.ended)
     }
 
     /// Whether it is open, as opposed to on the way there.

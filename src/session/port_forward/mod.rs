@@ -118,7 +118,7 @@ impl PortForward {
             forward::NEW => self.open(frame, id, now),
             forward::FORWARD => self.take_data(frame, &id, now),
             forward::ACK => self.take_ack(&id),
-            forward::STOP => match self.connections.remove(&id) {
+            forward::STOP => match self.take(&id) {
                 Some(mut connection) => {
                     connection.closed_by("client");
                     self.send_in_order(forward::STOP, &id);
@@ -143,6 +143,10 @@ impl PortForward {
         };
         if self.connections.contains_key(&id) {
             return self.refuse(frame, "connection_id is in use");
+        }
+        if self.connections.len() + self.finishing.len() >= MAX_CONNECTIONS && !self.finishing.is_empty() {
+            // The oldest end makes room for a client that goes on.
+            self.finishing.remove(0);
         }
         if self.connections.len() >= MAX_CONNECTIONS {
             warn!("session {}: more than {MAX_CONNECTIONS} forwarded connections", self.id);
@@ -173,7 +177,7 @@ impl PortForward {
                 connection.broke(&text);
                 self.sink.reply(&forward::error(&self.id, forward::NEW, &text));
                 // What the client has sent meanwhile is acknowledged all the same: it waits for that.
-                if let Some(connection) = self.connections.remove(id) {
+                if let Some(connection) = self.take(id) {
                     self.acknowledge_all(id, &connection);
                 }
             }
@@ -218,7 +222,7 @@ impl PortForward {
     /// Ends a connection from this side: everything is acknowledged, since clients wait for that, then it is
     /// stopped.
     fn stop(&mut self, id: &ConnectionId, error: Option<&str>, now: Instant) {
-        let Some(connection) = self.connections.remove(id) else { return };
+        let Some(connection) = self.take(id) else { return };
         self.acknowledge_all(id, &connection);
         if let Some(text) = error {
             self.sink.reply(&forward::error(&self.id, forward::FORWARD, text));
@@ -227,18 +231,22 @@ impl PortForward {
         self.let_go(id, connection, now);
     }
 
-    fn acknowledge_all(&mut self, id: &ConnectionId, connection: &Connection) {
+    /// Removes a connection and what is owed in its name: its id may be used again at once.
+    fn take(&mut self, id: &ConnectionId) -> Option<Connection> {
+        self.owing.retain(|owing| owing != id);
+        self.connections.remove(id)
+    }
+
+    fn acknowledge_all(&self, id: &ConnectionId, connection: &Connection) {
         for _ in 0..connection.owed {
             self.sink.reply(&forward::about(&self.id, forward::ACK, id));
         }
-        self.owing.retain(|owing| owing != id);
     }
 
     /// Sends the acknowledgements that may go, in turn.
     fn acknowledge(&mut self, now: Instant) {
         let mut waiting = VecDeque::new();
         while let Some(id) = self.owing.pop_front() {
-            // Gone with its connection.
             let Some(connection) = self.connections.get_mut(&id) else { continue };
             if !connection.may_acknowledge() {
                 waiting.push_back(id);
@@ -261,12 +269,10 @@ impl PortForward {
     }
 
     /// The client has nothing to do with the connection any more. What it sent still reaches the target.
-    fn let_go(&mut self, id: &ConnectionId, connection: Connection, now: Instant) {
+    fn let_go(&mut self, id: &ConnectionId, mut connection: Connection, now: Instant) {
         self.on_the_way.data_gone(id);
-        if connection.has_output() {
+        if connection.finish(now) {
             self.finishing.push((connection, now + FINISH_LIMIT));
-        } else {
-            connection.finish();
         }
     }
 
@@ -311,7 +317,7 @@ impl PortForward {
             }
         }
         for (connection, _) in &self.finishing {
-            if let Some((fd, events)) = connection.watch(false) {
+            if let Some((fd, events)) = connection.watch(true) {
                 set.add(fd, events);
             }
         }
@@ -357,15 +363,17 @@ impl PortForward {
         let looking_up = self.finishing.iter().filter(|(c, _)| c.is_looking_up()).count();
         self.finishing.retain_mut(|(connection, until)| {
             let step = advance(connection, looking_up, &self.context, &self.wake, now);
-            let flushed = if let Step::Failed(text) = step { Err(text) } else { connection.flush(now) };
-            if let Err(text) = &flushed {
-                connection.broke(text);
+            let more = match step {
+                Step::Failed(text) => {
+                    connection.broke(&text);
+                    false
+                }
+                _ => connection.finish(now),
+            };
+            if more && now >= *until && connection.has_output() {
+                connection.broke("the target did not take all that the client sent");
             }
-            let more = flushed.is_ok() && connection.has_output() && now < *until;
-            if !more {
-                connection.finish();
-            }
-            more
+            more && now < *until
         });
     }
 
@@ -470,21 +478,25 @@ mod tests {
         forwarder.proceed(ready, now);
     }
 
+    fn about(typ: &str) -> Frame {
+        Frame::new(PORT_FORWARD, typ, None).with_props(Props::new().with_str("connection_id", "c"))
+    }
+
+    fn target(port: u16) -> Vec<u8> {
+        MapWriter::new()
+            .str("remote_host", Some("127.0.0.1"))
+            .with("remote_port", |out| rmp::encode::write_u16(out, port))
+            .str("protocol", Some("tcp"))
+            .finish()
+    }
+
     #[test]
     fn a_connection_without_traffic_is_closed_after_ten_minutes() {
         let (mut forwarder, outbox) = forwarder();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let body = MapWriter::new()
-            .str("remote_host", Some("127.0.0.1"))
-            .with("remote_port", |out| rmp::encode::write_u16(out, port))
-            .str("protocol", Some("tcp"))
-            .finish();
-        let about = |typ: &str| {
-            Frame::new(PORT_FORWARD, typ, None).with_props(Props::new().with_str("connection_id", "c"))
-        };
         let start = Instant::now();
-        forwarder.handle(&about(forward::NEW).with_body(body), start);
+        forwarder.handle(&about(forward::NEW).with_body(target(port)), start);
         turn(&mut forwarder, start);
         assert_eq!(next_type(&outbox).as_deref(), Some("new"));
         // Traffic towards the target counts.
@@ -496,6 +508,34 @@ mod tests {
         assert_eq!(next_type(&outbox), None);
         forwarder.proceed(Ready::default(), later + IDLE_LIMIT);
         assert_eq!(next_type(&outbox).as_deref(), Some("stop"));
+        // The target is given time to take what it was sent.
+        assert_eq!(forwarder.deadline(), Some(later + IDLE_LIMIT + FINISH_LIMIT));
+        forwarder.proceed(Ready::default(), later + IDLE_LIMIT + FINISH_LIMIT);
         assert!(forwarder.is_idle());
+    }
+
+    /// `stop` left the connection's id among those that are owed an ack. A new connection of the same id was then owed
+    /// less than none: 2^64 acks at its end.
+    #[test]
+    fn an_id_that_is_used_again_at_once_is_owed_nothing() {
+        let (mut forwarder, outbox) = forwarder();
+        // A target that does not read.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let body = target(listener.local_addr().unwrap().port());
+        let start = Instant::now();
+        forwarder.handle(&about(forward::NEW).with_body(body.clone()), start);
+        turn(&mut forwarder, start);
+        while forwarder.owing.is_empty() {
+            forwarder.handle(&about(forward::FORWARD).with_body(vec![0; 64 << 10]), start);
+        }
+        forwarder.handle(&about(forward::STOP), start);
+        forwarder.handle(&about(forward::NEW).with_body(body), start);
+        assert!(forwarder.owing.is_empty());
+        turn(&mut forwarder, start);
+        while next_type(&outbox).is_some() {}
+        forwarder.handle(&about(forward::FORWARD).with_body("x"), start);
+        forwarder.handle(&about(forward::STOP), start);
+        let all: Vec<_> = std::iter::from_fn(|| next_type(&outbox)).collect();
+        assert_eq!(all, ["ack", "stop"]);
     }
 }

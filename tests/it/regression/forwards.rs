@@ -1,1 +1,111 @@
 //! Port forwarding.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
+};
+use std::os::fd::AsRawFd;
+
+use crate::forwards::session;
+use crate::harness::rig::is_root;
+use crate::harness::wait::{SOON, millis, skip, spawn};
+
+/// A target that answers each line after a while: how many lines it got until its connection ended.
+fn slow_lines(listener: TcpListener) -> usize {
+    let (stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let mut lines = 0;
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut line = String::new();
+    while let Ok(1..) = reader.read_line(&mut line) {
+        lines += 1;
+        // The pace of an application, not a wait for anything.
+        std::thread::park_timeout(millis(20));
+        // Nobody listens any more, which is no reason to stop.
+        let _ = (&stream).write_all(b"the answer to that line\n");
+        line.clear();
+    }
+    lines
+}
+
+/// A client that had sent its commands and gone took most of them with it: the target's answers met a closed socket,
+/// which was reset with what the target had not read yet. 2 of 100 pipelined commands arrived, and the audit log said
+/// that all was well.
+#[test]
+fn a_target_that_talks_back_gets_all_that_was_acknowledged() {
+    let (rig, _device, client) = session();
+    for close in [false, true] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let target = spawn("slow-lines", move || slow_lines(listener));
+        let connection = client.connect("tcp", "127.0.0.1", port).opened();
+        connection.send("a command\n".repeat(100).as_bytes());
+        connection.acked();
+        if close {
+            // mender-cli ends its session without a word about its connections.
+            client.close();
+        } else {
+            connection.stop();
+        }
+        assert_eq!(target.join().unwrap(), 100);
+        let line = rig.daemon.wait_for_log(&format!(":{port}"), SOON);
+        assert!(line.contains("result=closed"), "{line}");
+        if close {
+            return;
+        }
+    }
+}
+
+/// The checksum of RFC 1071.
+fn checksum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+    let sum: u32 = words.sum();
+    !((sum & 0xffff) + (sum >> 16)) as u16
+}
+
+/// What a router on the way sends about a datagram: "destination unreachable" with this code.
+fn unreachable(code: u8, from: SocketAddr, to: SocketAddr) {
+    let (SocketAddr::V4(from), SocketAddr::V4(to)) = (from, to) else { panic!("IPv4 only") };
+    let mut datagram = vec![0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0];
+    datagram.extend(from.ip().octets());
+    datagram.extend(to.ip().octets());
+    datagram.extend(from.port().to_be_bytes());
+    datagram.extend(to.port().to_be_bytes());
+    datagram.extend([0, 9, 0, 0, b'x']);
+    // The next hop's MTU, where the code is "fragmentation needed".
+    let mut message = vec![3, code, 0, 0, 0, 0, 5, 0];
+    message.extend(datagram);
+    let sum = checksum(&message).to_be_bytes();
+    message[2..4].copy_from_slice(&sum);
+    let raw = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp).unwrap();
+    let here = SockaddrIn::from(std::net::SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0));
+    assert_eq!(sendto(raw.as_raw_fd(), &message, &here, MsgFlags::empty()), Ok(message.len()));
+}
+
+/// A router's word about one datagram ended a UDP forward for good: "read: message too long" where the path's MTU had
+/// shrunk, "read: no route to host" where a firewall refused once.
+#[test]
+fn no_report_of_the_network_ends_a_udp_forward() {
+    if !is_root() {
+        return skip("only root can send ICMP");
+    }
+    let (_rig, _device, client) = session();
+    let target = UdpSocket::bind("127.0.0.1:0").unwrap();
+    target.set_read_timeout(Some(SOON)).unwrap();
+    let connection = client.connect("udp", "127.0.0.1", target.local_addr().unwrap().port()).opened();
+    let mut buffer = [0; 100];
+    connection.send(b"first");
+    let (_, agent) = target.recv_from(&mut buffer).unwrap();
+    // Net, host, protocol and port unreachable, fragmentation needed, prohibited.
+    for code in [0, 1, 2, 3, 4, 9, 10, 13] {
+        unreachable(code, agent, target.local_addr().unwrap());
+        target.send_to(&[b'a' + code], agent).unwrap();
+        assert_eq!(connection.next(SOON), Some(vec![b'a' + code]), "code {code}");
+        connection.send(&[code]);
+        let (n, _) = target.recv_from(&mut buffer).unwrap();
+        assert_eq!(buffer[..n], [code]);
+    }
+    client.close();
+}
