@@ -116,10 +116,11 @@ impl Inbox {
         Some(frame)
     }
 
-    /// Tells the session that the link is gone.
+    /// Tells the session that the link is gone. Nothing is taken from now on: what began later would outlive it.
     pub fn hang_up(&self) {
         let mut state = self.lock();
         state.hung_up = true;
+        state.closed = true;
         state.keyboard = None;
         state.frames.clear();
         state.bytes = 0;
