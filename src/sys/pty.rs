@@ -8,6 +8,7 @@ use nix::fcntl::{OFlag, open};
 use nix::libc;
 use nix::pty::{PtyMaster, grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::stat::Mode;
+use nix::sys::termios::{InputFlags, SetArg, tcgetattr, tcsetattr};
 use nix::unistd::{Uid, fchown};
 
 /// A terminal's size in characters.
@@ -42,6 +43,10 @@ impl Pty {
         if owner.is_some() {
             fchown(&slave, owner, None)?;
         }
+        // All clients speak UTF-8: in cooked mode a backspace removes a character, not a byte.
+        let mut modes = tcgetattr(&slave)?;
+        modes.input_flags.insert(InputFlags::IUTF8);
+        tcsetattr(&slave, SetArg::TCSANOW, &modes)?;
         let pty = Pty { master };
         pty.resize(size)?;
         Ok((pty, slave))
