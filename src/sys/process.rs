@@ -1,9 +1,11 @@
 //! The shell's process: started on its terminal, watched, ended, reaped.
 
 use std::collections::HashSet;
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -14,7 +16,7 @@ use nix::libc;
 use nix::poll::PollFlags;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
-use nix::unistd::{Gid, Pid, Uid, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
+use nix::unistd::{Gid, Pid, Uid, chdir, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
 
 use super::PollSet;
 use super::notify;
@@ -48,7 +50,8 @@ enum ExitWatch {
 }
 
 impl SessionLeader {
-    /// Starts `command` on the terminal `tty` in `user`'s home, as `user` when this process is root.
+    /// Starts `command` on the terminal `tty` as `user` when this process is root, in `user`'s home or, where the user
+    /// can't enter that, in `/`.
     ///
     /// The environment is HOME and TERM and nothing else. Signals have their default effect, umask and limits are
     /// those that this process was started with, and no descriptor of ours but the terminal is open. With
@@ -64,7 +67,7 @@ impl SessionLeader {
         no_new_privileges: bool,
         tty: OwnedFd,
     ) -> io::Result<Self> {
-        let home = if user.home.is_dir() { user.home.as_path() } else { Path::new("/") };
+        let home = CString::new(user.home.as_os_str().as_bytes())?;
         let switch = geteuid().is_root().then(|| (user.groups.clone(), user.gid, user.uid));
         let mut spawn = Command::new(command);
         spawn
@@ -72,7 +75,6 @@ impl SessionLeader {
             .env_clear()
             .env("HOME", &user.home)
             .env("TERM", "xterm-256color")
-            .current_dir(home)
             .stdin(Stdio::from(tty.try_clone()?))
             .stdout(Stdio::from(tty.try_clone()?))
             .stderr(Stdio::from(tty));
@@ -87,6 +89,9 @@ impl SessionLeader {
             if let Some((groups, gid, uid)) = &switch {
                 become_user(groups, *gid, *uid)?;
             }
+            // As the user, not before: root may not enter every home (NFS with root_squash), and may enter directories
+            // that the user may not.
+            chdir(home.as_c_str()).or_else(|_| chdir(c"/"))?;
             end_with(parent)
         });
         let mut child = spawn.spawn()?;
