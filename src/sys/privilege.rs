@@ -25,22 +25,26 @@ const SETUID: u32 = 7;
 #[derive(Debug)]
 struct Inherited {
     umask: Mode,
-    /// Soft and hard.
-    core: Option<(rlim_t, rlim_t)>,
+    limits: [(Resource, Option<Limit>); 2],
 }
+
+/// Soft and hard.
+type Limit = (rlim_t, rlim_t);
 
 static INHERITED: OnceLock<Inherited> = OnceLock::new();
 
 /// The memory, which holds the token, goes into no core file and isn't shown to other processes of the user; new
-/// files are for the user alone.
+/// files are for the user alone. Descriptors are there as far as the hard limit goes: systemd's soft limit, 1024, is
+/// for programs that use select(2), and one session's forwards could use it up.
 ///
 /// # Errors
 /// When the system refuses the first.
 pub fn keep_to_oneself() -> io::Result<()> {
-    let core = getrlimit(Resource::RLIMIT_CORE).ok();
-    let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), core });
-    if let Some((_, hard)) = core {
-        setrlimit(Resource::RLIMIT_CORE, 0, hard)?;
+    let limits = [Resource::RLIMIT_CORE, Resource::RLIMIT_NOFILE].map(|r| (r, getrlimit(r).ok()));
+    let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), limits });
+    if let [(core, Some((_, most_core))), (files, Some((_, most_files)))] = limits {
+        setrlimit(core, 0, most_core)?;
+        setrlimit(files, most_files, most_files)?;
     }
     // The limit doesn't count where core files are piped to a program.
     prctl::set_dumpable(false)?;
@@ -52,10 +56,12 @@ pub fn keep_to_oneself() -> io::Result<()> {
 /// # Errors
 /// What setrlimit(2) says.
 pub fn restore() -> io::Result<()> {
-    let Some(Inherited { umask: mask, core }) = INHERITED.get() else { return Ok(()) };
+    let Some(Inherited { umask: mask, limits }) = INHERITED.get() else { return Ok(()) };
     umask(*mask);
-    if let Some((soft, hard)) = core {
-        setrlimit(Resource::RLIMIT_CORE, *soft, *hard)?;
+    for (resource, limit) in limits {
+        if let Some((soft, hard)) = limit {
+            setrlimit(*resource, *soft, *hard)?;
+        }
     }
     Ok(())
 }
