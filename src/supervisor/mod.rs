@@ -119,7 +119,7 @@ impl Supervisor {
         while self.machine.state != State::Stopping {
             self.wait(signals)?;
             while let Some(signal) = signals.next() {
-                self.handle_signal(signal);
+                self.handle_signal(signal, signals.lost_terminal());
             }
             self.wake.clear();
             let auth = self.source.process(Instant::now())?;
@@ -167,10 +167,14 @@ impl Supervisor {
         set.wait(deadlines.into_iter().flatten().min())
     }
 
-    fn handle_signal(&mut self, signal: Signal) {
+    fn handle_signal(&mut self, signal: Signal, lost_terminal: bool) {
         match signal {
             Signal::SIGTERM | Signal::SIGINT => {
                 info!("{} received, ending", signal.as_str());
+                self.step(Event::Stop);
+            }
+            Signal::SIGHUP if lost_terminal => {
+                info!("the terminal is gone, ending");
                 self.step(Event::Stop);
             }
             Signal::SIGHUP => {
