@@ -66,7 +66,7 @@ enum State {
 struct Running {
     shell: Shell,
     info: Arc<ShellInfo>,
-    permit: ShellPermit,
+    _permit: ShellPermit,
     clock: Clock,
     /// Set when the process is reaped. Its last output may still be on the way.
     exit: Option<ExitStatus>,
@@ -80,7 +80,6 @@ struct Ending {
     process: SessionLeader,
     /// Why it ends, as the audit log has it.
     why: &'static str,
-    permit: Option<ShellPermit>,
     /// The client waits for an answer.
     answer: bool,
     killed: bool,
@@ -182,18 +181,17 @@ impl Terminal {
         self.info.set_shell(Arc::clone(&info));
         self.sink.reply(&wire::started(&self.id));
         let clock = Clock::new(&config.sessions, now);
-        let running = Running { shell, info, permit, clock, exit: None, at_end: false, give_up: None };
+        let running =
+            Running { shell, info, _permit: permit, clock, exit: None, at_end: false, give_up: None };
         self.state = State::Running(Box::new(running));
         Ok(())
     }
 
-    /// The link is gone, and with it everybody who could watch: ends the shell without a word. Its permit
-    /// is free at once, so that nothing is in the way of those who come back.
+    /// The link is gone, and with it everybody who could watch: ends the shell without a word.
     pub fn hang_up(&mut self, now: Instant) {
         self.deferred.clear();
         self.end("link lost", false, HANG_UP_GRACE, now);
         if let State::Ending(ending) = &mut self.state {
-            ending.permit = None;
             ending.answer = false;
             ending.deadline = ending.deadline.map(|at| at.min(now + HANG_UP_GRACE));
         }
@@ -206,15 +204,15 @@ impl Terminal {
         }
     }
 
-    /// From running to ending: the terminal is closed, which hangs it up, and the processes are told.
+    /// From running to ending: the terminal is closed, which hangs it up, and the processes are told. The permit is
+    /// free at once: nobody can type into this shell any more, however long it takes to end.
     fn end(&mut self, why: &'static str, answer: bool, grace: Duration, now: Instant) {
         match std::mem::replace(&mut self.state, State::Nothing) {
             State::Running(running) => {
-                let Running { shell: Shell { process, .. }, permit, .. } = *running;
+                let Running { shell: Shell { process, .. }, .. } = *running;
                 process.hang_up();
                 let deadline = Some(now + grace);
-                let permit = Some(permit);
-                self.state = State::Ending(Ending { process, why, permit, answer, killed: false, deadline });
+                self.state = State::Ending(Ending { process, why, answer, killed: false, deadline });
             }
             other => self.state = other,
         }
