@@ -28,6 +28,9 @@ pub const ACK: &str = "ack";
 /// Something is wrong; ends a transfer.
 pub const ERROR: &str = "error";
 
+/// Bytes of a path with the zero behind it, as the kernel has them.
+const PATH_MAX: usize = 4096;
+
 const OFFSET: &str = "offset";
 
 /// The body of `stat`, `get_file` and `put_file`. The latter alone has more than a path.
@@ -56,6 +59,13 @@ impl Request {
         let request = Self::parse(body).map_err(|e| format!("malformed request parameters: {e}"))?;
         if request.path.as_os_str().is_empty() {
             return Err("invalid request parameters: path: cannot be blank.".to_owned());
+        }
+        for (what, path) in [("path", Some(&request.path)), ("src_path", request.src_path.as_ref())] {
+            if path.is_some_and(|path| path.as_os_str().len() >= PATH_MAX) {
+                return Err(format!(
+                    "invalid request parameters: {what}: the length must be below {PATH_MAX}."
+                ));
+            }
         }
         Ok(request)
     }
@@ -232,6 +242,19 @@ mod tests {
         assert!(error(b"").starts_with("malformed request parameters: "));
         assert!(error(b"\x81\xa4path\x01").starts_with("malformed request parameters: "));
         assert!(error(b"\x82\xa4path\xa1x\xa3uid\xff").starts_with("malformed request parameters: "));
+    }
+
+    #[test]
+    fn paths_end_where_the_kernels_do() {
+        let request = |key, n| {
+            let body = MapWriter::new().str("path", Some("/p")).str(key, Some(&"p".repeat(n)));
+            Request::decode(&body.finish()).map(drop)
+        };
+        for key in ["path", "src_path"] {
+            assert_eq!(request(key, 4095), Ok(()));
+            let refused = format!("invalid request parameters: {key}: the length must be below 4096.");
+            assert_eq!(request(key, 4096), Err(refused));
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::msgpack::{Cursor, DecodeError, MapWriter, Value};
-use super::{Frame, PORT_FORWARD, Props, SessionId};
+use super::{Frame, MAX_TEXT, PORT_FORWARD, Props, SessionId, clipped};
 
 /// Connect to a target; the answer to that.
 pub const NEW: &str = "new";
@@ -18,6 +18,8 @@ pub const STOP: &str = "stop";
 pub const ERROR: &str = "error";
 
 const CONNECTION_ID: &str = "connection_id";
+/// Bytes of a host's name, as DNS has them.
+const MAX_HOST: usize = 255;
 /// For everything that a `new` may lack.
 const INCOMPLETE: &str = "invalid port-forward message: missing connection_id, remote_port or protocol";
 
@@ -75,13 +77,16 @@ impl Target {
     /// The text for the peer.
     pub fn decode(body: &[u8]) -> Result<Self, String> {
         let (host, port, protocol) = Self::parse(body).map_err(|e| e.to_string())?;
+        if host.len() > MAX_HOST {
+            return Err(format!("invalid port-forward message: remote_host is longer than {MAX_HOST} bytes"));
+        }
         if host.is_empty() || port == 0 || protocol.is_empty() {
             return Err(INCOMPLETE.to_owned());
         }
         let transport = match protocol.as_str() {
             "tcp" => Transport::Tcp,
             "udp" => Transport::Udp,
-            other => return Err(format!("unknown protocol: {other}")),
+            other => return Err(format!("unknown protocol: {}", clipped(other, MAX_TEXT))),
         };
         Ok(Target { host, port, transport })
     }
@@ -146,6 +151,15 @@ mod tests {
         ] {
             assert_eq!(target(incomplete), Err(INCOMPLETE.to_owned()));
         }
+        let long = |n| {
+            let host = MapWriter::new().str("remote_host", Some(&"h".repeat(n)));
+            let body =
+                host.with("remote_port", |out| rmp::encode::write_u16(out, 1)).str("protocol", Some("tcp"));
+            target(&body.finish()).map(|target| target.host.len())
+        };
+        assert_eq!(long(255), Ok(255));
+        let refused = "invalid port-forward message: remote_host is longer than 255 bytes";
+        assert_eq!(long(256), Err(refused.to_owned()));
         let unknown = b"\x83\xabremote_host\xa1x\xabremote_port\x01\xa8protocol\xa4sctp";
         assert_eq!(target(unknown), Err("unknown protocol: sctp".to_owned()));
         assert!(target(b"\x81\xabremote_port\xce\0\x01\0\0").is_err() && target(b"").is_err());

@@ -11,12 +11,16 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rmp::{Marker, encode};
 
+use super::MAX_ID;
 pub use super::msgpack::DecodeError;
 use super::msgpack::{Cursor, Value};
 
 /// What a header may take in all, in bytes: as much as the reference agent takes of a message. Answers repeat parts of
 /// it, and so do log lines.
 const MAX_HEADER: usize = 8 * 1024;
+
+/// Bytes of properties that an answer repeats, and one more property.
+const MAX_READABLE: usize = 512;
 
 /// The name of a session, chosen by the server; never empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -115,7 +119,7 @@ impl Props {
         Props { raw: raw.into() }
     }
 
-    /// What every peer can read of it: scalars under names.
+    /// What every peer can read of it: scalars under names, neither long ones nor many.
     #[must_use]
     pub fn readable(&self) -> Self {
         let mut cursor = Cursor::new(&self.raw);
@@ -124,10 +128,15 @@ impl Props {
             let Ok(name) = cursor.value() else { break };
             let start = cursor.rest();
             let Ok(value) = cursor.value() else { break };
-            let scalar =
-                !matches!(value, Value::Other(marker) if !matches!(marker, Marker::True | Marker::False));
-            if let (Value::Blob(name), true) = (name, scalar)
+            let good = match value {
+                Value::Other(marker) => matches!(marker, Marker::True | Marker::False),
+                Value::Blob(text) => text.len() <= MAX_ID,
+                _ => true,
+            };
+            if let (Value::Blob(name), true) = (name, good)
                 && let Ok(name) = std::str::from_utf8(name)
+                && name.len() <= MAX_ID
+                && pairs.len() <= MAX_READABLE
             {
                 count += 1;
                 // Writing to a Vec doesn't fail.
@@ -219,7 +228,15 @@ impl Frame {
         self.props.str("user_id").unwrap_or_default().into()
     }
 
-    /// Reads a websocket message. The body shares the message's memory. Bytes after the document don't count.
+    /// The identifier that is too long, if one is. Answers and log lines repeat identifiers.
+    pub fn too_long(&self) -> Option<&'static str> {
+        let ids = ["user_id", "connection_id", "msgid"].map(|key| (key, self.props.str(key)));
+        let sid = self.sid.as_ref().map(SessionId::as_str);
+        let mut all = [("sid", sid), ("typ", Some(&self.typ))].into_iter().chain(ids);
+        all.find(|(_, id)| id.is_some_and(|id| id.len() > MAX_ID)).map(|(what, _)| what)
+    }
+
+    /// Reads a websocket message. A body that is most of it shares the message's memory. Bytes after the document don't count.
     ///
     /// # Errors
     /// When it is no frame.
@@ -239,6 +256,10 @@ impl Frame {
                 Value::Blob(b"body") => body = blob(&mut cursor, "body", message)?,
                 _ => cursor.skip()?,
             }
+        }
+        // A slice keeps the whole message in memory, while bounds on what waits count bodies.
+        if body.len() < message.len() / 2 {
+            body = Bytes::copy_from_slice(&body);
         }
         let Header { proto, typ, sid, props } = header.ok_or(DecodeError::NoHeader)?;
         Ok(Frame { proto, typ, sid, props, body })
@@ -312,7 +333,7 @@ impl Header {
                 Value::Blob(b"proto") => header.proto = int(cursor, "proto")?,
                 Value::Blob(b"typ") => header.typ = text(cursor, "typ", message)?,
                 Value::Blob(b"sid") => header.sid = SessionId::new(&text(cursor, "sid", message)?),
-                Value::Blob(b"props") => header.props = props(cursor, message)?,
+                Value::Blob(b"props") => header.props = props(cursor)?,
                 _ => cursor.skip()?,
             }
         }
@@ -349,7 +370,7 @@ fn typed<'a>(
     if value == Value::Nil || wanted(&value) { Ok(value) } else { Err(DecodeError::Type { what, found }) }
 }
 
-fn props(cursor: &mut Cursor<'_>, message: &Bytes) -> Result<Props, DecodeError> {
+fn props(cursor: &mut Cursor<'_>) -> Result<Props, DecodeError> {
     let start = cursor.rest();
     if cursor.map("props")?.unwrap_or(0) == 0 {
         return Ok(Props::new());
@@ -357,7 +378,7 @@ fn props(cursor: &mut Cursor<'_>, message: &Bytes) -> Result<Props, DecodeError>
     *cursor = Cursor::new(start);
     cursor.skip()?;
     let length = start.len() - cursor.rest().len();
-    Ok(Props { raw: message.slice_ref(&start[..length]) })
+    Ok(Props { raw: Bytes::copy_from_slice(&start[..length]) })
 }
 
 #[cfg(test)]

@@ -19,6 +19,12 @@ pub mod shell;
 
 pub use frame::{Frame, Props, SessionId, UserId};
 
+/// Bytes that an identifier may have: a session's, a user's, a connection's, a message's, a message type.
+pub const MAX_ID: usize = 256;
+
+/// Characters of a client's text that answers and log lines repeat.
+pub const MAX_TEXT: usize = 256;
+
 /// The terminal.
 pub const SHELL: u16 = 1;
 /// File transfer.
@@ -29,6 +35,11 @@ pub const PORT_FORWARD: u16 = 3;
 pub const MENDER_CLIENT: u16 = 4;
 /// Session control.
 pub const CONTROL: u16 = 0xffff;
+
+/// At most so many characters of `text`.
+pub fn clipped(text: &str, limit: usize) -> String {
+    text.chars().take(limit).collect()
+}
 
 #[cfg(test)]
 mod golden;

@@ -12,10 +12,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::proto::forward::Target;
-use crate::proto::{FILE_TRANSFER, PORT_FORWARD, SHELL, SessionId, UserId};
+use crate::proto::{FILE_TRANSFER, MAX_TEXT, PORT_FORWARD, SHELL, SessionId, UserId, clipped};
 
-/// Characters shown of a peer's text, and of a path.
-const MAX_TEXT: usize = 256;
+/// Characters shown of a path.
 const MAX_PATH: usize = 4096;
 
 /// A number that others read at any time.
@@ -316,8 +315,4 @@ impl Info {
         report["forwards_open"] = open.into();
         report
     }
-}
-
-fn clipped(text: &str, limit: usize) -> String {
-    text.chars().take(limit).collect()
 }

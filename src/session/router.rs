@@ -9,11 +9,14 @@ use log::{debug, info, warn};
 use super::inbox::{Inbox, Rejected};
 use super::{Context, Entry, Info, Table, ThreadCount, mender_client, terminal, worker};
 use crate::outbox::{FrameSink, Outbox};
-use crate::proto::{CONTROL, Frame, MENDER_CLIENT, SHELL, SessionId, control, shell};
+use crate::proto::{CONTROL, Frame, MAX_ID, MENDER_CLIENT, SHELL, SessionId, control, shell};
 use crate::sys::wake::Wake;
 
-/// Sessions of a link at a time. A server has a handful; this only keeps a mad one from taking all memory.
+/// Session threads on the device, those of earlier links included. A server has a handful; this only keeps a mad one
+/// from taking all memory.
 const MAX_SESSIONS: usize = 256;
+/// Besides, for shells alone, so that no flood of other sessions is in their way.
+const SHELL_RESERVE: usize = 16;
 
 /// Frames that their sessions don't hear of at once.
 const MAX_UNANNOUNCED: usize = 64;
@@ -93,6 +96,14 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
     /// Brings a frame to its session, which is made if need be. [`Router::announce`] is to be called when no more
     /// follow at once.
     pub fn route(&mut self, frame: Frame) {
+        if let Some(what) = frame.too_long() {
+            debug!("ignoring a message: its {what} is too long");
+            if let Some(id) = frame.sid.filter(|id| id.as_str().len() <= MAX_ID) {
+                let text = format!("{what} is longer than {MAX_ID} bytes");
+                self.answer(&control::error(&id, &text, false));
+            }
+            return;
+        }
         if frame.proto == MENDER_CLIENT && self.context.config().mender_client {
             return mender_client::handle(&self.context, &frame, &self.sink);
         }

@@ -17,7 +17,9 @@ use super::terminal::Terminal;
 use super::{Context, Info, THREAD_PREFIX};
 use crate::audit::Record;
 use crate::outbox::FrameSink;
-use crate::proto::{CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, SHELL, SessionId, control};
+use crate::proto::{
+    CONTROL, FILE_TRANSFER, Frame, MAX_TEXT, MENDER_CLIENT, PORT_FORWARD, SHELL, SessionId, clipped, control,
+};
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, thread};
 
@@ -43,6 +45,11 @@ struct Session {
     idle: Option<Idle>,
     /// Why it ends, as the audit log has it.
     end: &'static str,
+}
+
+/// Why a body can't be read; its text may hold some of the body.
+fn words(error: &impl std::fmt::Display) -> String {
+    clipped(&error.to_string(), MAX_TEXT)
 }
 
 /// The time since something came in.
@@ -216,7 +223,7 @@ impl Session {
                     control::accept(&self.id, &self.protocols())
                 }
                 Ok(_) => refuse(format!("handshake rejected: require version {}", control::VERSION)),
-                Err(e) => refuse(format!("failed to decode handshake request: {e}")),
+                Err(e) => refuse(format!("failed to decode handshake request: {}", words(&e))),
             }),
             control::ACCEPT => match control::parse::<control::Accept>(&frame.body) {
                 Ok(accept) if accept.version == control::VERSION => None,
@@ -225,7 +232,7 @@ impl Session {
                     accept.version,
                     control::VERSION
                 ))),
-                Err(e) => Some(refuse(format!("malformed handshake response: {e}"))),
+                Err(e) => Some(refuse(format!("malformed handshake response: {}", words(&e)))),
             },
             control::PING => Some(control::pong(&self.id)),
             control::PONG => None,
@@ -236,7 +243,8 @@ impl Session {
             }
             control::ERROR => {
                 let error = control::parse::<control::Error>(&frame.body).unwrap_or_default();
-                info!("session {}: error from the peer: {:?}", self.id, error.err.unwrap_or_default());
+                let text = error.err.unwrap_or_default();
+                info!("session {}: error from the peer: {:?}", self.id, clipped(&text, MAX_TEXT));
                 over = error.close.unwrap_or(false);
                 None
             }

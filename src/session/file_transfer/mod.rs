@@ -23,7 +23,7 @@ use super::info::{Info, TransferInfo};
 use crate::audit::Record;
 use crate::outbox::FrameSink;
 use crate::proto::file::{self, FileInfo, Request};
-use crate::proto::{Frame, SessionId, UserId};
+use crate::proto::{Frame, MAX_TEXT, SessionId, UserId, clipped};
 use crate::sys::wake::Wake;
 
 /// The code of what the limits forbid: the server hands it on as the HTTP status.
@@ -365,7 +365,7 @@ impl FileTransfer {
             .ok()
             .and_then(|e| e.err)
             .unwrap_or_default();
-        info!("session {}: error from the peer: {text:?}", self.id);
+        info!("session {}: error from the peer: {:?}", self.id, clipped(&text, MAX_TEXT));
         self.close();
     }
 

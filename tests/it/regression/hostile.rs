@@ -1,1 +1,137 @@
 //! Clients and users who mean harm.
+
+use rmpv::Value;
+
+use crate::forwards::session;
+use crate::harness::client::{Style, Terminal, new_sid};
+use crate::harness::daemon::emulated;
+use crate::harness::forward::target_body;
+use crate::harness::msg::{COMMANDS, CONTROL, FILES, Ints, Msg, PORTS, SHELL, encode, map};
+use crate::harness::proc;
+use crate::harness::rig::Rig;
+use crate::harness::targets::{Role, Target, stream};
+use crate::harness::wait::{SOON, secs};
+
+/// The largest body that may be asked of memory.
+const MOST_KIB: u64 = 40 << 10;
+
+/// A body of one byte kept the message of a mebibyte alive that it came in, while the bounds of a forward counted the
+/// byte: 260 such messages ended an agent that was limited to 256 MiB.
+#[test]
+fn a_small_body_does_not_keep_its_message() {
+    let (rig, device, client) = session();
+    let target = Target::start(Role::Stalled);
+    let connection = client.connect("tcp", "127.0.0.1", target.port()).opened();
+    let mut sent = 0;
+    while connection.in_flight() < 4 {
+        connection.send_anyway(&stream(sent, 64 << 10));
+        sent += 64 << 10;
+        connection.acked_within(crate::harness::wait::millis(200));
+    }
+    let ballast = Value::Binary(vec![0; 1 << 20]);
+    let props = map(&[("connection_id", connection.id.as_str().into()), ("user_id", "u".into())]);
+    let header =
+        [("proto", PORTS.into()), ("typ", "forward".into()), ("sid", client.sid().into()), ("props", props)];
+    let message = map(&[("hdr", map(&header)), ("body", Value::Binary(vec![7])), ("zzz", ballast)]);
+    for _ in 0..300 {
+        device.send_value(&message, Ints::Compact);
+    }
+    assert!(device.answers(b"all of it", secs(60)));
+    let rss = proc::rss_kib(rig.daemon.pid());
+    assert!(rss < MOST_KIB || emulated("its memory is the emulator's, too"), "{rss} KiB");
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open_with_prompt();
+    assert_eq!(terminal.run("echo works"), "works");
+    drop(rig);
+}
+
+/// `stop` left a connection among those that are owed an acknowledgement, and a new one of the same id, which followed
+/// at once, was then owed 2^64 - 1 of them: the agent took all memory when the target ended.
+#[test]
+fn a_connection_id_is_used_again_at_once() {
+    let (rig, device, _client) = session();
+    let (sid, id) = (new_sid(), "again");
+    let target = Target::start(Role::Stalled);
+    let props = [("connection_id", Value::from(id)), ("user_id", "u".into())];
+    let body = target_body("127.0.0.1", target.port(), "tcp");
+    let of = |typ: &'static str| move |m: &Msg| m.proto == PORTS && m.typ == typ;
+    device.send(PORTS, "new", &sid, &props, &body);
+    device.take(SOON, "the answer to new", of("new"));
+    // Until the target's buffers and the agent's are full, and acks are owed.
+    loop {
+        device.send(PORTS, "forward", &sid, &props, &[0; 64 << 10]);
+        match device.try_take(crate::harness::wait::millis(500), of("ack")) {
+            Some(ack) => ack.map(drop).unwrap(),
+            None => break,
+        }
+    }
+    let message = |typ, body: &[u8]| {
+        let value = crate::harness::msg::message(PORTS, typ, &sid, &props, body);
+        crate::harness::wire::encode(true, crate::harness::wire::BINARY, &encode(&value, Ints::Compact))
+    };
+    // One write, so that the agent reads them together.
+    device.write(&[message("stop", b""), message("new", &body), message("forward", b"x")].concat()).unwrap();
+    device.take(SOON, "the answer to stop", of("stop"));
+    device.take(SOON, "the answer to the second new", of("new"));
+    device.take(SOON, "the one ack", of("ack"));
+    target.release();
+    drop(target);
+    device.take(SOON, "the target's end", of("stop"));
+    // Were more acks owed, they would come before this answer.
+    device.send(CONTROL, "ping", &sid, &[], b"");
+    device.take(SOON, "pong", |m| m.proto == CONTROL && m.typ == "pong");
+    let left: Vec<String> = device.drain(&sid).iter().map(Msg::summary).collect();
+    assert!(left.is_empty(), "{left:#?}");
+    drop(rig);
+}
+
+/// A path of 600,000 bytes was answered with 1,200,136 bytes, more than the server's own bus takes, which made it close
+/// the link: one message of one user took the device from everybody, for minutes each time.
+#[test]
+fn what_is_too_long_is_neither_taken_nor_repeated() {
+    let (_rig, device) = Rig::connected();
+    let long = |n| "x".repeat(n);
+    let path = |n| encode(&map(&[("path", format!("/{}", long(n)).into())]), Ints::Compact);
+    let user = |n: usize| [("user_id", Value::from(long(n)))];
+    let connection = |n: usize| [("connection_id", Value::from(long(n)))];
+    let files = ["stat", "get_file", "put_file"];
+    let mut refused: Vec<(u16, String, Vec<(&str, Value)>, Vec<u8>)> = Vec::new();
+    for n in [4095, 100_000, 1_000_000] {
+        refused.extend(files.map(|typ| (FILES, typ.to_owned(), user(1).to_vec(), path(n))));
+    }
+    for n in [256, 100_000, 1_000_000] {
+        let body = target_body(&long(n), 80, "tcp");
+        refused.push((PORTS, "new".to_owned(), connection(1).to_vec(), body));
+        let body = target_body("localhost", 80, &long(n));
+        refused.push((PORTS, "new".to_owned(), connection(1).to_vec(), body));
+    }
+    for n in [257, 7000] {
+        refused.push((SHELL, "new".to_owned(), user(n).to_vec(), Vec::new()));
+        refused.push((FILES, "stat".to_owned(), user(n).to_vec(), path(1)));
+        refused.push((PORTS, "new".to_owned(), connection(n).to_vec(), target_body("h", 1, "tcp")));
+        refused.push((CONTROL, "bogus".to_owned(), [("msgid", Value::from(long(n)))].to_vec(), Vec::new()));
+        for proto in [SHELL, FILES, PORTS, COMMANDS, CONTROL, 12345] {
+            refused.push((proto, long(n), user(1).to_vec(), Vec::new()));
+        }
+    }
+    // Not an identifier, but repeated all the same.
+    refused.push((FILES, "get_file".to_owned(), [("other", Value::from(long(7000)))].to_vec(), path(5000)));
+    for (proto, typ, props, body) in refused {
+        let sid = new_sid();
+        device.send(proto, &typ, &sid, &props, &body);
+        let answer = device.next_of(&sid, SOON);
+        assert!(answer.raw.len() < 1024, "{} bytes: {}", answer.raw.len(), answer.summary());
+        assert!(answer.typ == "error" || answer.status() == Some(2), "{}", answer.summary());
+    }
+    // The session that this is about has no name that an answer could have.
+    device.send(SHELL, "new", &long(257), &user(1), b"");
+    device.send(CONTROL, "open", &long(7000), &user(1), b"\x81\xa8versions\x92\x01\xa4long");
+    assert!(device.answers(b"still there", SOON));
+    device.nothing(crate::harness::wait::millis(100), "nothing more", |_| true);
+    // A path as long as the kernel takes is looked for, and not repeated whole.
+    let sid = new_sid();
+    device.send(FILES, "get_file", &sid, &user(1), &path(4094));
+    let answer = device.next_of(&sid, SOON);
+    let text = answer.field("err").unwrap().as_str().unwrap().to_owned();
+    assert!(text.ends_with(": file name too long") && answer.raw.len() < 1024, "{text}");
+}
