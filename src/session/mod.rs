@@ -113,6 +113,11 @@ impl Context {
         }
     }
 
+    /// How many session threads there are.
+    fn threads(&self) -> usize {
+        *self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// An empty table for a new link. The one before keeps its own, until its sessions have ended.
     fn new_table(&self) -> Arc<Table> {
         let table = Arc::default();

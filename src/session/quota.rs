@@ -50,16 +50,29 @@ impl ShellQuota {
     /// When the device or the user has enough; the device is looked at first.
     pub fn acquire(self: &Arc<Self>, user: &UserId, max_per_user: u32) -> Result<ShellPermit, Refusal> {
         let mut running = self.lock();
-        if running.values().sum::<usize>() >= MAX_SHELLS {
-            return Err(Refusal::Device);
-        }
-        let of_user = running.get(user).copied().unwrap_or(0);
-        if of_user >= usize::try_from(max_per_user).unwrap_or(usize::MAX) {
-            return Err(Refusal::User);
-        }
+        let of_user = check(&running, user, max_per_user)?;
         running.insert(user.clone(), of_user + 1);
         Ok(ShellPermit { quota: Arc::clone(self), user: user.clone() })
     }
+
+    /// Whether [`ShellQuota::acquire`] would have a permit now.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self, user: &UserId, max_per_user: u32) -> Result<(), Refusal> {
+        check(&self.lock(), user, max_per_user).map(drop)
+    }
+}
+
+fn check(running: &HashMap<UserId, usize>, user: &UserId, max_per_user: u32) -> Result<usize, Refusal> {
+    if running.values().sum::<usize>() >= MAX_SHELLS {
+        return Err(Refusal::Device);
+    }
+    let of_user = running.get(user).copied().unwrap_or(0);
+    if of_user >= usize::try_from(max_per_user).unwrap_or(usize::MAX) {
+        return Err(Refusal::User);
+    }
+    Ok(of_user)
 }
 
 impl Drop for ShellPermit {

@@ -184,8 +184,16 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
             // A server that doesn't read what sessions leave behind gets no more of them.
             return debug!("dropping {}/{:?}: too many answers wait", frame.proto, frame.typ);
         }
-        // Shells have a quota of their own: no flood of other sessions is in their way.
-        let started = if frame.proto != SHELL && self.table.lock().len() >= MAX_SESSIONS {
+        let mut limit = MAX_SESSIONS;
+        if frame.proto == SHELL {
+            limit += SHELL_RESERVE;
+            // Without a permit there will be no shell: that is not worth a thread.
+            let (user, most) = (frame.user(), self.context.config().sessions.max_per_user);
+            if let Err(refusal) = self.context.shells.check(&user, most) {
+                return self.answer(&terminal::refusal(id, &user, refusal.to_string()));
+            }
+        }
+        let started = if self.context.threads() >= limit {
             Err("too many sessions".to_owned())
         } else {
             self.spawn(id, frame.clone()).map_err(|e| crate::sys::reason(&e))
@@ -295,5 +303,34 @@ mod tests {
             assert!((4096..4096 + REPLIES_IN_FLIGHT).contains(&left), "{left}");
         }
         assert_eq!(context.counts().0, 0);
+    }
+
+    /// An inbox that had overflowed went on taking frames, though the client was told that the session is closed. What
+    /// they began then outlived the link.
+    #[test]
+    fn a_session_that_was_closed_for_an_overflow_gets_nothing_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("conf");
+        std::fs::write(&file, r#"{ "ShellCommand": "/bin/sh", "User": "root" }"#).unwrap();
+        let context = Context::new(config::load(&file, &dir.path().join("absent")).unwrap());
+        let outbox = Arc::new(Outbox::default());
+        let seats = std::cell::RefCell::new(Vec::new());
+        let mut router = Router::with(&context, &outbox, |_: &Arc<Context>, seat| {
+            seats.borrow_mut().push(seat);
+            Ok(())
+        });
+        let router = router.as_mut().unwrap();
+        let ping = Frame::new(CONTROL, control::PING, SessionId::new("s").as_ref());
+        // More than any inbox holds, and then one more message.
+        let mut sent = 0;
+        while context.table().lock().values().all(|entry| !entry.inbox.is_hung_up()) {
+            router.route(ping.clone());
+            sent += 1;
+            assert!(sent < 100_000);
+        }
+        router.route(ping);
+        let seats = seats.borrow();
+        assert_eq!(seats.len(), 2);
+        assert!(seats[0].inbox.pop().is_none() && seats[1].inbox.pop().is_some());
     }
 }

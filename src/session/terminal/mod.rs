@@ -21,12 +21,13 @@ use nix::poll::PollFlags;
 
 use self::clock::{Clock, Due};
 use self::shell::{Shell, Then};
+use super::credit::Credit;
 use super::quota::{MAX_SHELLS, ShellPermit};
 use super::{Context, Info, ShellInfo};
 use crate::audit::Record;
 use crate::outbox::FrameSink;
 use crate::proto::shell as wire;
-use crate::proto::{Frame, SessionId};
+use crate::proto::{Frame, SessionId, UserId};
 use crate::sys::PollSet;
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::{Pty, WindowSize};
@@ -153,8 +154,7 @@ impl Terminal {
 
     fn start(&mut self, frame: &Frame, now: Instant) {
         if let Err(reason) = self.try_start(frame, now) {
-            Record::new("shell-refused", Some(&self.id), &frame.user()).text("reason", &reason).log(false);
-            self.sink.reply(&wire::failure(&self.id, wire::NEW, reason));
+            self.sink.reply(&refusal(&self.id, &frame.user(), reason));
         }
     }
 
@@ -437,6 +437,12 @@ pub struct Ready {
 
 fn requested_size(frame: &Frame) -> Option<WindowSize> {
     wire::window_size(frame).map(|(width, height)| WindowSize { width, height })
+}
+
+/// The answer to a `new` that gets no shell, which is put on record.
+pub fn refusal(id: &SessionId, user: &UserId, reason: String) -> Frame {
+    Record::new("shell-refused", Some(id), user).text("reason", &reason).log(false);
+    wire::failure(id, wire::NEW, reason)
 }
 
 /// The answer where the terminal is disabled, and to types that it does not know.
