@@ -4,6 +4,7 @@
 //! loop over its inbox, its terminal and its timers. It ends when nothing is left to do for it, and at once when
 //! the link is gone.
 
+mod credit;
 mod file_transfer;
 mod inbox;
 mod info;

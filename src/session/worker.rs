@@ -149,13 +149,13 @@ impl Session {
             // Any input restarts the idle timer, where there is one.
             self.inbox.lend(if self.idle.is_none() { self.terminal.keyboard() } else { None });
             let (terminal, forwards) = {
-                let mut set = PollSet::new();
+                let (mut set, now) = (PollSet::new(), Instant::now());
                 set.add(self.wake.as_fd(), PollFlags::POLLIN);
-                let terminal = self.terminal.watch(&mut set);
+                let terminal = self.terminal.watch(&mut set, now);
                 let forwards = self.forwards.watch(&mut set);
                 let timer = self.idle.as_ref().map(Idle::deadline);
                 let deadlines =
-                    [timer, self.terminal.deadline(), self.files.deadline(), self.forwards.deadline()];
+                    [timer, self.terminal.deadline(now), self.files.deadline(), self.forwards.deadline()];
                 let deadline = deadlines.into_iter().flatten().min();
                 set.wait(deadline)?;
                 (terminal.look(&set), forwards.look(&set))

@@ -17,6 +17,7 @@ use crate::harness::wait::{SOON, millis, secs, throughout};
 #[test]
 fn health_check() {
     let (rig, device) = Rig::connected();
+    device.clients_fall_silent();
     let mut healthy = Terminal::new(&device, Style::Gui);
     let dead = Terminal::new(&device, Style::Cli);
     healthy.open_with_prompt();
@@ -144,6 +145,8 @@ fn data_alone_keeps_the_link_with_the_released_server() {
 fn a_peer_that_stops_reading_is_given_up() {
     let (mut rig, device) =
         Setup::new().config(script_config("exec yes")).set("ReconnectIntervalSeconds", 1).connected();
+    // One that answers would get no more output before its next answer.
+    device.clients_fall_silent();
     let terminal = Terminal::new(&device, Style::Cli);
     terminal.open();
     terminal.next(SOON);

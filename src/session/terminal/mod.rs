@@ -54,6 +54,8 @@ pub struct Terminal {
     id: SessionId,
     sink: FrameSink,
     info: Arc<Info>,
+    /// For output and pings, whichever shell they are of: its client has one queue.
+    credit: Credit,
     state: State,
     deferred: VecDeque<Frame>,
 }
@@ -97,7 +99,8 @@ pub struct Watched {
 impl Terminal {
     /// Without a shell.
     pub fn new(context: Arc<Context>, id: SessionId, sink: FrameSink, info: Arc<Info>) -> Self {
-        Terminal { context, id, sink, info, state: State::Nothing, deferred: VecDeque::new() }
+        let credit = Credit::new(Instant::now());
+        Terminal { context, id, sink, info, credit, state: State::Nothing, deferred: VecDeque::new() }
     }
 
     /// Whether there is neither a shell nor what is left of one.
@@ -114,6 +117,13 @@ impl Terminal {
     pub fn handle(&mut self, frame: Frame, now: Instant) {
         if !self.context.config().terminal.enabled {
             return self.sink.reply(&unknown(&self.id, &frame));
+        }
+        if frame.typ == wire::PONG {
+            self.credit.answered();
+            if let State::Running(running) = &mut self.state {
+                running.clock.pong(now);
+            }
+            return;
         }
         match (&mut self.state, frame.typ.as_str()) {
             // What comes while a shell ends is about the time after.
@@ -137,7 +147,6 @@ impl Terminal {
                     warn!("session {}: resizing the terminal: {}", self.id, crate::sys::reason(&e));
                 }
             }
-            (State::Running(running), wire::PONG) => running.clock.pong(now),
             (State::Running(_), wire::STOP) => {
                 // After the answer nothing may come, and before it nothing needs to.
                 self.sink.discard_output();
@@ -237,13 +246,13 @@ impl Terminal {
             .log(true);
     }
 
-    /// When [`Terminal::proceed`] wants to be called though nothing happened.
-    pub fn deadline(&self) -> Option<Instant> {
+    /// When [`Terminal::proceed`] wants to be called though nothing happened since `now`, when it was watched.
+    pub fn deadline(&self, now: Instant) -> Option<Instant> {
         match &self.state {
             State::Nothing => None,
             State::Running(running) => {
-                let timer = running.clock.deadline();
-                Some(running.give_up.map_or(timer, |at| at.min(timer)))
+                let deadlines = [running.give_up, self.credit.deadline(now)];
+                deadlines.into_iter().flatten().chain([running.clock.deadline()]).min()
             }
             State::Ending(ending) => ending.deadline,
         }
@@ -258,7 +267,7 @@ impl Terminal {
     }
 
     /// Adds what the terminal waits for.
-    pub fn watch<'a>(&'a self, set: &mut PollSet<'a>) -> Watched {
+    pub fn watch<'a>(&'a self, set: &mut PollSet<'a>, now: Instant) -> Watched {
         match &self.state {
             State::Nothing => Watched::default(),
             State::Ending(ending) => {
@@ -266,7 +275,7 @@ impl Terminal {
             }
             State::Running(running) => {
                 let mut events = PollFlags::empty();
-                events.set(PollFlags::POLLIN, self.sink.takes_data());
+                events.set(PollFlags::POLLIN, self.takes_output(now));
                 events.set(PollFlags::POLLOUT, running.shell.has_input());
                 // A closed terminal is always "ready", so one that can't be read isn't watched at all.
                 let watched = !running.at_end && !events.is_empty();
@@ -311,6 +320,7 @@ impl Terminal {
         if give_up || ready.pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
             self.pass_output(now);
         }
+        let takes_output = self.takes_output(now);
         let State::Running(running) = &mut self.state else { return };
         if let (Some(status), true) = (running.exit, running.at_end) {
             return self.ended_by_itself(status, now);
@@ -318,8 +328,8 @@ impl Terminal {
         if give_up {
             match running.exit {
                 // A background job has kept the terminal. What the shell wrote is out.
-                Some(status) if self.sink.takes_data() => return self.ended_by_itself(status, now),
-                // The last output still waits for the link.
+                Some(status) if takes_output => return self.ended_by_itself(status, now),
+                // The last output still waits for the link or the client.
                 Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
                 None => return self.end_because("hung up", ENDED.to_owned(), now),
             }
@@ -327,7 +337,7 @@ impl Terminal {
         // The reader may have typed.
         running.clock.input(running.info.traffic.last());
         match running.clock.due(now) {
-            Some(Due::Ping) => self.sink.reply(&wire::ping(&self.id, clock::PING_TIMEOUT)),
+            Some(Due::Ping) => self.ping(now),
             Some(Due::Warn(left)) => {
                 let left = left.as_secs_f32().ceil();
                 let text = format!(
@@ -336,13 +346,29 @@ impl Terminal {
                 self.sink.reply(&wire::output(&self.id).with_body(text));
             }
             Some(Due::End { why, text }) => self.end_because(why, text, now),
+            None if self.credit.wants_probe(now) => self.ping(now),
             None => {}
         }
     }
 
+    /// Asks whether the client is there, and how far it has read.
+    fn ping(&mut self, now: Instant) {
+        self.credit.probed(now);
+        self.sink.reply(&wire::ping(&self.id, clock::PING_TIMEOUT));
+    }
+
+    /// Whether the link and the client have room for output. What they have no room for stays in the terminal, whose
+    /// programs then wait.
+    fn takes_output(&self, now: Instant) -> bool {
+        self.credit.takes(now) && self.sink.takes_data()
+    }
+
     fn pass_output(&mut self, now: Instant) {
-        let State::Running(running) = &mut self.state else { return };
-        while !running.at_end && self.sink.takes_data() {
+        while self.takes_output(now) {
+            let State::Running(running) = &mut self.state else { return };
+            if running.at_end {
+                return;
+            }
             let frame = wire::output(&self.id);
             let most = self.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
             let (message, (length, then)) = self.sink.compose(&frame, most, |place| {
@@ -354,14 +380,18 @@ impl Terminal {
                 self.info.traffic.bytes_out.add(length);
                 running.clock.output(now);
                 self.sink.output(message);
+                self.credit.sent(length, now);
             }
             match then {
                 Then::More => {}
-                Then::Wait => break,
+                Then::Wait => return,
                 Then::End => {
                     running.at_end = true;
                     running.give_up = Some(now + STOP_GRACE);
                 }
+            }
+            if self.credit.wants_probe(now) {
+                self.ping(now);
             }
         }
     }

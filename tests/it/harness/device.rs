@@ -1,9 +1,10 @@
 //! The server's end of one device's websocket. A thread reads it; tests take the messages out of
 //! its inbox and write through [`Device`].
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,8 @@ pub enum Generation {
     /// Reads with a 60 s deadline that anything extends; pings after 30 s.
     New,
     /// No deadline until the first ping or pong, then 60 s that data doesn't extend; pings 54 s
-    /// after the last data it wrote.
+    /// after the last data it wrote. Between it and each session's client there are 25 places for messages; what
+    /// comes when they are taken is dropped without a word.
     Released,
 }
 
@@ -49,6 +51,14 @@ pub(super) struct State {
     pub(super) reading: Reading,
     /// Neither pings nor pongs are sent.
     pub(super) mute: bool,
+    /// The clients of terminals answer pings at once, as those in the field do.
+    pub(super) clients_answer: bool,
+    /// With the released server: what each session's client has before it, by the session's id.
+    pub(super) clients: HashMap<String, SyncSender<Msg>>,
+    /// Bytes per second that such a client takes; 0 for no limit.
+    pub(super) client_rate: u32,
+    /// Messages that the released server dropped.
+    pub(super) dropped: usize,
     pub(super) quit: bool,
     pub(super) bytes: u64,
     pub(super) heard: Instant,
@@ -100,6 +110,10 @@ impl Device {
             ended: None,
             reading: Reading::Full,
             mute: false,
+            clients_answer: true,
+            clients: HashMap::new(),
+            client_rate: 0,
+            dropped: 0,
             quit: false,
             bytes: 0,
             heard: now,
@@ -214,6 +228,21 @@ impl Device {
     pub fn set_reading(&self, reading: Reading) {
         self.0.state.update(|s| s.reading = reading);
         self.nudge();
+    }
+
+    /// From now on the clients of terminals don't answer pings, and tests get to see these.
+    pub fn clients_fall_silent(&self) {
+        self.0.state.update(|s| s.clients_answer = false);
+    }
+
+    /// How much each client of the released server takes from now on, in bytes per second.
+    pub fn set_client_rate(&self, rate: u32) {
+        self.0.state.update(|s| s.client_rate = rate);
+    }
+
+    /// Messages that the released server has dropped, since a session's client did not take them in time.
+    pub fn dropped(&self) -> usize {
+        self.0.state.peek(|s| s.dropped)
     }
 
     /// From now on neither pings nor pongs are sent.

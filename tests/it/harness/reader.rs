@@ -2,16 +2,37 @@
 
 use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 
+use super::device::Inner;
 use super::device::{Device, Generation, Reading};
-use super::msg;
-use super::wait::secs;
+use super::msg::{self, Ints, Msg, SHELL};
+use super::wait::{secs, spawn};
 use super::wire::{self, Parser, WireFrame};
+
+/// Messages that the released server keeps for a session's client (its `channelSize`).
+const PLACES: usize = 25;
+
+/// A session's client, as fast as it reads.
+fn take_slowly(device: &Weak<Inner>, messages: &Receiver<Msg>) {
+    let mut free = Instant::now();
+    while let Ok(msg) = messages.recv() {
+        let Some(device) = device.upgrade().map(Device) else { return };
+        let rate = device.0.state.peek(|s| s.client_rate);
+        if rate > 0 {
+            free = free.max(Instant::now()) + Duration::from_secs_f64(msg.raw.len() as f64 / f64::from(rate));
+            while let Some(left) = free.checked_duration_since(Instant::now()) {
+                std::thread::park_timeout(left);
+            }
+        }
+        device.deliver(msg);
+    }
+}
 
 impl Device {
     pub(super) fn read(&self, stream: Arc<TcpStream>) {
@@ -97,6 +118,38 @@ impl Device {
         Ok(deadline.map_or(due, |d| d.min(due)))
     }
 
+    /// What the released server does with a message for a session's client.
+    fn queue(&self, msg: Msg) {
+        let Some(sid) = msg.sid.clone() else { return self.deliver(msg) };
+        self.0.state.update(|s| {
+            let client = s.clients.entry(sid).or_insert_with(|| {
+                let (sender, receiver) = sync_channel(PLACES);
+                let device = Arc::downgrade(&self.0);
+                spawn("client", move || take_slowly(&device, &receiver));
+                sender
+            });
+            s.dropped += usize::from(client.try_send(msg).is_err());
+        });
+    }
+
+    /// A message has reached its client.
+    fn deliver(&self, msg: Msg) {
+        let answer = self.0.state.update(|s| {
+            let asked = s.clients_answer && (msg.proto, msg.typ.as_str()) == (SHELL, "ping");
+            match msg.sid.clone() {
+                Some(sid) if asked => return Some(sid),
+                Some(sid) if s.discarded.contains(&sid) => {}
+                _ => s.inbox.push_back(msg),
+            }
+            None
+        });
+        if let Some(sid) = answer {
+            let pong = msg::encode(&msg::message(SHELL, "pong", &sid, &[], b""), Ints::Compact);
+            // The device may be gone by now.
+            let _ = self.try_frame(true, wire::BINARY, &pong);
+        }
+    }
+
     fn take_frame(&self, frame: WireFrame, message: &mut Option<(u8, Vec<u8>)>) {
         let now = Instant::now();
         let control = matches!(frame.opcode, wire::PING | wire::PONG);
@@ -136,12 +189,11 @@ impl Device {
                     *message = Some((kind, bytes));
                     return;
                 }
-                let decoded = msg::decode(&bytes);
-                self.0.state.update(|s| match decoded {
-                    Ok(msg) if msg.sid.as_ref().is_some_and(|sid| s.discarded.contains(sid)) => {}
-                    Ok(msg) => s.inbox.push_back(msg),
-                    Err(why) => s.broken.push(why),
-                });
+                match msg::decode(&bytes) {
+                    Ok(msg) if self.0.generation == Generation::Released => self.queue(msg),
+                    Ok(msg) => self.deliver(msg),
+                    Err(why) => self.0.state.update(|s| s.broken.push(why)),
+                }
             }
         }
     }

@@ -1,1 +1,240 @@
 //! The remote terminal and the daemon's process.
+
+use std::fs::{self, Permissions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::path::Path;
+use std::time::Instant;
+
+use nix::fcntl::{OFlag, open};
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::sys::stat::Mode;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::harness::client::{Style, Terminal};
+use crate::harness::device::{Device, Generation};
+use crate::harness::proc;
+use crate::harness::rig::{Rig, Setup, is_root, script_config};
+use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn};
+
+/// What the shell of [`long_output`] writes.
+fn numbers() -> String {
+    (1..=900_000).fold(String::new(), |all, n| all + &n.to_string() + "\n")
+}
+
+/// A shell that writes six megabytes when it is told to, at a client of the released server.
+fn long_output() -> (Rig, Device, Terminal) {
+    let script = "stty -echo -opost; echo ready; read go; seq 1 900000; read end";
+    let (rig, device) =
+        Setup::new().generation(Generation::Released).config(script_config(script)).connected();
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open();
+    terminal.read_until("ready\n", SOON);
+    (rig, device, terminal)
+}
+
+/// All that was written must arrive: the released server drops what exceeds its 25 places, and says nothing.
+fn assert_whole(device: &Device, terminal: &Terminal) {
+    let expected = numbers();
+    terminal.input("go\n");
+    let deadline = Instant::now() + secs(60);
+    let mut output = String::new();
+    while output.len() < expected.len() {
+        assert_eq!(device.dropped(), 0, "messages dropped after {} bytes", output.len());
+        let msg = terminal.next(deadline.saturating_duration_since(Instant::now()));
+        if msg.typ == "shell" {
+            output += &msg.text();
+        }
+    }
+    assert!(output == expected, "the output is another one, of {} bytes", output.len());
+    assert_eq!(device.dropped(), 0);
+}
+
+/// Up to 72 % of a long output was lost with the released server, however fast the client.
+#[test]
+fn long_output_comes_whole_through_the_released_server() {
+    let (_rig, device, terminal) = long_output();
+    assert_whole(&device, &terminal);
+}
+
+/// The same where the client is a browser on a slow computer, which lost a quarter even of the rest.
+#[test]
+fn long_output_comes_whole_to_a_slow_client() {
+    let (_rig, device, terminal) = long_output();
+    device.set_client_rate(1 << 20);
+    assert_whole(&device, &terminal);
+}
+
+/// A client that knows no `ping` can't say how far it is. Time has to do, and there are few questions.
+#[test]
+fn long_output_comes_whole_to_a_client_that_answers_no_ping() {
+    let (_rig, device, terminal) = long_output();
+    device.clients_fall_silent();
+    let start = Instant::now();
+    let sid = terminal.sid.clone();
+    assert_whole(&device, &terminal);
+    assert!(start.elapsed() < secs(30), "took {:?}", start.elapsed());
+    device.nothing(millis(1), "no ping is left", |m| m.sid.as_ref() == Some(&sid));
+}
+
+/// The slot was taken until the old program had ended, up to two seconds later: a terminal that was reloaded in the
+/// browser got "user has too many open sessions".
+#[test]
+fn a_stopped_shell_is_in_nobodys_way() {
+    let stubborn = "trap '' INT TERM HUP QUIT; echo ready; while :; do read x || sleep 1; done";
+    let (rig, device) = Setup::new().config(script_config(stubborn)).connected();
+    let mut first = Terminal::of_user(&device, "alice");
+    first.open();
+    first.read_until("ready", SOON);
+    first.ask_stop();
+    // As soon as the agent has heard of the stop, and long before the old program is killed.
+    eventually(millis(1500), "a new shell", || {
+        let second = Terminal::of_user(&device, "alice");
+        second.ask_new();
+        (second.next(SOON).status() == Some(1)).then_some(())
+    });
+    // The old one may take its time all the same, and is answered for at its end.
+    assert_eq!(proc::children(rig.daemon.pid()).len(), 2);
+    first.expect("stop", 1, None);
+    let third = Terminal::of_user(&device, "alice");
+    third.ask_new();
+    third.expect("new", 2, Some("user has too many open sessions"));
+}
+
+/// A backspace over é or 漢 in cooked mode took one byte away and left the others.
+#[test]
+fn a_backspace_removes_a_character() {
+    let script = r#"stty -echo; echo ready; read -r line; printf %s "$line" | od -An -tx1; echo done"#;
+    let (_rig, device) = Setup::new().config(script_config(script)).connected();
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open();
+    terminal.read_until("ready\r\n", SOON);
+    terminal.input("aé漢\u{7f}\u{7f}b\n");
+    assert_eq!(terminal.read_until("done", SOON).trim(), "61 62\r\ndone");
+}
+
+/// An agent that is started with this user database and, further, through `command`.
+fn with_account(home: &Path, command: &'static str, dir: &TempDir) -> Setup {
+    let line = format!("pilot:x:54321:54321::{}:/bin/sh\n", home.display());
+    let file = dir.path().join("passwd");
+    fs::write(&file, fs::read_to_string("/etc/passwd").unwrap() + &line).unwrap();
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+    Setup::new().set("User", "pilot").env("ACCOUNTS", file.to_str().unwrap()).wrapper(command)
+}
+
+/// The shell's first directory was entered as root: where the home was a link, into a directory that was closed to its
+/// user, who could then read there by relative names.
+#[test]
+fn a_home_is_entered_as_its_user() {
+    if !is_root() {
+        return skip("only root can switch to another user");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (secret, closed, home) = (dir.path().join("0/open"), dir.path().join("0"), dir.path().join("home"));
+    fs::create_dir_all(&secret).unwrap();
+    fs::write(secret.join("secret"), "root's\n").unwrap();
+    fs::set_permissions(&secret, Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&closed, Permissions::from_mode(0o700)).unwrap();
+    symlink(&secret, &home).unwrap();
+    let wrapper = r#"exec unshare --mount sh -c 'mount --bind "$ACCOUNTS" /etc/passwd && exec "$@"' sh "$@""#;
+    let (_rig, _device, mut terminal) = with_account(&home, wrapper, &dir).terminal();
+    assert_eq!(terminal.run("id -u; cat secret 2>/dev/null; /bin/pwd"), "54321\n/");
+}
+
+/// A home that root may not enter, as with NFS and root_squash, left the user without any terminal: "fork/exec
+/// /bin/bash: permission denied".
+#[test]
+fn a_home_that_is_closed_to_root_is_entered() {
+    if !is_root() {
+        return skip("only root can switch to another user");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let home = dir.path().join("home");
+    fs::create_dir(&home).unwrap();
+    fs::set_permissions(&home, Permissions::from_mode(0o700)).unwrap();
+    chown(&home, Some(54321), Some(54321)).unwrap();
+    let wrapper = r#"exec unshare --mount sh -c '
+        mount --bind "$ACCOUNTS" /etc/passwd
+        exec setpriv --bounding-set=-dac_override,-dac_read_search "$@"' sh "$@""#;
+    let (_rig, _device, mut terminal) = with_account(&home, wrapper, &dir).terminal();
+    assert_eq!(terminal.run("pwd"), home.to_str().unwrap());
+}
+
+/// An agent on a terminal of its own. When what is returned is dropped, the terminal is gone.
+fn on_a_terminal(wrapper: &'static str) -> (Rig, Device, OwnedFd) {
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let master = posix_openpt(flags).unwrap();
+    grantpt(&master).and_then(|()| unlockpt(&master)).unwrap();
+    let name = ptsname_r(&master).unwrap();
+    let _slave = open(name.as_str(), flags, Mode::empty()).unwrap();
+    let (rig, device) = Setup::new().env("TERMINAL", &name).wrapper(wrapper).connected();
+    (rig, device, master.into())
+}
+
+/// An agent that was started by hand took its terminal's end for the wish to read the configuration, and stayed
+/// connected without a console, in the way of the service.
+#[test]
+fn an_agent_started_by_hand_ends_with_its_terminal() {
+    let (mut rig, device, master) = on_a_terminal(r#"exec setsid --ctty "$@" <"$TERMINAL""#);
+    // While the terminal is there, SIGHUP is the wish to reload.
+    rig.daemon.signal(nix::sys::signal::Signal::SIGHUP);
+    rig.daemon.wait_for_log("reading the configuration", SOON);
+    assert!(device.answers(b"before", SOON));
+    drop(master);
+    assert_eq!(rig.daemon.wait_exit(SOON).code(), Some(0));
+}
+
+/// nohup(1) says that the terminal's end is nothing to end for.
+#[test]
+fn an_agent_under_nohup_outlives_its_terminal() {
+    let (mut rig, device, master) = on_a_terminal(r#"exec setsid --ctty nohup "$@" <"$TERMINAL" 2>&2"#);
+    drop(master);
+    rig.daemon.wait_for_log("SIGHUP received", SOON);
+    assert!(device.answers(b"after", SOON) && rig.daemon.is_running());
+}
+
+/// One user's forwards could take all of the 1024 descriptors that systemd allows at first: nobody else got a shell.
+/// What the daemon takes for itself, its children don't get.
+#[test]
+fn descriptors_last_beyond_the_soft_limit() {
+    let limited = r#"ulimit -Sn 256; exec "$@""#;
+    let (rig, device, mut terminal) = Setup::new().wrapper(limited).terminal();
+    assert_eq!(terminal.run("ulimit -Sn"), "256");
+    let limits = fs::read_to_string(format!("/proc/{}/limits", rig.daemon.pid())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let mut numbers = files.split_whitespace().skip(3);
+    assert_eq!(numbers.next(), numbers.next(), "{files}");
+    let target = crate::harness::targets::Target::start(crate::harness::targets::Role::Discard);
+    let client = crate::harness::forward::Client::open(&device);
+    for _ in 0..300 {
+        client.connect("tcp", "127.0.0.1", target.port()).opened();
+    }
+    Terminal::of_user(&device, "somebody else").open_with_prompt();
+}
+
+/// Each `new` had a thread of its own before it was seen that there was no permit: 60,000 of them made 1,200 threads.
+#[test]
+fn shells_that_are_refused_take_no_threads() {
+    let (rig, device) = Setup::new().set("Sessions", json!({ "MaxPerUser": 1 })).connected();
+    let pid = rig.daemon.pid();
+    let watch = spawn("watch", move || {
+        let mut most = 0;
+        while proc::is_running(pid) {
+            most = most.max(proc::threads(pid));
+            std::thread::park_timeout(millis(2));
+        }
+        most
+    });
+    let mallory = Terminal::of_user(&device, "mallory");
+    mallory.open();
+    for _ in 0..20_000 {
+        let one = Terminal { sid: crate::harness::client::new_sid(), ..mallory.clone() };
+        one.send("new", &[], b"");
+    }
+    assert!(device.answers(b"all of them", secs(60)));
+    Terminal::of_user(&device, "alice").open();
+    drop(rig);
+    let most = watch.join().unwrap();
+    assert!(most < 60, "{most} threads");
+}

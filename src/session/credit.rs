@@ -1,0 +1,211 @@
+//! How many messages may be on the way to a session's client. Pure.
+//!
+//! The released server keeps 25 messages for a session's client and silently drops what comes beyond. Messages keep
+//! their order, so whatever a client sends because of a message proves that all messages before that one were taken
+//! out of those 25 places: here the `pong` that answers a shell's `ping`.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Messages not proved delivered. The rest of the 25 is for answers and for probes.
+const LIMIT: usize = 16;
+/// After so many messages one more asks for proof.
+const PROBE_EVERY: u64 = 6;
+/// Unanswered probes; more would take the places of messages.
+const MAX_PROBES: usize = 4;
+/// A probe or its answer may get lost: without any for so long, a session that can't go on asks again.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// The messages of a client that has never answered, since it may not know `ping`, are presumed delivered one after
+/// another: the first after this time, each of the others when the client can have read it at this speed.
+const PATIENCE: Duration = Duration::from_millis(300);
+const BYTES_PER_SECOND: u32 = 1 << 20;
+/// Each message takes a client this long at least, however small it is.
+const SHORTEST: Duration = Duration::from_millis(2);
+
+/// The account of one session. Messages are numbered from the session's start.
+#[derive(Debug)]
+pub struct Credit {
+    sent: u64,
+    /// How long the client may take to read each message that is not proved delivered.
+    on_the_way: VecDeque<Duration>,
+    /// The number of each probe that was not answered.
+    probes: VecDeque<u64>,
+    last_probe: Instant,
+    /// The client has answered a probe.
+    answers: bool,
+    /// When the first message on the way is presumed delivered, unless the client answers.
+    presume_at: Instant,
+}
+
+impl Credit {
+    /// Of a session that starts now.
+    pub fn new(now: Instant) -> Self {
+        let (on_the_way, probes) = (VecDeque::new(), VecDeque::new());
+        Credit { sent: 0, on_the_way, probes, last_probe: now, answers: false, presume_at: now }
+    }
+
+    /// Whether one more message may go.
+    pub fn takes(&self, now: Instant) -> bool {
+        let presumed = if self.answers { 0 } else { self.presumed(now).0 };
+        self.on_the_way.len() < LIMIT + presumed
+    }
+
+    /// How many messages have been delivered by now if the client is one that doesn't answer, and when the next one
+    /// will have been.
+    fn presumed(&self, now: Instant) -> (usize, Instant) {
+        let (mut count, mut next) = (0, self.presume_at);
+        while now >= next && count < self.on_the_way.len() {
+            count += 1;
+            next += self.on_the_way.get(count).copied().unwrap_or_default();
+        }
+        (count, next)
+    }
+
+    /// A message of so many bytes was sent.
+    pub fn sent(&mut self, bytes: usize, now: Instant) {
+        if !self.answers {
+            let (presumed, next) = self.presumed(now);
+            self.on_the_way.drain(..presumed);
+            self.presume_at = if self.on_the_way.is_empty() { now + PATIENCE } else { next };
+        }
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        self.on_the_way.push_back((Duration::from_secs(1) * bytes / BYTES_PER_SECOND).max(SHORTEST));
+        self.sent += 1;
+    }
+
+    /// The number of the last message that is proved, or was presumed, to be delivered.
+    fn proved(&self) -> u64 {
+        self.sent - self.on_the_way.len() as u64
+    }
+
+    /// Whether to ask the client for proof now.
+    pub fn wants_probe(&self, now: Instant) -> bool {
+        let since = self.proved().max(self.probes.back().copied().unwrap_or(0));
+        let again = self.answers && !self.takes(now) && now >= self.last_probe + ASK_AGAIN;
+        self.probes.len() < MAX_PROBES && (self.sent - since >= PROBE_EVERY || again)
+    }
+
+    /// A probe was sent, a message itself.
+    pub fn probed(&mut self, now: Instant) {
+        self.sent(0, now);
+        self.last_probe = now;
+        self.probes.push_back(self.sent);
+    }
+
+    /// A probe was answered. Answers have no name, so it is the oldest.
+    pub fn answered(&mut self) {
+        if let Some(probe) = self.probes.pop_front() {
+            self.answers = true;
+            let proved = probe.saturating_sub(self.proved()) as usize;
+            self.on_the_way.drain(..proved.min(self.on_the_way.len()));
+        }
+    }
+
+    /// When a session that may not send now may send or ask again, though nothing happened.
+    pub fn deadline(&self, now: Instant) -> Option<Instant> {
+        match self.answers {
+            _ if self.takes(now) => None,
+            true => (self.probes.len() < MAX_PROBES).then_some(self.last_probe + ASK_AGAIN),
+            false => Some(self.presumed(now).1),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends as the terminal does, as much as may be sent now.
+    fn send_all(credit: &mut Credit, now: Instant) -> u64 {
+        let before = credit.sent;
+        while credit.takes(now) {
+            credit.sent(32 << 10, now);
+            if credit.wants_probe(now) {
+                credit.probed(now);
+            }
+        }
+        credit.sent - before
+    }
+
+    #[test]
+    fn answers_give_back_what_they_prove() {
+        let now = Instant::now();
+        let mut credit = Credit::new(now);
+        assert_eq!(send_all(&mut credit, now), LIMIT as u64);
+        assert_eq!(credit.probes, [7, 14]);
+        credit.answered();
+        assert_eq!(send_all(&mut credit, now), 7);
+        credit.answered();
+        assert_eq!((credit.proved(), credit.probes.len()), (14, 1));
+        // Without a probe there is nothing to answer.
+        let mut other = Credit::new(now);
+        other.sent(1, now);
+        other.answered();
+        assert_eq!(other.proved(), 0);
+    }
+
+    #[test]
+    fn there_are_never_more_on_the_way_than_the_server_has_places() {
+        let start = Instant::now();
+        for answering in [0, 1, 2, 5] {
+            let (mut credit, mut delivered) = (Credit::new(start), 0);
+            for turn in 0..1000_u32 {
+                // A client that answers does so before it would be presumed not to.
+                let now = if credit.answers { start + turn * ASK_AGAIN } else { start };
+                send_all(&mut credit, now);
+                if answering > 0 && credit.answers && credit.wants_probe(now) {
+                    credit.probed(now);
+                }
+                if answering > 0 {
+                    assert!(credit.sent - delivered <= 22, "{} on the way", credit.sent - delivered);
+                    assert!(credit.deadline(now).is_some() || credit.probes.len() == MAX_PROBES);
+                }
+                // The client takes some messages each turn, and answers the probes among them.
+                let taken = (delivered + answering).min(credit.sent);
+                while credit.probes.front().is_some_and(|probe| *probe <= taken && answering > 0) {
+                    credit.answered();
+                }
+                delivered = taken;
+            }
+        }
+    }
+
+    #[test]
+    fn a_client_that_never_answers_gets_a_megabyte_a_second() {
+        let start = Instant::now();
+        let mut credit = Credit::new(start);
+        assert_eq!(send_all(&mut credit, start), LIMIT as u64);
+        assert_eq!(credit.deadline(start), Some(start + PATIENCE));
+        assert_eq!(send_all(&mut credit, start + PATIENCE - SHORTEST), 0);
+        let mut sent = 0;
+        for turn in 0..500 {
+            sent += send_all(&mut credit, start + PATIENCE + turn * SHORTEST);
+        }
+        assert!((30..=38).contains(&sent), "{sent} messages of 32 KiB in a second");
+        // It sees few questions that it doesn't understand.
+        assert_eq!(credit.probes.len(), MAX_PROBES);
+        // A pause counts as delivery, and after it a client is not asked for a word or two.
+        let later = start + 10 * PATIENCE + Duration::from_secs(1);
+        assert!(credit.takes(later) && credit.deadline(later).is_none());
+        credit.sent(1, later);
+        assert_eq!(credit.on_the_way.len(), 1);
+        // It may have begun to answer late.
+        credit.answered();
+        assert!(credit.answers);
+    }
+
+    #[test]
+    fn a_lost_answer_is_asked_for_again() {
+        let start = Instant::now();
+        let mut credit = Credit::new(start);
+        send_all(&mut credit, start);
+        credit.answered();
+        send_all(&mut credit, start);
+        let later = start + ASK_AGAIN;
+        assert_eq!(credit.deadline(start), Some(later));
+        assert!(!credit.wants_probe(start) && !credit.takes(later) && credit.wants_probe(later));
+        credit.probed(later);
+        credit.answered();
+        assert!(credit.takes(later));
+    }
+}
