@@ -149,7 +149,9 @@ pub fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source, Failur
         0o040_000 => return Err(system("is a directory")),
         _ => return Err(system("not a regular file")),
     }
-    let file = beneath::reopen(found.as_fd(), OFlag::O_RDONLY | OFlag::O_NONBLOCK).map_err(failed)?;
+    // O_NONBLOCK would fail with EAGAIN on a file that smbd or knfsd holds a lease on. Without it open(2) waits for the
+    // holder to give way, for at most /proc/sys/fs/lease-break-time, and holds up this session's thread only.
+    let file = beneath::reopen(found.as_fd(), OFlag::O_RDONLY).map_err(failed)?;
     Ok(Source { file, stat })
 }
 

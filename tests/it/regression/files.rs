@@ -1,1 +1,112 @@
 //! File transfer.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use nix::sys::signal::Signal;
+
+use crate::files::{get, pattern};
+use crate::harness::client::{Style, Terminal};
+use crate::harness::device::Device;
+use crate::harness::rest::{Rest, path_body};
+use crate::harness::rig::Rig;
+use crate::harness::wait::{SOON, Watched, skip, spawn};
+
+/// An empty directory of the rig's.
+fn directory(rig: &Rig) -> PathBuf {
+    let dir = rig.dir.path().join("files");
+    fs::create_dir(&dir).unwrap();
+    dir
+}
+
+/// A program that holds a lease on a file, as smbd does for its clients, until it is told to give way.
+struct LeaseHolder {
+    child: Child,
+    /// The lines that it printed.
+    said: Arc<Watched<Vec<String>>>,
+}
+
+const LEASE: &str = r#"
+import fcntl, os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+fd = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+signal.sigwait([signal.SIGIO])
+print("asked", flush=True)
+sys.stdin.readline()
+fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+"#;
+
+impl LeaseHolder {
+    fn start(path: &Path) -> LeaseHolder {
+        let mut command = Command::new("python3");
+        command.args(["-c", LEASE]).arg(path).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("run python3");
+        let said = Arc::new(Watched::new(Vec::new()));
+        let (output, heard) = (child.stdout.take().unwrap(), Arc::clone(&said));
+        spawn("lease holder", move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                heard.update(|said| said.push(line));
+            }
+        });
+        let holder = LeaseHolder { child, said };
+        holder.wait("held");
+        holder
+    }
+
+    fn wait(&self, line: &str) {
+        let found = self.said.wait(SOON, |said| said.iter().any(|l| l == line).then_some(()));
+        assert!(found.is_some(), "the lease's holder didn't say {line:?}");
+    }
+
+    fn give_way(&mut self) {
+        self.child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    }
+}
+
+impl Drop for LeaseHolder {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A download of a file under a lease failed at once with "resource temporarily unavailable": the agent opened it with
+/// O_NONBLOCK. Other programs wait for the moment that the holder takes to give way.
+#[test]
+fn a_download_waits_for_the_holder_of_a_lease() {
+    if !Command::new("python3").arg("-V").output().is_ok_and(|output| output.status.success()) {
+        return skip("python3 is missing");
+    }
+    let (mut rig, device) = Rig::connected();
+    let path = directory(&rig).join("f");
+    let bytes = pattern(100_000);
+    fs::write(&path, &bytes).unwrap();
+    let ask = |device: &Device| {
+        let holder = LeaseHolder::start(&path);
+        let rest = Rest::open(device);
+        rest.ask("get_file", &path_body(path.to_str().unwrap()));
+        holder.wait("asked");
+        (holder, rest)
+    };
+    let (mut holder, rest) = ask(&device);
+    // Only that session waits.
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open_with_prompt();
+    assert_eq!(terminal.run("echo fine"), "fine");
+    holder.give_way();
+    let mut got = Vec::new();
+    rest.receive(|chunk| got.extend_from_slice(chunk)).unwrap();
+    assert!(got == bytes, "{} bytes", got.len());
+    // Neither the end of the link nor that of the agent waits for the kernel's 45 seconds.
+    let (_holder, _rest) = ask(&device);
+    device.hang_up();
+    let device = rig.next_link();
+    assert_eq!(get(&device, "/proc/version").unwrap().bytes, fs::read("/proc/version").unwrap());
+    rig.daemon.signal(Signal::SIGTERM);
+    assert_eq!(rig.daemon.wait_exit(SOON).code(), Some(0));
+}
