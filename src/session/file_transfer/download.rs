@@ -33,6 +33,8 @@ pub struct Download {
     path: PathBuf,
     /// How many bytes will be sent, where that is known: the file's size when the transfer began.
     size: Option<u64>,
+    /// MaxFileSize. Holds for `size` from the start, and has to be checked on the way where the size is unknown.
+    max_size: Option<NonZeroU64>,
     sent: u64,
     acked: u64,
     /// The ends of the chunks on the way.
@@ -68,6 +70,7 @@ impl Download {
             file: file.into(),
             path: path.to_owned(),
             size,
+            max_size: limits.and_then(|l| l.max_file_size),
             sent: 0,
             acked: 0,
             in_flight: VecDeque::with_capacity(MAX_IN_FLIGHT),
@@ -80,26 +83,31 @@ impl Download {
     /// Sends what may be sent now.
     ///
     /// # Errors
-    /// The text for the peer; the download is over.
+    /// For the peer; the download is over.
     pub fn proceed(
         &mut self,
         sid: &SessionId,
         sink: &FrameSink,
         counters: &Counters,
         now: Instant,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         while !self.at_end && self.in_flight.len() < MAX_IN_FLIGHT && sink.takes_bulk() {
             if counters.exhausted(Direction::Sent, self.max_rate, now) {
-                return Err(EXHAUSTED.to_owned());
+                return Err(Failure::system(EXHAUSTED));
             }
-            let left = self.size.map_or(u64::MAX, |size| size - self.sent);
+            let end = self.size.or(self.max_size.map(NonZeroU64::get));
+            let left = end.map_or(u64::MAX, |end| end - self.sent);
+            // Without a size only another byte, which isn't sent, tells whether the limit is the file's end.
+            if left == 0 && self.size.is_none() && self.read(&mut [0]).map_err(Failure::system)? > 0 {
+                return Err(Failure::too_large());
+            }
             let wanted =
                 usize::try_from(left).unwrap_or(usize::MAX).min(sink.piece(SMALLEST_CHUNK, LARGEST_CHUNK));
             let (message, read) = sink.compose(&file::chunk(sid, self.sent), wanted, |place| {
                 let read = self.read(place);
                 (*read.as_ref().unwrap_or(&0), read)
             });
-            let read = read?;
+            let read = read.map_err(Failure::system)?;
             counters.add(Direction::Sent, read as u64, now);
             self.sent += read as u64;
             if read > 0 {

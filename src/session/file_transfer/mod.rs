@@ -153,8 +153,9 @@ impl FileTransfer {
                 let sent = sending.download.sent();
                 sending.shown.bytes.set(sent);
                 self.info.traffic.bytes_out.add((sent - before) as usize);
-                if let Err(text) = result {
-                    return self.fail(&request, &text);
+                if let Err(failure) = result {
+                    self.abort_as(failure.result(), &failure.text);
+                    return self.refuse(&request, &failure);
                 }
                 self.finish_sending(now);
             }
@@ -355,8 +356,7 @@ impl FileTransfer {
     }
 
     fn log_refusal(&self, direction: &str, path: &Path, about: &About, failure: &Failure) {
-        let result = if failure.denied { "denied" } else { "failed" };
-        log_failure(self.record(direction, path, about, 0, about.started), result, &failure.text);
+        log_failure(self.record(direction, path, about, 0, about.started), failure.result(), &failure.text);
     }
 
     /// The peer has a problem, which ends the transfer.
@@ -387,18 +387,23 @@ impl FileTransfer {
     }
 
     fn abort(&mut self, why: &str) {
+        self.abort_as("failed", why);
+    }
+
+    /// `result` is what the audit log says of a transfer that isn't complete.
+    fn abort_as(&mut self, result: &str, why: &str) {
         match std::mem::replace(&mut self.state, State::Idle) {
             State::Idle => {}
             State::Sending(sending) => {
                 self.sink.discard_chunks();
                 let Sending { about, download, .. } = &*sending;
                 let record = self.record("download", download.path(), about, download.sent(), Instant::now());
-                log_failure(record, "failed", why);
+                log_failure(record, result, why);
             }
             State::Receiving(receiving) => {
                 let Receiving { about, upload, .. } = &*receiving;
                 let record = self.record("upload", upload.path(), about, upload.received(), Instant::now());
-                log_failure(record, "failed", why);
+                log_failure(record, result, why);
             }
             State::Committing(committing) => {
                 let Committing { about, commit, .. } = &*committing;

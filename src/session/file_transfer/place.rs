@@ -45,6 +45,16 @@ impl Failure {
     fn denied(limit: &str) -> Self {
         Failure { text: format!("access denied: {limit}"), denied: true }
     }
+
+    /// MaxFileSize says no.
+    pub fn too_large() -> Self {
+        Self::denied(TOO_LARGE)
+    }
+
+    /// The `result` field of the audit log.
+    pub fn result(&self) -> &'static str {
+        if self.denied { "denied" } else { "failed" }
+    }
 }
 
 /// A file that may be read.
@@ -169,7 +179,7 @@ fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
     }
     let size = u64::try_from(stat.st_size).unwrap_or(0);
     if limits.max_file_size.is_some_and(|max| size > max.get()) {
-        return Err(Failure::denied(TOO_LARGE));
+        return Err(Failure::too_large());
     }
     Ok(())
 }
@@ -191,7 +201,7 @@ pub fn target(limits: Option<&FileLimits>, request: &Request) -> Result<Target, 
     if let (Some(size), Some(max)) = (request.size, limits.and_then(|l| l.max_file_size))
         && size > max.get()
     {
-        return Err(Failure::denied(TOO_LARGE));
+        return Err(Failure::too_large());
     }
     let target = locate(limits, request)?;
     let existing = lstat(&target.dir, &target.name, &target.path)?;

@@ -7,13 +7,18 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
-use crate::files::{get, pattern};
+use crate::files::{get, pattern, refused};
 use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Device;
 use crate::harness::rest::{Rest, path_body};
-use crate::harness::rig::Rig;
+use crate::harness::rig::{Rig, Setup};
 use crate::harness::wait::{SOON, Watched, skip, spawn};
+
+fn limits(limits: Value) -> Setup {
+    Setup::new().set("Limits", json!({ "Enabled": true, "FileTransfer": limits }))
+}
 
 /// An empty directory of the rig's.
 fn directory(rig: &Rig) -> PathBuf {
@@ -109,4 +114,31 @@ fn a_download_waits_for_the_holder_of_a_lease() {
     assert_eq!(get(&device, "/proc/version").unwrap().bytes, fs::read("/proc/version").unwrap());
     rig.daemon.signal(Signal::SIGTERM);
     assert_eq!(rig.daemon.wait_exit(SOON).code(), Some(0));
+}
+
+/// MaxFileSize was compared with the size that the file claims. Files of procfs claim none, so all of a file came down
+/// that has more than the limit.
+#[test]
+fn the_size_limit_holds_for_a_file_that_claims_no_size() {
+    let whole = fs::read("/proc/version").unwrap();
+    let (rig, device) = limits(json!({ "MaxFileSize": whole.len() - 1 })).connected();
+    let rest = Rest::open(&device);
+    rest.ask("get_file", &path_body("/proc/version"));
+    let mut got = Vec::new();
+    let refusal = rest.receive(|chunk| got.extend_from_slice(chunk)).unwrap_err();
+    assert_eq!(refusal, refused(403, "access denied: the file size is over the limit"));
+    assert!(got.len() < whole.len(), "no more than the limit");
+    let line = rig.daemon.wait_for_log("event=transfer", SOON);
+    assert!(
+        line.contains(" result=denied reason=\"access denied: the file size is over the limit\""),
+        "{line}"
+    );
+    // The session can be used again.
+    let small = directory(&rig).join("small");
+    fs::write(&small, "x").unwrap();
+    rest.ask("get_file", &path_body(small.to_str().unwrap()));
+    assert_eq!(rest.receive(|_| ()), Ok(1));
+
+    let (_rig, device) = limits(json!({ "MaxFileSize": whole.len() })).connected();
+    assert_eq!(get(&device, "/proc/version").unwrap().bytes, whole);
 }
