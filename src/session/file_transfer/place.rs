@@ -310,6 +310,10 @@ pub struct Attributes {
     pub uid: Uid,
     /// Group.
     pub gid: Gid,
+    /// Whether the request or OwnerPut named `uid`. Otherwise the agent's own is a preference.
+    pub uid_asked: bool,
+    /// The same for `gid` and GroupPut.
+    pub gid_asked: bool,
     /// Permissions, at most 0o4777.
     pub mode: u32,
 }
@@ -324,19 +328,27 @@ impl Attributes {
     pub fn new(limits: Option<&FileLimits>, request: &Request) -> Result<Self, Failure> {
         let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
         let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
-        let uid = match limits.and_then(|l| l.owner_put.as_deref()) {
-            Some(name) => named(name, User::from_name(name).map(|u| u.map(|u| u.uid)), "owner")?,
-            None => request.uid.filter(|_| preserve_owner).map_or_else(nix::unistd::getuid, Uid::from_raw),
+        let owner_put = match limits.and_then(|l| l.owner_put.as_deref()) {
+            Some(name) => Some(named(name, User::from_name(name).map(|u| u.map(|u| u.uid)), "owner")?),
+            None => None,
         };
-        let gid = match limits.and_then(|l| l.group_put.as_deref()) {
-            Some(name) => named(name, Group::from_name(name).map(|g| g.map(|g| g.gid)), "group")?,
-            None => request.gid.filter(|_| preserve_owner).map_or_else(nix::unistd::getgid, Gid::from_raw),
+        let group_put = match limits.and_then(|l| l.group_put.as_deref()) {
+            Some(name) => Some(named(name, Group::from_name(name).map(|g| g.map(|g| g.gid)), "group")?),
+            None => None,
         };
+        let uid = owner_put.or(request.uid.filter(|_| preserve_owner).map(Uid::from_raw));
+        let gid = group_put.or(request.gid.filter(|_| preserve_owner).map(Gid::from_raw));
         let wanted = request.mode.filter(|_| preserve_mode).unwrap_or(DEFAULT_MODE);
         let plain = limits.and_then(|l| l.umask).map_or(wanted, |umask| !umask) & 0o777;
         // Set-gid and sticky never survive, set-uid only where limits are on and allow it.
         let set_uid = if limits.is_some_and(|l| l.allow_suid) { wanted & 0o4000 } else { 0 };
-        Ok(Attributes { uid, gid, mode: plain | set_uid })
+        Ok(Attributes {
+            uid: uid.unwrap_or_else(nix::unistd::getuid),
+            gid: gid.unwrap_or_else(nix::unistd::getgid),
+            uid_asked: uid.is_some(),
+            gid_asked: gid.is_some(),
+            mode: plain | set_uid,
+        })
     }
 }
 

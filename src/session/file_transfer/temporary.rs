@@ -119,7 +119,7 @@ impl Temporary {
     /// Which step failed.
     pub fn commit(mut self, attributes: Attributes) -> Result<(), CommitError> {
         // First the owner: changing it takes the set-uid bit away.
-        fchown(self.file.as_fd(), Some(attributes.uid), Some(attributes.gid)).map_err(CommitError::Owner)?;
+        self.give_to_owner(&attributes).map_err(CommitError::Owner)?;
         let mode = Mode::from_bits_truncate(attributes.mode);
         fchmod(self.file.as_fd(), mode).map_err(CommitError::Permissions)?;
         fsync(&*self.file).map_err(CommitError::Commit)?;
@@ -129,6 +129,22 @@ impl Temporary {
             Ok(()) | Err(Errno::EINVAL | Errno::EBADF | Errno::ENOTSUP) => Ok(()),
             Err(e) => Err(CommitError::Commit(e)),
         }
+    }
+
+    /// Changes only the ids that differ, and ignores a failure where nobody asked for the id: FAT, exFAT, NTFS and CIFS
+    /// keep no owners and answer EPERM.
+    fn give_to_owner(&self, wanted: &Attributes) -> nix::Result<()> {
+        let now = fstat(&*self.file)?;
+        // The group first: without CAP_CHOWN only the owner may change it.
+        if now.st_gid != wanted.gid.as_raw() {
+            let changed = fchown(self.file.as_fd(), None, Some(wanted.gid));
+            changed.or_else(|e| if wanted.gid_asked { Err(e) } else { Ok(()) })?;
+        }
+        if now.st_uid != wanted.uid.as_raw() {
+            let changed = fchown(self.file.as_fd(), Some(wanted.uid), None);
+            changed.or_else(|e| if wanted.uid_asked { Err(e) } else { Ok(()) })?;
+        }
+        Ok(())
     }
 
     fn take_name(&mut self) -> nix::Result<()> {
@@ -254,7 +270,13 @@ mod tests {
     }
 
     fn attributes(mode: u32) -> Attributes {
-        Attributes { uid: nix::unistd::getuid(), gid: nix::unistd::getgid(), mode }
+        Attributes {
+            uid: nix::unistd::getuid(),
+            gid: nix::unistd::getgid(),
+            uid_asked: true,
+            gid_asked: true,
+            mode,
+        }
     }
 
     /// Without a name where the file system can, and as on those that can't.

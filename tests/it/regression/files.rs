@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -9,11 +10,12 @@ use std::sync::Arc;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::files::{get, pattern, refused};
+use crate::files::{get, names, pattern, put, refused};
 use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Device;
-use crate::harness::rest::{Rest, path_body};
-use crate::harness::rig::{Rig, Setup};
+use crate::harness::rest::{Form, Rest, path_body};
+use crate::harness::rig::{Rig, Setup, is_root};
+use crate::harness::trace;
 use crate::harness::wait::{SOON, Watched, skip, spawn};
 
 fn limits(limits: Value) -> Setup {
@@ -25,6 +27,40 @@ fn directory(rig: &Rig) -> PathBuf {
     let dir = rig.dir.path().join("files");
     fs::create_dir(&dir).unwrap();
     dir
+}
+
+/// Uploads to a USB stick (FAT or exFAT, mounted with `uid=`) arrived whole and then failed: the agent changed the
+/// file's owner to its own ids, though nobody had asked for an owner, and such file systems answer EPERM.
+#[test]
+fn an_upload_without_an_owner_needs_no_chown() {
+    if !trace::is_possible() {
+        return skip("strace is missing");
+    }
+    let script = "exec strace -D -f -o trace -e trace=fchown,?fchown32 \
+                  -e inject=fchown,?fchown32:error=EPERM \"$@\"";
+    let (rig, device) = Setup::new().wrapper(script).connected();
+    let dir = directory(&rig);
+    put(&device, &Form::to(dir.join("f")), b"content").unwrap();
+    assert_eq!(fs::read(dir.join("f")).unwrap(), b"content");
+    if !is_root() {
+        return;
+    }
+    // The file belongs to the directory's group from the start, as it would to the mount's on a stick.
+    chown(&dir, None, Some(4321)).unwrap();
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o2755)).unwrap();
+    put(&device, &Form::to(dir.join("g")), b"content").unwrap();
+    assert_eq!(
+        (fs::read(dir.join("g")).unwrap(), dir.join("g").metadata().unwrap().gid()),
+        (b"content".into(), 4321)
+    );
+    // An owner that was asked for still has to be given.
+    for form in
+        [Form { uid: Some(1), ..Form::to(dir.join("h")) }, Form { gid: Some(0), ..Form::to(dir.join("h")) }]
+    {
+        let refusal = put(&device, &form, b"content").unwrap_err().text;
+        assert!(refusal.ends_with(": operation not permitted"), "{refusal}");
+    }
+    assert_eq!(names(&dir), ["f", "g"]);
 }
 
 /// A program that holds a lease on a file, as smbd does for its clients, until it is told to give way.
