@@ -13,11 +13,14 @@ pub mod users;
 pub mod wake;
 pub mod wipe;
 
+use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
+use nix::NixPath;
 use nix::errno::Errno;
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 /// Where they aren't nix's.
@@ -45,6 +48,23 @@ pub fn reason(error: &io::Error) -> String {
         }
         None => error.to_string(),
     }
+}
+
+/// renameat2(2) with RENAME_NOREPLACE, within a directory. nix has it for glibc only.
+///
+/// # Errors
+/// EEXIST if `to` exists; EINVAL if the file system, ENOSYS if the kernel (before 3.15) can't.
+#[allow(unsafe_code)]
+pub fn rename_noreplace(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> nix::Result<()> {
+    let dir = dir.as_raw_fd();
+    let result = from.with_nix_path(|from| {
+        to.with_nix_path(|to| {
+            let (from, to) = (from.as_ptr(), to.as_ptr());
+            // SAFETY: both names end in NUL and outlive the call, which only reads them.
+            unsafe { libc::syscall(libc::SYS_renameat2, dir, from, dir, to, libc::RENAME_NOREPLACE) }
+        })
+    })??;
+    Errno::result(result).map(drop)
 }
 
 /// Which descriptors to wait for, and afterwards what happened on each.

@@ -330,7 +330,7 @@ impl FileTransfer {
         }
     }
 
-    fn finish_receiving(&mut self, result: Result<(), String>, now: Instant) {
+    fn finish_receiving(&mut self, result: Result<(), Failure>, now: Instant) {
         let State::Committing(committing) = std::mem::replace(&mut self.state, State::Idle) else { return };
         let Committing { about, commit, .. } = *committing;
         let record = self.record("upload", &commit.path, &about, commit.size, now);
@@ -339,9 +339,9 @@ impl FileTransfer {
                 self.sink.reply(&file::ack(&self.id, commit.size, user_of(&about)));
                 log_success(record, commit.digest());
             }
-            Err(text) => {
-                log_failure(record, "failed", &text);
-                self.tell_failure(&about.request, &text);
+            Err(failure) => {
+                log_failure(record, failure.result(), &failure.text);
+                self.tell_failure(&about.request, &failure.text);
             }
         }
     }

@@ -23,6 +23,9 @@ use crate::sys::reason;
 const OUTSIDE: &str = "the target file path is outside chroot";
 const LINK: &str = "forbidden to follow the link";
 const TOO_LARGE: &str = "the file size is over the limit";
+const OVERWRITE: &str = "forbidden to overwrite the file";
+const OWNER: &str = "the file owner does not match";
+const GROUP: &str = "the file group does not match";
 
 /// Bits of a requested mode that make a program run as its file's owner or group: as chmod(2) has them, and Go.
 const SET_ID: u32 = 0o6000 | 1 << 23 | 1 << 22;
@@ -49,6 +52,11 @@ impl Failure {
     /// MaxFileSize says no.
     pub fn too_large() -> Self {
         Self::denied(TOO_LARGE)
+    }
+
+    /// AllowOverwrite says no.
+    pub fn overwrite() -> Self {
+        Self::denied(OVERWRITE)
     }
 
     /// The `result` field of the audit log.
@@ -171,11 +179,11 @@ fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
     }
     if !limits.owner_get.is_empty() && !user_name(stat.st_uid).is_some_and(|n| limits.owner_get.contains(&n))
     {
-        return Err(Failure::denied("the file owner does not match"));
+        return Err(Failure::denied(OWNER));
     }
     if !limits.group_get.is_empty() && !group_name(stat.st_gid).is_some_and(|n| limits.group_get.contains(&n))
     {
-        return Err(Failure::denied("the file group does not match"));
+        return Err(Failure::denied(GROUP));
     }
     let size = u64::try_from(stat.st_size).unwrap_or(0);
     if limits.max_file_size.is_some_and(|max| size > max.get()) {
@@ -222,15 +230,15 @@ pub fn target(limits: Option<&FileLimits>, request: &Request) -> Result<Target, 
 fn may_put(limits: &FileLimits, existing: Option<&FileStat>, request: &Request) -> Result<(), Failure> {
     if let Some(stat) = existing {
         if !limits.allow_overwrite {
-            return Err(Failure::denied("forbidden to overwrite the file"));
+            return Err(Failure::overwrite());
         }
         let owner = limits.owner_put.as_ref();
         if owner.is_some_and(|owner| user_name(stat.st_uid).as_ref() != Some(owner)) {
-            return Err(Failure::denied("the file owner does not match"));
+            return Err(Failure::denied(OWNER));
         }
         let group = limits.group_put.as_ref();
         if group.is_some_and(|group| group_name(stat.st_gid).as_ref() != Some(group)) {
-            return Err(Failure::denied("the file group does not match"));
+            return Err(Failure::denied(GROUP));
         }
     }
     if !limits.allow_suid && request.mode.is_some_and(|mode| mode & SET_ID != 0) {
@@ -316,6 +324,41 @@ pub struct Attributes {
     pub gid_asked: bool,
     /// Permissions, at most 0o4777.
     pub mode: u32,
+    /// What the file may replace.
+    pub replaces: Replaces,
+}
+
+/// What the limits let an upload replace when it is committed; by default everything.
+///
+/// [`target`] asks the same before the first byte, but the client decides how long after that the commit comes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Replaces {
+    /// AllowOverwrite is off.
+    pub nothing: bool,
+    /// OwnerPut.
+    pub only_of: Option<Uid>,
+    /// GroupPut.
+    pub only_of_group: Option<Gid>,
+}
+
+impl Replaces {
+    /// Looks at what has the name now.
+    ///
+    /// # Errors
+    /// The limit that forbids to replace it.
+    pub fn check(&self, dir: &OwnedFd, name: &OsStr) -> Result<(), Failure> {
+        if self.only_of.is_none() && self.only_of_group.is_none() {
+            return Ok(());
+        }
+        let Some(stat) = lstat(dir, name, Path::new(name))? else { return Ok(()) };
+        if self.only_of.is_some_and(|uid| uid.as_raw() != stat.st_uid) {
+            return Err(Failure::denied(OWNER));
+        }
+        if self.only_of_group.is_some_and(|gid| gid.as_raw() != stat.st_gid) {
+            return Err(Failure::denied(GROUP));
+        }
+        Ok(())
+    }
 }
 
 const DEFAULT_MODE: u32 = 0o644;
@@ -348,6 +391,11 @@ impl Attributes {
             uid_asked: uid.is_some(),
             gid_asked: gid.is_some(),
             mode: plain | set_uid,
+            replaces: Replaces {
+                nothing: limits.is_some_and(|l| !l.allow_overwrite),
+                only_of: owner_put,
+                only_of_group: group_put,
+            },
         })
     }
 }

@@ -21,11 +21,12 @@ use log::{debug, info};
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, fchmod, fstat};
+use nix::sys::stat::{Mode, fchmod, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, fchown, fsync, geteuid, linkat, unlinkat};
 use sha2::{Digest, Sha256};
 
-use super::place::{Attributes, Target};
+use super::place::{Attributes, Failure, Replaces, Target};
+use crate::sys::rename_noreplace;
 
 /// Nobody may read what isn't complete.
 const MODE: Mode = Mode::S_IWUSR;
@@ -48,6 +49,8 @@ pub enum CommitError {
     Owner(Errno),
     Permissions(Errno),
     Commit(Errno),
+    /// The limits forbid to replace what has the target's name by now.
+    Denied(Failure),
 }
 
 /// The start of the names of a target's temporary files: hidden, of a length of its own, whatever the target's.
@@ -123,7 +126,7 @@ impl Temporary {
         let mode = Mode::from_bits_truncate(attributes.mode);
         fchmod(self.file.as_fd(), mode).map_err(CommitError::Permissions)?;
         fsync(&*self.file).map_err(CommitError::Commit)?;
-        self.take_name().map_err(CommitError::Commit)?;
+        self.take_name(&attributes.replaces)?;
         match fsync(&self.dir) {
             // Some file systems can't, and a directory opened by path alone can't either.
             Ok(()) | Err(Errno::EINVAL | Errno::EBADF | Errno::ENOTSUP) => Ok(()),
@@ -147,19 +150,30 @@ impl Temporary {
         Ok(())
     }
 
-    fn take_name(&mut self) -> nix::Result<()> {
+    fn take_name(&mut self, replaces: &Replaces) -> Result<(), CommitError> {
         if self.given_up.load(Ordering::SeqCst) {
-            return Err(Errno::ECANCELED);
+            return Err(CommitError::Commit(Errno::ECANCELED));
         }
+        let failed = |e| match e {
+            Errno::EEXIST if replaces.nothing => CommitError::Denied(Failure::overwrite()),
+            e => CommitError::Commit(e),
+        };
         if self.name.is_none() {
             match link(&self.file, &self.dir, &self.target) {
                 // A link replaces nothing.
-                Err(Errno::EEXIST) => self.name = Some(self.link_aside()?),
-                other => return other,
+                Err(Errno::EEXIST) if !replaces.nothing => {
+                    self.name = Some(self.link_aside().map_err(CommitError::Commit)?);
+                }
+                other => return other.map_err(failed),
             }
         }
         let Some(name) = &self.name else { return Ok(()) };
-        renameat(&self.dir, name.as_os_str(), &self.dir, self.target.as_os_str())?;
+        if replaces.nothing {
+            rename_to_new(&self.dir, name, &self.target).map_err(failed)?;
+        } else {
+            replaces.check(&self.dir, &self.target).map_err(CommitError::Denied)?;
+            rename(&self.dir, name, &self.target).map_err(failed)?;
+        }
         self.name = None;
         Ok(())
     }
@@ -220,6 +234,44 @@ fn link(file: &File, dir: &OwnedFd, name: &OsStr) -> nix::Result<()> {
     }
 }
 
+fn rename(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
+    renameat(dir, from, dir, to)
+}
+
+type Rename = fn(&OwnedFd, &OsStr, &OsStr) -> nix::Result<()>;
+
+/// Ways to rename a file without replacing another one, best first. They answer EEXIST if the new name is taken.
+const WAYS_TO_NEW: [Rename; 3] =
+    [|dir, from, to| rename_noreplace(dir.as_fd(), from, to), link_and_remove, look_and_rename];
+
+/// Renames a file by the first of these ways that the file system supports.
+fn rename_to_new(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
+    let mut result = Err(Errno::EINVAL);
+    for way in WAYS_TO_NEW {
+        result = way(dir, from, to);
+        // NFS and many FUSE file systems don't know RENAME_NOREPLACE, FAT and exFAT have no hard links.
+        if !matches!(result, Err(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP)) {
+            break;
+        }
+    }
+    result
+}
+
+fn link_and_remove(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
+    linkat(dir, from, dir, to, AtFlags::empty())?;
+    remove(dir, from);
+    Ok(())
+}
+
+/// The last resort: between the look and rename(2) another program may still create the file.
+fn look_and_rename(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
+    match fstatat(dir, to, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(_) => Err(Errno::EEXIST),
+        Err(Errno::ENOENT) => rename(dir, from, to),
+        Err(e) => Err(e),
+    }
+}
+
 fn remove(dir: &OwnedFd, name: &OsStr) {
     match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
         Ok(()) | Err(Errno::ENOENT) => {}
@@ -276,6 +328,7 @@ mod tests {
             uid_asked: true,
             gid_asked: true,
             mode,
+            replaces: Replaces::default(),
         }
     }
 
@@ -323,6 +376,37 @@ mod tests {
             fs::create_dir(dir.path().join("t")).unwrap();
             assert!(matches!(temporary.commit(attributes(0o600)), Err(CommitError::Commit(Errno::EISDIR))));
             assert_eq!(names(dir.path()), ["t"]);
+        }
+    }
+
+    #[test]
+    fn a_commit_that_may_replace_nothing_does_not() {
+        for create in WAYS {
+            let dir = tempfile::tempdir().unwrap();
+            let attributes = Attributes {
+                replaces: Replaces { nothing: true, ..Replaces::default() },
+                ..attributes(0o600)
+            };
+            let commits = [(); 2].map(|()| create(&target(dir.path(), "t")).unwrap());
+            let [first, second] = commits.map(|temporary| temporary.commit(attributes));
+            assert!(first.is_ok() && matches!(second, Err(CommitError::Denied(_))), "{first:?}, {second:?}");
+            assert_eq!(names(dir.path()), ["t"]);
+        }
+    }
+
+    #[test]
+    fn no_way_to_a_new_name_replaces_a_file() {
+        for way in WAYS_TO_NEW.into_iter().chain([rename_to_new as Rename]) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = |name: &str| dir.path().join(name);
+            let fd = File::open(dir.path()).unwrap().into();
+            fs::write(path("from"), "new").unwrap();
+            fs::write(path("taken"), "old").unwrap();
+            assert_eq!(way(&fd, OsStr::new("from"), OsStr::new("taken")), Err(Errno::EEXIST));
+            assert_eq!(fs::read_to_string(path("taken")).unwrap(), "old");
+            assert_eq!(way(&fd, OsStr::new("from"), OsStr::new("free")), Ok(()));
+            assert_eq!(fs::read_to_string(path("free")).unwrap(), "new");
+            assert_eq!(names(dir.path()), ["free", "taken"]);
         }
     }
 

@@ -134,7 +134,7 @@ impl Upload {
         let (report, result) = crossbeam_channel::bounded(1);
         let (wake, shown) = (Arc::clone(wake), path.display().to_string());
         thread::spawn("commit", thread::SMALL_STACK, move || {
-            let result = temporary.commit(attributes).map_err(|e| commit_error(&shown, &e, attributes));
+            let result = temporary.commit(attributes).map_err(|e| commit_error(&shown, e, attributes));
             let _ = report.send(result);
             wake.notify();
         })
@@ -155,7 +155,7 @@ impl Upload {
 
 /// A file that is being completed.
 pub struct Commit {
-    result: Receiver<Result<(), String>>,
+    result: Receiver<Result<(), Failure>>,
     remover: Remover,
     /// Where the file will be.
     pub path: PathBuf,
@@ -166,12 +166,13 @@ pub struct Commit {
 
 impl Commit {
     /// How it ended, if it has.
-    pub fn try_result(&self) -> Option<Result<(), String>> {
+    pub fn try_result(&self) -> Option<Result<(), Failure>> {
         match self.result.try_recv() {
             Ok(result) => Some(result),
             Err(crossbeam_channel::TryRecvError::Empty) => None,
             Err(crossbeam_channel::TryRecvError::Disconnected) => {
-                Some(Err(format!("failed to commit uploaded file: {}: internal error", self.path.display())))
+                let path = self.path.display();
+                Some(Err(Failure::system(format!("failed to commit uploaded file: {path}: internal error"))))
             }
         }
     }
@@ -187,9 +188,10 @@ impl Commit {
     }
 }
 
-fn commit_error(path: &str, error: &CommitError, attributes: Attributes) -> String {
-    let why = |errno: &Errno| reason(&std::io::Error::from(*errno));
-    match error {
+fn commit_error(path: &str, error: CommitError, attributes: Attributes) -> Failure {
+    let why = |errno: Errno| reason(&std::io::Error::from(errno));
+    Failure::system(match error {
+        CommitError::Denied(failure) => return failure,
         CommitError::Owner(e) => {
             format!(
                 "failed to set file owner: chown {path} to {}:{}: {}",
@@ -202,7 +204,7 @@ fn commit_error(path: &str, error: &CommitError, attributes: Attributes) -> Stri
             format!("failed to set file permissions: chmod {path} to {:o}: {}", attributes.mode, why(e))
         }
         CommitError::Commit(e) => format!("failed to commit uploaded file: {path}: {}", why(e)),
-    }
+    })
 }
 
 /// Whether a file of `size` bytes fits, as far as that can be known before.

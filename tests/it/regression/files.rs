@@ -11,9 +11,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::files::{get, names, pattern, put, refused};
+use crate::harness::aftermath::assert_no_temporary_files;
 use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Device;
-use crate::harness::rest::{Form, Rest, path_body};
+use crate::harness::msg::FILES;
+use crate::harness::rest::{Form, Refused, Rest, path_body};
 use crate::harness::rig::{Rig, Setup, is_root};
 use crate::harness::trace;
 use crate::harness::wait::{SOON, Watched, skip, spawn};
@@ -27,6 +29,21 @@ fn directory(rig: &Rig) -> PathBuf {
     let dir = rig.dir.path().join("files");
     fs::create_dir(&dir).unwrap();
     dir
+}
+
+/// Announces an upload and sends its only chunk; `end` commits it.
+fn begin(device: &Device, path: &Path) -> Rest {
+    let rest = Rest::open(device);
+    rest.announce(&Form::to(path)).unwrap();
+    rest.send(FILES, "file_chunk", Some(0), b"uploaded");
+    rest.next();
+    rest
+}
+
+fn end(rest: &Rest) -> Result<(), Refused> {
+    rest.send(FILES, "file_chunk", Some(8), b"");
+    let answer = rest.next();
+    if answer.typ == "ack" { Ok(()) } else { Err(Rest::refused(&answer, 400)) }
 }
 
 /// Uploads to a USB stick (FAT or exFAT, mounted with `uid=`) arrived whole and then failed: the agent changed the
@@ -177,4 +194,84 @@ fn the_size_limit_holds_for_a_file_that_claims_no_size() {
 
     let (_rig, device) = limits(json!({ "MaxFileSize": whole.len() })).connected();
     assert_eq!(get(&device, "/proc/version").unwrap().bytes, whole);
+}
+
+/// AllowOverwrite was checked when the upload was announced only: a file that appeared after that was replaced, and of
+/// two uploads to one new name the second replaced the first.
+fn nothing_is_replaced(setup: Setup) {
+    let (rig, device) = setup.connected();
+    let dir = directory(&rig);
+    let forbidden = refused(400, "access denied: forbidden to overwrite the file");
+    let path = dir.join("meanwhile");
+    let rest = begin(&device, &path);
+    fs::write(&path, "somebody's").unwrap();
+    assert_eq!(end(&rest), Err(forbidden.clone()));
+    assert_eq!(fs::read(&path).unwrap(), b"somebody's");
+    let line = rig.daemon.wait_for_log("event=transfer", SOON);
+    assert!(line.contains(" result=denied ") && line.contains("forbidden to overwrite"), "{line}");
+
+    let [first, second] = [(); 2].map(|()| begin(&device, &dir.join("both")));
+    first.send(FILES, "file_chunk", Some(8), b"");
+    second.send(FILES, "file_chunk", Some(8), b"");
+    let answers = [first, second].map(|rest| rest.next());
+    let won = answers.iter().filter(|answer| answer.typ == "ack").count();
+    let lost = answers.iter().filter(|answer| answer.typ == "error");
+    assert_eq!(lost.map(|answer| Rest::refused(answer, 400)).collect::<Vec<_>>(), [forbidden]);
+    assert_eq!((won, fs::read(dir.join("both")).unwrap()), (1, b"uploaded".into()));
+    assert_eq!(names(&dir), ["both", "meanwhile"], "nothing temporary is left");
+}
+
+#[test]
+fn without_overwriting_an_upload_replaces_nothing_that_appears_meanwhile() {
+    nothing_is_replaced(limits(json!({ "AllowOverwrite": false })));
+}
+
+/// As above on a file system without O_TMPFILE, where the file has a temporary name.
+#[test]
+fn without_overwriting_a_temporary_name_replaces_nothing_either() {
+    if !trace::is_possible() {
+        return skip("strace is missing");
+    }
+    let script = "exec strace -D -f -o trace -e trace=linkat -e inject=linkat:error=EPERM \"$@\"";
+    nothing_is_replaced(limits(json!({ "AllowOverwrite": false })).wrapper(script));
+}
+
+/// As above where the file system knows neither RENAME_NOREPLACE nor hard links, as exFAT by FUSE. Two uploads at the
+/// very same moment could both succeed there, so only the first half of the story is told.
+#[test]
+fn without_overwriting_the_last_resort_looks_right_before_the_rename() {
+    if !trace::is_possible() {
+        return skip("strace is missing");
+    }
+    let script = "exec strace -D -f -o trace -e trace=linkat,renameat2 -e inject=linkat:error=EPERM \
+                  -e inject=renameat2:error=EINVAL \"$@\"";
+    let (rig, device) = limits(json!({ "AllowOverwrite": false })).wrapper(script).connected();
+    let path = directory(&rig).join("f");
+    let [first, second] = [(); 2].map(|()| begin(&device, &path));
+    assert_eq!(end(&first), Ok(()));
+    assert_eq!(end(&second), Err(refused(400, "access denied: forbidden to overwrite the file")));
+}
+
+/// OwnerPut and GroupPut were checked when the upload was announced only, so that a file of root's that appeared after
+/// that was replaced.
+#[test]
+fn a_strangers_file_that_appears_meanwhile_is_not_replaced() {
+    if !is_root() {
+        return skip("only root can give a file to somebody else");
+    }
+    for (key, name, what) in [("OwnerPut", "nobody", "owner"), ("GroupPut", "nogroup", "group")] {
+        let (rig, device) = limits(json!({ "AllowOverwrite": true, key: name })).connected();
+        let dir = directory(&rig);
+        let path = dir.join("f");
+        let rest = begin(&device, &path);
+        fs::write(&path, "root's").unwrap();
+        let text = format!("access denied: the file {what} does not match");
+        assert_eq!(end(&rest), Err(refused(400, &text)));
+        assert_eq!(fs::read(&path).unwrap(), b"root's");
+        assert_no_temporary_files(&dir);
+        // One that satisfies the limit is replaced.
+        fs::remove_file(&path).unwrap();
+        let [first, second] = [(); 2].map(|()| begin(&device, &path));
+        assert_eq!((end(&first), end(&second)), (Ok(()), Ok(())));
+    }
 }
