@@ -229,7 +229,7 @@ fn source_is_the_checkout_unless_told_otherwise() {
     assert!(source.contains(&format!(";destsuffix=mender-connect-rs-{} ", env!("CARGO_PKG_VERSION"))));
     assert!(source.contains(" file://mender-connect.conf "), "{source}");
 
-    let remote = json!({ "MENDER_CONNECT_RS_GIT": "git://host/it.git;branch=main", "SRCREV": "0123" });
+    let remote = json!({ "MCRS_GIT": "git://host/it.git;branch=main", "SRCREV": "0123" });
     assert!(get(&remote, "SRC_URI").starts_with("git://host/it.git;branch=main;destsuffix="));
     assert_eq!(get(&remote, "SRCREV"), "0123");
 }
@@ -243,7 +243,7 @@ fn takes_the_place_of_upstreams_package() {
     let other = json!({ "PREFERRED_RPROVIDER_mender-connect": "mender-connect" });
     assert_eq!(get(&other, "PREFERRED_RPROVIDER_mender-connect"), "mender-connect");
     assert_eq!(get(&json!({}), "RPROVIDES:mender-connect-rs"), "mender-connect (= 3.0.0)");
-    let newer = json!({ "MENDER_CONNECT_RS_UPSTREAM_VERSION": "3.0.1" });
+    let newer = json!({ "MCRS_UPSTREAM_VERSION": "3.0.1" });
     assert_eq!(get(&newer, "RPROVIDES:mender-connect-rs"), "mender-connect (= 3.0.1)");
     for (name, wanted) in [("RREPLACES", "mender-connect"), ("RCONFLICTS", "mender-connect")] {
         assert_eq!(get(&json!({}), &format!("{name}:mender-connect-rs")), wanted);
@@ -252,13 +252,64 @@ fn takes_the_place_of_upstreams_package() {
     assert_eq!(conf, "/etc/mender/mender-connect.conf");
 }
 
+/// The text from the heading on, up to the next one of its level.
+fn section<'a>(page: &'a str, heading: &str) -> &'a str {
+    let level = heading.split(' ').next().expect("a level");
+    let start = page.find(&format!("\n{heading}\n")).unwrap_or_else(|| panic!("no {heading}")) + 1;
+    let rest = &page[start + heading.len()..];
+    &rest[..rest.find(&format!("\n{level} ")).unwrap_or(rest.len())]
+}
+
+fn files(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            files(&path, found);
+        } else {
+            found.push(path);
+        }
+    }
+}
+
+/// meta-mender's mender-setup class warns of every variable MENDER_* that conf/mender-vars.json doesn't list. These are
+/// in it, since upstream's recipe has them.
+#[test]
+fn variables_with_menders_prefix_are_menders() {
+    let known = ["MENDER_CONNECT_SHELL", "MENDER_CONNECT_USER"];
+    let mut paths = Vec::new();
+    files(&root().join("yocto"), &mut paths);
+    // Buildroot prescribes the names in its external tree.
+    paths.retain(|path| !path.starts_with(root().join("yocto/files/buildroot")));
+    let mut texts: Vec<(PathBuf, String)> =
+        paths.into_iter().map(|path| (path.clone(), read(path))).collect();
+    let readme = read(root().join("README.md"));
+    texts.push(("README.md".into(), section(&readme, "### Yocto and Buildroot").to_owned()));
+
+    let mut found = 0;
+    for (path, text) in &texts {
+        for (start, _) in text.match_indices("MENDER_") {
+            let part_of_a_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            if text[..start].ends_with(part_of_a_name) {
+                continue;
+            }
+            let name = text[start..].split(|c| !part_of_a_name(c)).next().expect("a name");
+            // The prefix by itself, where it is talked about.
+            if name != "MENDER_" {
+                assert!(known.contains(&name), "{}: {name}", path.display());
+                found += 1;
+            }
+        }
+    }
+    assert!(found >= 2 * known.len(), "the variables aren't where they were looked for");
+}
+
 #[test]
 fn an_old_rust_is_named_before_anything_is_built() {
     if !available("python3") {
         return;
     }
     assert!(get(&json!({}), "do_fetch[prefuncs]").contains("mender_connect_rs_check_rust"));
-    assert_eq!(get(&json!({}), "MENDER_CONNECT_RS_RUST"), env!("CARGO_PKG_RUST_VERSION"));
+    assert_eq!(get(&json!({}), "MCRS_RUST"), env!("CARGO_PKG_RUST_VERSION"));
     for (settings, fits) in [
         (json!({ "RUSTVERSION": "1.75%" }), false),
         (json!({ "RUSTVERSION": "1.87.1" }), false),

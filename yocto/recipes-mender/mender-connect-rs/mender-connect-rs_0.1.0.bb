@@ -3,13 +3,13 @@ DESCRIPTION = "Takes the place of Mender's own mender-connect: same server, clie
 SECTION = "net"
 
 require ${BPN}-cargo.inc
-LICENSE = "${MENDER_CONNECT_RS_LICENSES}${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', ' & (AFL-2.1 | GPL-2.0-or-later)', d)}"
+LICENSE = "${MCRS_LICENSES}${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', ' & (AFL-2.1 | GPL-2.0-or-later)', d)}"
 LIC_FILES_CHKSUM = "file://LICENSE;md5=3b83ef96387f14655fc854ddc3c6bd57"
 
 # The commit that the layer's checkout is at. See the layer's README for building from elsewhere.
-MENDER_CONNECT_RS_GIT ?= "git://${MENDER_CONNECT_RS_CHECKOUT};protocol=file;usehead=1;nobranch=1"
+MCRS_GIT ?= "git://${MCRS_CHECKOUT};protocol=file;usehead=1;nobranch=1"
 # With this name the source is in the default S of all series.
-SRC_URI = "${MENDER_CONNECT_RS_GIT};destsuffix=${BP} file://mender-connect.conf"
+SRC_URI = "${MCRS_GIT};destsuffix=${BP} file://mender-connect.conf"
 require ${BPN}-crates.inc
 SRCREV ?= "${AUTOREV}"
 
@@ -20,10 +20,10 @@ PACKAGECONFIG[system-dbus] = ",,dbus"
 PACKAGECONFIG[tls] = ",,"
 
 # Not by PACKAGECONFIG_CONFARGS, which only the newer series' class hands to cargo.
-MENDER_CONNECT_RS_FEATURES = "dbus \
+MCRS_FEATURES = "dbus \
     ${@bb.utils.filter('PACKAGECONFIG', 'tls', d)} \
     ${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', 'vendored-dbus', d)}"
-CARGO_BUILD_FLAGS += "--bin mender-connect --no-default-features --features '${MENDER_CONNECT_RS_FEATURES}'"
+CARGO_BUILD_FLAGS += "--bin mender-connect --no-default-features --features '${MCRS_FEATURES}'"
 # What .cargo/config.toml says of time_t and of the vendored libdbus. That file isn't read here.
 RUSTFLAGS:append:libc-musl:arm = " --cfg=libc_unstable_time64"
 CFLAGS:append = " ${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', '-DHAVE_POLL=1 -DHAVE_MONOTONIC_CLOCK=1 -DHAVE_GETRESUID=1', d)}"
@@ -35,7 +35,7 @@ python mender_connect_rs_check_rust() {
     import re
 
     rust = d.getVar("PREFERRED_VERSION_rust-native") or d.getVar("RUSTVERSION") or ""
-    needed = d.getVar("MENDER_CONNECT_RS_RUST")
+    needed = d.getVar("MCRS_RUST")
     found = re.match(r"(\d+)\.(\d+)", rust)
     if found and [int(part) for part in found.groups()] < [int(part) for part in needed.split(".")[:2]]:
         bb.fatal("mender-connect-rs needs Rust %s or newer, but this build's is %s. With scarthgap, add the branch "
@@ -95,7 +95,7 @@ CONFFILES:${PN} = "${sysconfdir}/mender/mender-connect.conf"
 
 RDEPENDS:${PN} = "mender-auth"
 # The version of upstream's package that this one passes for: meta-mender's inventory script conflicts with others.
-MENDER_CONNECT_RS_UPSTREAM_VERSION ?= "3.0.0"
-RPROVIDES:${PN} = "mender-connect (= ${MENDER_CONNECT_RS_UPSTREAM_VERSION})"
+MCRS_UPSTREAM_VERSION ?= "3.0.0"
+RPROVIDES:${PN} = "mender-connect (= ${MCRS_UPSTREAM_VERSION})"
 RREPLACES:${PN} = "mender-connect"
 RCONFLICTS:${PN} = "mender-connect"

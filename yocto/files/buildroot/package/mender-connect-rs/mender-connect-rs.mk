@@ -18,7 +18,7 @@ ifeq ($(BR2_PACKAGE_MENDER_CONNECT_RS)$(MENDER_CONNECT_RS_VERSION),y)
 $(error mender-connect-rs: no revision is set, and $(MENDER_CONNECT_RS_CHECKOUT) is no git checkout)
 endif
 
-MENDER_CONNECT_RS_LICENSE := $(shell sed -n 's/ & /, /g; s/^MENDER_CONNECT_RS_LICENSES = "\(.*\)"/\1/p' \
+MENDER_CONNECT_RS_LICENSE := $(shell sed -n 's/ & /, /g; s/^MCRS_LICENSES = "\(.*\)"/\1/p' \
 	$(MENDER_CONNECT_RS_CHECKOUT)/yocto/recipes-mender/mender-connect-rs/mender-connect-rs-cargo.inc)
 MENDER_CONNECT_RS_LICENSE_FILES = LICENSE
 
