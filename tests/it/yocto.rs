@@ -195,10 +195,50 @@ fn features_follow_packageconfig() {
         assert!(licence.starts_with("Apache-2.0 & "), "{licence}");
         let of_libdbus = read(root().join(".cargo/config.toml"));
         let of_libdbus = value(&of_libdbus, "HOST_CFLAGS");
-        let settings = packageconfig
-            .map_or(json!({ "CFLAGS": "-O2" }), |p| json!({ "CFLAGS": "-O2", "PACKAGECONFIG": p }));
-        let flags = if vendored { format!("-O2 {of_libdbus}") } else { "-O2".to_owned() };
-        assert_eq!(get(&settings, "CFLAGS").trim(), flags);
+        let flags = get(&c_settings(packageconfig), "CFLAGS");
+        assert!(flags.starts_with("-g -O2 "), "{flags}");
+        assert_eq!(flags.ends_with(&format!(" {of_libdbus}")), vendored, "{flags}");
+        assert_eq!(flags.contains("-DHAVE_"), vendored, "{flags}");
+    }
+}
+
+const DEBUG_SOURCES: &str = "/usr/src/debug/mender-connect-rs/0.1.0";
+
+/// What oe-core sets for C compilers.
+fn c_settings(packageconfig: Option<&str>) -> Value {
+    let mut settings =
+        json!({ "CFLAGS": "-g -O2", "CARGO_HOME": "/build/cargo_home", "TARGET_DBGSRC_DIR": DEBUG_SOURCES });
+    if let Some(packageconfig) = packageconfig {
+        settings["PACKAGECONFIG"] = json!(packageconfig);
+    }
+    settings
+}
+
+/// oe-core's own maps cover S and B, but ring's and libdbus's C is compiled below CARGO_HOME. On wrynose
+/// do_package_qa fails for a debug file with a path of the build in it.
+#[test]
+fn debug_information_names_no_folder_of_the_build() {
+    if !available("python3") || !available("cc") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let home = dir.path().join("cargo_home");
+    let sources = home.join("bitbake/ring-0.17.14");
+    fs::create_dir_all(&sources).expect("a folder");
+    fs::write(sources.join("curve.c"), "int curve(void) { return 25519; }\n").expect("write");
+    for packageconfig in [None, Some("tls")] {
+        let mut settings = c_settings(packageconfig);
+        settings["CARGO_HOME"] = json!(home);
+        let flags = get(&settings, "CFLAGS");
+        let mut cc = Command::new("cc");
+        cc.args(flags.split_whitespace()).args(["-gz=none", "-c", "-o", "curve.o"]);
+        cc.arg(sources.join("curve.c")).current_dir(&sources);
+        assert!(cc.status().expect("run cc").success(), "{flags}");
+        let object = fs::read(sources.join("curve.o")).expect("an object file");
+        let object = String::from_utf8_lossy(&object);
+        let mapped = format!("{DEBUG_SOURCES}/cargo_home/bitbake/ring-0.17.14");
+        assert!(object.contains(&mapped), "{flags}");
+        assert!(!object.contains(dir.path().to_str().expect("UTF-8")), "{flags}");
     }
 }
 

@@ -27,6 +27,9 @@ CARGO_BUILD_FLAGS += "--bin mender-connect --no-default-features --features '${M
 # What .cargo/config.toml says of time_t and of the vendored libdbus. That file isn't read here.
 RUSTFLAGS:append:libc-musl:arm = " --cfg=libc_unstable_time64"
 CFLAGS:append = " ${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', '-DHAVE_POLL=1 -DHAVE_MONOTONIC_CLOCK=1 -DHAVE_GETRESUID=1', d)}"
+# DEBUG_PREFIX_MAP covers S and B only, but the crates' C is compiled in CARGO_HOME: without this, do_package_qa finds
+# the build's path in the debug information (buildpaths).
+CFLAGS += "-ffile-prefix-map=${CARGO_HOME}=${TARGET_DBGSRC_DIR}/cargo_home"
 # The packaging splits the debug information off.
 export CARGO_PROFILE_RELEASE_STRIP = "none"
 
