@@ -1,11 +1,15 @@
 # Sourced by the scripts here: cargo for static executables, with zig as the C compiler and linker of every target.
 
+# Cargo's target directory: CARGO_TARGET_DIR or a configuration file may move it out of the checkout.
+built=$(cargo metadata --format-version 1 --no-deps)
+built=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])' <<<"$built")
+
 # zig's own allocator, from 0.16 on, keeps three times as much memory as musl's.
 zig_tools=(ziglang==0.15.2 cargo-zigbuild==0.24.0)
 
 # static_cargo COMMAND TARGET… -- OPTIONS…: for the release profile, the standard library included.
 static_cargo() {
-    local command=$1 targets=() flags name zig=$PWD/target/tools/zig
+    local command=$1 targets=() flags name zig=$built/tools/zig
     shift
     if [ "$(cat "$zig/versions" 2>/dev/null)" != "${zig_tools[*]}" ]; then
         rm -rf "$zig"

@@ -1,16 +1,18 @@
 //! What `.ci/release` writes beside an executable: a bill of materials and the licences. Looked at where the tests
-//! run with such an executable, which MENDER_CONNECT names.
+//! run with such an executable, which MENDER_CONNECT names. And where both go, with a compiler that does nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::harness::daemon::executable;
 use crate::harness::wait::skip;
+use crate::yocto::{available, read, root};
 
 const STD: &str = "pkg:generic/rust-std@";
 
@@ -77,6 +79,11 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap()
 }
 
+fn sha256(file: &Path) -> String {
+    let digest = Sha256::digest(fs::read(file).unwrap());
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn set<'a>(items: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
     items.into_iter().map(str::to_owned).collect()
 }
@@ -84,9 +91,7 @@ fn set<'a>(items: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
 #[test]
 fn it_is_this_executables_bill() {
     let Some(bill) = Bill::of_the_executable() else { return };
-    let digest = Sha256::digest(fs::read(executable()).unwrap());
-    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    assert_eq!(bill.root()["hashes"][0]["content"], *digest);
+    assert_eq!(bill.root()["hashes"][0]["content"], *sha256(&executable()));
     assert_eq!(bill.root()["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(bill.root()["properties"][0]["value"], *bill.target());
     // These would differ each time.
@@ -161,5 +166,139 @@ fn every_component_has_its_licence_in_full() {
         assert!(listed.contains(&*line) || listed.contains(&*format!("{line}, in the build only")), "{line}");
         let mut own = texts.iter().filter(|(titles, _)| titles.split(", ").any(|one| one == title));
         assert!(own.any(|(_, text)| text.len() > 500), "{title}");
+    }
+}
+
+const TARGET: &str = "x86_64-unknown-linux-musl";
+
+/// A copy of what `.ci/release` takes, where the compiler only writes a file and Rust's own sources are next to none.
+struct Project {
+    dir: tempfile::TempDir,
+}
+
+impl Project {
+    fn new() -> Project {
+        let project = Project { dir: tempfile::tempdir().unwrap() };
+        for name in ["Cargo.toml", "Cargo.lock", ".ci/release", ".ci/static.sh", ".ci/sbom"] {
+            let copy = project.path("checkout").join(name);
+            fs::create_dir_all(copy.parent().unwrap()).unwrap();
+            fs::copy(root().join(name), copy).unwrap();
+        }
+        for name in ["src", "tests"] {
+            symlink(root().join(name), project.path("checkout").join(name)).unwrap();
+        }
+        project.write("sysroot/lib/rustlib/src/rust/library/Cargo.lock", "package = []\n");
+        let sysroot = project.path("sysroot");
+        project.program(
+            "bin/rustc",
+            &format!(
+                "[ \"$*\" != '--print sysroot' ] || exec echo '{}'\nPATH=${{PATH#*:}} exec rustc \"$@\"",
+                sysroot.display()
+            ),
+        );
+        project
+    }
+
+    /// Without links on the way: cargo and Python name paths so.
+    fn path(&self, name: &str) -> PathBuf {
+        fs::canonicalize(self.dir.path()).unwrap().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn program(&self, name: &str, script: &str) {
+        self.write(name, &format!("#!/bin/sh\n{script}\n"));
+        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// The compiler where `.ci/static.sh` puts it, building into a folder as cargo would.
+    fn with_compiler(&self, built: &str) {
+        let script = read(root().join(".ci/static.sh"));
+        let versions = script.split_once("zig_tools=(").unwrap().1.split(')').next().unwrap();
+        let zig = format!("{built}/tools/zig");
+        self.write(&format!("{zig}/versions"), &format!("{versions}\n"));
+        for licence in ["LICENSE", "lib/libunwind/LICENSE.TXT", "lib/libc/musl/COPYRIGHT"] {
+            self.write(&format!("{zig}/ziglang/{licence}"), "Permission is granted\n");
+        }
+        self.write(
+            &format!("{zig}/ziglang/lib/libc/musl/src/internal/version.h"),
+            "#define VERSION \"1.2.5\"\n",
+        );
+        let graph = json!({"roots": [0], "units": [{
+            "target": {"kind": ["bin"], "name": "mender-connect", "src_path": self.path("checkout/src/main.rs")},
+            "platform": TARGET, "mode": "build", "features": [], "dependencies": [],
+        }]});
+        self.write("graph", &graph.to_string());
+        let (graph, release) = (self.path("graph"), self.path(built).join(TARGET).join("release"));
+        let (graph, release) = (graph.display(), release.display());
+        self.program(
+            &format!("{zig}/bin/cargo-zigbuild"),
+            &format!(
+                "case \"$*\" in
+                *--unit-graph*) cat '{graph}' ;;
+                *) mkdir -p '{release}' && echo built >'{release}/mender-connect' ;;
+                esac"
+            ),
+        );
+    }
+
+    fn release(&self, environment: Option<(&str, PathBuf)>, options: &[&str]) -> Output {
+        let mut command = Command::new(self.path("checkout/.ci/release"));
+        command.arg(TARGET).arg("--").args(options);
+        command.env_remove("CARGO_TARGET_DIR").env_remove("CARGO_BUILD_TARGET_DIR");
+        // Neither the user's configuration of cargo nor a download.
+        command.env("CARGO_HOME", self.path("cargo")).env("PIP_NO_INDEX", "1");
+        let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap());
+        command.env("PATH", path).envs(environment).output().unwrap()
+    }
+}
+
+/// The compiler's place and that of the results is cargo's target directory, wherever that is.
+#[test]
+fn the_bill_lies_beside_the_executable_wherever_cargo_builds() {
+    if !available("python3") {
+        return;
+    }
+    for (variable, configured, built) in [
+        (None, None, "checkout/target"),
+        (Some("CARGO_TARGET_DIR"), None, "elsewhere"),
+        (Some("CARGO_BUILD_TARGET_DIR"), None, "elsewhere"),
+        (None, Some("[build]\ntarget-dir = \"../configured\"\n"), "configured"),
+    ] {
+        let project = Project::new();
+        project.with_compiler(built);
+        if let Some(configured) = configured {
+            project.write("checkout/.cargo/config.toml", configured);
+        }
+        let output = project.release(variable.map(|name| (name, project.path(built))), &[]);
+        assert!(output.status.success(), "{built}: {}", String::from_utf8_lossy(&output.stderr));
+
+        let folder = project.path(built).join(TARGET).join("release");
+        let bill = read(folder.join("mender-connect.cdx.json"));
+        let bill: Value = serde_json::from_str(&bill).unwrap();
+        let hash = &bill["metadata"]["component"]["hashes"][0]["content"];
+        assert_eq!(*hash, *sha256(&folder.join("mender-connect")), "{built}");
+        assert!(read(folder.join("THIRD-PARTY-LICENSES")).contains("\nmusl 1.2.5: MIT\n"), "{built}");
+        assert_eq!(project.path("checkout/target").exists(), built == "checkout/target", "{built}");
+    }
+}
+
+#[test]
+fn a_target_directory_that_only_cargo_build_knows_is_refused_before_the_build() {
+    if !available("python3") {
+        return;
+    }
+    let project = Project::new();
+    project.with_compiler("checkout/target");
+    for options in [&["--target-dir", "elsewhere"][..], &["--target-dir=elsewhere"]] {
+        let output = project.release(None, options);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("CARGO_TARGET_DIR"), "{said}");
+        assert!(!project.path("checkout/target").join(TARGET).exists(), "built all the same");
     }
 }
