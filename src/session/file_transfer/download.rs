@@ -132,7 +132,11 @@ impl Download {
                 Ok(n) => filled += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
-                    return Err(format!("failed to read file: read {}: {}", self.path.display(), reason(&e)));
+                    return Err(format!(
+                        "failed to read file: read {}: {}",
+                        place::shown(&self.path),
+                        reason(&e)
+                    ));
                 }
             }
         }
@@ -147,7 +151,7 @@ impl Download {
         if now < size {
             return Err(format!(
                 "failed to read file: {} has shrunk from {size} to {now} bytes while it was read, {} were sent",
-                self.path.display(),
+                place::shown(&self.path),
                 self.sent + read as u64
             ));
         }

@@ -17,6 +17,7 @@ use nix::unistd::{Gid, Group, Uid, User};
 
 use crate::config::FileLimits;
 use crate::proto::file::Request;
+use crate::proto::{MAX_TEXT, clipped};
 use crate::sys::beneath::{self, Rules};
 use crate::sys::reason;
 
@@ -133,7 +134,7 @@ fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<io:
 /// The text for the peer.
 pub fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failure> {
     let failed = |e: io::Error| {
-        let path = path.display();
+        let path = shown(path);
         Failure::system(format!("failed to get file info from path '{path}': stat {path}: {}", reason(&e)))
     };
     let fd = resolve(limits, path, OFlag::O_PATH)?.map_err(failed)?;
@@ -145,9 +146,8 @@ pub fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failur
 /// # Errors
 /// The text for the peer.
 pub fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source, Failure> {
-    let system = |why: &str| {
-        Failure::system(format!("failed to open file for reading: open {}: {why}", path.display()))
-    };
+    let system =
+        |why: &str| Failure::system(format!("failed to open file for reading: open {}: {why}", shown(path)));
     let failed = |e: io::Error| system(&reason(&e));
     if limits.is_some_and(|l| l.regular_files_only) {
         // A link is not a regular file here, wherever it leads.
@@ -291,11 +291,16 @@ fn open_directory(limits: Option<&FileLimits>, dir: &Path, path: &Path) -> Resul
     .map_err(|e| cannot_create(path, &e))
 }
 
+/// A path in an answer, which repeats no more of a client's text than [`MAX_TEXT`] characters.
+pub fn shown(path: &Path) -> String {
+    clipped(&path.to_string_lossy(), MAX_TEXT)
+}
+
 /// What is said when there can't be a file at `path`.
 pub fn cannot_create(path: &Path, e: &io::Error) -> Failure {
     Failure::system(format!(
         "failed to create target file: failed to create file: open {}: {}",
-        path.display(),
+        shown(path),
         reason(e)
     ))
 }
@@ -306,7 +311,7 @@ fn lstat(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<Option<FileStat>, F
         Err(Errno::ENOENT) => Ok(None),
         Err(e) => {
             let why = reason(&e.into());
-            Err(Failure::system(format!("error checking file location: lstat {}: {why}", path.display())))
+            Err(Failure::system(format!("error checking file location: lstat {}: {why}", shown(path))))
         }
     }
 }

@@ -99,7 +99,7 @@ impl Upload {
         self.temporary
             .file()
             .write_all(&frame.body)
-            .map_err(|e| failed(&format!("write {}: {}", self.path.display(), reason(&e))))?;
+            .map_err(|e| failed(&format!("write {}: {}", place::shown(&self.path), reason(&e))))?;
         self.digest.update(&frame.body);
         self.received += frame.body.len() as u64;
         counters.add(Direction::Received, frame.body.len() as u64, now);
@@ -128,11 +128,12 @@ impl Upload {
     /// The text for the peer.
     pub fn commit(self, wake: &Arc<Wake>) -> Result<Commit, String> {
         let Upload { temporary, attributes, path, received, digest, .. } = self;
-        let failed =
-            |e: std::io::Error| format!("failed to commit uploaded file: {}: {}", path.display(), reason(&e));
+        let failed = |e: std::io::Error| {
+            format!("failed to commit uploaded file: {}: {}", place::shown(&path), reason(&e))
+        };
         let remover = temporary.remover().map_err(failed)?;
         let (report, result) = crossbeam_channel::bounded(1);
-        let (wake, shown) = (Arc::clone(wake), path.display().to_string());
+        let (wake, shown) = (Arc::clone(wake), place::shown(&path));
         thread::spawn("commit", thread::SMALL_STACK, move || {
             let result = temporary.commit(attributes).map_err(|e| commit_error(&shown, e, attributes));
             let _ = report.send(result);
@@ -171,7 +172,7 @@ impl Commit {
             Ok(result) => Some(result),
             Err(crossbeam_channel::TryRecvError::Empty) => None,
             Err(crossbeam_channel::TryRecvError::Disconnected) => {
-                let path = self.path.display();
+                let path = place::shown(&self.path);
                 Some(Err(Failure::system(format!("failed to commit uploaded file: {path}: internal error"))))
             }
         }
