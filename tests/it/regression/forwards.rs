@@ -12,7 +12,7 @@ use crate::forwards::session;
 use crate::harness::rig::is_root;
 use crate::harness::wait::{SOON, millis, skip, spawn};
 
-/// A target that answers each line after a while: how many lines it got until its connection ended.
+/// A target that answers each line after a while: how many lines it had taken when its connection ended or broke.
 fn slow_lines(listener: TcpListener) -> usize {
     let (stream, _) = listener.accept().unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
@@ -23,8 +23,9 @@ fn slow_lines(listener: TcpListener) -> usize {
         lines += 1;
         // The pace of an application, not a wait for anything.
         std::thread::park_timeout(millis(20));
-        // Nobody listens any more, which is no reason to stop.
-        let _ = (&stream).write_all(b"the answer to that line\n");
+        if (&stream).write_all(b"the answer to that line\n").is_err() {
+            break;
+        }
         line.clear();
     }
     lines

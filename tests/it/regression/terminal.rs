@@ -55,6 +55,7 @@ fn assert_whole(device: &Device, terminal: &Terminal) {
 #[test]
 fn long_output_comes_whole_through_the_released_server() {
     let (_rig, device, terminal) = long_output();
+    device.set_client_rate(8 << 20);
     assert_whole(&device, &terminal);
 }
 
@@ -71,6 +72,7 @@ fn long_output_comes_whole_to_a_slow_client() {
 fn long_output_comes_whole_to_a_client_that_answers_no_ping() {
     let (_rig, device, terminal) = long_output();
     device.clients_fall_silent();
+    device.set_client_rate(2 << 20);
     let start = Instant::now();
     let sid = terminal.sid.clone();
     assert_whole(&device, &terminal);
