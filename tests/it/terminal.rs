@@ -24,17 +24,30 @@ fn stop_not_found(terminal: &Terminal) -> String {
 /// The remote-terminal acceptance test, step by step.
 fn acceptance(style: Style, generation: Generation) {
     let (_rig, device) = Setup::new().generation(generation).connected();
+    if style == Style::Python {
+        // It answers no ping, and takes none for output.
+        device.clients_fall_silent();
+    }
     let mut terminal = Terminal::new(&device, style);
+    // It knows the end of an output by the silence that follows.
+    let pause = || {
+        if style == Style::Python {
+            device.nothing(millis(400), "silence behind a prompt", |_| true);
+        }
+    };
     terminal.open();
     terminal.prompt();
+    pause();
     terminal.ask_new();
     terminal.expect("new", 2, Some(ALREADY_RUNNING));
     device.nothing(millis(200), "a refused `new` leaves the shell alone", |_| true);
     let listing = terminal.run("ls /");
     let has = |name: &str| listing.split_whitespace().any(|entry| entry == name);
     assert!(has("usr") && has("etc"), "{listing}");
+    pause();
     terminal.input("ls /\n");
     let output = terminal.prompt();
+    pause();
     assert!(output.contains("usr") && output.contains("etc"), "{output}");
 
     terminal.stop();
@@ -45,6 +58,7 @@ fn acceptance(style: Style, generation: Generation) {
 
     terminal.open();
     terminal.prompt();
+    pause();
     assert_eq!(terminal.run("echo again"), "again");
     terminal.stop();
 }
