@@ -24,7 +24,7 @@ use super::stream::{Deadline, ReadHalf, WriteHalf};
 use super::{Cancel, LinkError, MAX_MESSAGE, tls};
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
-use crate::sys::{clock, net, reason};
+use crate::sys::{clock, names, net, reason};
 
 const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
 /// For each address of the host.
@@ -139,7 +139,7 @@ fn resolve(target: &Endpoint, gone: &Receiver<()>) -> Result<Vec<SocketAddr>, Li
         return Ok(vec![SocketAddr::new(address, target.port)]);
     }
     let failed = |reason| LinkError::Resolve { host: target.host.clone(), reason };
-    let answered = net::look_up(&target.host, target.port, || {})?;
+    let answered = names::look_up(&target.host, target.port, (), || {})?;
     select! {
         recv(answered) -> addresses => match addresses {
             Ok(Ok(addresses)) => Ok(addresses),

@@ -2,6 +2,7 @@
 
 pub mod beneath;
 pub mod clock;
+pub mod names;
 pub mod net;
 pub mod notify;
 pub mod privilege;

@@ -1,17 +1,14 @@
 //! Sockets and addresses: what std doesn't offer.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use crossbeam_channel::Receiver;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, recv, send, socket,
 };
-
-use super::thread;
 
 /// Acknowledge what has come at once. The kernel forgets it after a while, hence "re-arm".
 ///
@@ -70,26 +67,6 @@ pub fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
         (IpAddr::V6(a), IpAddr::V6(b)) => same(a.to_bits(), b.to_bits(), 128),
         _ => false,
     }
-}
-
-/// Looks a name up in a thread of its own, because the resolver can't be interrupted: one that is given up on ends when
-/// the resolver does. `done` is called when the answer is there.
-///
-/// # Errors
-/// When no thread can be had.
-pub fn look_up(
-    host: &str,
-    port: u16,
-    done: impl FnOnce() + Send + 'static,
-) -> io::Result<Receiver<io::Result<Vec<SocketAddr>>>> {
-    let (answer, answered) = crossbeam_channel::bounded(1);
-    let host = host.to_owned();
-    thread::spawn("resolver", thread::LARGE_STACK, move || {
-        let addresses = (host.as_str(), port).to_socket_addrs().map(Iterator::collect);
-        let _ = answer.send(addresses);
-        done();
-    })?;
-    Ok(answered)
 }
 
 /// A socket for `address`, not yet connected.

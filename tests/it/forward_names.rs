@@ -117,7 +117,8 @@ fn nobody_waits_for_an_answer_that_does_not_come() {
     }
     let many = proc::threads(pid);
     println!("{} threads more while a name server is silent", many.saturating_sub(threads));
-    assert!(many <= threads + 16, "{many} threads, {threads} before");
+    // 16 look-ups of two threads.
+    assert!(many <= threads + 32, "{many} threads, {threads} before");
     assert_echo(&other, b"still quick");
     let error = client.next_error();
     println!("given up after {:?}", start.elapsed());

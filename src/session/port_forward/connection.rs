@@ -20,7 +20,7 @@ use crate::proto::forward::{Target, Transport};
 use crate::proto::{SessionId, UserId};
 use crate::session::info::{ForwardInfo, Info};
 use crate::sys::wake::Wake;
-use crate::sys::{PollSet, net, reason};
+use crate::sys::{PollSet, names, net, reason};
 
 const LOOK_UP_LIMIT: Duration = Duration::from_secs(10);
 /// For each address of the host.
@@ -254,11 +254,7 @@ impl Connection {
 
     fn look_up(&mut self, permit: LookUpPermit, wake: &Arc<Wake>, now: Instant) -> Step {
         let wake = Arc::clone(wake);
-        let done = move || {
-            drop(permit);
-            wake.notify();
-        };
-        match net::look_up(&self.target().host, self.target().port, done) {
+        match names::look_up(&self.target().host, self.target().port, permit, move || wake.notify()) {
             Ok(answer) => {
                 self.state = State::LookingUp { answer, until: now + LOOK_UP_LIMIT };
                 Step::Pending

@@ -1,11 +1,11 @@
-//! How many names are looked up at a time. The resolver can't be interrupted, so a thread that nobody waits for any more
-//! still counts until it ends: a silent name server mustn't fill the memory with them.
+//! How many names are looked up at a time. The resolver can't be interrupted, so a look-up that nobody waits for any more
+//! still counts until its threads end: a silent name server mustn't fill the memory with them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::sys::wake::Wake;
 
-/// On the whole device.
+/// On the whole device. Each has up to two threads.
 const MAX_RUNNING: usize = 16;
 
 /// The look-ups of the device.

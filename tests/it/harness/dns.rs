@@ -2,7 +2,7 @@
 //! another /etc/resolv.conf, which takes root, as the port does.
 
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -12,12 +12,29 @@ use super::doctor::within;
 use super::rig::{Setup, is_root};
 use super::wait::{SOON, Watched, spawn};
 
+/// RFC 1035, 4.1.1, and RFC 2136, 2.2.
+pub const SERVFAIL: u8 = 2;
+pub const NXDOMAIN: u8 = 3;
+pub const NOTIMP: u8 = 4;
+pub const REFUSED: u8 = 5;
+
 /// What a name gets.
 #[derive(Debug, Clone)]
 pub enum Answer {
     Addresses(Vec<Ipv4Addr>),
     /// These the first time, those later.
     Changing(Ipv4Addr, Ipv4Addr),
+    Silence,
+    /// To the queries for IPv4 and for IPv6 addresses.
+    Each(Single, Single),
+}
+
+/// What one query gets.
+#[derive(Debug, Clone, Copy)]
+pub enum Single {
+    Address(IpAddr),
+    /// An error (RFC 1035, 4.1.1): no addresses.
+    Code(u8),
     Silence,
 }
 
@@ -26,21 +43,29 @@ struct State {
     names: HashMap<String, Answer>,
     /// Names whose IPv4 addresses were asked for.
     asked: Vec<String>,
+    /// Replies that wait to be released, if none is to be sent before.
+    held: Option<Vec<(SocketAddr, Vec<u8>)>>,
     quit: bool,
 }
 
 #[derive(Debug)]
 pub struct NameServer {
     address: Ipv4Addr,
+    socket: Arc<UdpSocket>,
     state: Arc<Watched<State>>,
     thread: Option<JoinHandle<()>>,
 }
+
+/// In the agent's /etc/hosts, as 127.0.0.1.
+pub const PINNED: &str = "pinned.test";
 
 /// Starts the agent with another name server.
 const NAMESPACE: &str = r#"exec unshare --mount --propagation private /bin/sh -c '
     set -e
     printf "nameserver $NAME_SERVER\noptions timeout:30 attempts:1\n" >resolv.conf
     mount --bind resolv.conf /etc/resolv.conf
+    { echo 127.0.0.1 pinned.test; cat /etc/hosts; } >hosts
+    mount --bind hosts /etc/hosts
     exec "$@"' sh "$@""#;
 
 /// Why no agent can be started so.
@@ -62,23 +87,37 @@ impl NameServer {
         // The port is always the same, so each has an address of its own, whoever else runs these tests.
         let [.., high, low] = std::process::id().to_be_bytes();
         let address = Ipv4Addr::new(127, SERVERS.fetch_add(1, Ordering::Relaxed), high, low);
-        let socket = UdpSocket::bind((address, 53)).expect("bind the name server's port");
+        let socket = Arc::new(UdpSocket::bind((address, 53)).expect("bind the name server's port"));
         let names = names.iter().map(|(name, answer)| ((*name).to_owned(), answer.clone())).collect();
         let state = Arc::new(Watched::new(State { names, ..State::default() }));
-        let shared = Arc::clone(&state);
+        let (shared, ours) = (Arc::clone(&state), Arc::clone(&socket));
         let thread = spawn("name-server", move || {
             let mut buffer = [0; 1024];
             loop {
-                let Ok((count, peer)) = socket.recv_from(&mut buffer) else { continue };
+                let Ok((count, peer)) = ours.recv_from(&mut buffer) else { continue };
                 if shared.peek(|s| s.quit) {
                     return;
                 }
-                if let Some(answer) = shared.update(|s| s.answer(&buffer[..count])) {
-                    let _ = socket.send_to(&answer, peer);
-                }
+                shared.update(|s| match (s.answer(&buffer[..count]), &mut s.held) {
+                    (Some(answer), Some(held)) => held.push((peer, answer)),
+                    (Some(answer), None) => drop(ours.send_to(&answer, peer)),
+                    (None, _) => {}
+                });
             }
         });
-        NameServer { address, state, thread: Some(thread) }
+        NameServer { address, socket, state, thread: Some(thread) }
+    }
+
+    /// Keeps all answers back from now on.
+    pub fn hold(&self) {
+        self.state.update(|s| s.held = Some(Vec::new()));
+    }
+
+    /// Sends what was kept back, and answers at once again.
+    pub fn release(&self) {
+        for (peer, answer) in self.state.update(|s| s.held.take()).unwrap_or_default() {
+            let _ = self.socket.send_to(&answer, peer);
+        }
     }
 
     /// An agent that asks this server and no other.
@@ -125,22 +164,30 @@ impl State {
             self.asked.push(name.clone());
         }
         let asked = self.asked.iter().filter(|asked| **asked == name).count();
-        let addresses = match self.names.get(&name) {
+        let ipv4s = |addresses: &[Ipv4Addr]| addresses.iter().map(|a| IpAddr::from(*a)).collect();
+        let (code, addresses): (u8, Vec<IpAddr>) = match self.names.get(&name) {
             Some(Answer::Silence) => return None,
-            Some(_) if !ipv4 => Some(Vec::new()),
-            Some(Answer::Addresses(addresses)) => Some(addresses.clone()),
-            Some(Answer::Changing(first, later)) => Some(vec![if asked == 1 { *first } else { *later }]),
-            None => None,
+            Some(Answer::Each(a, aaaa)) => match if ipv4 { a } else { aaaa } {
+                Single::Address(address) => (0, vec![*address]),
+                Single::Code(code) => (*code, Vec::new()),
+                Single::Silence => return None,
+            },
+            Some(_) if !ipv4 => (0, Vec::new()),
+            Some(Answer::Addresses(addresses)) => (0, ipv4s(addresses)),
+            Some(Answer::Changing(first, later)) => (0, ipv4s(&[if asked == 1 { *first } else { *later }])),
+            None => (NXDOMAIN, Vec::new()),
         };
-        // The identification; a recursive answer, and whether the name exists.
+        // The identification; a recursive answer.
         let mut reply = question[..2].to_vec();
-        reply.extend([0x81, if addresses.is_some() { 0x80 } else { 0x83 }, 0, 1]);
-        let addresses = addresses.unwrap_or_default();
-        reply.extend([0, addresses.len() as u8, 0, 0, 0, 0]);
+        reply.extend([0x81, 0x80 | code, 0, 1, 0, addresses.len() as u8, 0, 0, 0, 0]);
         reply.extend(&question[12..]);
         for address in addresses {
-            reply.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
-            reply.extend(address.octets());
+            let (kind, octets) = match address {
+                IpAddr::V4(address) => (1, address.octets().to_vec()),
+                IpAddr::V6(address) => (28, address.octets().to_vec()),
+            };
+            reply.extend([0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 0, 0, octets.len() as u8]);
+            reply.extend(octets);
         }
         Some(reply)
     }
