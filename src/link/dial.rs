@@ -1,4 +1,4 @@
-//! From credentials to an open websocket, each step with a time limit of its own.
+//! From credentials to an open websocket.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -26,12 +26,8 @@ use crate::auth::Credentials;
 use crate::outbox::Outbox;
 use crate::sys::{clock, names, net, reason};
 
-const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
-/// For each address of the host.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-const PROXY_LIMIT: Duration = Duration::from_secs(10);
-const TLS_LIMIT: Duration = Duration::from_secs(10);
-const UPGRADE_LIMIT: Duration = Duration::from_secs(10);
+/// For all steps together, as in Mender's agent. No step has a shorter limit: on a slow link TLS alone may need half of it.
+pub const ATTEMPT_LIMIT: Duration = Duration::from_secs(45);
 
 /// A server that wants us away for longer still gets a visit then.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
@@ -71,6 +67,7 @@ pub fn reach(
     gone: &Receiver<()>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<(Request, ReadHalf), LinkError> {
+    let deadline = Instant::now() + ATTEMPT_LIMIT;
     let server = Endpoint::parse(&credentials.server_url)?;
     let tls = if server.tls { Some(tls::Client::new(&server)?) } else { None };
     let mut bearer = HeaderValue::from_str(&format!("Bearer {}", credentials.token.reveal()))
@@ -86,16 +83,15 @@ pub fn reach(
     let proxy = proxies.proxy_for(&server)?;
     let first = proxy.as_ref().map_or(&server, |p| &p.endpoint);
     progress(Progress::Proxy(proxy.as_ref().map(|p| &p.endpoint)));
-    let socket = open_socket(first, cancel, gone, progress)?;
-    let within = |limit| Deadline { socket: &socket, deadline: Instant::now() + limit };
+    let socket = open_socket(first, deadline, cancel, gone, progress)?;
     if let Some(proxy) = &proxy {
         debug!("asking the proxy {} for {}", proxy.endpoint.authority(), server.authority());
-        proxy.tunnel(within(PROXY_LIMIT), &server)?;
+        proxy.tunnel(Deadline { socket: &socket, deadline }, &server)?;
         progress(Progress::Tunnel);
     }
-    let tls = tls.map(|client| client.handshake(within(TLS_LIMIT))).transpose()?;
+    let tls = tls.map(|client| client.handshake(Deadline { socket: &socket, deadline })).transpose()?;
 
-    let stream = ReadHalf::new(Arc::clone(&socket), tls, Instant::now() + UPGRADE_LIMIT);
+    let stream = ReadHalf::new(Arc::clone(&socket), tls, deadline);
     progress(Progress::Secured(stream.tls_version()));
     Ok((request, stream))
 }
@@ -110,15 +106,17 @@ pub fn limits(most: usize) -> WebSocketConfig {
 
 fn open_socket(
     target: &Endpoint,
+    deadline: Instant,
     cancel: &Cancel,
     gone: &Receiver<()>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Arc<TcpStream>, LinkError> {
     let mut last = LinkError::Resolve { host: target.host.clone(), reason: "no addresses".to_owned() };
-    let addresses = resolve(target, gone)?;
+    let addresses = resolve(target, deadline, gone)?;
     progress(Progress::Resolved(&addresses));
-    for address in addresses {
-        match connect_to(address, cancel) {
+    for (at, &address) in addresses.iter().enumerate() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match connect_to(address, net::connect_limit(left, addresses.len() - at), cancel) {
             Ok(socket) => {
                 progress(Progress::Connected(address));
                 return Ok(socket);
@@ -134,7 +132,7 @@ fn open_socket(
 }
 
 /// The addresses of a host.
-fn resolve(target: &Endpoint, gone: &Receiver<()>) -> Result<Vec<SocketAddr>, LinkError> {
+fn resolve(target: &Endpoint, deadline: Instant, gone: &Receiver<()>) -> Result<Vec<SocketAddr>, LinkError> {
     if let Some(address) = target.address() {
         return Ok(vec![SocketAddr::new(address, target.port)]);
     }
@@ -147,15 +145,15 @@ fn resolve(target: &Endpoint, gone: &Receiver<()>) -> Result<Vec<SocketAddr>, Li
             Err(_) => Err(failed("the resolver failed".to_owned())),
         },
         recv(gone) -> _ => Err(LinkError::Cancelled),
-        default(RESOLVE_LIMIT) => Err(LinkError::TimedOut("the name look-up")),
+        default(deadline.saturating_duration_since(Instant::now())) => Err(LinkError::TimedOut("the name look-up")),
     }
 }
 
-fn connect_to(address: SocketAddr, cancel: &Cancel) -> io::Result<Arc<TcpStream>> {
+fn connect_to(address: SocketAddr, limit: Duration, cancel: &Cancel) -> io::Result<Arc<TcpStream>> {
     let fd = net::socket_for(address, SockType::Stream, SockFlag::empty())?;
     let stream = Arc::new(TcpStream::from(fd));
-    // On Linux the limit for sending is the one for connecting, too.
-    stream.set_write_timeout(Some(CONNECT_LIMIT))?;
+    // On Linux the limit for sending is the one for connecting, too. Zero is an error.
+    stream.set_write_timeout(Some(limit.max(Duration::from_millis(1))))?;
     stream.set_nodelay(true)?;
     net::set_unsent_limit(stream.as_fd(), UNSENT_LIMIT)?;
     cancel.register(&stream).map_err(io::Error::other)?;

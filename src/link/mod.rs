@@ -46,8 +46,9 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 const PING_INTERVAL: Duration = Duration::from_secs(25);
 /// A write without progress for so long means a dead link.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
-/// A dial that takes longer hangs: each of its steps has a limit, and a host so many addresses.
-const DIAL_LIMIT: Duration = Duration::from_secs(600);
+/// A dial that takes longer hangs. More than its own limit, for machines that are overloaded and for trusted
+/// certificates that are read from slow storage.
+const DIAL_LIMIT: Duration = dial::ATTEMPT_LIMIT.saturating_mul(4);
 /// How long a goodbye may take.
 const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 /// The largest inbound message: a pasted text comes as one, of up to 1 MiB.

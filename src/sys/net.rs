@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
@@ -69,6 +70,13 @@ pub fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
     }
 }
 
+/// The time limit for connecting to the first of `addresses`, where `left` is what there is for all of them: a dead one
+/// must leave time for the others. As in Go's net.Dialer, an equal share of at least 2 s.
+pub fn connect_limit(left: Duration, addresses: usize) -> Duration {
+    let share = left / u32::try_from(addresses).unwrap_or(u32::MAX).max(1);
+    share.max(left.min(Duration::from_secs(2)))
+}
+
 /// A socket for `address`, not yet connected.
 ///
 /// # Errors
@@ -99,5 +107,19 @@ pub fn begin_connect(address: SocketAddr, kind: SockType) -> io::Result<OwnedFd>
     match connect_to(std::os::fd::AsFd::as_fd(&socket), address) {
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
         Err(e) => Err(e.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_share_the_time() {
+        let limit = |left, addresses| connect_limit(Duration::from_secs(left), addresses).as_secs();
+        assert_eq!(
+            [limit(45, 1), limit(45, 3), limit(30, 2), limit(9, 30), limit(1, 30), limit(0, 1)],
+            [45, 15, 15, 2, 1, 0]
+        );
     }
 }

@@ -120,10 +120,11 @@ fn nobody_waits_for_an_answer_that_does_not_come() {
     // 16 look-ups of two threads.
     assert!(many <= threads + 32, "{many} threads, {threads} before");
     assert_echo(&other, b"still quick");
-    let error = client.next_error();
+    // The resolver gives up after 30 s.
+    let error = client.next_error_within(secs(60));
     println!("given up after {:?}", start.elapsed());
     assert!(error.text.starts_with("dial tcp: lookup silent.test: "), "{error:?}");
-    assert!(start.elapsed() < secs(14), "given up after {:?}", start.elapsed());
+    assert!(start.elapsed() < secs(50), "given up after {:?}", start.elapsed());
     client.close();
     eventually(secs(40), "the resolvers to end", || (proc::threads(pid) <= threads).then_some(()));
     device.nothing(millis(1), "nothing is said afterwards", |m| m.sid.as_deref() == Some(client.sid()));

@@ -22,9 +22,8 @@ use crate::session::info::{ForwardInfo, Info};
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, names, net, reason};
 
-const LOOK_UP_LIMIT: Duration = Duration::from_secs(10);
-/// For each address of the host.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// For looking the name up and connecting. glibc's resolver alone may take 16 s before it succeeds.
+const OPEN_LIMIT: Duration = Duration::from_secs(45);
 /// Data waiting for the target up to which more is acknowledged at once.
 const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
 /// A client that sends on without acknowledgements comes to here.
@@ -44,6 +43,8 @@ const CLOSED: &str = "closed";
 #[derive(Debug)]
 pub struct Connection {
     state: State,
+    /// When it must be open.
+    deadline: Instant,
     to_target: VecDeque<Bytes>,
     queued: usize,
     /// Messages of data that the client hasn't acknowledged.
@@ -91,13 +92,8 @@ impl Drop for Trail {
 #[derive(Debug)]
 enum State {
     /// For its turn to be looked up.
-    Waiting {
-        until: Instant,
-    },
-    LookingUp {
-        answer: Receiver<io::Result<Vec<SocketAddr>>>,
-        until: Instant,
-    },
+    Waiting,
+    LookingUp(Receiver<io::Result<Vec<SocketAddr>>>),
     Connecting {
         socket: Socket,
         address: SocketAddr,
@@ -172,10 +168,11 @@ impl Connection {
             result: CLOSED,
             reason: "session".to_owned(),
         };
-        let state = State::Waiting { until: now + LOOK_UP_LIMIT };
+        let (state, deadline) = (State::Waiting, now + OPEN_LIMIT);
         let to_target = VecDeque::new();
         Connection {
             state,
+            deadline,
             to_target,
             queued: 0,
             unacked: 0,
@@ -207,7 +204,7 @@ impl Connection {
 
     /// Whether a thread is busy with its name.
     pub fn is_looking_up(&self) -> bool {
-        matches!(self.state, State::LookingUp { .. })
+        matches!(self.state, State::LookingUp(_))
     }
 
     /// As Go words it: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
@@ -225,20 +222,20 @@ impl Connection {
     ) -> Step {
         match &self.state {
             State::Open(_) => Step::Pending,
-            State::Waiting { until } => match known_addresses(self.target()) {
+            State::Waiting => match known_addresses(self.target()) {
                 Some(addresses) => self.choose(addresses, allowed, now),
-                None if now >= *until => {
+                None if now >= self.deadline => {
                     self.failed(&format!(": lookup {}: i/o timeout", self.target().host))
                 }
                 None => match permit() {
-                    Some(permit) => self.look_up(permit, wake, now),
+                    Some(permit) => self.look_up(permit, wake),
                     None => Step::Pending,
                 },
             },
-            State::LookingUp { answer, until } => match answer.try_recv() {
+            State::LookingUp(answer) => match answer.try_recv() {
                 Ok(Ok(addresses)) => self.choose(addresses, allowed, now),
                 Ok(Err(e)) => self.failed(&format!(": lookup {}: {e}", self.target().host)),
-                Err(TryRecvError::Empty) if now < *until => Step::Pending,
+                Err(TryRecvError::Empty) if now < self.deadline => Step::Pending,
                 Err(_) => self.failed(&format!(": lookup {}: i/o timeout", self.target().host)),
             },
             State::Connecting { socket, until, .. } => {
@@ -252,11 +249,11 @@ impl Connection {
         }
     }
 
-    fn look_up(&mut self, permit: LookUpPermit, wake: &Arc<Wake>, now: Instant) -> Step {
+    fn look_up(&mut self, permit: LookUpPermit, wake: &Arc<Wake>) -> Step {
         let wake = Arc::clone(wake);
         match names::look_up(&self.target().host, self.target().port, permit, move || wake.notify()) {
             Ok(answer) => {
-                self.state = State::LookingUp { answer, until: now + LOOK_UP_LIMIT };
+                self.state = State::LookingUp(answer);
                 Step::Pending
             }
             Err(e) => self.failed(&format!(": lookup {}: {}", self.target().host, reason(&e))),
@@ -288,10 +285,11 @@ impl Connection {
             Transport::Udp => SockType::Datagram,
         };
         while let Some(address) = addresses.pop_front() {
+            let left = self.deadline.saturating_duration_since(now);
+            let until = now + net::connect_limit(left, addresses.len() + 1);
             match net::begin_connect(address, kind) {
                 Ok(fd) => {
                     let socket = Socket::new(self.target().transport, fd);
-                    let until = now + CONNECT_LIMIT;
                     self.state = State::Connecting { socket, address, others: addresses, until };
                     return Step::Pending;
                 }
@@ -303,7 +301,7 @@ impl Connection {
 
     fn connected(&mut self, outcome: io::Result<()>, now: Instant) -> Step {
         let State::Connecting { socket, address, others, .. } =
-            std::mem::replace(&mut self.state, State::Waiting { until: now })
+            std::mem::replace(&mut self.state, State::Waiting)
         else {
             return Step::Pending;
         };
@@ -328,7 +326,7 @@ impl Connection {
     /// What to wait for. With `reading` also for data from the target.
     pub fn watch(&self, reading: bool) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let (socket, events) = match &self.state {
-            State::Waiting { .. } | State::LookingUp { .. } => return None,
+            State::Waiting | State::LookingUp(_) => return None,
             State::Connecting { socket, .. } => (socket, PollFlags::POLLOUT),
             State::Open(socket) => {
                 let mut events = PollFlags::empty();
@@ -344,9 +342,8 @@ impl Connection {
     /// When [`Connection::advance`] has something to decide.
     pub fn deadline(&self) -> Option<Instant> {
         match &self.state {
-            State::Waiting { until } | State::LookingUp { until, .. } | State::Connecting { until, .. } => {
-                Some(*until)
-            }
+            State::Waiting | State::LookingUp(_) => Some(self.deadline),
+            State::Connecting { until, .. } => Some(*until),
             State::Open(_) => None,
         }
     }

@@ -56,13 +56,15 @@ pub struct NameServer {
     thread: Option<JoinHandle<()>>,
 }
 
+/// A value for the variable RESOLVER: options by which each resolver waits for a minute, instead of 30 s.
+pub const PATIENT: &str = "timeout:60 attempts:2";
 /// In the agent's /etc/hosts, as 127.0.0.1.
 pub const PINNED: &str = "pinned.test";
 
 /// Starts the agent with another name server.
 const NAMESPACE: &str = r#"exec unshare --mount --propagation private /bin/sh -c '
     set -e
-    printf "nameserver $NAME_SERVER\noptions timeout:30 attempts:1\n" >resolv.conf
+    printf "nameserver $NAME_SERVER\noptions ${RESOLVER:-timeout:30 attempts:1}\n" >resolv.conf
     mount --bind resolv.conf /etc/resolv.conf
     { echo 127.0.0.1 pinned.test; cat /etc/hosts; } >hosts
     mount --bind hosts /etc/hosts

@@ -281,7 +281,11 @@ impl Client {
 
     /// The next error. The real client would not look at it.
     pub fn next_error(&self) -> DeviceError {
-        self.inner.wait(SOON, "an error", |s| s.errors.pop_front())
+        self.next_error_within(SOON)
+    }
+
+    pub fn next_error_within(&self, limit: Duration) -> DeviceError {
+        self.inner.wait(limit, "an error", |s| s.errors.pop_front())
     }
 
     pub fn errors(&self) -> usize {

@@ -27,6 +27,8 @@ pub fn read_request(stream: &mut TcpStream) -> Result<Request, String> {
         let mut byte = [0];
         match stream.read(&mut byte) {
             Ok(0) => return Err("closed before the request was complete".to_owned()),
+            // As web servers do, which don't wait for the end of a line of TLS.
+            Ok(_) if head.is_empty() && !byte[0].is_ascii_alphabetic() => return Err("no HTTP".to_owned()),
             Ok(_) => head.push(byte[0]),
             Err(e) => return Err(format!("reading the request: {e}")),
         }

@@ -1,16 +1,26 @@
 //! The way to the server and to forward targets.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+
+use nix::sys::socket::{Backlog, listen};
 
 use crate::forwards::assert_echo;
 use crate::harness::device::Generation;
 use crate::harness::dns::{
     Answer, NOTIMP, NXDOMAIN, NameServer, PINNED, REFUSED, SERVFAIL, Single, obstacle,
 };
+#[cfg(feature = "tls")]
+use crate::harness::doctor::text;
 use crate::harness::forward::Client;
+use crate::harness::front::{Acceptor, Proxy, relay};
+use crate::harness::rig::Setup;
 use crate::harness::server::Server;
 use crate::harness::targets::{Role, Target};
-use crate::harness::wait::{secs, skip};
+#[cfg(feature = "tls")]
+use crate::harness::tls::{Authority, TlsFront};
+use crate::harness::wait::{SOON, Watched, millis, secs, skip, throughout};
+use crate::remote::FAILED;
 
 /// Names, and what the query for one kind of addresses gets.
 const FAULTS: [(&str, Single); 5] = [
@@ -91,4 +101,116 @@ fn an_entry_in_the_hosts_file_is_all_that_counts() {
     let _rig = names.setup().url(&format!("http://{PINNED}:{port}")).start();
     server.device();
     assert_eq!(elsewhere.accepted(), 0, "the token was sent to what DNS says");
+}
+
+/// Connections that wait for a word from the test.
+type Gate = Arc<Watched<bool>>;
+
+/// Accepts at once, and passes on what comes when the gate is open.
+fn held(target: SocketAddr, gate: &Gate) -> Acceptor {
+    let gate = Arc::clone(gate);
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen on loopback");
+    Acceptor::start("held", listener, move |stream| {
+        let open = gate.wait(secs(60), |open| open.then_some(()));
+        if let (Some(()), Ok(server)) = (open, TcpStream::connect(target)) {
+            relay(stream, server);
+        }
+    })
+}
+
+/// A listener whose queue is full, so that the kernel drops each SYN, and who fills it.
+fn full() -> (TcpListener, Vec<TcpStream>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen on loopback");
+    listen(&listener, Backlog::new(0).expect("a backlog")).expect("a shorter backlog");
+    let address = listener.local_addr().expect("an address");
+    let mut queue = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&address, millis(300)) {
+        queue.push(stream);
+        assert!(queue.len() < 8, "the queue never is full");
+    }
+    (listener, queue)
+}
+
+/// On NB-IoT, 2G and satellite links a round trip takes seconds, and TLS up to 25 s. Each step of an attempt had 10 s, so
+/// that it was given up at the same step each time and the agent never connected.
+#[test]
+fn an_attempt_waits_for_twelve_seconds_at_any_step() {
+    let gate = Gate::default();
+    let server = Server::start(Generation::New);
+    let upgrade = held(server.address(), &gate);
+    let proxy = Proxy::start(server.address());
+    let tunnel = held(proxy.authority().parse().expect("an address"), &gate);
+    let (listener, queue) = full();
+    let crowded = listener.local_addr().expect("an address");
+    let mut rigs = vec![
+        ("upgrade", Setup::new().url(&format!("http://{}", upgrade.address())).start()),
+        ("connect", Setup::new().url(&format!("http://{crowded}")).start()),
+        ("proxy", {
+            let variable = format!("http://{}", tunnel.address());
+            Setup::new().url("http://device.example").env("HTTP_PROXY", &variable).start()
+        }),
+    ];
+    #[cfg(feature = "tls")]
+    let (_front, _held, _dir) = {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let authority = Authority::new();
+        let ca = authority.write(dir.path());
+        let front = TlsFront::start(&authority.identity(&["127.0.0.1"]), server.address());
+        let held = held(SocketAddr::from((Ipv4Addr::LOCALHOST, front.port())), &gate);
+        let url = format!("https://{}", held.address());
+        rigs.push(("tls", Setup::new().url(&url).env("SSL_CERT_FILE", text(&ca)).start()));
+        (front, held, dir)
+    };
+    let names = if let Some(why) = obstacle() {
+        skip(why);
+        None
+    } else {
+        let address = Single::Address(Ipv4Addr::LOCALHOST.into());
+        let names = NameServer::start(&[("late.test", Answer::Each(address, Single::Code(NXDOMAIN)))]);
+        names.hold();
+        let url = format!("http://late.test:{}", server.address().port());
+        rigs.push(("look-up", names.setup().url(&url).start()));
+        names.wait_asked("late.test", 1);
+        Some(names)
+    };
+    for (_, rig) in &rigs {
+        rig.manager.wait_calls("GetJwtToken", 1, SOON);
+    }
+    let none_failed = || {
+        rigs.iter().for_each(|(step, rig)| assert_eq!(rig.daemon.count_log(FAILED), 0, "{step}"));
+        true
+    };
+    throughout(secs(12), "the attempts", none_failed);
+    gate.update(|open| *open = true);
+    drop(queue);
+    let target = server.address();
+    let _relay = Acceptor::start("crowded", listener, move |stream| {
+        if let Ok(server) = TcpStream::connect(target) {
+            relay(stream, server);
+        }
+    });
+    names.iter().for_each(NameServer::release);
+    for _ in &rigs {
+        server.next_device(SOON * 2);
+    }
+    none_failed();
+}
+
+/// glibc's resolver takes 16 s for an answer whose first name servers are dead; a forward waited for 10 s.
+#[test]
+fn a_forward_waits_for_twelve_seconds_for_a_name() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    let names = NameServer::start(&[("late.test", Answer::Addresses(vec![Ipv4Addr::LOCALHOST]))]);
+    let (_rig, device) = names.setup().connected();
+    let client = Client::open(&device);
+    let target = Target::start(Role::Echo);
+    names.hold();
+    let forward = client.connect("tcp", "late.test", target.port());
+    names.wait_asked("late.test", 1);
+    throughout(secs(12), "the look-up", || client.errors() == 0);
+    names.release();
+    assert_echo(&forward.opened(), b"late");
+    client.close();
 }
