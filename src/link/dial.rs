@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{SockFlag, SockType};
 use tungstenite::client::{IntoClientRequest, client_with_config};
 use tungstenite::handshake::client::Request;
-use tungstenite::http::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER};
+use tungstenite::http::header::{self, AUTHORIZATION, HeaderValue, RETRY_AFTER};
 use tungstenite::http::{Response, Uri};
 use tungstenite::protocol::WebSocketConfig;
 use tungstenite::{Error, HandshakeError, WebSocket};
@@ -21,7 +21,7 @@ use super::endpoint::Endpoint;
 use super::probe::Progress;
 use super::proxy::ProxySettings;
 use super::stream::{Deadline, ReadHalf, WriteHalf};
-use super::{Cancel, LinkError, MAX_MESSAGE, tls};
+use super::{Cancel, LinkError, MAX_MESSAGE, USER_AGENT, tls};
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
 use crate::sys::{clock, names, net, reason};
@@ -77,6 +77,7 @@ pub fn reach(
     let uri: Uri = url.parse().map_err(|_| LinkError::Url(url.clone()))?;
     let mut request = uri.into_client_request().map_err(|e| LinkError::Url(e.to_string()))?;
     request.headers_mut().insert(AUTHORIZATION, bearer);
+    request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
 
     progress(Progress::Server(&server));
 

@@ -51,6 +51,8 @@ const WRITE_LIMIT: Duration = Duration::from_secs(10);
 const DIAL_LIMIT: Duration = dial::ATTEMPT_LIMIT.saturating_mul(4);
 /// How long a goodbye may take.
 const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
+/// Gateways and proxies with a web application firewall refuse requests without one.
+const USER_AGENT: &str = concat!("mender-connect/", env!("CARGO_PKG_VERSION"));
 /// The largest inbound message: a pasted text comes as one, of up to 1 MiB.
 const MAX_MESSAGE: usize = (1 << 20) + (1 << 10);
 

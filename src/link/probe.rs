@@ -14,7 +14,7 @@ use tungstenite::{Bytes, Error, HandshakeError, Message, WebSocket};
 use super::dial::{limits, reach, upgrade_error};
 use super::endpoint::Endpoint;
 use super::stream::ReadHalf;
-use super::{Cancel, LinkError, MAX_MESSAGE, ProxySettings, reader};
+use super::{Cancel, LinkError, MAX_MESSAGE, ProxySettings, USER_AGENT, reader};
 use crate::auth::Credentials;
 
 /// The connection ended where an HTTP answer was expected.
@@ -117,7 +117,7 @@ pub fn probe(
 fn ask(request: &Request, mut stream: ReadHalf) -> Result<Answer, LinkError> {
     let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let question = format!(
-        "GET {} HTTP/1.1\r\nHost: {}\r\nAuthorization: {}\r\nConnection: close\r\n\r\n",
+        "GET {} HTTP/1.1\r\nHost: {}\r\nAuthorization: {}\r\nUser-Agent: {USER_AGENT}\r\nConnection: close\r\n\r\n",
         request.uri().path(),
         header(HOST),
         header(AUTHORIZATION)

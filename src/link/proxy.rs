@@ -6,8 +6,8 @@ use data_encoding::BASE64;
 use percent_encoding::percent_decode_str;
 use tungstenite::http::Uri;
 
-use super::LinkError;
 use super::endpoint::Endpoint;
+use super::{LinkError, USER_AGENT};
 use crate::sys::net::contains;
 
 /// No sane proxy answers with more than this many bytes of header.
@@ -122,7 +122,8 @@ impl Proxy {
     pub fn tunnel(&self, mut stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
         let broken = |e: std::io::Error| LinkError::Proxy(crate::sys::reason(&e));
         let target = server.authority();
-        let mut request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n");
+        let mut request =
+            format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {USER_AGENT}\r\n");
         if let Some(credentials) = &self.credentials {
             request.push_str(&format!("Proxy-Authorization: {credentials}\r\n"));
         }
@@ -237,7 +238,7 @@ mod tests {
         assert_eq!((result, taken), (Ok(()), answer.len()));
         let login = BASE64.encode(b"us@er:p:w");
         let wanted = format!(
-            "CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\nProxy-Authorization: Basic {login}\r\n\r\n"
+            "CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\nUser-Agent: {USER_AGENT}\r\nProxy-Authorization: Basic {login}\r\n\r\n"
         );
         assert_eq!(asked, wanted);
     }

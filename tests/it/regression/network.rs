@@ -10,12 +10,13 @@ use crate::harness::device::Generation;
 use crate::harness::dns::{
     Answer, NOTIMP, NXDOMAIN, NameServer, PINNED, REFUSED, SERVFAIL, Single, obstacle,
 };
+use crate::harness::doctor::Office;
 #[cfg(feature = "tls")]
 use crate::harness::doctor::text;
 use crate::harness::forward::Client;
 use crate::harness::front::{Acceptor, Proxy, relay};
 use crate::harness::rig::Setup;
-use crate::harness::server::Server;
+use crate::harness::server::{Reply, Server};
 use crate::harness::targets::{Role, Target};
 #[cfg(feature = "tls")]
 use crate::harness::tls::{Authority, TlsFront};
@@ -213,4 +214,24 @@ fn a_forward_waits_for_twelve_seconds_for_a_name() {
     names.release();
     assert_echo(&forward.opened(), b"late");
     client.close();
+}
+
+/// Cloudflare, AWS WAF and Squid with usual rules answer 403 to requests without a User-Agent: the agent never got to
+/// its server.
+#[test]
+fn every_request_has_a_user_agent() {
+    let agent = Some(concat!("mender-connect/", env!("CARGO_PKG_VERSION")));
+    let server = Server::start(Generation::New);
+    let proxy = Proxy::start(server.address());
+    let variable = format!("http://{}", proxy.authority());
+    let _rig = Setup::new().url("http://device.example").env("HTTP_PROXY", &variable).start();
+    assert_eq!(server.device().request().header("User-Agent"), agent);
+    assert_eq!(proxy.requests()[0].header("User-Agent"), agent);
+    // doctor's own websocket, and its plain request beside a connected agent.
+    let office = Office::open();
+    office.ask().assert_good();
+    office.server.always(Reply::status(400));
+    office.ask_beside("connected").assert_good();
+    let requests = office.server.requests();
+    assert_eq!(requests.iter().map(|r| r.header("User-Agent")).collect::<Vec<_>>(), [agent; 2]);
 }
