@@ -71,10 +71,13 @@ pub fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
 }
 
 /// The time limit for connecting to the first of `addresses`, where `left` is what there is for all of them: a dead one
-/// must leave time for the others. As in Go's net.Dialer, an equal share of at least 2 s.
+/// must leave time for the others. As in Go's net.Dialer an equal share of at least 2 s, but of at most 10 s.
 pub fn connect_limit(left: Duration, addresses: usize) -> Duration {
-    let share = left / u32::try_from(addresses).unwrap_or(u32::MAX).max(1);
-    share.max(left.min(Duration::from_secs(2)))
+    if addresses <= 1 {
+        return left;
+    }
+    let share = left / u32::try_from(addresses).unwrap_or(u32::MAX);
+    share.clamp(Duration::from_secs(2), Duration::from_secs(10)).min(left)
 }
 
 /// A socket for `address`, not yet connected.
@@ -119,7 +122,7 @@ mod tests {
         let limit = |left, addresses| connect_limit(Duration::from_secs(left), addresses).as_secs();
         assert_eq!(
             [limit(45, 1), limit(45, 3), limit(30, 2), limit(9, 30), limit(1, 30), limit(0, 1)],
-            [45, 15, 15, 2, 1, 0]
+            [45, 10, 10, 2, 1, 0]
         );
     }
 }
