@@ -94,35 +94,33 @@ fn what_is_too_long_is_neither_taken_nor_repeated() {
     let path = |n| encode(&map(&[("path", format!("/{}", long(n)).into())]), Ints::Compact);
     let user = |n: usize| [("user_id", Value::from(long(n)))];
     let connection = |n: usize| [("connection_id", Value::from(long(n)))];
-    let files = ["stat", "get_file", "put_file"];
-    let mut refused: Vec<(u16, String, Vec<(&str, Value)>, Vec<u8>)> = Vec::new();
-    for n in [4095, 100_000, 1_000_000] {
-        refused.extend(files.map(|typ| (FILES, typ.to_owned(), user(1).to_vec(), path(n))));
-    }
-    for n in [256, 100_000, 1_000_000] {
-        let body = target_body(&long(n), 80, "tcp");
-        refused.push((PORTS, "new".to_owned(), connection(1).to_vec(), body));
-        let body = target_body("localhost", 80, &long(n));
-        refused.push((PORTS, "new".to_owned(), connection(1).to_vec(), body));
-    }
-    for n in [257, 7000] {
-        refused.push((SHELL, "new".to_owned(), user(n).to_vec(), Vec::new()));
-        refused.push((FILES, "stat".to_owned(), user(n).to_vec(), path(1)));
-        refused.push((PORTS, "new".to_owned(), connection(n).to_vec(), target_body("h", 1, "tcp")));
-        refused.push((CONTROL, "bogus".to_owned(), [("msgid", Value::from(long(n)))].to_vec(), Vec::new()));
-        for proto in [SHELL, FILES, PORTS, COMMANDS, CONTROL, 12345] {
-            refused.push((proto, long(n), user(1).to_vec(), Vec::new()));
-        }
-    }
-    // Not an identifier, but repeated all the same.
-    refused.push((FILES, "get_file".to_owned(), [("other", Value::from(long(7000)))].to_vec(), path(5000)));
-    for (proto, typ, props, body) in refused {
+    let refused = |proto, typ: &str, props: &[(&str, Value)], body: &[u8]| {
         let sid = new_sid();
-        device.send(proto, &typ, &sid, &props, &body);
+        device.send(proto, typ, &sid, props, body);
         let answer = device.next_of(&sid, SOON);
         assert!(answer.raw.len() < 1024, "{} bytes: {}", answer.raw.len(), answer.summary());
         assert!(answer.typ == "error" || answer.status() == Some(2), "{}", answer.summary());
+    };
+    for n in [4095, 100_000, 1_000_000] {
+        for typ in ["stat", "get_file", "put_file"] {
+            refused(FILES, typ, &user(1), &path(n));
+        }
     }
+    for n in [256, 100_000, 1_000_000] {
+        refused(PORTS, "new", &connection(1), &target_body(&long(n), 80, "tcp"));
+        refused(PORTS, "new", &connection(1), &target_body("localhost", 80, &long(n)));
+    }
+    for n in [257, 7000] {
+        refused(SHELL, "new", &user(n), b"");
+        refused(FILES, "stat", &user(n), &path(1));
+        refused(PORTS, "new", &connection(n), &target_body("h", 1, "tcp"));
+        refused(CONTROL, "bogus", &[("msgid", Value::from(long(n)))], b"");
+        for proto in [SHELL, FILES, PORTS, COMMANDS, CONTROL, 12345] {
+            refused(proto, &long(n), &user(1), b"");
+        }
+    }
+    // Not an identifier, but repeated all the same.
+    refused(FILES, "get_file", &[("other", Value::from(long(7000)))], &path(5000));
     // The session that this is about has no name that an answer could have.
     device.send(SHELL, "new", &long(257), &user(1), b"");
     device.send(CONTROL, "open", &long(7000), &user(1), b"\x81\xa8versions\x92\x01\xa4long");
