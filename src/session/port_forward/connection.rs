@@ -440,6 +440,11 @@ impl Connection {
         }
     }
 
+    /// `status` doesn't show it any more: its client has gone.
+    pub fn leave_status(&self) {
+        self.trail.info.remove_forward(&self.trail.shown);
+    }
+
     /// Delivers what the client has left: writes it, shuts down writing, and reads until the target ends, too. Closing
     /// a socket with unread data would reset it, and the target would lose what it has not read yet. Returns whether
     /// there is more to do.

@@ -271,6 +271,7 @@ impl PortForward {
     /// The client has nothing to do with the connection any more. What it sent still reaches the target.
     fn let_go(&mut self, id: &ConnectionId, mut connection: Connection, now: Instant) {
         self.on_the_way.data_gone(id);
+        connection.leave_status();
         if connection.finish(now) {
             self.finishing.push((connection, now + FINISH_LIMIT));
         }
