@@ -3,11 +3,8 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
-use super::info::Info;
 use crate::proto::Frame;
-use crate::sys::pty::Pty;
 use crate::sys::wake::Wake;
 
 /// Frames an inbox holds. A session empties it each time it wakes; only a busy one lets it grow.
@@ -32,8 +29,6 @@ struct State {
     closed: bool,
     /// There was no room once.
     overflowed: bool,
-    /// The terminal, while a session waits for nothing but what is typed there.
-    keyboard: Option<Arc<Pty>>,
 }
 
 /// Why a frame wasn't taken. It is handed back.
@@ -70,7 +65,6 @@ impl Inbox {
             return Err(Rejected::Full(frame, first));
         }
         state.bytes = bytes;
-        state.keyboard = None;
         state.frames.push_back(frame);
         Ok(())
     }
@@ -78,22 +72,6 @@ impl Inbox {
     /// Tells the session of what was pushed.
     pub fn announce(&self) {
         self.wake.notify();
-    }
-
-    /// Lets the reader type, until something else has come that has to be read before.
-    pub fn lend(&self, keyboard: Option<Arc<Pty>>) {
-        let mut state = self.lock();
-        state.keyboard = keyboard.filter(|_| state.frames.is_empty() && !state.hung_up);
-    }
-
-    /// Types right away, without waking the session, as far as that goes. How many bytes were typed, of which
-    /// `info` knows before the shell can have obeyed and be over.
-    pub fn type_in(&self, bytes: &[u8], info: &Info) -> usize {
-        let Some(keyboard) = self.lock().keyboard.clone() else { return 0 };
-        info.typed(bytes.len(), Instant::now());
-        let typed = keyboard.write(bytes).unwrap_or(0);
-        info.not_typed(bytes.len() - typed);
-        typed
     }
 
     /// Puts the frame in the place of the latest one of the same kind; gives it back if there is none.
@@ -111,7 +89,6 @@ impl Inbox {
     pub fn pop(&self) -> Option<Frame> {
         let mut state = self.lock();
         let frame = state.frames.pop_front()?;
-        state.keyboard = None;
         state.bytes -= frame.body.len();
         Some(frame)
     }
@@ -121,7 +98,6 @@ impl Inbox {
         let mut state = self.lock();
         state.hung_up = true;
         state.closed = true;
-        state.keyboard = None;
         state.frames.clear();
         state.bytes = 0;
         drop(state);

@@ -38,11 +38,6 @@ impl Number {
     pub fn add(&self, more: usize) {
         self.0.fetch_add(more as u64, Relaxed);
     }
-
-    /// Less of it.
-    pub fn take(&self, less: usize) {
-        self.0.fetch_sub(less as u64, Relaxed);
-    }
 }
 
 /// A number that others read at any time, on small processors such as ARM v5.
@@ -65,11 +60,6 @@ impl Number {
     /// More of it.
     pub fn add(&self, more: usize) {
         *lock(&self.0) += more as u64;
-    }
-
-    /// Less of it.
-    pub fn take(&self, less: usize) {
-        *lock(&self.0) -= less as u64;
     }
 }
 
@@ -214,14 +204,6 @@ impl Info {
         if let Some(shell) = &*lock(&self.shell) {
             shell.traffic.touch(now);
             shell.traffic.bytes_in.add(bytes);
-        }
-    }
-
-    /// Some of what was counted as typed will be typed later.
-    pub fn not_typed(&self, bytes: usize) {
-        self.traffic.bytes_in.take(bytes);
-        if let Some(shell) = &*lock(&self.shell) {
-            shell.traffic.bytes_in.take(bytes);
         }
     }
 

@@ -131,16 +131,9 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
     }
 
     /// Hands the frame to its session; back if there is none.
-    fn deliver(&mut self, id: &SessionId, mut frame: Frame) -> Option<Frame> {
-        let entry = self.table.lock().get(id).cloned();
-        let Some(Entry { inbox, info }) = entry else { return Some(frame) };
-        if (frame.proto, frame.typ.as_str()) == (SHELL, shell::DATA) {
-            let typed = inbox.type_in(&frame.body, &info);
-            if typed > 0 && typed == frame.body.len() {
-                return None;
-            }
-            frame.body = frame.body.split_off(typed);
-        }
+    fn deliver(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
+        let inbox = self.table.lock().get(id).map(|entry| Arc::clone(&entry.inbox));
+        let Some(inbox) = inbox else { return Some(frame) };
         // Of sizes only the last one counts: a window that is dragged doesn't fill the inbox.
         let frame = if (frame.proto, frame.typ.as_str()) == (SHELL, shell::RESIZE) {
             inbox.supersede(frame)?

@@ -146,8 +146,6 @@ impl Session {
             if self.is_over() && self.inbox.close_if_empty() {
                 return Ok(());
             }
-            // Any input restarts the idle timer, where there is one.
-            self.inbox.lend(if self.idle.is_none() { self.terminal.keyboard() } else { None });
             let (terminal, forwards) = {
                 let (mut set, now) = (PollSet::new(), Instant::now());
                 set.add(self.wake.as_fd(), PollFlags::POLLIN);

@@ -30,7 +30,7 @@ use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId, UserId};
 use crate::sys::PollSet;
 use crate::sys::process::SessionLeader;
-use crate::sys::pty::{Pty, WindowSize};
+use crate::sys::pty::WindowSize;
 
 /// How long a shell may take to end when its client stopped it, before it is killed, and after.
 const STOP_GRACE: Duration = Duration::from_secs(2);
@@ -258,14 +258,6 @@ impl Terminal {
         }
     }
 
-    /// Where may be typed at once, if nothing that was typed before waits.
-    pub fn keyboard(&self) -> Option<Arc<Pty>> {
-        match &self.state {
-            State::Running(running) if !running.shell.has_input() => Some(Arc::clone(running.shell.pty())),
-            _ => None,
-        }
-    }
-
     /// Adds what the terminal waits for.
     pub fn watch<'a>(&'a self, set: &mut PollSet<'a>, now: Instant) -> Watched {
         match &self.state {
@@ -334,8 +326,6 @@ impl Terminal {
                 None => return self.end_because("hung up", ENDED.to_owned(), now),
             }
         }
-        // The reader may have typed.
-        running.clock.input(running.info.traffic.last());
         match running.clock.due(now) {
             Some(Due::Ping) => self.ping(now),
             Some(Due::Warn(left)) => {

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
 
 use crate::config;
 use crate::sys::process::SessionLeader;
@@ -17,7 +16,7 @@ const SMALL_INPUT: usize = 4096;
 #[derive(Debug)]
 pub struct Shell {
     pub process: SessionLeader,
-    pty: Arc<Pty>,
+    pty: Pty,
     input: VecDeque<u8>,
 }
 
@@ -41,11 +40,11 @@ impl Shell {
         let config::Shell { command, arguments, user, no_new_privileges } = shell;
         let process = SessionLeader::spawn(command, arguments, user, *no_new_privileges, tty)
             .map_err(|e| format!("fork/exec {}: {}", command.display(), words(e)))?;
-        Ok(Shell { process, pty: Arc::new(pty), input: VecDeque::new() })
+        Ok(Shell { process, pty, input: VecDeque::new() })
     }
 
     /// The terminal's master side.
-    pub fn pty(&self) -> &Arc<Pty> {
+    pub fn pty(&self) -> &Pty {
         &self.pty
     }
 
