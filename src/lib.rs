@@ -36,8 +36,8 @@
 //!
 //! Arrows point one way: `main → supervisor → { auth, link, status → session } → { outbox, audit, config, proto, backoff, sys }`, and beside
 //! the supervisor `check` and `doctor`. `link` and `session` don't know each other; the supervisor joins them. A session waits for nobody: its inbox and its share of
-//! the outbox are bounded, and it polls for room. A short cut spares a keystroke's echo a thread, where
-//! that changes no order: a session writes a small message itself while the writer has nothing to do. When the link is gone its router is dropped, which ends the sessions,
+//! the outbox are bounded, and it polls for room. Only the reader reads from the websocket, only the writer writes to
+//! it, and only the session touches its terminal. When the link is gone its router is dropped, which ends the sessions,
 //! and what they own is released when they are dropped.
 
 pub mod audit;

@@ -50,19 +50,10 @@ impl Reader {
 }
 
 /// The half that writes.
-#[derive(Debug)]
 pub enum Writer {}
 
 impl Writer {
     pub fn write(&mut self, _: &[u8], _: &TcpStream) -> io::Result<usize> {
-        match *self {}
-    }
-
-    pub fn write_now(&mut self, _: &[u8], _: impl Fn(&[u8]) -> io::Result<usize>) -> io::Result<usize> {
-        match *self {}
-    }
-
-    pub fn has_rest(&self) -> bool {
         match *self {}
     }
 

@@ -188,7 +188,6 @@ impl Write for ReadHalf {
 }
 
 /// The writer's half.
-#[derive(Debug)]
 pub struct WriteHalf {
     socket: Arc<TcpStream>,
     tls: Option<tls::Writer>,
@@ -199,27 +198,6 @@ impl WriteHalf {
     #[cfg(test)]
     pub fn plain(socket: TcpStream) -> Self {
         WriteHalf { socket: Arc::new(socket), tls: None }
-    }
-
-    /// Writes what goes without waiting, and says how much that was. The TLS layer may keep a rest.
-    ///
-    /// # Errors
-    /// As writing does.
-    pub fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let socket = self.socket.as_fd();
-        let now = |bytes: &[u8]| match net::send_now(socket, bytes) {
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(0),
-            other => other,
-        };
-        match &mut self.tls {
-            None => now(bytes),
-            Some(tls) => tls.write_now(bytes, now),
-        }
-    }
-
-    /// Whether the TLS layer has kept something.
-    pub fn has_rest(&self) -> bool {
-        self.tls.as_ref().is_some_and(tls::Writer::has_rest)
     }
 
     /// Sends what the TLS layer has to say of its own, if anything.
@@ -246,6 +224,6 @@ impl Write for WriteHalf {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        if self.has_rest() { self.flush_tls() } else { Ok(()) }
+        Ok(())
     }
 }

@@ -105,7 +105,7 @@ fn roots() -> Result<RootCertStore, LinkError> {
 }
 
 /// A TLS connection as its halves share it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 struct Shared(Arc<Mutex<ClientConnection>>);
 
 impl Shared {
@@ -191,7 +191,6 @@ impl Reader {
 }
 
 /// The half that writes.
-#[derive(Debug)]
 pub struct Writer {
     tls: Shared,
     ciphertext: Vec<u8>,
@@ -203,36 +202,12 @@ impl Writer {
     /// # Errors
     /// As the socket's writing.
     pub fn write(&mut self, bytes: &[u8], socket: &TcpStream) -> io::Result<usize> {
-        let n = self.encrypt(bytes)?;
-        self.send(socket)?;
-        Ok(n)
-    }
-
-    fn encrypt(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut connection = self.tls.lock();
         let n = connection.writer().write(bytes)?;
         drain(&mut connection, &mut self.ciphertext)?;
+        drop(connection);
+        self.send(socket)?;
         Ok(n)
-    }
-
-    /// Writes plaintext as far as `send` takes the ciphertext; the rest of that is sent before anything else.
-    ///
-    /// # Errors
-    /// Those of `send`.
-    pub fn write_now(
-        &mut self,
-        bytes: &[u8],
-        send: impl Fn(&[u8]) -> io::Result<usize>,
-    ) -> io::Result<usize> {
-        let n = self.encrypt(bytes)?;
-        let sent = send(&self.ciphertext)?;
-        self.ciphertext.drain(..sent);
-        Ok(n)
-    }
-
-    /// Whether something encrypted waits to be sent.
-    pub fn has_rest(&self) -> bool {
-        !self.ciphertext.is_empty()
     }
 
     /// Sends what the TLS layer has to say of its own, if anything.

@@ -1,10 +1,9 @@
-//! The thread that writes to the websocket. While it waits, a session may write a small message itself, without waiting.
+//! The thread that writes to the websocket, the only one that does.
 //!
 //! It puts messages into websocket frames itself: tungstenite would copy each one first. A large message is masked
 //! where it is and written from there; small ones gather, so that a burst is one system call.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use tungstenite::protocol::frame::FrameHeader;
@@ -13,10 +12,12 @@ use tungstenite::protocol::frame::coding::{Control, Data, OpCode};
 use super::pace::Pace;
 use super::stream::WriteHalf;
 use super::{LinkError, PING_INTERVAL, WRITE_LIMIT};
-use crate::outbox::{self, FRONT, Message, Outbox, SMALL, Work, Written};
+use crate::outbox::{FRONT, Message, Outbox, Work};
 
 /// As the reference agent's.
 const PING_PAYLOAD: &[u8] = b"60";
+/// Messages up to this size are copied to be written together.
+const SMALL: usize = 4 * 1024;
 /// What gathers before it is written.
 const BATCH: usize = 16 * 1024;
 
@@ -26,78 +27,17 @@ const BATCH: usize = 16 * 1024;
 /// # Errors
 /// What the link died of, if it was the writing.
 pub fn run(half: WriteHalf, outbox: &Outbox) -> Result<(), LinkError> {
-    let writer = Writer { half, batch: Vec::new(), masks: Masks::default(), pace: Pace::default() };
-    let line = Arc::new(Line(Mutex::new(writer)));
-    outbox.set_line(Arc::clone(&line) as Arc<dyn outbox::Line>);
-    let result = write(&line, outbox).map_err(|e| match e.kind() {
+    let mut writer = Writer { half, batch: Vec::new(), masks: Masks::default(), pace: Pace::default() };
+    let result = writer.write(outbox).map_err(|e| match e.kind() {
         io::ErrorKind::TimedOut => {
             LinkError::Broken(format!("the server took nothing for {} s", WRITE_LIMIT.as_secs()))
         }
         _ => LinkError::Broken(crate::sys::reason(&e)),
     });
-    line.lock().half.shut_down();
+    writer.half.shut_down();
     result
 }
 
-fn write(line: &Line, outbox: &Outbox) -> io::Result<()> {
-    let mut next_ping = Instant::now() + PING_INTERVAL;
-    let mut work = Work::Nothing;
-    loop {
-        let mut writer = line.lock();
-        if !writer.obey(work)? {
-            return Ok(());
-        }
-        let now = Instant::now();
-        if now >= next_ping {
-            writer.control(Control::Ping, PING_PAYLOAD)?;
-            next_ping = now + PING_INTERVAL;
-            writer.batch.shrink_to(0);
-            outbox.rest();
-        }
-        outbox.set_piece(writer.pace.piece(now));
-        let room = writer.pace.room(now);
-        // What has gathered goes out before waiting, and only then.
-        work = match outbox.try_next(room) {
-            Some(work) => work,
-            None => {
-                // The window may have shrunk below what was written since the last probe: nothing would tell that it
-                // has arrived.
-                writer.probe(false)?;
-                writer.flush()?;
-                let more_room = writer.pace.deadline().filter(|deadline| *deadline > now);
-                drop(writer);
-                outbox.next(room, more_room.map_or(next_ping, |at| at.min(next_ping)))
-            }
-        };
-    }
-}
-
-/// The writer as sessions see it. Its lock is never waited for: the outbox lets only one of them write.
-#[derive(Debug)]
-struct Line(Mutex<Writer>);
-
-impl Line {
-    fn lock(&self) -> MutexGuard<'_, Writer> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl outbox::Line for Line {
-    fn write_now(&self, messages: &mut dyn Iterator<Item = Message>) -> Written {
-        let mut writer = self.lock();
-        let mut gathered = Ok(());
-        while gathered.is_ok()
-            && writer.pace.room(Instant::now()).interactive
-            && let Some(message) = messages.next()
-        {
-            gathered = writer.message(message, false);
-        }
-        // An error is met again by the writer, which knows what to do about it.
-        if gathered.is_ok() && writer.flush_now() { Written::All } else { Written::Part }
-    }
-}
-
-#[derive(Debug)]
 struct Writer {
     half: WriteHalf,
     /// Frames that are to be written together.
@@ -107,6 +47,35 @@ struct Writer {
 }
 
 impl Writer {
+    fn write(&mut self, outbox: &Outbox) -> io::Result<()> {
+        let mut next_ping = Instant::now() + PING_INTERVAL;
+        let mut work = Work::Nothing;
+        while self.obey(work)? {
+            let now = Instant::now();
+            if now >= next_ping {
+                self.control(Control::Ping, PING_PAYLOAD)?;
+                next_ping = now + PING_INTERVAL;
+                self.batch.shrink_to(0);
+                outbox.rest();
+            }
+            outbox.set_piece(self.pace.piece(now));
+            let room = self.pace.room(now);
+            // What has gathered goes out before waiting, and only then.
+            work = match outbox.try_next(room) {
+                Some(work) => work,
+                None => {
+                    // The window may have shrunk below what was written since the last probe: nothing would tell that
+                    // it has arrived.
+                    self.probe(false)?;
+                    self.flush()?;
+                    let more_room = self.pace.deadline().filter(|deadline| *deadline > now);
+                    outbox.next(room, more_room.map_or(next_ping, |at| at.min(next_ping)))
+                }
+            };
+        }
+        Ok(())
+    }
+
     /// Does what is to be done. `false` when that was the last thing.
     fn obey(&mut self, work: Work) -> io::Result<bool> {
         match work {
@@ -114,7 +83,6 @@ impl Writer {
             Work::Answered(probe, when) => self.pace.answered(probe, when),
             Work::Pong(payload) => self.control(Control::Pong, &payload)?,
             Work::Flush => self.half.flush_tls()?,
-            Work::Rest => self.flush()?,
             Work::Nothing => {}
             Work::Close(code, reason) => {
                 let payload = [&code.to_be_bytes(), reason.as_bytes()].concat();
@@ -171,18 +139,7 @@ impl Writer {
     fn flush(&mut self) -> io::Result<()> {
         self.half.write_all(&self.batch)?;
         self.batch.clear();
-        self.half.flush()
-    }
-
-    /// Writes what goes without waiting. Whether that was all.
-    fn flush_now(&mut self) -> bool {
-        match self.half.write_now(&self.batch) {
-            Ok(written) => {
-                self.batch.drain(..written);
-                self.batch.is_empty() && !self.half.has_rest()
-            }
-            Err(_) => false,
-        }
+        Ok(())
     }
 }
 
@@ -248,6 +205,7 @@ mod tests {
     use crate::sys::wake::Wake;
     use std::io::Read;
     use std::net::{TcpListener, TcpStream};
+    use std::sync::Arc;
     use std::time::Duration;
 
     #[test]
@@ -271,10 +229,10 @@ mod tests {
         let outbox = Arc::new(Outbox::default());
         let pace = super::super::pace::tests::without_room_or_probe(Instant::now());
         let half = WriteHalf::plain(ours);
-        let line = Line(Mutex::new(Writer { half, batch: Vec::new(), masks: Masks::default(), pace }));
+        let mut writer = Writer { half, batch: Vec::new(), masks: Masks::default(), pace };
         let theirs = Arc::clone(&outbox);
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
-            write(&line, &theirs)
+            writer.write(&theirs)
         })
         .unwrap();
         let sink = FrameSink::new(&outbox, Arc::new(Wake::new().unwrap()));

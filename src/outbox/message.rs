@@ -51,11 +51,6 @@ impl Message {
         self.content.start = start;
     }
 
-    /// In bytes.
-    pub fn size(&self) -> usize {
-        self.content.len()
-    }
-
     /// The message itself.
     pub fn content(&mut self) -> &mut [u8] {
         &mut self.bytes[self.content.clone()]

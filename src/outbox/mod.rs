@@ -1,5 +1,4 @@
-//! What waits to be written to the websocket: filled by sessions, emptied by the link's writer. While that waits,
-//! nothing is queued: a small message is written at once by the session that has made it.
+//! What waits to be written to the websocket: filled by sessions, emptied by the link's writer.
 //!
 //! Bounds: a session has at most [`FRAMES_IN_FLIGHT`] frames of data and, since it stops reading its inbox
 //! meanwhile, little more than [`REPLIES_IN_FLIGHT`] answers here. A count is a permit inside the queued
@@ -10,9 +9,8 @@ mod sink;
 mod spares;
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -26,9 +24,6 @@ pub use self::spares::Spares;
 /// The payload of a ping that asks how far the messages have come: how many bytes were written before it.
 pub type Probe = [u8; 8];
 
-/// Messages up to this size are copied to be written together.
-pub const SMALL: usize = 4 * 1024;
-
 /// Large buffers that wait to be used again.
 const MAX_SPARES: usize = 4;
 
@@ -41,8 +36,6 @@ const CROWD: usize = 4096;
 /// What the writer does next, most urgent first.
 #[derive(Debug)]
 pub enum Work {
-    /// Write the rest of what a session has begun.
-    Rest,
     /// Say goodbye with this code and reason, and end.
     Close(u16, &'static str),
     /// Answer a ping.
@@ -66,22 +59,6 @@ pub struct Room {
     pub interactive: bool,
 }
 
-/// Where the messages go.
-pub trait Line: fmt::Debug + Send + Sync {
-    /// Writes small messages, as far as that goes without waiting. Those that others on the way leave no room for it
-    /// doesn't take.
-    fn write_now(&self, messages: &mut dyn Iterator<Item = Message>) -> Written;
-}
-
-/// How much was written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
-    /// All that was taken.
-    All,
-    /// Not all of that: the writer has to see to the rest, before anything else.
-    Part,
-}
-
 /// The queues, shared by the writer, the reader and every session of a link.
 #[derive(Debug)]
 pub struct Outbox {
@@ -89,17 +66,10 @@ pub struct Outbox {
     filled: Condvar,
     spares: Arc<Spares>,
     piece: AtomicUsize,
-    line: OnceLock<Arc<dyn Line>>,
 }
 
 #[derive(Debug, Default)]
 struct Queues {
-    /// Somebody writes: the writer, or a session on its own.
-    busy: bool,
-    /// The writer waits for a session to have written.
-    awaited: bool,
-    /// A session couldn't write all of it.
-    rest: bool,
     close: Option<(u16, &'static str)>,
     /// Only the latest ping needs an answer (RFC 6455, 5.5.3).
     pong: Option<Bytes>,
@@ -120,13 +90,6 @@ struct Item {
     permit: Permit,
 }
 
-impl Item {
-    /// Whether waking the writer would take longer than writing it.
-    fn is_small(&self) -> bool {
-        self.permit.kind != Kind::Bulk && self.message.size() <= SMALL
-    }
-}
-
 impl Default for Outbox {
     fn default() -> Self {
         Outbox {
@@ -134,7 +97,6 @@ impl Default for Outbox {
             filled: Condvar::new(),
             spares: Arc::new(Spares::new(MAX_SPARES)),
             piece: AtomicUsize::new(0),
-            line: OnceLock::new(),
         }
     }
 }
@@ -169,32 +131,9 @@ impl Outbox {
         self.filled.notify_one();
     }
 
-    /// Where sessions may write on their own, from the next time on that the writer waits.
-    pub fn set_line(&self, line: Arc<dyn Line>) {
-        self.lock().busy = true;
-        // Only once.
-        let _ = self.line.set(line);
-    }
-
-    fn push(&self, item: Item) {
-        self.push_all(VecDeque::from([item]));
-    }
-
-    /// Queues items, or writes them.
-    fn push_all(&self, mut items: VecDeque<Item>) {
+    /// Queues items behind those that wait, and wakes the writer once for all of them.
+    fn push(&self, items: impl IntoIterator<Item = Item>) {
         let mut queues = self.lock();
-        if let Some(line) = self.line.get()
-            && queues.is_idle()
-            && items.iter().all(Item::is_small)
-        {
-            queues.busy = true;
-            drop(queues);
-            self.write_now(&**line, &mut items);
-            queues = self.lock();
-        }
-        if items.is_empty() {
-            return;
-        }
         for item in items {
             match item.permit.kind {
                 Kind::Data | Kind::Reply => queues.interactive.push_back(item),
@@ -205,42 +144,15 @@ impl Outbox {
         self.filled.notify_one();
     }
 
-    /// Writes items in the thread of the session that has made them: waking the writer would take longer. Leaves those
-    /// that there is no room for.
-    fn write_now(&self, line: &dyn Line, items: &mut VecDeque<Item>) {
-        let mut permits = Vec::with_capacity(items.len());
-        let mut messages = std::iter::from_fn(|| {
-            let Item { message, permit, .. } = items.pop_front()?;
-            permits.push(permit);
-            Some(message)
-        });
-        let written = line.write_now(&mut messages);
-        drop(permits);
-        let mut queues = self.lock();
-        queues.busy = false;
-        queues.rest = written == Written::Part;
-        if !queues.is_idle() || std::mem::take(&mut queues.awaited) {
-            self.filled.notify_one();
-        }
-    }
-
-    /// The next thing to do, waiting for it until `deadline`. What was done before has to be written.
+    /// The next thing to do, waiting for it until `deadline`.
     pub fn next(&self, room: Room, deadline: Instant) -> Work {
         let mut queues = self.lock();
-        queues.busy = false;
         loop {
-            if queues.busy {
-                queues.awaited = true;
-                queues = self.filled.wait(queues).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            }
             if let Some(work) = queues.take(room) {
-                queues.busy = true;
                 return work;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                queues.busy = true;
                 return Work::Nothing;
             }
             queues = self.filled.wait_timeout(queues, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -269,16 +181,7 @@ impl Outbox {
 }
 
 impl Queues {
-    /// Whether nobody writes and nothing is to be written.
-    fn is_idle(&self) -> bool {
-        let urgent = self.close.is_some() || self.pong.is_some() || self.flush || self.rest;
-        !(self.busy || urgent) && self.interactive.is_empty() && self.bulk.is_empty()
-    }
-
     fn take(&mut self, room: Room) -> Option<Work> {
-        if std::mem::take(&mut self.rest) {
-            return Some(Work::Rest);
-        }
         if let Some((code, reason)) = self.close.take() {
             return Some(Work::Close(code, reason));
         }

@@ -1,6 +1,5 @@
 //! The outbox as a session sees it: what it may put there, and its account of that.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
@@ -132,12 +131,12 @@ impl FrameSink {
         self.push(frame.into(), Kind::Reply, None);
     }
 
-    /// Queues answers that belong together, as [`FrameSink::reply`] would.
+    /// Queues answers as [`FrameSink::reply`] would, and wakes the writer once for all of them.
     pub fn replies(&self, frames: impl Iterator<Item = Frame>) {
-        let items: VecDeque<Item> =
-            frames.map(|frame| self.item((&frame).into(), Kind::Reply, None)).collect();
+        // Encoded before the queues are locked.
+        let items: Vec<Item> = frames.map(|frame| self.item((&frame).into(), Kind::Reply, None)).collect();
         if !items.is_empty() {
-            self.outbox.push_all(items);
+            self.outbox.push(items);
         }
     }
 
@@ -157,7 +156,7 @@ impl FrameSink {
     }
 
     fn push(&self, message: Message, kind: Kind, lot: Option<Lot>) {
-        self.outbox.push(self.item(message, kind, lot));
+        self.outbox.push([self.item(message, kind, lot)]);
     }
 
     fn item(&self, message: Message, kind: Kind, lot: Option<Lot>) -> Item {

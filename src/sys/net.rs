@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, recv, send, socket,
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, recv, socket,
 };
 
 /// Acknowledge what has come at once. The kernel forgets it after a while, hence "re-arm".
@@ -26,14 +26,6 @@ pub fn rearm_quick_ack(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// What setsockopt(2) says.
 pub fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result<()> {
     set_int(socket, libc::TCP_NOTSENT_LOWAT, libc::c_int::from(bytes))
-}
-
-/// Sends as much of `bytes` as goes without waiting.
-///
-/// # Errors
-/// What send(2) says; `WouldBlock` when nothing goes.
-pub fn send_now(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
-    Ok(send(socket.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)?)
 }
 
 /// Whether something waits to be read: bytes, an end or an error.
