@@ -74,11 +74,12 @@ impl Inbox {
         self.wake.notify();
     }
 
-    /// Puts the frame in the place of the latest one of the same kind; gives it back if there is none.
+    /// Puts the frame in the place of the last one that waits, if that is of the same kind; otherwise gives it back. An
+    /// earlier one isn't replaced: the frame would overtake those between them, such as a `stop` and a `new`.
     pub fn supersede(&self, frame: Frame) -> Option<Frame> {
         let mut state = self.lock();
-        let same = |old: &&mut Frame| (old.proto, &old.typ) == (frame.proto, &frame.typ);
-        let Some(old) = state.frames.iter_mut().rev().find(same) else { return Some(frame) };
+        let same = |last: &&mut Frame| (last.proto, &last.typ) == (frame.proto, &frame.typ);
+        let Some(old) = state.frames.back_mut().filter(same) else { return Some(frame) };
         let (before, after) = (old.body.len(), frame.body.len());
         *old = frame;
         state.bytes = state.bytes - before + after;
@@ -155,16 +156,34 @@ mod tests {
     }
 
     #[test]
-    fn the_latest_of_a_kind_can_be_replaced() {
+    fn the_last_frame_can_be_replaced_by_one_of_its_kind() {
         let inbox = inbox();
-        inbox.push(Frame::new(1, "resize", None)).unwrap();
+        let resize = |body: &'static str| Frame::new(1, "resize", None).with_body(body);
+        assert!(inbox.supersede(resize("")).is_some());
         inbox.push(frame(3)).unwrap();
-        let last = Frame::new(1, "resize", None).with_body("x");
-        assert!(inbox.supersede(last.clone()).is_none());
+        inbox.push(resize("")).unwrap();
+        for size in ["a", "bb", "c"] {
+            assert!(inbox.supersede(resize(size)).is_none());
+        }
         assert!(inbox.supersede(Frame::new(1, "other", None)).is_some());
-        assert_eq!(inbox.pop(), Some(last));
         assert_eq!(inbox.pop(), Some(frame(3)));
+        assert_eq!(inbox.pop(), Some(resize("c")));
         assert!(inbox.pop().is_none() && inbox.lock().bytes == 0);
+    }
+
+    /// The size of a shell that was started after another was stopped went to that other.
+    #[test]
+    fn a_frame_does_not_overtake_others_by_replacing_one() {
+        let inbox = inbox();
+        let of = |typ, body: &'static str| Frame::new(1, typ, None).with_body(body);
+        let sent = [of("resize", "old"), of("stop", ""), of("new", ""), of("resize", "new")];
+        for frame in sent.clone() {
+            if let Some(frame) = inbox.supersede(frame) {
+                inbox.push(frame).unwrap();
+            }
+        }
+        let read: Vec<Frame> = std::iter::from_fn(|| inbox.pop()).collect();
+        assert_eq!(read, sent);
     }
 
     #[test]

@@ -134,7 +134,7 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
     fn deliver(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
         let inbox = self.table.lock().get(id).map(|entry| Arc::clone(&entry.inbox));
         let Some(inbox) = inbox else { return Some(frame) };
-        // Of sizes only the last one counts: a window that is dragged doesn't fill the inbox.
+        // Coalesces resizes, so that dragging a window can't fill the inbox.
         let frame = if (frame.proto, frame.typ.as_str()) == (SHELL, shell::RESIZE) {
             inbox.supersede(frame)?
         } else {

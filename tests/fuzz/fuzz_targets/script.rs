@@ -371,7 +371,7 @@ impl Link {
         let Some(session) = self.sessions.get_mut(id).filter(|session| !session.closed) else { return false };
         let is_size = matches!(message.kind, Kind::ShellResize);
         let latest = (self.sent, message.size(), is_size);
-        if let Some(old) = session.pending.iter_mut().rev().find(|(.., old)| *old && is_size) {
+        if let Some(old) = session.pending.back_mut().filter(|(.., old)| *old && is_size) {
             *old = latest;
             return true;
         }
