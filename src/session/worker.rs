@@ -75,7 +75,8 @@ pub fn start(context: &Arc<Context>, seat: Seat) -> io::Result<()> {
         session.run();
         drop(seat);
     };
-    thread::spawn(&name, thread::SMALL_STACK, body).map(drop)
+    // File transfers look up owners and groups.
+    thread::spawn(&name, thread::LOOKUP_STACK, body).map(drop)
 }
 
 impl Session {

@@ -3,10 +3,14 @@
 use std::io;
 use std::thread::{Builder, JoinHandle};
 
-/// Enough for a session: its loop, msgpack, a spawn.
+/// Enough for what calls nothing but this program and the kernel.
 pub const SMALL_STACK: usize = 128 * 1024;
-/// For threads that do TLS or resolve names: glibc's resolver loads modules with appetites of their own.
+/// For threads that do TLS, resolve names or look up users and groups: for the latter two glibc loads NSS modules (sssd,
+/// LDAP), whose appetites aren't ours to know.
 pub const LARGE_STACK: usize = 256 * 1024;
+/// For threads that look up users and groups and do nothing else of size. musl reads /etc/passwd and /etc/group itself.
+/// A stack is address space: what isn't touched takes no memory.
+pub const LOOKUP_STACK: usize = if cfg!(target_env = "musl") { SMALL_STACK } else { LARGE_STACK };
 
 /// Starts a thread with a name, as `top -H` shows it (15 bytes), and a stack of `stack` bytes.
 ///
