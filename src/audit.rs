@@ -11,46 +11,46 @@ use log::{Level, log};
 use crate::proto::{SessionId, UserId};
 
 /// By which the logger knows these lines.
-pub const TARGET: &str = module_path!();
+pub(crate) const TARGET: &str = module_path!();
 
 /// A line being written.
 #[derive(Debug)]
 #[must_use]
-pub struct Record(String);
+pub(crate) struct Record(String);
 
 impl Record {
     /// About something that is `user`'s, in a session if it belongs to one.
-    pub fn new(event: &str, session: Option<&SessionId>, user: &UserId) -> Self {
+    pub(crate) fn new(event: &str, session: Option<&SessionId>, user: &UserId) -> Self {
         let session = session.map_or("", SessionId::as_str);
         Record(format!("event={event} session={session:?} user={:?}", user.as_str()))
     }
 
     /// A number, or a word that needs no quotes.
-    pub fn with(mut self, key: &str, value: impl Display) -> Self {
+    pub(crate) fn with(mut self, key: &str, value: impl Display) -> Self {
         // Writing to a String doesn't fail.
         let _ = write!(self.0, " {key}={value}");
         self
     }
 
     /// Anything else: quoted.
-    pub fn text(mut self, key: &str, value: impl AsRef<str>) -> Self {
+    pub(crate) fn text(mut self, key: &str, value: impl AsRef<str>) -> Self {
         let _ = write!(self.0, " {key}={:?}", value.as_ref());
         self
     }
 
     /// How long it took, in seconds.
-    pub fn since(self, start: Instant, now: Instant) -> Self {
+    pub(crate) fn since(self, start: Instant, now: Instant) -> Self {
         let seconds = now.saturating_duration_since(start).as_secs_f64();
         self.with("duration", format_args!("{seconds:.3}"))
     }
 
     /// Payload in bytes: to the device and from it.
-    pub fn bytes(self, bytes_in: u64, bytes_out: u64) -> Self {
+    pub(crate) fn bytes(self, bytes_in: u64, bytes_out: u64) -> Self {
         self.with("bytes_in", bytes_in).with("bytes_out", bytes_out)
     }
 
     /// Writes the line: as a warning where something was refused or has failed.
-    pub fn log(self, good: bool) {
+    pub(crate) fn log(self, good: bool) {
         log!(target: TARGET, if good { Level::Info } else { Level::Warn }, "{}", self.0);
     }
 }

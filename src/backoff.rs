@@ -5,13 +5,13 @@
 use std::time::Duration;
 
 /// No wait is longer.
-pub const LONGEST: Duration = Duration::from_secs(300);
+pub(crate) const LONGEST: Duration = Duration::from_secs(300);
 
 /// A link that held this long was a success: the next wait starts from the base again.
-pub const STABLE_AFTER: Duration = Duration::from_secs(60);
+pub(crate) const STABLE_AFTER: Duration = Duration::from_secs(60);
 
 /// The wait before attempt number `attempt` (0 is the first after a drop): uniform between nothing and
-/// `base` doubled as many times, at most [`LONGEST`]. `random` is a uniform 64-bit number.
+/// `base` doubled as many times, at most `LONGEST`. `random` is a uniform 64-bit number.
 pub fn delay(attempt: u32, base: Duration, random: u64) -> Duration {
     let factor = 1_u32.checked_shl(attempt).unwrap_or(u32::MAX);
     let ceiling = base.saturating_mul(factor).min(LONGEST);

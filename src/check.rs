@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::config::{self, Origin, State};
 
 /// Reads the files as the daemon would and prints what it found. Whether the daemon would start with them.
-pub fn run(main: &Path, fallback: &Path) -> bool {
+pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
     let (report, good) = report(main, fallback);
     // Whoever reads this may have gone away, which changes nothing.
     let _ = std::io::stdout().write_all(report.as_bytes());

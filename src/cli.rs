@@ -42,7 +42,7 @@ GLOBAL OPTIONS:
 
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Invocation {
+pub(crate) enum Invocation {
     /// Run.
     Daemon(Options),
     /// Say what the configuration means.
@@ -76,17 +76,17 @@ pub enum Invocation {
 
 /// The global options.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Options {
+pub(crate) struct Options {
     /// The configuration file (`--config`).
-    pub config: PathBuf,
+    pub(crate) config: PathBuf,
     /// The file that the configuration file wins over (`--fallback-config`).
-    pub fallback_config: PathBuf,
+    pub(crate) fallback_config: PathBuf,
     /// How much to log (`--debug`, `--trace`).
-    pub level: LevelFilter,
+    pub(crate) level: LevelFilter,
 }
 
 /// Reads the arguments, without the zeroth.
-pub fn parse<I: IntoIterator<Item = OsString>>(args: I) -> Invocation {
+pub(crate) fn parse<I: IntoIterator<Item = OsString>>(args: I) -> Invocation {
     parse_global(args.into_iter().collect()).unwrap_or_else(|invocation| invocation)
 }
 

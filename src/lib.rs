@@ -19,39 +19,123 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`cli`], [`config`], [`logging`], [`audit`] | what the operator says and is told |
-//! | [`check`], [`doctor`] | commands: what the configuration means, how far the way to the server leads |
-//! | [`supervisor`] | when to connect; signals, reload, what systemd is told |
-//! | [`status`] | what the daemon tells about itself, over a socket; the command that asks |
-//! | [`auth`] | token and server URL, from mender-auth over D-Bus (feature `dbus`) or from a file |
-//! | [`link`] | one websocket's life: dial, read, write; TLS (feature `tls`) |
-//! | [`session`] | from a frame to the thread that owns what it is about; terminals, files, ports, commands |
-//! | [`outbox`] | from sessions to the writer: order, bounds, back-pressure |
-//! | [`proto`] | the messages; no I/O |
-//! | [`backoff`] | how long to wait; pure |
-//! | [`sys`] | kernel and libc; the only `unsafe` |
+//! | `cli`, `config`, `logging`, `audit` | what the operator says and is told |
+//! | `check`, `doctor` | commands: what the configuration means, how far the way to the server leads |
+//! | `daemon` | the process: signals, log, panics, privileges |
+//! | `supervisor` | when to connect; signals, reload, what systemd is told |
+//! | `status` | what the daemon tells about itself, over a socket; the command that asks |
+//! | `auth` | token and server URL, from mender-auth over D-Bus (feature `dbus`) or from a file |
+//! | `link` | one websocket's life: dial, read, write; TLS (feature `tls`) |
+//! | `session` | from a frame to the thread that owns what it is about; terminals, files, ports, commands |
+//! | `outbox` | from sessions to the writer: order, bounds, back-pressure |
+//! | `proto` | the messages; no I/O |
+//! | `backoff` | how long to wait; pure |
+//! | `sys` | kernel and libc; the only `unsafe` |
 //!
 //! Words, each for one thing: a *message* is the websocket's; a *frame* is our decoded unit; a *session* is one
 //! session id's life; a *link* is one websocket's life; a *permit* is a counted right held by a guard.
 //!
-//! Arrows point one way: `main → supervisor → { auth, link, status → session } → { outbox, audit, config, proto, backoff, sys }`, and beside
-//! the supervisor `check` and `doctor`. `link` and `session` don't know each other; the supervisor joins them. A session waits for nobody: its inbox and its share of
+//! Arrows point one way: `run → daemon → supervisor → { auth, link, status → session } → { outbox, audit, config, proto, backoff, sys }`, and beside
+//! the daemon `check` and `doctor`. `link` and `session` don't know each other; the supervisor joins them. A session waits for nobody: its inbox and its share of
 //! the outbox are bounded, and it polls for room. Only the reader reads from the websocket, only the writer writes to
 //! it, and only the session touches its terminal. When the link is gone its router is dropped, which ends the sessions,
 //! and what they own is released when they are dropped.
 
-pub mod audit;
-pub mod auth;
-pub mod backoff;
-pub mod check;
-pub mod cli;
-pub mod config;
-pub mod doctor;
-pub mod link;
-pub mod logging;
-pub mod outbox;
-pub mod proto;
-pub mod session;
-pub mod status;
-pub mod supervisor;
-pub mod sys;
+// Not for all of the package: the tests share their harness between crates.
+#![deny(unreachable_pub)]
+
+mod audit;
+mod auth;
+mod backoff;
+mod check;
+mod cli;
+mod config;
+mod daemon;
+mod doctor;
+// Closed by its `mod` line; its items still say `pub`. So do those of `outbox` and `session`.
+#[allow(unreachable_pub)]
+mod link;
+mod logging;
+#[allow(unreachable_pub)]
+mod outbox;
+mod proto;
+#[allow(unreachable_pub)]
+mod session;
+mod status;
+mod supervisor;
+mod sys;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use log::error;
+
+use self::cli::Invocation;
+
+// The executable is the only user of this library, with the exceptions below: everything else is `pub(crate)`, so that
+// the compiler reports what nobody uses.
+
+/// The executable installs it. Benchmarks and fuzz targets have allocators of their own.
+pub use self::sys::wipe::Wiping;
+
+/// For the benchmarks (`tests/bench`), the fuzz targets (`tests/fuzz`) and the tests of the documentation.
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::backoff::delay;
+    #[cfg(fuzzing)]
+    pub use crate::config::of_texts;
+    pub use crate::config::{Allowed, Auth, Config, Expiry, Sessions, Shell, Terminal, load};
+    #[cfg(fuzzing)]
+    pub use crate::link::read;
+    pub use crate::link::{Inbound, LinkError};
+    pub use crate::outbox::{FrameSink, Outbox, REPLIES_IN_FLIGHT, Room, Work};
+    pub use crate::proto::{
+        CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, Props, SHELL, SessionId, control, file,
+        forward, shell,
+    };
+    #[cfg(fuzzing)]
+    pub use crate::session::Seat;
+    pub use crate::session::{Context, Router, ShellInfo};
+    pub use crate::sys::PollSet;
+    pub use crate::sys::users::{User, lookup};
+    pub use crate::sys::wake::Wake;
+}
+
+const USAGE: u8 = 1;
+const UNKNOWN_COMMAND: u8 = 3;
+
+/// The whole program: runs what the command line asks for.
+pub fn run() -> ExitCode {
+    // A reader that closed its end of the pipe is no reason to fail.
+    match cli::parse(std::env::args_os().skip(1)) {
+        Invocation::Print(text) => {
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Invocation::UnknownCommand(text) => {
+            let _ = writeln!(std::io::stderr(), "{text}");
+            ExitCode::from(UNKNOWN_COMMAND)
+        }
+        Invocation::Usage { error, help } => {
+            let _ = write!(std::io::stderr(), "Incorrect Usage: {error}\n\n{help}");
+            ExitCode::from(USAGE)
+        }
+        Invocation::Daemon(options) => match daemon::run(options) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => {
+                error!("{e}");
+                ExitCode::FAILURE
+            }
+        },
+        Invocation::Check(options) => finish(check::run(&options.config, &options.fallback_config)),
+        Invocation::Doctor { options, json } => {
+            finish(doctor::run(&options.config, &options.fallback_config, json))
+        }
+        Invocation::Status { json, watch } => finish(status::show(json, watch)),
+    }
+}
+
+/// Exit code of a command that prints its own report.
+fn finish(good: bool) -> ExitCode {
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

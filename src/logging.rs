@@ -30,7 +30,7 @@ struct Logger {
 ///
 /// # Errors
 /// When it was called before.
-pub fn init(level: LevelFilter) -> Result<(), SetLoggerError> {
+pub(crate) fn init(level: LevelFilter) -> Result<(), SetLoggerError> {
     let journal = stderr_is_journal();
     let mut config = ConfigBuilder::new();
     config

@@ -6,7 +6,7 @@
 //! The manager may come, go and be replaced at any time, and so may the bus. Its signals are taken only
 //! from the owner of its name.
 
-pub mod visit;
+pub(crate) mod visit;
 
 use std::io;
 use std::os::fd::RawFd;
@@ -41,7 +41,7 @@ const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
 /// The manager as seen from here.
-pub struct Manager {
+pub(crate) struct Manager {
     wake: Arc<Wake>,
     bus: Bus,
     /// Whether the absence of a bus is fatal: until there was one, where it is required.
@@ -72,7 +72,7 @@ impl Manager {
     ///
     /// # Errors
     /// When no thread can be had and the bus is required.
-    pub fn connect(wake: Arc<Wake>, required: bool) -> Result<Self, SourceError> {
+    pub(crate) fn connect(wake: Arc<Wake>, required: bool) -> Result<Self, SourceError> {
         let bus = match Bus::connect(&wake) {
             Err(e) if required => return Err(e.into()),
             result => result.unwrap_or_else(|_| Bus::Down { until: Instant::now() + FIRST_RETRY }),

@@ -44,7 +44,7 @@ const CONTENT: AddWatchFlags =
 const COMPLETE: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE.union(AddWatchFlags::IN_MOVED_TO);
 
 /// The file as seen from here.
-pub struct TokenFile {
+pub(crate) struct TokenFile {
     path: PathBuf,
     server_url: String,
     inotify: Option<Inotify>,
@@ -73,7 +73,7 @@ struct Watch {
 
 impl TokenFile {
     /// A source that takes its first look at once.
-    pub fn new(path: &Path, server_url: &str) -> Self {
+    pub(crate) fn new(path: &Path, server_url: &str) -> Self {
         TokenFile {
             path: path.to_owned(),
             server_url: server_url.to_owned(),
@@ -312,7 +312,7 @@ fn steps(path: &Path) -> VecDeque<OsString> {
 ///
 /// # Errors
 /// When there is no token in it, and why.
-pub fn look_into(path: &Path, server_url: &str) -> io::Result<(Credentials, u32)> {
+pub(crate) fn look_into(path: &Path, server_url: &str) -> io::Result<(Credentials, u32)> {
     let (bytes, mode) = read(path)?;
     let credentials = Credentials::new(parse(&bytes)?, server_url);
     Ok((credentials.ok_or_else(|| io::Error::other("there is no server's URL for it"))?, mode))

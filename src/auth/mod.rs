@@ -16,27 +16,22 @@ use crate::config;
 use crate::sys::wake::Wake;
 
 #[cfg(feature = "dbus")]
-pub use dbus::visit::{Refusal, Visit};
-pub use file::look_into;
+pub(crate) use dbus::visit::{Refusal, Visit};
+pub(crate) use file::look_into;
 
 /// A device's JSON web token. Never shown.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Token(String);
+pub(crate) struct Token(String);
 
 impl Token {
     /// For the one header that carries it.
-    pub fn reveal(&self) -> &str {
+    pub(crate) fn reveal(&self) -> &str {
         &self.0
     }
 
     /// Its length in bytes, all that a log may say of it.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.0.len()
-    }
-
-    /// Whether it is empty, which [`Credentials::new`] doesn't let happen.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
     }
 }
 
@@ -48,39 +43,40 @@ impl fmt::Debug for Token {
 
 /// A token and where it counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Credentials {
+pub(crate) struct Credentials {
     /// The token.
-    pub token: Token,
+    pub(crate) token: Token,
     /// The server's URL, usually that of mender-auth's forwarder on this machine.
-    pub server_url: String,
+    pub(crate) server_url: String,
 }
 
 impl Credentials {
     /// `None` when either is empty: the device isn't authorised.
-    pub fn new(token: &str, server_url: &str) -> Option<Self> {
+    pub(crate) fn new(token: &str, server_url: &str) -> Option<Self> {
         let there = !token.is_empty() && !server_url.is_empty();
         there.then(|| Credentials { token: Token(token.to_owned()), server_url: server_url.to_owned() })
     }
 
     /// The server's URL as it may be logged: without user and password.
-    pub fn shown_server_url(&self) -> String {
+    pub(crate) fn shown_server_url(&self) -> String {
         config::without_password(&self.server_url)
     }
 }
 
 /// What a source lets know.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AuthEvent {
+pub(crate) enum AuthEvent {
     /// The source says on its own account what holds from now on.
     Announced(Option<Credentials>),
     /// The source's answer to our question.
     Answered(Option<Credentials>),
     /// The question found no answer, for this reason.
+    #[cfg_attr(not(feature = "dbus"), allow(dead_code, reason = "a file always answers"))]
     Unanswered(String),
 }
 
 /// Where credentials come from. Lives in the supervisor's thread and never blocks it.
-pub trait Source {
+pub(crate) trait Source {
     /// What to poll: descriptor, for reading, for writing.
     fn watch(&self) -> Option<(RawFd, bool, bool)>;
 
@@ -103,15 +99,17 @@ pub trait Source {
 
 /// Why there is no source.
 #[derive(Debug, Error)]
-pub enum SourceError {
+pub(crate) enum SourceError {
     /// There is no bus, or it doesn't let us in.
     #[error("mender-connect dbus failed to connect, error: {0}")]
+    #[cfg(feature = "dbus")]
     Bus(String),
     /// No thread to connect with.
     #[error("mender-connect dbus failed to connect, error: {}", crate::sys::reason(.0))]
     Thread(#[from] io::Error),
     /// The authentication manager is asked for, which takes D-Bus.
     #[error("built without D-Bus, a token can only come from a file: Auth.Source must be \"file\"")]
+    #[cfg(not(feature = "dbus"))]
     LeftOut,
 }
 
@@ -120,7 +118,11 @@ pub enum SourceError {
 ///
 /// # Errors
 /// When there can't be one.
-pub fn source(auth: &config::Auth, wake: &Arc<Wake>, required: bool) -> Result<Box<dyn Source>, SourceError> {
+pub(crate) fn source(
+    auth: &config::Auth,
+    wake: &Arc<Wake>,
+    required: bool,
+) -> Result<Box<dyn Source>, SourceError> {
     match auth {
         config::Auth::File { token, server_url } => Ok(Box::new(file::TokenFile::new(token, server_url))),
         config::Auth::Dbus => manager(wake, required),

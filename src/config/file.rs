@@ -12,17 +12,17 @@ use super::{ConfigError, Notes};
 
 #[derive(Debug, Default)]
 pub(super) struct Settings {
-    pub shell_command: String,
-    pub shell_arguments: Option<Vec<String>>,
-    pub user: String,
-    pub terminal: Terminal,
-    pub sessions: Sessions,
-    pub limits: Limits,
-    pub reconnect_interval_seconds: i64,
-    pub file_transfer: Switch,
-    pub port_forward: PortForward,
-    pub mender_client: Switch,
-    pub auth: Auth,
+    pub(crate) shell_command: String,
+    pub(crate) shell_arguments: Option<Vec<String>>,
+    pub(crate) user: String,
+    pub(crate) terminal: Terminal,
+    pub(crate) sessions: Sessions,
+    pub(crate) limits: Limits,
+    pub(crate) reconnect_interval_seconds: i64,
+    pub(crate) file_transfer: Switch,
+    pub(crate) port_forward: PortForward,
+    pub(crate) mender_client: Switch,
+    pub(crate) auth: Auth,
 }
 
 keys!(Settings {
@@ -41,34 +41,34 @@ keys!(Settings {
 
 #[derive(Debug, Default)]
 pub(super) struct Switch {
-    pub disable: bool,
+    pub(crate) disable: bool,
 }
 
 keys!(Switch { "Disable" => disable });
 
 #[derive(Debug, Default)]
 pub(super) struct Auth {
-    pub source: String,
-    pub token_file: String,
-    pub server_url: String,
+    pub(crate) source: String,
+    pub(crate) token_file: String,
+    pub(crate) server_url: String,
 }
 
 keys!(Auth { "Source" => source, "TokenFile" => token_file, "ServerURL" => server_url });
 
 #[derive(Debug, Default)]
 pub(super) struct PortForward {
-    pub disable: bool,
-    pub allow: Option<Vec<String>>,
+    pub(crate) disable: bool,
+    pub(crate) allow: Option<Vec<String>>,
 }
 
 keys!(PortForward { "Disable" => disable, "Allow" => allow });
 
 #[derive(Debug, Default)]
 pub(super) struct Terminal {
-    pub width: u16,
-    pub height: u16,
-    pub disable: bool,
-    pub no_new_privileges: bool,
+    pub(crate) width: u16,
+    pub(crate) height: u16,
+    pub(crate) disable: bool,
+    pub(crate) no_new_privileges: bool,
 }
 
 keys!(Terminal {
@@ -80,10 +80,10 @@ keys!(Terminal {
 
 #[derive(Debug)]
 pub(super) struct Sessions {
-    pub stop_expired: bool,
-    pub expire_after: u32,
-    pub expire_after_idle: u32,
-    pub max_per_user: u32,
+    pub(crate) stop_expired: bool,
+    pub(crate) expire_after: u32,
+    pub(crate) expire_after_idle: u32,
+    pub(crate) max_per_user: u32,
     pub idle_includes_output: bool,
 }
 
@@ -109,28 +109,28 @@ keys!(Sessions {
 
 #[derive(Debug, Default)]
 pub(super) struct Limits {
-    pub enabled: bool,
-    pub file_transfer: FileTransferLimits,
+    pub(crate) enabled: bool,
+    pub(crate) file_transfer: FileTransferLimits,
 }
 
 keys!(Limits { "Enabled" => enabled, "FileTransfer" => file_transfer });
 
 #[derive(Debug)]
 pub(super) struct FileTransferLimits {
-    pub chroot: String,
-    pub follow_sym_links: bool,
-    pub allow_overwrite: bool,
-    pub owner_put: String,
-    pub group_put: String,
-    pub owner_get: Vec<String>,
-    pub group_get: Vec<String>,
-    pub umask: String,
-    pub max_file_size: u64,
-    pub counters: Counters,
-    pub allow_suid: bool,
-    pub regular_files_only: bool,
-    pub preserve_mode: bool,
-    pub preserve_owner: bool,
+    pub(crate) chroot: String,
+    pub(crate) follow_sym_links: bool,
+    pub(crate) allow_overwrite: bool,
+    pub(crate) owner_put: String,
+    pub(crate) group_put: String,
+    pub(crate) owner_get: Vec<String>,
+    pub(crate) group_get: Vec<String>,
+    pub(crate) umask: String,
+    pub(crate) max_file_size: u64,
+    pub(crate) counters: Counters,
+    pub(crate) allow_suid: bool,
+    pub(crate) regular_files_only: bool,
+    pub(crate) preserve_mode: bool,
+    pub(crate) preserve_owner: bool,
 }
 
 impl Default for FileTransferLimits {
@@ -173,8 +173,8 @@ keys!(FileTransferLimits {
 
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    pub max_bytes_tx_per_minute: u64,
-    pub max_bytes_rx_per_minute: u64,
+    pub(crate) max_bytes_tx_per_minute: u64,
+    pub(crate) max_bytes_rx_per_minute: u64,
 }
 
 keys!(Counters {
@@ -289,9 +289,9 @@ pub(super) fn read(file: &Path, settings: &mut Settings) -> Result<Option<Laid>,
 
 /// What was met in a file.
 pub(super) struct Laid {
-    pub walk: Walk,
+    pub(crate) walk: Walk,
     /// The deprecated keys that say something.
-    pub deprecated: Vec<&'static str>,
+    pub(crate) deprecated: Vec<&'static str>,
 }
 
 /// Lays as much of the text of a file over `settings` as fits.

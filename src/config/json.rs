@@ -33,7 +33,7 @@ pub enum JsonError {
 
 /// A JSON value. Objects keep the order of their keys, and duplicates.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Value {
+pub(crate) enum Value {
     /// `null`
     Null,
     /// `true` or `false`
@@ -51,7 +51,7 @@ pub enum Value {
 }
 
 /// Something that a JSON value can be laid over.
-pub trait Merge {
+pub(crate) trait Merge {
     /// Lays `value` over `self`, and returns whether it took it: not if it doesn't fit, and not what its fields took.
     fn merge(&mut self, value: Value, walk: &mut Walk) -> bool;
 
@@ -60,7 +60,7 @@ pub trait Merge {
 }
 
 /// A struct that takes a JSON object.
-pub trait Object {
+pub(crate) trait Object {
     /// The field for a key, which is folded, and its name; `None` if there is no such field.
     fn field(&mut self, key: &str) -> Option<(&'static str, &mut dyn Merge)>;
 
@@ -92,7 +92,7 @@ pub(super) use keys;
 ///
 /// # Errors
 /// When it isn't JSON. What doesn't fit is told in [`Walk::errors`].
-pub fn merge(text: &[u8], target: &mut dyn Merge) -> Result<Walk, JsonError> {
+pub(crate) fn merge(text: &[u8], target: &mut dyn Merge) -> Result<Walk, JsonError> {
     let value = parse(text).map_err(JsonError::Syntax)?;
     let mut walk = Walk::default();
     target.merge(value, &mut walk);
@@ -120,17 +120,17 @@ fn fold(key: &str) -> String {
 
 /// Where in the document a merge is, and what it met.
 #[derive(Debug, Default)]
-pub struct Walk {
+pub(crate) struct Walk {
     /// In the document's own spelling, elements of arrays with their index.
     path: String,
     /// In ours, arrays as a whole.
     key: String,
     /// The paths there is no field for, each once.
-    pub unknown: Vec<String>,
+    pub(crate) unknown: Vec<String>,
     /// The keys whose value was taken, as often as it was.
-    pub given: Vec<String>,
+    pub(crate) given: Vec<String>,
     /// The keys whose value doesn't fit, and why.
-    pub errors: Vec<(String, JsonError)>,
+    pub(crate) errors: Vec<(String, JsonError)>,
 }
 
 fn push(path: &mut String, name: &str) {

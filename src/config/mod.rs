@@ -13,10 +13,12 @@ use log::Level;
 use self::file::Settings;
 use crate::sys::users::{User, UserError};
 
-pub use allow::{AllowError, Allowed};
-pub use json::JsonError;
-pub use survey::{Finding, Origin, State, Survey, knows_no_login, survey};
-pub use url::without_password;
+pub(crate) use allow::AllowError;
+pub use allow::Allowed;
+
+pub(crate) use json::JsonError;
+pub(crate) use survey::{Origin, State, knows_no_login, survey};
+pub(crate) use url::without_password;
 
 mod allow;
 mod defaults;
@@ -118,34 +120,34 @@ pub struct FileLimits {
     /// The directory that transfers are confined to, as written: it may hold links (`Chroot`).
     pub chroot: Option<PathBuf>,
     /// Whether paths may lead through symbolic links (`FollowSymLinks`).
-    pub follow_symlinks: bool,
+    pub(crate) follow_symlinks: bool,
     /// Whether a put may replace a file (`AllowOverwrite`).
-    pub allow_overwrite: bool,
+    pub(crate) allow_overwrite: bool,
     /// Name of the user who owns what is put (`OwnerPut`).
     pub owner_put: Option<String>,
     /// Name of the group that owns what is put (`GroupPut`).
     pub group_put: Option<String>,
     /// Names of the users whose files may be got; empty: anybody's (`OwnerGet`).
-    pub owner_get: Vec<String>,
+    pub(crate) owner_get: Vec<String>,
     /// Names of the groups whose files may be got; empty: any (`GroupGet`).
-    pub group_get: Vec<String>,
+    pub(crate) group_get: Vec<String>,
     /// If set, a put file's permissions are 0o777 without these bits, whatever came with it; at most 0o777
     /// (`Umask`, octal).
     pub umask: Option<u32>,
     /// Most bytes that a file may have (`MaxFileSize`).
-    pub max_file_size: Option<NonZeroU64>,
+    pub(crate) max_file_size: Option<NonZeroU64>,
     /// Most bytes sent per minute, over all sessions (`Counters.MaxBytesTxPerMinute`).
-    pub max_tx_bytes_per_minute: Option<NonZeroU64>,
+    pub(crate) max_tx_bytes_per_minute: Option<NonZeroU64>,
     /// Most bytes received per minute, over all sessions (`Counters.MaxBytesRxPerMinute`).
-    pub max_rx_bytes_per_minute: Option<NonZeroU64>,
+    pub(crate) max_rx_bytes_per_minute: Option<NonZeroU64>,
     /// Whether a put file may be set-uid or set-gid (`AllowSuid`).
-    pub allow_suid: bool,
+    pub(crate) allow_suid: bool,
     /// Whether only regular files may be got (`RegularFilesOnly`).
-    pub regular_files_only: bool,
+    pub(crate) regular_files_only: bool,
     /// Whether a put file gets the mode that came with it, or that of `umask` (`PreserveMode`).
-    pub preserve_mode: bool,
+    pub(crate) preserve_mode: bool,
     /// Whether a put file gets the owner and group that came with it (`PreserveOwner`).
-    pub preserve_owner: bool,
+    pub(crate) preserve_owner: bool,
 }
 
 /// Why there is no configuration. The texts are complete: there is no source to print after them.

@@ -14,11 +14,11 @@ use super::{ConfigError, JsonError, Notes, SHELLS, complete, defaults, validate}
 mod advice;
 mod suggest;
 
-pub use advice::knows_no_login;
+pub(crate) use advice::knows_no_login;
 
 /// Where a value comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub(crate) enum Origin {
     /// Neither file, or what it says can't be used.
     Default,
     /// The fallback configuration file.
@@ -29,7 +29,7 @@ pub enum Origin {
 
 /// What became of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum State {
     /// There is none.
     Absent,
     /// It was read, whatever is wrong with single values.
@@ -40,33 +40,33 @@ pub enum State {
 
 /// Something worth saying.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
+pub(crate) struct Finding {
     /// Error: the daemon doesn't start. Warn: hardly what was meant. Info: good to know.
-    pub level: Level,
+    pub(crate) level: Level,
     /// Whose.
-    pub file: PathBuf,
+    pub(crate) file: PathBuf,
     /// Its path in the file; empty when it is about the whole file.
-    pub key: String,
+    pub(crate) key: String,
     /// What.
-    pub text: String,
+    pub(crate) text: String,
 }
 
 /// The configuration as it is and as it counts.
 #[derive(Debug)]
-pub struct Survey {
+pub(crate) struct Survey {
     /// The configuration file.
-    pub main: State,
+    pub(crate) main: State,
     /// The fallback configuration file.
-    pub fallback: State,
+    pub(crate) fallback: State,
     /// The most important first.
-    pub findings: Vec<Finding>,
+    pub(crate) findings: Vec<Finding>,
     /// Every key, the value that counts, and where that comes from.
-    pub values: Vec<(String, Value, Origin)>,
+    pub(crate) values: Vec<(String, Value, Origin)>,
 }
 
 /// Looks at both files as [`super::load`] does, but to the end. The daemon wouldn't start if there is an error
 /// among the findings.
-pub fn survey(main: &Path, fallback: &Path) -> Survey {
+pub(crate) fn survey(main: &Path, fallback: &Path) -> Survey {
     survey_with(main, fallback, Path::new(SHELLS))
 }
 

@@ -7,23 +7,23 @@ use tempfile::TempDir;
 use super::*;
 
 /// A device's file system, as far as the configuration sees it.
-pub struct Device {
-    pub dir: TempDir,
+pub(crate) struct Device {
+    pub(crate) dir: TempDir,
 }
 
 impl Device {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let device = Self { dir: tempfile::tempdir().unwrap() };
         device.shell("sh", 0o755);
         device.write("shells", &format!("# valid login shells\n{}\n", device.path("sh")));
         device
     }
 
-    pub fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.dir.path().join(name).into_os_string().into_string().unwrap()
     }
 
-    pub fn write(&self, name: &str, text: &str) {
+    pub(crate) fn write(&self, name: &str, text: &str) {
         fs::write(self.path(name), text).unwrap();
     }
 
@@ -36,7 +36,7 @@ impl Device {
         fs::set_permissions(self.path(name), Permissions::from_mode(mode)).unwrap();
     }
 
-    pub fn load(&self) -> (Result<Config, ConfigError>, Notes) {
+    pub(crate) fn load(&self) -> (Result<Config, ConfigError>, Notes) {
         let [main, fallback, shells] = ["main", "fallback", "shells"].map(|name| self.dir.path().join(name));
         let mut notes = Notes::new();
         let config = load_with(&main, &fallback, &shells, &mut notes);
@@ -45,13 +45,13 @@ impl Device {
     }
 
     /// Loads `members`, to which a shell and a user that work are added.
-    pub fn load_with(&self, members: &str) -> (Config, Notes) {
+    pub(crate) fn load_with(&self, members: &str) -> (Config, Notes) {
         self.write("main", &self.working(members));
         let (config, notes) = self.load();
         (config.unwrap(), notes)
     }
 
-    pub fn working(&self, members: &str) -> String {
+    pub(crate) fn working(&self, members: &str) -> String {
         let comma = if members.is_empty() { "" } else { "," };
         format!(
             r#"{{"ShellCommand": "{}", "ShellArguments": [], "User": "root"{comma}{members}}}"#,
@@ -60,23 +60,23 @@ impl Device {
     }
 }
 
-pub fn load(members: &str) -> (Config, Notes) {
+pub(crate) fn load(members: &str) -> (Config, Notes) {
     Device::new().load_with(members)
 }
 
 /// Loads what must fail, and returns the error's text.
-pub fn fail(main: &str) -> String {
+pub(crate) fn fail(main: &str) -> String {
     let device = Device::new();
     device.write("main", main);
     device.load().0.unwrap_err().to_string()
 }
 
-pub fn note(level: Level, text: &str) -> (Level, String) {
+pub(crate) fn note(level: Level, text: &str) -> (Level, String) {
     (level, text.to_owned())
 }
 
 /// Keeps the default expiry, and its log line, out of the way.
-pub const EXPIRES: &str = r#""Sessions": {"ExpireAfterIdle": 600}"#;
+pub(crate) const EXPIRES: &str = r#""Sessions": {"ExpireAfterIdle": 600}"#;
 
 #[test]
 fn a_minimal_file_gets_every_default() {

@@ -1,7 +1,7 @@
 //! URLs as they may be shown.
 
 /// Without user and password, whatever the text is.
-pub fn without_password(url: &str) -> String {
+pub(crate) fn without_password(url: &str) -> String {
     let start = url.find("://").map_or(0, |at| at + 3);
     let end = url[start..].find('/').map_or(url.len(), |at| start + at);
     match url[start..end].rfind('@') {

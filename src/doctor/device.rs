@@ -25,7 +25,7 @@ const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "DBUS_SYSTEM_BUS_
 const SOON: u64 = 3600;
 
 /// Whether an agent has a connection, or may have one, that another one with the same token would end.
-pub fn daemon(report: &mut Report) -> bool {
+pub(crate) fn daemon(report: &mut Report) -> bool {
     let processes = daemons();
     for pid in &processes {
         let others = differing(pid);
@@ -80,7 +80,7 @@ fn differing(pid: &str) -> Vec<&'static str> {
 }
 
 /// The configuration, with the shell and its user.
-pub fn configuration(report: &mut Report, main: &Path, fallback: &Path) -> Result<Config, Break> {
+pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -> Result<Config, Break> {
     let files: Vec<_> = [fallback, main].into_iter().filter(|file| file.exists()).collect();
     let files = match files[..] {
         [] => "no file, defaults".to_owned(),
@@ -130,7 +130,7 @@ pub fn configuration(report: &mut Report, main: &Path, fallback: &Path) -> Resul
 }
 
 /// What a terminal needs.
-pub fn terminal(report: &mut Report, config: &Config) -> Result<(), Break> {
+pub(crate) fn terminal(report: &mut Report, config: &Config) -> Result<(), Break> {
     let config::Terminal { enabled, width, height } = config.terminal;
     if !enabled {
         report.good("pty", "not needed, Terminal.Disable is set");
@@ -157,7 +157,7 @@ pub fn terminal(report: &mut Report, config: &Config) -> Result<(), Break> {
 }
 
 /// Token and server URL, from wherever the configuration says.
-pub fn credentials(report: &mut Report, config: &Config) -> Result<Credentials, Break> {
+pub(crate) fn credentials(report: &mut Report, config: &Config) -> Result<Credentials, Break> {
     let credentials = match &config.auth {
         Auth::Dbus => from_bus(report)?,
         Auth::File { token, server_url } => from_file(report, token, server_url)?,

@@ -17,7 +17,7 @@ use crate::sys::privilege;
 
 /// Tries step after step and prints what became of each, as JSON if `json` says so or, where it says nothing, if
 /// standard output is no terminal. Whether all of them worked.
-pub fn run(main: &Path, fallback: &Path, json: Option<bool>) -> bool {
+pub(crate) fn run(main: &Path, fallback: &Path, json: Option<bool>) -> bool {
     // The token isn't for core files.
     let _ = privilege::keep_to_oneself();
     let json = json.unwrap_or_else(|| !std::io::stdout().is_terminal());

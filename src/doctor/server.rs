@@ -26,7 +26,7 @@ struct Walk<'a> {
 }
 
 /// Goes to the server, with `upgrade` up to a websocket of its own.
-pub fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
+pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
     let mut walk = Walk { report, server: None, proxy: None, step: "server", answer: None };
     let proxies = ProxySettings::from_environment();
     let outcome = probe(credentials, &proxies, upgrade, &mut |progress| walk.note(&progress));

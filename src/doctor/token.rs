@@ -4,7 +4,7 @@ use data_encoding::BASE64URL_NOPAD;
 use serde_json::Value;
 
 /// When a JSON web token expires, in seconds since 1970; `None` if it says nothing about it, or isn't one.
-pub fn expiry(token: &str) -> Option<u64> {
+pub(crate) fn expiry(token: &str) -> Option<u64> {
     let mut parts = token.split('.');
     let (payload, 3) = (parts.clone().nth(1)?, parts.by_ref().count()) else { return None };
     let payload = BASE64URL_NOPAD.decode(payload.trim_end_matches('=').as_bytes()).ok()?;
@@ -14,7 +14,7 @@ pub fn expiry(token: &str) -> Option<u64> {
 }
 
 /// A time span as one would say it.
-pub fn span(seconds: u64) -> String {
+pub(crate) fn span(seconds: u64) -> String {
     match seconds {
         0..120 => format!("{seconds} s"),
         120..7200 => format!("{} min", seconds / 60),

@@ -1,6 +1,6 @@
 //! What waits to be written to the websocket: filled by sessions, emptied by the link's writer.
 //!
-//! Bounds: a session has at most [`FRAMES_IN_FLIGHT`] frames of data and, since it stops reading its inbox
+//! Bounds: a session has at most [`sink::FRAMES_IN_FLIGHT`] frames of data and, since it stops reading its inbox
 //! meanwhile, little more than [`REPLIES_IN_FLIGHT`] answers here. A count is a permit inside the queued
 //! frame, so it can't drift. A session leaves its answers behind when it ends: while too many wait, none begins.
 
@@ -18,7 +18,7 @@ use bytes::Bytes;
 use self::sink::{Kind, Lot, Permit};
 
 pub use self::message::{FRONT, Message};
-pub use self::sink::{FRAMES_IN_FLIGHT, FrameSink, REPLIES_IN_FLIGHT};
+pub use self::sink::{FrameSink, REPLIES_IN_FLIGHT};
 pub use self::spares::Spares;
 
 /// The payload of a ping that asks how far the messages have come: how many bytes were written before it.

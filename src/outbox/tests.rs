@@ -1,5 +1,6 @@
 //! Order, bounds and room.
 
+use super::sink::FRAMES_IN_FLIGHT;
 use super::*;
 use crate::proto::Frame;
 use crate::sys::wake::Wake;

@@ -11,13 +11,13 @@ pub const OPEN: &str = "open";
 /// The answer; [`Accept`].
 pub const ACCEPT: &str = "accept";
 /// Are you there?
-pub const PING: &str = "ping";
+pub(crate) const PING: &str = "ping";
 /// Yes.
-pub const PONG: &str = "pong";
+pub(crate) const PONG: &str = "pong";
 /// The session is over.
-pub const CLOSE: &str = "close";
+pub(crate) const CLOSE: &str = "close";
 /// Something is wrong; [`Error`].
-pub const ERROR: &str = "error";
+pub(crate) const ERROR: &str = "error";
 
 /// The version of session control spoken here.
 pub const VERSION: i64 = 1;
@@ -30,7 +30,7 @@ const MAX_DEPTH: usize = 16;
 pub struct Open {
     /// Versions the peer speaks.
     #[serde(default)]
-    pub versions: Option<Vec<i64>>,
+    pub(crate) versions: Option<Vec<i64>>,
 }
 
 /// The body of `accept`.
@@ -93,17 +93,17 @@ pub fn accept(sid: &SessionId, protocols: &[u16]) -> Frame {
 }
 
 /// Asks whether the peer is there.
-pub fn ping(sid: &SessionId) -> Frame {
+pub(crate) fn ping(sid: &SessionId) -> Frame {
     frame(sid, PING)
 }
 
 /// Answers a ping.
-pub fn pong(sid: &SessionId) -> Frame {
+pub(crate) fn pong(sid: &SessionId) -> Frame {
     frame(sid, PONG)
 }
 
 /// Something is wrong that no message of the peer's is to blame for. With `close` the session is over.
-pub fn error(sid: &SessionId, text: &str, close: bool) -> Frame {
+pub(crate) fn error(sid: &SessionId, text: &str, close: bool) -> Frame {
     error_frame(sid, None, text, close)
 }
 

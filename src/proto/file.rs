@@ -16,17 +16,17 @@ use super::{FILE_TRANSFER, Frame, Props, SessionId};
 /// Asks for a file's metadata; [`Request`].
 pub const STAT: &str = "stat";
 /// The metadata; [`FileInfo`].
-pub const FILE_INFO: &str = "file_info";
+pub(crate) const FILE_INFO: &str = "file_info";
 /// Asks for a file's content; [`Request`].
 pub const GET_FILE: &str = "get_file";
 /// Announces a file's content; [`Request`].
 pub const PUT_FILE: &str = "put_file";
 /// A part of a file's content, or its end.
-pub const FILE_CHUNK: &str = "file_chunk";
+pub(crate) const FILE_CHUNK: &str = "file_chunk";
 /// How much of a file has arrived.
-pub const ACK: &str = "ack";
+pub(crate) const ACK: &str = "ack";
 /// Something is wrong; ends a transfer.
-pub const ERROR: &str = "error";
+pub(crate) const ERROR: &str = "error";
 
 /// Bytes of a path with the zero behind it, as the kernel has them.
 const PATH_MAX: usize = 4096;
@@ -107,23 +107,23 @@ fn number<T: TryFrom<i128>>(cursor: &mut Cursor<'_>, what: &'static str) -> Resu
 
 /// The body of `file_info`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileInfo {
+pub(crate) struct FileInfo {
     /// The path as it was asked for.
-    pub path: String,
+    pub(crate) path: String,
     /// Bytes.
-    pub size: i64,
+    pub(crate) size: i64,
     /// Owner.
-    pub uid: u32,
+    pub(crate) uid: u32,
     /// Group.
-    pub gid: u32,
+    pub(crate) gid: u32,
     /// The kernel's `st_mode`. It goes out in Go's form.
-    pub mode: u32,
+    pub(crate) mode: u32,
     /// When the content was changed: seconds since 1970 and nanoseconds.
-    pub modified: (i64, u32),
+    pub(crate) modified: (i64, u32),
 }
 
 /// `st_mode` in the form of Go's `os.FileMode`, by which peers tell what is a regular file.
-pub fn go_mode(mode: u32) -> u32 {
+pub(crate) fn go_mode(mode: u32) -> u32 {
     const DIRECTORY: u32 = 1 << 31;
     const SYMLINK: u32 = 1 << 27;
     const DEVICE: u32 = 1 << 26;
@@ -169,7 +169,7 @@ fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<()
 }
 
 /// Answers `stat`.
-pub fn file_info(sid: &SessionId, info: &FileInfo) -> Frame {
+pub(crate) fn file_info(sid: &SessionId, info: &FileInfo) -> Frame {
     let body = MapWriter::new()
         .str("path", Some(&info.path))
         .with("size", |out| encode::write_i64(out, info.size))

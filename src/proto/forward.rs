@@ -9,13 +9,13 @@ use super::{Frame, MAX_TEXT, PORT_FORWARD, Props, SessionId, clipped};
 /// Connect to a target; the answer to that.
 pub const NEW: &str = "new";
 /// Data.
-pub const FORWARD: &str = "forward";
-/// One [`FORWARD`] has arrived.
+pub(crate) const FORWARD: &str = "forward";
+/// One `FORWARD` has arrived.
 pub const ACK: &str = "ack";
 /// The connection is over.
-pub const STOP: &str = "stop";
+pub(crate) const STOP: &str = "stop";
 /// Something is wrong.
-pub const ERROR: &str = "error";
+pub(crate) const ERROR: &str = "error";
 
 const CONNECTION_ID: &str = "connection_id";
 /// Bytes of a host's name, as DNS has them.
@@ -126,7 +126,7 @@ pub fn about(sid: &SessionId, typ: &str, connection: &ConnectionId) -> Frame {
 }
 
 /// A message of type `typ` could not be obeyed.
-pub fn error(sid: &SessionId, typ: &str, text: &str) -> Frame {
+pub(crate) fn error(sid: &SessionId, typ: &str, text: &str) -> Frame {
     let body =
         MapWriter::new().str("err", Some(text)).str("msgtype", Some(typ).filter(|t| !t.is_empty())).finish();
     Frame::new(PORT_FORWARD, ERROR, Some(sid)).with_body(body)

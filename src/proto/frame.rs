@@ -12,7 +12,7 @@ use bytes::Bytes;
 use rmp::{Marker, encode};
 
 use super::MAX_ID;
-pub use super::msgpack::DecodeError;
+pub(crate) use super::msgpack::DecodeError;
 use super::msgpack::{Cursor, Value};
 
 /// What a header may take in all, in bytes: as much as the reference agent takes of a message. Answers repeat parts of
@@ -51,7 +51,7 @@ pub struct UserId(Arc<str>);
 
 impl UserId {
     /// The name, possibly empty.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -88,7 +88,7 @@ impl Props {
 
     /// Adds an integer in its shortest form.
     #[must_use]
-    pub fn with_int(self, key: &str, value: i64) -> Self {
+    pub(crate) fn with_int(self, key: &str, value: i64) -> Self {
         self.with(key, |out| encode::write_sint(out, value).map(drop))
     }
 
@@ -121,7 +121,7 @@ impl Props {
 
     /// What every peer can read of it: scalars under names, neither long ones nor many.
     #[must_use]
-    pub fn readable(&self) -> Self {
+    pub(crate) fn readable(&self) -> Self {
         let mut cursor = Cursor::new(&self.raw);
         let (mut count, mut pairs) = (0, Vec::new());
         for _ in 0..cursor.map("props").ok().flatten().unwrap_or(0) {
@@ -229,7 +229,7 @@ impl Frame {
     }
 
     /// The identifier that is too long, if one is. Answers and log lines repeat identifiers.
-    pub fn too_long(&self) -> Option<&'static str> {
+    pub(crate) fn too_long(&self) -> Option<&'static str> {
         let ids = ["user_id", "connection_id", "msgid"].map(|key| (key, self.props.str(key)));
         let sid = self.sid.as_ref().map(SessionId::as_str);
         let mut all = [("sid", sid), ("typ", Some(&self.typ))].into_iter().chain(ids);
@@ -273,7 +273,7 @@ impl Frame {
     }
 
     /// The websocket message for it, behind so many zeros.
-    pub fn encode_behind(&self, front: usize, out: &mut Vec<u8>) {
+    pub(crate) fn encode_behind(&self, front: usize, out: &mut Vec<u8>) {
         out.reserve_exact(front + self.head_room() + self.body.len());
         out.resize(out.len() + front, 0);
         self.encode_head(self.body.len(), out);

@@ -13,17 +13,18 @@
 pub mod control;
 pub mod file;
 pub mod forward;
-pub mod frame;
-pub mod msgpack;
+pub(crate) mod frame;
+pub(crate) mod msgpack;
 pub mod shell;
 
-pub use frame::{Frame, Props, SessionId, UserId};
+pub(crate) use frame::UserId;
+pub use frame::{Frame, Props, SessionId};
 
 /// Bytes that an identifier may have: a session's, a user's, a connection's, a message's, a message type.
-pub const MAX_ID: usize = 256;
+pub(crate) const MAX_ID: usize = 256;
 
 /// Characters of a client's text that answers and log lines repeat.
-pub const MAX_TEXT: usize = 256;
+pub(crate) const MAX_TEXT: usize = 256;
 
 /// The terminal.
 pub const SHELL: u16 = 1;
@@ -37,7 +38,7 @@ pub const MENDER_CLIENT: u16 = 4;
 pub const CONTROL: u16 = 0xffff;
 
 /// At most so many characters of `text`.
-pub fn clipped(text: &str, limit: usize) -> String {
+pub(crate) fn clipped(text: &str, limit: usize) -> String {
     text.chars().take(limit).collect()
 }
 

@@ -32,13 +32,13 @@ pub enum DecodeError {
 
 /// A place in a message.
 #[derive(Debug, Clone, Copy)]
-pub struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     rest: &'a [u8],
 }
 
 /// A scalar as the peers use them; everything else is skipped over.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Value<'a> {
+pub(crate) enum Value<'a> {
     /// nil.
     Nil,
     /// Any integer, whatever its width.
@@ -53,12 +53,12 @@ pub enum Value<'a> {
 
 impl<'a> Cursor<'a> {
     /// At the start of `bytes`.
-    pub fn new(bytes: &'a [u8]) -> Self {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Cursor { rest: bytes }
     }
 
     /// What is still to be read.
-    pub fn rest(&self) -> &'a [u8] {
+    pub(crate) fn rest(&self) -> &'a [u8] {
         self.rest
     }
 
@@ -88,7 +88,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// When something else comes.
-    pub fn map(&mut self, what: &'static str) -> Result<Option<usize>, DecodeError> {
+    pub(crate) fn map(&mut self, what: &'static str) -> Result<Option<usize>, DecodeError> {
         match self.marker()? {
             Marker::Null => Ok(None),
             Marker::FixMap(n) => Ok(Some(usize::from(n))),
@@ -102,7 +102,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// When the message ends before the value does.
-    pub fn value(&mut self) -> Result<Value<'a>, DecodeError> {
+    pub(crate) fn value(&mut self) -> Result<Value<'a>, DecodeError> {
         let start = *self;
         let marker = self.marker()?;
         Ok(match marker {
@@ -140,7 +140,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// When the message ends before the value does.
-    pub fn skip(&mut self) -> Result<(), DecodeError> {
+    pub(crate) fn skip(&mut self) -> Result<(), DecodeError> {
         let mut values: u64 = 1;
         while values > 0 {
             values -= 1;
@@ -181,20 +181,20 @@ impl<'a> Cursor<'a> {
 
 /// Writes a map with string keys, as the bodies of messages are. What is `None` is left out.
 #[derive(Debug, Default)]
-pub struct MapWriter {
+pub(crate) struct MapWriter {
     pairs: u32,
     bytes: Vec<u8>,
 }
 
 impl MapWriter {
     /// An empty map.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         MapWriter::default()
     }
 
     /// A pair whose value `write` writes. Writing to a Vec doesn't fail.
     #[must_use]
-    pub fn with<E>(mut self, key: &str, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Self {
+    pub(crate) fn with<E>(mut self, key: &str, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Self {
         self.pairs += 1;
         let _ = encode::write_str(&mut self.bytes, key);
         let _ = write(&mut self.bytes);
@@ -203,7 +203,7 @@ impl MapWriter {
 
     /// A string.
     #[must_use]
-    pub fn str(self, key: &str, value: Option<&str>) -> Self {
+    pub(crate) fn str(self, key: &str, value: Option<&str>) -> Self {
         match value {
             Some(value) => self.with(key, |out| encode::write_str(out, value)),
             None => self,
@@ -211,7 +211,7 @@ impl MapWriter {
     }
 
     /// The map.
-    pub fn finish(self) -> Vec<u8> {
+    pub(crate) fn finish(self) -> Vec<u8> {
         let mut map = Vec::with_capacity(5 + self.bytes.len());
         let _ = encode::write_map_len(&mut map, self.pairs);
         map.extend(self.bytes);

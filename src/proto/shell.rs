@@ -5,17 +5,17 @@ use bytes::Bytes;
 use super::{Frame, Props, SHELL, SessionId};
 
 /// Start a shell; the answer to that.
-pub const NEW: &str = "new";
+pub(crate) const NEW: &str = "new";
 /// Keystrokes; output.
-pub const DATA: &str = "shell";
+pub(crate) const DATA: &str = "shell";
 /// The window has another size.
-pub const RESIZE: &str = "resize";
+pub(crate) const RESIZE: &str = "resize";
 /// End the shell; the shell has ended.
-pub const STOP: &str = "stop";
+pub(crate) const STOP: &str = "stop";
 /// Are you there? From the device.
-pub const PING: &str = "ping";
+pub(crate) const PING: &str = "ping";
 /// Yes. From the client.
-pub const PONG: &str = "pong";
+pub(crate) const PONG: &str = "pong";
 
 const NORMAL: i64 = 1;
 const ERROR: i64 = 2;
@@ -27,7 +27,7 @@ fn status(value: i64) -> Props {
 }
 
 /// The shell runs.
-pub fn started(sid: &SessionId) -> Frame {
+pub(crate) fn started(sid: &SessionId) -> Frame {
     Frame::new(SHELL, NEW, Some(sid)).with_props(status(NORMAL)).with_body("Shell started")
 }
 
@@ -37,17 +37,17 @@ pub fn output(sid: &SessionId) -> Frame {
 }
 
 /// The shell was ended as asked.
-pub fn stopped(sid: &SessionId) -> Frame {
+pub(crate) fn stopped(sid: &SessionId) -> Frame {
     Frame::new(SHELL, STOP, Some(sid)).with_props(status(NORMAL))
 }
 
 /// A frame of type `typ` could not be obeyed, or, with [`STOP`], the shell has ended.
-pub fn failure(sid: &SessionId, typ: &str, reason: impl Into<Bytes>) -> Frame {
+pub(crate) fn failure(sid: &SessionId, typ: &str, reason: impl Into<Bytes>) -> Frame {
     Frame::new(SHELL, typ, Some(sid)).with_props(status(ERROR)).with_body(reason)
 }
 
 /// Asks whether the client is there; it expects the next question within `timeout` seconds.
-pub fn ping(sid: &SessionId, timeout: u16) -> Frame {
+pub(crate) fn ping(sid: &SessionId, timeout: u16) -> Frame {
     // In the shortest form: mender-cli would count seconds strictly if it could read the number.
     Frame::new(SHELL, PING, Some(sid)).with_props(status(CONTROL).with_int("timeout", timeout.into()))
 }

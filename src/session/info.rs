@@ -20,22 +20,22 @@ const MAX_PATH: usize = 4096;
 /// A number that others read at any time.
 #[cfg(target_has_atomic = "64")]
 #[derive(Debug, Default)]
-pub struct Number(AtomicU64);
+pub(crate) struct Number(AtomicU64);
 
 #[cfg(target_has_atomic = "64")]
 impl Number {
     /// Its value.
-    pub fn get(&self) -> u64 {
+    pub(crate) fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
 
     /// Another value.
-    pub fn set(&self, value: u64) {
+    pub(crate) fn set(&self, value: u64) {
         self.0.store(value, Relaxed);
     }
 
     /// More of it.
-    pub fn add(&self, more: usize) {
+    pub(crate) fn add(&self, more: usize) {
         self.0.fetch_add(more as u64, Relaxed);
     }
 }
@@ -43,22 +43,22 @@ impl Number {
 /// A number that others read at any time, on small processors such as ARM v5.
 #[cfg(not(target_has_atomic = "64"))]
 #[derive(Debug, Default)]
-pub struct Number(Mutex<u64>);
+pub(crate) struct Number(Mutex<u64>);
 
 #[cfg(not(target_has_atomic = "64"))]
 impl Number {
     /// Its value.
-    pub fn get(&self) -> u64 {
+    pub(crate) fn get(&self) -> u64 {
         *lock(&self.0)
     }
 
     /// Another value.
-    pub fn set(&self, value: u64) {
+    pub(crate) fn set(&self, value: u64) {
         *lock(&self.0) = value;
     }
 
     /// More of it.
-    pub fn add(&self, more: usize) {
+    pub(crate) fn add(&self, more: usize) {
         *lock(&self.0) += more as u64;
     }
 }
@@ -69,15 +69,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// When something began and was last busy, and how much of its payload went to the device and from it.
 #[derive(Debug)]
-pub struct Traffic {
+pub(crate) struct Traffic {
     /// When it began.
-    pub since: Instant,
+    pub(crate) since: Instant,
     /// Nanoseconds from then until it was last busy.
     last: Number,
     /// To the device.
-    pub bytes_in: Number,
+    pub(crate) bytes_in: Number,
     /// From the device.
-    pub bytes_out: Number,
+    pub(crate) bytes_out: Number,
 }
 
 impl Traffic {
@@ -86,13 +86,13 @@ impl Traffic {
     }
 
     /// It is busy.
-    pub fn touch(&self, now: Instant) {
+    pub(crate) fn touch(&self, now: Instant) {
         let nanos = now.saturating_duration_since(self.since).as_nanos();
         self.last.set(u64::try_from(nanos).unwrap_or(u64::MAX));
     }
 
     /// When it was last busy.
-    pub fn last(&self) -> Instant {
+    pub(crate) fn last(&self) -> Instant {
         self.since.checked_add(Duration::from_nanos(self.last.get())).unwrap_or(self.since)
     }
 
@@ -115,9 +115,9 @@ fn seconds(now: Instant, then: Instant) -> f64 {
 #[derive(Debug)]
 pub struct Info {
     /// Whom its first message was from.
-    pub user: UserId,
+    pub(crate) user: UserId,
     /// Of all that it does. Busy is what something comes in from the peer for.
-    pub traffic: Traffic,
+    pub(crate) traffic: Traffic,
     /// A bit for each protocol that was spoken.
     protocols: AtomicU32,
     shell: Mutex<Option<Arc<ShellInfo>>>,
@@ -129,33 +129,33 @@ pub struct Info {
 #[derive(Debug)]
 pub struct ShellInfo {
     /// Whose.
-    pub user: UserId,
+    pub(crate) user: UserId,
     /// Its process.
-    pub pid: i32,
+    pub(crate) pid: i32,
     /// What was typed and shown.
-    pub traffic: Traffic,
+    pub(crate) traffic: Traffic,
 }
 
 /// A file's that is being transferred.
 #[derive(Debug)]
-pub struct TransferInfo {
+pub(crate) struct TransferInfo {
     direction: &'static str,
     path: String,
     size: Option<u64>,
     since: Instant,
     /// Bytes so far.
-    pub bytes: Number,
+    pub(crate) bytes: Number,
 }
 
 /// A forwarded connection's.
 #[derive(Debug)]
-pub struct ForwardInfo {
+pub(crate) struct ForwardInfo {
     /// Where it goes, in the client's words.
-    pub target: Target,
+    pub(crate) target: Target,
     /// What it is connected to.
-    pub address: OnceLock<SocketAddr>,
+    pub(crate) address: OnceLock<SocketAddr>,
     /// Either way.
-    pub traffic: Traffic,
+    pub(crate) traffic: Traffic,
 }
 
 impl ShellInfo {
@@ -167,7 +167,7 @@ impl ShellInfo {
 
 impl ForwardInfo {
     /// Something went to the device, or from it where `out`.
-    pub fn moved(&self, session: &Info, bytes: usize, out: bool, now: Instant) {
+    pub(crate) fn moved(&self, session: &Info, bytes: usize, out: bool, now: Instant) {
         self.traffic.touch(now);
         for traffic in [&self.traffic, &session.traffic] {
             if out { &traffic.bytes_out } else { &traffic.bytes_in }.add(bytes);
@@ -177,7 +177,7 @@ impl ForwardInfo {
 
 impl Info {
     /// Of a session that `user` begins.
-    pub fn of(user: UserId, now: Instant) -> Self {
+    pub(crate) fn of(user: UserId, now: Instant) -> Self {
         Info {
             user,
             traffic: Traffic::new(now),
@@ -189,7 +189,7 @@ impl Info {
     }
 
     /// A message has come.
-    pub fn heard(&self, proto: u16, now: Instant) {
+    pub(crate) fn heard(&self, proto: u16, now: Instant) {
         self.traffic.touch(now);
         let bit = 1_u32.checked_shl(proto.into()).unwrap_or(0);
         if self.protocols.load(Relaxed) & bit != bit {
@@ -198,7 +198,7 @@ impl Info {
     }
 
     /// Something was typed.
-    pub fn typed(&self, bytes: usize, now: Instant) {
+    pub(crate) fn typed(&self, bytes: usize, now: Instant) {
         self.traffic.touch(now);
         self.traffic.bytes_in.add(bytes);
         if let Some(shell) = &*lock(&self.shell) {
@@ -213,17 +213,17 @@ impl Info {
     }
 
     /// It doesn't any more.
-    pub fn take_shell(&self) -> Option<Arc<ShellInfo>> {
+    pub(crate) fn take_shell(&self) -> Option<Arc<ShellInfo>> {
         lock(&self.shell).take()
     }
 
     /// The shell that runs.
-    pub fn shell(&self) -> Option<Arc<ShellInfo>> {
+    pub(crate) fn shell(&self) -> Option<Arc<ShellInfo>> {
         lock(&self.shell).clone()
     }
 
     /// A file's way begins. It is told of as long as somebody keeps what comes back.
-    pub fn transfer(
+    pub(crate) fn transfer(
         &self,
         direction: &'static str,
         path: &Path,
@@ -237,14 +237,14 @@ impl Info {
     }
 
     /// A connection begins.
-    pub fn add_forward(&self, target: Target, now: Instant) -> Arc<ForwardInfo> {
+    pub(crate) fn add_forward(&self, target: Target, now: Instant) -> Arc<ForwardInfo> {
         let forward = Arc::new(ForwardInfo { target, address: OnceLock::new(), traffic: Traffic::new(now) });
         lock(&self.forwards).push(Arc::clone(&forward));
         forward
     }
 
     /// A connection has ended.
-    pub fn remove_forward(&self, forward: &Arc<ForwardInfo>) {
+    pub(crate) fn remove_forward(&self, forward: &Arc<ForwardInfo>) {
         let mut forwards = lock(&self.forwards);
         if let Some(place) = forwards.iter().position(|other| Arc::ptr_eq(other, forward)) {
             forwards.remove(place);
@@ -255,7 +255,7 @@ impl Info {
     }
 
     /// For `status`, with at most `room` connections, which are taken off it.
-    pub fn report(&self, id: &SessionId, now: Instant, room: &mut usize) -> Value {
+    pub(crate) fn report(&self, id: &SessionId, now: Instant, room: &mut usize) -> Value {
         let protocols = self.protocols.load(Relaxed);
         let spoken = [(SHELL, "terminal"), (FILE_TRANSFER, "files"), (PORT_FORWARD, "forwards")];
         let kinds: Vec<_> = spoken.iter().filter(|(p, _)| protocols & 1 << p != 0).map(|(_, k)| k).collect();

@@ -24,7 +24,7 @@ const MAX_WAITING: usize = 64;
 
 /// The commands that are running, with those who wait for their end.
 #[derive(Debug, Default)]
-pub struct Commands(Mutex<HashMap<String, Vec<Waiting>>>);
+pub(crate) struct Commands(Mutex<HashMap<String, Vec<Waiting>>>);
 
 #[derive(Debug)]
 struct Waiting {
@@ -40,7 +40,7 @@ impl Commands {
 }
 
 /// Obeys a frame: runs the command, or waits with others for the run under way. The answer goes to `sink`.
-pub fn handle(context: &Arc<Context>, frame: &Frame, sink: &FrameSink) {
+pub(crate) fn handle(context: &Arc<Context>, frame: &Frame, sink: &FrameSink) {
     let Some(command) = COMMANDS.into_iter().find(|command| *command == frame.typ) else {
         // A server that asks without end and doesn't read the answers gets no more.
         if sink.takes_replies() {

@@ -31,7 +31,8 @@ use crate::proto::SessionId;
 use self::port_forward::look_ups::LookUps;
 
 pub use self::info::{Info, ShellInfo};
-pub use self::quota::{MAX_SHELLS, ShellQuota};
+
+pub(crate) use self::quota::{MAX_SHELLS, ShellQuota};
 pub use self::router::Router;
 #[cfg(fuzzing)]
 pub use self::router::Seat;
@@ -48,9 +49,9 @@ const MAX_FORWARDS_SHOWN: usize = 1024;
 pub struct Context {
     config: Mutex<Arc<Config>>,
     /// How many shells there may be.
-    pub shells: Arc<ShellQuota>,
+    pub(crate) shells: Arc<ShellQuota>,
     /// How much was transferred.
-    pub transferred: Counters,
+    pub(crate) transferred: Counters,
     commands: Commands,
     look_ups: Arc<LookUps>,
     /// The sessions of the current link.

@@ -8,11 +8,11 @@ use thiserror::Error;
 use crate::proto::UserId;
 
 /// Shells on a device at a time.
-pub const MAX_SHELLS: usize = 16;
+pub(crate) const MAX_SHELLS: usize = 16;
 
 /// Why there can't be another shell. The texts are the ones clients know.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// The device has its [`MAX_SHELLS`].
     #[error("too many shells spawned")]
     Device,
@@ -23,13 +23,13 @@ pub enum Refusal {
 
 /// The shells of this device, by user.
 #[derive(Debug, Default)]
-pub struct ShellQuota {
+pub(crate) struct ShellQuota {
     running: Mutex<HashMap<UserId, usize>>,
 }
 
 /// The right to one shell.
 #[derive(Debug)]
-pub struct ShellPermit {
+pub(crate) struct ShellPermit {
     quota: Arc<ShellQuota>,
     user: UserId,
 }
@@ -40,7 +40,7 @@ impl ShellQuota {
     }
 
     /// How many there are.
-    pub fn running(&self) -> usize {
+    pub(crate) fn running(&self) -> usize {
         self.lock().values().sum()
     }
 
@@ -48,7 +48,11 @@ impl ShellQuota {
     ///
     /// # Errors
     /// When the device or the user has enough; the device is looked at first.
-    pub fn acquire(self: &Arc<Self>, user: &UserId, max_per_user: u32) -> Result<ShellPermit, Refusal> {
+    pub(crate) fn acquire(
+        self: &Arc<Self>,
+        user: &UserId,
+        max_per_user: u32,
+    ) -> Result<ShellPermit, Refusal> {
         let mut running = self.lock();
         let of_user = check(&running, user, max_per_user)?;
         running.insert(user.clone(), of_user + 1);
@@ -59,7 +63,7 @@ impl ShellQuota {
     ///
     /// # Errors
     /// As there.
-    pub fn check(&self, user: &UserId, max_per_user: u32) -> Result<(), Refusal> {
+    pub(crate) fn check(&self, user: &UserId, max_per_user: u32) -> Result<(), Refusal> {
         check(&self.lock(), user, max_per_user).map(drop)
     }
 }

@@ -34,7 +34,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// The daemon's socket, if it could be made.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     socket: Option<Socket>,
     answers: Arc<AtomicUsize>,
     /// Called when there is room for one more answer.
@@ -79,7 +79,7 @@ impl Drop for Answer {
 
 impl Listener {
     /// Makes the socket. `wake` is called when [`Listener::answer`] can go on.
-    pub fn open(wake: &Arc<Wake>) -> Self {
+    pub(crate) fn open(wake: &Arc<Wake>) -> Self {
         let socket = Socket::make(&directory());
         if let Err(e) = &socket {
             warn!("no status: {}: {}", directory().join(NAME).display(), reason(e));
@@ -89,12 +89,12 @@ impl Listener {
     }
 
     /// Nobody is answered any more.
-    pub fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         self.socket = None;
     }
 
     /// Adds the socket, if somebody could be answered now.
-    pub fn watch<'a>(&'a self, set: &mut PollSet<'a>) {
+    pub(crate) fn watch<'a>(&'a self, set: &mut PollSet<'a>) {
         if let Some(socket) = &self.socket
             && self.pause.is_none()
             && self.answers.load(Ordering::SeqCst) < MAX_ANSWERS
@@ -104,12 +104,12 @@ impl Listener {
     }
 
     /// When [`Listener::answer`] wants to be called though nothing happened.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         self.pause
     }
 
     /// Answers who has come: with what `state` says, and with the sessions.
-    pub fn answer(&mut self, context: &Arc<Context>, now: Instant, state: impl Fn() -> Value) {
+    pub(crate) fn answer(&mut self, context: &Arc<Context>, now: Instant, state: impl Fn() -> Value) {
         if self.pause.is_some_and(|until| now < until) {
             return;
         }

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::sys::{PollSet, reason};
 
-pub use self::listener::Listener;
+pub(crate) use self::listener::Listener;
 
 const DEFAULT_DIRECTORY: &str = "/run/mender-connect";
 const NAME: &str = "status.sock";
@@ -51,7 +51,7 @@ fn connect(path: &Path, flags: SockFlag) -> io::Result<UnixStream> {
 ///
 /// # Errors
 /// When there is none, when it may not be asked, and when it doesn't answer in time or with a document.
-pub fn fetch() -> io::Result<Value> {
+pub(crate) fn fetch() -> io::Result<Value> {
     let deadline = Instant::now() + ANSWER_LIMIT;
     let mut stream = connect(&directory().join(NAME), SockFlag::empty())?;
     let mut answer = Vec::new();
@@ -80,7 +80,7 @@ pub fn fetch() -> io::Result<Value> {
 }
 
 /// Prints the daemon's state, as JSON where `json` says so, once or again each second. Whether that could be had.
-pub fn show(json: bool, watch: bool) -> bool {
+pub(crate) fn show(json: bool, watch: bool) -> bool {
     let mut out = io::stdout();
     let screen = watch && !json && out.is_terminal();
     loop {

@@ -10,7 +10,7 @@ const MAX_FORWARDS: usize = 16;
 const MAX_NAME: usize = 40;
 
 /// A few lines that end with a line feed each.
-pub fn of(state: &Value) -> String {
+pub(crate) fn of(state: &Value) -> String {
     let mut text = format!(
         "mender-connect {}, pid {}, up {}\n",
         shown(&state["version"]),

@@ -7,7 +7,7 @@ use crate::backoff;
 
 /// How things stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum State {
     /// There is no token; the authentication manager will say when there is.
     Unauthorized,
     /// The next attempt is due then.
@@ -30,7 +30,7 @@ pub enum State {
 
 impl State {
     /// In a word, as `status` has it.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             State::Unauthorized => "unauthorized",
             State::Waiting { .. } => "waiting",
@@ -44,7 +44,7 @@ impl State {
 
 /// What happens to a supervisor.
 #[derive(Debug, Clone)]
-pub enum Event {
+pub(crate) enum Event {
     /// From the authentication manager.
     Auth(AuthEvent),
     /// The websocket is open.
@@ -66,7 +66,7 @@ pub enum Event {
 
 /// What is to be done. In a list, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
+pub(crate) enum Action {
     /// End the link or the attempt, with all its sessions.
     Close,
     /// Make an attempt with the current credentials.
@@ -85,27 +85,27 @@ pub enum Action {
 
 /// The state and what the table needs besides.
 #[derive(Debug)]
-pub struct Machine {
+pub(crate) struct Machine {
     /// How things stand.
-    pub state: State,
+    pub(crate) state: State,
     /// What the next attempt is made with.
-    pub credentials: Option<Credentials>,
+    pub(crate) credentials: Option<Credentials>,
     /// Attempts since the last success.
     attempt: u32,
     /// ReconnectIntervalSeconds.
-    pub base: Duration,
+    pub(crate) base: Duration,
     /// A source of uniform 64-bit numbers.
     random: fn() -> u64,
 }
 
 impl Machine {
     /// At the start: unauthorised, with the manager already asked.
-    pub fn new(base: Duration, random: fn() -> u64) -> Self {
+    pub(crate) fn new(base: Duration, random: fn() -> u64) -> Self {
         Machine { state: State::Unauthorized, credentials: None, attempt: 0, base, random }
     }
 
     /// When [`Event::Tick`] is due.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Waiting { until } => Some(until),
             _ => None,
@@ -113,7 +113,7 @@ impl Machine {
     }
 
     /// How things stand, for people: at `now` or, without that, in words that stay true for as long as the state.
-    pub fn describe(&self, server: &str, now: Option<Instant>) -> String {
+    pub(crate) fn describe(&self, server: &str, now: Option<Instant>) -> String {
         match self.state {
             State::Unauthorized => "waiting for a token".to_owned(),
             State::Waiting { until } => {
@@ -133,7 +133,7 @@ impl Machine {
     }
 
     /// The table.
-    pub fn step(&mut self, event: Event, now: Instant) -> Vec<Action> {
+    pub(crate) fn step(&mut self, event: Event, now: Instant) -> Vec<Action> {
         match (self.state, event) {
             (State::Stopping, _) => vec![],
             (_, Event::Stop) => self.go(State::Stopping, vec![Action::Close]),

@@ -1,7 +1,7 @@
 //! The main thread: it waits for the authentication manager, signals, the link and deadlines in one
 //! poll(2), lets the [`machine`] decide, and does what was decided.
 
-pub mod machine;
+pub(crate) mod machine;
 mod past;
 mod service;
 
@@ -35,7 +35,7 @@ const STOP_LIMIT: Duration = Duration::from_millis(1700);
 
 /// Why the daemon can't run (on).
 #[derive(Debug, Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// There is nothing to get a token from.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -48,7 +48,7 @@ pub enum Error {
 ///
 /// # Errors
 /// When it can't start: a bus that is lost later is waited for.
-pub fn run(
+pub(crate) fn run(
     config: Config,
     load: impl Fn() -> Result<Config, ConfigError> + 'static,
     signals: &Signals,
@@ -57,7 +57,7 @@ pub fn run(
 }
 
 /// What a daemon with this configuration does that takes privileges.
-pub fn needs(config: &Config) -> Needs {
+pub(crate) fn needs(config: &Config) -> Needs {
     let privileged_shells = config.terminal.enabled && !config.shell.no_new_privileges;
     Needs {
         shells: config.terminal.enabled,

@@ -10,7 +10,7 @@ use crate::config::{Auth, Config};
 
 /// What the [`Machine`] doesn't need to know any more.
 #[derive(Debug)]
-pub struct Past {
+pub(crate) struct Past {
     /// When the daemon started.
     started: Instant,
     /// When the state became what it is.
@@ -23,12 +23,12 @@ pub struct Past {
 
 impl Past {
     /// At the start.
-    pub fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         Past { started: now, since: now, failed: 0, error: None }
     }
 
     /// The state is another one.
-    pub fn changed(&mut self, state: State, now: Instant) {
+    pub(crate) fn changed(&mut self, state: State, now: Instant) {
         self.since = now;
         if matches!(state, State::Connected { .. }) {
             self.failed = 0;
@@ -36,18 +36,18 @@ impl Past {
     }
 
     /// A link is gone, or couldn't be had where it was `dialled` for.
-    pub fn lost(&mut self, dialled: bool, why: String, now: Instant) {
+    pub(crate) fn lost(&mut self, dialled: bool, why: String, now: Instant) {
         self.failed = self.failed.saturating_add(dialled.into());
         self.failed_because(why, now);
     }
 
     /// Something went wrong.
-    pub fn failed_because(&mut self, why: String, now: Instant) {
+    pub(crate) fn failed_because(&mut self, why: String, now: Instant) {
         self.error = Some((why, now));
     }
 
     /// What `status` tells besides the sessions.
-    pub fn report(&self, machine: &Machine, config: &Config, now: Instant) -> Value {
+    pub(crate) fn report(&self, machine: &Machine, config: &Config, now: Instant) -> Value {
         let seconds = |since: Instant| now.saturating_duration_since(since).as_secs_f64();
         let next = machine.deadline().map(|at| at.saturating_duration_since(now).as_secs_f64());
         let credentials = machine.credentials.as_ref();

@@ -6,7 +6,7 @@ use crate::sys::notify::{Notify, watchdog};
 
 /// The daemon as a service.
 #[derive(Debug)]
-pub struct Service {
+pub(crate) struct Service {
     notify: Notify,
     ready: bool,
     /// What the manager heard last.
@@ -17,35 +17,35 @@ pub struct Service {
 
 impl Service {
     /// As the environment says, from `now` on.
-    pub fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         // Twice as often as it has to be.
         let feeding = watchdog().map(|limit| (limit / 2, now));
         Service { notify: Notify::from_environment(), ready: false, status: String::new(), feeding }
     }
 
     /// The daemon does what it is there for, or does it again.
-    pub fn ready(&mut self) {
+    pub(crate) fn ready(&mut self) {
         self.ready = true;
         self.notify.send("READY=1");
     }
 
     /// Whether that was said.
-    pub fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         self.ready
     }
 
     /// The configuration is being read again, until the next [`Service::ready`].
-    pub fn reloading(&self) {
+    pub(crate) fn reloading(&self) {
         self.notify.reloading();
     }
 
     /// The end has begun.
-    pub fn stopping(&self) {
+    pub(crate) fn stopping(&self) {
         self.notify.send("STOPPING=1");
     }
 
     /// How things stand, said once.
-    pub fn status(&mut self, status: String) {
+    pub(crate) fn status(&mut self, status: String) {
         if status != self.status {
             self.notify.send(&format!("STATUS={}", status.escape_debug()));
             self.status = status;
@@ -53,12 +53,12 @@ impl Service {
     }
 
     /// When [`Service::feed`] is due.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         self.feeding.map(|(_, at)| at)
     }
 
     /// A sign of life, if one is due and `goes_on` says that all does.
-    pub fn feed(&mut self, now: Instant, goes_on: impl FnOnce() -> bool) {
+    pub(crate) fn feed(&mut self, now: Instant, goes_on: impl FnOnce() -> bool) {
         if let Some((interval, at)) = &mut self.feeding
             && now >= *at
         {

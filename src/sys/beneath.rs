@@ -49,13 +49,13 @@ const PRIVATE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
 /// How a path is resolved.
 #[derive(Debug, Clone, Copy)]
-pub struct Rules {
+pub(crate) struct Rules {
     /// Nothing above the starting directory is reachable: not by `..`, not by an absolute path, and by
     /// no link that says such a thing.
-    pub beneath: bool,
+    pub(crate) beneath: bool,
     /// Symbolic links are followed. Otherwise one anywhere in the path is ELOOP, also as the last
     /// component, unless that is opened as the link itself (O_PATH and O_NOFOLLOW).
-    pub follow_links: bool,
+    pub(crate) follow_links: bool,
 }
 
 /// Opens `path`, from `dir` where it is relative.
@@ -66,7 +66,7 @@ pub struct Rules {
 /// # Errors
 /// EXDEV for a way out, ELOOP for a forbidden link or more than 40 of them, EINVAL for a NUL in the path
 /// or O_CREAT together with O_DIRECTORY, else what open(2) says.
-pub fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io::Result<OwnedFd> {
+pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io::Result<OwnedFd> {
     let flags = effective(flags)?;
     if has_openat2() {
         for _ in 0..MAX_RACES {
@@ -87,7 +87,7 @@ pub fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io:
 ///
 /// # Errors
 /// What open(2) says of the file, ELOOP if it is a link; ENOENT without procfs. EINVAL for O_CREAT.
-pub fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> io::Result<OwnedFd> {
+pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> io::Result<OwnedFd> {
     if flags.contains(OFlag::O_CREAT) {
         return Err(Errno::EINVAL.into());
     }

@@ -5,14 +5,14 @@ use std::time::Duration;
 /// The time since 1970, UTC. To be used instead of `SystemTime::now`, which panics from 2038 on 32-bit musl.
 #[cfg(not(all(target_env = "musl", target_pointer_width = "32")))]
 #[allow(clippy::disallowed_methods, reason = "the standard library knows the way everywhere else")]
-pub fn now() -> Duration {
+pub(crate) fn now() -> Duration {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// The time since 1970, UTC. To be used instead of `SystemTime::now`, which panics from 2038: the standard
 /// library's `time_t` has 32 bits here, ours has 64 (see `.cargo/config.toml`).
 #[cfg(all(target_env = "musl", target_pointer_width = "32"))]
-pub fn now() -> Duration {
+pub(crate) fn now() -> Duration {
     let Ok(now) = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME) else { return Duration::ZERO };
     // A clock may stand before 1970.
     u64::try_from(now.tv_sec()).map_or(Duration::ZERO, |_| now.into())

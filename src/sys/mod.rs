@@ -1,18 +1,20 @@
 //! What the program asks of the kernel and libc. The only place with `unsafe`.
 
-pub mod beneath;
-pub mod clock;
-pub mod names;
-pub mod net;
-pub mod notify;
-pub mod privilege;
-pub mod process;
-pub mod pty;
-pub mod signals;
-pub mod thread;
-pub mod users;
-pub mod wake;
-pub mod wipe;
+pub(crate) mod beneath;
+pub(crate) mod clock;
+pub(crate) mod names;
+#[allow(unreachable_pub)]
+pub(crate) mod net;
+pub(crate) mod notify;
+pub(crate) mod privilege;
+pub(crate) mod process;
+pub(crate) mod pty;
+pub(crate) mod signals;
+#[allow(unreachable_pub)]
+pub(crate) mod thread;
+pub(crate) mod users;
+pub(crate) mod wake;
+pub(crate) mod wipe;
 
 use std::ffi::OsStr;
 use std::io;
@@ -39,7 +41,7 @@ const WORDS: [(Errno, &str); 9] = [
 
 /// The system's words for an error as Go prints them, which is what a peer and an operator compare
 /// with: lower case, without the number.
-pub fn reason(error: &io::Error) -> String {
+pub(crate) fn reason(error: &io::Error) -> String {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(errno) => {
             let known = WORDS.iter().find(|(known, _)| *known == errno);
@@ -56,7 +58,7 @@ pub fn reason(error: &io::Error) -> String {
 /// # Errors
 /// EEXIST if `to` exists; EINVAL if the file system, ENOSYS if the kernel (before 3.15) can't.
 #[allow(unsafe_code)]
-pub fn rename_noreplace(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> nix::Result<()> {
+pub(crate) fn rename_noreplace(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> nix::Result<()> {
     let dir = dir.as_raw_fd();
     let result = from.with_nix_path(|from| {
         to.with_nix_path(|to| {
@@ -88,7 +90,7 @@ impl<'a> PollSet<'a> {
 
     /// Adds a descriptor that a C library owns and names by number only.
     #[allow(unsafe_code)]
-    pub fn add_raw(&mut self, fd: RawFd, events: PollFlags) -> usize {
+    pub(crate) fn add_raw(&mut self, fd: RawFd, events: PollFlags) -> usize {
         // SAFETY: the number is only handed to poll(2), which reports one that isn't open.
         self.add(unsafe { BorrowedFd::borrow_raw(fd) }, events)
     }

@@ -40,7 +40,7 @@ struct State {
 ///
 /// # Errors
 /// EAGAIN when no thread can be started.
-pub fn look_up(
+pub(crate) fn look_up(
     host: &str,
     port: u16,
     permit: impl Send + Sync + 'static,

@@ -8,17 +8,17 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 
 /// The environment's variables that are about this process and nobody that it starts.
-pub const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
+pub(crate) const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 
 /// The way to the service manager, if there is one.
 #[derive(Debug)]
-pub struct Notify {
+pub(crate) struct Notify {
     socket: Option<UnixDatagram>,
 }
 
 impl Notify {
     /// To the manager that the environment names.
-    pub fn from_environment() -> Self {
+    pub(crate) fn from_environment() -> Self {
         let name = std::env::var_os(VARIABLES[0]).unwrap_or_default();
         let address = match name.as_bytes() {
             [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
@@ -35,7 +35,7 @@ impl Notify {
     }
 
     /// Tells the manager; `state` is of the form `NAME=VALUE`, one a line.
-    pub fn send(&self, state: &str) {
+    pub(crate) fn send(&self, state: &str) {
         if let Some(socket) = &self.socket {
             // Nobody may listen any more, and what can't be told now is told again or not that important.
             let _ = socket.send(state.as_bytes());
@@ -43,7 +43,7 @@ impl Notify {
     }
 
     /// Tells that the configuration is being read again; to be followed by `READY=1`.
-    pub fn reloading(&self) {
+    pub(crate) fn reloading(&self) {
         if let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) {
             self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", Duration::from(now).as_micros()));
         }
@@ -51,7 +51,7 @@ impl Notify {
 }
 
 /// Within which time the manager wants a sign of life, again and again, if it does.
-pub fn watchdog() -> Option<Duration> {
+pub(crate) fn watchdog() -> Option<Duration> {
     let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
     let [_, micros, pid] = VARIABLES;
     let ours = std::env::var_os(pid).is_none() || number(pid) == Some(std::process::id().into());

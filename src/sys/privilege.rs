@@ -39,7 +39,7 @@ static INHERITED: OnceLock<Inherited> = OnceLock::new();
 ///
 /// # Errors
 /// When the system refuses the first.
-pub fn keep_to_oneself() -> io::Result<()> {
+pub(crate) fn keep_to_oneself() -> io::Result<()> {
     let limits = [Resource::RLIMIT_CORE, Resource::RLIMIT_NOFILE].map(|r| (r, getrlimit(r).ok()));
     let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), limits });
     if let [(core, Some((_, most_core))), (files, Some((_, most_files)))] = limits {
@@ -55,7 +55,7 @@ pub fn keep_to_oneself() -> io::Result<()> {
 ///
 /// # Errors
 /// What setrlimit(2) says.
-pub fn restore() -> io::Result<()> {
+pub(crate) fn restore() -> io::Result<()> {
     let Some(Inherited { umask: mask, limits }) = INHERITED.get() else { return Ok(()) };
     umask(*mask);
     for (resource, limit) in limits {
@@ -68,15 +68,15 @@ pub fn restore() -> io::Result<()> {
 
 /// What the daemon does that takes privileges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Needs {
+pub(crate) struct Needs {
     /// Shells of a user.
-    pub shells: bool,
+    pub(crate) shells: bool,
     /// Shells of root's that may do everything.
-    pub root_shells: bool,
+    pub(crate) root_shells: bool,
     /// Reading and writing anybody's files.
-    pub files: bool,
+    pub(crate) files: bool,
     /// Running programs that may do anything root may: shells with sudo, the Mender client.
-    pub privileged_programs: bool,
+    pub(crate) privileged_programs: bool,
 }
 
 impl Needs {
@@ -95,7 +95,7 @@ impl Needs {
 static HELD: OnceLock<Needs> = OnceLock::new();
 
 /// Whether what was kept is enough for `needs`, too.
-pub fn suffices_for(needs: Needs) -> bool {
+pub(crate) fn suffices_for(needs: Needs) -> bool {
     let Some(held) = HELD.get() else { return true };
     let programs = held.privileged_programs || !needs.privileged_programs;
     let capabilities = needs.capabilities() & !held.capabilities() == 0;
@@ -108,7 +108,7 @@ pub fn suffices_for(needs: Needs) -> bool {
 ///
 /// # Errors
 /// When the system refuses; what could be given up is gone.
-pub fn reduce(needs: Needs) -> io::Result<()> {
+pub(crate) fn reduce(needs: Needs) -> io::Result<()> {
     let kept = needs.capabilities();
     let _ = HELD.set(needs);
     if !needs.privileged_programs {

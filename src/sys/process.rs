@@ -34,7 +34,7 @@ const HANG_UP_ROUNDS: u32 = 20;
 ///
 /// Dropped before it was reaped, it is killed and waited for.
 #[derive(Debug)]
-pub struct SessionLeader {
+pub(crate) struct SessionLeader {
     child: Child,
     pid: Pid,
     exit: ExitWatch,
@@ -60,7 +60,7 @@ impl SessionLeader {
     ///
     /// # Errors
     /// What fork, exec or switching to the user said.
-    pub fn spawn(
+    pub(crate) fn spawn(
         command: &Path,
         arguments: &[String],
         user: &User,
@@ -110,12 +110,12 @@ impl SessionLeader {
     }
 
     /// The process id.
-    pub fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         self.pid.as_raw()
     }
 
     /// How it ended, if it has; reaps it. Call it when the descriptor is readable.
-    pub fn try_wait(&mut self) -> Option<ExitStatus> {
+    pub(crate) fn try_wait(&mut self) -> Option<ExitStatus> {
         if self.status.is_none() {
             self.status = self.child.try_wait().ok().flatten();
         }
@@ -125,7 +125,7 @@ impl SessionLeader {
     /// What a terminal's end means for those on it: SIGHUP (and SIGCONT, so that the stopped notice)
     /// for every process of the session, and SIGTERM for the shell's own group. Jobs that were made to
     /// outlive a hang-up do.
-    pub fn hang_up(&self) {
+    pub(crate) fn hang_up(&self) {
         if self.status.is_some() {
             return;
         }
@@ -146,7 +146,7 @@ impl SessionLeader {
     }
 
     /// SIGKILL for the shell and its group.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         if self.status.is_none() {
             let _ = killpg(self.pid, Signal::SIGKILL);
             let _ = kill(self.pid, Signal::SIGKILL);
@@ -182,7 +182,7 @@ impl Drop for SessionLeader {
 ///
 /// # Errors
 /// How it failed, in Go's words: "exit status 1", "signal: killed", or why it didn't start.
-pub fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String> {
+pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String> {
     let failed = |e: io::Error| format!("fork/exec {}: {}", program.display(), super::reason(&e));
     let mut command = Command::new(program);
     command.arg(argument).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -263,7 +263,7 @@ fn default_signals() -> io::Result<()> {
 /// Marks every descriptor but the standard ones close-on-exec. What the daemon opens itself always is;
 /// this is for those it got from whoever started it. To be called at the start.
 #[allow(unsafe_code)]
-pub fn keep_descriptors_private() {
+pub(crate) fn keep_descriptors_private() {
     let Ok(entries) = fs::read_dir("/proc/self/fd") else { return };
     let inherited: Vec<i32> =
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();

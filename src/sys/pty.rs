@@ -13,16 +13,16 @@ use nix::unistd::{Uid, fchown};
 
 /// A terminal's size in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WindowSize {
+pub(crate) struct WindowSize {
     /// Columns.
-    pub width: u16,
+    pub(crate) width: u16,
     /// Rows.
-    pub height: u16,
+    pub(crate) height: u16,
 }
 
 /// The master side of a PTY. Non-blocking; closed on exec; closing it hangs the terminal up.
 #[derive(Debug)]
-pub struct Pty {
+pub(crate) struct Pty {
     master: PtyMaster,
 }
 
@@ -34,7 +34,7 @@ impl Pty {
     ///
     /// # Errors
     /// ENOSPC when the system has no more PTYs (`kernel.pty.max`), or what opening descriptors may say.
-    pub fn open(size: WindowSize, owner: Option<Uid>) -> io::Result<(Self, OwnedFd)> {
+    pub(crate) fn open(size: WindowSize, owner: Option<Uid>) -> io::Result<(Self, OwnedFd)> {
         let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         grantpt(&master)?;
         unlockpt(&master)?;
@@ -57,7 +57,7 @@ impl Pty {
     /// # Errors
     /// What ioctl(2) says.
     #[allow(unsafe_code)]
-    pub fn resize(&self, size: WindowSize) -> io::Result<()> {
+    pub(crate) fn resize(&self, size: WindowSize) -> io::Result<()> {
         let size = libc::winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: the descriptor is open as long as `self` lives, and TIOCSWINSZ reads one winsize
         // from the pointer before the call returns.
@@ -70,7 +70,7 @@ impl Pty {
     ///
     /// # Errors
     /// `WouldBlock` when there is nothing to read now.
-    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match nix::unistd::read(&self.master, buffer) {
             Err(Errno::EIO) => Ok(0),
             other => other.map_err(Into::into),
@@ -81,7 +81,7 @@ impl Pty {
     ///
     /// # Errors
     /// `WouldBlock` when the terminal takes nothing now; EIO when nobody holds the other side.
-    pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+    pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         nix::unistd::write(&self.master, bytes).map_err(Into::into)
     }
 }

@@ -10,7 +10,7 @@ use nix::sys::stat::Mode;
 
 /// The signals the daemon acts on. While it exists they are blocked for their ordinary effect.
 #[derive(Debug)]
-pub struct Signals {
+pub(crate) struct Signals {
     fd: SignalFd,
     /// At the start there was a controlling terminal, and its hang-up was not to be ignored (nohup).
     on_terminal: bool,
@@ -21,7 +21,7 @@ impl Signals {
     ///
     /// # Errors
     /// EMFILE, ENFILE or ENOMEM.
-    pub fn block() -> io::Result<Self> {
+    pub(crate) fn block() -> io::Result<Self> {
         let mut set = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP] {
             set.add(signal);
@@ -32,12 +32,12 @@ impl Signals {
     }
 
     /// Whether the terminal that the process was started on is gone, which is what its SIGHUP then means.
-    pub fn lost_terminal(&self) -> bool {
+    pub(crate) fn lost_terminal(&self) -> bool {
         self.on_terminal && !has_terminal()
     }
 
     /// The next signal that has come, if any.
-    pub fn next(&self) -> Option<Signal> {
+    pub(crate) fn next(&self) -> Option<Signal> {
         let info = self.fd.read_signal().ok().flatten()?;
         i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok())
     }

@@ -13,15 +13,15 @@ use nix::unistd::{self, Gid, Uid};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     /// Login name.
-    pub name: String,
+    pub(crate) name: String,
     /// User id.
-    pub uid: Uid,
+    pub(crate) uid: Uid,
     /// Primary group.
-    pub gid: Gid,
+    pub(crate) gid: Gid,
     /// Every group of the user, the primary one included: what setgroups(2) should get.
-    pub groups: Vec<Gid>,
+    pub(crate) groups: Vec<Gid>,
     /// Home directory, as the user database has it: it needn't exist.
-    pub home: PathBuf,
+    pub(crate) home: PathBuf,
 }
 
 /// Why an account couldn't be looked up.

@@ -22,7 +22,7 @@ impl Wake {
     }
 
     /// Wakes the sleeper, now or when it next waits.
-    pub fn notify(&self) {
+    pub(crate) fn notify(&self) {
         if !self.pending.swap(true, Ordering::SeqCst) {
             // Can't fail: the counter is at most one.
             let _ = self.fd.write(1);

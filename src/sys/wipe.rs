@@ -58,7 +58,7 @@ unsafe impl GlobalAlloc for Wiping {
 /// Wipes the texts of a message that has been dealt with: libdbus keeps messages to use their memory again.
 #[cfg(feature = "dbus")]
 #[allow(unsafe_code)]
-pub fn wipe_texts(message: &mut dbus::Message) {
+pub(crate) fn wipe_texts(message: &mut dbus::Message) {
     let mut arguments = message.iter_init();
     loop {
         if let Some(text) = arguments.get::<&str>() {

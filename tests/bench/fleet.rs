@@ -11,7 +11,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
 
-use mender_connect::backoff;
+use mender_connect::internals::delay;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -27,7 +27,7 @@ type Backoff = fn(&mut u32, u64) -> u64;
 
 /// The supervisor's rule with the default ReconnectIntervalSeconds.
 fn here(attempts: &mut u32, random: u64) -> u64 {
-    let wait = backoff::delay(*attempts, Duration::from_secs(5), random);
+    let wait = delay(*attempts, Duration::from_secs(5), random);
     *attempts += 1;
     wait.as_nanos() as u64
 }

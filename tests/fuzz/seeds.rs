@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use data_encoding::HEXLOWER;
-use mender_connect::proto::{CONTROL, FILE_TRANSFER, Frame, PORT_FORWARD, control, file, forward};
+use mender_connect::internals::{CONTROL, FILE_TRANSFER, Frame, PORT_FORWARD, control, file, forward};
 
 fn main() {
     let own = Path::new(env!("CARGO_MANIFEST_DIR"));

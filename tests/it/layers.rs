@@ -20,6 +20,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("session", &["audit", "config", "outbox", "proto", "sys"]),
     ("status", &["session", "sys"]),
     ("doctor", &["auth", "config", "link", "status", "sys"]),
+    ("daemon", &["cli", "config", "logging", "session", "supervisor", "sys"]),
     ("supervisor", &["auth", "backoff", "config", "link", "proto", "session", "status", "sys"]),
 ];
 

@@ -13,13 +13,13 @@ use crate::sys::wake::Wake;
 use crate::sys::wipe::wipe_texts;
 
 /// A connection to the bus.
-pub struct Visit {
+pub(crate) struct Visit {
     channel: Channel,
 }
 
 /// Why there is no token.
 #[derive(Debug)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// The bus's policy doesn't let us ask.
     Denied(String),
     /// Nobody has the manager's name.
@@ -35,7 +35,7 @@ impl Visit {
     ///
     /// # Errors
     /// What libdbus says.
-    pub fn begin() -> Result<Self, String> {
+    pub(crate) fn begin() -> Result<Self, String> {
         let bus = Wake::new().and_then(|wake| Bus::connect(&Arc::new(wake))).map_err(|e| reason(&e))?;
         let Bus::Connecting(answer) = bus else { return Err(String::new()) };
         match answer.recv_timeout(ANSWER_LIMIT) {
@@ -46,17 +46,17 @@ impl Visit {
     }
 
     /// Our name on the bus.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.channel.unique_name().unwrap_or_default()
     }
 
     /// Who has the manager's name.
-    pub fn owner(&self) -> Option<String> {
+    pub(crate) fn owner(&self) -> Option<String> {
         self.ask_bus("GetNameOwner", &[MANAGER])?.get1()
     }
 
     /// Whether the bus starts the manager when it is called.
-    pub fn can_start_manager(&self) -> bool {
+    pub(crate) fn can_start_manager(&self) -> bool {
         let names = self.ask_bus("ListActivatableNames", &[]).and_then(|answer| answer.get1::<Vec<String>>());
         names.is_some_and(|names| names.iter().any(|name| name == MANAGER))
     }
@@ -73,7 +73,7 @@ impl Visit {
     ///
     /// # Errors
     /// Why there is no answer.
-    pub fn token(&self) -> Result<Result<Credentials, bool>, Refusal> {
+    pub(crate) fn token(&self) -> Result<Result<Credentials, bool>, Refusal> {
         let message =
             Message::new_method_call(MANAGER, PATH, INTERFACE, "GetJwtToken").map_err(Refusal::Failed)?;
         let mut answer =

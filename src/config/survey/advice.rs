@@ -107,7 +107,7 @@ fn idle(settings: &Settings) -> [Idle; 11] {
 }
 
 /// Whether the shell is dash and among its arguments is --login, with which it ends at once.
-pub fn knows_no_login(command: &Path, arguments: &[String]) -> bool {
+pub(crate) fn knows_no_login(command: &Path, arguments: &[String]) -> bool {
     arguments.iter().any(|argument| argument == "--login")
         && fs::canonicalize(command).is_ok_and(|program| program.ends_with("dash"))
 }

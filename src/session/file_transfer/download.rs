@@ -28,7 +28,7 @@ const SMALLEST_CHUNK: usize = 2 * 1024;
 const LARGEST_CHUNK: usize = 256 * 1024;
 
 /// A file that is being sent.
-pub struct Download {
+pub(crate) struct Download {
     file: File,
     path: PathBuf,
     /// How many bytes will be sent, where that is known: the file's size when the transfer began.
@@ -50,7 +50,7 @@ impl Download {
     ///
     /// # Errors
     /// The text for the peer.
-    pub fn start(
+    pub(crate) fn start(
         limits: Option<&FileLimits>,
         counters: &Counters,
         path: &Path,
@@ -84,7 +84,7 @@ impl Download {
     ///
     /// # Errors
     /// For the peer; the download is over.
-    pub fn proceed(
+    pub(crate) fn proceed(
         &mut self,
         sid: &SessionId,
         sink: &FrameSink,
@@ -159,7 +159,7 @@ impl Download {
     }
 
     /// So much has arrived.
-    pub fn ack(&mut self, offset: u64) {
+    pub(crate) fn ack(&mut self, offset: u64) {
         self.acked = self.acked.max(offset.min(self.sent));
         while self.in_flight.front().is_some_and(|end| *end <= self.acked) {
             self.in_flight.pop_front();
@@ -167,27 +167,27 @@ impl Download {
     }
 
     /// Whether everything has arrived.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.at_end && self.acked >= self.sent
     }
 
     /// Which file.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// How many bytes will be sent, where that is known.
-    pub fn size(&self) -> Option<u64> {
+    pub(crate) fn size(&self) -> Option<u64> {
         self.size
     }
 
     /// Bytes so far.
-    pub fn sent(&self) -> u64 {
+    pub(crate) fn sent(&self) -> u64 {
         self.sent
     }
 
     /// The checksum of what was sent.
-    pub fn digest(self) -> Sha256 {
+    pub(crate) fn digest(self) -> Sha256 {
         self.digest
     }
 }

@@ -2,7 +2,7 @@
 
 mod download;
 mod place;
-pub mod rate;
+pub(crate) mod rate;
 mod temporary;
 mod upload;
 
@@ -34,7 +34,7 @@ const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 const NONE_IN_PROGRESS: &str = "no file transfer in progress";
 
 /// The file transfers of a session.
-pub struct FileTransfer {
+pub(crate) struct FileTransfer {
     context: Arc<Context>,
     id: SessionId,
     sink: FrameSink,
@@ -85,7 +85,7 @@ struct Committing {
 
 impl FileTransfer {
     /// Without a transfer. `wake` is called when something has been done on the side.
-    pub fn new(
+    pub(crate) fn new(
         context: Arc<Context>,
         id: SessionId,
         sink: FrameSink,
@@ -106,12 +106,12 @@ impl FileTransfer {
     }
 
     /// Whether nothing is left to be done. A file that is complete is put into place even when its session is over.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         matches!(self.state, State::Idle)
     }
 
     /// Obeys a frame of the file transfer protocol.
-    pub fn handle(&mut self, frame: Frame, now: Instant) {
+    pub(crate) fn handle(&mut self, frame: Frame, now: Instant) {
         match (&mut self.state, frame.typ.as_str()) {
             (_, file::STAT) => self.stat(&frame),
             (State::Idle, file::GET_FILE) => self.start_sending(frame, now),
@@ -142,7 +142,7 @@ impl FileTransfer {
     }
 
     /// Does what can be done now.
-    pub fn proceed(&mut self, now: Instant) {
+    pub(crate) fn proceed(&mut self, now: Instant) {
         match &mut self.state {
             State::Idle | State::Receiving(_) => {}
             State::Sending(sending) => {
@@ -171,7 +171,7 @@ impl FileTransfer {
     }
 
     /// Acknowledges what was received. To be called when nothing more waits to be read.
-    pub fn acknowledge(&mut self) {
+    pub(crate) fn acknowledge(&mut self) {
         if let State::Receiving(receiving) = &mut self.state {
             let user = user_of(&receiving.about);
             let acks = receiving.upload.due_acks().map(|offset| file::ack(&self.id, offset, user));
@@ -180,7 +180,7 @@ impl FileTransfer {
     }
 
     /// When [`FileTransfer::proceed`] wants to be called though nothing happened.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.state {
             State::Committing(committing) => committing.give_up,
             _ => None,
@@ -188,14 +188,14 @@ impl FileTransfer {
     }
 
     /// The session is over: a transfer under way is broken off, a complete file is still put into place.
-    pub fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         if !matches!(self.state, State::Committing(_)) {
             self.abort("the session was closed");
         }
     }
 
     /// The link is gone.
-    pub fn hang_up(&mut self, now: Instant) {
+    pub(crate) fn hang_up(&mut self, now: Instant) {
         match &mut self.state {
             State::Committing(committing) => committing.give_up = Some(now + HANG_UP_GRACE),
             _ => self.abort("the connection was lost"),

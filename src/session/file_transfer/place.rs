@@ -33,16 +33,16 @@ const SET_ID: u32 = 0o6000 | 1 << 23 | 1 << 22;
 
 /// Why a file can't be had, for the peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub(crate) struct Failure {
     /// The text.
-    pub text: String,
+    pub(crate) text: String,
     /// Whether the limits say no, as opposed to the system.
-    pub denied: bool,
+    pub(crate) denied: bool,
 }
 
 impl Failure {
     /// The system says no.
-    pub fn system(text: impl Into<String>) -> Self {
+    pub(crate) fn system(text: impl Into<String>) -> Self {
         Failure { text: text.into(), denied: false }
     }
 
@@ -51,39 +51,39 @@ impl Failure {
     }
 
     /// MaxFileSize says no.
-    pub fn too_large() -> Self {
+    pub(crate) fn too_large() -> Self {
         Self::denied(TOO_LARGE)
     }
 
     /// AllowOverwrite says no.
-    pub fn overwrite() -> Self {
+    pub(crate) fn overwrite() -> Self {
         Self::denied(OVERWRITE)
     }
 
     /// The `result` field of the audit log.
-    pub fn result(&self) -> &'static str {
+    pub(crate) fn result(&self) -> &'static str {
         if self.denied { "denied" } else { "failed" }
     }
 }
 
 /// A file that may be read.
 #[derive(Debug)]
-pub struct Source {
+pub(crate) struct Source {
     /// Open for reading.
-    pub file: OwnedFd,
+    pub(crate) file: OwnedFd,
     /// What was checked.
-    pub stat: FileStat,
+    pub(crate) stat: FileStat,
 }
 
 /// A place that may be written.
 #[derive(Debug)]
-pub struct Target {
+pub(crate) struct Target {
     /// The directory.
-    pub dir: OwnedFd,
+    pub(crate) dir: OwnedFd,
     /// The name in it.
-    pub name: OsString,
+    pub(crate) name: OsString,
     /// The whole path, for people.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 fn kind(stat: &FileStat) -> u32 {
@@ -132,7 +132,7 @@ fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<io:
 ///
 /// # Errors
 /// The text for the peer.
-pub fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failure> {
+pub(crate) fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failure> {
     let failed = |e: io::Error| {
         let path = shown(path);
         Failure::system(format!("failed to get file info from path '{path}': stat {path}: {}", reason(&e)))
@@ -145,7 +145,7 @@ pub fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failur
 ///
 /// # Errors
 /// The text for the peer.
-pub fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source, Failure> {
+pub(crate) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source, Failure> {
     let system =
         |why: &str| Failure::system(format!("failed to open file for reading: open {}: {why}", shown(path)));
     let failed = |e: io::Error| system(&reason(&e));
@@ -205,7 +205,7 @@ fn group_name(gid: u32) -> Option<String> {
 ///
 /// # Errors
 /// The text for the peer.
-pub fn target(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
+pub(crate) fn target(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
     if let (Some(size), Some(max)) = (request.size, limits.and_then(|l| l.max_file_size))
         && size > max.get()
     {
@@ -292,12 +292,12 @@ fn open_directory(limits: Option<&FileLimits>, dir: &Path, path: &Path) -> Resul
 }
 
 /// A path in an answer, which repeats no more of a client's text than [`MAX_TEXT`] characters.
-pub fn shown(path: &Path) -> String {
+pub(crate) fn shown(path: &Path) -> String {
     clipped(&path.to_string_lossy(), MAX_TEXT)
 }
 
 /// What is said when there can't be a file at `path`.
-pub fn cannot_create(path: &Path, e: &io::Error) -> Failure {
+pub(crate) fn cannot_create(path: &Path, e: &io::Error) -> Failure {
     Failure::system(format!(
         "failed to create target file: failed to create file: open {}: {}",
         shown(path),
@@ -318,32 +318,32 @@ fn lstat(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<Option<FileStat>, F
 
 /// Whom a received file belongs to, and what may be done with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Attributes {
+pub(crate) struct Attributes {
     /// Owner.
-    pub uid: Uid,
+    pub(crate) uid: Uid,
     /// Group.
-    pub gid: Gid,
+    pub(crate) gid: Gid,
     /// Whether the request or OwnerPut named `uid`. Otherwise the agent's own is a preference.
-    pub uid_asked: bool,
+    pub(crate) uid_asked: bool,
     /// The same for `gid` and GroupPut.
-    pub gid_asked: bool,
+    pub(crate) gid_asked: bool,
     /// Permissions, at most 0o4777.
-    pub mode: u32,
+    pub(crate) mode: u32,
     /// What the file may replace.
-    pub replaces: Replaces,
+    pub(crate) replaces: Replaces,
 }
 
 /// What the limits let an upload replace when it is committed; by default everything.
 ///
 /// [`target`] asks the same before the first byte, but the client decides how long after that the commit comes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Replaces {
+pub(crate) struct Replaces {
     /// AllowOverwrite is off.
-    pub nothing: bool,
+    pub(crate) nothing: bool,
     /// OwnerPut.
-    pub only_of: Option<Uid>,
+    pub(crate) only_of: Option<Uid>,
     /// GroupPut.
-    pub only_of_group: Option<Gid>,
+    pub(crate) only_of_group: Option<Gid>,
 }
 
 impl Replaces {
@@ -351,7 +351,7 @@ impl Replaces {
     ///
     /// # Errors
     /// The limit that forbids to replace it.
-    pub fn check(&self, dir: &OwnedFd, name: &OsStr) -> Result<(), Failure> {
+    pub(crate) fn check(&self, dir: &OwnedFd, name: &OsStr) -> Result<(), Failure> {
         if self.only_of.is_none() && self.only_of_group.is_none() {
             return Ok(());
         }
@@ -373,7 +373,7 @@ impl Attributes {
     ///
     /// # Errors
     /// When OwnerPut or GroupPut name nobody.
-    pub fn new(limits: Option<&FileLimits>, request: &Request) -> Result<Self, Failure> {
+    pub(crate) fn new(limits: Option<&FileLimits>, request: &Request) -> Result<Self, Failure> {
         let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
         let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
         let owner_put = match limits.and_then(|l| l.owner_put.as_deref()) {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_secs(5);
 
 /// What is said of either limit: "transmitted" also for what is received, as upstream has it.
-pub const EXHAUSTED: &str = "transmitted bytes limit exhausted";
+pub(crate) const EXHAUSTED: &str = "transmitted bytes limit exhausted";
 
 /// The weight of the newest five seconds.
 fn weight() -> f64 {
@@ -18,22 +18,22 @@ fn weight() -> f64 {
 
 /// Both directions.
 #[derive(Debug, Default)]
-pub struct Counters(Mutex<[Counter; 2]>);
+pub(crate) struct Counters(Mutex<[Counter; 2]>);
 
 /// From whose view: bytes to the server, bytes from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
+pub(crate) enum Direction {
     Sent,
     Received,
 }
 
 /// One direction's figures.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Figures {
+pub(crate) struct Figures {
     /// Bytes since the start.
-    pub total: u64,
+    pub(crate) total: u64,
     /// The moving average of bytes in five seconds.
-    pub average: f64,
+    pub(crate) average: f64,
 }
 
 #[derive(Debug, Default)]
@@ -73,7 +73,7 @@ impl Counters {
     }
 
     /// Counts `bytes`.
-    pub fn add(&self, direction: Direction, bytes: u64, now: Instant) {
+    pub(crate) fn add(&self, direction: Direction, bytes: u64, now: Instant) {
         self.with(direction, now, |counter| {
             counter.figures.total = counter.figures.total.saturating_add(bytes);
             counter.fresh = counter.fresh.saturating_add(bytes);
@@ -81,17 +81,22 @@ impl Counters {
     }
 
     /// The figures as of `now`.
-    pub fn figures(&self, direction: Direction, now: Instant) -> Figures {
+    pub(crate) fn figures(&self, direction: Direction, now: Instant) -> Figures {
         self.with(direction, now, |counter| counter.figures)
     }
 
     /// Whether the average has reached a limit.
-    pub fn exhausted(&self, direction: Direction, limit: Option<std::num::NonZeroU64>, now: Instant) -> bool {
+    pub(crate) fn exhausted(
+        &self,
+        direction: Direction,
+        limit: Option<std::num::NonZeroU64>,
+        now: Instant,
+    ) -> bool {
         limit.is_some_and(|limit| self.figures(direction, now).average >= limit.get() as f64)
     }
 
     /// The two lines of the status report.
-    pub fn report(&self, now: Instant) -> [String; 2] {
+    pub(crate) fn report(&self, now: Instant) -> [String; 2] {
         let (sent, received) = (self.figures(Direction::Sent, now), self.figures(Direction::Received, now));
         [
             format!("total: tx/rx {}/{}", sent.total, received.total),

@@ -34,7 +34,7 @@ const ATTEMPTS: u32 = 100;
 
 /// An upload's file. Gone when dropped, unless it was committed.
 #[derive(Debug)]
-pub struct Temporary {
+pub(crate) struct Temporary {
     file: Flock<File>,
     dir: OwnedFd,
     /// The temporary name, while there is one.
@@ -45,7 +45,7 @@ pub struct Temporary {
 
 /// The step at which a commit failed.
 #[derive(Debug)]
-pub enum CommitError {
+pub(crate) enum CommitError {
     Owner(Errno),
     Permissions(Errno),
     Commit(Errno),
@@ -72,7 +72,7 @@ impl Temporary {
     ///
     /// # Errors
     /// What creating a file may say.
-    pub fn create(target: &Target) -> io::Result<Self> {
+    pub(crate) fn create(target: &Target) -> io::Result<Self> {
         remove_stale(&target.dir, &prefix(&target.name));
         Self::without_name(target).map_or_else(|| Self::with_name(target), Ok)
     }
@@ -112,7 +112,7 @@ impl Temporary {
     }
 
     /// To write to.
-    pub fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
@@ -120,7 +120,7 @@ impl Temporary {
     ///
     /// # Errors
     /// Which step failed.
-    pub fn commit(mut self, attributes: Attributes) -> Result<(), CommitError> {
+    pub(crate) fn commit(mut self, attributes: Attributes) -> Result<(), CommitError> {
         // First the owner: changing it takes the set-uid bit away.
         self.give_to_owner(&attributes).map_err(CommitError::Owner)?;
         let mode = Mode::from_bits_truncate(attributes.mode);
@@ -193,7 +193,7 @@ impl Temporary {
     ///
     /// # Errors
     /// When no descriptor can be had.
-    pub fn remover(&self) -> io::Result<Remover> {
+    pub(crate) fn remover(&self) -> io::Result<Remover> {
         let given_up = Arc::clone(&self.given_up);
         Ok(Remover { dir: self.dir.try_clone()?, name: self.name.clone(), given_up })
     }
@@ -209,7 +209,7 @@ impl Drop for Temporary {
 
 /// See [`Temporary::remover`].
 #[derive(Debug)]
-pub struct Remover {
+pub(crate) struct Remover {
     dir: OwnedFd,
     name: Option<OsString>,
     given_up: Arc<AtomicBool>,
@@ -217,7 +217,7 @@ pub struct Remover {
 
 impl Remover {
     /// The file is not to get its target's name, if it hasn't got it yet, and loses the temporary one.
-    pub fn remove(&self) {
+    pub(crate) fn remove(&self) {
         self.given_up.store(true, Ordering::SeqCst);
         if let Some(name) = &self.name {
             remove(&self.dir, name);

@@ -27,7 +27,7 @@ use crate::sys::{reason, thread};
 const MAX_ACKS: usize = 24;
 
 /// A file that is being received.
-pub struct Upload {
+pub(crate) struct Upload {
     temporary: Temporary,
     attributes: Attributes,
     path: PathBuf,
@@ -40,7 +40,7 @@ pub struct Upload {
 }
 
 /// What a chunk led to.
-pub enum Progress {
+pub(crate) enum Progress {
     /// More is to come.
     More,
     /// That was the end.
@@ -52,7 +52,7 @@ impl Upload {
     ///
     /// # Errors
     /// The text for the peer.
-    pub fn start(
+    pub(crate) fn start(
         limits: Option<&FileLimits>,
         counters: &Counters,
         request: &Request,
@@ -84,7 +84,12 @@ impl Upload {
     ///
     /// # Errors
     /// The text for the peer; the upload is over.
-    pub fn chunk(&mut self, frame: &Frame, counters: &Counters, now: Instant) -> Result<Progress, String> {
+    pub(crate) fn chunk(
+        &mut self,
+        frame: &Frame,
+        counters: &Counters,
+        now: Instant,
+    ) -> Result<Progress, String> {
         match file::offset(frame) {
             None => return Err("invalid file chunk message: missing offset property".to_owned()),
             Some(offset) if offset != Ok(self.received) => {
@@ -117,7 +122,7 @@ impl Upload {
 
     /// The offsets to acknowledge now. One for each chunk: the server sends one for each ack that it waits for, and so keeps one
     /// more on the way than it does when acks speak for several.
-    pub fn due_acks(&mut self) -> std::vec::Drain<'_, u64> {
+    pub(crate) fn due_acks(&mut self) -> std::vec::Drain<'_, u64> {
         self.due.drain(..)
     }
 
@@ -126,7 +131,7 @@ impl Upload {
     ///
     /// # Errors
     /// The text for the peer.
-    pub fn commit(self, wake: &Arc<Wake>) -> Result<Commit, String> {
+    pub(crate) fn commit(self, wake: &Arc<Wake>) -> Result<Commit, String> {
         let Upload { temporary, attributes, path, received, digest, .. } = self;
         let failed = |e: std::io::Error| {
             format!("failed to commit uploaded file: {}: {}", place::shown(&path), reason(&e))
@@ -144,30 +149,30 @@ impl Upload {
     }
 
     /// Where the file is to be.
-    pub fn path(&self) -> &std::path::Path {
+    pub(crate) fn path(&self) -> &std::path::Path {
         &self.path
     }
 
     /// Bytes so far.
-    pub fn received(&self) -> u64 {
+    pub(crate) fn received(&self) -> u64 {
         self.received
     }
 }
 
 /// A file that is being completed.
-pub struct Commit {
+pub(crate) struct Commit {
     result: Receiver<Result<(), Failure>>,
     remover: Remover,
     /// Where the file will be.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Its size in bytes.
-    pub size: u64,
+    pub(crate) size: u64,
     digest: Sha256,
 }
 
 impl Commit {
     /// How it ended, if it has.
-    pub fn try_result(&self) -> Option<Result<(), Failure>> {
+    pub(crate) fn try_result(&self) -> Option<Result<(), Failure>> {
         match self.result.try_recv() {
             Ok(result) => Some(result),
             Err(crossbeam_channel::TryRecvError::Empty) => None,
@@ -179,12 +184,12 @@ impl Commit {
     }
 
     /// Gives up: the target stays as it is, unless the commit has come that far already.
-    pub fn abandon(&self) {
+    pub(crate) fn abandon(&self) {
         self.remover.remove();
     }
 
     /// The checksum of what was received.
-    pub fn digest(self) -> Sha256 {
+    pub(crate) fn digest(self) -> Sha256 {
         self.digest
     }
 }

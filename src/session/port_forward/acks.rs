@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::proto::forward::ConnectionId;
 
 /// Unacknowledged data of all of a session's connections.
-pub const DATA_LIMIT: usize = 16;
+pub(crate) const DATA_LIMIT: usize = 16;
 /// Data and acknowledgements together.
 const TOTAL_LIMIT: usize = 20;
 /// After so long an acknowledgement has arrived or never will.
@@ -22,47 +22,47 @@ type Sent = VecDeque<(Instant, ConnectionId)>;
 
 /// The session's messages that are on the way to the client.
 #[derive(Debug, Default)]
-pub struct OnTheWay {
+pub(crate) struct OnTheWay {
     data: Sent,
     acks: Sent,
 }
 
 impl OnTheWay {
     /// Whether one more message of data may go.
-    pub fn takes_data(&self) -> bool {
+    pub(crate) fn takes_data(&self) -> bool {
         self.data.len() < DATA_LIMIT
     }
 
     /// Whether it may be one of a connection that has `unacked` already: nobody takes more than is left for the
     /// others. So one that isn't read gets half of the room, two get a third each, and there is always some left.
-    pub fn takes_data_of(&self, unacked: usize) -> bool {
+    pub(crate) fn takes_data_of(&self, unacked: usize) -> bool {
         unacked + self.data.len() < DATA_LIMIT
     }
 
     /// When data may go that may not now.
-    pub fn next_data(&self) -> Option<Instant> {
+    pub(crate) fn next_data(&self) -> Option<Instant> {
         self.data.front().map(|(sent, _)| *sent + DATA_PRESUMED)
     }
 
     /// Data was sent.
-    pub fn data_sent(&mut self, connection: &ConnectionId, now: Instant) {
+    pub(crate) fn data_sent(&mut self, connection: &ConnectionId, now: Instant) {
         self.data.push_back((now, connection.clone()));
     }
 
     /// One message of data was acknowledged.
-    pub fn data_arrived(&mut self, connection: &ConnectionId) {
+    pub(crate) fn data_arrived(&mut self, connection: &ConnectionId) {
         if let Some(at) = self.data.iter().position(|(_, id)| id == connection) {
             self.data.remove(at);
         }
     }
 
     /// Nobody waits for a connection's data any more.
-    pub fn data_gone(&mut self, connection: &ConnectionId) {
+    pub(crate) fn data_gone(&mut self, connection: &ConnectionId) {
         self.data.retain(|(_, id)| id != connection);
     }
 
     /// Forgets what must have arrived by now.
-    pub fn forget_old(&mut self, now: Instant) {
+    pub(crate) fn forget_old(&mut self, now: Instant) {
         let forget = |sent: &mut Sent, after| {
             while sent.front().is_some_and(|(at, _)| now >= *at + after) {
                 sent.pop_front();
@@ -73,23 +73,23 @@ impl OnTheWay {
     }
 
     /// Whether one more acknowledgement may go.
-    pub fn takes_ack(&mut self, now: Instant) -> bool {
+    pub(crate) fn takes_ack(&mut self, now: Instant) -> bool {
         self.forget_old(now);
         self.data.len() + self.acks.len() < TOTAL_LIMIT
     }
 
     /// When an acknowledgement may go that may not now.
-    pub fn next_ack(&self) -> Option<Instant> {
+    pub(crate) fn next_ack(&self) -> Option<Instant> {
         self.acks.front().map(|(sent, _)| *sent + ACK_PRESUMED)
     }
 
     /// An acknowledgement was sent.
-    pub fn ack_sent(&mut self, connection: &ConnectionId, now: Instant) {
+    pub(crate) fn ack_sent(&mut self, connection: &ConnectionId, now: Instant) {
         self.acks.push_back((now, connection.clone()));
     }
 
     /// The client has said something about a connection: what was acknowledged there before has arrived.
-    pub fn heard(&mut self, connection: &ConnectionId) {
+    pub(crate) fn heard(&mut self, connection: &ConnectionId) {
         self.acks.retain(|(_, id)| id != connection);
     }
 }

@@ -41,18 +41,18 @@ const CLOSED: &str = "closed";
 
 /// A connection on behalf of a client.
 #[derive(Debug)]
-pub struct Connection {
+pub(crate) struct Connection {
     state: State,
     /// When it must be open.
     deadline: Instant,
     to_target: VecDeque<Bytes>,
     queued: usize,
     /// Messages of data that the client hasn't acknowledged.
-    pub unacked: usize,
+    pub(crate) unacked: usize,
     /// Messages of the client's that we haven't acknowledged.
-    pub owed: usize,
+    pub(crate) owed: usize,
     /// When data last went either way.
-    pub last_traffic: Instant,
+    pub(crate) last_traffic: Instant,
     /// Writing to the target was shut down; the target has ended its side.
     shut_down: bool,
     ended: bool,
@@ -61,7 +61,7 @@ pub struct Connection {
 
 /// What the audit log says of a connection when it's dropped.
 #[derive(Debug)]
-pub struct Trail {
+pub(crate) struct Trail {
     session: SessionId,
     user: UserId,
     info: Arc<Info>,
@@ -137,7 +137,7 @@ impl AsFd for Socket {
 
 /// What came of a step towards being open.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Step {
+pub(crate) enum Step {
     /// Nothing is decided yet.
     Pending,
     /// It is open now.
@@ -148,7 +148,7 @@ pub enum Step {
 
 /// What reading brought.
 #[derive(Debug)]
-pub enum Input {
+pub(crate) enum Input {
     /// So many bytes of data, or a datagram.
     Data(usize),
     /// Nothing now.
@@ -159,7 +159,13 @@ pub enum Input {
 
 impl Connection {
     /// Towards `target`, not begun.
-    pub fn new(target: Target, session: &SessionId, user: UserId, info: &Arc<Info>, now: Instant) -> Self {
+    pub(crate) fn new(
+        target: Target,
+        session: &SessionId,
+        user: UserId,
+        info: &Arc<Info>,
+        now: Instant,
+    ) -> Self {
         let trail = Trail {
             session: session.clone(),
             user,
@@ -185,12 +191,12 @@ impl Connection {
     }
 
     /// Has the audit log say that it was closed in order, and by whom.
-    pub fn closed_by(&mut self, whom: &str) {
+    pub(crate) fn closed_by(&mut self, whom: &str) {
         self.trail.reason = whom.to_owned();
     }
 
     /// Has the audit log say what went wrong.
-    pub fn broke(&mut self, why: &str) {
+    pub(crate) fn broke(&mut self, why: &str) {
         if self.trail.result == CLOSED {
             self.trail.result = "failed";
         }
@@ -198,12 +204,12 @@ impl Connection {
     }
 
     /// Where it goes.
-    pub fn target(&self) -> &Target {
+    pub(crate) fn target(&self) -> &Target {
         &self.trail.shown.target
     }
 
     /// Whether a thread is busy with its name.
-    pub fn is_looking_up(&self) -> bool {
+    pub(crate) fn is_looking_up(&self) -> bool {
         matches!(self.state, State::LookingUp(_))
     }
 
@@ -213,7 +219,7 @@ impl Connection {
     }
 
     /// Goes on towards being open. `permit` gives the right to look a name up, if there is one to be had.
-    pub fn advance(
+    pub(crate) fn advance(
         &mut self,
         permit: impl FnOnce() -> Option<LookUpPermit>,
         allowed: Option<&[Allowed]>,
@@ -324,7 +330,7 @@ impl Connection {
     }
 
     /// What to wait for. With `reading` also for data from the target.
-    pub fn watch(&self, reading: bool) -> Option<(BorrowedFd<'_>, PollFlags)> {
+    pub(crate) fn watch(&self, reading: bool) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let (socket, events) = match &self.state {
             State::Waiting | State::LookingUp(_) => return None,
             State::Connecting { socket, .. } => (socket, PollFlags::POLLOUT),
@@ -340,7 +346,7 @@ impl Connection {
     }
 
     /// When [`Connection::advance`] has something to decide.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.state {
             State::Waiting | State::LookingUp(_) => Some(self.deadline),
             State::Connecting { until, .. } => Some(*until),
@@ -352,7 +358,7 @@ impl Connection {
     ///
     /// # Errors
     /// When far more waits than was acknowledged.
-    pub fn queue(&mut self, data: Bytes, now: Instant) -> Result<(), String> {
+    pub(crate) fn queue(&mut self, data: Bytes, now: Instant) -> Result<(), String> {
         self.last_traffic = now;
         if self.queued + data.len() > QUEUE_HARD_LIMIT {
             return Err(format!("the target does not read and {} bytes wait", self.queued));
@@ -363,12 +369,12 @@ impl Connection {
     }
 
     /// Whether what the client sent may be acknowledged.
-    pub fn may_acknowledge(&self) -> bool {
+    pub(crate) fn may_acknowledge(&self) -> bool {
         self.queued <= QUEUE_SOFT_LIMIT
     }
 
     /// Whether something waits for the target.
-    pub fn has_output(&self) -> bool {
+    pub(crate) fn has_output(&self) -> bool {
         !self.to_target.is_empty()
     }
 
@@ -376,7 +382,7 @@ impl Connection {
     ///
     /// # Errors
     /// When it never will again.
-    pub fn flush(&mut self, now: Instant) -> Result<(), String> {
+    pub(crate) fn flush(&mut self, now: Instant) -> Result<(), String> {
         let State::Open(socket) = &mut self.state else { return Ok(()) };
         while let Some(data) = self.to_target.front_mut() {
             let written = match socket {
@@ -409,7 +415,7 @@ impl Connection {
     }
 
     /// What [`Connection::read`] needs room for.
-    pub fn largest_read(&self, sink: &FrameSink) -> usize {
+    pub(crate) fn largest_read(&self, sink: &FrameSink) -> usize {
         match self.target().transport {
             Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
             Transport::Udp => DATAGRAM,
@@ -417,7 +423,7 @@ impl Connection {
     }
 
     /// Reads once.
-    pub fn read(&mut self, place: &mut [u8], now: Instant) -> Input {
+    pub(crate) fn read(&mut self, place: &mut [u8], now: Instant) -> Input {
         let result = match &mut self.state {
             State::Open(Socket::Tcp(stream)) => stream.read(place),
             State::Open(Socket::Udp(socket)) => socket.recv(place),
@@ -448,7 +454,7 @@ impl Connection {
     /// Delivers what the client has left: writes it, shuts down writing, and reads until the target ends, too. Closing
     /// a socket with unread data would reset it, and the target would lose what it has not read yet. Returns whether
     /// there is more to do.
-    pub fn finish(&mut self, now: Instant) -> bool {
+    pub(crate) fn finish(&mut self, now: Instant) -> bool {
         if let Err(text) = self.flush(now) {
             self.broke(&text);
             return false;
@@ -484,7 +490,7 @@ impl Connection {
     }
 
     /// Whether it is open, as opposed to on the way there.
-    pub fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         matches!(self.state, State::Open(_))
     }
 }

@@ -10,7 +10,7 @@ const MAX_RUNNING: usize = 16;
 
 /// The look-ups of the device.
 #[derive(Debug, Default)]
-pub struct LookUps(Mutex<State>);
+pub(crate) struct LookUps(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
@@ -21,7 +21,7 @@ struct State {
 
 /// The right to one look-up.
 #[derive(Debug)]
-pub struct LookUpPermit(Arc<LookUps>);
+pub(crate) struct LookUpPermit(Arc<LookUps>);
 
 impl LookUps {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -29,7 +29,7 @@ impl LookUps {
     }
 
     /// A permit if there is room; else `wake` is called when there is.
-    pub fn acquire(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<LookUpPermit> {
+    pub(crate) fn acquire(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<LookUpPermit> {
         let mut state = self.lock();
         if state.running < MAX_RUNNING {
             state.running += 1;

@@ -6,7 +6,7 @@
 
 mod acks;
 mod connection;
-pub mod look_ups;
+pub(crate) mod look_ups;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -38,7 +38,7 @@ const UNKNOWN: &str = "unknown connection";
 const UNKNOWN_TYPE: &str = "unknown message type";
 
 /// The forwarded connections of a session.
-pub struct PortForward {
+pub(crate) struct PortForward {
     context: Arc<Context>,
     id: SessionId,
     sink: FrameSink,
@@ -56,24 +56,24 @@ pub struct PortForward {
 
 /// Which connections are watched, at which places of a [`PollSet`].
 #[derive(Debug, Default)]
-pub struct Watched {
+pub(crate) struct Watched {
     connections: Vec<(ConnectionId, usize)>,
 }
 
 /// What happened on them.
 #[derive(Debug, Default)]
-pub struct Ready(Vec<(ConnectionId, PollFlags)>);
+pub(crate) struct Ready(Vec<(ConnectionId, PollFlags)>);
 
 impl Watched {
     /// What happened, after the set was waited for.
-    pub fn look(self, set: &PollSet<'_>) -> Ready {
+    pub(crate) fn look(self, set: &PollSet<'_>) -> Ready {
         Ready(self.connections.into_iter().map(|(id, place)| (id, set.events(place))).collect())
     }
 }
 
 impl PortForward {
     /// Without connections. `wake` is called when something has been done on the side.
-    pub fn new(
+    pub(crate) fn new(
         context: Arc<Context>,
         id: SessionId,
         sink: FrameSink,
@@ -95,12 +95,12 @@ impl PortForward {
     }
 
     /// Whether nothing is left to be done.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.connections.is_empty() && self.finishing.is_empty()
     }
 
     /// Obeys a frame of the port forwarding protocol.
-    pub fn handle(&mut self, frame: &Frame, now: Instant) {
+    pub(crate) fn handle(&mut self, frame: &Frame, now: Instant) {
         let id = match ConnectionId::of(frame) {
             Ok(id) => id,
             Err(text) => {
@@ -278,7 +278,7 @@ impl PortForward {
     }
 
     /// The session is over. What the client sent still reaches its targets, everything else ends.
-    pub fn close(&mut self, now: Instant) {
+    pub(crate) fn close(&mut self, now: Instant) {
         self.owing.clear();
         for (id, connection) in std::mem::take(&mut self.connections) {
             self.let_go(&id, connection, now);
@@ -286,14 +286,14 @@ impl PortForward {
     }
 
     /// The link is gone, and everything with it.
-    pub fn hang_up(&mut self) {
+    pub(crate) fn hang_up(&mut self) {
         self.owing.clear();
         self.connections.clear();
         self.finishing.clear();
     }
 
     /// When [`PortForward::proceed`] wants to be called though nothing happened.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         let connections = self.connections.values();
         let steps = connections.clone().filter_map(Connection::deadline);
         let idle = connections.map(|c| c.last_traffic + IDLE_LIMIT);
@@ -305,7 +305,7 @@ impl PortForward {
     }
 
     /// Adds what the connections wait for.
-    pub fn watch<'a>(&'a self, set: &mut PollSet<'a>) -> Watched {
+    pub(crate) fn watch<'a>(&'a self, set: &mut PollSet<'a>) -> Watched {
         let mut watched = Watched::default();
         if self.is_idle() {
             return watched;
@@ -326,7 +326,7 @@ impl PortForward {
     }
 
     /// Does what can be done now.
-    pub fn proceed(&mut self, ready: Ready, now: Instant) {
+    pub(crate) fn proceed(&mut self, ready: Ready, now: Instant) {
         if self.is_idle() {
             return;
         }

@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use mender_connect::outbox::{FrameSink, Outbox, Room, Work};
-use mender_connect::proto::{Frame, SessionId, file, shell};
-use mender_connect::sys::wake::Wake;
+use mender_connect::internals::{Frame, FrameSink, Outbox, Room, SessionId, Wake, Work, file, shell};
 
 /// What a server sends in one message of an upload.
 const SMALL: usize = 4 * 1024;

@@ -6,8 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use mender_connect::proto::forward::{ConnectionId, Target};
-use mender_connect::proto::{Frame, SessionId, control, file, forward, shell};
+use mender_connect::internals::forward::{ConnectionId, Target};
+use mender_connect::internals::{Frame, SessionId, control, file, forward, shell};
 use rmpv::Value;
 
 fuzz_target!(|data: &[u8]| {

@@ -7,10 +7,9 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use mender_connect::config::{Config, Expiry, of_texts};
-use mender_connect::sys::users::{self, User};
+use mender_connect::internals::{Config, Expiry, User, lookup, of_texts};
 
-static ROOT: LazyLock<User> = LazyLock::new(|| users::lookup("root").expect("root is known"));
+static ROOT: LazyLock<User> = LazyLock::new(|| lookup("root").expect("root is known"));
 
 fuzz_target!(|data: &[u8]| {
     let read = |main, fallback| of_texts(main, fallback, &ROOT).map_err(|e| e.to_string());

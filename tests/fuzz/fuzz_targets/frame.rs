@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use mender_connect::proto::{Frame, SessionId};
+use mender_connect::internals::{Frame, SessionId};
 use rmpv::Value;
 
 /// A frame as it should be read; properties as they are.

@@ -15,13 +15,11 @@ use std::time::{Duration, Instant};
 use arbitrary::Arbitrary;
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use mender_connect::config::{Auth, Config, Expiry, Sessions, Shell, Terminal};
-use mender_connect::outbox::{Outbox, REPLIES_IN_FLIGHT, Room, Work};
-use mender_connect::proto::{
-    CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, Props, SHELL, SessionId,
+use mender_connect::internals::{
+    Auth, CONTROL, Config, Context, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Outbox, PORT_FORWARD,
+    PollSet, Props, REPLIES_IN_FLIGHT, Room, Router, SHELL, Seat, SessionId, Sessions, Shell, ShellInfo,
+    Terminal, Work, lookup,
 };
-use mender_connect::session::{Context, Router, Seat, ShellInfo};
-use mender_connect::sys::{PollSet, users};
 use nix::poll::PollFlags;
 
 /// As in the agent.
@@ -119,7 +117,7 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
     shell: Shell {
         command: PathBuf::from("/bin/sh"),
         arguments: Vec::new(),
-        user: users::lookup("root").expect("root is known"),
+        user: lookup("root").expect("root is known"),
         no_new_privileges: false,
     },
     terminal: Terminal { enabled: true, width: 80, height: 40 },

@@ -10,9 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use mender_connect::link::{self, Inbound, LinkError};
-use mender_connect::outbox::{Outbox, Room, Work};
-use mender_connect::proto::Frame;
+use mender_connect::internals::{Frame, Inbound, LinkError, Outbox, Room, Work, read};
 
 /// As in the agent.
 const LARGEST: usize = (1 << 20) + (1 << 10);
@@ -32,7 +30,7 @@ fuzz_target!(|data: &[u8]| {
 
     let before = ALLOCATED.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
-    let lost = link::read(server, most, &outbox, &mut inbound);
+    let lost = read(server, most, &outbox, &mut inbound);
     let used = PEAK.load(Ordering::Relaxed) - before;
     assert!(used <= OVERHEAD + 2 * most + 8 * stream.len(), "{used} bytes for {} of {most}", stream.len());
 

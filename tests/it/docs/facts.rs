@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mender_connect::config;
+use mender_connect::internals as config;
 use serde_json::Value;
 
 use super::{PAGES, PRINTED, blocks, read, root};
