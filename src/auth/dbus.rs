@@ -9,7 +9,7 @@
 pub(crate) mod visit;
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,11 +18,12 @@ use dbus::Message;
 use dbus::channel::{BusType, Channel, default_reply};
 use dbus::message::{MatchRule, MessageType};
 use log::{debug, info, trace, warn};
+use nix::poll::PollFlags;
 
 use super::{AuthEvent, Credentials, Source, SourceError};
 use crate::sys::wake::Wake;
 use crate::sys::wipe::wipe_texts;
-use crate::sys::{reason, thread};
+use crate::sys::{duplicate_socket, reason, thread};
 
 const MANAGER: &str = "io.mender.AuthenticationManager";
 const PATH: &str = "/io/mender/AuthenticationManager";
@@ -56,8 +57,14 @@ pub(crate) struct Manager {
 
 enum Bus {
     Connecting(Receiver<Result<Channel, dbus::Error>>),
-    Up(Channel),
-    Down { until: Instant },
+    /// `socket` is the channel's, to poll.
+    Up {
+        channel: Channel,
+        socket: OwnedFd,
+    },
+    Down {
+        until: Instant,
+    },
 }
 
 struct Question {
@@ -92,10 +99,13 @@ impl Manager {
 }
 
 impl Source for Manager {
-    fn watch(&self) -> Option<(RawFd, bool, bool)> {
-        let Bus::Up(channel) = &self.bus else { return None };
+    fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        let Bus::Up { channel, socket } = &self.bus else { return None };
         let watch = channel.watch();
-        Some((watch.fd, watch.read, watch.write))
+        let mut events = PollFlags::empty();
+        events.set(PollFlags::POLLIN, watch.read);
+        events.set(PollFlags::POLLOUT, watch.write);
+        Some((socket.as_fd(), events))
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -121,7 +131,7 @@ impl Source for Manager {
                 Ok(bus) => self.bus = bus,
                 Err(e) => self.went_down(now, &reason(&e)),
             },
-            Bus::Down { .. } | Bus::Up(_) => {}
+            Bus::Down { .. } | Bus::Up { .. } => {}
         }
         self.receive(now, &mut events);
         if self.question.as_ref().and_then(|q| q.patience).is_some_and(|at| now >= at) {
@@ -157,8 +167,12 @@ impl Source for Manager {
 impl Manager {
     fn came_up(&mut self, mut channel: Channel, now: Instant) {
         channel.set_watch_enabled(true);
+        let socket = match duplicate_socket(&mut channel) {
+            Ok(socket) => socket,
+            Err(e) => return self.went_down(now, &reason(&e)),
+        };
         debug!("connected to the system bus");
-        self.bus = Bus::Up(channel);
+        self.bus = Bus::Up { channel, socket };
         (self.fatal, self.retry_delay) = (false, FIRST_RETRY);
         let announcements = MatchRule::new_signal(INTERFACE, "JwtTokenStateChange").with_sender(MANAGER);
         let owners =
@@ -182,7 +196,7 @@ impl Manager {
 
     /// Sends a call; `None` when there is no bus to send it on.
     fn call(&self, to: &str, path: &str, interface: &str, method: &str, arguments: &[&str]) -> Option<u32> {
-        let Bus::Up(channel) = &self.bus else { return None };
+        let Bus::Up { channel, .. } = &self.bus else { return None };
         let mut message = Message::new_method_call(to, path, interface, method).ok()?;
         for argument in arguments {
             message = message.append1(argument);
@@ -192,15 +206,15 @@ impl Manager {
 
     fn receive(&mut self, now: Instant, events: &mut Vec<AuthEvent>) {
         loop {
-            let Bus::Up(channel) = &self.bus else { return };
+            let Bus::Up { channel, .. } = &self.bus else { return };
             let alive = channel.read_write(Some(Duration::ZERO)).is_ok();
             let mut idle = true;
-            while let Bus::Up(channel) = &self.bus {
+            while let Bus::Up { channel, .. } = &self.bus {
                 let Some(message) = channel.pop_message() else { break };
                 idle = false;
                 self.handle(message, now, events);
             }
-            if let (Bus::Up(_), false) = (&self.bus, alive) {
+            if let (Bus::Up { .. }, false) = (&self.bus, alive) {
                 self.went_down(now, "the connection was lost");
             }
             if idle {
@@ -225,7 +239,7 @@ impl Manager {
                 }
             }
             MessageType::MethodCall => {
-                if let (Bus::Up(channel), Some(reply)) = (&self.bus, default_reply(&message)) {
+                if let (Bus::Up { channel, .. }, Some(reply)) = (&self.bus, default_reply(&message)) {
                     let _ = channel.send(reply);
                 }
             }
@@ -256,7 +270,7 @@ impl Manager {
     fn unanswered(&mut self, why: &str, now: Instant, events: &mut Vec<AuthEvent>) {
         warn!("call to GetJWTToken on the Mender D-Bus API failed: {why}");
         events.push(AuthEvent::Unanswered(why.to_owned()));
-        if matches!(self.bus, Bus::Up(_)) {
+        if matches!(self.bus, Bus::Up { .. }) {
             self.ask_again = Some(now + ASK_AGAIN);
         }
     }

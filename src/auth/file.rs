@@ -9,7 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read};
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::poll::PollFlags;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
 use super::{AuthEvent, Credentials, Source};
@@ -93,8 +94,8 @@ impl TokenFile {
 }
 
 impl Source for TokenFile {
-    fn watch(&self) -> Option<(RawFd, bool, bool)> {
-        self.inotify.as_ref().map(|inotify| (inotify.as_fd().as_raw_fd(), true, false))
+    fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        self.inotify.as_ref().map(|inotify| (inotify.as_fd(), PollFlags::POLLIN))
     }
 
     fn deadline(&self) -> Option<Instant> {

@@ -6,10 +6,11 @@ mod file;
 
 use std::fmt;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use nix::poll::PollFlags;
 use thiserror::Error;
 
 use crate::config;
@@ -77,8 +78,8 @@ pub(crate) enum AuthEvent {
 
 /// Where credentials come from. Lives in the supervisor's thread and never blocks it.
 pub(crate) trait Source {
-    /// What to poll: descriptor, for reading, for writing.
-    fn watch(&self) -> Option<(RawFd, bool, bool)>;
+    /// The descriptor to poll, and for what.
+    fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)>;
 
     /// When [`Source::process`] wants to be called though nothing happened.
     fn deadline(&self) -> Option<Instant>;

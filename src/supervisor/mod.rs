@@ -151,11 +151,8 @@ impl Supervisor {
         let mut set = PollSet::new();
         set.add(signals.as_fd(), PollFlags::POLLIN);
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
-        if let Some((fd, read, write)) = self.source.watch() {
-            let mut events = PollFlags::empty();
-            events.set(PollFlags::POLLIN, read);
-            events.set(PollFlags::POLLOUT, write);
-            set.add_raw(fd, events);
+        if let Some((fd, events)) = self.source.watch() {
+            set.add(fd, events);
         }
         self.status.watch(&mut set);
         let deadlines = [

@@ -18,7 +18,9 @@ pub(crate) mod wipe;
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+#[cfg(feature = "dbus")]
+use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use nix::NixPath;
@@ -70,6 +72,19 @@ pub(crate) fn rename_noreplace(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr) ->
     Errno::result(result).map(drop)
 }
 
+/// A duplicate of the socket of a bus connection whose watch is enabled. libdbus names its own by number only, and
+/// closes it in whichever call notices that the connection is lost.
+#[cfg(feature = "dbus")]
+#[allow(unsafe_code)]
+pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Result<OwnedFd> {
+    if !channel.is_connected() {
+        return Err(io::Error::other("the connection was lost"));
+    }
+    // SAFETY: libdbus keeps the socket of a connected channel open between calls on the channel, and the exclusive
+    // borrow rules out that anybody makes one before the duplicate exists.
+    unsafe { BorrowedFd::borrow_raw(channel.watch().fd) }.try_clone_to_owned()
+}
+
 /// Which descriptors to wait for, and afterwards what happened on each.
 #[derive(Default)]
 pub struct PollSet<'a> {
@@ -86,13 +101,6 @@ impl<'a> PollSet<'a> {
     pub fn add(&mut self, fd: BorrowedFd<'a>, events: PollFlags) -> usize {
         self.fds.push(PollFd::new(fd, events));
         self.fds.len() - 1
-    }
-
-    /// Adds a descriptor that a C library owns and names by number only.
-    #[allow(unsafe_code)]
-    pub(crate) fn add_raw(&mut self, fd: RawFd, events: PollFlags) -> usize {
-        // SAFETY: the number is only handed to poll(2), which reports one that isn't open.
-        self.add(unsafe { BorrowedFd::borrow_raw(fd) }, events)
     }
 
     /// Waits until something happens or `deadline` has come. An interruption counts as nothing having happened.

@@ -79,7 +79,7 @@ impl SessionLeader {
             .stdout(Stdio::from(tty.try_clone()?))
             .stderr(Stdio::from(tty));
         let parent = getpid();
-        before_exec(&mut spawn, move || {
+        let prepare = move || {
             lead_session()?;
             default_signals()?;
             privilege::restore()?;
@@ -93,7 +93,12 @@ impl SessionLeader {
             // that the user may not.
             chdir(home.as_c_str()).or_else(|_| chdir(c"/"))?;
             end_with(parent)
-        });
+        };
+        // SAFETY: system calls on values made above and, in `privilege::restore`, on a static that is only read.
+        #[allow(unsafe_code)]
+        unsafe {
+            before_exec(&mut spawn, prepare)
+        };
         let mut child = spawn.spawn()?;
         let Ok(id) = i32::try_from(child.id()) else {
             return Err(io::Error::other("the process id is out of range"));
@@ -189,10 +194,15 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     for ours in notify::VARIABLES {
         command.env_remove(ours);
     }
-    before_exec(&mut command, || {
+    let prepare = || {
         default_signals()?;
         privilege::restore()
-    });
+    };
+    // SAFETY: system calls on constants and, in `privilege::restore`, on a static that is only read.
+    #[allow(unsafe_code)]
+    unsafe {
+        before_exec(&mut command, prepare)
+    };
     let mut child = command.spawn().map_err(failed)?;
     let ended = i32::try_from(child.id()).map_err(io::Error::other).and_then(|pid| {
         let exit = watch_exit(Pid::from_raw(pid))?;
@@ -219,11 +229,12 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     }
 }
 
+/// # Safety
+/// `body` runs between fork and exec, where another thread may hold any lock for ever: it makes async-signal-safe calls
+/// on values prepared before the fork, and neither allocates nor locks.
 #[allow(unsafe_code)]
-fn before_exec(command: &mut Command, body: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed, since another thread may
-    // hold any lock. `body` makes plain system calls on values prepared before the fork; it neither
-    // allocates nor locks.
+unsafe fn before_exec(command: &mut Command, body: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
+    // SAFETY: the caller promises what pre_exec asks for.
     unsafe { command.pre_exec(body) };
 }
 
