@@ -1,7 +1,7 @@
 //! The audit log: a line for each session, shell, transfer, forward and command, of the form `event=… key=value …`.
 //!
-//! Which keys an event has, their order and what they mean is described in the README and stays so. Texts are quoted
-//! and escaped, numbers are bare, times are seconds. Of what was typed, shown or transferred nothing is in it.
+//! The README describes each event's keys, their order and meaning, which are stable. Texts are quoted
+//! and escaped, numbers are bare, times are seconds. It has nothing of what was typed, shown or transferred.
 
 use std::fmt::{Display, Write};
 use std::time::Instant;
@@ -10,46 +10,44 @@ use log::{Level, log};
 
 use crate::proto::{SessionId, UserId};
 
-/// By which the logger knows these lines.
+/// The log target by which the logger recognises these lines.
 pub(crate) const TARGET: &str = module_path!();
 
-/// A line being written.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Record(String);
 
 impl Record {
-    /// About something that is `user`'s, in a session if it belongs to one.
     pub(crate) fn new(event: &str, session: Option<&SessionId>, user: &UserId) -> Self {
         let session = session.map_or("", SessionId::as_str);
         Record(format!("event={event} session={session:?} user={:?}", user.as_str()))
     }
 
-    /// A number, or a word that needs no quotes.
+    /// Adds a number, or a word that needs no quotes.
     pub(crate) fn with(mut self, key: &str, value: impl Display) -> Self {
         // Writing to a String doesn't fail.
         let _ = write!(self.0, " {key}={value}");
         self
     }
 
-    /// Anything else: quoted.
+    /// Adds quoted and escaped text.
     pub(crate) fn text(mut self, key: &str, value: impl AsRef<str>) -> Self {
         let _ = write!(self.0, " {key}={:?}", value.as_ref());
         self
     }
 
-    /// How long it took, in seconds.
+    /// Adds the duration in seconds.
     pub(crate) fn since(self, start: Instant, now: Instant) -> Self {
         let seconds = now.saturating_duration_since(start).as_secs_f64();
         self.with("duration", format_args!("{seconds:.3}"))
     }
 
-    /// Payload in bytes: to the device and from it.
+    /// Adds the payload in bytes: to the device and from it.
     pub(crate) fn bytes(self, bytes_in: u64, bytes_out: u64) -> Self {
         self.with("bytes_in", bytes_in).with("bytes_out", bytes_out)
     }
 
-    /// Writes the line: as a warning where something was refused or has failed.
+    /// Writes the line, as a warning unless `good`.
     pub(crate) fn log(self, good: bool) {
         log!(target: TARGET, if good { Level::Info } else { Level::Warn }, "{}", self.0);
     }

@@ -9,10 +9,10 @@ use serde_json::Value;
 
 use crate::config::{self, Origin, State};
 
-/// Reads the files as the daemon would and prints what it found. Whether the daemon would start with them.
+/// Prints what the daemon would make of the files. True if it would start with them.
 pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
     let (report, good) = report(main, fallback);
-    // Whoever reads this may have gone away, which changes nothing.
+    // A reader that closed its end of the pipe is no reason to fail.
     let _ = std::io::stdout().write_all(report.as_bytes());
     good
 }
@@ -47,7 +47,7 @@ fn report(main: &Path, fallback: &Path) -> (String, bool) {
         survey.values.into_iter().map(|(key, value, origin)| (shown(&key, value), key, origin)).collect();
     let width = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or_default();
     let keys = width(&mut values.iter().map(|(_, key, _)| key.len()));
-    // Long ones stand out.
+    // Values longer than this may stick out of their column.
     let wide = width(&mut values.iter().map(|(value, ..)| value.chars().count()).filter(|n| *n <= 24));
     for (value, key, origin) in values {
         let origin = match origin {
@@ -60,7 +60,7 @@ fn report(main: &Path, fallback: &Path) -> (String, bool) {
     (text, good)
 }
 
-/// A value as JSON; of the server's URL without user and password.
+/// A value as JSON, the server's URL without user and password.
 fn shown(key: &str, value: Value) -> String {
     match value {
         Value::String(url) if key == "Auth.ServerURL" => {

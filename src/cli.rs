@@ -1,4 +1,4 @@
-//! The command line, in the syntax of Go's flag package that scripts and units in the field use. Does no I/O.
+//! The command line, in the syntax of Go's flag package, as existing scripts and units use it. Does no I/O.
 //!
 //! `mender-connect [global options] command`: a global option after the command is an error. A flag takes one dash
 //! or two, and its value after `=` or as the next argument; `--` ends the flags.
@@ -40,52 +40,41 @@ GLOBAL OPTIONS:
    --version, -v                    print the version
 ";
 
-/// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Invocation {
-    /// Run.
     Daemon(Options),
-    /// Say what the configuration means.
     Check(Options),
-    /// Try the way to the server.
     Doctor {
-        /// Where the configuration is.
         options: Options,
-        /// Whether to write JSON; `None` where nothing was said about it.
+        /// `None` without the flag: the output decides.
         json: Option<bool>,
     },
-    /// Ask the running daemon for its state.
     Status {
-        /// Whether to write JSON.
         json: bool,
-        /// Whether to go on, with a new picture each second.
+        /// Prints a new picture each second.
         watch: bool,
     },
-    /// Print this to standard output, and exit with 0.
+    /// Print to standard output and exit with 0.
     Print(String),
-    /// Print this line to standard error, and exit with 3.
+    /// Print to standard error and exit with 3.
     UnknownCommand(String),
-    /// A flag is wrong: print the help to standard output, log the error, and exit with 1.
+    /// Wrong flag: print `error` and `help` to standard error and exit with 1.
     Usage {
-        /// What is wrong.
         error: String,
-        /// The help of the part that got the flag.
+        /// Of the command, if the flag came after one.
         help: String,
     },
 }
 
-/// The global options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Options {
-    /// The configuration file (`--config`).
     pub(crate) config: PathBuf,
-    /// The file that the configuration file wins over (`--fallback-config`).
+    /// Read first; `config` wins over it.
     pub(crate) fallback_config: PathBuf,
-    /// How much to log (`--debug`, `--trace`).
     pub(crate) level: LevelFilter,
 }
 
-/// Reads the arguments, without the zeroth.
+/// `args` are without the program's name.
 pub(crate) fn parse<I: IntoIterator<Item = OsString>>(args: I) -> Invocation {
     parse_global(args.into_iter().collect()).unwrap_or_else(|invocation| invocation)
 }
@@ -140,7 +129,7 @@ enum Command {
     Help,
 }
 
-/// What a command was told besides its name.
+/// Flags of the commands themselves.
 #[derive(Debug, Default)]
 struct Flags {
     json: Option<bool>,
@@ -191,7 +180,6 @@ impl Command {
         )
     }
 
-    /// A command's own flags.
     fn parse_flags(self, args: &mut VecDeque<OsString>) -> Result<Flags, Invocation> {
         let usage = |error| Invocation::Usage { error, help: self.help() };
         let mut help = false;
@@ -211,11 +199,10 @@ impl Command {
 struct Flag {
     /// Without dashes.
     name: String,
-    /// What follows the equals sign.
     value: Option<OsString>,
 }
 
-/// Takes the next argument if it is a flag; `--` is taken, too, but isn't one.
+/// Takes the next argument if it is a flag. Takes `--` as well, which ends the flags.
 fn next_flag(args: &mut VecDeque<OsString>) -> Result<Option<Flag>, String> {
     let is_flag = |arg: &OsString| arg.len() > 1 && arg.as_bytes().starts_with(b"-");
     if !args.front().is_some_and(is_flag) {

@@ -1,5 +1,5 @@
 //! Log lines on standard error, in the form of the reference agent:
-//! `time="…" level=info msg="…"`. Under systemd the journal knows the time, and gets the priority.
+//! `time="…" level=info msg="…"`. For systemd's journal, which has its own time, with the priority instead.
 
 use std::fs::File;
 use std::io::{self, Stderr};
@@ -18,7 +18,7 @@ use crate::sys::clock;
 const TIME: &[BorrowedFormatItem<'static>] =
     format_description!("time=\"[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z\"");
 
-/// Only what this program says. Its libraries would tell keystrokes at trace level.
+/// Log lines of other crates are dropped: tungstenite would log keystrokes at trace level.
 const OURS: &str = env!("CARGO_CRATE_NAME");
 
 struct Logger {
@@ -26,10 +26,7 @@ struct Logger {
     journal: bool,
 }
 
-/// Lets log lines of `level` and more urgent ones through. To be called once.
-///
-/// # Errors
-/// When it was called before.
+/// Fails if called twice.
 pub(crate) fn init(level: LevelFilter) -> Result<(), SetLoggerError> {
     let journal = stderr_is_journal();
     let mut config = ConfigBuilder::new();
@@ -46,7 +43,7 @@ pub(crate) fn init(level: LevelFilter) -> Result<(), SetLoggerError> {
     Ok(())
 }
 
-/// systemd names the stream that goes to the journal by device and inode.
+/// systemd sets JOURNAL_STREAM to the device and inode of the stream that goes to the journal.
 fn stderr_is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
     let Ok(metadata) = io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata())
@@ -56,7 +53,6 @@ fn stderr_is_journal() -> bool {
     stream == format!("{}:{}", metadata.dev(), metadata.ino())
 }
 
-/// Now, as a field of a log line.
 fn time() -> String {
     let now = i128::try_from(clock::now().as_nanos()).unwrap_or_default();
     // Fails after the year 9999.

@@ -24,7 +24,7 @@ enum Host {
     Name(String),
 }
 
-/// An entry that means nothing.
+/// An entry of `PortForward.Allow` that can't be parsed.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("PortForward.Allow: {entry:?}: {why}")]
 pub struct AllowError {
@@ -35,9 +35,6 @@ pub struct AllowError {
 impl Allowed {
     /// Reads `tcp/HOST:PORTS` or `udp/HOST:PORTS`. HOST is an address, `[…]` around it for IPv6, a network
     /// (`address/bits`), a name, or `*`; PORTS is a port, a range, or `*`.
-    ///
-    /// # Errors
-    /// What is wrong with which entry.
     pub fn parse(entry: &str) -> Result<Self, AllowError> {
         Self::try_parse(entry).map_err(|why| AllowError { entry: entry.to_owned(), why })
     }
@@ -54,9 +51,9 @@ impl Allowed {
         Ok(Allowed { transport: transport.to_owned(), host: Host::parse(host)?, ports: parse_ports(ports)? })
     }
 
-    /// Whether this entry lets `address`, which `name` was resolved to, be reached.
+    /// True if this entry permits `address`, which `name` resolved to.
     pub fn permits(&self, transport: &str, name: &str, address: IpAddr, port: u16) -> bool {
-        // An IPv4 address in IPv6's clothes is that IPv4 address.
+        // An IPv4-mapped IPv6 address reaches the IPv4 address.
         let address = address.to_canonical();
         let host = match &self.host {
             Host::Any => true,
@@ -88,7 +85,7 @@ impl Host {
             (Err(_), Some(_)) => Err(format!("{name:?} is no address")),
             (Err(_), None) => {
                 let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-                // What looks like an address and isn't one is a slip of the pen, not a name.
+                // Digits and dots that aren't an address are a typing error, not a name.
                 let numeric = name.chars().all(|c| c.is_ascii_digit() || c == '.');
                 if name.is_empty() || numeric || !name.chars().all(plain) {
                     return Err(format!("{name:?} is neither an address nor a name"));
@@ -98,7 +95,7 @@ impl Host {
         }
     }
 
-    /// IPv4 addresses in IPv6's clothes are those IPv4 addresses: that is how [`Allowed::permits`] sees them.
+    /// Turns IPv4-mapped IPv6 addresses into IPv4, as [`Allowed::permits`] does.
     fn network(address: IpAddr, bits: u32) -> Self {
         let plain = address.to_canonical();
         if plain != address && bits >= 96 {
@@ -109,7 +106,7 @@ impl Host {
     }
 }
 
-/// A number in digits alone: the standard library would take a sign, too.
+/// Digits only: the standard library would accept a sign.
 fn number<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }

@@ -1,4 +1,4 @@
-//! What takes the place of what isn't given, or can't be. Pure.
+//! Defaults for values that are missing or can't be used. Pure.
 
 use log::Level;
 
@@ -11,10 +11,10 @@ const WIDTH: u16 = 80;
 const HEIGHT: u16 = 40;
 const IDLE_SECONDS: u32 = 600;
 const RECONNECT_SECONDS: i64 = 5;
-/// Takes the place of a umask that can't be read: it lets nobody but the owner in.
+/// Replaces a umask that can't be read: only the owner gets access.
 pub(super) const STRICT_UMASK: u32 = 0o077;
 
-/// Fills in defaults: `settings` are as they count then. A second time changes nothing.
+/// Fills in defaults. Idempotent.
 pub(super) fn fill(settings: &mut Settings, notes: &mut Notes) {
     if settings.shell_command.is_empty() {
         notes.push((Level::Warn, format!("ShellCommand is empty, defaulting to {SHELL}")));
@@ -38,7 +38,7 @@ pub(super) fn fill(settings: &mut Settings, notes: &mut Notes) {
     }
 }
 
-/// Afterwards at most one of the two is above zero.
+/// Leaves at most one of the two limits above zero.
 fn fill_expiry(sessions: &mut Sessions, notes: &mut Notes) {
     if !sessions.stop_expired {
         (sessions.expire_after, sessions.expire_after_idle) = (0, 0);
@@ -63,11 +63,11 @@ fn reconnect_interval(seconds: i64, notes: &mut Notes) -> i64 {
         let text = format!("ReconnectIntervalSeconds is negative, defaulting to {RECONNECT_SECONDS}s");
         notes.push((Level::Warn, text));
     }
-    // Nobody waits longer than that, and sums with it can't overflow.
+    // Longer than anybody waits, and small enough that sums with it can't overflow.
     if seconds <= 0 { RECONNECT_SECONDS } else { seconds.min(u32::MAX.into()) }
 }
 
-/// A umask that can't be read isn't fatal: that would take the terminal away from whoever has to correct it.
+/// A umask that can't be read isn't fatal: otherwise nobody could correct it over the remote terminal.
 fn fill_umask(text: &mut String, notes: &mut Notes) {
     if text.is_empty() {
         return;
@@ -85,7 +85,7 @@ fn fill_umask(text: &mut String, notes: &mut Notes) {
     }
 }
 
-/// The bits of a umask, which is octal.
+/// Parses an octal umask.
 pub(super) fn umask(text: &str) -> Option<u32> {
     u32::from_str_radix(text, 8).ok()
 }

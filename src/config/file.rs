@@ -1,5 +1,5 @@
-//! What a configuration file may say, and how the two files are laid over each other.
-//! Field names are the JSON keys; what they mean is told at [`super::Config`].
+//! The keys of a configuration file, and how the two files are merged.
+//! Field names are the JSON keys; [`super::Config`] documents them.
 
 use std::fs;
 use std::io;
@@ -182,7 +182,8 @@ keys!(Counters {
     "MaxBytesRxPerMinute" => max_bytes_rx_per_minute,
 });
 
-/// Keys from the time when the agent found its server by itself. They must still have the right types.
+/// Keys from the time when the agent found its server without mender-auth. A value of the wrong type is still an
+/// error.
 #[derive(Debug, Default)]
 struct Deprecated {
     server_url: String,
@@ -219,7 +220,7 @@ struct HttpsClient {
 keys!(HttpsClient { "Certificate" => certificate, "Key" => key, "SSLEngine" => ssl_engine });
 
 impl Deprecated {
-    /// Those that say something, by the names that upstream's warnings have for them.
+    /// The keys that are set, as upstream's warnings name them.
     fn used(&self) -> Vec<&'static str> {
         let client = &self.https_client;
         let all = [
@@ -252,7 +253,7 @@ impl Object for Document<'_> {
     }
 }
 
-/// Reads both files, where they exist, into one: what `main` says wins over `fallback`.
+/// Reads both files, if they exist. Values in `main` win over `fallback`.
 pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Result<Settings, ConfigError> {
     let mut settings = Settings::default();
     let mut any = false;
@@ -277,7 +278,7 @@ pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Resu
     Ok(settings)
 }
 
-/// Lays as much of one file over `settings` as fits; `None` when there is no such file.
+/// Applies to `settings` whatever fits in one file; `None` if there is no such file.
 pub(super) fn read(file: &Path, settings: &mut Settings) -> Result<Option<Laid>, ConfigError> {
     let text = match fs::read(file) {
         Ok(text) => text,
@@ -287,14 +288,13 @@ pub(super) fn read(file: &Path, settings: &mut Settings) -> Result<Option<Laid>,
     Ok(Some(lay(&text, settings)?))
 }
 
-/// What was met in a file.
 pub(super) struct Laid {
     pub(crate) walk: Walk,
-    /// The deprecated keys that say something.
+    /// Deprecated keys that are set.
     pub(crate) deprecated: Vec<&'static str>,
 }
 
-/// Lays as much of the text of a file over `settings` as fits.
+/// Applies to `settings` whatever fits in `text`.
 pub(super) fn lay(text: &[u8], settings: &mut Settings) -> Result<Laid, JsonError> {
     let mut document = Document { settings, deprecated: Deprecated::default() };
     let walk = json::merge(text, &mut document)?;
@@ -302,7 +302,7 @@ pub(super) fn lay(text: &[u8], settings: &mut Settings) -> Result<Laid, JsonErro
 }
 
 impl Laid {
-    /// Notes what was ignored, unless something is wrong.
+    /// Notes what was ignored, unless there is an error.
     pub(super) fn finish(self, file: &Path, notes: &mut Notes) -> Result<(), ConfigError> {
         if let Some((_, error)) = self.walk.errors.into_iter().next() {
             return Err(error.into());

@@ -1,5 +1,5 @@
 //! Reads JSON the way Go's encoding/json fills a struct, because the files in the field were written for that.
-//! Text becomes an ordered tree, and the tree is laid over values that exist already.
+//! The parser makes an ordered tree of the text, which is then merged into existing values.
 //!
 //! - Keys match in any case. Unknown ones are ignored, and reported to the caller.
 //! - `null` leaves a value as it is, but empties an array.
@@ -13,62 +13,51 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 
-/// Why a text couldn't be laid over a value.
 #[derive(Debug, thiserror::Error)]
 pub enum JsonError {
-    /// The text isn't JSON.
     #[error("Error parsing mender configuration file: {0}")]
     Syntax(serde_json::Error),
-    /// The text is JSON, but a value has the wrong type or doesn't fit.
+    /// Valid JSON, but a value of the wrong type or out of range.
     #[error("Error parsing config file: {key}: expected {expected}, found {found}")]
     Type {
-        /// Where, in the file's own spelling: `Terminal.Width`, `Servers[0].ServerURL`.
+        /// In the file's own spelling: `Terminal.Width`, `Servers[0].ServerURL`.
         key: String,
-        /// What belongs there.
         expected: String,
-        /// What is there: numbers themselves, of anything else only the type.
+        /// A number itself; of other values the type.
         found: String,
     },
 }
 
-/// A JSON value. Objects keep the order of their keys, and duplicates.
+/// Objects keep the order of their keys, and duplicates.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Value {
-    /// `null`
     Null,
-    /// `true` or `false`
     Bool(bool),
     /// A number without fraction and exponent that fits 64 bits.
     Integer(i128),
-    /// Any other number.
     Real(f64),
-    /// A string.
     String(String),
-    /// An array.
     Array(Vec<Value>),
-    /// An object.
     Object(Vec<(String, Value)>),
 }
 
-/// Something that a JSON value can be laid over.
+/// A type that a JSON value can be applied to.
 pub(crate) trait Merge {
-    /// Lays `value` over `self`, and returns whether it took it: not if it doesn't fit, and not what its fields took.
+    /// Applies `value` to `self`. False if it doesn't fit; fields of an object answer for themselves.
     fn merge(&mut self, value: Value, walk: &mut Walk) -> bool;
 
-    /// Appends what it is now: `key` with its value, or, of an object, the keys below `key` with theirs.
+    /// Appends `key` with the current value or, for an object, the keys below `key` with theirs.
     fn list(&self, key: &str, values: &mut Vec<(String, serde_json::Value)>);
 }
 
-/// A struct that takes a JSON object.
 pub(crate) trait Object {
-    /// The field for a key, which is folded, and its name; `None` if there is no such field.
+    /// The field for a folded key, with its name.
     fn field(&mut self, key: &str) -> Option<(&'static str, &mut dyn Merge)>;
 
-    /// All fields with their names.
     fn fields(&self) -> Vec<(&'static str, &dyn Merge)>;
 }
 
-/// Makes a struct an [`Object`]: declares which key goes to which field.
+/// Implements [`Object`] for a struct: declares which key goes to which field.
 macro_rules! keys {
     ($object:ty { $($key:literal => $field:ident),* $(,)? }) => {
         impl $crate::config::json::Object for $object {
@@ -88,10 +77,7 @@ macro_rules! keys {
 
 pub(super) use keys;
 
-/// Lays the JSON `text` over `target`, all of it that fits.
-///
-/// # Errors
-/// When it isn't JSON. What doesn't fit is told in [`Walk::errors`].
+/// Applies the JSON `text` to `target` as far as it fits; [`Walk::errors`] has the rest. Fails if it isn't JSON.
 pub(crate) fn merge(text: &[u8], target: &mut dyn Merge) -> Result<Walk, JsonError> {
     let value = parse(text).map_err(JsonError::Syntax)?;
     let mut walk = Walk::default();
@@ -108,7 +94,7 @@ fn parse(text: &[u8]) -> Result<Value, serde_json::Error> {
     serde_json::from_str(&clean)
 }
 
-/// Go's folding for keys: ASCII, and the two letters beyond it that fold into it.
+/// Folds a key as Go does: ASCII, and the two other letters that fold into ASCII.
 fn fold(key: &str) -> String {
     let letter = |c: char| match c {
         '\u{17f}' => 's',
@@ -118,18 +104,18 @@ fn fold(key: &str) -> String {
     key.chars().map(letter).collect()
 }
 
-/// Where in the document a merge is, and what it met.
+/// The position of a merge in the document, and what it met.
 #[derive(Debug, Default)]
 pub(crate) struct Walk {
-    /// In the document's own spelling, elements of arrays with their index.
+    /// In the document's own spelling, array elements with their index.
     path: String,
-    /// In ours, arrays as a whole.
+    /// In our spelling, without indices.
     key: String,
-    /// The paths there is no field for, each once.
+    /// Paths without a field, each once.
     pub(crate) unknown: Vec<String>,
-    /// The keys whose value was taken, as often as it was.
+    /// Keys whose value was taken, as often as that happened.
     pub(crate) given: Vec<String>,
-    /// The keys whose value doesn't fit, and why.
+    /// Keys whose value doesn't fit.
     pub(crate) errors: Vec<(String, JsonError)>,
 }
 
@@ -141,7 +127,7 @@ fn push(path: &mut String, name: &str) {
 }
 
 impl Walk {
-    /// Notes that there should be something else; `false`, for [`Merge::merge`] to return.
+    /// Notes a value of the wrong type. Returns `false`, for [`Merge::merge`] to return.
     fn mismatch(&mut self, expected: impl Into<String>, found: &Value) -> bool {
         let found = match found {
             Value::Null => "null".to_owned(),
@@ -288,7 +274,7 @@ impl<T: Merge + Default> Merge for Vec<T> {
     }
 }
 
-/// For an array whose absence isn't the same as being empty.
+/// For an array that may be absent, which isn't the same as empty.
 impl<T: Merge + Default> Merge for Option<Vec<T>> {
     fn merge(&mut self, value: Value, walk: &mut Walk) -> bool {
         let null = value == Value::Null;

@@ -28,173 +28,152 @@ mod survey;
 mod url;
 mod validate;
 
-/// The settings of the daemon, checked.
+/// The daemon's settings, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// What a terminal runs.
     pub shell: Shell,
-    /// The remote terminal (`Terminal`).
     pub terminal: Terminal,
-    /// Terminal sessions (`Sessions`).
     pub sessions: Sessions,
-    /// Whether files may be transferred (not `FileTransfer.Disable`).
+    /// Not `FileTransfer.Disable`.
     pub file_transfer: bool,
-    /// Whether ports may be forwarded (not `PortForward.Disable`).
+    /// Not `PortForward.Disable`.
     pub port_forward: bool,
-    /// Which targets ports may be forwarded to; `None`: any (`PortForward.Allow`).
+    /// `PortForward.Allow`; `None`: any target.
     pub forward_targets: Option<Vec<Allowed>>,
-    /// Whether the server may talk to the Mender client (not `MenderClient.Disable`).
+    /// Not `MenderClient.Disable`.
     pub mender_client: bool,
-    /// Limits of file transfer (`Limits.FileTransfer`); `None` unless `Limits.Enabled`.
+    /// `Limits.FileTransfer`; `None` unless `Limits.Enabled`.
     pub limits: Option<FileLimits>,
-    /// Where token and server URL come from (`Auth`).
     pub auth: Auth,
     /// The base of the back-off between connection attempts, above zero (`ReconnectIntervalSeconds`).
     pub reconnect_interval: Duration,
 }
 
-/// Where token and server URL come from.
+/// The source of token and server URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Auth {
-    /// From mender-auth on the system bus (`Auth.Source`: `dbus`).
+    /// mender-auth on the system bus (`Auth.Source`: `dbus`).
     Dbus,
-    /// From a file (`Auth.Source`: `file`).
+    /// `Auth.Source`: `file`.
     File {
-        /// Absolute path of the file that has the token (`Auth.TokenFile`).
+        /// Absolute path (`Auth.TokenFile`).
         token: PathBuf,
-        /// The server's URL (`Auth.ServerURL`).
+        /// `Auth.ServerURL`.
         server_url: String,
     },
 }
 
-/// What a terminal runs, and as whom.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shell {
     /// Absolute path of an executable that /etc/shells lists (`ShellCommand`).
     pub command: PathBuf,
-    /// Its arguments, without the zeroth (`ShellArguments`).
+    /// Without the program's name (`ShellArguments`).
     pub arguments: Vec<String>,
-    /// Whom it runs as (`User`).
+    /// The user that it runs as (`User`).
     pub user: User,
-    /// Whether nothing in it can become more than the user is: sudo and the like don't work
-    /// (`Terminal.NoNewPrivileges`).
+    /// Set-uid programs such as sudo don't work in the terminal (`Terminal.NoNewPrivileges`).
     pub no_new_privileges: bool,
 }
 
-/// The remote terminal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Terminal {
-    /// Whether there is one (not `Terminal.Disable`).
+    /// Not `Terminal.Disable`.
     pub enabled: bool,
-    /// Columns of a terminal whose client names no size, above zero (`Terminal.Width`).
+    /// Columns if the client names no size, above zero (`Terminal.Width`).
     pub width: u16,
-    /// Rows of a terminal whose client names no size, above zero (`Terminal.Height`).
+    /// Rows if the client names no size, above zero (`Terminal.Height`).
     pub height: u16,
 }
 
-/// Terminal sessions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sessions {
-    /// When a session is ended (`Sessions.StopExpired`, `.ExpireAfter`, `.ExpireAfterIdle`).
+    /// `Sessions.StopExpired`, `.ExpireAfter`, `.ExpireAfterIdle`.
     pub expiry: Expiry,
-    /// How many sessions a user may have at a time, above zero (`Sessions.MaxPerUser`).
+    /// Sessions per user at a time, above zero (`Sessions.MaxPerUser`).
     pub max_per_user: u32,
-    /// Whether output is activity, too (`Sessions.IdleIncludesOutput`).
+    /// Output counts as activity, too (`Sessions.IdleIncludesOutput`).
     pub idle_includes_output: bool,
 }
 
 /// When a session is ended. Durations are above zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expiry {
-    /// Only by its user.
     Never,
-    /// This long after its last activity.
+    /// Since the last activity.
     Idle(Duration),
-    /// This long after its start.
+    /// Since the session's start.
     Age(Duration),
 }
 
 /// Limits of file transfer. "Put" is towards the device, "get" from it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileLimits {
-    /// The directory that transfers are confined to, as written: it may hold links (`Chroot`).
+    /// Directory that transfers are confined to, as written: it may contain links (`Chroot`).
     pub chroot: Option<PathBuf>,
-    /// Whether paths may lead through symbolic links (`FollowSymLinks`).
+    /// Paths may lead through symbolic links (`FollowSymLinks`).
     pub(crate) follow_symlinks: bool,
-    /// Whether a put may replace a file (`AllowOverwrite`).
+    /// A put may replace a file (`AllowOverwrite`).
     pub(crate) allow_overwrite: bool,
-    /// Name of the user who owns what is put (`OwnerPut`).
+    /// User name of a put file's owner (`OwnerPut`).
     pub owner_put: Option<String>,
-    /// Name of the group that owns what is put (`GroupPut`).
+    /// Group name of a put file (`GroupPut`).
     pub group_put: Option<String>,
-    /// Names of the users whose files may be got; empty: anybody's (`OwnerGet`).
+    /// User names whose files may be got; empty: any (`OwnerGet`).
     pub(crate) owner_get: Vec<String>,
-    /// Names of the groups whose files may be got; empty: any (`GroupGet`).
+    /// Group names whose files may be got; empty: any (`GroupGet`).
     pub(crate) group_get: Vec<String>,
-    /// If set, a put file's permissions are 0o777 without these bits, whatever came with it; at most 0o777
+    /// If set, a put file's permissions are 0o777 without these bits, whatever the client asked for; at most 0o777
     /// (`Umask`, octal).
     pub umask: Option<u32>,
-    /// Most bytes that a file may have (`MaxFileSize`).
+    /// In bytes (`MaxFileSize`).
     pub(crate) max_file_size: Option<NonZeroU64>,
-    /// Most bytes sent per minute, over all sessions (`Counters.MaxBytesTxPerMinute`).
+    /// Over all sessions (`Counters.MaxBytesTxPerMinute`).
     pub(crate) max_tx_bytes_per_minute: Option<NonZeroU64>,
-    /// Most bytes received per minute, over all sessions (`Counters.MaxBytesRxPerMinute`).
+    /// Over all sessions (`Counters.MaxBytesRxPerMinute`).
     pub(crate) max_rx_bytes_per_minute: Option<NonZeroU64>,
-    /// Whether a put file may be set-uid or set-gid (`AllowSuid`).
+    /// A put file may be set-uid or set-gid (`AllowSuid`).
     pub(crate) allow_suid: bool,
-    /// Whether only regular files may be got (`RegularFilesOnly`).
+    /// Only regular files may be got (`RegularFilesOnly`).
     pub(crate) regular_files_only: bool,
-    /// Whether a put file gets the mode that came with it, or that of `umask` (`PreserveMode`).
+    /// A put file gets the mode that the client sent, or `umask`'s (`PreserveMode`).
     pub(crate) preserve_mode: bool,
-    /// Whether a put file gets the owner and group that came with it (`PreserveOwner`).
+    /// A put file gets the owner and group that the client sent (`PreserveOwner`).
     pub(crate) preserve_owner: bool,
 }
 
-/// Why there is no configuration. The texts are complete: there is no source to print after them.
+/// The texts are complete: no source is to be printed after them.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A file exists but can't be read: a configuration file, or /etc/shells.
     #[error("open {}: {error}", file.display())]
-    Open {
-        /// The file.
-        file: PathBuf,
-        /// Why.
-        error: io::Error,
-    },
+    Open { file: PathBuf, error: io::Error },
     /// A configuration file isn't JSON, or has a value of the wrong type.
     #[error(transparent)]
     Json(#[from] JsonError),
-    /// `ShellCommand` doesn't start with a slash.
     #[error("given shell ({0}) is not an absolute path")]
     ShellNotAbsolute(String),
     /// `ShellCommand` doesn't exist, or nobody may execute it.
     #[error("given shell ({0}) is not executable")]
     ShellNotExecutable(String),
-    /// `User` is missing or empty.
     #[error("please provide a user to run the shell as")]
     NoUser,
-    /// `PortForward.Allow` has an entry that means nothing.
     #[error(transparent)]
     Allow(#[from] AllowError),
-    /// `Auth.Source` is neither of the two.
     #[error("Auth.Source {0:?} is not known, only \"dbus\" and \"file\" are")]
     AuthSource(String),
-    /// With `Auth.Source` `file`, another key is missing.
+    /// A key that is required with `Auth.Source` `file`.
     #[error("Auth.{0} is needed where Auth.Source is \"file\"")]
     AuthMissing(&'static str),
-    /// `Auth.TokenFile` doesn't start with a slash.
     #[error("Auth.TokenFile ({0}) is not an absolute path")]
     TokenFileNotAbsolute(String),
-    /// `User` can't be found.
     #[error(transparent)]
     User(#[from] UserError),
-    /// `ShellCommand` is no line of /etc/shells.
     #[error("ShellCommand {0} is not present in /etc/shells")]
     ShellNotListed(String),
 }
 
 impl ConfigError {
-    /// The key that it is about; empty when it is about a whole file.
+    /// The key at fault; empty if a whole file is.
     fn key(&self) -> String {
         let key = match self {
             ConfigError::Json(_) => "",
@@ -234,7 +213,7 @@ fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> 
     complete(settings, notes, |command, user, notes| validate::device(command, user, shells, notes))
 }
 
-/// Fills in defaults and checks; `device` is for what only the device can tell.
+/// Fills in defaults and checks; `device` checks what depends on the device.
 fn complete(
     mut settings: Settings,
     notes: &mut Notes,
@@ -312,7 +291,7 @@ fn limits(raw: file::FileTransferLimits) -> FileLimits {
     }
 }
 
-/// As [`load`], of files with these texts, on a device that has every shell and whose every user is `user`. For the
+/// As [`load`], from texts instead of files, on a device where every shell exists and every user is `user`. For the
 /// fuzz target.
 #[cfg(fuzzing)]
 pub fn of_texts(main: &[u8], fallback: &[u8], user: &User) -> Result<Config, ConfigError> {

@@ -1,4 +1,4 @@
-//! All that can be said of the configuration files: what is wrong, ignored or replaced, and what counts in the end.
+//! Everything there is to report about the configuration files: errors, ignored keys, defaults, effective values.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -16,56 +16,47 @@ mod suggest;
 
 pub(crate) use advice::knows_no_login;
 
-/// Where a value comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Origin {
-    /// Neither file, or what it says can't be used.
+    /// Neither file has the key, or its value can't be used.
     Default,
-    /// The fallback configuration file.
     Fallback,
-    /// The configuration file.
     Main,
 }
 
-/// What became of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
-    /// There is none.
     Absent,
-    /// It was read, whatever is wrong with single values.
+    /// Read, though single values may be wrong.
     Read,
-    /// Nothing in it can be read.
+    /// Unreadable as a whole.
     Broken,
 }
 
-/// Something worth saying.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Finding {
-    /// Error: the daemon doesn't start. Warn: hardly what was meant. Info: good to know.
+    /// Error: the daemon doesn't start. Warn: probably not what was meant. Info: good to know.
     pub(crate) level: Level,
-    /// Whose.
+    /// The file it is about.
     pub(crate) file: PathBuf,
-    /// Its path in the file; empty when it is about the whole file.
+    /// Path in the file; empty if it is about the whole file.
     pub(crate) key: String,
-    /// What.
     pub(crate) text: String,
 }
 
-/// The configuration as it is and as it counts.
+/// The configuration as written and as it takes effect.
 #[derive(Debug)]
 pub(crate) struct Survey {
-    /// The configuration file.
     pub(crate) main: State,
-    /// The fallback configuration file.
     pub(crate) fallback: State,
     /// The most important first.
     pub(crate) findings: Vec<Finding>,
-    /// Every key, the value that counts, and where that comes from.
+    /// Every key, its effective value, and the origin of that.
     pub(crate) values: Vec<(String, Value, Origin)>,
 }
 
-/// Looks at both files as [`super::load`] does, but to the end. The daemon wouldn't start if there is an error
-/// among the findings.
+/// Reads both files as [`super::load`] does, but doesn't stop at errors. The daemon wouldn't start if any finding is
+/// an error.
 pub(crate) fn survey(main: &Path, fallback: &Path) -> Survey {
     survey_with(main, fallback, Path::new(SHELLS))
 }
@@ -86,7 +77,7 @@ fn survey_with(main: &Path, fallback: &Path, shells: &Path) -> Survey {
     let broken = fallback.state == State::Broken || main.state == State::Broken;
     for error in validate::all(&settings, shells) {
         let key = error.key();
-        // What may only follow from another error, or may be said in a file that can't be read, isn't told.
+        // Findings that may only follow from another error, or that an unreadable file may settle, are left out.
         let known = !fallback.misfits(&key) && !main.misfits(&key);
         if known && (!broken || findings.origin(&key) != Origin::Default) {
             findings.push(Level::Error, &key, &error.to_string());
@@ -105,7 +96,7 @@ fn survey_with(main: &Path, fallback: &Path, shells: &Path) -> Survey {
     });
     let values = values.collect();
 
-    // Whatever else the daemon may object to.
+    // Errors that only the daemon's own checks find.
     if !findings.list.iter().any(|finding| finding.level == Level::Error) {
         let device =
             |command: &str, user: &str, notes: &mut Notes| validate::device(command, user, shells, notes);
@@ -127,7 +118,6 @@ fn values(settings: &Settings) -> Vec<(String, Value)> {
     values
 }
 
-/// One file.
 struct Source<'a> {
     path: &'a Path,
     state: State,
@@ -162,7 +152,7 @@ impl<'a> Source<'a> {
         self.findings.push(Finding { level, file: self.path.to_owned(), key: key.to_owned(), text });
     }
 
-    /// Whether somebody could make the daemon do what they want.
+    /// Warns if others can write the configuration file, and so control the daemon.
     fn note_access(&mut self) {
         let Ok(metadata) = fs::metadata(self.path) else { return };
         if !metadata.is_file() {
@@ -182,7 +172,7 @@ impl<'a> Source<'a> {
     fn note_walk(&mut self, walk: &Walk, known: &[(String, Value)]) {
         for (known, error) in &walk.errors {
             let JsonError::Type { key, expected, found } = error else { continue };
-            // It isn't even an object.
+            // The document is no object.
             let whole = known.is_empty();
             if whole {
                 self.state = State::Broken;
@@ -198,7 +188,7 @@ impl<'a> Source<'a> {
                 Some(other) => format!("unknown and ignored; is {other} meant?"),
                 None => "unknown and ignored".to_owned(),
             };
-            // Somebody else's spelling may be anything.
+            // Unknown keys are untrusted text: escape them.
             self.push(Level::Warn, &key.escape_debug().to_string(), text);
         }
         for (index, key) in walk.given.iter().enumerate() {
@@ -223,7 +213,6 @@ impl<'a> Source<'a> {
     }
 }
 
-/// What was found, and where values come from.
 struct Findings<'a> {
     fallback: &'a Source<'a>,
     main: &'a Source<'a>,
@@ -231,7 +220,7 @@ struct Findings<'a> {
 }
 
 impl Findings<'_> {
-    /// The last file that says something of `key`.
+    /// The last file that sets `key`.
     fn origin(&self, key: &str) -> Origin {
         match (self.main.gives(key), self.fallback.gives(key)) {
             (true, _) => Origin::Main,
@@ -240,7 +229,7 @@ impl Findings<'_> {
         }
     }
 
-    /// Of a key of ours, and the file that says it or, if none does, that should.
+    /// Adds a finding about `key`, in the file that sets it or, if none does, the one that should.
     fn push(&mut self, level: Level, key: &str, text: &str) {
         let file = if self.origin(key) == Origin::Fallback { self.fallback.path } else { self.main.path };
         let text = text.strip_prefix(key).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(text);

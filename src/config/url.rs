@@ -1,6 +1,6 @@
 //! URLs as they may be shown.
 
-/// Without user and password, whatever the text is.
+/// Removes user and password; `url` may be any text.
 pub(crate) fn without_password(url: &str) -> String {
     let start = url.find("://").map_or(0, |at| at + 3);
     let end = url[start..].find('/').map_or(url.len(), |at| start + at);

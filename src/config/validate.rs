@@ -1,4 +1,4 @@
-//! What the daemon doesn't start with.
+//! Checks that keep the daemon from starting.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -10,7 +10,7 @@ use super::file::{Auth, Settings};
 use super::{Allowed, ConfigError, Notes, defaults};
 use crate::sys::users::{self, User};
 
-/// All that is wrong, for people; the daemon stops at the first.
+/// All errors, for `check`; the daemon stops at the first.
 pub(super) fn all(settings: &Settings, shells: &Path) -> Vec<ConfigError> {
     let entries = settings.port_forward.allow.iter().flatten();
     let mut errors: Vec<ConfigError> =
@@ -22,7 +22,6 @@ pub(super) fn all(settings: &Settings, shells: &Path) -> Vec<ConfigError> {
     errors
 }
 
-/// What is wrong with where the token comes from.
 pub(super) fn auth(raw: &Auth) -> Vec<ConfigError> {
     match raw.source.as_str() {
         defaults::AUTH_SOURCE => return Vec::new(),
@@ -38,7 +37,7 @@ pub(super) fn auth(raw: &Auth) -> Vec<ConfigError> {
     errors
 }
 
-/// What only the device can tell: the first of what is wrong, in upstream's order.
+/// Checks what depends on the device. Returns the first error, in upstream's order.
 pub(super) fn device(
     command: &str,
     name: &str,
@@ -70,7 +69,7 @@ fn user(name: &str) -> Result<User, ConfigError> {
     if name.is_empty() { Err(ConfigError::NoUser) } else { Ok(users::lookup(name)?) }
 }
 
-/// Whether `shells` has the line `command`. Small images have no /etc/shells: then only /bin/sh counts as listed.
+/// Checks that `shells` has the line `command`. Small images have no /etc/shells: then only /bin/sh counts as listed.
 fn listed(command: &str, shells: &Path) -> Result<(), ConfigError> {
     match fs::read(shells) {
         Ok(text) if String::from_utf8_lossy(&text).lines().any(|line| line == command) => Ok(()),

@@ -6,68 +6,54 @@ use serde::Deserialize;
 use super::msgpack::MapWriter;
 use super::{CONTROL, Frame, SessionId};
 
-/// Opens a session; [`Open`].
+/// Opens a session. Body: [`Open`].
 pub const OPEN: &str = "open";
-/// The answer; [`Accept`].
+/// The answer to `open`. Body: [`Accept`].
 pub const ACCEPT: &str = "accept";
-/// Are you there?
 pub(crate) const PING: &str = "ping";
-/// Yes.
 pub(crate) const PONG: &str = "pong";
-/// The session is over.
 pub(crate) const CLOSE: &str = "close";
-/// Something is wrong; [`Error`].
+/// Body: [`Error`].
 pub(crate) const ERROR: &str = "error";
 
-/// The version of session control spoken here.
+/// The version of session control that this program speaks.
 pub const VERSION: i64 = 1;
 
-/// Bodies are flat; what is deeper is somebody's attempt on the stack.
+/// Bodies are flat; deeper nesting is an attempt to exhaust the stack.
 const MAX_DEPTH: usize = 16;
 
-/// The body of `open`.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 pub struct Open {
-    /// Versions the peer speaks.
     #[serde(default)]
     pub(crate) versions: Option<Vec<i64>>,
 }
 
-/// The body of `accept`.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 pub struct Accept {
-    /// The version that will be spoken.
     #[serde(default)]
     pub version: i64,
-    /// The protocols that are there for the session.
+    /// Protocols available in the session.
     #[serde(default)]
     pub protocols: Option<Vec<u16>>,
 }
 
-/// The body of `error`. Every field may be missing in what comes in; `err` and `close` go out always.
+/// Incoming errors may lack any field; outgoing ones always have `err` and `close`.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Error {
-    /// What is wrong.
     #[serde(default)]
     pub err: Option<String>,
-    /// Whether that ends the session.
+    /// Whether the error ends the session.
     #[serde(default)]
     pub close: Option<bool>,
-    /// The protocol of the message at fault.
+    /// Of the message at fault, as are `typ` and `id`.
     #[serde(default, rename = "msgproto")]
     pub proto: Option<u16>,
-    /// Its type.
     #[serde(default, rename = "msgtype")]
     pub typ: Option<String>,
-    /// Its id, if it had one.
     #[serde(default, rename = "msgid")]
     pub id: Option<String>,
 }
 
-/// Reads the body of a frame.
-///
-/// # Errors
-/// What is wrong with it, in words.
 pub fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, rmp_serde::decode::Error> {
     let mut deserializer = rmp_serde::Deserializer::from_read_ref(body);
     deserializer.set_max_depth(MAX_DEPTH);
@@ -78,7 +64,6 @@ fn frame(sid: &SessionId, typ: &str) -> Frame {
     Frame::new(CONTROL, typ, Some(sid))
 }
 
-/// The session is open for `protocols`.
 pub fn accept(sid: &SessionId, protocols: &[u16]) -> Frame {
     let list = |out: &mut Vec<u8>| {
         encode::write_array_len(out, u32::try_from(protocols.len()).unwrap_or(0))?;
@@ -92,22 +77,20 @@ pub fn accept(sid: &SessionId, protocols: &[u16]) -> Frame {
     frame(sid, ACCEPT).with_body(body)
 }
 
-/// Asks whether the peer is there.
 pub(crate) fn ping(sid: &SessionId) -> Frame {
     frame(sid, PING)
 }
 
-/// Answers a ping.
 pub(crate) fn pong(sid: &SessionId) -> Frame {
     frame(sid, PONG)
 }
 
-/// Something is wrong that no message of the peer's is to blame for. With `close` the session is over.
+/// Reports an error that no message of the client's caused. With `close` the session is over.
 pub(crate) fn error(sid: &SessionId, text: &str, close: bool) -> Frame {
     error_frame(sid, None, text, close)
 }
 
-/// `cause` could not be obeyed. With `close` the session is over.
+/// Refuses `cause`. With `close` the session is over.
 pub fn error_about(sid: &SessionId, cause: &Frame, text: &str, close: bool) -> Frame {
     error_frame(sid, Some(cause), text, close)
 }

@@ -13,48 +13,42 @@ use rmp::encode;
 use super::msgpack::{Cursor, DecodeError, MapWriter, Value};
 use super::{FILE_TRANSFER, Frame, Props, SessionId};
 
-/// Asks for a file's metadata; [`Request`].
+/// Asks for a file's metadata. Body: [`Request`].
 pub const STAT: &str = "stat";
-/// The metadata; [`FileInfo`].
+/// Body: [`FileInfo`].
 pub(crate) const FILE_INFO: &str = "file_info";
-/// Asks for a file's content; [`Request`].
+/// Asks for a file's content. Body: [`Request`].
 pub const GET_FILE: &str = "get_file";
-/// Announces a file's content; [`Request`].
+/// Announces a file's content. Body: [`Request`].
 pub const PUT_FILE: &str = "put_file";
-/// A part of a file's content, or its end.
+/// Part of a file's content; without a body, its end.
 pub(crate) const FILE_CHUNK: &str = "file_chunk";
-/// How much of a file has arrived.
+/// Says how much of a file has arrived.
 pub(crate) const ACK: &str = "ack";
-/// Something is wrong; ends a transfer.
+/// Ends a transfer.
 pub(crate) const ERROR: &str = "error";
 
-/// Bytes of a path with the zero behind it, as the kernel has them.
+/// PATH_MAX in bytes, with the terminating zero, as in the kernel.
 const PATH_MAX: usize = 4096;
 
 const OFFSET: &str = "offset";
 
-/// The body of `stat`, `get_file` and `put_file`. The latter alone has more than a path.
+/// The body of `stat`, `get_file` and `put_file`. Only `put_file` has more than a path.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// Which file.
     pub path: PathBuf,
     /// The name at the source, used when `path` is a directory.
     pub src_path: Option<PathBuf>,
-    /// Bytes.
+    /// In bytes.
     pub size: Option<u64>,
-    /// Owner.
     pub uid: Option<u32>,
-    /// Group.
     pub gid: Option<u32>,
-    /// Permissions, as a number that chmod(2) knows.
+    /// As in chmod(2).
     pub mode: Option<u32>,
 }
 
 impl Request {
-    /// Reads the body.
-    ///
-    /// # Errors
-    /// The text for the peer.
+    /// The error is the text for the client.
     pub fn decode(body: &[u8]) -> Result<Self, String> {
         let request = Self::parse(body).map_err(|e| format!("malformed request parameters: {e}"))?;
         if request.path.as_os_str().is_empty() {
@@ -105,24 +99,21 @@ fn number<T: TryFrom<i128>>(cursor: &mut Cursor<'_>, what: &'static str) -> Resu
     }
 }
 
-/// The body of `file_info`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct FileInfo {
-    /// The path as it was asked for.
+    /// As the client asked for it.
     pub(crate) path: String,
-    /// Bytes.
+    /// In bytes.
     pub(crate) size: i64,
-    /// Owner.
     pub(crate) uid: u32,
-    /// Group.
     pub(crate) gid: u32,
-    /// The kernel's `st_mode`. It goes out in Go's form.
+    /// The kernel's `st_mode`; sent in Go's form.
     pub(crate) mode: u32,
-    /// When the content was changed: seconds since 1970 and nanoseconds.
+    /// Time of last modification: seconds since 1970 and nanoseconds.
     pub(crate) modified: (i64, u32),
 }
 
-/// `st_mode` in the form of Go's `os.FileMode`, by which peers tell what is a regular file.
+/// Converts `st_mode` to Go's `os.FileMode`, by which clients recognise regular files.
 pub(crate) fn go_mode(mode: u32) -> u32 {
     const DIRECTORY: u32 = 1 << 31;
     const SYMLINK: u32 = 1 << 27;
@@ -168,7 +159,6 @@ fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<()
     Ok(())
 }
 
-/// Answers `stat`.
 pub(crate) fn file_info(sid: &SessionId, info: &FileInfo) -> Frame {
     let body = MapWriter::new()
         .str("path", Some(&info.path))
@@ -185,12 +175,12 @@ fn at(offset: u64) -> Props {
     Props::new().with_i64(OFFSET, i64::try_from(offset).unwrap_or(i64::MAX))
 }
 
-/// A part of a file from `offset`, still without its bytes; the end of the file if it stays so.
+/// The head of a chunk at `offset`; without a body it marks the end of the file.
 pub fn chunk(sid: &SessionId, offset: u64) -> Frame {
     Frame::new(FILE_TRANSFER, FILE_CHUNK, Some(sid)).with_props(at(offset))
 }
 
-/// So much has arrived. `user` is told back as the reference agent does, when there is one.
+/// Acknowledges all bytes before `offset`. Repeats `user`, as the reference agent does.
 pub fn ack(sid: &SessionId, offset: u64, user: Option<&str>) -> Frame {
     let props = match user {
         Some(user) => at(offset).with_str("user_id", user),
@@ -199,8 +189,8 @@ pub fn ack(sid: &SessionId, offset: u64, user: Option<&str>) -> Frame {
     Frame::new(FILE_TRANSFER, ACK, Some(sid)).with_props(props)
 }
 
-/// `cause` could not be obeyed. Its properties go back, as far as the server can read them: it closes the whole link
-/// for a message that it can't read. `code` is an HTTP status for those who asked the server.
+/// Refuses `cause`. Repeats its properties as far as the server can read them: the server closes the whole link for a
+/// message that it can't read. `code` is an HTTP status, for clients that asked the server over HTTP.
 pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> Frame {
     let mut body = MapWriter::new()
         .str("err", Some(text))
@@ -212,7 +202,7 @@ pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> F
     Frame::new(FILE_TRANSFER, ERROR, Some(sid)).with_props(cause.props.readable()).with_body(body.finish())
 }
 
-/// The offset of a chunk or an ack: `None` without one, an error if it is no number of bytes.
+/// The offset of a chunk or an ack: `None` if absent, an error if it isn't a number of bytes.
 pub fn offset(frame: &Frame) -> Option<Result<u64, ()>> {
     if !frame.props.has(OFFSET) {
         return None;

@@ -6,32 +6,27 @@ use std::sync::Arc;
 use super::msgpack::{Cursor, DecodeError, MapWriter, Value};
 use super::{Frame, MAX_TEXT, PORT_FORWARD, Props, SessionId, clipped};
 
-/// Connect to a target; the answer to that.
+/// Asks for a connection to a target, and answers that.
 pub const NEW: &str = "new";
-/// Data.
 pub(crate) const FORWARD: &str = "forward";
-/// One `FORWARD` has arrived.
+/// Acknowledges one `FORWARD`.
 pub const ACK: &str = "ack";
-/// The connection is over.
+/// Ends the connection.
 pub(crate) const STOP: &str = "stop";
-/// Something is wrong.
 pub(crate) const ERROR: &str = "error";
 
 const CONNECTION_ID: &str = "connection_id";
-/// Bytes of a host's name, as DNS has them.
+/// Longest host name in bytes, as in DNS.
 const MAX_HOST: usize = 255;
-/// For everything that a `new` may lack.
+/// Upstream's text, whichever field of `new` is missing.
 const INCOMPLETE: &str = "invalid port-forward message: missing connection_id, remote_port or protocol";
 
-/// The name of a connection, chosen by the client; never empty.
+/// Chosen by the client; never empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnectionId(Arc<str>);
 
 impl ConnectionId {
-    /// The connection that a frame is about.
-    ///
-    /// # Errors
-    /// The text for the peer when it names none.
+    /// The error, if `frame` has no id, is the text for the client.
     pub fn of(frame: &Frame) -> Result<Self, String> {
         match frame.props.str(CONNECTION_ID) {
             Some(id) if !id.is_empty() => Ok(ConnectionId(id.into())),
@@ -40,17 +35,13 @@ impl ConnectionId {
     }
 }
 
-/// What carries the data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
-    /// A stream.
     Tcp,
-    /// Datagrams.
     Udp,
 }
 
 impl Transport {
-    /// As it is written.
     pub fn name(self) -> &'static str {
         match self {
             Transport::Tcp => "tcp",
@@ -59,22 +50,16 @@ impl Transport {
     }
 }
 
-/// The body of `new`: where to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// A name or an address.
     pub host: String,
-    /// The port.
     pub port: u16,
-    /// How.
     pub transport: Transport,
 }
 
 impl Target {
-    /// Reads the body.
-    ///
-    /// # Errors
-    /// The text for the peer.
+    /// The error is the text for the client.
     pub fn decode(body: &[u8]) -> Result<Self, String> {
         let (host, port, protocol) = Self::parse(body).map_err(|e| e.to_string())?;
         if host.len() > MAX_HOST {
@@ -120,12 +105,12 @@ fn text(cursor: &mut Cursor<'_>, what: &'static str) -> Result<String, DecodeErr
     }
 }
 
-/// A frame about a connection, still without data.
+/// A frame about a connection, without data.
 pub fn about(sid: &SessionId, typ: &str, connection: &ConnectionId) -> Frame {
     Frame::new(PORT_FORWARD, typ, Some(sid)).with_props(Props::new().with_str(CONNECTION_ID, &connection.0))
 }
 
-/// A message of type `typ` could not be obeyed.
+/// Reports that a message of type `typ` failed.
 pub(crate) fn error(sid: &SessionId, typ: &str, text: &str) -> Frame {
     let body =
         MapWriter::new().str("err", Some(text)).str("msgtype", Some(typ).filter(|t| !t.is_empty())).finish();

@@ -1,6 +1,6 @@
 //! The envelope: [`Frame`], its properties, and the codec.
 //!
-//! Where the exact form of what is sent matters to a peer:
+//! Where the exact encoding matters to a client or server:
 //! - `body` is bin, never an array, and left out when empty: the released server takes an empty bin for data.
 //! - `proto` is a 16-bit integer: JavaScript clients get a 64-bit one as a BigInt and compare with `===`.
 //! - `offset` and `status` are 64-bit integers whatever their value: Go clients assert the type `int64`.
@@ -15,24 +15,23 @@ use super::MAX_ID;
 pub(crate) use super::msgpack::DecodeError;
 use super::msgpack::{Cursor, Value};
 
-/// What a header may take in all, in bytes: as much as the reference agent takes of a message. Answers repeat parts of
-/// it, and so do log lines.
+/// Limit of a header in bytes: as much as the reference agent accepts for a message. Answers and log lines repeat
+/// parts of it.
 const MAX_HEADER: usize = 8 * 1024;
 
-/// Bytes of properties that an answer repeats, and one more property.
+/// Bytes of properties that an answer repeats, not counting the last property.
 const MAX_READABLE: usize = 512;
 
-/// The name of a session, chosen by the server; never empty.
+/// A session's name, chosen by the server; never empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SessionId(Arc<str>);
 
 impl SessionId {
-    /// `None` for the empty name, which means that there is no session.
+    /// `None` if `id` is empty, which means that the frame belongs to no session.
     pub fn new(id: &str) -> Option<Self> {
         (!id.is_empty()).then(|| SessionId(id.into()))
     }
 
-    /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -40,17 +39,16 @@ impl SessionId {
 
 impl fmt::Display for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // It comes from the peer and goes into logs.
+        // The server chooses it, and it goes into logs.
         fmt::Display::fmt(&self.0.escape_debug(), f)
     }
 }
 
-/// Whom the server says a message is from; the empty one when it says nothing.
+/// The user whom the server names as a message's sender; empty if it names none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct UserId(Arc<str>);
 
 impl UserId {
-    /// The name, possibly empty.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
@@ -68,20 +66,18 @@ impl fmt::Display for UserId {
     }
 }
 
-/// The properties of a frame: a msgpack map, kept as it came so that it can be sent back unchanged.
+/// A frame's properties: a msgpack map, kept in its encoded form so that it can be sent back unchanged.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Props {
-    /// The map with its header; empty when there is none.
+    /// The map with its header; empty if there is no map.
     raw: Bytes,
 }
 
 impl Props {
-    /// No properties.
     pub fn new() -> Self {
         Props::default()
     }
 
-    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.raw.is_empty()
     }
@@ -98,7 +94,6 @@ impl Props {
         self.with(key, |out| encode::write_i64(out, value))
     }
 
-    /// Adds a string.
     #[must_use]
     pub fn with_str(self, key: &str, value: &str) -> Self {
         self.with(key, |out| encode::write_str(out, value))
@@ -119,7 +114,7 @@ impl Props {
         Props { raw: raw.into() }
     }
 
-    /// What every peer can read of it: scalars under names, neither long ones nor many.
+    /// The part that every client can read: scalars with names, limited in length and number.
     #[must_use]
     pub(crate) fn readable(&self) -> Self {
         let mut cursor = Cursor::new(&self.raw);
@@ -153,7 +148,7 @@ impl Props {
         Props { raw: raw.into() }
     }
 
-    /// The last value under `key`, as Go's maps have it; nil is the same as absent.
+    /// The last value under `key`, as in Go's maps. nil counts as absent.
     fn get(&self, key: &str) -> Option<Value<'_>> {
         let mut cursor = Cursor::new(&self.raw);
         let mut found = None;
@@ -167,7 +162,6 @@ impl Props {
         found
     }
 
-    /// Whether there is a value under `key`.
     pub fn has(&self, key: &str) -> bool {
         self.get(key).is_some()
     }
@@ -181,7 +175,6 @@ impl Props {
         }
     }
 
-    /// A string.
     pub fn str(&self, key: &str) -> Option<&str> {
         match self.get(key)? {
             Value::Blob(bytes) => std::str::from_utf8(bytes).ok(),
@@ -190,45 +183,40 @@ impl Props {
     }
 }
 
-/// One message of the protocol.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
-    /// Which protocol: [`super::SHELL`] and its siblings.
+    /// [`super::SHELL`] or one of its siblings.
     pub proto: u16,
-    /// What it says within its protocol.
+    /// The message type within its protocol.
     pub typ: String,
-    /// Whose it is. Commands to the device as a whole have none.
+    /// `None` for commands to the device as a whole.
     pub sid: Option<SessionId>,
-    /// Further words.
     pub props: Props,
-    /// The payload. Empty means absent.
+    /// Empty means absent.
     pub body: Bytes,
 }
 
 impl Frame {
-    /// A frame without properties or body.
     pub fn new(proto: u16, typ: &str, sid: Option<&SessionId>) -> Self {
         Frame { proto, typ: typ.to_owned(), sid: sid.cloned(), props: Props::new(), body: Bytes::new() }
     }
 
-    /// The same with other properties.
     #[must_use]
     pub fn with_props(self, props: Props) -> Self {
         Frame { props, ..self }
     }
 
-    /// The same with another body.
     #[must_use]
     pub fn with_body(self, body: impl Into<Bytes>) -> Self {
         Frame { body: body.into(), ..self }
     }
 
-    /// The user the server names.
+    /// From the property `user_id`, which the server sets.
     pub fn user(&self) -> UserId {
         self.props.str("user_id").unwrap_or_default().into()
     }
 
-    /// The identifier that is too long, if one is. Answers and log lines repeat identifiers.
+    /// Names the first identifier that is longer than [`MAX_ID`]. Answers and log lines repeat identifiers.
     pub(crate) fn too_long(&self) -> Option<&'static str> {
         let ids = ["user_id", "connection_id", "msgid"].map(|key| (key, self.props.str(key)));
         let sid = self.sid.as_ref().map(SessionId::as_str);
@@ -236,10 +224,8 @@ impl Frame {
         all.find(|(_, id)| id.is_some_and(|id| id.len() > MAX_ID)).map(|(what, _)| what)
     }
 
-    /// Reads a websocket message. A body that is most of it shares the message's memory. Bytes after the document don't count.
-    ///
-    /// # Errors
-    /// When it is no frame.
+    /// Decodes a websocket message. A body that makes up at least half of it shares the message's memory. Bytes after
+    /// the document are ignored.
     pub fn decode(message: &Bytes) -> Result<Self, DecodeError> {
         let mut cursor = Cursor::new(message);
         let mut header = None;
@@ -257,7 +243,7 @@ impl Frame {
                 _ => cursor.skip()?,
             }
         }
-        // A slice keeps the whole message in memory, while bounds on what waits count bodies.
+        // A slice keeps the whole message in memory, but the bounds on queued frames count only bodies.
         if body.len() < message.len() / 2 {
             body = Bytes::copy_from_slice(&body);
         }
@@ -265,14 +251,13 @@ impl Frame {
         Ok(Frame { proto, typ, sid, props, body })
     }
 
-    /// The websocket message for it.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         self.encode_behind(0, &mut out);
         out
     }
 
-    /// The websocket message for it, behind so many zeros.
+    /// Appends `front` zeros, room for the websocket header, and the encoded frame.
     pub(crate) fn encode_behind(&self, front: usize, out: &mut Vec<u8>) {
         out.reserve_exact(front + self.head_room() + self.body.len());
         out.resize(out.len() + front, 0);
@@ -280,14 +265,14 @@ impl Frame {
         out.extend_from_slice(&self.body);
     }
 
-    /// Bytes that suffice for a head.
+    /// Upper bound of a head in bytes.
     pub fn head_room(&self) -> usize {
         let sid = self.sid.as_ref().map_or(0, |sid| sid.as_str().len());
         49 + self.typ.len() + sid + self.props.raw.len()
     }
 
-    /// The websocket message up to a body of `length` bytes, which are to follow. The body that the frame has
-    /// doesn't count. A shorter body never has a longer head.
+    /// Encodes all but the body, whose `length` bytes the caller appends; the frame's own body is ignored. A shorter
+    /// body never has a longer head.
     pub fn encode_head(&self, length: usize, out: &mut Vec<u8>) {
         let sid = self.sid.as_ref().map_or("", SessionId::as_str);
         let fields =

@@ -6,8 +6,8 @@
 //! { "hdr": { "proto": u16, "typ": str?, "sid": str?, "props": { str: any }? }, "body": bin? }
 //! ```
 //!
-//! What comes in is taken in any form a peer may send: integers of any width, bodies as str or bin,
-//! nil for what is absent, keys nobody knows. What goes out has exactly the form the peers' decoders
+//! Decoding accepts any form that a client may send: integers of any width, bodies as str or bin,
+//! nil for absent values, unknown keys. Encoding produces exactly the form that the other decoders
 //! insist on; [`frame`] says where that matters.
 
 pub mod control;
@@ -20,24 +20,19 @@ pub mod shell;
 pub(crate) use frame::UserId;
 pub use frame::{Frame, Props, SessionId};
 
-/// Bytes that an identifier may have: a session's, a user's, a connection's, a message's, a message type.
+/// Longest identifier in bytes: a session's, a user's, a connection's, a message's, a message type.
 pub(crate) const MAX_ID: usize = 256;
 
 /// Characters of a client's text that answers and log lines repeat.
 pub(crate) const MAX_TEXT: usize = 256;
 
-/// The terminal.
 pub const SHELL: u16 = 1;
-/// File transfer.
 pub const FILE_TRANSFER: u16 = 2;
-/// Port forwarding.
 pub const PORT_FORWARD: u16 = 3;
-/// The Mender client's commands.
 pub const MENDER_CLIENT: u16 = 4;
-/// Session control.
 pub const CONTROL: u16 = 0xffff;
 
-/// At most so many characters of `text`.
+/// The first `limit` characters of `text`.
 pub(crate) fn clipped(text: &str, limit: usize) -> String {
     text.chars().take(limit).collect()
 }

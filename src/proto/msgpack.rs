@@ -1,63 +1,50 @@
-//! Reading msgpack by hand, and writing maps. For the envelope: any width, any order, nothing copied.
+//! A msgpack reader for the envelope, which accepts any width and order and copies nothing, and a writer for maps.
 //!
-//! No recursion, so that nesting can't exhaust a stack, and no allocation by a length somebody claims.
+//! No recursion, so that nesting can't exhaust a stack, and no allocation by a length that a message claims.
 
 use rmp::{Marker, encode};
 use thiserror::Error;
 
-/// Why a message isn't a frame.
 #[derive(Debug, Error, PartialEq)]
 pub enum DecodeError {
-    /// The message ends inside a value.
     #[error("the message is cut off")]
     Truncated,
-    /// A value has another type than the one needed.
     #[error("{what} is of the wrong type ({found:?})")]
-    Type {
-        /// Which value.
-        what: &'static str,
-        /// Its marker.
-        found: Marker,
-    },
-    /// The same, where the type found is of no interest.
+    Type { what: &'static str, found: Marker },
+    /// As `Type`, where the type found doesn't matter.
     #[error("{0} is of the wrong type")]
     Value(&'static str),
-    /// An integer doesn't fit.
     #[error("{0} is out of range")]
     Range(&'static str),
-    /// There is no header.
     #[error("the header is missing")]
     NoHeader,
 }
 
-/// A place in a message.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cursor<'a> {
     rest: &'a [u8],
 }
 
-/// A scalar as the peers use them; everything else is skipped over.
+/// A scalar; maps, arrays and extensions are skipped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Value<'a> {
-    /// nil.
     Nil,
-    /// Any integer, whatever its width.
+    /// An integer of any width.
     Int(i128),
     /// A float of either width.
     Float(f64),
     /// str or bin.
     Blob(&'a [u8]),
-    /// A map, an array, a boolean, an extension.
+    /// A map, an array, a boolean or an extension.
     Other(Marker),
 }
 
 impl<'a> Cursor<'a> {
-    /// At the start of `bytes`.
     pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Cursor { rest: bytes }
     }
 
-    /// What is still to be read.
+    /// The unread bytes.
     pub(crate) fn rest(&self) -> &'a [u8] {
         self.rest
     }
@@ -84,10 +71,7 @@ impl<'a> Cursor<'a> {
         Ok(bytes.iter().fold(0, |n, b| n << 8 | usize::from(*b)))
     }
 
-    /// The number of pairs of the map that comes next; nil counts as none.
-    ///
-    /// # Errors
-    /// When something else comes.
+    /// Reads a map's header and returns the number of pairs; `None` for nil.
     pub(crate) fn map(&mut self, what: &'static str) -> Result<Option<usize>, DecodeError> {
         match self.marker()? {
             Marker::Null => Ok(None),
@@ -98,10 +82,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The value that comes next; the insides of what is no scalar are skipped.
-    ///
-    /// # Errors
-    /// When the message ends before the value does.
+    /// Reads the next value, and skips the contents of maps and arrays.
     pub(crate) fn value(&mut self) -> Result<Value<'a>, DecodeError> {
         let start = *self;
         let marker = self.marker()?;
@@ -136,10 +117,7 @@ impl<'a> Cursor<'a> {
         Ok(Value::Blob(self.take(n)?))
     }
 
-    /// Passes over the value that comes next, however deep.
-    ///
-    /// # Errors
-    /// When the message ends before the value does.
+    /// Skips the next value, however deep.
     pub(crate) fn skip(&mut self) -> Result<(), DecodeError> {
         let mut values: u64 = 1;
         while values > 0 {
@@ -172,14 +150,14 @@ impl<'a> Cursor<'a> {
                 found @ Marker::Reserved => return Err(DecodeError::Type { what: "a value", found }),
             };
             self.take(bytes)?;
-            // Each value is a byte at least, so the count can't run away from a message that ends.
+            // Each value takes a byte at least, so a message's end bounds the loop whatever the count claims.
             values = values.saturating_add(inner);
         }
         Ok(())
     }
 }
 
-/// Writes a map with string keys, as the bodies of messages are. What is `None` is left out.
+/// Writes a map with string keys, as message bodies are. Leaves out `None`.
 #[derive(Debug, Default)]
 pub(crate) struct MapWriter {
     pairs: u32,
@@ -187,12 +165,11 @@ pub(crate) struct MapWriter {
 }
 
 impl MapWriter {
-    /// An empty map.
     pub(crate) fn new() -> Self {
         MapWriter::default()
     }
 
-    /// A pair whose value `write` writes. Writing to a Vec doesn't fail.
+    /// Adds a pair whose value `write` writes. Writing to a Vec doesn't fail.
     #[must_use]
     pub(crate) fn with<E>(mut self, key: &str, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Self {
         self.pairs += 1;
@@ -201,7 +178,6 @@ impl MapWriter {
         self
     }
 
-    /// A string.
     #[must_use]
     pub(crate) fn str(self, key: &str, value: Option<&str>) -> Self {
         match value {
@@ -210,7 +186,6 @@ impl MapWriter {
         }
     }
 
-    /// The map.
     pub(crate) fn finish(self) -> Vec<u8> {
         let mut map = Vec::with_capacity(5 + self.bytes.len());
         let _ = encode::write_map_len(&mut map, self.pairs);

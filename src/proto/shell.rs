@@ -4,56 +4,54 @@ use bytes::Bytes;
 
 use super::{Frame, Props, SHELL, SessionId};
 
-/// Start a shell; the answer to that.
+/// Starts a shell, and answers that.
 pub(crate) const NEW: &str = "new";
-/// Keystrokes; output.
+/// Keystrokes or output.
 pub(crate) const DATA: &str = "shell";
-/// The window has another size.
 pub(crate) const RESIZE: &str = "resize";
-/// End the shell; the shell has ended.
+/// Ends the shell, or reports that it has ended.
 pub(crate) const STOP: &str = "stop";
-/// Are you there? From the device.
+/// From the device: is the client there?
 pub(crate) const PING: &str = "ping";
-/// Yes. From the client.
+/// The client's answer to `ping`.
 pub(crate) const PONG: &str = "pong";
 
 const NORMAL: i64 = 1;
 const ERROR: i64 = 2;
 const CONTROL: i64 = 3;
 
-/// A 64-bit integer: mender-cli notices failures only in this form, and nobody else minds.
+/// As a 64-bit integer: mender-cli notices failures only in this form, and other clients read any.
 fn status(value: i64) -> Props {
     Props::new().with_i64("status", value)
 }
 
-/// The shell runs.
 pub(crate) fn started(sid: &SessionId) -> Frame {
     Frame::new(SHELL, NEW, Some(sid)).with_props(status(NORMAL)).with_body("Shell started")
 }
 
-/// What the shell wrote, still without it.
+/// The head of a frame of output, without the output.
 pub fn output(sid: &SessionId) -> Frame {
     Frame::new(SHELL, DATA, Some(sid)).with_props(status(NORMAL))
 }
 
-/// The shell was ended as asked.
+/// Confirms `stop`.
 pub(crate) fn stopped(sid: &SessionId) -> Frame {
     Frame::new(SHELL, STOP, Some(sid)).with_props(status(NORMAL))
 }
 
-/// A frame of type `typ` could not be obeyed, or, with [`STOP`], the shell has ended.
+/// Reports that a frame of type `typ` failed or, with [`STOP`], that the shell has ended.
 pub(crate) fn failure(sid: &SessionId, typ: &str, reason: impl Into<Bytes>) -> Frame {
     Frame::new(SHELL, typ, Some(sid)).with_props(status(ERROR)).with_body(reason)
 }
 
-/// Asks whether the client is there; it expects the next question within `timeout` seconds.
+/// Asks whether the client is there. `timeout` announces the next ping, in seconds.
 pub(crate) fn ping(sid: &SessionId, timeout: u16) -> Frame {
     // In the shortest form: mender-cli would count seconds strictly if it could read the number.
     Frame::new(SHELL, PING, Some(sid)).with_props(status(CONTROL).with_int("timeout", timeout.into()))
 }
 
-/// The window's size in `new` and `resize`, columns and rows, if both are given and positive.
-/// Values beyond 16 bits lose their upper bits, as in Go.
+/// Columns and rows in `new` and `resize`, if both are positive. Values beyond 16 bits lose their upper bits, as in
+/// Go.
 pub fn window_size(frame: &Frame) -> Option<(u16, u16)> {
     let dimension = |key| frame.props.int(key).filter(|n| *n > 0).map(|n| n as u16);
     Some((dimension("terminal_width")?, dimension("terminal_height")?))

@@ -1,4 +1,4 @@
-//! What is allowed but hardly meant: what has no effect, was replaced, or won't work on this device.
+//! Settings that are valid but hardly meant: without effect, replaced, or unusable on this device.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use super::{Findings, Origin};
 use crate::config::defaults;
 use crate::config::file::{FileTransferLimits, Settings};
 
-/// Looks at `settings`, whose values are `raw` as given and `filled` as they count.
+/// Looks at `settings`, where `raw` has the values as written and `filled` the effective ones.
 pub(super) fn give(
     settings: &Settings,
     raw: &[(String, Value)],
@@ -23,7 +23,7 @@ pub(super) fn give(
         if findings.origin(key) == Origin::Default {
             continue;
         }
-        // What upstream takes for "not set".
+        // Upstream takes these values for "not set".
         let empty = matches!(given, Value::Null) || *given == 0 || *given == "";
         let covers = |name: &&str| key == name || (name.ends_with('.') && key.starts_with(*name));
         match idle.iter().find(|rule| rule.holds && rule.keys.iter().any(covers)) {
@@ -52,7 +52,7 @@ pub(super) fn give(
     }
 }
 
-/// Keys, or with a dot at the end all below, that have no effect where something `holds`.
+/// Keys that have no effect if `holds`; a dot at the end stands for all keys below.
 struct Idle {
     holds: bool,
     keys: &'static [&'static str],
@@ -62,7 +62,7 @@ struct Idle {
 
 fn idle(settings: &Settings) -> [Idle; 11] {
     let rule = |holds, keys, why| Idle { holds, keys, why, level: Level::Info };
-    // Who wrote these believes in something that doesn't hold.
+    // These suggest a misunderstanding: warn.
     let trap = |holds, keys, why| Idle { holds, keys, why, level: Level::Warn };
     let Settings { terminal, sessions, limits, auth, .. } = settings;
     let files = &limits.file_transfer;
@@ -87,7 +87,7 @@ fn idle(settings: &Settings) -> [Idle; 11] {
         rule(settings.port_forward.disable, &["PortForward.Allow"], "PortForward.Disable is true"),
         rule(settings.file_transfer.disable, &["Limits."], "FileTransfer.Disable is true"),
         trap(!limits.enabled, &["Limits.FileTransfer."], "Limits.Enabled is false"),
-        // Of the mode only set-uid is left to preserve.
+        // Set-uid is then the only part of the mode left to preserve.
         rule(
             !files.umask.is_empty() && !files.allow_suid,
             &["Limits.FileTransfer.PreserveMode"],
@@ -106,13 +106,13 @@ fn idle(settings: &Settings) -> [Idle; 11] {
     ]
 }
 
-/// Whether the shell is dash and among its arguments is --login, with which it ends at once.
+/// dash ends at once if started with --login.
 pub(crate) fn knows_no_login(command: &Path, arguments: &[String]) -> bool {
     arguments.iter().any(|argument| argument == "--login")
         && fs::canonicalize(command).is_ok_and(|program| program.ends_with("dash"))
 }
 
-/// What file transfer will look for each time.
+/// Checks the users and groups that file transfer looks up each time.
 fn look_up(limits: &FileTransferLimits, findings: &mut Findings) {
     if !limits.chroot.is_empty() {
         let chroot = Path::new(&limits.chroot);
@@ -142,7 +142,7 @@ fn look_up(limits: &FileTransferLimits, findings: &mut Findings) {
 }
 
 fn unknown(key: &str, what: &str, name: &str, found: nix::Result<bool>, findings: &mut Findings) {
-    // A database that can't be asked now may be asked later.
+    // The user database may only be unavailable for now.
     if found == Ok(false) {
         findings.push(
             Level::Warn,

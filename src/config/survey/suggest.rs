@@ -1,6 +1,6 @@
-//! Which key was meant. Pure.
+//! "Did you mean …?" for unknown keys. Pure.
 
-/// The key of the same name elsewhere, if there is just one, or else the one that is nearest by slips of the pen.
+/// The key of the same name elsewhere, if there is just one; otherwise the most similar one.
 pub(super) fn suggest<'a>(unknown: &str, known: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
     // Objects are keys, too.
     let objects = known.clone().flat_map(|key| key.match_indices('.').map(|(at, _)| &key[..at]));
@@ -17,10 +17,10 @@ pub(super) fn suggest<'a>(unknown: &str, known: impl Iterator<Item = &'a str> + 
     near.filter(|(distance, _)| *distance <= most).min_by_key(|(distance, _)| *distance).map(|(_, key)| key)
 }
 
-/// How many letters have to be changed, added, dropped or exchanged with their neighbour.
+/// Edit distance: letters changed, added, dropped, or swapped with their neighbour.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
-    // A key may be long, but then it is like none of ours.
+    // Bounds the work for a very long key, which resembles none of ours anyway.
     if a.len().abs_diff(b.len()) > 2 {
         return usize::MAX;
     }
