@@ -1,7 +1,7 @@
 //! The authentication manager on the system bus (`io.mender.AuthenticationManager`).
 //!
-//! Runs in the supervisor's thread and never blocks it: calls are sent and their answers recognised later
-//! by serial number. Only connecting to the bus blocks, so that is done in a thread of its own.
+//! Runs in the supervisor's thread and never blocks it: it sends calls and recognises their answers later
+//! by serial number. Only connecting to the bus blocks, and so has a thread of its own.
 //!
 //! The manager may come, go and be replaced at any time, and so may the bus. Its signals are taken only
 //! from the owner of its name.
@@ -32,20 +32,19 @@ const BUS: &str = "org.freedesktop.DBus";
 const BUS_PATH: &str = "/org/freedesktop/DBus";
 const BUS_LOCAL: &str = "org.freedesktop.DBus.Local";
 
-/// An answer is expected within this time; a later one still counts.
+/// A later answer still counts.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// A manager that didn't answer is asked again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
-/// A fetch disturbs the manager's other users: not more often than this.
+/// At least this long between fetches, since each disturbs the manager's other users.
 const FETCH_INTERVAL: Duration = Duration::from_secs(60);
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
-/// The manager as seen from here.
 pub(crate) struct Manager {
     wake: Arc<Wake>,
     bus: Bus,
-    /// Whether the absence of a bus is fatal: until there was one, where it is required.
+    /// The absence of a bus ends the daemon: until the first connection, if the bus is required.
     fatal: bool,
     retry_delay: Duration,
     owner: Option<String>,
@@ -57,7 +56,7 @@ pub(crate) struct Manager {
 
 enum Bus {
     Connecting(Receiver<Result<Channel, dbus::Error>>),
-    /// `socket` is the channel's, to poll.
+    /// `socket` duplicates the channel's, to poll.
     Up {
         channel: Channel,
         socket: OwnedFd,
@@ -69,16 +68,13 @@ enum Bus {
 
 struct Question {
     serial: u32,
-    /// Until when nobody complains.
+    /// When the question counts as unanswered; `None` afterwards.
     patience: Option<Instant>,
 }
 
 impl Manager {
-    /// Begins to connect to the system bus (DBUS_SYSTEM_BUS_ADDRESS is honoured); `wake` is called when
-    /// that has been decided. Unless it's `required`, a bus that isn't there is waited for.
-    ///
-    /// # Errors
-    /// When no thread can be had and the bus is required.
+    /// Starts connecting to the system bus (DBUS_SYSTEM_BUS_ADDRESS is honoured) and calls `wake` with the result. If
+    /// the bus is `required`, its absence is an error, and so is that of a thread to connect in.
     pub(crate) fn connect(wake: Arc<Wake>, required: bool) -> Result<Self, SourceError> {
         let bus = match Bus::connect(&wake) {
             Err(e) if required => return Err(e.into()),
@@ -149,7 +145,7 @@ impl Source for Manager {
     fn ask(&mut self, now: Instant) {
         self.ask_again = None;
         let serial = self.call(MANAGER, PATH, INTERFACE, "GetJwtToken", &[]);
-        // Without a bus nobody answers, which is told when the patience ends: at once.
+        // Without a bus there is no answer to wait for: the question expires at once.
         let patience = Some(if serial.is_some() { now + ANSWER_LIMIT } else { now });
         self.question = Some(Question { serial: serial.unwrap_or(0), patience });
     }
@@ -194,7 +190,7 @@ impl Manager {
         }
     }
 
-    /// Sends a call; `None` when there is no bus to send it on.
+    /// `None` if there is no bus to send the call on.
     fn call(&self, to: &str, path: &str, interface: &str, method: &str, arguments: &[&str]) -> Option<u32> {
         let Bus::Up { channel, .. } = &self.bus else { return None };
         let mut message = Message::new_method_call(to, path, interface, method).ok()?;
@@ -260,7 +256,7 @@ impl Manager {
             Err(e) => {
                 self.unanswered(&describe(&e), now, events);
                 if self.owner.is_none() {
-                    // The bus will tell when there is a manager.
+                    // NameOwnerChanged will announce the manager.
                     self.ask_again = None;
                 }
             }

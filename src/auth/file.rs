@@ -1,4 +1,4 @@
-//! A token in a file that somebody else keeps up to date, watched with inotify.
+//! A token in a file that another program keeps up to date, watched with inotify.
 //!
 //! Runs in the supervisor's thread. Each directory on the way to the file, through all symbolic links, is watched for
 //! the one name in it that leads on; so whatever is replaced, there or further up, is noticed, as is what doesn't
@@ -23,57 +23,56 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use super::{AuthEvent, Credentials, Source};
 use crate::sys::reason;
 
-/// Larger files have no token that a server takes. As large as what is wiped when it is freed.
+/// In bytes: no server takes a larger token, and freed blocks up to this size are wiped.
 const LARGEST: usize = 16 * 1024;
-/// A token that is gone for so long was withdrawn, and isn't about to be replaced.
+/// A token that is missing for this long is withdrawn, not just being replaced.
 const SETTLING: Duration = Duration::from_secs(1);
-/// Whoever has written is expected to write on, or to close the file, within this time.
+/// A writer is expected to write more, or to close the file, within this time.
 const WRITING: Duration = Duration::from_secs(10);
-/// What can't be watched is looked at this often.
+/// Interval of looking at what inotify can't watch.
 const RETRY: Duration = Duration::from_secs(10);
-/// As many symbolic links as the kernel follows.
+/// MAXSYMLINKS, as in the kernel.
 const MAX_LINKS: usize = 40;
 
-/// What happens to a name that leads on.
+/// Events of a name on the way to the file.
 const PLACE: AddWatchFlags = AddWatchFlags::IN_CREATE
     .union(AddWatchFlags::IN_DELETE)
     .union(AddWatchFlags::IN_MOVE)
     .union(AddWatchFlags::IN_ATTRIB);
 const CONTENT: AddWatchFlags =
     AddWatchFlags::IN_MODIFY.union(AddWatchFlags::IN_CLOSE_WRITE).union(AddWatchFlags::IN_ATTRIB);
-/// The new content is complete.
+/// Events that mean that new content is complete.
 const COMPLETE: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE.union(AddWatchFlags::IN_MOVED_TO);
 
-/// The file as seen from here.
 pub(crate) struct TokenFile {
     path: PathBuf,
     server_url: String,
     inotify: Option<Inotify>,
     watches: Vec<Watch>,
-    /// What holds; `None` before the first look.
+    /// `None` before the first look.
     current: Option<Option<Credentials>>,
-    /// Somebody waits for an answer.
+    /// The supervisor waits for an answer.
     asked: bool,
-    /// When the file is looked at next, unless something happens.
+    /// When to look at the file next, unless an event comes first.
     settles: Option<Instant>,
     retry: Option<Instant>,
-    /// A file system on the way was unmounted, and nobody will tell when it is back.
+    /// A file system on the way was unmounted: no event will tell when it is back.
     unmounted: bool,
-    /// What was complained about and still holds: watching, the file, its mode.
+    /// The last complaint of each kind that still holds: about watching, the file, its mode.
     unwatched: String,
     unread: String,
     exposed: String,
     told_to_wait: bool,
 }
 
-/// A name in a directory, or the file itself.
+/// A watched name in a directory, or the file itself.
 struct Watch {
     descriptor: WatchDescriptor,
     name: Option<OsString>,
 }
 
 impl TokenFile {
-    /// A source that takes its first look at once.
+    /// Looks at the file at the first `process`.
     pub(crate) fn new(path: &Path, server_url: &str) -> Self {
         TokenFile {
             path: path.to_owned(),
@@ -108,7 +107,7 @@ impl Source for TokenFile {
         let mut events = Vec::new();
         let complete = self.receive(now);
         let due = self.settles.or(self.retry).is_some_and(|at| now >= at);
-        // To ask is to look, but not at what somebody is writing.
+        // A question reads the file, but not while another program writes it.
         if complete || due || self.settles.is_none() && self.asked || self.current.is_none() {
             let before = self.current.clone();
             self.look(now, due && self.settles.is_some());
@@ -126,7 +125,6 @@ impl Source for TokenFile {
         self.asked = true;
     }
 
-    /// There is nobody to ask.
     fn fetch(&mut self, _: Instant) {
         if !mem::replace(&mut self.told_to_wait, true) {
             info!("waiting for a new token in {}", self.path.display());
@@ -135,9 +133,9 @@ impl Source for TokenFile {
 }
 
 impl TokenFile {
-    /// Takes what inotify tells: whether the file is to be looked at now.
+    /// Reads inotify's events. True if the file should be read now.
     fn receive(&mut self, now: Instant) -> bool {
-        // What doesn't fit into one read is there at the next turn.
+        // Events that don't fit into one read keep the descriptor readable.
         let events = match self.inotify.as_ref().map(Inotify::read_events) {
             None | Some(Err(Errno::EAGAIN | Errno::EINTR)) => return false,
             Some(Ok(events)) => events,
@@ -167,10 +165,10 @@ impl TokenFile {
         complete
     }
 
-    /// Reads the file. When there is no token in it, what was there holds until that has `settled`.
+    /// Reads the file. A missing token revokes the current one only once that has `settled`.
     fn look(&mut self, now: Instant, settled: bool) {
         self.settles = None;
-        // Before it is read, so that no change goes by in between.
+        // Watch before reading, so that no change in between is missed.
         self.watch_all(now);
         let found = look_into(&self.path, &self.server_url);
         let shown = self.path.display().to_string();
@@ -204,13 +202,13 @@ impl TokenFile {
         }
     }
 
-    /// Watches what the path leads through now, and nothing else.
+    /// Watches the directories that the path leads through now, and no others.
     fn watch_all(&mut self, now: Instant) {
         self.retry = None;
         match self.try_watch_all() {
             Ok(()) => self.unwatched.clear(),
             Err(e) => {
-                // Whatever stands of it would be incomplete, and maybe in the way of others.
+                // Incomplete watches would miss changes, and may use up the user's limit of watches.
                 self.inotify = None;
                 self.retry = Some(now + RETRY);
                 let (path, seconds) = (self.path.display(), RETRY.as_secs());
@@ -232,7 +230,7 @@ impl TokenFile {
         let watches = walk(&inotify, &self.path)?;
         for old in mem::replace(&mut self.watches, watches) {
             if !self.watches.iter().any(|new| new.descriptor == old.descriptor) {
-                // It may have ended by itself.
+                // The kernel may have removed the watch.
                 let _ = inotify.rm_watch(old.descriptor);
             }
         }
@@ -241,7 +239,7 @@ impl TokenFile {
     }
 }
 
-/// Logs a complaint, unless it was the last of its kind.
+/// Logs a complaint unless it repeats the last one of its kind.
 fn complain(last: &mut String, text: String) {
     if *last != text {
         warn!("{text}");
@@ -268,7 +266,7 @@ fn walk(inotify: &Inotify, path: &Path) -> io::Result<Vec<Watch>> {
                 seen = Ok(());
             }
             Err(Errno::EACCES) => seen = Err(Errno::EACCES),
-            // The watch before this one tells when there is such a directory.
+            // The previous watch reports when the directory is created.
             Err(Errno::ENOENT | Errno::ENOTDIR) => {}
             Err(e) => return Err(e.into()),
         }
@@ -299,7 +297,7 @@ fn walk(inotify: &Inotify, path: &Path) -> io::Result<Vec<Watch>> {
     Ok(watches)
 }
 
-/// The names in a path and each "..".
+/// The path's names and each "..".
 fn steps(path: &Path) -> VecDeque<OsString> {
     let step = |component| match component {
         Component::Normal(name) => Some(name.to_owned()),
@@ -309,19 +307,16 @@ fn steps(path: &Path) -> VecDeque<OsString> {
     path.components().filter_map(step).collect()
 }
 
-/// What a file lets know, and its mode.
-///
-/// # Errors
-/// When there is no token in it, and why.
+/// The credentials in the file, and its mode. For doctor.
 pub(crate) fn look_into(path: &Path, server_url: &str) -> io::Result<(Credentials, u32)> {
     let (bytes, mode) = read(path)?;
     let credentials = Credentials::new(parse(&bytes)?, server_url);
     Ok((credentials.ok_or_else(|| io::Error::other("there is no server's URL for it"))?, mode))
 }
 
-/// The file's content and mode. Not by `read_to_end`, which would leave pieces of the token elsewhere.
+/// The file's content and mode. `read_to_end` would leave pieces of the token in memory as its buffer grows.
 fn read(path: &Path) -> io::Result<(Vec<u8>, u32)> {
-    // A FIFO mustn't block, nor a terminal become ours.
+    // Opening a FIFO mustn't block, nor a terminal become our controlling one.
     let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let mut file: File = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
     let stat = file.metadata()?;
@@ -343,7 +338,7 @@ fn read(path: &Path) -> io::Result<(Vec<u8>, u32)> {
     Err(io::Error::other("it is too large for a token"))
 }
 
-/// The token alone: without white space around it, and such as a header can carry.
+/// Strips white space. Fails if the rest can't be in an HTTP header.
 fn parse(bytes: &[u8]) -> io::Result<&str> {
     match std::str::from_utf8(bytes).map(str::trim) {
         Ok("") => Err(io::Error::other("it is empty")),

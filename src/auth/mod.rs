@@ -1,4 +1,4 @@
-//! What lets the device in: a token and the server to show it to, from a [`Source`].
+//! Credentials, a token and the server that accepts it, from a [`Source`].
 
 #[cfg(feature = "dbus")]
 mod dbus;
@@ -20,17 +20,16 @@ use crate::sys::wake::Wake;
 pub(crate) use dbus::visit::{Refusal, Visit};
 pub(crate) use file::look_into;
 
-/// A device's JSON web token. Never shown.
+/// A device's JSON web token. Debug shows only its length.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Token(String);
 
 impl Token {
-    /// For the one header that carries it.
     pub(crate) fn reveal(&self) -> &str {
         &self.0
     }
 
-    /// Its length in bytes, all that a log may say of it.
+    /// In bytes. Logs may show it.
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
@@ -42,83 +41,73 @@ impl fmt::Debug for Token {
     }
 }
 
-/// A token and where it counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Credentials {
-    /// The token.
     pub(crate) token: Token,
-    /// The server's URL, usually that of mender-auth's forwarder on this machine.
+    /// Usually that of mender-auth's forwarder on this device.
     pub(crate) server_url: String,
 }
 
 impl Credentials {
-    /// `None` when either is empty: the device isn't authorised.
+    /// `None` if either is empty: the device isn't authorised.
     pub(crate) fn new(token: &str, server_url: &str) -> Option<Self> {
         let there = !token.is_empty() && !server_url.is_empty();
         there.then(|| Credentials { token: Token(token.to_owned()), server_url: server_url.to_owned() })
     }
 
-    /// The server's URL as it may be logged: without user and password.
+    /// The URL for logs: without user and password.
     pub(crate) fn shown_server_url(&self) -> String {
         config::without_password(&self.server_url)
     }
 }
 
-/// What a source lets know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum AuthEvent {
-    /// The source says on its own account what holds from now on.
+    /// The source reports a change by itself.
     Announced(Option<Credentials>),
-    /// The source's answer to our question.
+    /// The answer to [`Source::ask`].
     Answered(Option<Credentials>),
-    /// The question found no answer, for this reason.
+    /// There was no answer to [`Source::ask`], for this reason.
     #[cfg_attr(not(feature = "dbus"), allow(dead_code, reason = "a file always answers"))]
     Unanswered(String),
 }
 
-/// Where credentials come from. Lives in the supervisor's thread and never blocks it.
+/// A source of credentials. Runs in the supervisor's thread and never blocks it.
 pub(crate) trait Source {
     /// The descriptor to poll, and for what.
     fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)>;
 
-    /// When [`Source::process`] wants to be called though nothing happened.
+    /// When to call [`Source::process`] without an event.
     fn deadline(&self) -> Option<Instant>;
 
-    /// Does what is to be done now and tells what became known. To be called when something happened on
-    /// the descriptor, after a wake-up and at the deadline.
-    ///
-    /// # Errors
-    /// Only before the source was there for the first time.
+    /// Does what is due. To be called after an event on the descriptor, after a wake-up and at the deadline. Fails
+    /// only until the source is up for the first time.
     fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, SourceError>;
 
-    /// Asks for the token. The answer comes as [`AuthEvent::Answered`] or [`AuthEvent::Unanswered`] in time.
+    /// Asks for the token. [`AuthEvent::Answered`] or [`AuthEvent::Unanswered`] follows.
     fn ask(&mut self, now: Instant);
 
-    /// Asks for a new token from the server, unless that was asked a short while ago.
+    /// Has the source fetch a new token from the server, unless it did so recently.
     fn fetch(&mut self, now: Instant);
 }
 
-/// Why there is no source.
 #[derive(Debug, Error)]
 pub(crate) enum SourceError {
-    /// There is no bus, or it doesn't let us in.
+    /// The bus is missing or refuses us.
     #[error("mender-connect dbus failed to connect, error: {0}")]
     #[cfg(feature = "dbus")]
     Bus(String),
-    /// No thread to connect with.
+    /// No thread to connect in.
     #[error("mender-connect dbus failed to connect, error: {}", crate::sys::reason(.0))]
     Thread(#[from] io::Error),
-    /// The authentication manager is asked for, which takes D-Bus.
+    /// mender-auth is configured, but D-Bus support isn't compiled in.
     #[error("built without D-Bus, a token can only come from a file: Auth.Source must be \"file\"")]
     #[cfg(not(feature = "dbus"))]
     LeftOut,
 }
 
-/// The source of this device. `wake` is called when there is something to process beside the descriptor and the
-/// deadline. Unless it's `required`, a bus that isn't there at first is waited for, as it is later.
-///
-/// # Errors
-/// When there can't be one.
+/// The source that `auth` configures. It calls `wake` if `process` is due for another reason than descriptor and
+/// deadline. Unless the source is `required`, it waits for a bus that is missing at first, as it does later.
 pub(crate) fn source(
     auth: &config::Auth,
     wake: &Arc<Wake>,

@@ -18,13 +18,13 @@ use crate::status;
 use crate::sys::pty::{Pty, WindowSize};
 use crate::sys::{clock, reason};
 
-/// What of the environment the daemon minds, beside proxies.
+/// Environment variables that the daemon uses, besides the proxy's.
 const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "DBUS_SYSTEM_BUS_ADDRESS"];
 
-/// A token that expires sooner is worth a word, in seconds.
+/// In seconds: a token that expires sooner is worth a warning.
 const SOON: u64 = 3600;
 
-/// Whether an agent has a connection, or may have one, that another one with the same token would end.
+/// True if another agent has a connection, or may have one, that a second one with the same token would end.
 pub(crate) fn daemon(report: &mut Report) -> bool {
     let processes = daemons();
     for pid in &processes {
@@ -54,7 +54,7 @@ pub(crate) fn daemon(report: &mut Report) -> bool {
     occupied
 }
 
-/// The processes that run `mender-connect … daemon`, of whoever's making.
+/// Process ids of all that run `mender-connect … daemon`, upstream's included.
 fn daemons() -> Vec<String> {
     let is_daemon = |pid: &str| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -67,7 +67,7 @@ fn daemons() -> Vec<String> {
     names.filter(|name| name.bytes().all(|b| b.is_ascii_digit()) && is_daemon(name)).collect()
 }
 
-/// Which variables have other values in a process than here, if that can be seen.
+/// The variables that differ between a process and doctor; empty if its environment can't be read.
 fn differing(pid: &str) -> Vec<&'static str> {
     let Ok(environment) = fs::read(format!("/proc/{pid}/environ")) else { return Vec::new() };
     let theirs = |name: &str| {
@@ -79,7 +79,7 @@ fn differing(pid: &str) -> Vec<&'static str> {
     names.filter(|name| theirs(name) != ours(name)).collect()
 }
 
-/// The configuration, with the shell and its user.
+/// Checks the configuration with the shell and its user.
 pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -> Result<Config, Break> {
     let files: Vec<_> = [fallback, main].into_iter().filter(|file| file.exists()).collect();
     let files = match files[..] {
@@ -129,7 +129,7 @@ pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -
     Ok(config)
 }
 
-/// What a terminal needs.
+/// Checks what a terminal needs.
 pub(crate) fn terminal(report: &mut Report, config: &Config) -> Result<(), Break> {
     let config::Terminal { enabled, width, height } = config.terminal;
     if !enabled {
@@ -156,7 +156,7 @@ pub(crate) fn terminal(report: &mut Report, config: &Config) -> Result<(), Break
     }
 }
 
-/// Token and server URL, from wherever the configuration says.
+/// Gets token and server URL from the configured source.
 pub(crate) fn credentials(report: &mut Report, config: &Config) -> Result<Credentials, Break> {
     let credentials = match &config.auth {
         Auth::Dbus => from_bus(report)?,

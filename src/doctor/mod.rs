@@ -1,7 +1,7 @@
-//! The command `doctor`: walks the way that a connection takes and says where it ends. Each step is made by the
-//! daemon's own code, so that it can't find anything else than the daemon does.
+//! The command `doctor`: tries the steps of a connection and says which one fails. Each step runs the
+//! daemon's own code, so that its result is the daemon's.
 //!
-//! `device` has the steps up to the token, `server` those from there on; here they are written down.
+//! `device` has the steps up to the token, `server` those from there on; this file writes the report.
 
 mod device;
 mod server;
@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 
 use crate::sys::privilege;
 
-/// Tries step after step and prints what became of each, as JSON if `json` says so or, where it says nothing, if
-/// standard output is no terminal. Whether all of them worked.
+/// Tries step after step and prints each result: as JSON if `json` says so or, without it, if standard output is no
+/// terminal. True if all steps worked.
 pub(crate) fn run(main: &Path, fallback: &Path, json: Option<bool>) -> bool {
-    // The token isn't for core files.
+    // Keeps the token out of core files.
     let _ = privilege::keep_to_oneself();
     let json = json.unwrap_or_else(|| !std::io::stdout().is_terminal());
     let mut report = Report { json, steps: Vec::new(), warnings: Vec::new(), since: Instant::now() };
@@ -37,31 +37,29 @@ fn walk(report: &mut Report, main: &Path, fallback: &Path) -> Result<(), Break> 
     server::reach(report, &credentials, !occupied)
 }
 
-/// The way has ended, which was told.
+/// A step failed, and the report says so: the later ones can't work.
 struct Break;
 
-/// What was found, step by step. Text is printed at once, JSON at the end.
+/// Collects the results. Prints text at once, JSON at the end.
 struct Report {
     json: bool,
     steps: Vec<Value>,
     /// Of the current step.
     warnings: Vec<String>,
-    /// When the last step was made.
+    /// End of the last step.
     since: Instant,
 }
 
 impl Report {
-    /// Something that is no break, about the step that is told next.
+    /// Adds a warning to the step that is reported next.
     fn warn(&mut self, text: impl Into<String>) {
         self.warnings.push(clean(&text.into()));
     }
 
-    /// A step was made.
     fn good(&mut self, step: &str, found: &str) {
         self.add(step, found, None);
     }
 
-    /// A step can't be made.
     fn bad(&mut self, step: &str, found: &str, advice: &str) -> Break {
         self.add(step, found, Some(advice));
         Break
@@ -83,7 +81,7 @@ impl Report {
         } else {
             let mark = if advice.is_none() { '✓' } else { '✗' };
             let mut text = format!("{mark} {step}: {found}");
-            // What takes time is worth knowing.
+            // Slow steps show their duration.
             if seconds >= 0.001 {
                 text.push_str(&format!(" ({:.0} ms)", seconds * 1e3));
             }
@@ -100,14 +98,14 @@ impl Report {
     }
 }
 
-/// Whoever reads it may have gone away, which is no reason to fail.
+/// A reader that closed its end of the pipe is no reason to fail.
 fn print(text: &str) {
     let mut out = std::io::stdout();
     let _ = out.write_all(text.as_bytes());
     let _ = out.flush();
 }
 
-/// Without what could move a terminal's cursor or turn its text round: some words come from outside.
+/// Removes characters that move a terminal's cursor or reverse its text: some texts come from outside.
 fn clean(text: &str) -> String {
     let mut clean = String::with_capacity(text.len());
     for c in text.chars() {

@@ -10,29 +10,29 @@ use crate::link::{
 };
 use crate::sys::clock;
 
-/// A clock that is off by more is worth a word.
+/// A clock that is further off is worth a warning.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
 const FORWARDER: &str = "mender-auth's forwarder";
 
-/// How far the dial has come.
+/// The progress of the dial.
 struct Walk<'a> {
     report: &'a mut Report,
     server: Option<Endpoint>,
     proxy: Option<Endpoint>,
-    /// What is tried now.
+    /// The step under way.
     step: &'static str,
     answer: Option<Answer>,
 }
 
-/// Goes to the server, with `upgrade` up to a websocket of its own.
+/// Connects to the server, with `upgrade` up to a websocket.
 pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
     let mut walk = Walk { report, server: None, proxy: None, step: "server", answer: None };
     let proxies = ProxySettings::from_environment();
     let outcome = probe(credentials, &proxies, upgrade, &mut |progress| walk.note(&progress));
     match outcome {
         Ok(()) => walk.report.good("round-trip", "a ping came back, the websocket was closed"),
-        // A server that minds the missing headers minded the token before.
+        // A server checks the token before it complains about missing headers.
         Err(LinkError::Refused { status: status @ (400 | 426), .. }) if !upgrade => {
             let found = format!(
                 "the token is accepted. No websocket was asked for, it would end the agent's: HTTP status {status}"
@@ -136,7 +136,7 @@ impl Walk<'_> {
             _ => host(self.server.as_ref()),
         };
         if matches!(error, LinkError::Connect { .. }) {
-            // It is the step's result.
+            // Reported as the step's error below, so not as a warning too.
             self.report.warnings.pop();
         }
         let advice = match error {
@@ -190,7 +190,7 @@ impl Walk<'_> {
         self.report.bad(step, &error.to_string(), &advice)
     }
 
-    /// What to do about a status that isn't the one of a websocket.
+    /// Advice about a status other than 101.
     fn refused(&self, status: u16, credentials: &Credentials) -> String {
         let advice = match status {
             401 => {

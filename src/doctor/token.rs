@@ -3,7 +3,7 @@
 use data_encoding::BASE64URL_NOPAD;
 use serde_json::Value;
 
-/// When a JSON web token expires, in seconds since 1970; `None` if it says nothing about it, or isn't one.
+/// The token's `exp`, in seconds since 1970; `None` if it has none or isn't a JSON web token.
 pub(crate) fn expiry(token: &str) -> Option<u64> {
     let mut parts = token.split('.');
     let (payload, 3) = (parts.clone().nth(1)?, parts.by_ref().count()) else { return None };
@@ -13,7 +13,7 @@ pub(crate) fn expiry(token: &str) -> Option<u64> {
     Some(exp as u64)
 }
 
-/// A time span as one would say it.
+/// A time span in everyday words.
 pub(crate) fn span(seconds: u64) -> String {
     match seconds {
         0..120 => format!("{seconds} s"),

@@ -1,5 +1,5 @@
-//! What a session tells about itself, for `status`, SIGUSR1 and the audit log. Its threads write, anybody reads, and
-//! nobody waits: the locks are held for a moment, and a chunk costs relaxed atomics only.
+//! Statistics of a session, for `status`, SIGUSR1 and the audit log. The session's threads write, any thread reads, and
+//! none waits: locks are held for a moment only, and counting a chunk takes relaxed atomics.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -17,47 +17,41 @@ use crate::proto::{FILE_TRANSFER, MAX_TEXT, PORT_FORWARD, SHELL, SessionId, User
 /// Characters shown of a path.
 const MAX_PATH: usize = 4096;
 
-/// A number that others read at any time.
+/// A counter that other threads read at any time.
 #[cfg(target_has_atomic = "64")]
 #[derive(Debug, Default)]
 pub(crate) struct Number(AtomicU64);
 
 #[cfg(target_has_atomic = "64")]
 impl Number {
-    /// Its value.
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
 
-    /// Another value.
     pub(crate) fn set(&self, value: u64) {
         self.0.store(value, Relaxed);
     }
 
-    /// More of it.
     pub(crate) fn add(&self, more: usize) {
         self.0.fetch_add(more as u64, Relaxed);
     }
 }
 
-/// A number that others read at any time, on small processors such as ARM v5.
+/// As above, for processors without 64-bit atomics, such as ARMv5.
 #[cfg(not(target_has_atomic = "64"))]
 #[derive(Debug, Default)]
 pub(crate) struct Number(Mutex<u64>);
 
 #[cfg(not(target_has_atomic = "64"))]
 impl Number {
-    /// Its value.
     pub(crate) fn get(&self) -> u64 {
         *lock(&self.0)
     }
 
-    /// Another value.
     pub(crate) fn set(&self, value: u64) {
         *lock(&self.0) = value;
     }
 
-    /// More of it.
     pub(crate) fn add(&self, more: usize) {
         *lock(&self.0) += more as u64;
     }
@@ -67,12 +61,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// When something began and was last busy, and how much of its payload went to the device and from it.
+/// Start, last activity and payload of a session, shell or forward.
 #[derive(Debug)]
 pub(crate) struct Traffic {
-    /// When it began.
     pub(crate) since: Instant,
-    /// Nanoseconds from then until it was last busy.
+    /// Last activity, in nanoseconds from `since`.
     last: Number,
     /// To the device.
     pub(crate) bytes_in: Number,
@@ -85,13 +78,13 @@ impl Traffic {
         Traffic { since, last: Number::default(), bytes_in: Number::default(), bytes_out: Number::default() }
     }
 
-    /// It is busy.
+    /// Notes activity.
     pub(crate) fn touch(&self, now: Instant) {
         let nanos = now.saturating_duration_since(self.since).as_nanos();
         self.last.set(u64::try_from(nanos).unwrap_or(u64::MAX));
     }
 
-    /// When it was last busy.
+    /// The last activity.
     pub(crate) fn last(&self) -> Instant {
         self.since.checked_add(Duration::from_nanos(self.last.get())).unwrap_or(self.since)
     }
@@ -106,67 +99,63 @@ impl Traffic {
     }
 }
 
-/// How long ago something was, in seconds.
+/// Seconds from `then` to `now`.
 fn seconds(now: Instant, then: Instant) -> f64 {
     now.saturating_duration_since(then).as_secs_f64()
 }
 
-/// A session's.
+/// A session, for `status`.
 #[derive(Debug)]
 pub struct Info {
-    /// Whom its first message was from.
+    /// The sender of its first message.
     pub(crate) user: UserId,
-    /// Of all that it does. Busy is what something comes in from the peer for.
+    /// Of the whole session. Every inbound frame is activity.
     pub(crate) traffic: Traffic,
-    /// A bit for each protocol that was spoken.
+    /// A bit for each protocol that the client has used.
     protocols: AtomicU32,
     shell: Mutex<Option<Arc<ShellInfo>>>,
     transfer: Mutex<Weak<TransferInfo>>,
     forwards: Mutex<Vec<Arc<ForwardInfo>>>,
 }
 
-/// A shell's. Busy is what is typed for.
+/// A shell, for `status`. Input is activity.
 #[derive(Debug)]
 pub struct ShellInfo {
-    /// Whose.
     pub(crate) user: UserId,
-    /// Its process.
     pub(crate) pid: i32,
-    /// What was typed and shown.
+    /// Input and output.
     pub(crate) traffic: Traffic,
 }
 
-/// A file's that is being transferred.
+/// A file transfer, for `status`.
 #[derive(Debug)]
 pub(crate) struct TransferInfo {
     direction: &'static str,
     path: String,
     size: Option<u64>,
     since: Instant,
-    /// Bytes so far.
+    /// Transferred so far.
     pub(crate) bytes: Number,
 }
 
-/// A forwarded connection's.
+/// A forward, for `status`.
 #[derive(Debug)]
 pub(crate) struct ForwardInfo {
-    /// Where it goes, in the client's words.
+    /// As the client named it.
     pub(crate) target: Target,
-    /// What it is connected to.
+    /// Set once connected.
     pub(crate) address: OnceLock<SocketAddr>,
-    /// Either way.
     pub(crate) traffic: Traffic,
 }
 
 impl ShellInfo {
-    /// Of one that starts now.
     pub fn new(user: UserId, pid: i32, now: Instant) -> Arc<Self> {
         Arc::new(ShellInfo { user, pid, traffic: Traffic::new(now) })
     }
 }
 
 impl ForwardInfo {
-    /// Something went to the device, or from it where `out`.
+    /// Counts data to the device or, if `out`, from it.
     pub(crate) fn moved(&self, session: &Info, bytes: usize, out: bool, now: Instant) {
         self.traffic.touch(now);
         for traffic in [&self.traffic, &session.traffic] {
@@ -176,7 +165,6 @@ impl ForwardInfo {
 }
 
 impl Info {
-    /// Of a session that `user` begins.
     pub(crate) fn of(user: UserId, now: Instant) -> Self {
         Info {
             user,
@@ -188,7 +176,7 @@ impl Info {
         }
     }
 
-    /// A message has come.
+    /// Notes an inbound frame.
     pub(crate) fn heard(&self, proto: u16, now: Instant) {
         self.traffic.touch(now);
         let bit = 1_u32.checked_shl(proto.into()).unwrap_or(0);
@@ -197,7 +185,7 @@ impl Info {
         }
     }
 
-    /// Something was typed.
+    /// Counts input.
     pub(crate) fn typed(&self, bytes: usize, now: Instant) {
         self.traffic.touch(now);
         self.traffic.bytes_in.add(bytes);
@@ -207,22 +195,19 @@ impl Info {
         }
     }
 
-    /// A shell runs.
     pub fn set_shell(&self, shell: Arc<ShellInfo>) {
         *lock(&self.shell) = Some(shell);
     }
 
-    /// It doesn't any more.
     pub(crate) fn take_shell(&self) -> Option<Arc<ShellInfo>> {
         lock(&self.shell).take()
     }
 
-    /// The shell that runs.
     pub(crate) fn shell(&self) -> Option<Arc<ShellInfo>> {
         lock(&self.shell).clone()
     }
 
-    /// A file's way begins. It is told of as long as somebody keeps what comes back.
+    /// Registers a transfer. It is listed while the returned Arc lives.
     pub(crate) fn transfer(
         &self,
         direction: &'static str,
@@ -236,14 +221,12 @@ impl Info {
         transfer
     }
 
-    /// A connection begins.
     pub(crate) fn add_forward(&self, target: Target, now: Instant) -> Arc<ForwardInfo> {
         let forward = Arc::new(ForwardInfo { target, address: OnceLock::new(), traffic: Traffic::new(now) });
         lock(&self.forwards).push(Arc::clone(&forward));
         forward
     }
 
-    /// A connection has ended.
     pub(crate) fn remove_forward(&self, forward: &Arc<ForwardInfo>) {
         let mut forwards = lock(&self.forwards);
         if let Some(place) = forwards.iter().position(|other| Arc::ptr_eq(other, forward)) {
@@ -254,7 +237,7 @@ impl Info {
         }
     }
 
-    /// For `status`, with at most `room` connections, which are taken off it.
+    /// The session's part of `status`, with at most `room` forwards; takes their number off `room`.
     pub(crate) fn report(&self, id: &SessionId, now: Instant, room: &mut usize) -> Value {
         let protocols = self.protocols.load(Relaxed);
         let spoken = [(SHELL, "terminal"), (FILE_TRANSFER, "files"), (PORT_FORWARD, "forwards")];

@@ -1,5 +1,5 @@
-//! The Mender client's commands: protocol 4. Stateless, mostly without a session; called in the link's reader
-//! and done in a thread for each running command.
+//! The Mender client's commands: protocol 4. Stateless, mostly without a session; called in the link's reader,
+//! with a thread for each running command.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,13 +16,13 @@ use crate::sys::process;
 use crate::sys::thread;
 
 const COMMANDS: [&str; 2] = ["check-update", "send-inventory"];
-/// The first one that exists is the client.
+/// The first that exists is the client.
 const CLIENTS: [&str; 2] = ["/usr/bin/mender-update", "/usr/bin/mender"];
 const LIMIT: Duration = Duration::from_secs(600);
-/// Those who wait for a running command. More get no answer.
+/// Frames waiting for a running command. Further ones get no answer.
 const MAX_WAITING: usize = 64;
 
-/// The commands that are running, with those who wait for their end.
+/// The running commands, with the frames that wait for each.
 #[derive(Debug, Default)]
 pub(crate) struct Commands(Mutex<HashMap<String, Vec<Waiting>>>);
 
@@ -39,7 +39,7 @@ impl Commands {
     }
 }
 
-/// Obeys a frame: runs the command, or waits with others for the run under way. The answer goes to `sink`.
+/// Runs the command, or waits for the run in progress if there is one. The answer goes to `sink`.
 pub(crate) fn handle(context: &Arc<Context>, frame: &Frame, sink: &FrameSink) {
     let Some(command) = COMMANDS.into_iter().find(|command| *command == frame.typ) else {
         // A server that asks without end and doesn't read the answers gets no more.

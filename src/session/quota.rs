@@ -1,4 +1,4 @@
-//! How many shells there may be. A permit is a value: the count goes down when it is dropped.
+//! The limit on shells. Dropping a permit returns it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,27 +7,26 @@ use thiserror::Error;
 
 use crate::proto::UserId;
 
-/// Shells on a device at a time.
+/// Shells on the device at a time.
 pub(crate) const MAX_SHELLS: usize = 16;
 
-/// Why there can't be another shell. The texts are the ones clients know.
+/// Why there can't be another shell. Clients know the texts.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// The device has its [`MAX_SHELLS`].
     #[error("too many shells spawned")]
     Device,
-    /// The user has its Sessions.MaxPerUser.
+    /// The user has Sessions.MaxPerUser shells.
     #[error("user has too many open sessions")]
     User,
 }
 
-/// The shells of this device, by user.
+/// The device's shells, counted by user.
 #[derive(Debug, Default)]
 pub(crate) struct ShellQuota {
     running: Mutex<HashMap<UserId, usize>>,
 }
 
-/// The right to one shell.
+/// The right to one shell, returned on drop.
 #[derive(Debug)]
 pub(crate) struct ShellPermit {
     quota: Arc<ShellQuota>,
@@ -39,15 +38,12 @@ impl ShellQuota {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many there are.
+    /// All shells on the device.
     pub(crate) fn running(&self) -> usize {
         self.lock().values().sum()
     }
 
-    /// For a user that may have `max_per_user` shells.
-    ///
-    /// # Errors
-    /// When the device or the user has enough; the device is looked at first.
+    /// Takes a permit for a user who may have `max_per_user` shells. The device's limit is checked first.
     pub(crate) fn acquire(
         self: &Arc<Self>,
         user: &UserId,
@@ -59,10 +55,7 @@ impl ShellQuota {
         Ok(ShellPermit { quota: Arc::clone(self), user: user.clone() })
     }
 
-    /// Whether [`ShellQuota::acquire`] would have a permit now.
-    ///
-    /// # Errors
-    /// As there.
+    /// As [`ShellQuota::acquire`], without taking a permit.
     pub(crate) fn check(&self, user: &UserId, max_per_user: u32) -> Result<(), Refusal> {
         check(&self.lock(), user, max_per_user).map(drop)
     }

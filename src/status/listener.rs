@@ -1,5 +1,5 @@
-//! The daemon's side: a socket in the supervisor's poll loop, and a thread for each answer, so that nobody who doesn't
-//! read is waited for. Whatever fails is a warning: no daemon ends for want of its status.
+//! The daemon's side: a socket in the supervisor's poll loop, and a thread for each answer, so that a client that
+//! doesn't read can't block it. Failures are warnings: the daemon works without the socket.
 
 use std::fs::{self, DirBuilder, Metadata};
 use std::io::{self, Write};
@@ -22,22 +22,21 @@ use crate::session::Context;
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, reason, thread};
 
-/// Answers under way at a time. Who comes meanwhile waits in the socket's queue.
+/// Answers in progress at a time. Further clients wait in the socket's queue.
 const MAX_ANSWERS: usize = 4;
 const QUEUE: i32 = 16;
-/// How long an answer may take in all, and a write of it without progress.
+/// Limit of an answer in all, and of a write without progress.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 const WRITE_LIMIT: Duration = Duration::from_secs(1);
 const PIECE: usize = 64 << 10;
-/// How long nobody is accepted when that has failed.
+/// Pause after accept(2) has failed.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The daemon's socket, if it could be made.
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: Option<Socket>,
     answers: Arc<AtomicUsize>,
-    /// Called when there is room for one more answer.
+    /// Called when another answer may begin.
     wake: Arc<Wake>,
     pause: Option<Instant>,
     warned: bool,
@@ -51,7 +50,7 @@ struct Socket {
     name: (u64, u64),
 }
 
-/// Removes the socket, unless another has its name by now.
+/// Removes the socket, unless another daemon's has its name by now.
 impl Drop for Socket {
     fn drop(&mut self) {
         if fs::symlink_metadata(&self.path).is_ok_and(|found| name(&found) == self.name) {
@@ -64,7 +63,7 @@ fn name(metadata: &Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// An answer under way.
+/// An answer in progress.
 struct Answer {
     answers: Arc<AtomicUsize>,
     wake: Arc<Wake>,
@@ -78,7 +77,7 @@ impl Drop for Answer {
 }
 
 impl Listener {
-    /// Makes the socket. `wake` is called when [`Listener::answer`] can go on.
+    /// Creates the socket, if possible. Calls `wake` when [`Listener::answer`] should be called.
     pub(crate) fn open(wake: &Arc<Wake>) -> Self {
         let socket = Socket::make(&directory());
         if let Err(e) = &socket {
@@ -88,12 +87,11 @@ impl Listener {
         Listener { socket: socket.ok(), answers, wake, pause: None, warned: false }
     }
 
-    /// Nobody is answered any more.
     pub(crate) fn close(&mut self) {
         self.socket = None;
     }
 
-    /// Adds the socket, if somebody could be answered now.
+    /// Adds the socket, unless [`MAX_ANSWERS`] are in progress.
     pub(crate) fn watch<'a>(&'a self, set: &mut PollSet<'a>) {
         if let Some(socket) = &self.socket
             && self.pause.is_none()
@@ -103,12 +101,12 @@ impl Listener {
         }
     }
 
-    /// When [`Listener::answer`] wants to be called though nothing happened.
+    /// When to call [`Listener::answer`] without an event.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.pause
     }
 
-    /// Answers who has come: with what `state` says, and with the sessions.
+    /// Answers waiting clients with `state`'s document and the sessions.
     pub(crate) fn answer(&mut self, context: &Arc<Context>, now: Instant, state: impl Fn() -> Value) {
         if self.pause.is_some_and(|until| now < until) {
             return;
@@ -122,7 +120,7 @@ impl Listener {
                 Err(e) => Some(e),
             };
             if let Some(e) = failed {
-                // What was not accepted stays ready.
+                // Clients not accepted yet keep the socket readable.
                 self.pause = Some(now + PAUSE);
                 if !std::mem::replace(&mut self.warned, true) {
                     warn!("status can't be told: {}", reason(&e));
@@ -138,7 +136,7 @@ impl Listener {
         let context = Arc::clone(context);
         thread::spawn("status", thread::SMALL_STACK, move || {
             context.report(&mut document);
-            // Fails when the other side has gone away, or doesn't read.
+            // Fails if the client has gone or doesn't read.
             let _ = write(stream, &format!("{document}\n"));
             drop(answer);
         })
@@ -164,7 +162,7 @@ impl Socket {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
             _ => {}
         }
-        // In a directory that only we can write nobody puts anything in our way.
+        // Only we can write the directory: nobody can put another file in the socket's place.
         let found = fs::symlink_metadata(directory)?;
         if !found.is_dir() || found.uid() != nix::unistd::geteuid().as_raw() || found.mode() & 0o022 != 0 {
             return Err(io::Error::other("its place is no directory of the daemon's own"));
@@ -173,7 +171,7 @@ impl Socket {
         remove_stale(&path)?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        // What bind(2) makes has these permissions from the beginning.
+        // bind(2) creates the socket with these permissions: no chmod(2) leaves a gap.
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
         bind(socket.as_raw_fd(), &UnixAddr::new(&path)?)?;
         let name = name(&fs::symlink_metadata(&path)?);
@@ -183,7 +181,7 @@ impl Socket {
     }
 }
 
-/// Removes what a daemon that was killed has left.
+/// Removes the socket of a daemon that was killed.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),

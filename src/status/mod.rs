@@ -1,7 +1,7 @@
 //! The command `status`, and the socket of the daemon that answers it.
 //!
-//! The daemon listens on `status.sock` in `$RUNTIME_DIRECTORY` (systemd's; else `/run/mender-connect`). Whoever connects
-//! gets one JSON document and end of file. Only the daemon's user and root can.
+//! The daemon listens on `status.sock` in `$RUNTIME_DIRECTORY` (systemd's; else `/run/mender-connect`). A client
+//! gets one JSON document and end of file. Only the daemon's user and root may connect.
 
 mod listener;
 mod text;
@@ -23,34 +23,31 @@ pub(crate) use self::listener::Listener;
 const DEFAULT_DIRECTORY: &str = "/run/mender-connect";
 const NAME: &str = "status.sock";
 
-/// How long the daemon may take to answer.
+/// Limit of the daemon's answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// The largest answer: the daemon bounds its own far below.
+/// In bytes; the daemon's own bounds are far lower.
 const LARGEST_ANSWER: u64 = 16 << 20;
-/// Between the pictures of `--watch`.
+/// Interval of `--watch`.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Where the socket's directory is.
+/// The directory of the socket.
 fn directory() -> PathBuf {
     let directories = std::env::var_os("RUNTIME_DIRECTORY").unwrap_or_default();
     let first = std::env::split_paths(&directories).next().filter(|path| path.is_absolute());
     first.unwrap_or_else(|| DEFAULT_DIRECTORY.into())
 }
 
-/// Connects to a socket, with `flags` for the own one.
+/// Connects to `path`; `flags` are those of our own socket.
 fn connect(path: &Path, flags: SockFlag) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | flags;
     let ours = UnixStream::from(socket(AddressFamily::Unix, SockType::Stream, flags, None)?);
-    // For a place in the queue of a daemon that stands still.
+    // Bounds the wait for a place in the queue of a hung daemon.
     ours.set_write_timeout(Some(ANSWER_LIMIT))?;
     nix::sys::socket::connect(ours.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(ours)
 }
 
 /// Asks the daemon for its state.
-///
-/// # Errors
-/// When there is none, when it may not be asked, and when it doesn't answer in time or with a document.
 pub(crate) fn fetch() -> io::Result<Value> {
     let deadline = Instant::now() + ANSWER_LIMIT;
     let mut stream = connect(&directory().join(NAME), SockFlag::empty())?;
@@ -79,7 +76,7 @@ pub(crate) fn fetch() -> io::Result<Value> {
     serde_json::from_slice(&answer).map_err(|_| io::Error::other("the answer is no JSON document"))
 }
 
-/// Prints the daemon's state, as JSON where `json` says so, once or again each second. Whether that could be had.
+/// Prints the daemon's state, as JSON if `json` says so, once or every second. False if the daemon can't be asked.
 pub(crate) fn show(json: bool, watch: bool) -> bool {
     let mut out = io::stdout();
     let screen = watch && !json && out.is_terminal();
@@ -98,12 +95,12 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
             }
         };
         let picture = match (screen, watch && !json) {
-            // From the top, each line and at last the screen cleared behind what is written.
+            // Overwrites from the top, and clears the rest of each line and of the screen: no flicker.
             (true, _) => format!("\x1b[H{}\x1b[J", picture.replace('\n', "\x1b[K\n")),
             (false, true) => format!("{picture}\n"),
             (false, false) => picture,
         };
-        // Whoever reads this may have gone away, which ends it.
+        // The reader has closed its end of the pipe.
         if out.write_all(picture.as_bytes()).and_then(|()| out.flush()).is_err() || !watch {
             return true;
         }
@@ -123,7 +120,7 @@ fn complain(why: &str) {
     );
 }
 
-/// A document in one line that no terminal takes for anything else.
+/// The document in one line, without characters that a terminal obeys.
 fn line(document: &Value) -> String {
     let mut line = String::new();
     for c in document.to_string().chars() {

@@ -1,15 +1,15 @@
-//! The daemon's state for people. What comes from a peer is escaped.
+//! The daemon's state for people. Texts from clients are escaped.
 
 use std::fmt::Write;
 
 use serde_json::Value;
 
-/// Connections of a session that are shown.
+/// Forwards shown per session.
 const MAX_FORWARDS: usize = 16;
-/// Characters of a path or a target that are shown: its end.
+/// Characters shown of a path or a target: its end.
 const MAX_NAME: usize = 40;
 
-/// A few lines that end with a line feed each.
+/// Lines that each end with a line feed.
 pub(crate) fn of(state: &Value) -> String {
     let mut text = format!(
         "mender-connect {}, pid {}, up {}\n",
@@ -113,12 +113,12 @@ fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-/// Without anything that a terminal obeys.
+/// Escapes what a terminal would obey.
 fn shown(text: &Value) -> String {
     text.as_str().unwrap_or_default().escape_debug().to_string()
 }
 
-/// The same, shortened.
+/// As `shown`, shortened.
 fn name(text: &Value) -> String {
     let text = shown(text);
     match text.char_indices().rev().nth(MAX_NAME) {
@@ -140,7 +140,7 @@ fn amount(bytes: u64) -> String {
     format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
 }
 
-/// The two largest units of so many seconds.
+/// The two largest units of a time span in seconds.
 fn time(seconds: &Value) -> String {
     let s = seconds.as_f64().unwrap_or(0.0) as u64;
     match s {

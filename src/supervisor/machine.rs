@@ -5,31 +5,25 @@ use std::time::{Duration, Instant};
 use crate::auth::{AuthEvent, Credentials};
 use crate::backoff;
 
-/// How things stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
-    /// There is no token; the authentication manager will say when there is.
+    /// There is no token; the authentication manager will announce one.
     Unauthorized,
-    /// The next attempt is due then.
+    /// Until the next attempt.
     Waiting {
-        /// When.
         until: Instant,
     },
-    /// The manager was asked for the token that the next attempt is made with.
+    /// The manager was asked for the next attempt's token.
     Asking,
-    /// An attempt is being made.
     Dialling,
-    /// The websocket is open.
     Connected {
-        /// Since when.
         since: Instant,
     },
-    /// The end.
     Stopping,
 }
 
 impl State {
-    /// In a word, as `status` has it.
+    /// The word that `status` shows.
     pub(crate) fn name(self) -> &'static str {
         match self {
             State::Unauthorized => "unauthorized",
@@ -42,53 +36,46 @@ impl State {
     }
 }
 
-/// What happens to a supervisor.
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
-    /// From the authentication manager.
     Auth(AuthEvent),
-    /// The websocket is open.
     Connected,
     /// The link has ended, or the attempt failed.
     Lost {
-        /// The server doesn't like the token (any more).
+        /// The server rejects the token.
         unauthorized: bool,
-        /// The server doesn't want us before.
+        /// From the server: no attempt before this has passed.
         retry_after: Option<Duration>,
     },
-    /// Time has passed; maybe a deadline with it.
+    /// Time has passed, possibly a deadline.
     Tick,
-    /// The operator wants an attempt now, unless there is a connection or an attempt, and a look at the token.
+    /// The operator wants an attempt now, if there is neither a connection nor an attempt, and a look at the token.
     Hurry,
-    /// The operator wants the end.
     Stop,
 }
 
-/// What is to be done. In a list, in this order.
+/// Actions in a list are to be taken in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
     /// End the link or the attempt, with all its sessions.
     Close,
-    /// Make an attempt with the current credentials.
+    /// Start an attempt with the current credentials.
     Dial,
     /// Ask the manager for the token.
     Ask,
     /// Have the manager fetch a new token.
     Fetch,
-    /// Log how long the wait is.
     LogWait(Duration),
-    /// Log that the device isn't authorised any more.
     LogUnauthorized,
-    /// Log that the link was lost and can't be had back, for this reason.
+    /// Log that the link is lost and can't be made again, for this reason.
     LogNoReconnect(String),
 }
 
-/// The state and what the table needs besides.
+/// The supervisor's state machine; no I/O.
 #[derive(Debug)]
 pub(crate) struct Machine {
-    /// How things stand.
     pub(crate) state: State,
-    /// What the next attempt is made with.
+    /// For the next attempt.
     pub(crate) credentials: Option<Credentials>,
     /// Attempts since the last success.
     attempt: u32,
@@ -99,7 +86,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// At the start: unauthorised, with the manager already asked.
+    /// Starts unauthorised, with the manager already asked.
     pub(crate) fn new(base: Duration, random: fn() -> u64) -> Self {
         Machine { state: State::Unauthorized, credentials: None, attempt: 0, base, random }
     }
@@ -112,7 +99,7 @@ impl Machine {
         }
     }
 
-    /// How things stand, for people: at `now` or, without that, in words that stay true for as long as the state.
+    /// The state for people: at `now` or, without it, in words that stay true as long as the state.
     pub(crate) fn describe(&self, server: &str, now: Option<Instant>) -> String {
         match self.state {
             State::Unauthorized => "waiting for a token".to_owned(),
@@ -143,7 +130,7 @@ impl Machine {
             (_, Event::Auth(AuthEvent::Answered(Some(new)))) => self.answered(new),
             (_, Event::Auth(AuthEvent::Answered(None))) => self.answered_nothing(),
             (State::Asking, Event::Auth(AuthEvent::Unanswered(why))) => match self.credentials {
-                // What was good may still be.
+                // The last known credentials may still be valid.
                 Some(_) => self.go(State::Dialling, vec![Action::Dial]),
                 None => self.go(State::Unauthorized, vec![Action::LogNoReconnect(why)]),
             },
@@ -171,13 +158,13 @@ impl Machine {
         actions
     }
 
-    /// The manager has no token any more and says so.
+    /// The manager announces that it has no token any more.
     fn revoked(&mut self) -> Vec<Action> {
         self.credentials = None;
         self.go(State::Unauthorized, vec![Action::LogUnauthorized, Action::Close])
     }
 
-    /// The manager has a token and says so: worth an attempt at once, even with the one we know.
+    /// The manager announces a token: worth an attempt at once, even with the token we know.
     fn announced(&mut self, new: Credentials) -> Vec<Action> {
         let changed = self.learn(new);
         match self.state {
@@ -189,7 +176,7 @@ impl Machine {
         }
     }
 
-    /// The manager has a token and was asked; perhaps because it is a new manager.
+    /// The manager answers with a token; it may be a new manager.
     fn answered(&mut self, new: Credentials) -> Vec<Action> {
         let changed = self.learn(new);
         match self.state {
@@ -202,8 +189,8 @@ impl Machine {
         }
     }
 
-    /// The manager has no token. A link that works is kept: a manager that has just started knows of no
-    /// token until somebody fetches one.
+    /// The manager answers without a token. A working link stays: a manager that has just started knows no token
+    /// until somebody fetches one.
     fn answered_nothing(&mut self) -> Vec<Action> {
         match self.state {
             State::Asking if self.credentials.take().is_some() => {
@@ -222,7 +209,7 @@ impl Machine {
         }
         let mut wait = backoff::delay(self.attempt, self.base, (self.random)());
         if let Some(wish) = retry_after {
-            // Everybody got the same wish: not all at once.
+            // A whole fleet may have been given the same Retry-After: spread the attempts.
             wait = wait.max(wish + backoff::delay(0, self.base, (self.random)()));
         }
         self.attempt = self.attempt.saturating_add(1);
@@ -233,7 +220,7 @@ impl Machine {
         self.go(State::Waiting { until: now + wait }, actions)
     }
 
-    /// Whether the credentials are other than before; then the past says nothing about them.
+    /// True if the credentials are new; the attempts so far then say nothing about them.
     fn learn(&mut self, new: Credentials) -> bool {
         let changed = self.credentials.as_ref() != Some(&new);
         if changed {

@@ -1,5 +1,5 @@
 //! The main thread: it waits for the authentication manager, signals, the link and deadlines in one
-//! poll(2), lets the [`machine`] decide, and does what was decided.
+//! poll(2), lets the [`machine`] decide, and takes the actions.
 
 pub(crate) mod machine;
 mod past;
@@ -30,24 +30,20 @@ use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, clock};
 
-/// How long the end may wait for sessions to clean up. The init system is promised two seconds.
+/// Limit of the sessions' clean-up at the end. The init system is promised two seconds.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
 
-/// Why the daemon can't run (on).
 #[derive(Debug, Error)]
 pub(crate) enum Error {
-    /// There is nothing to get a token from.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// The system refused something basic.
+    /// A basic system call failed.
     #[error("out of resources: {}", crate::sys::reason(.0))]
     System(#[from] io::Error),
 }
 
-/// Runs the daemon until it is told to end by SIGTERM or SIGINT. At SIGHUP it has `load` read the configuration again.
-///
-/// # Errors
-/// When it can't start: a bus that is lost later is waited for.
+/// Runs the daemon until SIGTERM or SIGINT. On SIGHUP `load` reads the configuration again. A bus that is lost later
+/// is waited for; one that is missing at the start is an error.
 pub(crate) fn run(
     config: Config,
     load: impl Fn() -> Result<Config, ConfigError> + 'static,
@@ -56,7 +52,7 @@ pub(crate) fn run(
     Supervisor::new(config, Box::new(load))?.run(signals)
 }
 
-/// What a daemon with this configuration does that takes privileges.
+/// The privileges that a daemon with this configuration needs.
 pub(crate) fn needs(config: &Config) -> Needs {
     let privileged_shells = config.terminal.enabled && !config.shell.no_new_privileges;
     Needs {
@@ -67,23 +63,23 @@ pub(crate) fn needs(config: &Config) -> Needs {
     }
 }
 
-/// Which link, and what becomes of it.
+/// The link's epoch, and the event.
 type Report = (u64, LinkEvent);
 
 struct Supervisor {
     machine: Machine,
     load: Box<dyn Fn() -> Result<Config, ConfigError>>,
     service: Service,
-    /// The configuration files say something else, which couldn't be used.
+    /// The last reload failed: the files differ from the configuration in use.
     outdated: bool,
     past: Past,
     source: Box<dyn Source>,
     context: Arc<Context>,
     proxies: Arc<ProxySettings>,
     link: Option<Link>,
-    /// Counts links, so that a late word of one that was closed isn't taken for the current one's.
+    /// Incremented per link; events of an older link are ignored.
     epoch: u64,
-    /// Links that haven't reported their end yet; with [`Supervisor::link`] at most a few.
+    /// Links that haven't reported their end yet, including [`Supervisor::link`]; at most a few.
     unfinished: usize,
     reporter: Sender<Report>,
     reports: Receiver<Report>,
@@ -123,7 +119,7 @@ impl Supervisor {
             }
             self.wake.clear();
             let auth = self.source.process(Instant::now())?;
-            // Whatever the source says: it is there.
+            // Any answer means that the source is up.
             if !auth.is_empty() && !self.service.is_ready() {
                 self.service.ready();
             }
@@ -184,7 +180,7 @@ impl Supervisor {
         }
     }
 
-    /// Takes over what the configuration files say now, all of it or, with the reason in the log, nothing.
+    /// Reloads the configuration: all of it or, with the reason in the log, nothing.
     fn reload(&mut self) {
         let ready = self.service.is_ready();
         if ready {
@@ -202,7 +198,7 @@ impl Supervisor {
         }
     }
 
-    /// Whether the configuration could be put in the place of the old one.
+    /// Replaces the configuration. False if that is impossible.
     fn adopt(&mut self, config: Config) -> bool {
         let old = self.context.config();
         if config == *old {
@@ -327,12 +323,12 @@ impl Supervisor {
         self.context.log_status();
     }
 
-    /// Every session's processes are ended and reaped, as far as that is possible in time.
+    /// Ends and reaps every session's processes, as far as that is possible in time.
     fn stop(mut self) {
         let deadline = Instant::now() + STOP_LIMIT;
         self.status.close();
         self.link = None;
-        // The reader drops its router and with it the sessions, and then says so.
+        // A link's reader drops its router, and so the sessions, before it reports the end.
         while self.unfinished > 0
             && let Ok(report) = self.reports.recv_deadline(deadline)
         {
@@ -344,8 +340,7 @@ impl Supervisor {
     }
 }
 
-/// Of announcements of tokens that have piled up only the last counts; an announcement that there is none
-/// always does.
+/// Drops queued token announcements that a later one supersedes. Revocations are kept.
 fn latest(events: Vec<AuthEvent>) -> Vec<AuthEvent> {
     let is_token = |event: &AuthEvent| matches!(event, AuthEvent::Announced(Some(_)));
     let mut kept: Vec<AuthEvent> = Vec::with_capacity(events.len());
@@ -360,12 +355,12 @@ fn latest(events: Vec<AuthEvent>) -> Vec<AuthEvent> {
 
 /// A uniform number from the system's random source.
 fn random() -> u64 {
-    // Early in a boot there may be none; the time since is as good as it gets then.
+    // Early in a boot there may be no randomness yet: the clock has to do.
     getrandom::u64()
         .unwrap_or_else(|_| u64::from(clock::now().subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
-/// Brings what the link reads to the sessions.
+/// Passes frames from the link to the sessions.
 struct Inbound(Router);
 
 impl link::Inbound for Inbound {

@@ -1,4 +1,4 @@
-//! What became of the attempts to connect, for `status`.
+//! The history of attempts to connect, for `status`.
 
 use std::time::Instant;
 
@@ -8,26 +8,23 @@ use super::machine::{Machine, State};
 use crate::auth::Credentials;
 use crate::config::{Auth, Config};
 
-/// What the [`Machine`] doesn't need to know any more.
+/// History for `status` that the [`Machine`] doesn't need.
 #[derive(Debug)]
 pub(crate) struct Past {
-    /// When the daemon started.
+    /// Start of the daemon.
     started: Instant,
-    /// When the state became what it is.
+    /// Since when the state is what it is.
     since: Instant,
-    /// Attempts that failed since the last that didn't.
+    /// Attempts that failed since the last success.
     failed: u32,
-    /// What went wrong last, and when.
     error: Option<(String, Instant)>,
 }
 
 impl Past {
-    /// At the start.
     pub(crate) fn new(now: Instant) -> Self {
         Past { started: now, since: now, failed: 0, error: None }
     }
 
-    /// The state is another one.
     pub(crate) fn changed(&mut self, state: State, now: Instant) {
         self.since = now;
         if matches!(state, State::Connected { .. }) {
@@ -35,18 +32,17 @@ impl Past {
         }
     }
 
-    /// A link is gone, or couldn't be had where it was `dialled` for.
+    /// A link was lost or, if `dialled`, an attempt failed.
     pub(crate) fn lost(&mut self, dialled: bool, why: String, now: Instant) {
         self.failed = self.failed.saturating_add(dialled.into());
         self.failed_because(why, now);
     }
 
-    /// Something went wrong.
     pub(crate) fn failed_because(&mut self, why: String, now: Instant) {
         self.error = Some((why, now));
     }
 
-    /// What `status` tells besides the sessions.
+    /// The part of `status` besides the sessions.
     pub(crate) fn report(&self, machine: &Machine, config: &Config, now: Instant) -> Value {
         let seconds = |since: Instant| now.saturating_duration_since(since).as_secs_f64();
         let next = machine.deadline().map(|at| at.saturating_duration_since(now).as_secs_f64());

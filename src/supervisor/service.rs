@@ -1,50 +1,49 @@
-//! What the service manager is told: that the daemon is ready, how things stand and, again and again, that it goes on.
+//! Messages to the service manager: readiness, status texts, and signs of life for the watchdog.
 
 use std::time::{Duration, Instant};
 
 use crate::sys::notify::{Notify, watchdog};
 
-/// The daemon as a service.
+/// The daemon as a systemd service.
 #[derive(Debug)]
 pub(crate) struct Service {
     notify: Notify,
     ready: bool,
-    /// What the manager heard last.
+    /// The last status sent.
     status: String,
-    /// How often it wants a sign of life, and when it gets the next one.
+    /// The watchdog's interval, and when the next sign of life is due.
     feeding: Option<(Duration, Instant)>,
 }
 
 impl Service {
-    /// As the environment says, from `now` on.
+    /// Reads the environment; intervals start at `now`.
     pub(crate) fn new(now: Instant) -> Self {
-        // Twice as often as it has to be.
+        // Twice as often as required, as sd_watchdog_enabled(3) recommends.
         let feeding = watchdog().map(|limit| (limit / 2, now));
         Service { notify: Notify::from_environment(), ready: false, status: String::new(), feeding }
     }
 
-    /// The daemon does what it is there for, or does it again.
+    /// Reports that the start or a reload is done.
     pub(crate) fn ready(&mut self) {
         self.ready = true;
         self.notify.send("READY=1");
     }
 
-    /// Whether that was said.
+    /// [`Service::ready`] was called.
     pub(crate) fn is_ready(&self) -> bool {
         self.ready
     }
 
-    /// The configuration is being read again, until the next [`Service::ready`].
+    /// Reports a reload, until the next [`Service::ready`].
     pub(crate) fn reloading(&self) {
         self.notify.reloading();
     }
 
-    /// The end has begun.
     pub(crate) fn stopping(&self) {
         self.notify.send("STOPPING=1");
     }
 
-    /// How things stand, said once.
+    /// Sends a status text, unless it repeats the last one.
     pub(crate) fn status(&mut self, status: String) {
         if status != self.status {
             self.notify.send(&format!("STATUS={}", status.escape_debug()));
@@ -57,7 +56,7 @@ impl Service {
         self.feeding.map(|(_, at)| at)
     }
 
-    /// A sign of life, if one is due and `goes_on` says that all does.
+    /// Sends a sign of life if one is due and `goes_on` confirms that all is well.
     pub(crate) fn feed(&mut self, now: Instant, goes_on: impl FnOnce() -> bool) {
         if let Some((interval, at)) = &mut self.feeding
             && now >= *at

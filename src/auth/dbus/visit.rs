@@ -1,5 +1,5 @@
-//! The authentication manager as [`Manager`](super::Manager) asks it, one question after the other, for one who can
-//! wait for the answers.
+//! A blocking client of the authentication manager for doctor. It sends the calls that [`Manager`](super::Manager)
+//! sends.
 
 use std::sync::Arc;
 
@@ -12,29 +12,24 @@ use crate::sys::reason;
 use crate::sys::wake::Wake;
 use crate::sys::wipe::wipe_texts;
 
-/// A connection to the bus.
+/// A blocking connection to the bus, for doctor.
 pub(crate) struct Visit {
     channel: Channel,
 }
 
-/// Why there is no token.
 #[derive(Debug)]
 pub(crate) enum Refusal {
-    /// The bus's policy doesn't let us ask.
+    /// The bus's policy denies the call.
     Denied(String),
-    /// Nobody has the manager's name.
+    /// Nobody owns the manager's name.
     Absent(String),
-    /// No answer came in time.
+    /// No answer in time.
     Silent,
-    /// Anything else.
     Failed(String),
 }
 
 impl Visit {
-    /// Connects to the system bus, and says hello.
-    ///
-    /// # Errors
-    /// What libdbus says.
+    /// Connects to the system bus and says hello.
     pub(crate) fn begin() -> Result<Self, String> {
         let bus = Wake::new().and_then(|wake| Bus::connect(&Arc::new(wake))).map_err(|e| reason(&e))?;
         let Bus::Connecting(answer) = bus else { return Err(String::new()) };
@@ -45,17 +40,17 @@ impl Visit {
         }
     }
 
-    /// Our name on the bus.
+    /// Our unique name on the bus.
     pub(crate) fn name(&self) -> &str {
         self.channel.unique_name().unwrap_or_default()
     }
 
-    /// Who has the manager's name.
+    /// The unique name of the manager's owner.
     pub(crate) fn owner(&self) -> Option<String> {
         self.ask_bus("GetNameOwner", &[MANAGER])?.get1()
     }
 
-    /// Whether the bus starts the manager when it is called.
+    /// D-Bus activation starts the manager when it is called.
     pub(crate) fn can_start_manager(&self) -> bool {
         let names = self.ask_bus("ListActivatableNames", &[]).and_then(|answer| answer.get1::<Vec<String>>());
         names.is_some_and(|names| names.iter().any(|name| name == MANAGER))
@@ -69,10 +64,8 @@ impl Visit {
         self.channel.send_with_reply_and_block(message, ANSWER_LIMIT).ok()
     }
 
-    /// Asks the manager for the token. With no credentials, whether it was the token that was missing.
-    ///
-    /// # Errors
-    /// Why there is no answer.
+    /// Asks the manager for the token. `Err(true)` inside if it answers without a token, `Err(false)` if without a
+    /// URL.
     pub(crate) fn token(&self) -> Result<Result<Credentials, bool>, Refusal> {
         let message =
             Message::new_method_call(MANAGER, PATH, INTERFACE, "GetJwtToken").map_err(Refusal::Failed)?;
