@@ -35,37 +35,33 @@ use nix::sys::stat::Mode;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::geteuid;
 
-/// As many links as the kernel follows in one path: MAXSYMLINKS.
+/// MAXSYMLINKS, as in the kernel.
 const MAX_LINKS: u32 = 40;
-/// How many directories below the start the walk holds open: a path mustn't use up the descriptors of
-/// the other sessions.
+/// Directories below the start that the walk holds open: a path mustn't use up the descriptors of other sessions.
 const MAX_DEPTH: usize = 256;
-/// How often openat2(2) may be disturbed by a rename(2) somewhere on the system.
+/// Retries of openat2(2) after EAGAIN, which any rename(2) on the system may cause.
 const MAX_RACES: u32 = 32;
-/// A directory on the way.
 const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY);
-/// What a created file may be until its owner says otherwise.
+/// Mode of a created file until its owner changes it.
 const PRIVATE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
-/// How a path is resolved.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rules {
-    /// Nothing above the starting directory is reachable: not by `..`, not by an absolute path, and by
-    /// no link that says such a thing.
+    /// Nothing above the starting directory is reachable: not by `..`, not by an absolute path, and not through a
+    /// link.
     pub(crate) beneath: bool,
-    /// Symbolic links are followed. Otherwise one anywhere in the path is ELOOP, also as the last
-    /// component, unless that is opened as the link itself (O_PATH and O_NOFOLLOW).
+    /// Follow symbolic links. Otherwise any link in the path is ELOOP, the last component included, unless that is
+    /// opened as the link itself (O_PATH and O_NOFOLLOW).
     pub(crate) follow_links: bool,
 }
 
-/// Opens `path`, from `dir` where it is relative.
+/// Opens `path`, from `dir` if it is relative.
 ///
-/// `flags` are those of open(2); O_CLOEXEC and O_LARGEFILE are always added. A created file has mode
-/// 0600 (less the umask). The magic links of procfs are never followed.
+/// `flags` are those of open(2); O_CLOEXEC and O_LARGEFILE are always added. A created file has mode 0600 (less the
+/// umask). The magic links of procfs are never followed.
 ///
-/// # Errors
-/// EXDEV for a way out, ELOOP for a forbidden link or more than 40 of them, EINVAL for a NUL in the path
-/// or O_CREAT together with O_DIRECTORY, else what open(2) says.
+/// Fails with EXDEV for a way out, ELOOP for a forbidden link or more than 40 of them, EINVAL for a NUL in the path
+/// or O_CREAT together with O_DIRECTORY, else as open(2).
 pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io::Result<OwnedFd> {
     let flags = effective(flags)?;
     if has_openat2() {
@@ -80,13 +76,10 @@ pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules)
     walk(dir, path, flags, rules)
 }
 
-/// Opens the very file that `fd` (O_PATH) refers to, for reading or whatever `flags` say; O_CLOEXEC and
-/// O_LARGEFILE are always added. So what was checked on `fd` holds for what is opened here.
+/// Opens the very file that `fd` (O_PATH) refers to, for reading or whatever `flags` say; O_CLOEXEC and O_LARGEFILE
+/// are always added. So what was checked on `fd` holds for what is opened here.
 ///
-/// That rests on procfs being mounted on `/proc`, which only root can change.
-///
-/// # Errors
-/// What open(2) says of the file, ELOOP if it is a link; ENOENT without procfs. EINVAL for O_CREAT.
+/// Needs procfs on `/proc`, which only root can change, else ENOENT. A link is ELOOP, O_CREAT is EINVAL.
 pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> io::Result<OwnedFd> {
     if flags.contains(OFlag::O_CREAT) {
         return Err(Errno::EINVAL.into());
@@ -97,8 +90,8 @@ pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> io::Result<OwnedFd> {
     Ok(openat(AT_FDCWD, path.as_str(), flags, Mode::empty())?)
 }
 
-/// The flags as both implementations take them. openat2(2) is stricter than open(2) with O_PATH, and
-/// kernels differ in what they do with the pair that is refused here.
+/// The flags as both implementations accept them. openat2(2) is stricter than open(2) with O_PATH, and kernels differ
+/// in what they do with the pair that is refused here.
 fn effective(flags: OFlag) -> io::Result<OFlag> {
     if flags.contains(OFlag::O_PATH) {
         return Ok(flags.intersection(DIRECTORY | OFlag::O_NOFOLLOW) | OFlag::O_CLOEXEC);
@@ -109,8 +102,7 @@ fn effective(flags: OFlag) -> io::Result<OFlag> {
     Ok(flags | OFlag::O_CLOEXEC | OFlag::O_LARGEFILE)
 }
 
-/// Whether openat2(2) can be used, found out once. Containers of some age answer EPERM to system calls
-/// that they don't know.
+/// Probes openat2(2) once. Older container runtimes answer EPERM to system calls that they don't know.
 fn has_openat2() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
@@ -120,7 +112,6 @@ fn has_openat2() -> bool {
     })
 }
 
-/// The path resolved by openat2(2).
 fn ask_kernel(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {
     let mut resolve = ResolveFlag::RESOLVE_NO_MAGICLINKS;
     resolve.set(ResolveFlag::RESOLVE_BENEATH, rules.beneath);
@@ -131,7 +122,7 @@ fn ask_kernel(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> n
     openat2(dir, path, OpenHow::new().flags(flags).mode(mode).resolve(resolve))
 }
 
-/// The path resolved here; the module's text says what makes that safe.
+/// Resolves the path in user space; the module's documentation says what makes that safe.
 fn walk(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io::Result<OwnedFd> {
     let mut rest = path.as_os_str().as_bytes().to_vec();
     if rest.is_empty() {
@@ -194,16 +185,16 @@ fn walk(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io::Res
     }
 }
 
-/// Splits off the first component; what follows it starts with a slash or is empty. Nothing but slashes
-/// means the directory itself.
+/// Splits off the first component; the remainder starts with a slash or is empty. Only slashes mean the directory
+/// itself.
 fn first_component(path: &[u8]) -> (&[u8], &[u8]) {
     let Some(start) = path.iter().position(|b| *b != b'/') else { return (b".", b"") };
     let path = &path[start..];
     path.split_at(path.iter().position(|b| *b == b'/').unwrap_or(path.len()))
 }
 
-/// The directories that the walk came through, all open. With `beneath` the first is where it started and
-/// the last where it is; without, only the last is kept, since then `..` may well be the kernel's.
+/// The directories that the walk has entered, all open. With `beneath` the first is the start and the last the
+/// current one; without it only the current one is kept, since the kernel may then resolve `..`.
 struct Way {
     above: Vec<File>,
     here: File,
@@ -228,7 +219,7 @@ impl Way {
         &self.here
     }
 
-    /// Whether the present directory may be searched: the kernel wants that for `.` and `..` as well.
+    /// Checks search permission on the current directory: the kernel requires it for `.` and `..` as well.
     fn search(&self) -> io::Result<()> {
         open_entry(&self.here, b".", DIRECTORY).map(drop)
     }
@@ -253,19 +244,19 @@ impl Way {
 
 enum Entry {
     Opened(File),
-    /// A link that has to be followed, as an O_PATH descriptor.
+    /// A link to follow, as an O_PATH descriptor.
     Link(File),
 }
 
-/// Opens the entry `name` of `dir` in one step, so that a file may be created and nothing can come
-/// between; only where that fails is it asked whether the entry is a link to follow.
+/// Opens the entry `name` of `dir` in one step, so that a file may be created without a race. Only if that fails does
+/// it check whether the entry is a link to follow.
 fn entry(dir: &File, name: &[u8], flags: OFlag) -> io::Result<Entry> {
     let opened = open_entry(dir, name, flags);
     if flags.contains(OFlag::O_NOFOLLOW) || flags.contains(OFlag::O_CREAT | OFlag::O_EXCL) {
         return opened.map(Entry::Opened);
     }
     match opened {
-        // Of the flags only O_PATH alone opens a link.
+        // O_PATH without O_DIRECTORY opens a link itself.
         Ok(file) if flags & DIRECTORY == OFlag::O_PATH && is_link(&file)? => Ok(Entry::Link(file)),
         Ok(file) => Ok(Entry::Opened(file)),
         Err(error) => match open_entry(dir, name, OFlag::O_PATH) {
@@ -275,7 +266,7 @@ fn entry(dir: &File, name: &[u8], flags: OFlag) -> io::Result<Entry> {
     }
 }
 
-/// One component, never through a link.
+/// Opens one component, never through a link.
 fn open_entry(dir: impl AsFd, name: &[u8], flags: OFlag) -> io::Result<File> {
     let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     Ok(openat(dir, name, flags, PRIVATE)?.into())
@@ -285,16 +276,16 @@ fn is_link(file: &File) -> io::Result<bool> {
     Ok(file.metadata()?.is_symlink())
 }
 
-/// Whether the link is one that procfs answers with a file instead of a path. All of its links are,
-/// except those in its root: `self`, `mounts` and the like.
+/// True if procfs answers the link with a file instead of a path, as it does with all but those in its root: `self`,
+/// `mounts` and the like.
 fn is_magic(dir: &File, link: &File) -> io::Result<bool> {
     const PROC_ROOT_INO: u64 = 1;
     let on_procfs = fstatfs(link).is_ok_and(|fs| fs.filesystem_type() == PROC_SUPER_MAGIC);
     Ok(on_procfs && dir.metadata()?.ino() != PROC_ROOT_INO)
 }
 
-/// proc(5), protected_symlinks: a link that somebody put into a directory like /tmp, and that neither we
-/// nor the directory's owner made.
+/// proc(5), protected_symlinks: true for a link in a directory like /tmp that neither we nor the directory's owner
+/// made.
 fn is_strangers_link(dir: &File, link: &File) -> io::Result<bool> {
     const STICKY_AND_FOR_ALL: u32 = 0o1002;
     let (dir, link) = (dir.metadata()?, link.metadata()?);
@@ -302,7 +293,7 @@ fn is_strangers_link(dir: &File, link: &File) -> io::Result<bool> {
     Ok(shared && link.uid() != dir.uid() && link.uid() != geteuid().as_raw())
 }
 
-/// The system's choice; without an answer, the careful one.
+/// The sysctl protected_symlinks; if it can't be read, true to be on the safe side.
 fn strangers_links_are_barred() -> bool {
     fs::read("/proc/sys/fs/protected_symlinks").map_or(true, |text| !text.starts_with(b"0"))
 }

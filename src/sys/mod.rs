@@ -1,4 +1,4 @@
-//! What the program asks of the kernel and libc. The only place with `unsafe`.
+//! Wrappers of the kernel and libc. The only place with `unsafe`.
 
 pub(crate) mod beneath;
 pub(crate) mod clock;
@@ -28,7 +28,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-/// Where they aren't nix's.
+/// Go's texts that differ from nix's.
 const WORDS: [(Errno, &str); 9] = [
     (Errno::EAGAIN, "resource temporarily unavailable"),
     (Errno::EBADF, "bad file descriptor"),
@@ -41,8 +41,7 @@ const WORDS: [(Errno, &str); 9] = [
     (Errno::EXDEV, "invalid cross-device link"),
 ];
 
-/// The system's words for an error as Go prints them, which is what a peer and an operator compare
-/// with: lower case, without the number.
+/// Go's text for an error, which clients and operators compare with: lower case, without the number.
 pub(crate) fn reason(error: &io::Error) -> String {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(errno) => {
@@ -57,8 +56,8 @@ pub(crate) fn reason(error: &io::Error) -> String {
 
 /// renameat2(2) with RENAME_NOREPLACE, within a directory. nix has it for glibc only.
 ///
-/// # Errors
-/// EEXIST if `to` exists; EINVAL if the file system, ENOSYS if the kernel (before 3.15) can't.
+/// Fails with EEXIST if `to` exists; EINVAL if the file system, ENOSYS if the kernel (before 3.15) doesn't support
+/// it.
 #[allow(unsafe_code)]
 pub(crate) fn rename_noreplace(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> nix::Result<()> {
     let dir = dir.as_raw_fd();
@@ -85,28 +84,24 @@ pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Resu
     unsafe { BorrowedFd::borrow_raw(channel.watch().fd) }.try_clone_to_owned()
 }
 
-/// Which descriptors to wait for, and afterwards what happened on each.
+/// The descriptors for one poll(2), and afterwards their events.
 #[derive(Default)]
 pub struct PollSet<'a> {
     fds: Vec<PollFd<'a>>,
 }
 
 impl<'a> PollSet<'a> {
-    /// An empty set.
     pub fn new() -> Self {
         PollSet::default()
     }
 
-    /// Adds a descriptor; the answer is its place for [`PollSet::events`].
+    /// Adds a descriptor; returns its place for [`PollSet::events`].
     pub fn add(&mut self, fd: BorrowedFd<'a>, events: PollFlags) -> usize {
         self.fds.push(PollFd::new(fd, events));
         self.fds.len() - 1
     }
 
-    /// Waits until something happens or `deadline` has come. An interruption counts as nothing having happened.
-    ///
-    /// # Errors
-    /// What poll(2) says; in practice only ENOMEM.
+    /// Waits until an event or `deadline`. An interruption counts as no event.
     pub fn wait(&mut self, deadline: Option<Instant>) -> io::Result<()> {
         let timeout = match deadline {
             None => PollTimeout::NONE,
@@ -118,7 +113,7 @@ impl<'a> PollSet<'a> {
         }
     }
 
-    /// What happened on the descriptor at `place`.
+    /// Events on the descriptor at `place`.
     pub fn events(&self, place: usize) -> PollFlags {
         self.fds.get(place).and_then(PollFd::revents).unwrap_or(PollFlags::empty())
     }

@@ -20,7 +20,6 @@ const GRACE: Duration = Duration::from_millis(50);
 
 type Answer = io::Result<Vec<SocketAddr>>;
 
-/// Two queries for one name.
 struct LookUp<P> {
     state: Mutex<State>,
     answered: Condvar,
@@ -35,11 +34,9 @@ struct State {
     report: Option<Box<dyn FnOnce(Answer) + Send>>,
 }
 
-/// Resolves `host` in threads, because getaddrinfo(3) can't be interrupted: it may go on after the caller has given up.
-/// `permit` is dropped when it has ended. `done` is called when the result can be received.
-///
-/// # Errors
-/// EAGAIN when no thread can be started.
+/// Resolves `host` in threads, because getaddrinfo(3) can't be interrupted: it may go on after the caller has given
+/// up. Drops `permit` when it has ended. Calls `done` when the result can be received. Fails if no thread can be
+/// started.
 pub(crate) fn look_up(
     host: &str,
     port: u16,

@@ -7,17 +7,16 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-/// The environment's variables that are about this process and nobody that it starts.
+/// Environment variables for this process, not for its children.
 pub(crate) const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 
-/// The way to the service manager, if there is one.
+/// The socket of the service manager, if there is one.
 #[derive(Debug)]
 pub(crate) struct Notify {
     socket: Option<UnixDatagram>,
 }
 
 impl Notify {
-    /// To the manager that the environment names.
     pub(crate) fn from_environment() -> Self {
         let name = std::env::var_os(VARIABLES[0]).unwrap_or_default();
         let address = match name.as_bytes() {
@@ -34,15 +33,15 @@ impl Notify {
         Notify { socket: if name.is_empty() { None } else { address.and_then(connect).ok() } }
     }
 
-    /// Tells the manager; `state` is of the form `NAME=VALUE`, one a line.
+    /// `state` has lines of the form `NAME=VALUE`.
     pub(crate) fn send(&self, state: &str) {
         if let Some(socket) = &self.socket {
-            // Nobody may listen any more, and what can't be told now is told again or not that important.
+            // The manager may not listen any more, and a lost message is either repeated or not important.
             let _ = socket.send(state.as_bytes());
         }
     }
 
-    /// Tells that the configuration is being read again; to be followed by `READY=1`.
+    /// Reports a reload; `READY=1` has to follow.
     pub(crate) fn reloading(&self) {
         if let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) {
             self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", Duration::from(now).as_micros()));
@@ -50,7 +49,7 @@ impl Notify {
     }
 }
 
-/// Within which time the manager wants a sign of life, again and again, if it does.
+/// The watchdog's interval: the manager wants a sign of life within it.
 pub(crate) fn watchdog() -> Option<Duration> {
     let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
     let [_, micros, pid] = VARIABLES;

@@ -1,4 +1,4 @@
-//! What the process gives up at its start, and what the programs it runs get back. To be called before any other
+//! Privileges and limits that the process changes at its start, and that its programs get back. For use before any other
 //! thread is started: capabilities belong to threads, and are inherited.
 
 use std::io;
@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
 
-/// capabilities(7), as far as this program uses any.
+/// Of capabilities(7), those that this program uses.
 const CHOWN: u32 = 0;
 const DAC_OVERRIDE: u32 = 1;
 const DAC_READ_SEARCH: u32 = 2;
@@ -21,7 +21,7 @@ const KILL: u32 = 5;
 const SETGID: u32 = 6;
 const SETUID: u32 = 7;
 
-/// What the process was started with.
+/// The process's umask and limits at its start.
 #[derive(Debug)]
 struct Inherited {
     umask: Mode,
@@ -33,12 +33,9 @@ type Limit = (rlim_t, rlim_t);
 
 static INHERITED: OnceLock<Inherited> = OnceLock::new();
 
-/// The memory, which holds the token, goes into no core file and isn't shown to other processes of the user; new
-/// files are for the user alone. Descriptors are there as far as the hard limit goes: systemd's soft limit, 1024, is
-/// for programs that use select(2), and one session's forwards could use it up.
-///
-/// # Errors
-/// When the system refuses the first.
+/// Keeps the memory, which holds the token, out of core files and away from other processes of the user; new files
+/// are for the user alone. Raises the limit on descriptors to the hard one: systemd's soft limit, 1024, is for
+/// programs that use select(2), and one session's forwards could use it up. Only a failure of the first is an error.
 pub(crate) fn keep_to_oneself() -> io::Result<()> {
     let limits = [Resource::RLIMIT_CORE, Resource::RLIMIT_NOFILE].map(|r| (r, getrlimit(r).ok()));
     let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), limits });
@@ -51,10 +48,8 @@ pub(crate) fn keep_to_oneself() -> io::Result<()> {
     Ok(())
 }
 
-/// Gives a program what the daemon was started with. Async-signal-safe, to be called between fork and exec.
-///
-/// # Errors
-/// What setrlimit(2) says.
+/// Gives a program the umask and limits that the daemon was started with. Async-signal-safe, for use between fork and
+/// exec.
 pub(crate) fn restore() -> io::Result<()> {
     let Some(Inherited { umask: mask, limits }) = INHERITED.get() else { return Ok(()) };
     umask(*mask);
@@ -66,16 +61,14 @@ pub(crate) fn restore() -> io::Result<()> {
     Ok(())
 }
 
-/// What the daemon does that takes privileges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Needs {
-    /// Shells of a user.
     pub(crate) shells: bool,
-    /// Shells of root's that may do everything.
+    /// Shells of root, with all privileges.
     pub(crate) root_shells: bool,
-    /// Reading and writing anybody's files.
+    /// Reading and writing files of any user.
     pub(crate) files: bool,
-    /// Running programs that may do anything root may: shells with sudo, the Mender client.
+    /// Running programs with all of root's privileges: shells with sudo, the Mender client.
     pub(crate) privileged_programs: bool,
 }
 
@@ -94,7 +87,7 @@ impl Needs {
 
 static HELD: OnceLock<Needs> = OnceLock::new();
 
-/// Whether what was kept is enough for `needs`, too.
+/// True if [`reduce`] kept enough for `needs`.
 pub(crate) fn suffices_for(needs: Needs) -> bool {
     let Some(held) = HELD.get() else { return true };
     let programs = held.privileged_programs || !needs.privileged_programs;
@@ -103,18 +96,15 @@ pub(crate) fn suffices_for(needs: Needs) -> bool {
     programs && (!geteuid().is_root() || capabilities && root_shells)
 }
 
-/// Gives up for ever what isn't needed: root's capabilities beyond it, and, unless a program run may need more, also
-/// that such a program could get any (the bounding set, no_new_privs).
-///
-/// # Errors
-/// When the system refuses; what could be given up is gone.
+/// Drops root's capabilities beyond `needs`, for ever. Unless a program run by the daemon may need more, such
+/// programs can't get any either (the bounding set, no_new_privs). On an error it has dropped as many as it could.
 pub(crate) fn reduce(needs: Needs) -> io::Result<()> {
     let kept = needs.capabilities();
     let _ = HELD.set(needs);
     if !needs.privileged_programs {
         prctl::set_no_new_privs()?;
     }
-    // Whoever starts the daemon as another user says himself what that one may.
+    // An operator who starts the daemon as another user has chosen its privileges.
     if !geteuid().is_root() {
         return Ok(());
     }
@@ -124,7 +114,7 @@ pub(crate) fn reduce(needs: Needs) -> io::Result<()> {
     limit(kept, needs.root_shells)
 }
 
-/// Takes capabilities from what programs may get.
+/// Removes all capabilities but `kept` from the bounding set.
 #[allow(unsafe_code)]
 fn bound(kept: u64) -> io::Result<()> {
     for capability in (0..u64::BITS).filter(|capability| kept & 1 << capability == 0) {
@@ -154,7 +144,7 @@ struct Sets {
     inheritable: u32,
 }
 
-/// Takes all capabilities but these from this thread. They may stay permitted: a program that gets more of them by
+/// Drops all capabilities but `kept` from this thread. They may stay permitted: a program that gets more of them by
 /// exec(2) than its parent was permitted loses its parent-death signal.
 #[allow(unsafe_code)]
 fn limit(kept: u64, permitted: bool) -> io::Result<()> {

@@ -25,14 +25,14 @@ use super::thread;
 use super::users::User;
 use super::wake::Wake;
 
-/// As many as the kernel knows on every architecture but MIPS.
+/// The number of signals on every architecture but MIPS.
 const KERNEL_SIGNALS: i32 = 64;
-/// Who is forked while the others are told is told then; this often.
+/// Rounds of signalling, to catch processes forked meanwhile.
 const HANG_UP_ROUNDS: u32 = 20;
 
 /// A process that leads a session of its own, on a terminal of its own.
 ///
-/// Dropped before it was reaped, it is killed and waited for.
+/// Dropping it before it was reaped kills it and waits for it.
 #[derive(Debug)]
 pub(crate) struct SessionLeader {
     child: Child,
@@ -41,7 +41,7 @@ pub(crate) struct SessionLeader {
     status: Option<ExitStatus>,
 }
 
-/// Becomes readable when the process has ended.
+/// A descriptor that becomes readable when the process has ended.
 #[derive(Debug)]
 enum ExitWatch {
     PidFd(OwnedFd),
@@ -50,16 +50,13 @@ enum ExitWatch {
 }
 
 impl SessionLeader {
-    /// Starts `command` on the terminal `tty` as `user` when this process is root, in `user`'s home or, where the user
+    /// Starts `command` on the terminal `tty` as `user` if this process is root, in `user`'s home or, if the user
     /// can't enter that, in `/`.
     ///
     /// The environment is HOME and TERM and nothing else. Signals have their default effect, umask and limits are
     /// those that this process was started with, and no descriptor of ours but the terminal is open. With
     /// `no_new_privileges` no program can become more than the user is. When the thread that starts it ends, as in a
     /// kill of the daemon, it gets SIGTERM besides its terminal's hang-up, which it might ignore.
-    ///
-    /// # Errors
-    /// What fork, exec or switching to the user said.
     pub(crate) fn spawn(
         command: &Path,
         arguments: &[String],
@@ -114,12 +111,11 @@ impl SessionLeader {
         }
     }
 
-    /// The process id.
     pub(crate) fn pid(&self) -> i32 {
         self.pid.as_raw()
     }
 
-    /// How it ended, if it has; reaps it. Call it when the descriptor is readable.
+    /// Reaps the process if it has ended. To be called when the descriptor is readable.
     pub(crate) fn try_wait(&mut self) -> Option<ExitStatus> {
         if self.status.is_none() {
             self.status = self.child.try_wait().ok().flatten();
@@ -127,9 +123,9 @@ impl SessionLeader {
         self.status
     }
 
-    /// What a terminal's end means for those on it: SIGHUP (and SIGCONT, so that the stopped notice)
-    /// for every process of the session, and SIGTERM for the shell's own group. Jobs that were made to
-    /// outlive a hang-up do.
+    /// Does what a terminal's end means for its processes: SIGHUP (and SIGCONT, so that stopped ones notice) for
+    /// every process of the session, and SIGTERM for the shell's own group. Jobs that were made to outlive a hang-up
+    /// do.
     pub(crate) fn hang_up(&self) {
         if self.status.is_some() {
             return;
@@ -150,7 +146,7 @@ impl SessionLeader {
         let _ = killpg(self.pid, Signal::SIGTERM);
     }
 
-    /// SIGKILL for the shell and its group.
+    /// Sends SIGKILL to the shell and its group.
     pub(crate) fn kill(&self) {
         if self.status.is_none() {
             let _ = killpg(self.pid, Signal::SIGKILL);
@@ -183,10 +179,8 @@ impl Drop for SessionLeader {
     }
 }
 
-/// Runs `program` with one argument to its end, without input and with its output discarded.
-///
-/// # Errors
-/// How it failed, in Go's words: "exit status 1", "signal: killed", or why it didn't start.
+/// Runs `program` with one argument to its end, without input and with its output discarded. Errors are in Go's
+/// words: "exit status 1", "signal: killed", or why it didn't start.
 pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String> {
     let failed = |e: io::Error| format!("fork/exec {}: {}", program.display(), super::reason(&e));
     let mut command = Command::new(program);
@@ -246,7 +240,7 @@ fn lead_session() -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Whoever started the daemon may have had signals ignored or blocked; a shell must not inherit that.
+/// The daemon may have been started with signals ignored or blocked; a shell must not inherit that.
 ///
 /// By number and past libc, which keeps some real-time signals to itself.
 #[allow(unsafe_code)]
@@ -271,8 +265,8 @@ fn default_signals() -> io::Result<()> {
     Ok(())
 }
 
-/// Marks every descriptor but the standard ones close-on-exec. What the daemon opens itself always is;
-/// this is for those it got from whoever started it. To be called at the start.
+/// Marks every descriptor but the standard ones close-on-exec. The daemon's own always are; this is for inherited
+/// ones. To be called at the start.
 #[allow(unsafe_code)]
 pub(crate) fn keep_descriptors_private() {
     let Ok(entries) = fs::read_dir("/proc/self/fd") else { return };
@@ -293,8 +287,8 @@ fn become_user(groups: &[Gid], gid: Gid, uid: Uid) -> io::Result<()> {
     Ok(())
 }
 
-/// The kernel ends this process when the thread that forked it ends, `parent`'s. Changing the user would undo that.
-/// Not by SIGKILL: an interactive shell, which ignores SIGTERM, passes the hang-up on to its jobs.
+/// Has the kernel end this process when the thread that forked it, one of `parent`'s, ends. Changing the user would
+/// undo that. Not by SIGKILL: an interactive shell, which ignores SIGTERM, passes the hang-up on to its jobs.
 fn end_with(parent: Pid) -> io::Result<()> {
     prctl::set_pdeathsig(Signal::SIGTERM)?;
     // It may have ended before.
@@ -337,7 +331,7 @@ fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The processes whose session is led by `leader`, itself included.
+/// The processes of the session that `leader` leads, itself included.
 fn session_members(leader: Pid) -> Vec<Pid> {
     let Ok(entries) = fs::read_dir("/proc") else { return vec![leader] };
     let members: Vec<Pid> = entries

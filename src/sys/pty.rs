@@ -11,12 +11,10 @@ use nix::sys::stat::Mode;
 use nix::sys::termios::{InputFlags, SetArg, tcgetattr, tcsetattr};
 use nix::unistd::{Uid, fchown};
 
-/// A terminal's size in characters.
+/// In characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WindowSize {
-    /// Columns.
     pub(crate) width: u16,
-    /// Rows.
     pub(crate) height: u16,
 }
 
@@ -27,13 +25,12 @@ pub(crate) struct Pty {
 }
 
 impl Pty {
-    /// Opens a pair of the given size. The second value is the side for the shell.
+    /// Opens a pair of the given size. The second value is the shell's side.
     ///
-    /// With `owner` the shell's side belongs to that user, as after a login: programs that open their
-    /// terminal by its name need it.
+    /// With `owner` the shell's side belongs to that user, as after a login: programs that open their terminal by its
+    /// name need it.
     ///
-    /// # Errors
-    /// ENOSPC when the system has no more PTYs (`kernel.pty.max`), or what opening descriptors may say.
+    /// ENOSPC means that the system has no more PTYs (`kernel.pty.max`).
     pub(crate) fn open(size: WindowSize, owner: Option<Uid>) -> io::Result<(Self, OwnedFd)> {
         let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         grantpt(&master)?;
@@ -52,10 +49,7 @@ impl Pty {
         Ok((pty, slave))
     }
 
-    /// Tells the terminal its size; the kernel sends SIGWINCH to who is in the foreground.
-    ///
-    /// # Errors
-    /// What ioctl(2) says.
+    /// The kernel sends SIGWINCH to the foreground process group.
     #[allow(unsafe_code)]
     pub(crate) fn resize(&self, size: WindowSize) -> io::Result<()> {
         let size = libc::winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
@@ -65,11 +59,7 @@ impl Pty {
         Errno::result(result).map(drop).map_err(Into::into)
     }
 
-    /// Reads what the programs on the terminal wrote. `Ok(0)` is the end: nobody holds the other side
-    /// any more (the kernel says EIO).
-    ///
-    /// # Errors
-    /// `WouldBlock` when there is nothing to read now.
+    /// Reads output. `Ok(0)` is the end: no process holds the other side any more (the kernel says EIO).
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match nix::unistd::read(&self.master, buffer) {
             Err(Errno::EIO) => Ok(0),
@@ -77,10 +67,7 @@ impl Pty {
         }
     }
 
-    /// Writes what the user typed, as much of it as the terminal takes now.
-    ///
-    /// # Errors
-    /// `WouldBlock` when the terminal takes nothing now; EIO when nobody holds the other side.
+    /// Writes input, as much of it as the terminal takes now. EIO means that no process holds the other side.
     pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         nix::unistd::write(&self.master, bytes).map_err(Into::into)
     }

@@ -9,22 +9,18 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 use nix::unistd::{self, Gid, Uid};
 
-/// An account of this device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
-    /// Login name.
     pub(crate) name: String,
-    /// User id.
     pub(crate) uid: Uid,
-    /// Primary group.
+    /// The primary group.
     pub(crate) gid: Gid,
-    /// Every group of the user, the primary one included: what setgroups(2) should get.
+    /// All groups for setgroups(2), the primary one included.
     pub(crate) groups: Vec<Gid>,
-    /// Home directory, as the user database has it: it needn't exist.
+    /// As in the user database: it may not exist.
     pub(crate) home: PathBuf,
 }
 
-/// Why an account couldn't be looked up.
 #[derive(Debug, thiserror::Error)]
 pub enum UserError {
     /// The user database has no such name.
@@ -33,14 +29,12 @@ pub enum UserError {
     /// The user database couldn't be asked: trying again later may help.
     #[error("user: cannot look up {name}: {errno}")]
     Database {
-        /// The name asked for.
         name: String,
-        /// What getpwnam_r(3) or getgrouplist(3) failed with.
+        /// Of getpwnam_r(3) or getgrouplist(3).
         errno: Errno,
     },
 }
 
-/// Finds the account called `name`.
 pub fn lookup(name: &str) -> Result<User, UserError> {
     let unknown = || {
         if cfg!(target_env = "musl") {

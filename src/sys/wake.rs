@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// A wake-up call. Any number of calls before the sleeper clears it are one.
+/// An eventfd that wakes a poll(2). Any number of calls before the sleeper clears it are one.
 #[derive(Debug)]
 pub struct Wake {
     fd: EventFd,
@@ -14,14 +14,12 @@ pub struct Wake {
 }
 
 impl Wake {
-    /// # Errors
-    /// EMFILE, ENFILE or ENOMEM.
     pub fn new() -> io::Result<Self> {
         let fd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(Wake { fd, pending: AtomicBool::new(false) })
     }
 
-    /// Wakes the sleeper, now or when it next waits.
+    /// Wakes the sleeper, now or at its next poll(2).
     pub(crate) fn notify(&self) {
         if !self.pending.swap(true, Ordering::SeqCst) {
             // Can't fail: the counter is at most one.
@@ -29,11 +27,11 @@ impl Wake {
         }
     }
 
-    /// Forgets the calls so far. To be followed by a look at whatever they were about.
+    /// Clears the calls so far. Check their reasons afterwards, not before.
     pub fn clear(&self) {
         // Fails when nobody called, which is fine.
         let _ = self.fd.read();
-        // A swap, not a store: whoever called meanwhile wrote nothing, so what they did before must be seen now.
+        // A swap, not a store: a thread that called meanwhile wrote nothing, so its earlier writes must be visible now.
         self.pending.swap(false, Ordering::SeqCst);
     }
 }

@@ -4,7 +4,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
 
-/// Larger blocks hold files and output; a token is in no more than the headers a server takes.
+/// In bytes: larger blocks hold files and output; a token is in no more than the headers a server takes.
 const LARGEST: usize = 16 * 1024;
 
 /// The system's allocator, with blocks of up to 16 KiB wiped when they are freed.
@@ -55,7 +55,7 @@ unsafe impl GlobalAlloc for Wiping {
     }
 }
 
-/// Wipes the texts of a message that has been dealt with: libdbus keeps messages to use their memory again.
+/// Wipes the texts of a processed message: libdbus keeps freed messages for reuse.
 #[cfg(feature = "dbus")]
 #[allow(unsafe_code)]
 pub(crate) fn wipe_texts(message: &mut dbus::Message) {

@@ -22,22 +22,21 @@ use crate::proto::SessionId;
 use crate::proto::file;
 use crate::sys::reason;
 
-/// Chunks that may be on the way. The server needs ten to say anything at all.
+/// Chunks in flight. The server acknowledges nothing before ten have come.
 const MAX_IN_FLIGHT: usize = 20;
 const SMALLEST_CHUNK: usize = 2 * 1024;
 const LARGEST_CHUNK: usize = 256 * 1024;
 
-/// A file that is being sent.
 pub(crate) struct Download {
     file: File,
     path: PathBuf,
-    /// How many bytes will be sent, where that is known: the file's size when the transfer began.
+    /// Bytes to send: the file's size when the transfer began, `None` if unknown.
     size: Option<u64>,
-    /// MaxFileSize. Holds for `size` from the start, and has to be checked on the way where the size is unknown.
+    /// MaxFileSize. Checked against `size` at the start and, if that is unknown, on the way.
     max_size: Option<NonZeroU64>,
     sent: u64,
     acked: u64,
-    /// The ends of the chunks on the way.
+    /// The end offsets of the chunks in flight.
     in_flight: VecDeque<u64>,
     at_end: bool,
     max_rate: Option<NonZeroU64>,
@@ -45,11 +44,8 @@ pub(crate) struct Download {
 }
 
 impl Download {
-    /// Opens the file. If its metadata was told before, as `known`, and it has grown since, just as many bytes
-    /// are sent as were told: that is what the client expects.
-    ///
-    /// # Errors
-    /// The text for the peer.
+    /// Opens the file. If the client was told its metadata before, as `known`, and the file has grown since, it is
+    /// sent only up to that size, which the client expects. The error is the text for the client.
     pub(crate) fn start(
         limits: Option<&FileLimits>,
         counters: &Counters,
@@ -80,10 +76,7 @@ impl Download {
         })
     }
 
-    /// Sends what may be sent now.
-    ///
-    /// # Errors
-    /// For the peer; the download is over.
+    /// Sends what may be sent now. An error is for the client and ends the download.
     pub(crate) fn proceed(
         &mut self,
         sid: &SessionId,
@@ -144,7 +137,8 @@ impl Download {
         Ok(filled)
     }
 
-    /// The file gave less than it said. Some always do; a file that has shrunk isn't the one that was asked for.
+    /// Handles a file that gave fewer bytes than its size. Some, as in procfs, always do; one that has shrunk isn't
+    /// the file that was asked for.
     fn check_end(&self, read: usize) -> Result<(), String> {
         let Some(size) = self.size else { return Ok(()) };
         let now = self.file.metadata().map(|m| m.len()).map_err(|e: io::Error| reason(&e))?;
@@ -158,7 +152,7 @@ impl Download {
         Ok(())
     }
 
-    /// So much has arrived.
+    /// All bytes before `offset` have arrived.
     pub(crate) fn ack(&mut self, offset: u64) {
         self.acked = self.acked.max(offset.min(self.sent));
         while self.in_flight.front().is_some_and(|end| *end <= self.acked) {
@@ -166,27 +160,25 @@ impl Download {
         }
     }
 
-    /// Whether everything has arrived.
+    /// True if the client has acknowledged everything.
     pub(crate) fn is_complete(&self) -> bool {
         self.at_end && self.acked >= self.sent
     }
 
-    /// Which file.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// How many bytes will be sent, where that is known.
+    /// Bytes to send, if known.
     pub(crate) fn size(&self) -> Option<u64> {
         self.size
     }
 
-    /// Bytes so far.
     pub(crate) fn sent(&self) -> u64 {
         self.sent
     }
 
-    /// The checksum of what was sent.
+    /// The checksum of the bytes sent.
     pub(crate) fn digest(self) -> Sha256 {
         self.digest
     }

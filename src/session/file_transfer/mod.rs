@@ -26,14 +26,13 @@ use crate::proto::file::{self, FileInfo, Request};
 use crate::proto::{Frame, MAX_TEXT, SessionId, UserId, clipped};
 use crate::sys::wake::Wake;
 
-/// The code of what the limits forbid: the server hands it on as the HTTP status.
+/// Error code for violated limits: the server passes it on as the HTTP status.
 const FORBIDDEN: u16 = 403;
-/// How long a commit under way may take when the link is gone.
+/// Time for a commit in progress after the link is gone.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 
 const NONE_IN_PROGRESS: &str = "no file transfer in progress";
 
-/// The file transfers of a session.
 pub(crate) struct FileTransfer {
     context: Arc<Context>,
     id: SessionId,
@@ -41,9 +40,9 @@ pub(crate) struct FileTransfer {
     wake: Arc<Wake>,
     info: Arc<Info>,
     state: State,
-    /// The latest answer to `stat`, by which a client expects a certain number of bytes.
+    /// The latest answer to `stat`: the client expects a download of that size.
     known: Option<(PathBuf, FileStat)>,
-    /// Whether what still comes of an earlier transfer is to be passed over in silence.
+    /// Chunks of an earlier transfer may still arrive, and are ignored without an error.
     stray_chunks: bool,
     stray_acks: bool,
 }
@@ -55,9 +54,9 @@ enum State {
     Committing(Box<Committing>),
 }
 
-/// What a transfer is about besides its bytes.
+/// A transfer, besides its bytes.
 struct About {
-    /// The message that asked for it: errors are told in its name.
+    /// The request. Errors refer to it.
     request: Frame,
     user: UserId,
     started: Instant,
@@ -79,12 +78,12 @@ struct Committing {
     about: About,
     commit: Commit,
     _shown: Arc<TransferInfo>,
-    /// Set when the link is gone: nobody waits for the answer, and the commit not for ever.
+    /// Set when the link is gone: a deadline for the commit, whose answer nobody waits for.
     give_up: Option<Instant>,
 }
 
 impl FileTransfer {
-    /// Without a transfer. `wake` is called when something has been done on the side.
+    /// Calls `wake` when a commit has ended.
     pub(crate) fn new(
         context: Arc<Context>,
         id: SessionId,
@@ -105,12 +104,12 @@ impl FileTransfer {
         }
     }
 
-    /// Whether nothing is left to be done. A file that is complete is put into place even when its session is over.
+    /// True if nothing is left to do. A complete file is committed even after its session's end.
     pub(crate) fn is_idle(&self) -> bool {
         matches!(self.state, State::Idle)
     }
 
-    /// Obeys a frame of the file transfer protocol.
+    /// Handles a frame of the file transfer protocol.
     pub(crate) fn handle(&mut self, frame: Frame, now: Instant) {
         match (&mut self.state, frame.typ.as_str()) {
             (_, file::STAT) => self.stat(&frame),
@@ -141,7 +140,7 @@ impl FileTransfer {
         }
     }
 
-    /// Does what can be done now.
+    /// Does what is possible now.
     pub(crate) fn proceed(&mut self, now: Instant) {
         match &mut self.state {
             State::Idle | State::Receiving(_) => {}
@@ -170,7 +169,7 @@ impl FileTransfer {
         }
     }
 
-    /// Acknowledges what was received. To be called when nothing more waits to be read.
+    /// Acknowledges received chunks. To be called when the inbox is empty.
     pub(crate) fn acknowledge(&mut self) {
         if let State::Receiving(receiving) = &mut self.state {
             let user = user_of(&receiving.about);
@@ -179,7 +178,7 @@ impl FileTransfer {
         }
     }
 
-    /// When [`FileTransfer::proceed`] wants to be called though nothing happened.
+    /// When to call [`FileTransfer::proceed`] without an event.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.state {
             State::Committing(committing) => committing.give_up,
@@ -187,14 +186,13 @@ impl FileTransfer {
         }
     }
 
-    /// The session is over: a transfer under way is broken off, a complete file is still put into place.
+    /// Ends the session: aborts a transfer in progress, but still commits a complete file.
     pub(crate) fn close(&mut self) {
         if !matches!(self.state, State::Committing(_)) {
             self.abort("the session was closed");
         }
     }
 
-    /// The link is gone.
     pub(crate) fn hang_up(&mut self, now: Instant) {
         match &mut self.state {
             State::Committing(committing) => committing.give_up = Some(now + HANG_UP_GRACE),
@@ -346,7 +344,7 @@ impl FileTransfer {
         }
     }
 
-    /// What every line about a transfer begins with.
+    /// The part that all of a transfer's audit lines have in common.
     fn record(&self, direction: &str, path: &Path, about: &About, bytes: u64, now: Instant) -> Record {
         Record::new("transfer", Some(&self.id), &about.user)
             .with("direction", direction)
@@ -359,7 +357,7 @@ impl FileTransfer {
         log_failure(self.record(direction, path, about, 0, about.started), failure.result(), &failure.text);
     }
 
-    /// The peer has a problem, which ends the transfer.
+    /// Handles the client's error, which ends the transfer.
     fn take_error(&mut self, frame: &Frame) {
         let text = crate::proto::control::parse::<crate::proto::control::Error>(&frame.body)
             .ok()
@@ -369,7 +367,7 @@ impl FileTransfer {
         self.close();
     }
 
-    /// Ends the transfer under way because of `cause`, and says so.
+    /// Ends the transfer in progress because of `cause`, and reports that.
     fn fail(&mut self, cause: &Frame, text: &str) {
         self.abort(text);
         self.tell_failure(cause, text);
@@ -379,7 +377,7 @@ impl FileTransfer {
         self.sink.reply(&file::error(&self.id, cause, text, None));
     }
 
-    /// Says no to a request; a transfer under way goes on.
+    /// Refuses a request; a transfer in progress goes on.
     fn refuse(&self, cause: &Frame, failure: &Failure) {
         debug!("session {}: {}: {}", self.id, cause.typ.escape_debug(), failure.text);
         let code = failure.denied.then_some(FORBIDDEN);
@@ -390,7 +388,7 @@ impl FileTransfer {
         self.abort_as("failed", why);
     }
 
-    /// `result` is what the audit log says of a transfer that isn't complete.
+    /// Ends an incomplete transfer, with `result` in the audit log.
     fn abort_as(&mut self, result: &str, why: &str) {
         match std::mem::replace(&mut self.state, State::Idle) {
             State::Idle => {}
@@ -430,7 +428,7 @@ fn log_failure(record: Record, result: &str, why: &str) {
     record.with("result", result).text("reason", why).log(false);
 }
 
-/// Whom acks are told back to, if there is anybody.
+/// The user whom acks repeat, if any.
 fn user_of(about: &About) -> Option<&str> {
     Some(about.user.as_str()).filter(|user| !user.is_empty())
 }

@@ -28,20 +28,18 @@ const OVERWRITE: &str = "forbidden to overwrite the file";
 const OWNER: &str = "the file owner does not match";
 const GROUP: &str = "the file group does not match";
 
-/// Bits of a requested mode that make a program run as its file's owner or group: as chmod(2) has them, and Go.
+/// Set-uid and set-gid in a requested mode: as chmod(2) has them, and as Go does.
 const SET_ID: u32 = 0o6000 | 1 << 23 | 1 << 22;
 
-/// Why a file can't be had, for the peer.
+/// Why a request is refused, for the client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
-    /// The text.
     pub(crate) text: String,
-    /// Whether the limits say no, as opposed to the system.
+    /// Denied by the limits, not by the system.
     pub(crate) denied: bool,
 }
 
 impl Failure {
-    /// The system says no.
     pub(crate) fn system(text: impl Into<String>) -> Self {
         Failure { text: text.into(), denied: false }
     }
@@ -50,12 +48,12 @@ impl Failure {
         Failure { text: format!("access denied: {limit}"), denied: true }
     }
 
-    /// MaxFileSize says no.
+    /// MaxFileSize is exceeded.
     pub(crate) fn too_large() -> Self {
         Self::denied(TOO_LARGE)
     }
 
-    /// AllowOverwrite says no.
+    /// AllowOverwrite forbids it.
     pub(crate) fn overwrite() -> Self {
         Self::denied(OVERWRITE)
     }
@@ -69,18 +67,16 @@ impl Failure {
 /// A file that may be read.
 #[derive(Debug)]
 pub(crate) struct Source {
-    /// Open for reading.
     pub(crate) file: OwnedFd,
-    /// What was checked.
+    /// The metadata that the limits were checked against.
     pub(crate) stat: FileStat,
 }
 
 /// A place that may be written.
 #[derive(Debug)]
 pub(crate) struct Target {
-    /// The directory.
     pub(crate) dir: OwnedFd,
-    /// The name in it.
+    /// In `dir`.
     pub(crate) name: OsString,
     /// The whole path, for people.
     pub(crate) path: PathBuf,
@@ -98,7 +94,7 @@ fn is_directory(stat: &FileStat) -> bool {
     kind(stat) == 0o040_000
 }
 
-/// Opens `path` as the limits allow. What the limits forbid is a [`Failure`], what the system does the inner error.
+/// Opens `path` as the limits allow. A violated limit is a [`Failure`], a failed system call the inner error.
 fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<io::Result<OwnedFd>, Failure> {
     let Some(limits) = limits else {
         return Ok(open(path, flags | OFlag::O_CLOEXEC, Mode::empty()).map_err(Into::into));
@@ -128,10 +124,7 @@ fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<io:
     }
 }
 
-/// A file's metadata; a link is followed if it may be.
-///
-/// # Errors
-/// The text for the peer.
+/// A file's metadata; follows a link if the limits allow it. The error is the text for the client.
 pub(crate) fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failure> {
     let failed = |e: io::Error| {
         let path = shown(path);
@@ -141,10 +134,8 @@ pub(crate) fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat,
     fstat(&fd).map_err(|e| failed(e.into()))
 }
 
-/// Opens a file to be sent. Only regular ones can be: what else has a name has no content of a known end.
-///
-/// # Errors
-/// The text for the peer.
+/// Opens a file to be sent. Only regular files: others have no content with a known end. The error is the text for
+/// the client.
 pub(crate) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source, Failure> {
     let system =
         |why: &str| Failure::system(format!("failed to open file for reading: open {}: {why}", shown(path)));
@@ -192,7 +183,7 @@ fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
     Ok(())
 }
 
-/// An owner without a name matches no name.
+/// `None`, which matches no name, for an owner without a name.
 fn user_name(uid: u32) -> Option<String> {
     User::from_uid(Uid::from_raw(uid)).ok().flatten().map(|user| user.name)
 }
@@ -201,10 +192,7 @@ fn group_name(gid: u32) -> Option<String> {
     Group::from_gid(Gid::from_raw(gid)).ok().flatten().map(|group| group.name)
 }
 
-/// Finds the place for a file that is to be received.
-///
-/// # Errors
-/// The text for the peer.
+/// Finds the place for a file to be received. The error is the text for the client.
 pub(crate) fn target(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
     if let (Some(size), Some(max)) = (request.size, limits.and_then(|l| l.max_file_size))
         && size > max.get()
@@ -247,8 +235,7 @@ fn may_put(limits: &FileLimits, existing: Option<&FileStat>, request: &Request) 
     Ok(())
 }
 
-/// The directory and the name in it: of the path itself, or, where that is a directory, of the source's name
-/// there.
+/// The directory and the name in it: those of the path or, if the path is a directory, the source's name in it.
 fn locate(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
     let path = &request.path;
     let source = request.src_path.as_deref().and_then(Path::file_name);
@@ -291,12 +278,11 @@ fn open_directory(limits: Option<&FileLimits>, dir: &Path, path: &Path) -> Resul
     .map_err(|e| cannot_create(path, &e))
 }
 
-/// A path in an answer, which repeats no more of a client's text than [`MAX_TEXT`] characters.
+/// A path in an answer, which repeats at most [`MAX_TEXT`] characters of a client's text.
 pub(crate) fn shown(path: &Path) -> String {
     clipped(&path.to_string_lossy(), MAX_TEXT)
 }
 
-/// What is said when there can't be a file at `path`.
 pub(crate) fn cannot_create(path: &Path, e: &io::Error) -> Failure {
     Failure::system(format!(
         "failed to create target file: failed to create file: open {}: {}",
@@ -316,26 +302,23 @@ fn lstat(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<Option<FileStat>, F
     }
 }
 
-/// Whom a received file belongs to, and what may be done with it.
+/// Owner and mode of a received file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Attributes {
-    /// Owner.
     pub(crate) uid: Uid,
-    /// Group.
     pub(crate) gid: Gid,
-    /// Whether the request or OwnerPut named `uid`. Otherwise the agent's own is a preference.
+    /// The request or OwnerPut named `uid`. Otherwise the agent's own is only a preference.
     pub(crate) uid_asked: bool,
-    /// The same for `gid` and GroupPut.
+    /// As `uid_asked`, for `gid` and GroupPut.
     pub(crate) gid_asked: bool,
     /// Permissions, at most 0o4777.
     pub(crate) mode: u32,
-    /// What the file may replace.
     pub(crate) replaces: Replaces,
 }
 
 /// What the limits let an upload replace when it is committed; by default everything.
 ///
-/// [`target`] asks the same before the first byte, but the client decides how long after that the commit comes.
+/// [`target`] checks the same before the first byte, but the client decides how long after that the commit comes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Replaces {
     /// AllowOverwrite is off.
@@ -347,10 +330,7 @@ pub(crate) struct Replaces {
 }
 
 impl Replaces {
-    /// Looks at what has the name now.
-    ///
-    /// # Errors
-    /// The limit that forbids to replace it.
+    /// Checks the file that has the name now.
     pub(crate) fn check(&self, dir: &OwnedFd, name: &OsStr) -> Result<(), Failure> {
         if self.only_of.is_none() && self.only_of_group.is_none() {
             return Ok(());
@@ -369,10 +349,7 @@ impl Replaces {
 const DEFAULT_MODE: u32 = 0o644;
 
 impl Attributes {
-    /// What the request asks for and the limits make of it.
-    ///
-    /// # Errors
-    /// When OwnerPut or GroupPut name nobody.
+    /// Combines the request with the limits. Fails if OwnerPut or GroupPut is unknown.
     pub(crate) fn new(limits: Option<&FileLimits>, request: &Request) -> Result<Self, Failure> {
         let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
         let preserve_mode = limits.is_none_or(|l| l.preserve_mode);

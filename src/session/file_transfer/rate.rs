@@ -1,14 +1,14 @@
 //! How much was transferred, in all and lately. Shared by all transfers of the device.
 //!
 //! The recent rate is upstream's, since its limits are configured by it: every 5 s the bytes of those
-//! 5 s go into an exponential moving average over a minute. It is computed when somebody looks.
+//! 5 s go into an exponential moving average over a minute. It is computed on demand.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_secs(5);
 
-/// What is said of either limit: "transmitted" also for what is received, as upstream has it.
+/// The text for either limit: "transmitted" also for received bytes, as upstream has it.
 pub(crate) const EXHAUSTED: &str = "transmitted bytes limit exhausted";
 
 /// The weight of the newest five seconds.
@@ -16,18 +16,16 @@ fn weight() -> f64 {
     1.0 - (-5.0_f64 / 60.0).exp()
 }
 
-/// Both directions.
 #[derive(Debug, Default)]
 pub(crate) struct Counters(Mutex<[Counter; 2]>);
 
-/// From whose view: bytes to the server, bytes from it.
+/// As the device sees it: to the server, or from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
     Sent,
     Received,
 }
 
-/// One direction's figures.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Figures {
     /// Bytes since the start.
@@ -72,7 +70,6 @@ impl Counters {
         f(counter)
     }
 
-    /// Counts `bytes`.
     pub(crate) fn add(&self, direction: Direction, bytes: u64, now: Instant) {
         self.with(direction, now, |counter| {
             counter.figures.total = counter.figures.total.saturating_add(bytes);
@@ -80,12 +77,11 @@ impl Counters {
         });
     }
 
-    /// The figures as of `now`.
     pub(crate) fn figures(&self, direction: Direction, now: Instant) -> Figures {
         self.with(direction, now, |counter| counter.figures)
     }
 
-    /// Whether the average has reached a limit.
+    /// True if the average has reached a limit.
     pub(crate) fn exhausted(
         &self,
         direction: Direction,

@@ -5,7 +5,7 @@
 //! name of ours for the moment that rename(2) needs.
 //!
 //! Elsewhere it has that name from the start. The name is made from the target's, and the file is locked while it is
-//! written to. So what is left of an upload that was cut can be told from one under way and from anybody else's file:
+//! written to. So the remains of an upload that was cut can be told from one in progress and from another program's file:
 //! the next upload to the same target removes it.
 
 use std::ffi::{OsStr, OsString};
@@ -28,38 +28,37 @@ use sha2::{Digest, Sha256};
 use super::place::{Attributes, Failure, Replaces, Target};
 use crate::sys::rename_noreplace;
 
-/// Nobody may read what isn't complete.
+/// No read permission: nobody may read an incomplete file.
 const MODE: Mode = Mode::S_IWUSR;
 const ATTEMPTS: u32 = 100;
 
-/// An upload's file. Gone when dropped, unless it was committed.
+/// An upload's file. Removed on drop, unless it was committed.
 #[derive(Debug)]
 pub(crate) struct Temporary {
     file: Flock<File>,
     dir: OwnedFd,
-    /// The temporary name, while there is one.
+    /// The temporary name, if it has one.
     name: Option<OsString>,
     target: OsString,
     given_up: Arc<AtomicBool>,
 }
 
-/// The step at which a commit failed.
 #[derive(Debug)]
 pub(crate) enum CommitError {
     Owner(Errno),
     Permissions(Errno),
     Commit(Errno),
-    /// The limits forbid to replace what has the target's name by now.
+    /// The limits forbid replacing the file that has the target's name by now.
     Denied(Failure),
 }
 
-/// The start of the names of a target's temporary files: hidden, of a length of its own, whatever the target's.
+/// The prefix of a target's temporary files: hidden, and of a fixed length whatever the target's name.
 fn prefix(target: &OsStr) -> String {
     let digest = Sha256::digest(target.as_bytes());
     format!(".mender-connect-{}-", HEXLOWER.encode(&digest[..8]))
 }
 
-/// Names of this kind that no upload of this process has had yet.
+/// Temporary names that no upload of this process has used yet.
 fn fresh_names(target: &OsStr) -> impl Iterator<Item = OsString> + use<> {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let prefix = prefix(target);
@@ -68,20 +67,17 @@ fn fresh_names(target: &OsStr) -> impl Iterator<Item = OsString> + use<> {
 }
 
 impl Temporary {
-    /// Creates the file for `target`, after removing what earlier uploads to it have left behind.
-    ///
-    /// # Errors
-    /// What creating a file may say.
+    /// Creates the file for `target`, after removing those that earlier uploads to it have left behind.
     pub(crate) fn create(target: &Target) -> io::Result<Self> {
         remove_stale(&target.dir, &prefix(&target.name));
         Self::without_name(target).map_or_else(|| Self::with_name(target), Ok)
     }
 
-    /// `None` where that doesn't go, for whatever reason: the other way knows the words for it.
+    /// Creates an unnamed file; `None` if that fails for any reason: `create`'s other way reports the error.
     fn without_name(target: &Target) -> Option<Self> {
         let flags = OFlag::O_TMPFILE | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
         let file = File::from(openat(&target.dir, ".", flags, MODE).ok()?);
-        // Whether it can get a name, before anything is written: the one that each directory has is only refused last.
+        // Checks early that linking works: "." always exists, which is the last reason for linkat(2) to refuse.
         (link(&file, &target.dir, OsStr::new(".")) == Err(Errno::EEXIST)).then_some(())?;
         let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()?;
         Some(Self::new(file, target.dir.try_clone().ok()?, None, target))
@@ -111,15 +107,12 @@ impl Temporary {
         Temporary { file, dir, name, target: target.name.clone(), given_up: Arc::default() }
     }
 
-    /// To write to.
+    /// For writing.
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
-    /// Makes the file what it is to be, lasting, and gives it its target's name. On an error the target is as before.
-    ///
-    /// # Errors
-    /// Which step failed.
+    /// Sets owner and mode, syncs the file, and gives it its target's name. After an error the target is as before.
     pub(crate) fn commit(mut self, attributes: Attributes) -> Result<(), CommitError> {
         // First the owner: changing it takes the set-uid bit away.
         self.give_to_owner(&attributes).map_err(CommitError::Owner)?;
@@ -134,8 +127,8 @@ impl Temporary {
         }
     }
 
-    /// Changes only the ids that differ, and ignores a failure where nobody asked for the id: FAT, exFAT, NTFS and CIFS
-    /// keep no owners and answer EPERM.
+    /// Changes only the ids that differ, and ignores a failure if the client didn't ask for the id: FAT, exFAT, NTFS
+    /// and CIFS keep no owners and answer EPERM.
     fn give_to_owner(&self, wanted: &Attributes) -> nix::Result<()> {
         let now = fstat(&*self.file)?;
         // The group first: without CAP_CHOWN only the owner may change it.
@@ -178,7 +171,7 @@ impl Temporary {
         Ok(())
     }
 
-    /// Gives the file a temporary name.
+    /// Gives an unnamed file a temporary name.
     fn link_aside(&self) -> nix::Result<OsString> {
         for name in fresh_names(&self.target) {
             match link(&self.file, &self.dir, &name) {
@@ -189,10 +182,7 @@ impl Temporary {
         Err(Errno::EEXIST)
     }
 
-    /// A way to give the file up while another thread commits it; after the commit it does nothing.
-    ///
-    /// # Errors
-    /// When no descriptor can be had.
+    /// A handle to cancel the file while another thread commits it; without effect after the commit.
     pub(crate) fn remover(&self) -> io::Result<Remover> {
         let given_up = Arc::clone(&self.given_up);
         Ok(Remover { dir: self.dir.try_clone()?, name: self.name.clone(), given_up })
@@ -216,7 +206,7 @@ pub(crate) struct Remover {
 }
 
 impl Remover {
-    /// The file is not to get its target's name, if it hasn't got it yet, and loses the temporary one.
+    /// Keeps the file from getting its target's name, if it hasn't yet, and removes its temporary name.
     pub(crate) fn remove(&self) {
         self.given_up.store(true, Ordering::SeqCst);
         if let Some(name) = &self.name {
@@ -225,7 +215,7 @@ impl Remover {
     }
 }
 
-/// Gives a file without a name this one. The first way needs /proc, the second a capability that not even every root has.
+/// Names an unnamed file. The first way needs /proc, the second a capability that not every root has.
 fn link(file: &File, dir: &OwnedFd, name: &OsStr) -> nix::Result<()> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     match linkat(AT_FDCWD, path.as_str(), dir, name, AtFlags::AT_SYMLINK_FOLLOW) {
@@ -244,7 +234,7 @@ type Rename = fn(&OwnedFd, &OsStr, &OsStr) -> nix::Result<()>;
 const WAYS_TO_NEW: [Rename; 3] =
     [|dir, from, to| rename_noreplace(dir.as_fd(), from, to), link_and_remove, look_and_rename];
 
-/// Renames a file by the first of these ways that the file system supports.
+/// Renames a file in the first of these ways that the file system supports.
 fn rename_to_new(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
     let mut result = Err(Errno::EINVAL);
     for way in WAYS_TO_NEW {
@@ -263,7 +253,7 @@ fn link_and_remove(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
     Ok(())
 }
 
-/// The last resort: between the look and rename(2) another program may still create the file.
+/// The last resort: between the check and rename(2) another program may still create the file.
 fn look_and_rename(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
     match fstatat(dir, to, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(_) => Err(Errno::EEXIST),
@@ -279,8 +269,8 @@ fn remove(dir: &OwnedFd, name: &OsStr) {
     }
 }
 
-/// Removes the files of `prefix` that are provably left over: ours by name and owner, plain, with no other name,
-/// and not locked by an upload under way.
+/// Removes the files with `prefix` that are provably left over: ours by name and owner, plain, with no other name,
+/// and not locked by an upload in progress.
 fn remove_stale(dir: &OwnedFd, prefix: &str) {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut listing) = Dir::openat(dir, ".", flags, Mode::empty()) else { return };
@@ -332,7 +322,7 @@ mod tests {
         }
     }
 
-    /// Without a name where the file system can, and as on those that can't.
+    /// Both ways: unnamed, if the file system supports it, and named.
     const WAYS: [fn(&Target) -> io::Result<Temporary>; 2] = [Temporary::create, Temporary::with_name];
 
     #[test]

@@ -23,10 +23,9 @@ use crate::proto::file::{self, Request};
 use crate::sys::wake::Wake;
 use crate::sys::{reason, thread};
 
-/// Acks at a time; one more speaks for those before. The server has fewer chunks on the way.
+/// Acks at a time; a further one covers the previous ones. The server has fewer chunks in flight.
 const MAX_ACKS: usize = 24;
 
-/// A file that is being received.
 pub(crate) struct Upload {
     temporary: Temporary,
     attributes: Attributes,
@@ -34,24 +33,18 @@ pub(crate) struct Upload {
     max_size: Option<NonZeroU64>,
     max_rate: Option<NonZeroU64>,
     received: u64,
-    /// The offsets that are to be acknowledged.
+    /// Offsets to acknowledge.
     due: Vec<u64>,
     digest: Sha256,
 }
 
-/// What a chunk led to.
 pub(crate) enum Progress {
-    /// More is to come.
     More,
-    /// That was the end.
     End,
 }
 
 impl Upload {
-    /// Makes the place for the file.
-    ///
-    /// # Errors
-    /// The text for the peer.
+    /// Creates the file. The error is the text for the client.
     pub(crate) fn start(
         limits: Option<&FileLimits>,
         counters: &Counters,
@@ -80,10 +73,7 @@ impl Upload {
         })
     }
 
-    /// Takes a chunk.
-    ///
-    /// # Errors
-    /// The text for the peer; the upload is over.
+    /// Writes a chunk. The error is the text for the client and ends the upload.
     pub(crate) fn chunk(
         &mut self,
         frame: &Frame,
@@ -120,17 +110,14 @@ impl Upload {
         Ok(Progress::More)
     }
 
-    /// The offsets to acknowledge now. One for each chunk: the server sends one for each ack that it waits for, and so keeps one
-    /// more on the way than it does when acks speak for several.
+    /// The offsets to acknowledge now. One for each chunk: the server sends one for each ack that it waits for, and
+    /// so keeps one more in flight than with cumulative acks.
     pub(crate) fn due_acks(&mut self) -> std::vec::Drain<'_, u64> {
         self.due.drain(..)
     }
 
-    /// Completes the file, in a thread of its own: a device may take half a minute to write back what it has
-    /// cached, and the session has other things to answer meanwhile.
-    ///
-    /// # Errors
-    /// The text for the peer.
+    /// Completes the file in a thread of its own: a device may take half a minute to write back its cache, and the
+    /// session has other requests to answer meanwhile. The error is the text for the client.
     pub(crate) fn commit(self, wake: &Arc<Wake>) -> Result<Commit, String> {
         let Upload { temporary, attributes, path, received, digest, .. } = self;
         let failed = |e: std::io::Error| {
@@ -148,7 +135,7 @@ impl Upload {
         Ok(Commit { result, remover, path, size: received, digest })
     }
 
-    /// Where the file is to be.
+    /// The target's path.
     pub(crate) fn path(&self) -> &std::path::Path {
         &self.path
     }
@@ -159,19 +146,19 @@ impl Upload {
     }
 }
 
-/// A file that is being completed.
+/// A commit in progress.
 pub(crate) struct Commit {
     result: Receiver<Result<(), Failure>>,
     remover: Remover,
-    /// Where the file will be.
+    /// The target's path.
     pub(crate) path: PathBuf,
-    /// Its size in bytes.
+    /// In bytes.
     pub(crate) size: u64,
     digest: Sha256,
 }
 
 impl Commit {
-    /// How it ended, if it has.
+    /// The result, if the commit has ended.
     pub(crate) fn try_result(&self) -> Option<Result<(), Failure>> {
         match self.result.try_recv() {
             Ok(result) => Some(result),
@@ -183,12 +170,12 @@ impl Commit {
         }
     }
 
-    /// Gives up: the target stays as it is, unless the commit has come that far already.
+    /// Gives up: the target stays as it is, unless the commit has replaced it already.
     pub(crate) fn abandon(&self) {
         self.remover.remove();
     }
 
-    /// The checksum of what was received.
+    /// The checksum of the bytes received.
     pub(crate) fn digest(self) -> Sha256 {
         self.digest
     }
@@ -213,7 +200,7 @@ fn commit_error(path: &str, error: CommitError, attributes: Attributes) -> Failu
     })
 }
 
-/// Whether a file of `size` bytes fits, as far as that can be known before.
+/// Checks whether a file of `size` bytes fits, as far as that can be known before.
 #[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
 fn enough_space(target: &place::Target, size: u64) -> Result<(), Failure> {
     let Ok(stat) = fstatvfs(&target.dir) else { return Ok(()) };

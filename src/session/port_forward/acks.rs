@@ -9,18 +9,18 @@ use std::time::{Duration, Instant};
 
 use crate::proto::forward::ConnectionId;
 
-/// Unacknowledged data of all of a session's connections.
+/// Unacknowledged data frames of all of a session's forwards.
 pub(crate) const DATA_LIMIT: usize = 16;
-/// Data and acknowledgements together.
+/// Data frames and acks together.
 const TOTAL_LIMIT: usize = 20;
-/// After so long an acknowledgement has arrived or never will.
+/// After this time an ack has arrived or never will.
 const ACK_PRESUMED: Duration = Duration::from_millis(100);
-/// After so long data has arrived, and waits in its connection's own queue at a client that doesn't read.
+/// After this time data has arrived, and waits in the queue of a client that doesn't read.
 const DATA_PRESUMED: Duration = Duration::from_secs(10);
 
 type Sent = VecDeque<(Instant, ConnectionId)>;
 
-/// The session's messages that are on the way to the client.
+/// The session's frames in flight to the client.
 #[derive(Debug, Default)]
 pub(crate) struct OnTheWay {
     data: Sent,
@@ -28,35 +28,35 @@ pub(crate) struct OnTheWay {
 }
 
 impl OnTheWay {
-    /// Whether one more message of data may go.
+    /// True if another data frame may be sent.
     pub(crate) fn takes_data(&self) -> bool {
         self.data.len() < DATA_LIMIT
     }
 
-    /// Whether it may be one of a connection that has `unacked` already: nobody takes more than is left for the
-    /// others. So one that isn't read gets half of the room, two get a third each, and there is always some left.
+    /// True if a forward with `unacked` data frames may send another: none may take more than what is left for the
+    /// others. So one that the client doesn't read gets half of the window, two get a third each, and there is always
+    /// some left.
     pub(crate) fn takes_data_of(&self, unacked: usize) -> bool {
         unacked + self.data.len() < DATA_LIMIT
     }
 
-    /// When data may go that may not now.
+    /// When the window for data opens again by time alone.
     pub(crate) fn next_data(&self) -> Option<Instant> {
         self.data.front().map(|(sent, _)| *sent + DATA_PRESUMED)
     }
 
-    /// Data was sent.
     pub(crate) fn data_sent(&mut self, connection: &ConnectionId, now: Instant) {
         self.data.push_back((now, connection.clone()));
     }
 
-    /// One message of data was acknowledged.
+    /// One data frame was acknowledged.
     pub(crate) fn data_arrived(&mut self, connection: &ConnectionId) {
         if let Some(at) = self.data.iter().position(|(_, id)| id == connection) {
             self.data.remove(at);
         }
     }
 
-    /// Nobody waits for a connection's data any more.
+    /// Forgets the data of a forward that has ended.
     pub(crate) fn data_gone(&mut self, connection: &ConnectionId) {
         self.data.retain(|(_, id)| id != connection);
     }
@@ -72,23 +72,22 @@ impl OnTheWay {
         forget(&mut self.acks, ACK_PRESUMED);
     }
 
-    /// Whether one more acknowledgement may go.
+    /// True if another ack may be sent.
     pub(crate) fn takes_ack(&mut self, now: Instant) -> bool {
         self.forget_old(now);
         self.data.len() + self.acks.len() < TOTAL_LIMIT
     }
 
-    /// When an acknowledgement may go that may not now.
+    /// When the window for acks opens again by time alone.
     pub(crate) fn next_ack(&self) -> Option<Instant> {
         self.acks.front().map(|(sent, _)| *sent + ACK_PRESUMED)
     }
 
-    /// An acknowledgement was sent.
     pub(crate) fn ack_sent(&mut self, connection: &ConnectionId, now: Instant) {
         self.acks.push_back((now, connection.clone()));
     }
 
-    /// The client has said something about a connection: what was acknowledged there before has arrived.
+    /// The client has sent something on a forward: earlier acks there have arrived.
     pub(crate) fn heard(&mut self, connection: &ConnectionId) {
         self.acks.retain(|(_, id)| id != connection);
     }

@@ -22,24 +22,24 @@ use crate::session::info::{ForwardInfo, Info};
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, names, net, reason};
 
-/// For looking the name up and connecting. glibc's resolver alone may take 16 s before it succeeds.
+/// Limit of look-up and connect together. glibc's resolver alone may take 16 s before it succeeds.
 const OPEN_LIMIT: Duration = Duration::from_secs(45);
-/// Data waiting for the target up to which more is acknowledged at once.
+/// Bytes queued for the target up to which further data is acknowledged at once.
 const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
-/// A client that sends on without acknowledgements comes to here.
+/// In bytes. Only a client that doesn't wait for acks gets here: the forward ends.
 const QUEUE_HARD_LIMIT: usize = 1 << 20;
-/// What is read of a stream at a time, and so the body, as the connection to the server allows.
+/// Bytes of a read from a stream, and so of a body, if the link allows no more.
 const SMALLEST_READ: usize = 2 * 1024;
 const LARGEST_READ: usize = 64 * 1024;
-/// The largest datagram.
+/// The largest datagram in bytes.
 const DATAGRAM: usize = 65_535;
-/// What is read and thrown away at a time of a target whose client has gone, and how often in a turn.
+/// Bytes read and discarded at a time from a target whose client has gone, and reads per turn.
 const DISCARD: usize = 4096;
 const MAX_DISCARDS: usize = 16;
-/// In the audit log, of a connection that did what it was there for.
+/// The audit log's `result` of a forward that ended in order.
 const CLOSED: &str = "closed";
 
-/// A connection on behalf of a client.
+/// A connection to a target on behalf of a client.
 #[derive(Debug)]
 pub(crate) struct Connection {
     state: State,
@@ -47,27 +47,27 @@ pub(crate) struct Connection {
     deadline: Instant,
     to_target: VecDeque<Bytes>,
     queued: usize,
-    /// Messages of data that the client hasn't acknowledged.
+    /// Data frames that the client hasn't acknowledged.
     pub(crate) unacked: usize,
-    /// Messages of the client's that we haven't acknowledged.
+    /// Data frames of the client that we haven't acknowledged.
     pub(crate) owed: usize,
-    /// When data last went either way.
+    /// Time of the last data in either direction.
     pub(crate) last_traffic: Instant,
-    /// Writing to the target was shut down; the target has ended its side.
+    /// We have shut down writing to the target; the target has ended its side.
     shut_down: bool,
     ended: bool,
     trail: Trail,
 }
 
-/// What the audit log says of a connection when it's dropped.
+/// Writes the audit log's line of a connection when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Trail {
     session: SessionId,
     user: UserId,
     info: Arc<Info>,
-    /// What was connected to, when, and how much was carried.
+    /// The address, the start and the bytes carried.
     shown: Arc<ForwardInfo>,
-    /// In a word.
+    /// The `result` field.
     result: &'static str,
     reason: String,
 }
@@ -91,7 +91,7 @@ impl Drop for Trail {
 
 #[derive(Debug)]
 enum State {
-    /// For its turn to be looked up.
+    /// For a permit to look the name up.
     Waiting,
     LookingUp(Receiver<io::Result<Vec<SocketAddr>>>),
     Connecting {
@@ -135,30 +135,27 @@ impl AsFd for Socket {
     }
 }
 
-/// What came of a step towards being open.
+/// The result of a step towards being open.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Nothing is decided yet.
     Pending,
-    /// It is open now.
     Opened,
-    /// It can't be; the text for the peer.
+    /// The text for the client.
     Failed(String),
 }
 
-/// What reading brought.
+/// The result of a read.
 #[derive(Debug)]
 pub(crate) enum Input {
-    /// So many bytes of data, or a datagram.
+    /// Bytes of data, or a datagram of that size.
     Data(usize),
-    /// Nothing now.
     Nothing,
-    /// The end, and why if it isn't the regular one.
+    /// The end, with the reason unless it is the regular one.
     End(Option<String>),
 }
 
 impl Connection {
-    /// Towards `target`, not begun.
+    /// Doesn't begin to connect yet.
     pub(crate) fn new(
         target: Target,
         session: &SessionId,
@@ -203,12 +200,11 @@ impl Connection {
         self.trail.reason = why.to_owned();
     }
 
-    /// Where it goes.
     pub(crate) fn target(&self) -> &Target {
         &self.trail.shown.target
     }
 
-    /// Whether a thread is busy with its name.
+    /// True while a thread looks its name up.
     pub(crate) fn is_looking_up(&self) -> bool {
         matches!(self.state, State::LookingUp(_))
     }
@@ -218,7 +214,7 @@ impl Connection {
         Step::Failed(format!("dial {}{what}", self.target().transport.name()))
     }
 
-    /// Goes on towards being open. `permit` gives the right to look a name up, if there is one to be had.
+    /// Continues opening. `permit` tries to get the right to look a name up.
     pub(crate) fn advance(
         &mut self,
         permit: impl FnOnce() -> Option<LookUpPermit>,
@@ -266,7 +262,7 @@ impl Connection {
         }
     }
 
-    /// Of the target's addresses those that may be reached, and no others, whatever the name says later.
+    /// Keeps the addresses that may be reached, and no others, whatever the name resolves to later.
     fn choose(&mut self, addresses: Vec<SocketAddr>, allowed: Option<&[Allowed]>, now: Instant) -> Step {
         let Target { host, port, transport } = self.target();
         let permitted = |address: &SocketAddr| {
@@ -329,7 +325,7 @@ impl Connection {
         }
     }
 
-    /// What to wait for. With `reading` also for data from the target.
+    /// The events to poll for; with `reading` data from the target is one.
     pub(crate) fn watch(&self, reading: bool) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let (socket, events) = match &self.state {
             State::Waiting | State::LookingUp(_) => return None,
@@ -354,10 +350,7 @@ impl Connection {
         }
     }
 
-    /// Takes data of the client's. It is written when the target takes it.
-    ///
-    /// # Errors
-    /// When far more waits than was acknowledged.
+    /// Queues data of the client for the target. Fails if far more is queued than was acknowledged.
     pub(crate) fn queue(&mut self, data: Bytes, now: Instant) -> Result<(), String> {
         self.last_traffic = now;
         if self.queued + data.len() > QUEUE_HARD_LIMIT {
@@ -368,20 +361,17 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether what the client sent may be acknowledged.
+    /// True if the client's data may be acknowledged.
     pub(crate) fn may_acknowledge(&self) -> bool {
         self.queued <= QUEUE_SOFT_LIMIT
     }
 
-    /// Whether something waits for the target.
+    /// True if data is queued for the target.
     pub(crate) fn has_output(&self) -> bool {
         !self.to_target.is_empty()
     }
 
-    /// Writes what the target takes.
-    ///
-    /// # Errors
-    /// When it never will again.
+    /// Writes what the target takes. Fails if it never will again.
     pub(crate) fn flush(&mut self, now: Instant) -> Result<(), String> {
         let State::Open(socket) = &mut self.state else { return Ok(()) };
         while let Some(data) = self.to_target.front_mut() {
@@ -414,7 +404,7 @@ impl Connection {
         Ok(())
     }
 
-    /// What [`Connection::read`] needs room for.
+    /// The room that [`Connection::read`] needs.
     pub(crate) fn largest_read(&self, sink: &FrameSink) -> usize {
         match self.target().transport {
             Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
@@ -422,7 +412,6 @@ impl Connection {
         }
     }
 
-    /// Reads once.
     pub(crate) fn read(&mut self, place: &mut [u8], now: Instant) -> Input {
         let result = match &mut self.state {
             State::Open(Socket::Tcp(stream)) => stream.read(place),
@@ -446,13 +435,13 @@ impl Connection {
         }
     }
 
-    /// `status` doesn't show it any more: its client has gone.
-    pub fn leave_status(&self) {
+    /// Hides the forward from `status`: its client has gone.
+    pub(crate) fn leave_status(&self) {
         self.trail.info.remove_forward(&self.trail.shown);
     }
 
-    /// Delivers what the client has left: writes it, shuts down writing, and reads until the target ends, too. Closing
-    /// a socket with unread data would reset it, and the target would lose what it has not read yet. Returns whether
+    /// Delivers the client's remaining data: writes it, shuts down writing, and reads until the target ends, too.
+    /// Closing a socket with unread data would reset it, and the target would lose what it has not read yet. True if
     /// there is more to do.
     pub(crate) fn finish(&mut self, now: Instant) -> bool {
         if let Err(text) = self.flush(now) {
@@ -489,20 +478,19 @@ impl Connection {
         !(done && self.ended)
     }
 
-    /// Whether it is open, as opposed to on the way there.
     pub(crate) fn is_open(&self) -> bool {
         matches!(self.state, State::Open(_))
     }
 }
 
-/// Whether it is decided what becomes of a connection under way.
+/// True if a connect(2) in progress has succeeded or failed.
 fn is_writable(socket: &Socket) -> bool {
     let mut set = PollSet::new();
     let place = set.add(socket.as_fd(), PollFlags::POLLOUT);
     set.wait(Some(Instant::now())).is_ok() && !set.events(place).is_empty()
 }
 
-/// The addresses of a target that needn't be looked up.
+/// The addresses of a target that need no look-up.
 fn known_addresses(target: &Target) -> Option<Vec<SocketAddr>> {
     let bare = target.host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(&target.host);
     let addresses: Vec<IpAddr> = match bare.parse() {

@@ -5,21 +5,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::sys::wake::Wake;
 
-/// On the whole device. Each has up to two threads.
+/// Look-ups on the whole device. Each has up to two threads.
 const MAX_RUNNING: usize = 16;
 
-/// The look-ups of the device.
 #[derive(Debug, Default)]
 pub(crate) struct LookUps(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
     running: usize,
-    /// Sessions that were refused one and want to hear when there is room.
+    /// Sessions that were refused a permit, to be woken when there is one.
     waiting: Vec<Arc<Wake>>,
 }
 
-/// The right to one look-up.
+/// The right to one look-up, returned on drop.
 #[derive(Debug)]
 pub(crate) struct LookUpPermit(Arc<LookUps>);
 
@@ -28,7 +27,7 @@ impl LookUps {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A permit if there is room; else `wake` is called when there is.
+    /// A permit, if there is one; otherwise calls `wake` when there is.
     pub(crate) fn acquire(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<LookUpPermit> {
         let mut state = self.lock();
         if state.running < MAX_RUNNING {

@@ -25,19 +25,19 @@ use crate::proto::{Frame, SessionId};
 use crate::sys::PollSet;
 use crate::sys::wake::Wake;
 
-/// Connections of a session at a time; each takes a descriptor.
+/// Forwards of a session at a time; each takes a descriptor.
 const MAX_CONNECTIONS: usize = 512;
-/// Threads that look names up for a session at a time.
+/// Look-ups of a session at a time.
 const MAX_LOOK_UPS: usize = 4;
-/// A connection without traffic in either direction is closed after this time.
+/// A forward without traffic in either direction is closed after this time.
 const IDLE_LIMIT: Duration = Duration::from_secs(600);
-/// How long what the client sent may take to reach its target after the client has gone.
+/// Limit for delivering a client's remaining data after it has gone.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
 
 const UNKNOWN: &str = "unknown connection";
 const UNKNOWN_TYPE: &str = "unknown message type";
 
-/// The forwarded connections of a session.
+/// The forwards of a session.
 pub(crate) struct PortForward {
     context: Arc<Context>,
     id: SessionId,
@@ -45,34 +45,34 @@ pub(crate) struct PortForward {
     wake: Arc<Wake>,
     info: Arc<Info>,
     connections: BTreeMap<ConnectionId, Connection>,
-    /// Without a client any more, but with data for the target, until then.
+    /// Without a client any more, but with data for the target, until this deadline.
     finishing: Vec<(Connection, Instant)>,
     on_the_way: OnTheWay,
-    /// Connections whose data is to be acknowledged when there is room on the way.
+    /// Forwards whose data is to be acknowledged when the window allows it.
     owing: VecDeque<ConnectionId>,
-    /// Where the next round of reading begins, so that nobody is always first.
+    /// Start of the next round of reading, so that no forward is always first.
     turn: usize,
 }
 
-/// Which connections are watched, at which places of a [`PollSet`].
+/// The forwards in a [`PollSet`], with their places.
 #[derive(Debug, Default)]
 pub(crate) struct Watched {
     connections: Vec<(ConnectionId, usize)>,
 }
 
-/// What happened on them.
+/// Their events.
 #[derive(Debug, Default)]
 pub(crate) struct Ready(Vec<(ConnectionId, PollFlags)>);
 
 impl Watched {
-    /// What happened, after the set was waited for.
+    /// Reads the events, after the set's wait.
     pub(crate) fn look(self, set: &PollSet<'_>) -> Ready {
         Ready(self.connections.into_iter().map(|(id, place)| (id, set.events(place))).collect())
     }
 }
 
 impl PortForward {
-    /// Without connections. `wake` is called when something has been done on the side.
+    /// Calls `wake` when a look-up has ended.
     pub(crate) fn new(
         context: Arc<Context>,
         id: SessionId,
@@ -94,12 +94,12 @@ impl PortForward {
         }
     }
 
-    /// Whether nothing is left to be done.
+    /// True if nothing is left to do.
     pub(crate) fn is_idle(&self) -> bool {
         self.connections.is_empty() && self.finishing.is_empty()
     }
 
-    /// Obeys a frame of the port forwarding protocol.
+    /// Handles a frame of the port forwarding protocol.
     pub(crate) fn handle(&mut self, frame: &Frame, now: Instant) {
         let id = match ConnectionId::of(frame) {
             Ok(id) => id,
@@ -156,7 +156,7 @@ impl PortForward {
         self.advance(&id, now);
     }
 
-    /// Goes on with a connection that isn't open yet.
+    /// Continues opening a connection.
     fn advance(&mut self, id: &ConnectionId, now: Instant) {
         let looking_up = self.connections.values().filter(|c| c.is_looking_up()).count();
         let Some(connection) = self.connections.get_mut(id) else { return };
@@ -176,7 +176,7 @@ impl PortForward {
             Step::Failed(text) => {
                 connection.broke(&text);
                 self.sink.reply(&forward::error(&self.id, forward::NEW, &text));
-                // What the client has sent meanwhile is acknowledged all the same: it waits for that.
+                // The client's data is acknowledged all the same: it waits for that.
                 if let Some(connection) = self.take(id) {
                     self.acknowledge_all(id, &connection);
                 }
@@ -195,14 +195,14 @@ impl PortForward {
     }
 
     fn take_ack(&mut self, id: &ConnectionId) {
-        // Those of a connection that is gone were on the way, and are done with.
+        // Acks of a connection that is gone were in flight: ignored.
         if let Some(connection) = self.connections.get_mut(id) {
             connection.unacked = connection.unacked.saturating_sub(1);
             self.on_the_way.data_arrived(id);
         }
     }
 
-    /// Passes data to the target and owns up to what was received.
+    /// Writes queued data to the target, and acknowledges it.
     fn flush(&mut self, id: &ConnectionId, now: Instant) {
         let Some(connection) = self.connections.get_mut(id) else { return };
         match connection.flush(now) {
@@ -211,7 +211,6 @@ impl PortForward {
         }
     }
 
-    /// The connection is broken.
     fn fail(&mut self, id: &ConnectionId, text: &str, now: Instant) {
         if let Some(connection) = self.connections.get_mut(id) {
             connection.broke(text);
@@ -219,8 +218,7 @@ impl PortForward {
         self.stop(id, Some(text), now);
     }
 
-    /// Ends a connection from this side: everything is acknowledged, since clients wait for that, then it is
-    /// stopped.
+    /// Ends a forward from this side: acknowledges everything, since clients wait for that, and then stops it.
     fn stop(&mut self, id: &ConnectionId, error: Option<&str>, now: Instant) {
         let Some(connection) = self.take(id) else { return };
         self.acknowledge_all(id, &connection);
@@ -231,7 +229,7 @@ impl PortForward {
         self.let_go(id, connection, now);
     }
 
-    /// Removes a connection and what is owed in its name: its id may be used again at once.
+    /// Removes a forward and the acks that it is owed: the client may reuse its id at once.
     fn take(&mut self, id: &ConnectionId) -> Option<Connection> {
         self.owing.retain(|owing| owing != id);
         self.connections.remove(id)
@@ -243,7 +241,7 @@ impl PortForward {
         }
     }
 
-    /// Sends the acknowledgements that may go, in turn.
+    /// Sends the acks that may be sent, in turn.
     fn acknowledge(&mut self, now: Instant) {
         let mut waiting = VecDeque::new();
         while let Some(id) = self.owing.pop_front() {
@@ -263,12 +261,12 @@ impl PortForward {
         self.owing = waiting;
     }
 
-    /// Sends `new` before, or `stop` behind, all data of the connection.
+    /// Sends `new` before, or `stop` behind, all data of the forward.
     fn send_in_order(&self, typ: &str, id: &ConnectionId) {
         self.sink.bulk((&forward::about(&self.id, typ, id)).into());
     }
 
-    /// The client has nothing to do with the connection any more. What it sent still reaches the target.
+    /// The client is done with the forward. Its data still reaches the target.
     fn let_go(&mut self, id: &ConnectionId, mut connection: Connection, now: Instant) {
         self.on_the_way.data_gone(id);
         connection.leave_status();
@@ -277,7 +275,7 @@ impl PortForward {
         }
     }
 
-    /// The session is over. What the client sent still reaches its targets, everything else ends.
+    /// Ends the session. The client's data still reaches its targets, everything else ends.
     pub(crate) fn close(&mut self, now: Instant) {
         self.owing.clear();
         for (id, connection) in std::mem::take(&mut self.connections) {
@@ -285,14 +283,13 @@ impl PortForward {
         }
     }
 
-    /// The link is gone, and everything with it.
     pub(crate) fn hang_up(&mut self) {
         self.owing.clear();
         self.connections.clear();
         self.finishing.clear();
     }
 
-    /// When [`PortForward::proceed`] wants to be called though nothing happened.
+    /// When to call [`PortForward::proceed`] without an event.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let connections = self.connections.values();
         let steps = connections.clone().filter_map(Connection::deadline);
@@ -304,7 +301,7 @@ impl PortForward {
         steps.chain(idle).chain(finishing).chain(acks).chain(room).min()
     }
 
-    /// Adds what the connections wait for.
+    /// Adds what the forwards wait for.
     pub(crate) fn watch<'a>(&'a self, set: &mut PollSet<'a>) -> Watched {
         let mut watched = Watched::default();
         if self.is_idle() {
@@ -325,7 +322,7 @@ impl PortForward {
         watched
     }
 
-    /// Does what can be done now.
+    /// Does what is possible now.
     pub(crate) fn proceed(&mut self, ready: Ready, now: Instant) {
         if self.is_idle() {
             return;
@@ -359,7 +356,7 @@ impl PortForward {
         }
     }
 
-    /// Goes on with what only has to deliver what its client has left.
+    /// Continues the forwards that only deliver their client's remaining data.
     fn finish(&mut self, now: Instant) {
         let looking_up = self.finishing.iter().filter(|(c, _)| c.is_looking_up()).count();
         self.finishing.retain_mut(|(connection, until)| {
@@ -378,7 +375,7 @@ impl PortForward {
         });
     }
 
-    /// Brings what the target has sent to the client; says whether there was room for it.
+    /// Sends the target's data to the client. False if the window is full.
     fn read(&mut self, id: &ConnectionId, now: Instant) -> bool {
         if !self.on_the_way.takes_data() || !self.sink.takes_bulk() {
             return false;
@@ -426,7 +423,7 @@ impl PortForward {
     }
 }
 
-/// Lets a connection go on towards being open.
+/// Lets a connection continue opening.
 fn advance(
     connection: &mut Connection,
     looking_up: usize,
