@@ -22,8 +22,9 @@ use mender_connect::internals::{
 };
 use nix::poll::PollFlags;
 
-/// As in the agent.
+/// As in the agent: threads of sessions on the device, and more of them for shells.
 const MAX_SESSIONS: usize = 256;
+const SHELL_RESERVE: usize = 16;
 const MAX_FRAMES: usize = 1024;
 const MAX_BYTES: usize = 2 << 20;
 
@@ -137,12 +138,12 @@ fuzz_target!(|script: Script| {
         mender_client: script.mender_client,
         ..CONFIG.clone()
     });
-    let mut link = Link::new(&context);
+    let mut link = Link::new(&context, 0);
     let mut ended = Vec::new();
     for step in &script.steps {
         if matches!(step, Step::Relink) {
             ended.extend(link.end());
-            link = Link::new(&context);
+            link = Link::new(&context, ended.len());
         } else {
             link.step(step);
         }
@@ -221,13 +222,15 @@ struct Link {
     sessions: HashMap<SessionId, Session>,
     /// Sessions that have ended, whose names others got before they left.
     replaced: Vec<Session>,
+    /// Sessions of earlier links, which have not left yet.
+    older: usize,
     /// The answers that wait to be written: whose they are, none for the router, and what they are.
     queued: VecDeque<(Option<i64>, u16, String)>,
     sent: i64,
 }
 
 impl Link {
-    fn new(context: &Arc<Context>) -> Self {
+    fn new(context: &Arc<Context>, older: usize) -> Self {
         let outbox = Arc::new(Outbox::default());
         let begun = Begun::new(RefCell::new(Ok(None)));
         let theirs = Rc::clone(&begun);
@@ -246,6 +249,7 @@ impl Link {
             mender_client: context.config().mender_client,
             sessions: HashMap::new(),
             replaced: Vec::new(),
+            older,
             queued: VecDeque::new(),
             sent: 0,
         }
@@ -381,7 +385,7 @@ impl Link {
         } else if !matches!(message.kind, Kind::ShellResize | Kind::ShellPong) {
             // Keystrokes may be refused; in anything else a gap ends the session.
             if message.proto_and_type().0 != SHELL {
-                session.hung_up = true;
+                (session.hung_up, session.closed) = (true, true);
                 session.pending.clear();
             }
             self.expect_refusal(message);
@@ -393,7 +397,9 @@ impl Link {
         if self.queued.len() >= CROWD {
             return;
         }
-        let many = message.proto_and_type().0 != SHELL && self.sessions.len() >= MAX_SESSIONS;
+        let threads = self.older + self.sessions.len() + self.replaced.len();
+        let reserve = if message.proto_and_type().0 == SHELL { SHELL_RESERVE } else { 0 };
+        let many = threads >= MAX_SESSIONS + reserve;
         let begun = if many { None } else { self.begun.borrow_mut().as_mut().ok().map(Option::take) };
         if !many {
             // One that has ended and not left yet loses its name.
