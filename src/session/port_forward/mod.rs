@@ -121,8 +121,9 @@ impl PortForward {
             forward::STOP => match self.take(&id) {
                 Some(mut connection) => {
                     connection.closed_by("client");
-                    self.send_in_order(forward::STOP, &id);
+                    // Before the answer: whoever has that may ask for the status at once.
                     self.let_go(&id, connection, now);
+                    self.send_in_order(forward::STOP, &id);
                 }
                 None => self.refuse(frame, UNKNOWN),
             },
@@ -225,8 +226,8 @@ impl PortForward {
         if let Some(text) = error {
             self.sink.reply(&forward::error(&self.id, forward::FORWARD, text));
         }
-        self.send_in_order(forward::STOP, id);
         self.let_go(id, connection, now);
+        self.send_in_order(forward::STOP, id);
     }
 
     /// Removes a forward and the acks that it is owed: the client may reuse its id at once.
