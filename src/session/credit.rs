@@ -39,7 +39,7 @@ pub struct Credit {
 }
 
 impl Credit {
-    /// Of a session that starts now.
+    /// `now` is the session's start.
     pub fn new(now: Instant) -> Self {
         let (on_the_way, probes) = (VecDeque::new(), VecDeque::new());
         Credit { sent: 0, on_the_way, probes, last_probe: now, answers: false, presume_at: now }

@@ -266,12 +266,16 @@ mod tests {
     use crate::config;
     use crate::outbox::{REPLIES_IN_FLIGHT, Room};
 
-    #[test]
-    fn sessions_that_come_and_go_leave_no_more_behind_than_is_read() {
+    fn context() -> Arc<Context> {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("conf");
         std::fs::write(&file, r#"{ "ShellCommand": "/bin/sh", "User": "root" }"#).unwrap();
-        let context = Context::new(config::load(&file, &dir.path().join("absent")).unwrap());
+        Context::new(config::load(&file, &dir.path().join("absent")).unwrap())
+    }
+
+    #[test]
+    fn sessions_that_come_and_go_leave_no_more_behind_than_is_read() {
+        let context = context();
         let outbox = Arc::new(Outbox::default());
         let begin = |_: &Arc<Context>, seat: Seat| {
             while seat.sink.takes_replies() {
@@ -302,10 +306,7 @@ mod tests {
     /// they began then outlived the link.
     #[test]
     fn a_session_that_was_closed_for_an_overflow_gets_nothing_more() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("conf");
-        std::fs::write(&file, r#"{ "ShellCommand": "/bin/sh", "User": "root" }"#).unwrap();
-        let context = Context::new(config::load(&file, &dir.path().join("absent")).unwrap());
+        let context = context();
         let outbox = Arc::new(Outbox::default());
         let seats = std::cell::RefCell::new(Vec::new());
         let mut router = Router::with(&context, &outbox, |_: &Arc<Context>, seat| {

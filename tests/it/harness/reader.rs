@@ -118,7 +118,7 @@ impl Device {
         Ok(deadline.map_or(due, |d| d.min(due)))
     }
 
-    /// What the released server does with a message for a session's client.
+    /// Puts a message into its session's queue, as the released server does, or drops it if that is full.
     fn queue(&self, msg: Msg) {
         let Some(sid) = msg.sid.clone() else { return self.deliver(msg) };
         self.0.state.update(|s| {

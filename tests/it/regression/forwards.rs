@@ -66,7 +66,7 @@ fn checksum(bytes: &[u8]) -> u16 {
     !((sum & 0xffff) + (sum >> 16)) as u16
 }
 
-/// What a router on the way sends about a datagram: "destination unreachable" with this code.
+/// Sends the report that a router sends about a datagram: "destination unreachable" with this code.
 fn unreachable(code: u8, from: SocketAddr, to: SocketAddr) {
     let (SocketAddr::V4(from), SocketAddr::V4(to)) = (from, to) else { panic!("IPv4 only") };
     let mut datagram = vec![0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0];

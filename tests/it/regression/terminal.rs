@@ -19,7 +19,7 @@ use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, is_root, script_config};
 use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn};
 
-/// What the shell of [`long_output`] writes.
+/// The output of [`long_output`]'s shell.
 fn numbers() -> String {
     (1..=900_000).fold(String::new(), |all, n| all + &n.to_string() + "\n")
 }
