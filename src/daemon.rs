@@ -5,7 +5,6 @@ use log::{error, warn};
 use crate::cli::Options;
 use crate::config;
 use crate::logging;
-use crate::session;
 use crate::supervisor;
 use crate::sys;
 use crate::sys::privilege;
@@ -21,7 +20,7 @@ pub(crate) fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
         // A session clears up after itself, if the build unwinds. Without any other thread the daemon would be
         // a ruin: the init system starts it anew.
         let thread = std::thread::current();
-        if !thread.name().is_some_and(|name| name.starts_with(session::THREAD_PREFIX)) {
+        if !thread.name().is_some_and(|name| name.starts_with("s-")) {
             std::process::abort();
         }
     }));

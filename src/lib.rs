@@ -49,6 +49,7 @@ mod auth;
 mod backoff;
 mod check;
 mod cli;
+mod commands;
 mod config;
 mod daemon;
 mod doctor;
@@ -58,6 +59,7 @@ mod link;
 mod logging;
 #[allow(unreachable_pub)]
 mod outbox;
+mod permits;
 mod proto;
 #[allow(unreachable_pub)]
 mod session;
@@ -94,8 +96,8 @@ pub mod internals {
         forward, shell,
     };
     #[cfg(fuzzing)]
-    pub use crate::session::Seat;
-    pub use crate::session::{Context, Router, ShellInfo};
+    pub use crate::session::Peer;
+    pub use crate::session::{Device, Router, ShellInfo};
     pub use crate::sys::PollSet;
     pub use crate::sys::users::{User, lookup};
     pub use crate::sys::wake::Wake;

@@ -224,8 +224,18 @@ impl Frame {
         all.find(|(_, id)| id.is_some_and(|id| id.len() > MAX_ID)).map(|(what, _)| what)
     }
 
-    /// Decodes a websocket message. A body that makes up at least half of it shares the message's memory. Bytes after
-    /// the document are ignored.
+    /// What an answer needs of its request.
+    pub(crate) fn without_body(&self) -> Self {
+        Frame { body: Bytes::new(), ..self.clone() }
+    }
+
+    /// Bytes of memory that the frame holds, roughly.
+    pub(crate) fn held(&self) -> usize {
+        size_of::<Frame>() + self.typ.len() + self.props.raw.len() + self.body.len()
+    }
+
+    /// Decodes a websocket message. A body that makes up most of it shares the message's memory. Bytes after the
+    /// document are ignored.
     pub fn decode(message: &Bytes) -> Result<Self, DecodeError> {
         let mut cursor = Cursor::new(message);
         let mut header = None;
@@ -243,8 +253,8 @@ impl Frame {
                 _ => cursor.skip()?,
             }
         }
-        // A slice keeps the whole message in memory, but the bounds on queued frames count only bodies.
-        if body.len() < message.len() / 2 {
+        // A slice keeps the whole message in memory, but `held` counts only the body.
+        if body.len() < message.len() / 4 * 3 {
             body = Bytes::copy_from_slice(&body);
         }
         let Header { proto, typ, sid, props } = header.ok_or(DecodeError::NoHeader)?;

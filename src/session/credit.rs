@@ -7,8 +7,12 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Messages not proved delivered. The rest of the 25 is for answers and for probes.
-const LIMIT: usize = 16;
+/// Messages with data that are not proved delivered, answers included. The rest of the 25 is for answers and probes.
+pub(crate) const LIMIT: usize = 16;
+/// Forwards' answers besides, which their clients wait for.
+const ANSWERS: usize = 4;
+/// An older message has left the server's places, one way or the other.
+const PLACES: usize = 25;
 /// After so many messages one more asks for proof. A client that was never asked is not before it has to be: the test
 /// client of Mender's servers takes no ping between the lines of a short output.
 const PROBE_EVERY: u64 = 6;
@@ -25,7 +29,7 @@ const SHORTEST: Duration = Duration::from_millis(2);
 
 /// The account of one session. Messages are numbered from the session's start.
 #[derive(Debug)]
-pub struct Credit {
+pub(crate) struct Credit {
     sent: u64,
     /// How long the client may take to read each message that is not proved delivered.
     on_the_way: VecDeque<Duration>,
@@ -40,15 +44,24 @@ pub struct Credit {
 
 impl Credit {
     /// `now` is the session's start.
-    pub fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         let (on_the_way, probes) = (VecDeque::new(), VecDeque::new());
         Credit { sent: 0, on_the_way, probes, last_probe: now, answers: false, presume_at: now }
     }
 
     /// Whether one more message may go.
-    pub fn takes(&self, now: Instant) -> bool {
+    pub(crate) fn takes(&self, now: Instant) -> bool {
+        self.unproved(now) < LIMIT
+    }
+
+    /// Whether an answer may go that its client waits for.
+    pub(crate) fn takes_answer(&self, now: Instant) -> bool {
+        self.unproved(now) < LIMIT + ANSWERS
+    }
+
+    fn unproved(&self, now: Instant) -> usize {
         let presumed = if self.answers { 0 } else { self.presumed(now).0 };
-        self.on_the_way.len() < LIMIT + presumed
+        self.on_the_way.len() - presumed
     }
 
     /// How many messages have been delivered by now if the client is one that doesn't answer, and when the next one
@@ -62,16 +75,20 @@ impl Credit {
         (count, next)
     }
 
-    /// A message of so many bytes was sent.
-    pub fn sent(&mut self, bytes: usize, now: Instant) {
+    /// A message of so many bytes was sent. Returns its number.
+    pub(crate) fn sent(&mut self, bytes: usize, now: Instant) -> u64 {
         if !self.answers {
             let (presumed, next) = self.presumed(now);
             self.on_the_way.drain(..presumed);
             self.presume_at = if self.on_the_way.is_empty() { now + PATIENCE } else { next };
         }
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        if self.on_the_way.len() == PLACES {
+            self.on_the_way.pop_front();
+        }
         self.on_the_way.push_back((Duration::from_secs(1) * bytes / BYTES_PER_SECOND).max(SHORTEST));
         self.sent += 1;
+        self.sent
     }
 
     /// The number of the last message that is proved, or was presumed, to be delivered.
@@ -80,7 +97,7 @@ impl Credit {
     }
 
     /// Whether to ask the client for proof now.
-    pub fn wants_probe(&self, now: Instant) -> bool {
+    pub(crate) fn wants_probe(&self, now: Instant) -> bool {
         let due = match self.probes.back() {
             None if !self.answers => !self.takes(now),
             last => self.sent - self.proved().max(last.copied().unwrap_or(0)) >= PROBE_EVERY,
@@ -90,23 +107,33 @@ impl Credit {
     }
 
     /// A probe was sent, a message itself.
-    pub fn probed(&mut self, now: Instant) {
-        self.sent(0, now);
+    pub(crate) fn probed(&mut self, now: Instant) {
+        let probe = self.sent(0, now);
         self.last_probe = now;
-        self.probes.push_back(self.sent);
+        self.probes.push_back(probe);
     }
 
     /// A probe was answered. Answers have no name, so it is the oldest.
-    pub fn answered(&mut self) {
+    pub(crate) fn answered(&mut self) {
         if let Some(probe) = self.probes.pop_front() {
-            self.answers = true;
-            let proved = probe.saturating_sub(self.proved()) as usize;
-            self.on_the_way.drain(..proved.min(self.on_the_way.len()));
+            self.prove(probe);
         }
     }
 
+    /// The client has acted upon the message of this number.
+    pub(crate) fn prove(&mut self, number: u64) {
+        self.answers = true;
+        let proved = number.saturating_sub(self.proved()) as usize;
+        self.on_the_way.drain(..proved.min(self.on_the_way.len()));
+    }
+
+    /// The client has acted upon the last message, as one that asks and waits for the answer does.
+    pub(crate) fn prove_all(&mut self) {
+        self.on_the_way.clear();
+    }
+
     /// When a session that may not send now may send or ask again, though nothing happened.
-    pub fn deadline(&self, now: Instant) -> Option<Instant> {
+    pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
         match self.answers {
             _ if self.takes(now) => None,
             true => (self.probes.len() < MAX_PROBES).then_some(self.last_probe + ASK_AGAIN),

@@ -4,109 +4,143 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::permits::{Permit, Permits};
 use crate::proto::Frame;
 use crate::sys::wake::Wake;
 
-/// Frames an inbox holds. A session empties it each time it wakes; only a busy one lets it grow.
+/// A session empties its inbox each time it wakes; only a busy one lets it grow.
 const MAX_FRAMES: usize = 1024;
-/// Bytes of payload an inbox holds. The first frame is taken whatever its size.
+/// The first frame is taken whatever its size.
 const MAX_BYTES: usize = 2 << 20;
+/// Bytes that need no permit of the device's memory, so that nobody who has used that up is in the way of a keystroke.
+const RESERVED: usize = 16 << 10;
 
-/// A session's inbox.
 #[derive(Debug)]
 pub struct Inbox {
     state: Mutex<State>,
     wake: Arc<Wake>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     frames: VecDeque<Frame>,
     bytes: usize,
-    /// The link is gone: nothing more will come.
-    hung_up: bool,
+    /// For the bytes beyond [`RESERVED`].
+    memory: Permit,
+    hung_up: Option<HangUp>,
     /// The session is gone: nothing more will be read.
     closed: bool,
-    /// There was no room once.
     overflowed: bool,
+}
+
+/// Why a session has to end now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HangUp {
+    LinkLost,
+    /// Its client was told already.
+    Overflow,
+    /// It was idle, and there are too many sessions.
+    MakesRoom,
 }
 
 /// Why a frame wasn't taken. It is handed back.
 #[derive(Debug)]
-pub enum Rejected {
+pub(crate) enum Rejected {
     /// There is no room; whether it is the first time.
     Full(Frame, bool),
     /// The session has ended.
     Closed(Frame),
 }
 
+impl State {
+    /// Counts `bytes` instead of what was counted. False if there is no memory for them.
+    fn count(&mut self, bytes: usize) -> bool {
+        let room = self.memory.resize(bytes.saturating_sub(RESERVED));
+        if room {
+            self.bytes = bytes;
+        }
+        room
+    }
+
+    fn clear(&mut self) {
+        self.frames.clear();
+        self.count(0);
+    }
+}
+
 impl Inbox {
-    /// Empty; `wake` is called whenever there is news.
-    pub fn new(wake: Arc<Wake>) -> Self {
-        Inbox { state: Mutex::default(), wake }
+    /// Calls `wake` whenever there is news.
+    pub(crate) fn new(wake: Arc<Wake>, memory: &Arc<Permits>) -> Self {
+        let state = State {
+            frames: VecDeque::new(),
+            bytes: 0,
+            memory: memory.none(),
+            hung_up: None,
+            closed: false,
+            overflowed: false,
+        };
+        Inbox { state: Mutex::new(state), wake }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a frame. The session hears of it by [`Inbox::announce`].
-    ///
-    /// # Errors
-    /// When the frame can't be taken.
-    pub fn push(&self, frame: Frame) -> Result<(), Rejected> {
+    /// Takes a frame. [`Inbox::wake`] tells the session.
+    pub(crate) fn push(&self, frame: Frame) -> Result<(), Rejected> {
         let mut state = self.lock();
         if state.closed {
             return Err(Rejected::Closed(frame));
         }
-        let bytes = state.bytes + frame.body.len();
-        if !state.frames.is_empty() && (state.frames.len() >= MAX_FRAMES || bytes > MAX_BYTES) {
+        let bytes = state.bytes + frame.held();
+        let full = state.frames.len() >= MAX_FRAMES || bytes > MAX_BYTES;
+        if (full && !state.frames.is_empty()) || !state.count(bytes) {
             let first = !std::mem::replace(&mut state.overflowed, true);
             return Err(Rejected::Full(frame, first));
         }
-        state.bytes = bytes;
         state.frames.push_back(frame);
         Ok(())
     }
 
-    /// Tells the session of what was pushed.
-    pub fn announce(&self) {
+    /// Tells the session that there is news.
+    pub(crate) fn wake(&self) {
         self.wake.notify();
     }
 
     /// Puts the frame in the place of the last one that waits, if that is of the same kind; otherwise gives it back. An
     /// earlier one isn't replaced: the frame would overtake those between them, such as a `stop` and a `new`.
-    pub fn supersede(&self, frame: Frame) -> Option<Frame> {
+    pub(crate) fn supersede(&self, frame: Frame) -> Option<Frame> {
         let mut state = self.lock();
-        let same = |last: &&mut Frame| (last.proto, &last.typ) == (frame.proto, &frame.typ);
-        let Some(old) = state.frames.back_mut().filter(same) else { return Some(frame) };
-        let (before, after) = (old.body.len(), frame.body.len());
-        *old = frame;
-        state.bytes = state.bytes - before + after;
+        let same = |last: &&Frame| (last.proto, &last.typ) == (frame.proto, &frame.typ);
+        let Some(old) = state.frames.back().filter(same).map(Frame::held) else { return Some(frame) };
+        let bytes = state.bytes - old + frame.held();
+        if !state.count(bytes) {
+            return Some(frame);
+        }
+        state.frames.pop_back();
+        state.frames.push_back(frame);
         None
     }
 
-    /// The next frame, if there is one.
     pub fn pop(&self) -> Option<Frame> {
         let mut state = self.lock();
         let frame = state.frames.pop_front()?;
-        state.bytes -= frame.body.len();
+        let bytes = state.bytes - frame.held();
+        state.count(bytes);
         Some(frame)
     }
 
-    /// Tells the session that the link is gone. Nothing is taken from now on: what began later would outlive it.
-    pub fn hang_up(&self) {
+    /// Ends the session. Nothing is taken from now on: what began later would outlive the link.
+    pub(crate) fn hang_up(&self, why: HangUp) {
         let mut state = self.lock();
-        state.hung_up = true;
+        state.hung_up.get_or_insert(why);
         state.closed = true;
-        state.frames.clear();
-        state.bytes = 0;
+        state.clear();
         drop(state);
         self.wake.notify();
     }
 
-    /// Whether the link is gone.
-    pub fn is_hung_up(&self) -> bool {
+    pub fn hung_up(&self) -> Option<HangUp> {
         self.lock().hung_up
     }
 
@@ -121,7 +155,7 @@ impl Inbox {
     pub fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
-        state.frames.clear();
+        state.clear();
     }
 }
 
@@ -130,7 +164,7 @@ mod tests {
     use super::*;
 
     fn inbox() -> Inbox {
-        Inbox::new(Arc::new(Wake::new().unwrap()))
+        Inbox::new(Arc::new(Wake::new().unwrap()), &Permits::new(64 << 20))
     }
 
     fn frame(bytes: usize) -> Frame {
@@ -152,7 +186,23 @@ mod tests {
         large.push(frame(MAX_BYTES + 1)).unwrap();
         assert!(matches!(large.push(frame(1)), Err(Rejected::Full(..))));
         large.pop().unwrap();
-        large.push(frame(MAX_BYTES)).unwrap();
+        large.push(frame(MAX_BYTES - frame(0).held())).unwrap();
+    }
+
+    #[test]
+    fn a_keystroke_gets_through_when_others_have_used_up_the_memory() {
+        let memory = Permits::new(3 << 20);
+        let inbox = || Inbox::new(Arc::new(Wake::new().unwrap()), &memory);
+        let (greedy, other) = (inbox(), inbox());
+        greedy.push(frame(3 << 20)).unwrap();
+        assert!(matches!(other.push(frame(2 * RESERVED)), Err(Rejected::Full(..))));
+        other.push(frame(1)).unwrap();
+        greedy.hang_up(HangUp::Overflow);
+        assert_eq!(memory.taken(), 0);
+        other.push(frame(2 * RESERVED)).unwrap();
+        other.pop().unwrap();
+        other.pop().unwrap();
+        assert_eq!((memory.taken(), other.lock().bytes), (0, 0));
     }
 
     #[test]

@@ -207,6 +207,13 @@ impl Info {
         lock(&self.shell).clone()
     }
 
+    /// Has a shell, a transfer or a forward.
+    pub(crate) fn is_busy(&self) -> bool {
+        lock(&self.shell).is_some()
+            || lock(&self.transfer).strong_count() > 0
+            || !lock(&self.forwards).is_empty()
+    }
+
     /// Registers a transfer. It is listed while the returned Arc lives.
     pub(crate) fn transfer(
         &self,

@@ -6,49 +6,35 @@ use std::time::Instant;
 
 use log::{debug, info, warn};
 
-use super::inbox::{Inbox, Rejected};
-use super::{Context, Entry, Info, Table, ThreadCount, mender_client, terminal, worker};
+use super::credit::Credit;
+use super::device::{Device, Entry, MAX_THREADS, Table};
+use super::inbox::{HangUp, Inbox, Rejected};
+use super::info::Info;
+use super::peer::Peer;
+use super::shells::ShellPermit;
+use super::{session, terminal};
+use crate::commands;
 use crate::outbox::{FrameSink, Outbox};
+use crate::permits::Permit;
 use crate::proto::{CONTROL, Frame, MAX_ID, MENDER_CLIENT, SHELL, SessionId, control, shell};
+use crate::sys::reason;
 use crate::sys::wake::Wake;
 
-/// Session threads on the device, those of earlier links included. A server has a handful; this only keeps a mad one
-/// from taking all memory.
-const MAX_SESSIONS: usize = 256;
-/// Besides, for shells alone, so that no flood of other sessions is in their way.
-const SHELL_RESERVE: usize = 16;
+/// Session threads on the device, those of earlier links included, but for shells. A server has a handful; this only
+/// keeps a mad one from taking all memory.
+pub(crate) const MAX_SESSIONS: usize = 256;
+/// Sessions that may still be ending when others have taken their place.
+const MAKING_ROOM: usize = 8;
 
 /// Frames that their sessions don't hear of at once.
 const MAX_UNANNOUNCED: usize = 64;
 
 /// Starts a session.
-pub type Start = fn(&Arc<Context>, Seat) -> io::Result<()>;
-
-/// What a session has of its own. When it is dropped the session is over, and its name free.
-pub struct Seat {
-    /// Its name.
-    pub id: SessionId,
-    /// What it has to read.
-    pub inbox: Arc<Inbox>,
-    /// Calls it when there is news.
-    pub wake: Arc<Wake>,
-    /// Takes what it has to say.
-    pub sink: FrameSink,
-    /// What it tells about itself.
-    pub info: Arc<Info>,
-    table: Arc<Table>,
-    _count: ThreadCount,
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.table.remove(&self.id, &self.inbox);
-    }
-}
+pub type Start = fn(Peer) -> io::Result<()>;
 
 /// Knows the sessions of one link. When it is dropped they all end.
 pub struct Router<S = Start> {
-    context: Arc<Context>,
+    device: Arc<Device>,
     table: Arc<Table>,
     outbox: Arc<Outbox>,
     /// For what is answered without a session.
@@ -60,24 +46,18 @@ pub struct Router<S = Start> {
 
 impl Router {
     /// For a link whose writer empties `outbox`.
-    ///
-    /// # Errors
-    /// When no descriptor can be had.
-    pub fn new(context: &Arc<Context>, outbox: &Arc<Outbox>) -> io::Result<Self> {
-        Router::with(context, outbox, worker::start)
+    pub fn new(device: &Arc<Device>, outbox: &Arc<Outbox>) -> io::Result<Self> {
+        Router::with(device, outbox, session::start)
     }
 }
 
-impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
+impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
     /// The same with sessions that `start` starts.
-    ///
-    /// # Errors
-    /// When no descriptor can be had.
-    pub fn with(context: &Arc<Context>, outbox: &Arc<Outbox>, start: S) -> io::Result<Self> {
+    pub fn with(device: &Arc<Device>, outbox: &Arc<Outbox>, start: S) -> io::Result<Self> {
         let sink = FrameSink::new(outbox, Arc::new(Wake::new()?));
-        let table = context.new_table();
+        let table = device.new_table();
         Ok(Router {
-            context: Arc::clone(context),
+            device: Arc::clone(device),
             table,
             outbox: Arc::clone(outbox),
             sink,
@@ -89,7 +69,7 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
     /// Tells the sessions of what has come: many frames that came at once wake a session once.
     pub fn announce(&mut self) {
         for inbox in self.unannounced.drain(..) {
-            inbox.announce();
+            inbox.wake();
         }
     }
 
@@ -104,8 +84,8 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
             }
             return;
         }
-        if frame.proto == MENDER_CLIENT && self.context.config().mender_client {
-            return mender_client::handle(&self.context, &frame, &self.sink);
+        if frame.proto == MENDER_CLIENT && self.device.config().mender_client {
+            return commands::handle(&self.device.commands, &frame, &self.sink);
         }
         let Some(id) = frame.sid.clone() else {
             if (frame.proto, frame.typ.as_str()) == (SHELL, shell::STOP) {
@@ -117,8 +97,8 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
         };
         let Some(frame) = self.deliver(&id, frame) else { return };
         match (frame.proto, frame.typ.as_str()) {
-            (SHELL, shell::NEW) if self.context.config().terminal.enabled => self.create(&id, frame),
-            (SHELL, _) if self.context.config().terminal.enabled => {
+            (SHELL, shell::NEW) if self.device.config().terminal.enabled => self.create_shell(&id, frame),
+            (SHELL, _) if self.device.config().terminal.enabled => {
                 if let Some(answer) = terminal::answer_without_shell(&id, &frame) {
                     self.answer(&answer);
                 }
@@ -167,60 +147,93 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
             (SHELL, typ) => self.answer(&shell::failure(id, typ, "inbox full: the message was dropped")),
             _ => {
                 self.answer(&control::error_about(id, &frame, "inbox full: the session is closed", true));
-                inbox.hang_up();
+                inbox.hang_up(HangUp::Overflow);
+            }
+        }
+    }
+
+    /// Without a permit there will be no shell, and a refusal needs no thread.
+    fn create_shell(&mut self, id: &SessionId, frame: Frame) {
+        let user = frame.user();
+        match self.device.shells.acquire(&user, self.device.config().sessions.max_per_user) {
+            Err(refusal) => self.answer(&terminal::refusal(id, &user, refusal.to_string())),
+            Ok(permit) => {
+                let typ = frame.typ.clone();
+                if let Err(reason) = self.try_create(id, frame, Some(permit)) {
+                    let text = format!("failed to start shell: {reason}");
+                    self.answer(&shell::failure(id, &typ, text));
+                }
             }
         }
     }
 
     fn create(&mut self, id: &SessionId, frame: Frame) {
-        if self.outbox.is_crowded() {
-            // A server that doesn't read what sessions leave behind gets no more of them.
-            return debug!("dropping {}/{:?}: too many answers wait", frame.proto, frame.typ);
-        }
-        let mut limit = MAX_SESSIONS;
-        if frame.proto == SHELL {
-            limit += SHELL_RESERVE;
-            // Without a permit there will be no shell: that is not worth a thread.
-            let (user, most) = (frame.user(), self.context.config().sessions.max_per_user);
-            if let Err(refusal) = self.context.shells.check(&user, most) {
-                return self.answer(&terminal::refusal(id, &user, refusal.to_string()));
-            }
-        }
-        let started = if self.context.threads() >= limit {
-            Err("too many sessions".to_owned())
-        } else {
-            self.spawn(id, frame.clone()).map_err(|e| crate::sys::reason(&e))
-        };
-        if let Err(reason) = started {
-            debug!("session {id}: {reason}");
-            if frame.proto == SHELL {
-                let text = format!("failed to start shell: {reason}");
-                self.answer(&shell::failure(id, &frame.typ, text));
-            } else {
-                self.answer(&control::error_about(id, &frame, &reason, true));
-            }
+        let cause = frame.without_body();
+        if let Err(reason) = self.try_create(id, frame, None) {
+            self.answer(&control::error_about(id, &cause, &reason, true));
         }
     }
 
-    fn spawn(&mut self, id: &SessionId, first: Frame) -> io::Result<()> {
+    fn try_create(
+        &mut self,
+        id: &SessionId,
+        first: Frame,
+        shell_permit: Option<ShellPermit>,
+    ) -> Result<(), String> {
+        if self.outbox.is_crowded() {
+            // A server that doesn't read what sessions leave behind gets no more of them.
+            debug!("dropping {}/{:?}: too many answers wait", first.proto, first.typ);
+            return Ok(());
+        }
+        let started = self
+            .thread_permit(shell_permit.is_some())
+            .and_then(|permit| self.spawn(id, first, permit, shell_permit).map_err(|e| reason(&e)));
+        started.inspect_err(|reason| debug!("session {id}: {reason}"))
+    }
+
+    fn thread_permit(&self, shell: bool) -> Result<Permit, String> {
+        let taken = self.device.threads.taken();
+        let limit = match shell {
+            true => MAX_THREADS,
+            false if taken < MAX_SESSIONS => MAX_SESSIONS,
+            false if taken < MAX_SESSIONS + MAKING_ROOM && self.table.make_room() => {
+                MAX_SESSIONS + MAKING_ROOM
+            }
+            false => 0,
+        };
+        let permit = if taken < limit { self.device.threads.acquire() } else { None };
+        permit.ok_or_else(|| "too many sessions".to_owned())
+    }
+
+    fn spawn(
+        &mut self,
+        id: &SessionId,
+        first: Frame,
+        thread: Permit,
+        shell_permit: Option<ShellPermit>,
+    ) -> io::Result<()> {
         let wake = Arc::new(Wake::new()?);
-        let inbox = Arc::new(Inbox::new(Arc::clone(&wake)));
-        let info = Arc::new(Info::of(first.user(), Instant::now()));
-        // Can't be refused: the inbox is empty.
-        let _ = inbox.push(first);
-        let entry = Entry { inbox: Arc::clone(&inbox), info: Arc::clone(&info) };
-        let seat = Seat {
+        let now = Instant::now();
+        let inbox = Arc::new(Inbox::new(Arc::clone(&wake), &self.device.memory));
+        let info = Arc::new(Info::of(first.user(), now));
+        if inbox.push(first).is_err() {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        let peer = Peer {
             id: id.clone(),
+            device: Arc::clone(&self.device),
+            inbox: Arc::clone(&inbox),
             sink: FrameSink::new(&self.outbox, Arc::clone(&wake)),
-            inbox,
             wake,
-            info,
+            info: Arc::clone(&info),
+            shell_permit,
+            credit: Credit::new(now),
             table: Arc::clone(&self.table),
-            _count: ThreadCount::new(&self.context),
+            _thread: thread,
         };
         // Before it runs, so that it finds itself there when it ends.
-        self.table.lock().insert(id.clone(), entry);
-        (self.start)(&self.context, seat)
+        self.table.lock().insert(id.clone(), Entry { inbox, info });
+        (self.start)(peer)
     }
 
     fn stop_shells_of_user(&mut self, frame: &Frame) {
@@ -255,7 +268,7 @@ impl<S: FnMut(&Arc<Context>, Seat) -> io::Result<()>> Router<S> {
 impl<S> Drop for Router<S> {
     fn drop(&mut self) {
         for (_, entry) in self.table.lock().drain() {
-            entry.inbox.hang_up();
+            entry.inbox.hang_up(HangUp::LinkLost);
         }
     }
 }
@@ -266,24 +279,24 @@ mod tests {
     use crate::config;
     use crate::outbox::{REPLIES_IN_FLIGHT, Room};
 
-    fn context() -> Arc<Context> {
+    fn device() -> Arc<Device> {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("conf");
         std::fs::write(&file, r#"{ "ShellCommand": "/bin/sh", "User": "root" }"#).unwrap();
-        Context::new(config::load(&file, &dir.path().join("absent")).unwrap())
+        Device::new(config::load(&file, &dir.path().join("absent")).unwrap())
     }
 
     #[test]
     fn sessions_that_come_and_go_leave_no_more_behind_than_is_read() {
-        let context = context();
+        let device = device();
         let outbox = Arc::new(Outbox::default());
-        let begin = |_: &Arc<Context>, seat: Seat| {
-            while seat.sink.takes_replies() {
-                seat.sink.reply(&control::pong(&seat.id));
+        let begin = |peer: Peer| {
+            while peer.sink.takes_replies() {
+                peer.sink.reply(&control::pong(&peer.id));
             }
             Ok(())
         };
-        let mut router = Router::with(&context, &outbox, begin).unwrap();
+        let mut router = Router::with(&device, &outbox, begin).unwrap();
         let mut flood = || {
             for number in 0..1000 {
                 router.route(Frame::new(
@@ -299,32 +312,32 @@ mod tests {
         for left in [flood(), flood()] {
             assert!((4096..4096 + REPLIES_IN_FLIGHT).contains(&left), "{left}");
         }
-        assert_eq!(context.counts().0, 0);
+        assert_eq!(device.counts().0, 0);
     }
 
     /// An inbox that had overflowed went on taking frames, though the client was told that the session is closed. What
     /// they began then outlived the link.
     #[test]
     fn a_session_that_was_closed_for_an_overflow_gets_nothing_more() {
-        let context = context();
+        let device = device();
         let outbox = Arc::new(Outbox::default());
-        let seats = std::cell::RefCell::new(Vec::new());
-        let mut router = Router::with(&context, &outbox, |_: &Arc<Context>, seat| {
-            seats.borrow_mut().push(seat);
+        let peers = std::cell::RefCell::new(Vec::new());
+        let mut router = Router::with(&device, &outbox, |peer| {
+            peers.borrow_mut().push(peer);
             Ok(())
         });
         let router = router.as_mut().unwrap();
         let ping = Frame::new(CONTROL, control::PING, SessionId::new("s").as_ref());
         // More than any inbox holds, and then one more message.
         let mut sent = 0;
-        while context.table().lock().values().all(|entry| !entry.inbox.is_hung_up()) {
+        while device.table().lock().values().all(|entry| entry.inbox.hung_up().is_none()) {
             router.route(ping.clone());
             sent += 1;
             assert!(sent < 100_000);
         }
         router.route(ping);
-        let seats = seats.borrow();
-        assert_eq!(seats.len(), 2);
-        assert!(seats[0].inbox.pop().is_none() && seats[1].inbox.pop().is_some());
+        let peers = peers.borrow();
+        assert_eq!(peers.len(), 2);
+        assert!(peers[0].inbox.pop().is_none() && peers[1].inbox.pop().is_some());
     }
 }

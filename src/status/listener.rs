@@ -18,7 +18,7 @@ use nix::sys::stat::{Mode, fchmod};
 use serde_json::Value;
 
 use super::{NAME, connect, directory};
-use crate::session::Context;
+use crate::session::Device;
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, reason, thread};
 
@@ -107,7 +107,7 @@ impl Listener {
     }
 
     /// Answers waiting clients with `state`'s document and the sessions.
-    pub(crate) fn answer(&mut self, context: &Arc<Context>, now: Instant, state: impl Fn() -> Value) {
+    pub(crate) fn answer(&mut self, context: &Arc<Device>, now: Instant, state: impl Fn() -> Value) {
         if self.pause.is_some_and(|until| now < until) {
             return;
         }
@@ -130,7 +130,7 @@ impl Listener {
         }
     }
 
-    fn start(&self, stream: UnixStream, context: &Arc<Context>, mut document: Value) -> io::Result<()> {
+    fn start(&self, stream: UnixStream, context: &Arc<Device>, mut document: Value) -> io::Result<()> {
         self.answers.fetch_add(1, Ordering::SeqCst);
         let answer = Answer { answers: Arc::clone(&self.answers), wake: Arc::clone(&self.wake) };
         let context = Arc::clone(context);

@@ -23,7 +23,7 @@ use crate::auth::{self, AuthEvent, Credentials, Source, SourceError};
 use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::proto::Frame;
-use crate::session::{Context, Router};
+use crate::session::{Device, Router};
 use crate::status;
 use crate::sys::privilege::{self, Needs};
 use crate::sys::signals::Signals;
@@ -74,7 +74,7 @@ struct Supervisor {
     outdated: bool,
     past: Past,
     source: Box<dyn Source>,
-    context: Arc<Context>,
+    context: Arc<Device>,
     proxies: Arc<ProxySettings>,
     link: Option<Link>,
     /// Incremented per link; events of an older link are ignored.
@@ -99,7 +99,7 @@ impl Supervisor {
             service: Service::new(Instant::now()),
             outdated: false,
             source: auth::source(&config.auth, &wake, true)?,
-            context: Context::new(config),
+            context: Device::new(config),
             proxies: Arc::new(ProxySettings::from_environment()),
             link: None,
             epoch: 0,

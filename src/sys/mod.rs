@@ -20,7 +20,7 @@ use std::ffi::OsStr;
 use std::io;
 #[cfg(feature = "dbus")]
 use std::os::fd::OwnedFd;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::NixPath;
@@ -113,9 +113,28 @@ impl<'a> PollSet<'a> {
         }
     }
 
+    /// As [`PollSet::wait`]; what happened on which descriptors.
+    pub(crate) fn wait_for_events(mut self, deadline: Option<Instant>) -> io::Result<Events> {
+        self.wait(deadline)?;
+        let events = self.fds.iter().filter_map(|fd| Some((fd.as_fd().as_raw_fd(), fd.revents()?)));
+        Ok(Events(events.filter(|(_, events)| !events.is_empty()).collect()))
+    }
+
     /// Events on the descriptor at `place`.
     pub fn events(&self, place: usize) -> PollFlags {
         self.fds.get(place).and_then(PollFd::revents).unwrap_or(PollFlags::empty())
+    }
+}
+
+/// What a poll(2) has found, by descriptor. It borrows none of them; one that was opened since may have the number of one
+/// that was closed, so that its events are only a hint.
+#[derive(Debug, Default)]
+pub(crate) struct Events(Vec<(RawFd, PollFlags)>);
+
+impl Events {
+    pub(crate) fn of(&self, fd: &impl AsFd) -> PollFlags {
+        let fd = fd.as_fd().as_raw_fd();
+        self.0.iter().find(|(ready, _)| *ready == fd).map_or(PollFlags::empty(), |(_, events)| *events)
     }
 }
 

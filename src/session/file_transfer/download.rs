@@ -1,8 +1,7 @@
 //! A file to the server: chunks, each with its offset, then the end.
 //!
-//! The server acknowledges every tenth chunk whatever its size, and the released server loses messages when more
-//! than about twenty wait in one session. So the number of chunks in flight is fixed between the two, and it is their
-//! size that adapts to the connection.
+//! The server acknowledges every tenth chunk whatever its size, so that the session's credit must be more than that. It
+//! is the chunks' size that adapts to the connection.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,13 +16,11 @@ use sha2::{Digest, Sha256};
 use super::place::{self, Failure, Source};
 use super::rate::{Counters, Direction, EXHAUSTED};
 use crate::config::FileLimits;
-use crate::outbox::FrameSink;
-use crate::proto::SessionId;
 use crate::proto::file;
+use crate::session::credit;
+use crate::session::peer::Peer;
 use crate::sys::reason;
 
-/// Chunks in flight. The server acknowledges nothing before ten have come.
-const MAX_IN_FLIGHT: usize = 20;
 const SMALLEST_CHUNK: usize = 2 * 1024;
 const LARGEST_CHUNK: usize = 256 * 1024;
 
@@ -36,8 +33,8 @@ pub(crate) struct Download {
     max_size: Option<NonZeroU64>,
     sent: u64,
     acked: u64,
-    /// The end offsets of the chunks in flight.
-    in_flight: VecDeque<u64>,
+    /// The chunks in flight: their end offsets and their numbers among the session's messages.
+    in_flight: VecDeque<(u64, u64)>,
     at_end: bool,
     max_rate: Option<NonZeroU64>,
     digest: Sha256,
@@ -69,7 +66,7 @@ impl Download {
             max_size: limits.and_then(|l| l.max_file_size),
             sent: 0,
             acked: 0,
-            in_flight: VecDeque::with_capacity(MAX_IN_FLIGHT),
+            in_flight: VecDeque::new(),
             at_end: false,
             max_rate,
             digest: Sha256::new(),
@@ -77,15 +74,10 @@ impl Download {
     }
 
     /// Sends what may be sent now. An error is for the client and ends the download.
-    pub(crate) fn proceed(
-        &mut self,
-        sid: &SessionId,
-        sink: &FrameSink,
-        counters: &Counters,
-        now: Instant,
-    ) -> Result<(), Failure> {
-        while !self.at_end && self.in_flight.len() < MAX_IN_FLIGHT && sink.takes_bulk() {
-            if counters.exhausted(Direction::Sent, self.max_rate, now) {
+    pub(crate) fn proceed(&mut self, peer: &mut Peer, now: Instant) -> Result<(), Failure> {
+        // What the client acknowledges for certain is never presumed to be delivered.
+        while !self.at_end && self.in_flight.len() < credit::LIMIT && peer.sink.takes_bulk() {
+            if peer.device.transferred.exhausted(Direction::Sent, self.max_rate, now) {
                 return Err(Failure::system(EXHAUSTED));
             }
             let end = self.size.or(self.max_size.map(NonZeroU64::get));
@@ -94,21 +86,19 @@ impl Download {
             if left == 0 && self.size.is_none() && self.read(&mut [0]).map_err(Failure::system)? > 0 {
                 return Err(Failure::too_large());
             }
-            let wanted =
-                usize::try_from(left).unwrap_or(usize::MAX).min(sink.piece(SMALLEST_CHUNK, LARGEST_CHUNK));
-            let (message, read) = sink.compose(&file::chunk(sid, self.sent), wanted, |place| {
+            let most = peer.sink.piece(SMALLEST_CHUNK, LARGEST_CHUNK);
+            let most = usize::try_from(left).unwrap_or(usize::MAX).min(most);
+            let (message, read) = peer.compose(&file::chunk(&peer.id, self.sent), most, |place| {
                 let read = self.read(place);
                 (*read.as_ref().unwrap_or(&0), read)
             });
             let read = read.map_err(Failure::system)?;
-            counters.add(Direction::Sent, read as u64, now);
+            peer.device.transferred.add(Direction::Sent, read as u64, now);
             self.sent += read as u64;
-            if read > 0 {
-                self.in_flight.push_back(self.sent);
-            }
+            self.in_flight.push_back((self.sent, peer.credit.sent(read, now)));
             // An empty chunk is the end.
             self.at_end = read == 0;
-            sink.chunk(message);
+            peer.sink.chunk(message);
         }
         Ok(())
     }
@@ -153,9 +143,10 @@ impl Download {
     }
 
     /// All bytes before `offset` have arrived.
-    pub(crate) fn ack(&mut self, offset: u64) {
+    pub(crate) fn ack(&mut self, peer: &mut Peer, offset: u64) {
         self.acked = self.acked.max(offset.min(self.sent));
-        while self.in_flight.front().is_some_and(|end| *end <= self.acked) {
+        while let Some(&(_, number)) = self.in_flight.front().filter(|(end, _)| *end <= self.acked) {
+            peer.credit.prove(number);
             self.in_flight.pop_front();
         }
     }

@@ -12,22 +12,28 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use nix::poll::PollFlags;
 use nix::sys::socket::SockType;
 
-use super::look_ups::LookUpPermit;
 use crate::audit::Record;
 use crate::config::Allowed;
 use crate::outbox::FrameSink;
+use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
-use crate::proto::{SessionId, UserId};
+use crate::proto::{Frame, SessionId, UserId};
 use crate::session::info::{ForwardInfo, Info};
+use crate::session::peer::Peer;
 use crate::sys::wake::Wake;
-use crate::sys::{PollSet, names, net, reason};
+use crate::sys::{Events, PollSet, names, net, reason};
 
 /// Limit of look-up and connect together. glibc's resolver alone may take 16 s before it succeeds.
 const OPEN_LIMIT: Duration = Duration::from_secs(45);
 /// Bytes queued for the target up to which further data is acknowledged at once.
 const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
+/// Data frames that the client hasn't acknowledged, of one forward. One that isn't read leaves half of the session's
+/// credit to the others, and mender-cli stops reading all of them at twenty.
+const MAX_UNACKNOWLEDGED: usize = 8;
 /// In bytes. Only a client that doesn't wait for acks gets here: the forward ends.
 const QUEUE_HARD_LIMIT: usize = 1 << 20;
+/// Frames, however small.
+const MAX_QUEUED: usize = 4096;
 /// Bytes of a read from a stream, and so of a body, if the link allows no more.
 const SMALLEST_READ: usize = 2 * 1024;
 const LARGEST_READ: usize = 64 * 1024;
@@ -47,8 +53,8 @@ pub(crate) struct Connection {
     deadline: Instant,
     to_target: VecDeque<Bytes>,
     queued: usize,
-    /// Data frames that the client hasn't acknowledged.
-    pub(crate) unacked: usize,
+    /// The numbers, among the session's messages, of the data that the client hasn't acknowledged.
+    pub(crate) unacknowledged: VecDeque<u64>,
     /// Data frames of the client that we haven't acknowledged.
     pub(crate) owed: usize,
     /// Time of the last data in either direction.
@@ -56,12 +62,13 @@ pub(crate) struct Connection {
     /// We have shut down writing to the target; the target has ended its side.
     shut_down: bool,
     ended: bool,
-    trail: Trail,
+    _descriptor: Permit,
+    audit: Audit,
 }
 
 /// Writes the audit log's line of a connection when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Trail {
+pub(crate) struct Audit {
     session: SessionId,
     user: UserId,
     info: Arc<Info>,
@@ -72,7 +79,7 @@ pub(crate) struct Trail {
     reason: String,
 }
 
-impl Drop for Trail {
+impl Drop for Audit {
     fn drop(&mut self) {
         self.info.remove_forward(&self.shown);
         let ForwardInfo { target: Target { host, port, transport }, address, traffic } = &*self.shown;
@@ -155,53 +162,46 @@ pub(crate) enum Input {
 }
 
 impl Connection {
-    /// Doesn't begin to connect yet.
-    pub(crate) fn new(
-        target: Target,
-        session: &SessionId,
-        user: UserId,
-        info: &Arc<Info>,
-        now: Instant,
-    ) -> Self {
-        let trail = Trail {
-            session: session.clone(),
+    /// Doesn't begin to connect yet. `descriptor` is for its socket.
+    pub(crate) fn new(target: Target, peer: &Peer, user: UserId, descriptor: Permit, now: Instant) -> Self {
+        let audit = Audit {
+            session: peer.id.clone(),
             user,
-            shown: info.add_forward(target, now),
-            info: Arc::clone(info),
+            shown: peer.info.add_forward(target, now),
+            info: Arc::clone(&peer.info),
             result: CLOSED,
             reason: "session".to_owned(),
         };
-        let (state, deadline) = (State::Waiting, now + OPEN_LIMIT);
-        let to_target = VecDeque::new();
         Connection {
-            state,
-            deadline,
-            to_target,
+            state: State::Waiting,
+            deadline: now + OPEN_LIMIT,
+            to_target: VecDeque::new(),
             queued: 0,
-            unacked: 0,
+            unacknowledged: VecDeque::new(),
             owed: 0,
             last_traffic: now,
             shut_down: false,
             ended: false,
-            trail,
+            _descriptor: descriptor,
+            audit,
         }
     }
 
     /// Has the audit log say that it was closed in order, and by whom.
     pub(crate) fn closed_by(&mut self, whom: &str) {
-        self.trail.reason = whom.to_owned();
+        self.audit.reason = whom.to_owned();
     }
 
     /// Has the audit log say what went wrong.
     pub(crate) fn broke(&mut self, why: &str) {
-        if self.trail.result == CLOSED {
-            self.trail.result = "failed";
+        if self.audit.result == CLOSED {
+            self.audit.result = "failed";
         }
-        self.trail.reason = why.to_owned();
+        self.audit.reason = why.to_owned();
     }
 
     pub(crate) fn target(&self) -> &Target {
-        &self.trail.shown.target
+        &self.audit.shown.target
     }
 
     /// True while a thread looks its name up.
@@ -217,7 +217,7 @@ impl Connection {
     /// Continues opening. `permit` tries to get the right to look a name up.
     pub(crate) fn advance(
         &mut self,
-        permit: impl FnOnce() -> Option<LookUpPermit>,
+        permit: impl FnOnce() -> Option<Permit>,
         allowed: Option<&[Allowed]>,
         wake: &Arc<Wake>,
         now: Instant,
@@ -251,7 +251,7 @@ impl Connection {
         }
     }
 
-    fn look_up(&mut self, permit: LookUpPermit, wake: &Arc<Wake>) -> Step {
+    fn look_up(&mut self, permit: Permit, wake: &Arc<Wake>) -> Step {
         let wake = Arc::clone(wake);
         match names::look_up(&self.target().host, self.target().port, permit, move || wake.notify()) {
             Ok(answer) => {
@@ -274,7 +274,7 @@ impl Connection {
         if total > 0 && addresses.is_empty() {
             let transport = transport.name();
             let text = format!("access denied: {transport}/{host}:{port} is not in PortForward.Allow");
-            self.trail.result = "denied";
+            self.audit.result = "denied";
             return Step::Failed(text);
         }
         let none = format!(": lookup {host}: no such host");
@@ -315,7 +315,7 @@ impl Connection {
                 }
                 self.state = State::Open(socket);
                 self.last_traffic = now;
-                let _ = self.trail.shown.address.set(address);
+                let _ = self.audit.shown.address.set(address);
                 Step::Opened
             }
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
@@ -341,6 +341,14 @@ impl Connection {
         (!events.is_empty()).then(|| (socket.as_fd(), events))
     }
 
+    /// What poll(2) has found.
+    pub(crate) fn events(&self, events: &Events) -> PollFlags {
+        match &self.state {
+            State::Waiting | State::LookingUp(_) => PollFlags::empty(),
+            State::Connecting { socket, .. } | State::Open(socket) => events.of(socket),
+        }
+    }
+
     /// When [`Connection::advance`] has something to decide.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.state {
@@ -353,12 +361,32 @@ impl Connection {
     /// Queues data of the client for the target. Fails if far more is queued than was acknowledged.
     pub(crate) fn queue(&mut self, data: Bytes, now: Instant) -> Result<(), String> {
         self.last_traffic = now;
-        if self.queued + data.len() > QUEUE_HARD_LIMIT {
-            return Err(format!("the target does not read and {} bytes wait", self.queued));
+        if self.queued + data.len() > QUEUE_HARD_LIMIT || self.to_target.len() >= MAX_QUEUED {
+            return Err(self.deaf());
         }
         self.queued += data.len();
         self.to_target.push_back(data);
         Ok(())
+    }
+
+    /// What is said of a target that doesn't read.
+    pub(crate) fn deaf(&self) -> String {
+        format!("the target does not read and {} bytes wait", self.queued)
+    }
+
+    /// Bytes of memory that wait for the target, roughly.
+    pub(crate) fn waiting(&self) -> usize {
+        self.queued + self.to_target.len() * size_of::<Frame>()
+    }
+
+    /// The client has acknowledged data. The number of the first that was not.
+    pub(crate) fn acknowledged(&mut self) -> Option<u64> {
+        self.unacknowledged.pop_front()
+    }
+
+    /// True if the client may be sent more data.
+    pub(crate) fn takes_data(&self) -> bool {
+        self.unacknowledged.len() < MAX_UNACKNOWLEDGED
     }
 
     /// True if the client's data may be acknowledged.
@@ -386,7 +414,7 @@ impl Connection {
             match written {
                 Ok(n) => {
                     self.last_traffic = now;
-                    self.trail.shown.moved(&self.trail.info, n, false, now);
+                    self.audit.shown.moved(&self.audit.info, n, false, now);
                     self.queued -= n;
                     let _ = data.split_to(n);
                     if data.is_empty() {
@@ -422,7 +450,7 @@ impl Connection {
             Ok(0) if self.target().transport == Transport::Tcp => Input::End(None),
             Ok(n) => {
                 self.last_traffic = now;
-                self.trail.shown.moved(&self.trail.info, n, true, now);
+                self.audit.shown.moved(&self.audit.info, n, true, now);
                 Input::Data(n)
             }
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
@@ -437,7 +465,7 @@ impl Connection {
 
     /// Hides the forward from `status`: its client has gone.
     pub(crate) fn leave_status(&self) {
-        self.trail.info.remove_forward(&self.trail.shown);
+        self.audit.info.remove_forward(&self.audit.shown);
     }
 
     /// Delivers the client's remaining data: writes it, shuts down writing, and reads until the target ends, too.

@@ -13,11 +13,11 @@ const PONG_GRACE: Duration = Duration::from_secs(5);
 const NOTICE: Duration = Duration::from_secs(60);
 
 /// What clients are told to expect: the seconds until the next ping.
-pub const PING_TIMEOUT: u16 = 65;
+pub(crate) const PING_TIMEOUT: u16 = 65;
 
 /// The timers of one shell.
 #[derive(Debug)]
-pub struct Clock {
+pub(crate) struct Clock {
     expiry: Expiry,
     output_counts: bool,
     started: Instant,
@@ -30,7 +30,7 @@ pub struct Clock {
 
 /// What is due.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Due {
+pub(crate) enum Due {
     /// Ask the client.
     Ping,
     /// Tell the user how soon the shell is closed.
@@ -46,7 +46,7 @@ pub enum Due {
 
 impl Clock {
     /// For a shell that starts now.
-    pub fn new(sessions: &Sessions, now: Instant) -> Self {
+    pub(crate) fn new(sessions: &Sessions, now: Instant) -> Self {
         Clock {
             expiry: sessions.expiry,
             output_counts: sessions.idle_includes_output,
@@ -59,12 +59,12 @@ impl Clock {
     }
 
     /// Since when the shell runs.
-    pub fn started(&self) -> Instant {
+    pub(crate) fn started(&self) -> Instant {
         self.started
     }
 
     /// Something was typed.
-    pub fn input(&mut self, now: Instant) {
+    pub(crate) fn input(&mut self, now: Instant) {
         if now > self.last_activity {
             self.last_activity = now;
             self.warned = false;
@@ -72,19 +72,19 @@ impl Clock {
     }
 
     /// Something was shown.
-    pub fn output(&mut self, now: Instant) {
+    pub(crate) fn output(&mut self, now: Instant) {
         if self.output_counts {
             self.input(now);
         }
     }
 
     /// From now on the shell expires by this.
-    pub fn follow(&mut self, sessions: &Sessions) {
+    pub(crate) fn follow(&mut self, sessions: &Sessions) {
         (self.expiry, self.output_counts) = (sessions.expiry, sessions.idle_includes_output);
     }
 
     /// The client has answered.
-    pub fn pong(&mut self, now: Instant) {
+    pub(crate) fn pong(&mut self, now: Instant) {
         self.pong_limit = now + PING_INTERVAL + PONG_GRACE;
     }
 
@@ -106,13 +106,13 @@ impl Clock {
     }
 
     /// When [`Clock::due`] has something to say.
-    pub fn deadline(&self) -> Instant {
+    pub(crate) fn deadline(&self) -> Instant {
         let next = self.next_ping.min(self.pong_limit);
         self.warns().or(self.expires()).map_or(next, |at| at.min(next))
     }
 
     /// What is due now, if anything.
-    pub fn due(&mut self, now: Instant) -> Option<Due> {
+    pub(crate) fn due(&mut self, now: Instant) -> Option<Due> {
         if self.expires().is_some_and(|at| now >= at) {
             let text = match self.expiry {
                 Expiry::Idle(limit) => format!("no input for {} s", limit.as_secs()),

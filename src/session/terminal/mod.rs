@@ -21,16 +21,16 @@ use nix::poll::PollFlags;
 
 use self::clock::{Clock, Due};
 use self::shell::{Shell, Then};
-use super::credit::Credit;
-use super::quota::{MAX_SHELLS, ShellPermit};
-use super::{Context, Info, ShellInfo};
+use super::info::ShellInfo;
+use super::peer::Peer;
+use super::shells::{MAX_SHELLS, ShellPermit};
 use crate::audit::Record;
-use crate::outbox::FrameSink;
+use crate::permits::Permit;
 use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId, UserId};
-use crate::sys::PollSet;
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::WindowSize;
+use crate::sys::{Events, PollSet, reason};
 
 /// How long a shell may take to end when its client stopped it, before it is killed, and after.
 const STOP_GRACE: Duration = Duration::from_secs(2);
@@ -41,23 +41,20 @@ const DRAIN_LIMIT: Duration = Duration::from_millis(500);
 /// The most output of a frame, as the connection to the server allows. What a terminal gives in one read fits.
 const SMALLEST_OUTPUT: usize = 4 * 1024;
 const LARGEST_OUTPUT: usize = 32 * 1024;
-/// Frames that wait while a shell ends.
+/// Frames that wait while a shell ends, and the bytes they hold, but for the last one.
 const MAX_DEFERRED: usize = 64;
+const MAX_DEFERRED_BYTES: usize = 64 * 1024;
 
 /// What clients expect to read when a shell has ended by itself.
 const ENDED: &str = "read /dev/ptmx: input/output error";
 const NOT_FOUND: &str = "session not found";
 
 /// The terminal of a session.
-pub struct Terminal {
-    context: Arc<Context>,
-    id: SessionId,
-    sink: FrameSink,
-    info: Arc<Info>,
-    /// For output and pings, whichever shell they are of: its client has one queue.
-    credit: Credit,
+pub(crate) struct Terminal {
     state: State,
     deferred: VecDeque<Frame>,
+    /// For what was typed and no program has read.
+    memory: Permit,
 }
 
 enum State {
@@ -89,37 +86,29 @@ struct Ending {
     deadline: Option<Instant>,
 }
 
-/// Where the terminal's descriptors are in a [`PollSet`].
-#[derive(Debug, Default, Clone, Copy)]
-pub struct Watched {
-    pty: Option<usize>,
-    process: Option<usize>,
-}
-
 impl Terminal {
-    /// Without a shell.
-    pub fn new(context: Arc<Context>, id: SessionId, sink: FrameSink, info: Arc<Info>) -> Self {
-        let credit = Credit::new(Instant::now());
-        Terminal { context, id, sink, info, credit, state: State::Nothing, deferred: VecDeque::new() }
+    pub(crate) fn new(peer: &Peer) -> Self {
+        Terminal { state: State::Nothing, deferred: VecDeque::new(), memory: peer.device.memory.none() }
     }
 
     /// Whether there is neither a shell nor what is left of one.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         matches!(self.state, State::Nothing)
     }
 
     /// Whether frames can be taken. Not when many wait for a shell's end already.
-    pub fn takes_frames(&self) -> bool {
+    pub(crate) fn takes_frames(&self) -> bool {
         self.deferred.len() < MAX_DEFERRED
+            && self.deferred.iter().map(Frame::held).sum::<usize>() < MAX_DEFERRED_BYTES
     }
 
     /// Obeys a frame of the shell protocol.
-    pub fn handle(&mut self, frame: Frame, now: Instant) {
-        if !self.context.config().terminal.enabled {
-            return self.sink.reply(&unknown(&self.id, &frame));
+    pub(crate) fn handle(&mut self, peer: &mut Peer, frame: Frame, now: Instant) {
+        if !peer.device.config().terminal.enabled {
+            return peer.reply(&unknown(&peer.id, &frame));
         }
         if frame.typ == wire::PONG {
-            self.credit.answered();
+            peer.credit.answered();
             if let State::Running(running) = &mut self.state {
                 running.clock.pong(now);
             }
@@ -130,46 +119,45 @@ impl Terminal {
             (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
                 running.clock.input(now);
-                let typed = running.shell.type_in(&frame.body);
+                let typed = running.shell.type_in(&frame.body, &mut self.memory);
                 let bytes = if typed.is_ok() { frame.body.len() } else { 0 };
-                self.info.typed(bytes, now);
+                peer.info.typed(bytes, now);
                 if let Err(reason) = typed {
-                    let id = self.id.as_str();
+                    let id = peer.id.as_str();
                     let text =
                         format!("routeMessage: shell command execution error, session_id={id}: {reason}");
-                    self.sink.reply(&wire::failure(&self.id, wire::DATA, text));
+                    peer.reply(&wire::failure(&peer.id, wire::DATA, text));
                 }
             }
             (State::Running(running), wire::RESIZE) => {
                 if let Some(size) = requested_size(&frame)
                     && let Err(e) = running.shell.pty().resize(size)
                 {
-                    warn!("session {}: resizing the terminal: {}", self.id, crate::sys::reason(&e));
+                    warn!("session {}: resizing the terminal: {}", peer.id, reason(&e));
                 }
             }
             (State::Running(_), wire::STOP) => {
                 // After the answer nothing may come, and before it nothing needs to.
-                self.sink.discard_output();
+                peer.sink.discard_output();
                 self.end("stopped", true, STOP_GRACE, now);
             }
-            (_, wire::NEW) => self.start(&frame, now),
+            (_, wire::NEW) => {
+                if let Err(reason) = self.try_start(peer, &frame, now) {
+                    peer.reply(&refusal(&peer.id, &frame.user(), reason));
+                }
+            }
             _ => {
-                if let Some(answer) = answer_without_shell(&self.id, &frame) {
-                    self.sink.reply(&answer);
+                if let Some(answer) = answer_without_shell(&peer.id, &frame) {
+                    peer.reply(&answer);
                 }
             }
         }
     }
 
-    fn start(&mut self, frame: &Frame, now: Instant) {
-        if let Err(reason) = self.try_start(frame, now) {
-            self.sink.reply(&refusal(&self.id, &frame.user(), reason));
-        }
-    }
-
-    fn try_start(&mut self, frame: &Frame, now: Instant) -> Result<(), String> {
+    fn try_start(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> Result<(), String> {
+        let shells = &peer.device.shells;
         if matches!(self.state, State::Running(_)) {
-            let full = self.context.shells.running() >= MAX_SHELLS;
+            let full = shells.running() >= MAX_SHELLS;
             let reason = if full {
                 "too many shells spawned"
             } else {
@@ -178,17 +166,19 @@ impl Terminal {
             return Err(reason.to_owned());
         }
         let user = frame.user();
-        let config = self.context.config();
-        let permit =
-            self.context.shells.acquire(&user, config.sessions.max_per_user).map_err(|e| e.to_string())?;
+        let config = peer.device.config();
+        let permit = match peer.shell_permit.take() {
+            Some(permit) => permit,
+            None => shells.acquire(&user, config.sessions.max_per_user).map_err(|e| e.to_string())?,
+        };
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
         let shell = Shell::start(&config.shell, size).map_err(|e| format!("failed to start shell: {e}"))?;
         let pid = shell.process.pid();
-        Record::new("shell-start", Some(&self.id), &user).with("pid", pid).log(true);
+        Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);
         let info = ShellInfo::new(user, pid, now);
-        self.info.set_shell(Arc::clone(&info));
-        self.sink.reply(&wire::started(&self.id));
+        peer.info.set_shell(Arc::clone(&info));
+        peer.reply(&wire::started(&peer.id));
         let clock = Clock::new(&config.sessions, now);
         let running =
             Running { shell, info, _permit: permit, clock, exit: None, at_end: false, give_up: None };
@@ -197,7 +187,7 @@ impl Terminal {
     }
 
     /// The link is gone, and with it everybody who could watch: ends the shell without a word.
-    pub fn hang_up(&mut self, now: Instant) {
+    pub(crate) fn hang_up(&mut self, now: Instant) {
         self.deferred.clear();
         self.end("link lost", false, HANG_UP_GRACE, now);
         if let State::Ending(ending) = &mut self.state {
@@ -207,9 +197,9 @@ impl Terminal {
     }
 
     /// There are no terminals any more.
-    pub fn disable(&mut self, now: Instant) {
+    pub(crate) fn disable(&mut self, peer: &mut Peer, now: Instant) {
         if matches!(self.state, State::Running(_)) {
-            self.end_because("disabled", "the terminal was disabled".to_owned(), now);
+            self.end_because(peer, "disabled", "the terminal was disabled".to_owned(), now);
         }
     }
 
@@ -220,6 +210,7 @@ impl Terminal {
             State::Running(running) => {
                 let Running { shell: Shell { process, .. }, .. } = *running;
                 process.hang_up();
+                self.memory.resize(0);
                 let deadline = Some(now + grace);
                 self.state = State::Ending(Ending { process, why, answer, killed: false, deadline });
             }
@@ -228,30 +219,18 @@ impl Terminal {
     }
 
     /// Ends the shell for a reason of ours, which the client is told behind the output it has coming.
-    fn end_because(&mut self, why: &'static str, reason: String, now: Instant) {
-        info!("session {}: {reason}", self.id);
-        self.sink.reply(&wire::failure(&self.id, wire::STOP, reason));
+    fn end_because(&mut self, peer: &mut Peer, why: &'static str, reason: String, now: Instant) {
+        info!("session {}: {reason}", peer.id);
+        peer.reply(&wire::failure(&peer.id, wire::STOP, reason));
         self.end(why, false, STOP_GRACE, now);
     }
 
-    /// The shell is over.
-    fn log_end(&self, status: &str, why: &str, now: Instant) {
-        let Some(shell) = self.info.take_shell() else { return };
-        Record::new("shell-end", Some(&self.id), &shell.user)
-            .with("pid", shell.pid)
-            .since(shell.traffic.since, now)
-            .bytes(shell.traffic.bytes_in.get(), shell.traffic.bytes_out.get())
-            .text("status", status)
-            .text("reason", why)
-            .log(true);
-    }
-
-    /// When [`Terminal::proceed`] wants to be called though nothing happened since `now`, when it was watched.
-    pub fn deadline(&self, now: Instant) -> Option<Instant> {
+    /// When [`Terminal::proceed`] wants to be called though nothing happened.
+    pub(crate) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
         match &self.state {
             State::Nothing => None,
             State::Running(running) => {
-                let deadlines = [running.give_up, self.credit.deadline(now)];
+                let deadlines = [running.give_up, peer.credit.deadline(now)];
                 deadlines.into_iter().flatten().chain([running.clock.deadline()]).min()
             }
             State::Ending(ending) => ending.deadline,
@@ -259,200 +238,185 @@ impl Terminal {
     }
 
     /// Adds what the terminal waits for.
-    pub fn watch<'a>(&'a self, set: &mut PollSet<'a>, now: Instant) -> Watched {
+    pub(crate) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
         match &self.state {
-            State::Nothing => Watched::default(),
+            State::Nothing => {}
             State::Ending(ending) => {
-                Watched { pty: None, process: Some(set.add(ending.process.as_fd(), PollFlags::POLLIN)) }
+                set.add(ending.process.as_fd(), PollFlags::POLLIN);
             }
             State::Running(running) => {
                 let mut events = PollFlags::empty();
-                events.set(PollFlags::POLLIN, self.takes_output(now));
+                events.set(PollFlags::POLLIN, takes_output(peer, now));
                 events.set(PollFlags::POLLOUT, running.shell.has_input());
                 // A closed terminal is always "ready", so one that can't be read isn't watched at all.
-                let watched = !running.at_end && !events.is_empty();
-                Watched {
-                    pty: watched.then(|| set.add(running.shell.pty().as_fd(), events)),
-                    process: running
-                        .exit
-                        .is_none()
-                        .then(|| set.add(running.shell.process.as_fd(), PollFlags::POLLIN)),
+                if !running.at_end && !events.is_empty() {
+                    set.add(running.shell.pty().as_fd(), events);
+                }
+                if running.exit.is_none() {
+                    set.add(running.shell.process.as_fd(), PollFlags::POLLIN);
                 }
             }
         }
     }
 
     /// Does what can be done now.
-    pub fn proceed(&mut self, ready: Ready, now: Instant) {
+    pub(crate) fn proceed(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         match &mut self.state {
             State::Nothing => {}
-            State::Running(_) => self.run(ready, now),
-            State::Ending(_) => self.wait_for_end(ready, now),
+            State::Running(_) => self.run(peer, events, now),
+            State::Ending(_) => self.wait_for_end(peer, events, now),
         }
         if !matches!(self.state, State::Ending(_)) {
             for frame in std::mem::take(&mut self.deferred) {
-                self.handle(frame, now);
+                self.handle(peer, frame, now);
             }
         }
     }
 
-    fn run(&mut self, ready: Ready, now: Instant) {
+    fn run(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
-        running.clock.follow(&self.context.config().sessions);
-        if ready.pty.contains(PollFlags::POLLOUT)
-            && let Err(e) = running.shell.pass_input()
+        running.clock.follow(&peer.device.config().sessions);
+        let pty = events.of(running.shell.pty());
+        if pty.contains(PollFlags::POLLOUT)
+            && let Err(e) = running.shell.pass_input(&mut self.memory)
         {
-            debug!("session {}: input lost: {}", self.id, crate::sys::reason(&e));
+            debug!("session {}: input lost: {}", peer.id, reason(&e));
         }
-        if ready.process && running.exit.is_none() {
+        if running.exit.is_none() && !events.of(&running.shell.process).is_empty() {
             running.exit = running.shell.process.try_wait();
             running.give_up = Some(now + DRAIN_LIMIT);
         }
         let give_up = running.give_up.is_some_and(|at| now >= at);
-        if give_up || ready.pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
-            self.pass_output(now);
+        if give_up || pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
+            running.pass_output(peer, now);
         }
-        let takes_output = self.takes_output(now);
-        let State::Running(running) = &mut self.state else { return };
         if let (Some(status), true) = (running.exit, running.at_end) {
-            return self.ended_by_itself(status, now);
+            return self.ended_by_itself(peer, status, now);
         }
         if give_up {
             match running.exit {
                 // A background job has kept the terminal. What the shell wrote is out.
-                Some(status) if takes_output => return self.ended_by_itself(status, now),
+                Some(status) if takes_output(peer, now) => return self.ended_by_itself(peer, status, now),
                 // The last output still waits for the link or the client.
                 Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
-                None => return self.end_because("hung up", ENDED.to_owned(), now),
+                None => return self.end_because(peer, "hung up", ENDED.to_owned(), now),
             }
         }
         match running.clock.due(now) {
-            Some(Due::Ping) => self.ping(now),
+            Some(Due::Ping) => ping(peer, now),
             Some(Due::Warn(left)) => {
                 let left = left.as_secs_f32().ceil();
                 let text = format!(
                     "\r\n[mender-connect] Idle: this session ends in {left} s unless something is typed.\r\n"
                 );
-                self.sink.reply(&wire::output(&self.id).with_body(text));
+                peer.reply(&wire::output(&peer.id).with_body(text));
             }
-            Some(Due::End { why, text }) => self.end_because(why, text, now),
-            None if self.credit.wants_probe(now) => self.ping(now),
+            Some(Due::End { why, text }) => self.end_because(peer, why, text, now),
+            None if peer.credit.wants_probe(now) => ping(peer, now),
             None => {}
         }
     }
 
-    /// Asks whether the client is there, and how far it has read.
-    fn ping(&mut self, now: Instant) {
-        self.credit.probed(now);
-        self.sink.reply(&wire::ping(&self.id, clock::PING_TIMEOUT));
-    }
-
-    /// Whether the link and the client have room for output. What they have no room for stays in the terminal, whose
-    /// programs then wait.
-    fn takes_output(&self, now: Instant) -> bool {
-        self.credit.takes(now) && self.sink.takes_data()
-    }
-
-    fn pass_output(&mut self, now: Instant) {
-        while self.takes_output(now) {
-            let State::Running(running) = &mut self.state else { return };
-            if running.at_end {
-                return;
-            }
-            let frame = wire::output(&self.id);
-            let most = self.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
-            let (message, (length, then)) = self.sink.compose(&frame, most, |place| {
-                let (length, then) = running.shell.read_output(place);
-                (length, (length, then))
-            });
-            if length > 0 {
-                running.info.traffic.bytes_out.add(length);
-                self.info.traffic.bytes_out.add(length);
-                running.clock.output(now);
-                self.sink.output(message);
-                self.credit.sent(length, now);
-            }
-            match then {
-                Then::More => {}
-                Then::Wait => return,
-                Then::End => {
-                    running.at_end = true;
-                    running.give_up = Some(now + STOP_GRACE);
-                }
-            }
-            if self.credit.wants_probe(now) {
-                self.ping(now);
-            }
-        }
-    }
-
-    fn ended_by_itself(&mut self, status: ExitStatus, now: Instant) {
+    fn ended_by_itself(&mut self, peer: &mut Peer, status: ExitStatus, now: Instant) {
         let State::Running(running) = std::mem::replace(&mut self.state, State::Nothing) else { return };
         let age = now.saturating_duration_since(running.clock.started());
-        self.log_end(&status.to_string(), "exited", now);
+        self.memory.resize(0);
+        log_end(peer, &status.to_string(), "exited", now);
         if status.code() == Some(2) && age < Duration::from_secs(1) {
             warn!(
                 "the shell ended at once with exit status 2: it may not know its arguments {:?}; \
                  a /bin/sh that is dash has no --login, see ShellCommand and ShellArguments",
-                self.context.config().shell.arguments
+                peer.device.config().shell.arguments
             );
         }
         // The slot is free before the client can know.
         drop(running);
-        self.sink.reply(&wire::failure(&self.id, wire::STOP, ENDED));
+        peer.reply(&wire::failure(&peer.id, wire::STOP, ENDED));
     }
 
-    fn wait_for_end(&mut self, ready: Ready, now: Instant) {
+    fn wait_for_end(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Ending(ending) = &mut self.state else { return };
-        if ready.process
+        if !events.of(&ending.process).is_empty()
             && let Some(status) = ending.process.try_wait()
         {
             let Ending { answer, why, .. } = *ending;
-            self.log_end(&status.to_string(), why, now);
+            log_end(peer, &status.to_string(), why, now);
             self.state = State::Nothing;
             if answer {
-                self.sink.reply(&wire::stopped(&self.id));
+                peer.reply(&wire::stopped(&peer.id));
             }
             return;
         }
         if ending.deadline.is_some_and(|at| now >= at) {
             if !ending.killed {
-                debug!("session {}: killing the shell", self.id);
+                debug!("session {}: killing the shell", peer.id);
                 ending.process.kill();
                 (ending.killed, ending.deadline) = (true, Some(now + STOP_GRACE));
                 return;
             }
             let pid = ending.process.pid();
-            warn!("session {}: process {pid} does not end", self.id);
+            warn!("session {}: process {pid} does not end", peer.id);
             ending.deadline = None;
             if std::mem::take(&mut ending.answer) {
                 let text = format!("could not terminate shell: process {pid} does not end.");
-                self.sink.reply(&wire::failure(&self.id, wire::STOP, text));
+                peer.reply(&wire::failure(&peer.id, wire::STOP, text));
             }
         }
     }
 }
 
-impl Drop for Terminal {
-    fn drop(&mut self) {
-        // Only after a panic is there still one.
-        self.log_end("", "failed", Instant::now());
+impl Running {
+    fn pass_output(&mut self, peer: &mut Peer, now: Instant) {
+        while takes_output(peer, now) && !self.at_end {
+            let most = peer.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
+            let (message, (length, then)) = peer.compose(&wire::output(&peer.id), most, |place| {
+                let (length, then) = self.shell.read_output(place);
+                (length, (length, then))
+            });
+            if length > 0 {
+                self.info.traffic.bytes_out.add(length);
+                peer.info.traffic.bytes_out.add(length);
+                self.clock.output(now);
+                peer.sink.output(message);
+                peer.credit.sent(length, now);
+            }
+            match then {
+                Then::More => {}
+                Then::Wait => return,
+                Then::End => {
+                    self.at_end = true;
+                    self.give_up = Some(now + STOP_GRACE);
+                }
+            }
+            if peer.credit.wants_probe(now) {
+                ping(peer, now);
+            }
+        }
     }
 }
 
-impl Watched {
-    /// What happened, after the set was waited for.
-    pub fn look(self, set: &PollSet<'_>) -> Ready {
-        let events = |place: Option<usize>| place.map_or(PollFlags::empty(), |p| set.events(p));
-        Ready { pty: events(self.pty), process: !events(self.process).is_empty() }
-    }
+/// Asks whether the client is there, and how far it has read.
+fn ping(peer: &mut Peer, now: Instant) {
+    peer.credit.probed(now);
+    peer.sink.reply(&wire::ping(&peer.id, clock::PING_TIMEOUT));
 }
 
-/// What happened on a terminal's descriptors.
-#[derive(Debug, Clone, Copy)]
-pub struct Ready {
-    pty: PollFlags,
-    process: bool,
+/// Whether the link and the client have room for output. What they have no room for stays in the terminal, whose
+/// programs then wait.
+fn takes_output(peer: &Peer, now: Instant) -> bool {
+    peer.credit.takes(now) && peer.sink.takes_data()
+}
+
+/// The shell is over.
+fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
+    let Some(shell) = peer.info.take_shell() else { return };
+    Record::new("shell-end", Some(&peer.id), &shell.user)
+        .with("pid", shell.pid)
+        .since(shell.traffic.since, now)
+        .bytes(shell.traffic.bytes_in.get(), shell.traffic.bytes_out.get())
+        .text("status", status)
+        .text("reason", why)
+        .log(true);
 }
 
 fn requested_size(frame: &Frame) -> Option<WindowSize> {
@@ -460,19 +424,19 @@ fn requested_size(frame: &Frame) -> Option<WindowSize> {
 }
 
 /// The answer to a `new` that gets no shell, which is put on record.
-pub fn refusal(id: &SessionId, user: &UserId, reason: String) -> Frame {
+pub(crate) fn refusal(id: &SessionId, user: &UserId, reason: String) -> Frame {
     Record::new("shell-refused", Some(id), user).text("reason", &reason).log(false);
     wire::failure(id, wire::NEW, reason)
 }
 
 /// The answer where the terminal is disabled, and to types that it does not know.
-pub fn unknown(id: &SessionId, frame: &Frame) -> Frame {
+pub(crate) fn unknown(id: &SessionId, frame: &Frame) -> Frame {
     let text = format!("unknown message protocol and type: {}/{}", frame.proto, frame.typ);
     wire::failure(id, &frame.typ, text)
 }
 
 /// What a session without a shell says to a frame of the shell protocol other than `new`.
-pub fn answer_without_shell(id: &SessionId, frame: &Frame) -> Option<Frame> {
+pub(crate) fn answer_without_shell(id: &SessionId, frame: &Frame) -> Option<Frame> {
     match frame.typ.as_str() {
         wire::DATA => Some(wire::failure(id, wire::DATA, NOT_FOUND)),
         wire::STOP => {

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use crate::config;
+use crate::permits::Permit;
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::{Pty, WindowSize};
 
@@ -14,15 +15,15 @@ const SMALL_INPUT: usize = 4096;
 
 /// A shell on its terminal.
 #[derive(Debug)]
-pub struct Shell {
-    pub process: SessionLeader,
+pub(crate) struct Shell {
+    pub(crate) process: SessionLeader,
     pty: Pty,
     input: VecDeque<u8>,
 }
 
 /// Whether there may be more output at once, none for now, or none ever again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Then {
+pub(crate) enum Then {
     More,
     Wait,
     End,
@@ -33,7 +34,7 @@ impl Shell {
     ///
     /// # Errors
     /// The text that follows "failed to start shell: ".
-    pub fn start(shell: &config::Shell, size: WindowSize) -> Result<Self, String> {
+    pub(crate) fn start(shell: &config::Shell, size: WindowSize) -> Result<Self, String> {
         let words = |e: io::Error| crate::sys::reason(&e);
         let owner = nix::unistd::geteuid().is_root().then_some(shell.user.uid);
         let (pty, tty) = Pty::open(size, owner).map_err(words)?;
@@ -44,21 +45,19 @@ impl Shell {
     }
 
     /// The terminal's master side.
-    pub fn pty(&self) -> &Pty {
+    pub(crate) fn pty(&self) -> &Pty {
         &self.pty
     }
 
     /// Whether something typed waits to be read.
-    pub fn has_input(&self) -> bool {
+    pub(crate) fn has_input(&self) -> bool {
         !self.input.is_empty()
     }
 
-    /// Types `bytes`, all or, when too much waits already, nothing.
-    ///
-    /// # Errors
-    /// Why they can't be typed.
-    pub fn type_in(&mut self, bytes: &[u8]) -> Result<(), String> {
-        if self.input.len() + bytes.len() > MAX_INPUT {
+    /// Types `bytes`, all or, when too much waits already, nothing. `memory` is for what waits beyond [`SMALL_INPUT`].
+    pub(crate) fn type_in(&mut self, bytes: &[u8], memory: &mut Permit) -> Result<(), String> {
+        let waiting = self.input.len() + bytes.len();
+        if waiting > MAX_INPUT || !memory.resize(waiting.saturating_sub(SMALL_INPUT)) {
             return Err(format!(
                 "input queue full: the program does not read, {} bytes wait, {} were dropped",
                 self.input.len(),
@@ -66,14 +65,17 @@ impl Shell {
             ));
         }
         self.input.extend(bytes);
-        self.pass_input().map_err(|e| crate::sys::reason(&e))
+        self.pass_input(memory).map_err(|e| crate::sys::reason(&e))
     }
 
-    /// Passes on what the terminal takes.
-    ///
-    /// # Errors
-    /// When it never will again; the input is gone then.
-    pub fn pass_input(&mut self) -> io::Result<()> {
+    /// Passes on what the terminal takes. Fails when it never will again; the input is gone then.
+    pub(crate) fn pass_input(&mut self, memory: &mut Permit) -> io::Result<()> {
+        let result = self.write_input();
+        memory.resize(self.input.len().saturating_sub(SMALL_INPUT));
+        result
+    }
+
+    fn write_input(&mut self) -> io::Result<()> {
         while !self.input.is_empty() {
             match self.pty.write(self.input.as_slices().0) {
                 Ok(n) => drop(self.input.drain(..n)),
@@ -90,7 +92,7 @@ impl Shell {
     }
 
     /// Reads what there is, up to what `place` takes: how many bytes, and what is to be expected then.
-    pub fn read_output(&self, place: &mut [u8]) -> (usize, Then) {
+    pub(crate) fn read_output(&self, place: &mut [u8]) -> (usize, Then) {
         let mut filled = 0;
         let then = loop {
             if filled == place.len() {

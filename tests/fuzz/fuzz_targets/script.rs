@@ -16,9 +16,9 @@ use arbitrary::Arbitrary;
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::{
-    Auth, CONTROL, Config, Context, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Outbox, PORT_FORWARD,
-    PollSet, Props, REPLIES_IN_FLIGHT, Room, Router, SHELL, Seat, SessionId, Sessions, Shell, ShellInfo,
-    Terminal, Work, lookup,
+    Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Outbox, PORT_FORWARD, Peer,
+    PollSet, Props, REPLIES_IN_FLIGHT, Room, Router, SHELL, SessionId, Sessions, Shell, ShellInfo, Terminal,
+    Work, lookup,
 };
 use nix::poll::PollFlags;
 
@@ -133,27 +133,27 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
 });
 
 fuzz_target!(|script: Script| {
-    let context = Context::new(Config {
+    let device = Device::new(Config {
         terminal: Terminal { enabled: script.terminal, ..CONFIG.terminal.clone() },
         mender_client: script.mender_client,
         ..CONFIG.clone()
     });
-    let mut link = Link::new(&context, 0);
+    let mut link = Link::new(&device, 0);
     let mut ended = Vec::new();
     for step in &script.steps {
         if matches!(step, Step::Relink) {
             ended.extend(link.end());
-            link = Link::new(&context, ended.len());
+            link = Link::new(&device, ended.len());
         } else {
             link.step(step);
         }
-        assert_eq!(context.counts().0, link.sessions.len(), "{step:?}");
+        assert_eq!(device.counts().0, link.sessions.len(), "{step:?}");
         assert!(link.queued.len() < CROWD + (link.sessions.len() + 1) * REPLIES_IN_FLIGHT);
     }
     ended.extend(link.end());
-    assert_eq!(context.wait_until_quiet(Instant::now()), ended.is_empty());
+    assert_eq!(device.wait_until_quiet(Instant::now()), ended.is_empty());
     drop(ended);
-    assert!(context.wait_until_quiet(Instant::now()), "a session is counted that isn't there");
+    assert!(device.wait_until_quiet(Instant::now()), "a session is counted that isn't there");
 });
 
 impl Message {
@@ -196,7 +196,7 @@ fn user(number: u8) -> String {
 
 /// A session as the model has it.
 struct Session {
-    seat: Seat,
+    peer: Peer,
     /// Unlike its name it is never used again.
     serial: i64,
     /// What it has to read: number, size, and whether it is a window's size.
@@ -209,8 +209,8 @@ struct Session {
 }
 
 /// The session that the router has just started; an error when there are no threads.
-type Begun = Rc<RefCell<Result<Option<Seat>, ()>>>;
-type Start = Box<dyn FnMut(&Arc<Context>, Seat) -> io::Result<()>>;
+type Begun = Rc<RefCell<Result<Option<Peer>, ()>>>;
+type Start = Box<dyn FnMut(Peer) -> io::Result<()>>;
 
 /// A link with its router, and what has to be true of them.
 struct Link {
@@ -230,23 +230,23 @@ struct Link {
 }
 
 impl Link {
-    fn new(context: &Arc<Context>, older: usize) -> Self {
+    fn new(device: &Arc<Device>, older: usize) -> Self {
         let outbox = Arc::new(Outbox::default());
         let begun = Begun::new(RefCell::new(Ok(None)));
         let theirs = Rc::clone(&begun);
-        let start: Start = Box::new(move |_, seat| match &mut *theirs.borrow_mut() {
+        let start: Start = Box::new(move |peer| match &mut *theirs.borrow_mut() {
             Ok(begun) => {
-                assert!(begun.replace(seat).is_none());
+                assert!(begun.replace(peer).is_none());
                 Ok(())
             }
             Err(()) => Err(io::ErrorKind::WouldBlock.into()),
         });
         Link {
-            router: Router::with(context, &outbox, start).expect("a descriptor"),
+            router: Router::with(device, &outbox, start).expect("a descriptor"),
             outbox,
             begun,
-            terminal: context.config().terminal.enabled,
-            mender_client: context.config().mender_client,
+            terminal: device.config().terminal.enabled,
+            mender_client: device.config().mender_client,
             sessions: HashMap::new(),
             replaced: Vec::new(),
             older,
@@ -276,7 +276,7 @@ impl Link {
             Step::Shell { sid, user: number } => {
                 let Some(session) = self.sessions.get_mut(&name((sid % 4).into())) else { return };
                 let (now, user) = (Instant::now(), user(*number));
-                session.seat.info.set_shell(ShellInfo::new(user.as_str().into(), 1, now));
+                session.peer.info.set_shell(ShellInfo::new(user.as_str().into(), 1, now));
                 session.user = Some(user);
             }
             Step::End { sid, at_once } => {
@@ -345,10 +345,10 @@ impl Link {
     fn answer(&mut self, id: &SessionId) -> bool {
         let Some(session) = self.sessions.get(id) else { return false };
         let waiting = self.queued.iter().filter(|(owner, ..)| *owner == Some(session.serial)).count();
-        let takes = session.seat.sink.takes_replies();
+        let takes = session.peer.sink.takes_replies();
         assert_eq!(takes, waiting < REPLIES_IN_FLIGHT);
         if takes {
-            session.seat.sink.reply(&Frame::new(CONTROL, "pong", Some(&session.seat.id)));
+            session.peer.sink.reply(&Frame::new(CONTROL, "pong", Some(&session.peer.id)));
             self.queued.push_back((Some(session.serial), CONTROL, "pong".to_owned()));
         }
         takes
@@ -405,13 +405,13 @@ impl Link {
             // One that has ended and not left yet loses its name.
             self.replaced.extend(self.sessions.remove(id));
         }
-        let Some(seat) = begun else { return self.expect_refusal(message) };
-        let seat = seat.expect("a session");
-        assert_eq!(seat.id, *id);
+        let Some(peer) = begun else { return self.expect_refusal(message) };
+        let peer = peer.expect("a session");
+        assert_eq!(peer.id, *id);
         let pending =
             VecDeque::from([(self.sent, message.size(), matches!(message.kind, Kind::ShellResize))]);
         let session = Session {
-            seat,
+            peer,
             serial: self.sent,
             pending,
             unheard: false,
@@ -426,9 +426,9 @@ impl Link {
         self.router.announce();
         for session in self.sessions.values().filter(|session| session.unheard) {
             let mut set = PollSet::new();
-            let place = set.add(session.seat.wake.as_fd(), PollFlags::POLLIN);
+            let place = set.add(session.peer.wake.as_fd(), PollFlags::POLLIN);
             set.wait(Some(Instant::now())).expect("poll");
-            assert!(set.events(place).contains(PollFlags::POLLIN), "{} wasn't woken", session.seat.id);
+            assert!(set.events(place).contains(PollFlags::POLLIN), "{} wasn't woken", session.peer.id);
         }
     }
 
@@ -446,23 +446,23 @@ impl Link {
     }
 
     /// The link is lost. What its sessions have left.
-    fn end(mut self) -> Vec<Seat> {
+    fn end(mut self) -> Vec<Peer> {
         assert!(self.begun.borrow().as_ref().is_ok_and(Option::is_none) || self.begun.borrow().is_err());
         (0..=self.queued.len()).for_each(|_| self.write());
         drop(self.router);
-        assert!(self.sessions.values().all(|session| session.seat.inbox.is_hung_up()));
-        assert!(self.sessions.values().all(|session| session.seat.inbox.pop().is_none()));
-        self.sessions.into_values().chain(self.replaced).map(|session| session.seat).collect()
+        assert!(self.sessions.values().all(|session| session.peer.inbox.hung_up().is_some()));
+        assert!(self.sessions.values().all(|session| session.peer.inbox.pop().is_none()));
+        self.sessions.into_values().chain(self.replaced).map(|session| session.peer).collect()
     }
 }
 
 impl Session {
     fn read(&mut self, most: usize) {
-        self.seat.wake.clear();
+        self.peer.wake.clear();
         self.unheard = false;
-        assert_eq!(self.seat.inbox.is_hung_up(), self.hung_up);
+        assert_eq!(self.peer.inbox.hung_up().is_some(), self.hung_up);
         for _ in 0..most {
-            let read = self.seat.inbox.pop().map(|frame| (frame.props.int(NUMBER), frame.body.len()));
+            let read = self.peer.inbox.pop().map(|frame| (frame.props.int(NUMBER), frame.body.len()));
             let expected = self.pending.pop_front().map(|(number, size, _)| (Some(number), size));
             assert_eq!(read, expected);
             if read.is_none() {
@@ -473,11 +473,11 @@ impl Session {
 
     fn end(&mut self, at_once: bool) {
         if at_once {
-            self.seat.inbox.close();
+            self.peer.inbox.close();
             self.closed = true;
             self.pending.clear();
         } else {
-            let closed = self.seat.inbox.close_if_empty();
+            let closed = self.peer.inbox.close_if_empty();
             assert_eq!(closed, self.pending.is_empty());
             self.closed = closed;
         }

@@ -80,7 +80,10 @@ fn a_connection_id_is_used_again_at_once() {
     // Were more acks owed, they would come before this answer.
     device.send(CONTROL, "ping", &sid, &[], b"");
     device.take(SOON, "pong", |m| m.proto == CONTROL && m.typ == "pong");
-    let left: Vec<String> = device.drain(&sid).iter().map(Msg::summary).collect();
+    // It may ask a client that acknowledges nothing whether it is there.
+    let asked = |m: &&Msg| m.proto == CONTROL && m.typ == "ping";
+    let left = device.drain(&sid);
+    let left: Vec<String> = left.iter().filter(|m| !asked(m)).map(Msg::summary).collect();
     assert!(left.is_empty(), "{left:#?}");
     drop(rig);
 }

@@ -1,5 +1,5 @@
-//! The Mender client's commands: protocol 4. Stateless, mostly without a session; called in the link's reader,
-//! with a thread for each running command.
+//! The Mender client's commands: protocol 4. They need no session. Called in the link's reader, with a thread for each
+//! running command.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use log::info;
 
-use super::Context;
 use crate::audit::Record;
 use crate::outbox::FrameSink;
 use crate::proto::{Frame, MENDER_CLIENT, Props};
@@ -40,7 +39,7 @@ impl Commands {
 }
 
 /// Runs the command, or waits for the run in progress if there is one. The answer goes to `sink`.
-pub(crate) fn handle(context: &Arc<Context>, frame: &Frame, sink: &FrameSink) {
+pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, sink: &FrameSink) {
     let Some(command) = COMMANDS.into_iter().find(|command| *command == frame.typ) else {
         // A server that asks without end and doesn't read the answers gets no more.
         if sink.takes_replies() {
@@ -49,8 +48,8 @@ pub(crate) fn handle(context: &Arc<Context>, frame: &Frame, sink: &FrameSink) {
         return;
     };
     {
-        let one = Waiting { request: frame.clone(), sink: sink.clone(), since: Instant::now() };
-        let mut running = context.commands.lock();
+        let one = Waiting { request: frame.without_body(), sink: sink.clone(), since: Instant::now() };
+        let mut running = commands.lock();
         if let Some(waiting) = running.get_mut(command) {
             if waiting.len() < MAX_WAITING {
                 waiting.push(one);
@@ -59,18 +58,18 @@ pub(crate) fn handle(context: &Arc<Context>, frame: &Frame, sink: &FrameSink) {
         }
         running.insert(command.to_owned(), vec![one]);
     }
-    let theirs = Arc::clone(context);
+    let theirs = Arc::clone(commands);
     let started = thread::spawn(command, thread::SMALL_STACK, move || {
         let result = run(command);
         finish(&theirs, command, &result);
     });
     if let Err(e) = started {
-        finish(context, command, &Err(crate::sys::reason(&e)));
+        finish(commands, command, &Err(crate::sys::reason(&e)));
     }
 }
 
-fn finish(context: &Context, command: &str, result: &Result<(), String>) {
-    let waiting = context.commands.lock().remove(command).unwrap_or_default();
+fn finish(commands: &Commands, command: &str, result: &Result<(), String>) {
+    let waiting = commands.lock().remove(command).unwrap_or_default();
     for Waiting { request, sink, since } in waiting {
         Record::new("command", request.sid.as_ref(), &request.user())
             .with("command", command)

@@ -1,0 +1,154 @@
+//! Counted rights: threads, look-ups, forwards, bytes of memory. A guard holds some of them and returns them on drop.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::sys::wake::Wake;
+
+/// One kind of right, for the whole device.
+#[derive(Debug)]
+pub(crate) struct Permits {
+    limit: usize,
+    state: Mutex<State>,
+    returned: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    taken: usize,
+    /// Called when a permit is returned.
+    refused: Vec<Arc<Wake>>,
+}
+
+/// A number of rights, which may change.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    permits: Arc<Permits>,
+    count: usize,
+}
+
+impl Permits {
+    pub(crate) fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Permits { limit, state: Mutex::default(), returned: Condvar::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn taken(&self) -> usize {
+        self.lock().taken
+    }
+
+    /// A permit for nothing yet.
+    pub(crate) fn none(self: &Arc<Self>) -> Permit {
+        Permit { permits: Arc::clone(self), count: 0 }
+    }
+
+    /// A permit for one, if there is one.
+    pub(crate) fn acquire(self: &Arc<Self>) -> Option<Permit> {
+        let mut permit = self.none();
+        permit.resize(1).then_some(permit)
+    }
+
+    /// A permit for one, if there is one; otherwise calls `wake` when there may be.
+    pub(crate) fn acquire_or_wake(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<Permit> {
+        let mut state = self.lock();
+        if state.taken < self.limit {
+            state.taken += 1;
+            return Some(Permit { permits: Arc::clone(self), count: 1 });
+        }
+        if !state.refused.iter().any(|known| Arc::ptr_eq(known, wake)) {
+            state.refused.push(Arc::clone(wake));
+        }
+        None
+    }
+
+    /// Waits until all permits are returned, at most until `deadline`. Tells whether that came first.
+    pub(crate) fn wait_until_unused(&self, deadline: Instant) -> bool {
+        let mut state = self.lock();
+        while state.taken > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.returned.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+impl Permit {
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Takes more or returns some. Without effect, and false, if there are not as many more.
+    pub(crate) fn resize(&mut self, count: usize) -> bool {
+        if count == self.count {
+            return true;
+        }
+        let mut state = self.permits.lock();
+        let taken = state.taken - self.count + count;
+        if count > self.count && taken > self.permits.limit {
+            return false;
+        }
+        state.taken = taken;
+        let refused = if count < self.count { std::mem::take(&mut state.refused) } else { Vec::new() };
+        drop(state);
+        if count < self.count {
+            self.permits.returned.notify_all();
+        }
+        self.count = count;
+        refused.iter().for_each(|wake| wake.notify());
+        true
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.resize(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn there_are_only_so_many_and_returned_ones_are_announced() {
+        let permits = Permits::new(16);
+        let wake = Arc::new(Wake::new().unwrap());
+        let mut all: Vec<_> = (0..16).map(|_| permits.acquire_or_wake(&wake).unwrap()).collect();
+        assert!(permits.acquire_or_wake(&wake).is_none() && permits.acquire_or_wake(&wake).is_none());
+        assert!(permits.acquire().is_none());
+        assert_eq!(permits.lock().refused.len(), 1);
+        assert_eq!(permits.taken(), 16);
+        all.pop();
+        assert!(permits.lock().refused.is_empty());
+        assert!(permits.acquire_or_wake(&wake).is_some());
+    }
+
+    #[test]
+    fn a_permit_grows_as_far_as_there_is_room() {
+        let permits = Permits::new(10);
+        let (mut a, mut b) = (permits.none(), permits.none());
+        assert!(a.resize(6) && b.resize(4) && !b.resize(5));
+        assert_eq!((a.count(), b.count(), permits.taken()), (6, 4, 10));
+        assert!(a.resize(1) && b.resize(9));
+        drop(b);
+        assert_eq!(permits.taken(), 1);
+    }
+
+    #[test]
+    fn the_last_one_returned_ends_the_wait() {
+        let permits = Permits::new(2);
+        assert!(permits.wait_until_unused(Instant::now()));
+        let held = permits.acquire().unwrap();
+        assert!(!permits.wait_until_unused(Instant::now()));
+        let other = crate::sys::thread::spawn("other", 64 << 10, move || drop(held)).unwrap();
+        assert!(permits.wait_until_unused(Instant::now() + Duration::from_secs(10)));
+        other.join().unwrap();
+    }
+}

@@ -1,0 +1,188 @@
+//! What all sessions of the device share, beyond the life of a link.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use log::info;
+use nix::sys::resource::{Resource, getrlimit};
+use serde_json::{Value, json};
+
+use super::file_transfer::rate::{Counters, Direction};
+use super::inbox::{HangUp, Inbox};
+use super::info::Info;
+use super::shells::{MAX_SHELLS, Shells};
+use crate::commands::Commands;
+use crate::config::Config;
+use crate::permits::Permits;
+use crate::proto::SessionId;
+
+/// Session threads, those of earlier links included. Beyond [`super::router::MAX_SESSIONS`] they are for shells, and
+/// for sessions that make room for others.
+pub(crate) const MAX_THREADS: usize = 272;
+/// Look-ups at a time. The resolver can't be interrupted, so a look-up that nobody waits for any more still counts until
+/// its threads end, up to two each: a silent name server mustn't fill the memory with them.
+const MAX_LOOK_UPS: usize = 16;
+/// Bytes that wait inside the agent, beyond a small share of each session: inboxes, input that no program reads, data
+/// that no target takes.
+const MEMORY: usize = 16 << 20;
+/// Descriptors that forwards leave to others: one for each session, and for shells, files, `status` and the link.
+const RESERVED_DESCRIPTORS: usize = MAX_THREADS + 64;
+/// Forwards that `status` tells of.
+const MAX_FORWARDS_SHOWN: usize = 1024;
+
+#[derive(Debug)]
+pub struct Device {
+    config: Mutex<Arc<Config>>,
+    pub(crate) shells: Arc<Shells>,
+    pub(crate) transferred: Counters,
+    pub(crate) commands: Arc<Commands>,
+    pub(crate) look_ups: Arc<Permits>,
+    /// Forwards' sockets.
+    pub(crate) forwards: Arc<Permits>,
+    pub(crate) memory: Arc<Permits>,
+    /// Session threads, also those that only clean up after their link is gone.
+    pub(crate) threads: Arc<Permits>,
+    /// The sessions of the current link.
+    table: Mutex<Arc<Table>>,
+}
+
+/// The sessions of one link.
+#[derive(Debug, Default)]
+pub(crate) struct Table(Mutex<HashMap<SessionId, Entry>>);
+
+/// A session as others see it.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) info: Arc<Info>,
+}
+
+impl Table {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes the session with this inbox; another may have its id by now.
+    pub(crate) fn remove(&self, id: &SessionId, inbox: &Arc<Inbox>) {
+        let mut sessions = self.lock();
+        if sessions.get(id).is_some_and(|entry| Arc::ptr_eq(&entry.inbox, inbox)) {
+            sessions.remove(id);
+        }
+    }
+
+    /// Ends the session that has been idle longest of those that have nothing open. False if there is none.
+    pub(crate) fn make_room(&self) -> bool {
+        let mut sessions = self.lock();
+        let idle = sessions.iter().filter(|(_, entry)| !entry.info.is_busy());
+        let Some(id) = idle.min_by_key(|(_, entry)| entry.info.traffic.last()).map(|(id, _)| id.clone())
+        else {
+            return false;
+        };
+        if let Some(entry) = sessions.remove(&id) {
+            entry.inbox.hang_up(HangUp::MakesRoom);
+        }
+        true
+    }
+}
+
+impl Device {
+    pub fn new(config: Config) -> Arc<Self> {
+        let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+        let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
+        Arc::new(Device {
+            config: Mutex::new(Arc::new(config)),
+            shells: Arc::default(),
+            transferred: Counters::default(),
+            commands: Arc::default(),
+            look_ups: Permits::new(MAX_LOOK_UPS),
+            forwards: Permits::new(descriptors.saturating_sub(RESERVED_DESCRIPTORS).max(1)),
+            memory: Permits::new(MEMORY),
+            threads: Permits::new(MAX_THREADS),
+            table: Mutex::default(),
+        })
+    }
+
+    pub fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What has begun goes on as it was, but shells expire by the new configuration, and what it disables ends.
+    pub(crate) fn reconfigure(&self, config: Config) {
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+        for entry in self.table().lock().values() {
+            entry.inbox.wake();
+        }
+    }
+
+    /// An empty table for a new link. The one before keeps its own, until its sessions have ended.
+    pub(crate) fn new_table(&self) -> Arc<Table> {
+        let table = Arc::default();
+        *self.table.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&table);
+        table
+    }
+
+    pub(crate) fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.table.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How many sessions and shells there are.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.table().lock().len(), self.shells.running())
+    }
+
+    /// The sessions, the longest-lived first.
+    fn sessions(&self) -> Vec<(SessionId, Entry)> {
+        let mut sessions: Vec<_> =
+            self.table().lock().iter().map(|(id, entry)| (id.clone(), entry.clone())).collect();
+        sessions.sort_by_key(|(_, entry)| entry.info.traffic.since);
+        sessions
+    }
+
+    /// Logs the status of every session.
+    pub(crate) fn log_status(&self) {
+        let (now, config, sessions) = (Instant::now(), self.config(), self.sessions());
+        info!("  shells: {}/{MAX_SHELLS}", self.shells.running());
+        info!("  sessions: {}", sessions.len());
+        let ago = |at: Instant| now.saturating_duration_since(at).as_secs();
+        for (id, Entry { info, .. }) in sessions {
+            match info.shell() {
+                Some(shell) => info!(
+                    "   {id} status:active started:{} s ago, last input:{} s ago, user:{}, shell:{} pid:{}",
+                    ago(shell.traffic.since),
+                    ago(shell.traffic.last()),
+                    shell.user,
+                    config.shell.command.display(),
+                    shell.pid
+                ),
+                None => info!("   {id} status:no shell started:{} s ago", ago(info.traffic.since)),
+            }
+        }
+        info!("  file-transfer:");
+        for line in self.transferred.report(now) {
+            info!("   {line}");
+        }
+    }
+
+    /// Adds shells, sessions and what was transferred to what `status` tells.
+    pub(crate) fn report(&self, document: &mut Value) {
+        let (now, mut room) = (Instant::now(), MAX_FORWARDS_SHOWN);
+        let sessions = self.sessions();
+        let sessions = sessions.iter().map(|(id, entry)| entry.info.report(id, now, &mut room));
+        document["sessions"] = sessions.collect();
+        document["shells"] = json!({ "running": self.shells.running(), "max": MAX_SHELLS });
+        let figures = |direction| self.transferred.figures(direction, now);
+        let (received, sent) = (figures(Direction::Received), figures(Direction::Sent));
+        document["transferred"] = json!({
+            "bytes_in": received.total,
+            "bytes_out": sent.total,
+            "average_in": received.average,
+            "average_out": sent.average,
+        });
+    }
+
+    /// Waits until no session thread is left, at most until `deadline`. Tells whether that came first.
+    pub fn wait_until_quiet(&self, deadline: Instant) -> bool {
+        self.threads.wait_until_unused(deadline)
+    }
+}

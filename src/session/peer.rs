@@ -1,0 +1,61 @@
+//! A session's identity and its way to the client, lent to the handlers of its protocols.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::credit::Credit;
+use super::device::{Device, Table};
+use super::inbox::Inbox;
+use super::info::Info;
+use super::shells::ShellPermit;
+use crate::outbox::{FrameSink, Message};
+use crate::permits::Permit;
+use crate::proto::{Frame, SessionId, control};
+use crate::sys::wake::Wake;
+
+/// When it is dropped the session is over, and its id free.
+pub struct Peer {
+    pub id: SessionId,
+    pub(crate) device: Arc<Device>,
+    pub inbox: Arc<Inbox>,
+    /// Wakes the session's thread.
+    pub wake: Arc<Wake>,
+    pub info: Arc<Info>,
+    /// For the shell that the session was started for.
+    pub(crate) shell_permit: Option<ShellPermit>,
+    pub sink: FrameSink,
+    pub(crate) credit: Credit,
+    pub(crate) table: Arc<Table>,
+    pub(crate) _thread: Permit,
+}
+
+impl Peer {
+    /// Sends a frame that waits for no credit, such as an answer.
+    pub(crate) fn reply(&mut self, frame: &Frame) {
+        self.credit.sent(frame.body.len(), Instant::now());
+        self.sink.reply(frame);
+    }
+
+    /// Asks the client for a proof of delivery in a protocol that all clients of forwards know.
+    pub(crate) fn ping(&mut self, now: Instant) {
+        self.credit.probed(now);
+        self.sink.reply(&control::ping(&self.id));
+    }
+
+    /// The message for `frame` with a body of up to `most` bytes: as many as `read` puts into the buffer and returns,
+    /// along with its result.
+    pub(crate) fn compose<T>(
+        &self,
+        frame: &Frame,
+        most: usize,
+        read: impl FnOnce(&mut [u8]) -> (usize, T),
+    ) -> (Message, T) {
+        self.sink.compose(frame, most, read)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.table.remove(&self.id, &self.inbox);
+    }
+}
