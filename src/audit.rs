@@ -4,6 +4,7 @@
 //! and escaped, numbers are bare, times are seconds. It has nothing of what was typed, shown or transferred.
 
 use std::fmt::{Display, Write};
+use std::path::Path;
 use std::time::Instant;
 
 use log::{Level, log};
@@ -13,6 +14,11 @@ use crate::proto::{SessionId, UserId};
 /// The log target by which the logger recognises these lines.
 pub(crate) const TARGET: &str = module_path!();
 
+/// Limit of a text in bytes, escaped. Keeps a line below 4 KiB.
+const MAX_TEXT: usize = 256;
+/// Limit of a path in bytes, escaped.
+const MAX_PATH: usize = 1024;
+
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Record(String);
@@ -20,7 +26,7 @@ pub(crate) struct Record(String);
 impl Record {
     pub(crate) fn new(event: &str, session: Option<&SessionId>, user: &UserId) -> Self {
         let session = session.map_or("", SessionId::as_str);
-        Record(format!("event={event} session={session:?} user={:?}", user.as_str()))
+        Record(format!("event={event}")).text("session", session).text("user", user.as_str())
     }
 
     /// Adds a number, or a word that needs no quotes.
@@ -31,9 +37,12 @@ impl Record {
     }
 
     /// Adds quoted and escaped text.
-    pub(crate) fn text(mut self, key: &str, value: impl AsRef<str>) -> Self {
-        let _ = write!(self.0, " {key}={:?}", value.as_ref());
-        self
+    pub(crate) fn text(self, key: &str, value: impl AsRef<str>) -> Self {
+        self.with(key, quoted(value.as_ref(), MAX_TEXT))
+    }
+
+    pub(crate) fn path(self, key: &str, value: &Path) -> Self {
+        self.with(key, quoted(&value.to_string_lossy(), MAX_PATH))
     }
 
     /// Adds the duration in seconds.
@@ -51,6 +60,21 @@ impl Record {
     pub(crate) fn log(self, good: bool) {
         log!(target: TARGET, if good { Level::Info } else { Level::Warn }, "{}", self.0);
     }
+}
+
+/// Quotes and escapes `text`, truncated to `limit` bytes between the quotes.
+pub(crate) fn quoted(text: &str, limit: usize) -> String {
+    let mut length = 0;
+    let fits = |c: &char| {
+        length += c.escape_debug().map(char::len_utf8).sum::<usize>();
+        length <= limit
+    };
+    let kept: String = text.chars().take_while(fits).collect();
+    let mut quoted = format!("{kept:?}");
+    if kept.len() < text.len() {
+        quoted.insert(quoted.len() - 1, '…');
+    }
+    quoted
 }
 
 #[cfg(test)]
@@ -71,5 +95,19 @@ mod tests {
             record.0,
             r#"event=shell-end session="s\nevent=x" user="a\" pid=1" pid=7 duration=1.500 bytes_in=1 bytes_out=2 reason="\u{1b}[2J""#
         );
+    }
+
+    #[test]
+    fn long_fields_are_cut_between_their_characters() {
+        assert_eq!(quoted("it's", 3), r#""it…""#);
+        assert_eq!(quoted("\n\n\n", 5), r#""\n\n…""#);
+        assert_eq!(quoted("äö", 3), r#""ä…""#);
+        assert_eq!(quoted("äö", 4), r#""äö""#);
+        let long = "\u{1}".repeat(4096);
+        let id = SessionId::new(&long);
+        let record = Record::new("transfer", id.as_ref(), &long.as_str().into())
+            .path("path", Path::new(&long))
+            .text("reason", &long);
+        assert!((1700..2048).contains(&record.0.len()), "{} bytes", record.0.len());
     }
 }

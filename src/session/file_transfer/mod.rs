@@ -365,7 +365,7 @@ impl FileTransfer {
 fn record(peer: &Peer, direction: &str, path: &Path, about: &About, bytes: u64, now: Instant) -> Record {
     Record::new("transfer", Some(&peer.id), &about.user)
         .with("direction", direction)
-        .text("path", path.to_string_lossy())
+        .path("path", path)
         .with("bytes", bytes)
         .since(about.started, now)
 }
