@@ -1,35 +1,45 @@
 //! The daemon's process: signals, log, panic policy, privileges, then the supervisor.
 
+use std::error::Error;
+
 use log::{error, warn};
 
 use crate::cli::Options;
 use crate::config;
-use crate::logging;
+use crate::logging::{self, Logger};
 use crate::supervisor;
 use crate::sys;
 use crate::sys::privilege;
 use crate::sys::process;
 use crate::sys::signals::Signals;
 
-pub(crate) fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
-    let signals = Signals::block()?;
-    process::keep_descriptors_private();
-    logging::init(options.level)?;
+/// Runs until a signal ends it. False if it couldn't start or go on, which has been logged.
+pub(crate) fn run(options: Options) -> bool {
+    let log = logging::init(options.level);
+    // A panic in any thread ends the process, also in builds that unwind: the init system starts a sound one.
     std::panic::set_hook(Box::new(|panic| {
         error!("panic: {panic}");
-        // A session clears up after itself, if the build unwinds. Without any other thread the daemon would be
-        // a ruin: the init system starts it anew.
-        let thread = std::thread::current();
-        if !thread.name().is_some_and(|name| name.starts_with("s-")) {
-            std::process::abort();
-        }
+        log.finish();
+        std::process::abort();
     }));
+    let result = serve(options, log);
+    if let Err(e) = &result {
+        error!("{e}");
+    }
+    log.finish();
+    result.is_ok()
+}
+
+fn serve(options: Options, log: &'static Logger) -> Result<(), Box<dyn Error>> {
+    let signals = Signals::block()?;
+    process::keep_descriptors_private();
     privilege::keep_to_oneself()?;
     let load = move || config::load(&options.config, &options.fallback_config);
     let config = load()?;
     if let Err(e) = privilege::reduce(supervisor::needs(&config)) {
         warn!("privileges that aren't needed couldn't be given up: {}", sys::reason(&e));
     }
+    log.start()?;
     supervisor::run(config, load, &signals)?;
     Ok(())
 }

@@ -70,8 +70,6 @@ mod sys;
 use std::io::Write;
 use std::process::ExitCode;
 
-use log::error;
-
 use self::cli::Invocation;
 
 // The executable is the only user of this library, with the exceptions below: everything else is `pub(crate)`, so that
@@ -122,13 +120,7 @@ pub fn run() -> ExitCode {
             let _ = write!(std::io::stderr(), "Incorrect Usage: {error}\n\n{help}");
             ExitCode::from(USAGE)
         }
-        Invocation::Daemon(options) => match daemon::run(options) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(e) => {
-                error!("{e}");
-                ExitCode::FAILURE
-            }
-        },
+        Invocation::Daemon(options) => finish(daemon::run(options)),
         Invocation::Check(options) => finish(check::run(&options.config, &options.fallback_config)),
         Invocation::Doctor { options, json } => {
             finish(doctor::run(&options.config, &options.fallback_config, json))
@@ -137,7 +129,7 @@ pub fn run() -> ExitCode {
     }
 }
 
-/// Exit code of a command that prints its own report.
+/// Exit code of a command that has told its failure.
 fn finish(good: bool) -> ExitCode {
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -1,19 +1,27 @@
 //! Log lines on standard error, in the form of the reference agent:
 //! `time="…" level=info msg="…"`. For systemd's journal, which has its own time, with the priority instead.
+//!
+//! A dedicated thread writes them, since standard error can block for any time: a stalled journal, a stopped `logger`.
+//! Other threads only queue.
+
+mod queue;
 
 use std::fs::File;
-use std::io::{self, Stderr};
+use std::io::{self, LineWriter, Stderr};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use log::{Level, LevelFilter, Log, Metadata, Record, SetLoggerError};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 use simplelog::{ConfigBuilder, WriteLogger};
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
+use self::queue::{Entry, Queue};
 use crate::audit;
-use crate::sys::clock;
+use crate::sys::{clock, thread};
 
 const TIME: &[BorrowedFormatItem<'static>] =
     format_description!("time=\"[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z\"");
@@ -21,14 +29,26 @@ const TIME: &[BorrowedFormatItem<'static>] =
 /// Log lines of other crates are dropped: tungstenite would log keystrokes at trace level.
 const OURS: &str = env!("CARGO_CRATE_NAME");
 
-struct Logger {
-    inner: Box<WriteLogger<Stderr>>,
+/// Limit of a message in bytes, without its quotes. Keeps a line below 4 KiB.
+const MAX_MESSAGE: usize = 4000;
+
+/// Stack of the log thread in bytes. Small, since lines arrive formatted.
+const STACK: usize = 64 * 1024;
+
+/// Upper bound for writing the last lines at exit. Sessions may have used 1.7 s of the 2 s in which SIGTERM ends
+/// everything.
+const LAST_LINES: Duration = Duration::from_millis(250);
+
+pub(crate) struct Logger {
+    queue: Queue,
+    sink: Box<WriteLogger<LineWriter<Stderr>>>,
     journal: bool,
+    /// The log thread has been started.
+    started: AtomicBool,
 }
 
-/// Fails if called twice.
-pub(crate) fn init(level: LevelFilter) -> Result<(), SetLoggerError> {
-    let journal = stderr_is_journal();
+/// Installs the logger. Lines are queued until [`Logger::start`]. Call it once.
+pub(crate) fn init(level: LevelFilter) -> &'static Logger {
     let mut config = ConfigBuilder::new();
     config
         .set_time_level(LevelFilter::Off)
@@ -37,10 +57,18 @@ pub(crate) fn init(level: LevelFilter) -> Result<(), SetLoggerError> {
         .set_target_level(LevelFilter::Off)
         .set_location_level(LevelFilter::Off)
         .set_thread_level(LevelFilter::Off);
-    let inner = WriteLogger::new(level, config.build(), io::stderr());
-    log::set_boxed_logger(Box::new(Logger { inner, journal }))?;
-    log::set_max_level(level);
-    Ok(())
+    let sink = WriteLogger::new(LevelFilter::Trace, config.build(), LineWriter::new(io::stderr()));
+    let logger = Logger {
+        queue: Queue::default(),
+        sink,
+        journal: stderr_is_journal(),
+        started: AtomicBool::new(false),
+    };
+    let logger: &'static Logger = Box::leak(Box::new(logger));
+    if log::set_logger(logger).is_ok() {
+        log::set_max_level(level);
+    }
+    logger
 }
 
 /// systemd sets JOURNAL_STREAM to the device and inode of the stream that goes to the journal.
@@ -60,6 +88,60 @@ fn time() -> String {
     now.format(TIME).unwrap_or_default()
 }
 
+impl Logger {
+    /// Starts the log thread if it isn't running. Call it after reducing privileges: a thread inherits its creator's
+    /// capabilities.
+    ///
+    /// # Errors
+    /// As [`thread::spawn`].
+    pub(crate) fn start(&'static self) -> io::Result<()> {
+        if !self.started.load(Ordering::Relaxed) {
+            thread::spawn("log", STACK, || {
+                loop {
+                    self.write_queued();
+                    self.queue.wait();
+                }
+            })?;
+            self.started.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Gives the log thread [`LAST_LINES`] to write what is queued. Call it before the process ends.
+    pub(crate) fn finish(&'static self) {
+        match self.start() {
+            Ok(()) => self.queue.flush(LAST_LINES),
+            // No thread is to be had: better to block than to end without a reason.
+            Err(_) => self.write_queued(),
+        }
+    }
+
+    fn write_queued(&self) {
+        while let Some(entry) = self.queue.take() {
+            let line = match entry {
+                Entry::Line(line) => line,
+                Entry::Lost(lost) => self.line(Level::Warn, &format!("\"{lost}\"")),
+            };
+            self.sink.log(&Record::builder().args(format_args!("{line}")).build());
+        }
+    }
+
+    fn line(&self, level: Level, message: &str) -> String {
+        let (name, priority) = match level {
+            Level::Error => ("error", 3),
+            Level::Warn => ("warning", 4),
+            Level::Info => ("info", 6),
+            Level::Debug => ("debug", 7),
+            Level::Trace => ("trace", 7),
+        };
+        if self.journal {
+            format!("<{priority}>level={name} msg={message}")
+        } else {
+            format!("{} level={name} msg={message}", time())
+        }
+    }
+}
+
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         metadata.target().starts_with(OURS) && metadata.level() <= log::max_level()
@@ -69,27 +151,13 @@ impl Log for Logger {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let (name, priority) = match record.level() {
-            Level::Error => ("error", 3),
-            Level::Warn => ("warning", 4),
-            Level::Info => ("info", 6),
-            Level::Debug => ("debug", 7),
-            Level::Trace => ("trace", 7),
-        };
-        let message = if record.target() == audit::TARGET {
+        let audit = record.target() == audit::TARGET;
+        let message = if audit {
             format!("audit {}", record.args())
         } else {
-            format!("{:?}", record.args().to_string())
+            audit::quoted(&record.args().to_string(), MAX_MESSAGE)
         };
-        let metadata = record.metadata().clone();
-        let write = |args: std::fmt::Arguments<'_>| {
-            self.inner.log(&Record::builder().metadata(metadata).args(args).build());
-        };
-        if self.journal {
-            write(format_args!("<{priority}>level={name} msg={message}"));
-        } else {
-            write(format_args!("{} level={name} msg={message}", time()));
-        }
+        self.queue.push(self.line(record.level(), &message), audit);
     }
 
     fn flush(&self) {}

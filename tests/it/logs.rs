@@ -1,7 +1,10 @@
 //! The log: its form, and what must never be in it.
 
-use crate::harness::client::{Style, Terminal};
-use crate::harness::rig::{Setup, TOKEN};
+use nix::sys::signal::Signal;
+
+use crate::harness::client::{Style, Terminal, new_sid};
+use crate::harness::msg::SHELL;
+use crate::harness::rig::{Rig, Setup, TOKEN};
 use crate::harness::wait::SOON;
 
 /// Splits a line into its time stamp (if there is one), level and message.
@@ -80,7 +83,7 @@ fn nothing_secret_at_any_level() {
     let device = rig.device();
     let mut terminal = Terminal::new(&device, Style::Cli);
     terminal.open_with_prompt();
-    rig.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
+    rig.daemon.signal(Signal::SIGUSR1);
     rig.daemon.wait_for_log("  sessions: 1", SOON);
     rig.manager.change("", "");
     rig.daemon.wait_for_log("dbusEventLoop terminated", SOON);
@@ -88,4 +91,19 @@ fn nothing_secret_at_any_level() {
     for secret in [TOKEN, "second.secret.token", "secret-keystrokes", "payload.signature"] {
         assert!(!log.contains(secret), "{secret} is in the log");
     }
+}
+
+#[test]
+fn what_is_said_last_is_written() {
+    let (mut rig, device) = Rig::connected();
+    for _ in 0..100 {
+        device.send(SHELL, "new", &new_sid(), &[("user_id", "one".into())], b"");
+    }
+    assert!(device.answers(b"all of them", SOON));
+    rig.daemon.signal(Signal::SIGTERM);
+    assert!(rig.daemon.wait_exit(SOON).success());
+    let last = rig.daemon.log();
+    assert!(last.iter().any(|line| line.contains("SIGTERM received, ending")), "{last:#?}");
+    assert_eq!(rig.daemon.count_log("event=shell-start"), rig.daemon.count_log("event=shell-end"));
+    assert!(rig.daemon.count_log("event=shell-start") > 0);
 }

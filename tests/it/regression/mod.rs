@@ -8,6 +8,8 @@ mod forwards;
 #[cfg(feature = "dbus")]
 mod hostile;
 #[cfg(feature = "dbus")]
+mod log;
+#[cfg(feature = "dbus")]
 mod network;
 #[cfg(feature = "dbus")]
 mod terminal;
