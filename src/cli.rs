@@ -15,7 +15,21 @@ const DEFAULT_FALLBACK_CONFIG: &str = "/var/lib/mender/mender-connect.conf";
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\ttarget: ", env!("TARGET"), "\n");
 
-const HELP: &str = "\
+/// Names, command and summary.
+const COMMANDS: &[(&str, Command, &str)] = &[
+    ("daemon", Command::Daemon, "run in the foreground until SIGTERM"),
+    (
+        "check",
+        Command::Check,
+        "say what the daemon would make of its configuration; exit status 1 if it wouldn't start",
+    ),
+    ("doctor", Command::Doctor, "walk the way to the server, and say where it ends and what to do about it"),
+    ("status", Command::Status, "say what the running daemon is doing"),
+    ("version", Command::Version, "print the version"),
+    ("help, h", Command::Help, "print help, of all or of one command"),
+];
+
+const HEAD: &str = "\
 NAME:
    mender-connect - remote terminal, files and ports of this device through its Mender server
 
@@ -23,13 +37,9 @@ USAGE:
    mender-connect [global options] command
 
 COMMANDS:
-   daemon   run in the foreground until SIGTERM
-   check    say what the daemon would make of its configuration
-   doctor   walk the way to the server, and say where it ends and what to do about it
-   status   say what the running daemon is doing
-   version  print the version
-   help, h  print help, of all or of one command
+";
 
+const GLOBAL_OPTIONS: &str = "
 GLOBAL OPTIONS:
    --config FILE, -c FILE           configuration file (default: /etc/mender/mender-connect.conf)
    --fallback-config FILE, -b FILE  read first, the configuration file wins over it
@@ -56,13 +66,10 @@ pub(crate) enum Invocation {
     },
     /// Print to standard output and exit with 0.
     Print(String),
-    /// Print to standard error and exit with 3.
-    UnknownCommand(String),
-    /// Wrong flag: print `error` and `help` to standard error and exit with 1.
-    Usage {
-        error: String,
-        /// Of the command, if the flag came after one.
-        help: String,
+    /// Print to standard error and exit with `code`.
+    Refuse {
+        text: String,
+        code: u8,
     },
 }
 
@@ -74,52 +81,7 @@ pub(crate) struct Options {
     pub(crate) level: LevelFilter,
 }
 
-/// `args` are without the program's name.
-pub(crate) fn parse<I: IntoIterator<Item = OsString>>(args: I) -> Invocation {
-    parse_global(args.into_iter().collect()).unwrap_or_else(|invocation| invocation)
-}
-
-fn parse_global(mut args: VecDeque<OsString>) -> Result<Invocation, Invocation> {
-    let mut config = PathBuf::from(DEFAULT_CONFIG);
-    let mut fallback_config = PathBuf::from(DEFAULT_FALLBACK_CONFIG);
-    let (mut debug, mut trace, mut help, mut version) = (false, false, false, false);
-    let usage = |error| Invocation::Usage { error, help: HELP.to_owned() };
-    while let Some(flag) = next_flag(&mut args).map_err(usage)? {
-        match flag.name.as_str() {
-            "config" | "c" => config = flag.path(&mut args).map_err(usage)?,
-            "fallback-config" | "b" => fallback_config = flag.path(&mut args).map_err(usage)?,
-            "debug" | "d" => debug = flag.switch().map_err(usage)?,
-            "trace" | "dd" => trace = flag.switch().map_err(usage)?,
-            "help" | "h" => help = flag.switch().map_err(usage)?,
-            "version" | "v" => version = flag.switch().map_err(usage)?,
-            _ => return Err(usage(flag.undefined())),
-        }
-    }
-    let command = args.pop_front();
-    let command = match command {
-        Some(command) if !help && !version => Command::find(&command)?,
-        _ if version && !help => return Ok(Invocation::Print(VERSION.to_owned())),
-        _ => return Ok(Invocation::Print(HELP.to_owned())),
-    };
-    let Flags { json, watch } = command.parse_flags(&mut args)?;
-    let level = match (trace, debug) {
-        (true, _) => LevelFilter::Trace,
-        (_, true) => LevelFilter::Debug,
-        _ => LevelFilter::Info,
-    };
-    let options = Options { config, fallback_config, level };
-    match (command, args.pop_front()) {
-        (Command::Daemon, _) => Ok(Invocation::Daemon(options)),
-        (Command::Check, _) => Ok(Invocation::Check(options)),
-        (Command::Doctor, _) => Ok(Invocation::Doctor { options, json }),
-        (Command::Status, _) => Ok(Invocation::Status { json: json.unwrap_or(false), watch }),
-        (Command::Version, _) => Ok(Invocation::Print(VERSION.to_owned())),
-        (Command::Help, None) => Ok(Invocation::Print(HELP.to_owned())),
-        (Command::Help, Some(topic)) => Ok(Invocation::Print(Command::find(&topic)?.help())),
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Command {
     Daemon,
     Check,
@@ -129,70 +91,117 @@ enum Command {
     Help,
 }
 
-/// Flags of the commands themselves.
-#[derive(Debug, Default)]
-struct Flags {
-    json: Option<bool>,
-    watch: bool,
+/// `args` are without the program's name.
+pub(crate) fn parse<I: IntoIterator<Item = OsString>>(args: I) -> Invocation {
+    try_parse(args.into_iter().collect()).unwrap_or_else(|invocation| invocation)
+}
+
+fn try_parse(mut args: VecDeque<OsString>) -> Result<Invocation, Invocation> {
+    let mut settings = Settings::default();
+    settings.take(None, &mut args).map_err(|error| wrong_usage(&error, &help()))?;
+    if settings.version && !settings.help {
+        return Ok(Invocation::Print(VERSION.to_owned()));
+    }
+    let Some(name) = args.pop_front().filter(|_| !settings.help) else {
+        return Ok(Invocation::Print(help()));
+    };
+    let command = Command::find(&name)?;
+    settings.take(Some(command), &mut args).map_err(|error| wrong_usage(&error, &command.help()))?;
+    if settings.help {
+        return Ok(Invocation::Print(command.help()));
+    }
+    let level = match (settings.trace, settings.debug) {
+        (true, _) => LevelFilter::Trace,
+        (_, true) => LevelFilter::Debug,
+        _ => LevelFilter::Info,
+    };
+    let options = Options {
+        config: settings.config.unwrap_or_else(|| DEFAULT_CONFIG.into()),
+        fallback_config: settings.fallback_config.unwrap_or_else(|| DEFAULT_FALLBACK_CONFIG.into()),
+        level,
+    };
+    Ok(match (command, args.pop_front()) {
+        (Command::Daemon, _) => Invocation::Daemon(options),
+        (Command::Check, _) => Invocation::Check(options),
+        (Command::Doctor, _) => Invocation::Doctor { options, json: settings.json },
+        (Command::Status, _) => {
+            Invocation::Status { json: settings.json.unwrap_or(false), watch: settings.watch }
+        }
+        (Command::Version, _) => Invocation::Print(VERSION.to_owned()),
+        (Command::Help, None) => Invocation::Print(help()),
+        (Command::Help, Some(topic)) => Invocation::Print(Command::find(&topic)?.help()),
+    })
+}
+
+fn wrong_usage(error: &str, help: &str) -> Invocation {
+    Invocation::Refuse { text: format!("Incorrect Usage: {error}\n\n{help}"), code: 1 }
+}
+
+fn help() -> String {
+    let mut text = HEAD.to_owned();
+    for (names, _, summary) in COMMANDS {
+        text += &format!("   {names:7}  {summary}\n");
+    }
+    text + GLOBAL_OPTIONS
 }
 
 impl Command {
     fn find(name: &OsStr) -> Result<Self, Invocation> {
-        match name.as_bytes() {
-            b"daemon" => Ok(Self::Daemon),
-            b"check" => Ok(Self::Check),
-            b"doctor" => Ok(Self::Doctor),
-            b"status" => Ok(Self::Status),
-            b"version" => Ok(Self::Version),
-            b"help" | b"h" => Ok(Self::Help),
-            _ => Err(Invocation::UnknownCommand(format!("No help topic for '{}'", name.display()))),
-        }
+        let found = COMMANDS.iter().find(|(names, ..)| names.split(", ").any(|n| n == name));
+        let text = || format!("No help topic for '{}'\n", name.display());
+        found.map(|row| row.1).ok_or_else(|| Invocation::Refuse { text: text(), code: 3 })
     }
 
     fn help(self) -> String {
-        let (name, what, arguments, options) = match self {
-            Self::Daemon => ("daemon", "run in the foreground until SIGTERM", "", ""),
-            Self::Check => (
-                "check",
-                "say what the daemon would make of its configuration; exit status 1 if it wouldn't start",
-                "",
-                "",
-            ),
-            Self::Doctor => (
-                "doctor",
-                "walk the way to the server, and say where it ends and what to do about it",
-                "",
-                "   --json      write JSON, as without a terminal; --json=false: text\n",
-            ),
-            Self::Status => (
-                "status",
-                "say what the running daemon is doing",
-                "",
-                "   --json      write JSON\n   --watch     go on, with a new picture each second\n",
-            ),
-            Self::Version => ("version", "print the version", "", ""),
-            Self::Help => ("help", "print help, of all or of one command", " [command]", ""),
+        let row = COMMANDS.iter().find(|row| row.1 == self);
+        let (names, summary) = row.map_or(("", ""), |(names, _, summary)| (names, summary));
+        let name = names.trim_end_matches(", h");
+        let (arguments, options) = match self {
+            Self::Doctor => ("", "   --json      write JSON, as without a terminal; --json=false: text\n"),
+            Self::Status => {
+                ("", "   --json      write JSON\n   --watch     go on, with a new picture each second\n")
+            }
+            Self::Help => (" [command]", ""),
+            Self::Daemon | Self::Check | Self::Version => ("", ""),
         };
         format!(
-            "NAME:\n   mender-connect {name} - {what}\n\n\
+            "NAME:\n   mender-connect {name} - {summary}\n\n\
              USAGE:\n   mender-connect [global options] {name} [options]{arguments}\n\n\
              OPTIONS:\n{options}   --help, -h  print this help\n"
         )
     }
+}
 
-    fn parse_flags(self, args: &mut VecDeque<OsString>) -> Result<Flags, Invocation> {
-        let usage = |error| Invocation::Usage { error, help: self.help() };
-        let mut help = false;
-        let mut flags = Flags::default();
-        while let Some(flag) = next_flag(args).map_err(usage)? {
-            match (self, flag.name.as_str()) {
-                (_, "help" | "h") => help = flag.switch().map_err(usage)?,
-                (Self::Doctor | Self::Status, "json") => flags.json = Some(flag.switch().map_err(usage)?),
-                (Self::Status, "watch") => flags.watch = flag.switch().map_err(usage)?,
-                _ => return Err(usage(flag.undefined())),
+#[derive(Debug, Default)]
+struct Settings {
+    config: Option<PathBuf>,
+    fallback_config: Option<PathBuf>,
+    debug: bool,
+    trace: bool,
+    help: bool,
+    version: bool,
+    json: Option<bool>,
+    watch: bool,
+}
+
+impl Settings {
+    /// Takes the flags that come first in `args`: those of `command`, or the global ones.
+    fn take(&mut self, command: Option<Command>, args: &mut VecDeque<OsString>) -> Result<(), String> {
+        use Command::{Doctor, Status};
+        while let Some(flag) = next_flag(args)? {
+            match (command, flag.name.as_str()) {
+                (None, "config" | "c") => self.config = Some(flag.path(args)?),
+                (None, "fallback-config" | "b") => self.fallback_config = Some(flag.path(args)?),
+                (None, "debug" | "d") => self.debug = flag.switch()?,
+                (None, "trace" | "dd") => self.trace = flag.switch()?,
+                (None, "version" | "v") => self.version = flag.switch()?,
+                (_, "help" | "h") => self.help = flag.switch()?,
+                (Some(Doctor | Status), "json") => self.json = Some(flag.switch()?),
+                (Some(Status), "watch") => self.watch = flag.switch()?,
+                (_, name) => return Err(format!("flag provided but not defined: -{name}")),
             }
         }
-        if help { Err(Invocation::Print(self.help())) } else { Ok(flags) }
+        Ok(())
     }
 }
 
@@ -236,10 +245,6 @@ impl Flag {
                 Err(format!("invalid boolean value {value:?} for -{}: parse error", self.name))
             }
         }
-    }
-
-    fn undefined(&self) -> String {
-        format!("flag provided but not defined: -{}", self.name)
     }
 }
 

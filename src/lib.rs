@@ -101,9 +101,6 @@ pub mod internals {
     pub use crate::sys::wake::Wake;
 }
 
-const USAGE: u8 = 1;
-const UNKNOWN_COMMAND: u8 = 3;
-
 /// The whole program: runs what the command line asks for.
 pub fn run() -> ExitCode {
     // A reader that closed its end of the pipe is no reason to fail.
@@ -112,13 +109,9 @@ pub fn run() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
-        Invocation::UnknownCommand(text) => {
-            let _ = writeln!(std::io::stderr(), "{text}");
-            ExitCode::from(UNKNOWN_COMMAND)
-        }
-        Invocation::Usage { error, help } => {
-            let _ = write!(std::io::stderr(), "Incorrect Usage: {error}\n\n{help}");
-            ExitCode::from(USAGE)
+        Invocation::Refuse { text, code } => {
+            let _ = std::io::stderr().write_all(text.as_bytes());
+            ExitCode::from(code)
         }
         Invocation::Daemon(options) => finish(daemon::run(options)),
         Invocation::Check(options) => finish(check::run(&options.config, &options.fallback_config)),

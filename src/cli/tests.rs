@@ -20,11 +20,19 @@ fn printed(line: &str) -> String {
     }
 }
 
-fn usage(line: &str) -> (String, String) {
+fn refused(line: &str) -> (String, u8) {
     match run(line) {
-        Invocation::Usage { error, help } => (error, help),
+        Invocation::Refuse { text, code } => (text, code),
         other => panic!("{line}: {other:?}"),
     }
+}
+
+/// What is wrong with the flags, and the help that follows.
+fn usage(line: &str) -> (String, String) {
+    let (text, code) = refused(line);
+    let (error, help) = text.strip_prefix("Incorrect Usage: ").unwrap().split_once("\n\n").unwrap();
+    assert_eq!(code, 1);
+    (error.to_owned(), help.to_owned())
 }
 
 #[test]
@@ -38,7 +46,7 @@ fn daemon_alone_has_the_defaults() {
     assert_eq!(options("-- daemon"), expected);
     assert_eq!(options("daemon --"), expected);
     assert_eq!(options("daemon and whatever --follows"), expected);
-    assert!(HELP.contains(DEFAULT_CONFIG) && HELP.contains(DEFAULT_FALLBACK_CONFIG));
+    assert!(help().contains(DEFAULT_CONFIG) && help().contains(DEFAULT_FALLBACK_CONFIG));
 }
 
 #[test]
@@ -94,11 +102,11 @@ fn switches_take_go_booleans() {
     }
     for value in ["x", "", "yes", "tRUE"] {
         let expected = format!("invalid boolean value \"{value}\" for -debug: parse error");
-        assert_eq!(usage(&format!("--debug={value} daemon")), (expected, HELP.to_owned()));
+        assert_eq!(usage(&format!("--debug={value} daemon")), (expected, help()));
     }
     assert_eq!(usage("-d=2 daemon").0, "invalid boolean value \"2\" for -d: parse error");
     // A switch doesn't eat the next argument.
-    assert_eq!(run("--debug false"), Invocation::UnknownCommand("No help topic for 'false'".into()));
+    assert_eq!(refused("--debug false"), ("No help topic for 'false'\n".into(), 3));
 }
 
 #[test]
@@ -115,7 +123,7 @@ fn wrong_flags_are_usage_errors() {
         ("--=x daemon", "bad flag syntax: --=x"),
         ("-=x daemon", "bad flag syntax: -=x"),
     ] {
-        assert_eq!(usage(line), (error.to_owned(), HELP.to_owned()), "{line}");
+        assert_eq!(usage(line), (error.to_owned(), help()), "{line}");
     }
 }
 
@@ -142,7 +150,7 @@ fn version_is_printed_however_it_is_asked_for() {
 #[test]
 fn help_is_printed_however_it_is_asked_for() {
     for line in ["", "help", "h", "--help", "-h", "-help", "--help daemon", "-h -v", "--debug", "--"] {
-        assert_eq!(printed(line), HELP, "{line}");
+        assert_eq!(printed(line), help(), "{line}");
     }
     for line in ["help daemon", "h daemon", "daemon --help", "daemon -h", "--debug daemon -h"] {
         assert_eq!(printed(line), Command::Daemon.help(), "{line}");
@@ -159,12 +167,12 @@ fn help_is_printed_however_it_is_asked_for() {
 #[test]
 fn unknown_commands_are_named() {
     for line in ["x", "help x", "h x", "--debug x", "-- x", "x --help"] {
-        assert_eq!(run(line), Invocation::UnknownCommand("No help topic for 'x'".into()), "{line}");
+        assert_eq!(refused(line), ("No help topic for 'x'\n".into(), 3), "{line}");
     }
-    assert_eq!(run("-"), Invocation::UnknownCommand("No help topic for '-'".into()));
-    assert_eq!(run("-- --debug"), Invocation::UnknownCommand("No help topic for '--debug'".into()));
+    assert_eq!(refused("-"), ("No help topic for '-'\n".into(), 3));
+    assert_eq!(refused("-- --debug"), ("No help topic for '--debug'\n".into(), 3));
     let empty = parse([OsString::new()]);
-    assert_eq!(empty, Invocation::UnknownCommand("No help topic for ''".into()));
+    assert_eq!(empty, Invocation::Refuse { text: "No help topic for ''\n".into(), code: 3 });
 }
 
 #[test]
@@ -192,7 +200,7 @@ fn the_tools_take_their_own_flags() {
         assert!(help.starts_with("NAME:\n   mender-connect "), "{line}: {help}");
     }
     for command in ["check", "doctor", "status"] {
-        assert!(HELP.contains(&format!("   {command} ")));
+        assert!(help().contains(&format!("   {command} ")));
         assert!(printed(&format!("{command} --help")).contains(command));
     }
 }
