@@ -4,6 +4,7 @@ use rmp::encode;
 use serde::Deserialize;
 
 use super::msgpack::MapWriter;
+pub use super::msgpack::parse;
 use super::{CONTROL, Frame, SessionId};
 
 /// Opens a session. Body: [`Open`].
@@ -19,12 +20,8 @@ pub(crate) const ERROR: &str = "error";
 /// The version of session control that this program speaks.
 pub const VERSION: i64 = 1;
 
-/// Bodies are flat; deeper nesting is an attempt to exhaust the stack.
-const MAX_DEPTH: usize = 16;
-
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 pub struct Open {
-    #[serde(default)]
     pub(crate) versions: Option<Vec<i64>>,
 }
 
@@ -33,31 +30,22 @@ pub struct Accept {
     #[serde(default)]
     pub version: i64,
     /// Protocols available in the session.
-    #[serde(default)]
     pub protocols: Option<Vec<u16>>,
 }
 
 /// Incoming errors may lack any field; outgoing ones always have `err` and `close`.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Error {
-    #[serde(default)]
     pub err: Option<String>,
     /// Whether the error ends the session.
-    #[serde(default)]
     pub close: Option<bool>,
     /// Of the message at fault, as are `typ` and `id`.
-    #[serde(default, rename = "msgproto")]
+    #[serde(rename = "msgproto")]
     pub proto: Option<u16>,
-    #[serde(default, rename = "msgtype")]
+    #[serde(rename = "msgtype")]
     pub typ: Option<String>,
-    #[serde(default, rename = "msgid")]
+    #[serde(rename = "msgid")]
     pub id: Option<String>,
-}
-
-pub fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, rmp_serde::decode::Error> {
-    let mut deserializer = rmp_serde::Deserializer::from_read_ref(body);
-    deserializer.set_max_depth(MAX_DEPTH);
-    T::deserialize(&mut deserializer)
 }
 
 fn frame(sid: &SessionId, typ: &str) -> Frame {

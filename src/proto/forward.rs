@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use super::msgpack::{Cursor, DecodeError, MapWriter, Value};
+use serde::Deserialize;
+
+use super::msgpack::{MapWriter, parse};
 use super::{Frame, MAX_TEXT, PORT_FORWARD, Props, SessionId, clipped};
 
 /// Asks for a connection to a target, and answers that.
@@ -58,50 +60,30 @@ pub struct Target {
     pub transport: Transport,
 }
 
+/// The body of `new`.
+#[derive(Debug, Deserialize)]
+struct New {
+    remote_host: Option<String>,
+    remote_port: Option<u16>,
+    protocol: Option<String>,
+}
+
 impl Target {
     /// The error is the text for the client.
     pub fn decode(body: &[u8]) -> Result<Self, String> {
-        let (host, port, protocol) = Self::parse(body).map_err(|e| e.to_string())?;
+        let new: New = parse(body).map_err(|e| clipped(&e.to_string(), MAX_TEXT))?;
+        let (host, port) = (new.remote_host.unwrap_or_default(), new.remote_port.unwrap_or_default());
         if host.len() > MAX_HOST {
             return Err(format!("invalid port-forward message: remote_host is longer than {MAX_HOST} bytes"));
         }
-        if host.is_empty() || port == 0 || protocol.is_empty() {
-            return Err(INCOMPLETE.to_owned());
-        }
-        let transport = match protocol.as_str() {
-            "tcp" => Transport::Tcp,
-            "udp" => Transport::Udp,
-            other => return Err(format!("unknown protocol: {}", clipped(other, MAX_TEXT))),
+        let transport = match new.protocol.as_deref() {
+            _ if host.is_empty() || port == 0 => return Err(INCOMPLETE.to_owned()),
+            None | Some("") => return Err(INCOMPLETE.to_owned()),
+            Some("tcp") => Transport::Tcp,
+            Some("udp") => Transport::Udp,
+            Some(other) => return Err(format!("unknown protocol: {}", clipped(other, MAX_TEXT))),
         };
         Ok(Target { host, port, transport })
-    }
-
-    fn parse(body: &[u8]) -> Result<(String, u16, String), DecodeError> {
-        let mut cursor = Cursor::new(body);
-        let (mut host, mut port, mut protocol) = (String::new(), 0, String::new());
-        for _ in 0..cursor.map("the body")?.unwrap_or(0) {
-            match cursor.value()? {
-                Value::Blob(b"remote_host") => host = text(&mut cursor, "remote_host")?,
-                Value::Blob(b"remote_port") => {
-                    port = match cursor.value()? {
-                        Value::Nil => 0,
-                        Value::Int(n) => u16::try_from(n).map_err(|_| DecodeError::Range("remote_port"))?,
-                        _ => return Err(DecodeError::Value("remote_port")),
-                    }
-                }
-                Value::Blob(b"protocol") => protocol = text(&mut cursor, "protocol")?,
-                _ => cursor.skip()?,
-            }
-        }
-        Ok((host, port, protocol))
-    }
-}
-
-fn text(cursor: &mut Cursor<'_>, what: &'static str) -> Result<String, DecodeError> {
-    match cursor.value()? {
-        Value::Nil => Ok(String::new()),
-        Value::Blob(bytes) => Ok(String::from_utf8_lossy(bytes).into_owned()),
-        _ => Err(DecodeError::Value(what)),
     }
 }
 

@@ -6,6 +6,7 @@
 //! - `offset` and `status` are 64-bit integers whatever their value: Go clients assert the type `int64`.
 
 use std::fmt;
+use std::io::Write;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use rmp::{Marker, encode};
 
 use super::MAX_ID;
 pub(crate) use super::msgpack::DecodeError;
-use super::msgpack::{Cursor, Value};
+use super::msgpack::{Cursor, MapWriter, Value};
 
 /// Limit of a header in bytes: as much as the reference agent accepts for a message. Answers and log lines repeat
 /// parts of it.
@@ -118,34 +119,23 @@ impl Props {
     #[must_use]
     pub(crate) fn readable(&self) -> Self {
         let mut cursor = Cursor::new(&self.raw);
-        let (mut count, mut pairs) = (0, Vec::new());
+        let mut kept = MapWriter::new();
         for _ in 0..cursor.map("props").ok().flatten().unwrap_or(0) {
-            let Ok(name) = cursor.value() else { break };
-            let start = cursor.rest();
-            let Ok(value) = cursor.value() else { break };
-            let good = match value {
-                Value::Other(marker) => matches!(marker, Marker::True | Marker::False),
-                Value::Blob(text) => text.len() <= MAX_ID,
+            let (Ok(name), Ok(value)) = (cursor.value(), cursor.raw()) else { break };
+            let good = match Cursor::new(value).value() {
+                Ok(Value::Other(marker)) => matches!(marker, Marker::True | Marker::False),
+                Ok(Value::Blob(text)) => text.len() <= MAX_ID,
                 _ => true,
             };
             if let (Value::Blob(name), true) = (name, good)
                 && let Ok(name) = std::str::from_utf8(name)
                 && name.len() <= MAX_ID
-                && pairs.len() <= MAX_READABLE
+                && kept.len() <= MAX_READABLE
             {
-                count += 1;
-                // Writing to a Vec doesn't fail.
-                let _ = encode::write_str(&mut pairs, name);
-                pairs.extend_from_slice(&start[..start.len() - cursor.rest().len()]);
+                kept = kept.with(name, |out| out.write_all(value));
             }
         }
-        if count == 0 {
-            return Props::new();
-        }
-        let mut raw = Vec::with_capacity(5 + pairs.len());
-        let _ = encode::write_map_len(&mut raw, count);
-        raw.append(&mut pairs);
-        Props { raw: raw.into() }
+        if kept.len() == 0 { Props::new() } else { Props { raw: kept.finish().into() } }
     }
 
     /// The last value under `key`, as in Go's maps. nil counts as absent.
@@ -239,26 +229,50 @@ impl Frame {
     pub fn decode(message: &Bytes) -> Result<Self, DecodeError> {
         let mut cursor = Cursor::new(message);
         let mut header = None;
-        let mut body = Bytes::new();
+        let mut body: &[u8] = &[];
         for _ in 0..cursor.map("the message")?.unwrap_or(0) {
             match cursor.value()? {
                 Value::Blob(b"hdr") => {
                     let before = cursor.rest().len();
-                    header = Header::decode(&mut cursor, message)?;
+                    header = Frame::decode_header(&mut cursor)?;
                     if before - cursor.rest().len() > MAX_HEADER {
                         return Err(DecodeError::Range("the header's length"));
                     }
                 }
-                Value::Blob(b"body") => body = blob(&mut cursor, "body", message)?,
+                Value::Blob(b"body") => body = blob(&mut cursor, "body")?,
                 _ => cursor.skip()?,
             }
         }
         // A slice keeps the whole message in memory, but `held` counts only the body.
-        if body.len() < message.len() / 4 * 3 {
-            body = Bytes::copy_from_slice(&body);
+        let body = match body.len() < message.len() / 4 * 3 {
+            true => Bytes::copy_from_slice(body),
+            false => message.slice_ref(body),
+        };
+        Ok(header.ok_or(DecodeError::NoHeader)?.with_body(body))
+    }
+
+    /// All but the body; `None` for nil.
+    fn decode_header(cursor: &mut Cursor<'_>) -> Result<Option<Self>, DecodeError> {
+        let Some(fields) = cursor.map("the header")? else { return Ok(None) };
+        let mut frame = Frame::new(0, "", None);
+        for _ in 0..fields {
+            match cursor.value()? {
+                Value::Blob(b"proto") => {
+                    let proto =
+                        cursor.typed("proto", |v| if let Value::Int(n) = v { Some(n) } else { None })?;
+                    frame.proto = proto.unwrap_or(0).try_into().map_err(|_| DecodeError::Range("proto"))?;
+                }
+                Value::Blob(b"typ") => frame.typ = text(cursor, "typ")?,
+                Value::Blob(b"sid") => frame.sid = SessionId::new(&text(cursor, "sid")?),
+                Value::Blob(b"props") => {
+                    let raw = cursor.raw()?;
+                    let empty = Cursor::new(raw).map("props")?.unwrap_or(0) == 0;
+                    frame.props.raw = if empty { Bytes::new() } else { Bytes::copy_from_slice(raw) };
+                }
+                _ => cursor.skip()?,
+            }
         }
-        let Header { proto, typ, sid, props } = header.ok_or(DecodeError::NoHeader)?;
-        Ok(Frame { proto, typ, sid, props, body })
+        Ok(Some(frame))
     }
 
     pub fn encode(&self) -> Vec<u8> {
@@ -312,68 +326,13 @@ impl Frame {
     }
 }
 
-struct Header {
-    proto: u16,
-    typ: String,
-    sid: Option<SessionId>,
-    props: Props,
+fn blob<'a>(cursor: &mut Cursor<'a>, what: &'static str) -> Result<&'a [u8], DecodeError> {
+    let blob = cursor.typed(what, |v| if let Value::Blob(bytes) = v { Some(bytes) } else { None })?;
+    Ok(blob.unwrap_or_default())
 }
 
-impl Header {
-    fn decode(cursor: &mut Cursor<'_>, message: &Bytes) -> Result<Option<Self>, DecodeError> {
-        let Some(fields) = cursor.map("the header")? else { return Ok(None) };
-        let mut header = Header { proto: 0, typ: String::new(), sid: None, props: Props::new() };
-        for _ in 0..fields {
-            match cursor.value()? {
-                Value::Blob(b"proto") => header.proto = int(cursor, "proto")?,
-                Value::Blob(b"typ") => header.typ = text(cursor, "typ", message)?,
-                Value::Blob(b"sid") => header.sid = SessionId::new(&text(cursor, "sid", message)?),
-                Value::Blob(b"props") => header.props = props(cursor)?,
-                _ => cursor.skip()?,
-            }
-        }
-        Ok(Some(header))
-    }
-}
-
-fn int(cursor: &mut Cursor<'_>, what: &'static str) -> Result<u16, DecodeError> {
-    match typed(cursor, what, |v| matches!(v, Value::Int(_)))? {
-        Value::Int(n) => u16::try_from(n).map_err(|_| DecodeError::Range(what)),
-        _ => Ok(0),
-    }
-}
-
-fn blob(cursor: &mut Cursor<'_>, what: &'static str, message: &Bytes) -> Result<Bytes, DecodeError> {
-    match typed(cursor, what, |v| matches!(v, Value::Blob(_)))? {
-        Value::Blob(bytes) => Ok(message.slice_ref(bytes)),
-        _ => Ok(Bytes::new()),
-    }
-}
-
-fn text(cursor: &mut Cursor<'_>, what: &'static str, message: &Bytes) -> Result<String, DecodeError> {
-    Ok(String::from_utf8_lossy(&blob(cursor, what, message)?).into_owned())
-}
-
-/// The next value if it is nil or of the wanted kind.
-fn typed<'a>(
-    cursor: &mut Cursor<'a>,
-    what: &'static str,
-    wanted: impl FnOnce(&Value<'a>) -> bool,
-) -> Result<Value<'a>, DecodeError> {
-    let found = cursor.rest().first().map_or(rmp::Marker::Reserved, |b| rmp::Marker::from_u8(*b));
-    let value = cursor.value()?;
-    if value == Value::Nil || wanted(&value) { Ok(value) } else { Err(DecodeError::Type { what, found }) }
-}
-
-fn props(cursor: &mut Cursor<'_>) -> Result<Props, DecodeError> {
-    let start = cursor.rest();
-    if cursor.map("props")?.unwrap_or(0) == 0 {
-        return Ok(Props::new());
-    }
-    *cursor = Cursor::new(start);
-    cursor.skip()?;
-    let length = start.len() - cursor.rest().len();
-    Ok(Props { raw: Bytes::copy_from_slice(&start[..length]) })
+fn text(cursor: &mut Cursor<'_>, what: &'static str) -> Result<String, DecodeError> {
+    Ok(String::from_utf8_lossy(blob(cursor, what)?).into_owned())
 }
 
 #[cfg(test)]

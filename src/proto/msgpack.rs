@@ -1,9 +1,22 @@
-//! A msgpack reader for the envelope, which accepts any width and order and copies nothing, and a writer for maps.
+//! Msgpack: a reader for the envelope, which accepts any width and order and copies nothing, one for typed bodies, and
+//! a writer for maps.
 //!
-//! No recursion, so that nesting can't exhaust a stack, and no allocation by a length that a message claims.
+//! No recursion without bound, so that nesting can't exhaust a stack, and no allocation by a length that a message
+//! claims.
 
 use rmp::{Marker, encode};
+use serde::Deserialize;
 use thiserror::Error;
+
+/// Bodies are flat; deeper nesting is an attempt to exhaust the stack.
+const MAX_DEPTH: usize = 16;
+
+/// Reads a typed body: integers of any width, texts as str or bin; unknown keys are skipped.
+pub fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, rmp_serde::decode::Error> {
+    let mut deserializer = rmp_serde::Deserializer::from_read_ref(body);
+    deserializer.set_max_depth(MAX_DEPTH);
+    T::deserialize(&mut deserializer)
+}
 
 #[derive(Debug, Error, PartialEq)]
 pub enum DecodeError {
@@ -55,106 +68,118 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
-        let (taken, rest) = self.rest.split_first_chunk().ok_or(DecodeError::Truncated)?;
-        self.rest = rest;
-        Ok(*taken)
+    fn marker(&self) -> Result<Marker, DecodeError> {
+        self.rest.first().map(|byte| Marker::from_u8(*byte)).ok_or(DecodeError::Truncated)
     }
 
-    fn marker(&mut self) -> Result<Marker, DecodeError> {
-        Ok(Marker::from_u8(self.array::<1>()?[0]))
+    /// Reads a marker and its own bytes. Also returns the number of values nested in it, which are still unread.
+    fn element(&mut self) -> Result<(Marker, &'a [u8], u64), DecodeError> {
+        let marker = self.marker()?;
+        self.take(1)?;
+        let (bytes, inner) = match marker {
+            Marker::Null | Marker::True | Marker::False | Marker::FixPos(_) | Marker::FixNeg(_) => (0, 0),
+            Marker::U8 | Marker::I8 => (1, 0),
+            Marker::U16 | Marker::I16 => (2, 0),
+            Marker::U32 | Marker::I32 | Marker::F32 => (4, 0),
+            Marker::U64 | Marker::I64 | Marker::F64 => (8, 0),
+            Marker::FixStr(n) => (n.into(), 0),
+            Marker::Str8 | Marker::Bin8 => (self.length(1)?, 0),
+            Marker::Str16 | Marker::Bin16 => (self.length(2)?, 0),
+            Marker::Str32 | Marker::Bin32 => (self.length(4)?, 0),
+            // An extension has one byte of type besides its data.
+            Marker::FixExt1 => (2, 0),
+            Marker::FixExt2 => (3, 0),
+            Marker::FixExt4 => (5, 0),
+            Marker::FixExt8 => (9, 0),
+            Marker::FixExt16 => (17, 0),
+            Marker::Ext8 => (self.length(1)?.saturating_add(1), 0),
+            Marker::Ext16 => (self.length(2)?.saturating_add(1), 0),
+            Marker::Ext32 => (self.length(4)?.saturating_add(1), 0),
+            Marker::FixArray(n) => (0, n.into()),
+            Marker::Array16 => (0, self.length(2)? as u64),
+            Marker::Array32 => (0, self.length(4)? as u64),
+            Marker::FixMap(n) => (0, 2 * u64::from(n)),
+            Marker::Map16 => (0, 2 * self.length(2)? as u64),
+            Marker::Map32 => (0, 2 * self.length(4)? as u64),
+            found @ Marker::Reserved => return Err(DecodeError::Type { what: "a value", found }),
+        };
+        Ok((marker, self.take(bytes)?, inner))
     }
 
     fn length(&mut self, width: usize) -> Result<usize, DecodeError> {
-        let bytes = self.take(width)?;
         // At most four bytes; usize has 32 bits at least on every target.
-        Ok(bytes.iter().fold(0, |n, b| n << 8 | usize::from(*b)))
+        Ok(number(self.take(width)?) as usize)
+    }
+
+    fn skip_values(&mut self, mut count: u64) -> Result<(), DecodeError> {
+        // Each value takes a byte at least, so a message's end bounds the loop whatever it claims.
+        while count > 0 {
+            let (_, _, inner) = self.element()?;
+            count = (count - 1).saturating_add(inner);
+        }
+        Ok(())
+    }
+
+    /// Skips the next value, however deep.
+    pub(crate) fn skip(&mut self) -> Result<(), DecodeError> {
+        self.skip_values(1)
+    }
+
+    /// Skips the next value and returns its bytes.
+    pub(crate) fn raw(&mut self) -> Result<&'a [u8], DecodeError> {
+        let start = self.rest;
+        self.skip()?;
+        Ok(&start[..start.len() - self.rest.len()])
     }
 
     /// Reads a map's header and returns the number of pairs; `None` for nil.
     pub(crate) fn map(&mut self, what: &'static str) -> Result<Option<usize>, DecodeError> {
-        match self.marker()? {
-            Marker::Null => Ok(None),
-            Marker::FixMap(n) => Ok(Some(usize::from(n))),
-            Marker::Map16 => self.length(2).map(Some),
-            Marker::Map32 => self.length(4).map(Some),
-            found => Err(DecodeError::Type { what, found }),
+        match self.element()? {
+            (Marker::Null, ..) => Ok(None),
+            (Marker::FixMap(_) | Marker::Map16 | Marker::Map32, _, inner) => {
+                Ok(Some(usize::try_from(inner / 2).unwrap_or(usize::MAX)))
+            }
+            (found, ..) => Err(DecodeError::Type { what, found }),
         }
     }
 
     /// Reads the next value, and skips the contents of maps and arrays.
     pub(crate) fn value(&mut self) -> Result<Value<'a>, DecodeError> {
-        let start = *self;
-        let marker = self.marker()?;
+        let (marker, bytes, inner) = self.element()?;
+        self.skip_values(inner)?;
         Ok(match marker {
             Marker::Null => Value::Nil,
             Marker::FixPos(n) => Value::Int(n.into()),
             Marker::FixNeg(n) => Value::Int(n.into()),
-            Marker::U8 => Value::Int(u8::from_be_bytes(self.array()?).into()),
-            Marker::U16 => Value::Int(u16::from_be_bytes(self.array()?).into()),
-            Marker::U32 => Value::Int(u32::from_be_bytes(self.array()?).into()),
-            Marker::U64 => Value::Int(u64::from_be_bytes(self.array()?).into()),
-            Marker::I8 => Value::Int(i8::from_be_bytes(self.array()?).into()),
-            Marker::I16 => Value::Int(i16::from_be_bytes(self.array()?).into()),
-            Marker::I32 => Value::Int(i32::from_be_bytes(self.array()?).into()),
-            Marker::I64 => Value::Int(i64::from_be_bytes(self.array()?).into()),
-            Marker::F32 => Value::Float(f32::from_be_bytes(self.array()?).into()),
-            Marker::F64 => Value::Float(f64::from_be_bytes(self.array()?)),
-            Marker::FixStr(n) => Value::Blob(self.take(n.into())?),
-            Marker::Str8 | Marker::Bin8 => self.blob(1)?,
-            Marker::Str16 | Marker::Bin16 => self.blob(2)?,
-            Marker::Str32 | Marker::Bin32 => self.blob(4)?,
-            other => {
-                *self = start;
-                self.skip()?;
-                Value::Other(other)
-            }
+            Marker::U8 | Marker::U16 | Marker::U32 | Marker::U64 => Value::Int(number(bytes).into()),
+            Marker::I8 => Value::Int((number(bytes) as i8).into()),
+            Marker::I16 => Value::Int((number(bytes) as i16).into()),
+            Marker::I32 => Value::Int((number(bytes) as i32).into()),
+            Marker::I64 => Value::Int((number(bytes) as i64).into()),
+            Marker::F32 => Value::Float(f32::from_bits(number(bytes) as u32).into()),
+            Marker::F64 => Value::Float(f64::from_bits(number(bytes))),
+            Marker::FixStr(_) | Marker::Str8 | Marker::Str16 | Marker::Str32 => Value::Blob(bytes),
+            Marker::Bin8 | Marker::Bin16 | Marker::Bin32 => Value::Blob(bytes),
+            other => Value::Other(other),
         })
     }
 
-    fn blob(&mut self, width: usize) -> Result<Value<'a>, DecodeError> {
-        let n = self.length(width)?;
-        Ok(Value::Blob(self.take(n)?))
-    }
-
-    /// Skips the next value, however deep.
-    pub(crate) fn skip(&mut self) -> Result<(), DecodeError> {
-        let mut values: u64 = 1;
-        while values > 0 {
-            values -= 1;
-            let (bytes, inner) = match self.marker()? {
-                Marker::Null | Marker::True | Marker::False | Marker::FixPos(_) | Marker::FixNeg(_) => (0, 0),
-                Marker::U8 | Marker::I8 => (1, 0),
-                Marker::U16 | Marker::I16 => (2, 0),
-                Marker::U32 | Marker::I32 | Marker::F32 => (4, 0),
-                Marker::U64 | Marker::I64 | Marker::F64 => (8, 0),
-                Marker::FixStr(n) => (n.into(), 0),
-                Marker::Str8 | Marker::Bin8 => (self.length(1)?, 0),
-                Marker::Str16 | Marker::Bin16 => (self.length(2)?, 0),
-                Marker::Str32 | Marker::Bin32 => (self.length(4)?, 0),
-                // An extension has one byte of type besides its data.
-                Marker::FixExt1 => (2, 0),
-                Marker::FixExt2 => (3, 0),
-                Marker::FixExt4 => (5, 0),
-                Marker::FixExt8 => (9, 0),
-                Marker::FixExt16 => (17, 0),
-                Marker::Ext8 => (self.length(1)?.saturating_add(1), 0),
-                Marker::Ext16 => (self.length(2)?.saturating_add(1), 0),
-                Marker::Ext32 => (self.length(4)?.saturating_add(1), 0),
-                Marker::FixArray(n) => (0, u64::from(n)),
-                Marker::Array16 => (0, self.length(2)? as u64),
-                Marker::Array32 => (0, self.length(4)? as u64),
-                Marker::FixMap(n) => (0, 2 * u64::from(n)),
-                Marker::Map16 => (0, 2 * self.length(2)? as u64),
-                Marker::Map32 => (0, 2 * self.length(4)? as u64),
-                found @ Marker::Reserved => return Err(DecodeError::Type { what: "a value", found }),
-            };
-            self.take(bytes)?;
-            // Each value takes a byte at least, so a message's end bounds the loop whatever the count claims.
-            values = values.saturating_add(inner);
+    /// Reads the next value; `None` for nil. An error if `pick` returns `None`.
+    pub(crate) fn typed<T>(
+        &mut self,
+        what: &'static str,
+        pick: impl FnOnce(Value<'a>) -> Option<T>,
+    ) -> Result<Option<T>, DecodeError> {
+        let found = self.marker()?;
+        match self.value()? {
+            Value::Nil => Ok(None),
+            value => pick(value).map(Some).ok_or(DecodeError::Type { what, found }),
         }
-        Ok(())
     }
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte))
 }
 
 /// Writes a map with string keys, as message bodies are. Leaves out `None`.
@@ -167,6 +192,11 @@ pub(crate) struct MapWriter {
 impl MapWriter {
     pub(crate) fn new() -> Self {
         MapWriter::default()
+    }
+
+    /// In bytes, without the map's header.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len()
     }
 
     /// Adds a pair whose value `write` writes. Writing to a Vec doesn't fail.

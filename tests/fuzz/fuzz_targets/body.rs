@@ -49,11 +49,12 @@ fn error(body: &[u8]) {
     assert_eq!(control::parse::<control::Error>(&ours.body).expect("what was written is read"), expected);
 }
 
-/// The last value under each of these keys, as an independent reader finds it; `None` if it finds none or the body
-/// has a byte that msgpack never uses.
+/// The last value under each of these keys, as an independent reader finds it; `None` if it finds none, the body has a
+/// byte that msgpack never uses, or a key is no text: serde takes a number for a field's index.
 fn independent<const N: usize>(body: &[u8], keys: [&str; N]) -> Option<[Value; N]> {
     let body = Some(body).filter(|body| !body.contains(&0xc1))?;
     let Ok(Value::Map(map)) = rmpv::decode::read_value(&mut &body[..]) else { return None };
+    map.iter().all(|(name, _)| bytes(name).is_some()).then_some(())?;
     Some(keys.map(|key| {
         let same = |(name, _): &&(Value, Value)| bytes(name) == Some(key.as_bytes());
         map.iter().rfind(same).map_or(Value::Nil, |(_, value)| value.clone())
