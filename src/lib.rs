@@ -1,10 +1,10 @@
-//! The insides of mender-connect. The program is small enough to be read in an evening; start here.
+//! The parts of mender-connect and how they fit: start here.
 //!
 //! ```text
 //!                 ┌────────────────────────────── mender-connect ───────────────────────────┐
 //!  mender-auth ──▶│ supervisor (main thread)   poll{ D-Bus, signals, wake, next deadline }  │
 //!   over D-Bus    │    Machine: State × Event → State + Actions                             │
-//!                 │      │ dials, closes                      ▲ Connected / Lost(why)       │
+//!                 │      │ dials, closes                      ▲ Connected / Lost(reason)    │
 //!                 │      ▼                                    │                             │
 //!  Mender server  │ link thread: dial ▸ TLS ▸ upgrade, then the blocking reader             │
 //!   (websocket) ─▶│   read ▸ decode ▸ Router{ SessionId → Inbox }   never waits             │
@@ -19,7 +19,8 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | `cli`, `config`, `logging`, `audit` | what the operator says and is told |
+//! | `cli`, `config` | what the operator says |
+//! | `logging`, `audit` | what the operator is told; a thread of its own writes it |
 //! | `check`, `doctor` | commands: what the configuration means, how far the way to the server leads |
 //! | `daemon` | the process: signals, log, panics, privileges |
 //! | `supervisor` | when to connect; signals, reload, what systemd is told |
@@ -35,11 +36,13 @@
 //! Words, each for one thing: a *message* is the websocket's; a *frame* is our decoded unit; a *session* is one
 //! session id's life; a *link* is one websocket's life; a *permit* is a counted right held by a guard.
 //!
-//! Arrows point one way: `run → daemon → supervisor → { auth, link, status → session } → { outbox, audit, config, proto, backoff, sys }`, and beside
-//! the daemon `check` and `doctor`. `link` and `session` don't know each other; the supervisor joins them. A session waits for nobody: its inbox and its share of
-//! the outbox are bounded, and it polls for room. Only the reader reads from the websocket, only the writer writes to
-//! it, and only the session touches its terminal. When the link is gone its router is dropped, which ends the sessions,
-//! and what they own is released when they are dropped.
+//! Arrows point one way: `run → daemon → supervisor → { auth, link, status → session } → { outbox, audit, config,
+//! proto, backoff, sys }`, and beside the daemon `check` and `doctor`. `link` and `session` don't know each other; the
+//! supervisor joins them.
+//!
+//! A session waits for nobody: its inbox and its share of the outbox are bounded, and it polls for room. Only the
+//! reader reads from the websocket, only the writer writes to it, and only the session touches its terminal. When the
+//! link is gone its router is dropped, which ends the sessions, and dropping them releases what they own.
 
 // Not for all of the package: the tests share their harness between crates.
 #![deny(unreachable_pub)]
