@@ -15,7 +15,8 @@ use crate::harness::device::Device;
 use crate::harness::msg::FILES;
 use crate::harness::rest::{Form, Refused, Rest, path_body};
 use crate::harness::rig::{Rig, Setup, is_root, user_name};
-use crate::harness::wait::{SOON, eventually, secs, spawn};
+use crate::harness::trace;
+use crate::harness::wait::{SOON, eventually, secs, skip, spawn};
 
 const OUTSIDE: &str = "access denied: the target file path is outside chroot";
 const LINK: &str = "access denied: forbidden to follow the link";
@@ -151,6 +152,32 @@ fn links_are_followed_only_where_allowed() {
         assert_eq!(get(&device, jail.outside(path)).unwrap().bytes, b"fine");
     }
     put(&device, &Form::to(jail.outside("dir/new")), b"x").unwrap();
+}
+
+/// As on kernels before 5.6, where the boundary rests on following no link below it.
+#[test]
+fn without_openat2_no_link_below_the_chroot_is_followed() {
+    if !trace::is_possible() {
+        return skip("strace is missing");
+    }
+    let jail = Jail::new();
+    let root = &jail.root;
+    symlink("inside", root.join("link")).unwrap();
+    symlink("sub", root.join("dir")).unwrap();
+    symlink("../outside", root.join("out")).unwrap();
+    let limits = json!({ "Chroot": root, "FollowSymLinks": true, "AllowOverwrite": true });
+    let script = "exec strace -D -f -o trace -e trace=openat2 -e inject=openat2:error=ENOSYS \"$@\"";
+    let setup = Setup::new().set("Limits", json!({ "Enabled": true, "FileTransfer": limits }));
+    let (_rig, device) = setup.wrapper(script).connected();
+    let before = jail.state_outside();
+    for path in ["link", "dir/inside", "out/secret"] {
+        assert_eq!(direct_get(&device, &root.join(path)), Err(refused(403, LINK)), "{path}");
+    }
+    denied(put(&device, &Form::to(root.join("out/secret")), b"x"), LINK);
+    denied(put(&device, &Form::to(root.join("../secret")), b"x"), OUTSIDE);
+    assert_eq!(jail.state_outside(), before);
+    put(&device, &Form::to(root.join("sub/../sub/new")), b"x").unwrap();
+    assert_eq!(get(&device, root.join("sub/new")).unwrap().bytes, b"x");
 }
 
 #[test]

@@ -99,7 +99,10 @@ fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<io:
     let Some(limits) = limits else {
         return Ok(open(path, flags | OFlag::O_CLOEXEC, Mode::empty()).map_err(Into::into));
     };
-    let rules = Rules { beneath: limits.chroot.is_some(), follow_links: limits.follow_symlinks };
+    let beneath = limits.chroot.is_some();
+    // Before Linux 5.6 links below a chroot are refused.
+    let follow_links = limits.follow_symlinks && (!beneath || beneath::follows_links());
+    let rules = Rules { beneath, follow_links };
     let (start, rest) = match &limits.chroot {
         // By components: a sibling whose name begins like the chroot's is outside. Its own path may hold links.
         Some(chroot) => (chroot.as_path(), path.strip_prefix(chroot).map_err(|_| Failure::denied(OUTSIDE))?),
