@@ -148,6 +148,21 @@ fn timeout_until(at: Instant) -> PollTimeout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_rename_to_a_new_name_replaces_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("from"), "new").unwrap();
+        std::fs::write(path("taken"), "old").unwrap();
+        let fd = std::fs::File::open(dir.path()).unwrap();
+        let rename = |to: &str| rename_noreplace(fd.as_fd(), OsStr::new("from"), OsStr::new(to));
+        assert_eq!(rename("taken"), Err(Errno::EEXIST));
+        assert_eq!(std::fs::read_to_string(path("taken")).unwrap(), "old");
+        assert_eq!(rename("free"), Ok(()));
+        assert!(path("free").exists() && !path("from").exists());
+    }
 
     #[test]
     fn reasons_are_in_gos_words() {

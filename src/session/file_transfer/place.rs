@@ -335,10 +335,13 @@ pub(crate) struct Replaces {
 impl Replaces {
     /// Checks the file that has the name now.
     pub(crate) fn check(&self, dir: &OwnedFd, name: &OsStr) -> Result<(), Failure> {
-        if self.only_of.is_none() && self.only_of_group.is_none() {
+        if *self == Self::default() {
             return Ok(());
         }
         let Some(stat) = lstat(dir, name, Path::new(name))? else { return Ok(()) };
+        if self.nothing {
+            return Err(Failure::overwrite());
+        }
         if self.only_of.is_some_and(|uid| uid.as_raw() != stat.st_uid) {
             return Err(Failure::denied(OWNER));
         }

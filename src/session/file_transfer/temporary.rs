@@ -1,28 +1,24 @@
 //! The file that an upload is written to before it takes its target's name.
 //!
 //! Where the file system can (O_TMPFILE) it has no name until it is complete and on the disk, so that nothing is left
-//! of it whatever ends this program. Then it is linked to its target's name; to replace a file it is linked to a
-//! name of ours for the moment that rename(2) needs.
-//!
-//! Elsewhere it has that name from the start. The name is made from the target's, and the file is locked while it is
-//! written to. So the remains of an upload that was cut can be told from one in progress and from another program's file:
-//! the next upload to the same target removes it.
+//! of it whatever ends this program. Elsewhere, and to replace a file, it has a name made from the target's and this
+//! process's stamp: the next upload to the same target removes what another process has left.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use data_encoding::HEXLOWER;
 use log::{debug, info};
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, fchmod, fstat, fstatat};
-use nix::unistd::{UnlinkatFlags, fchown, fsync, geteuid, linkat, unlinkat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat};
+use nix::sys::stat::{Mode, fchmod, fstat};
+use nix::unistd::{UnlinkatFlags, fchown, fsync, linkat, unlinkat};
 use sha2::{Digest, Sha256};
 
 use super::place::{Attributes, Failure, Replaces, Target};
@@ -30,12 +26,11 @@ use crate::sys::rename_noreplace;
 
 /// No read permission: nobody may read an incomplete file.
 const MODE: Mode = Mode::S_IWUSR;
-const ATTEMPTS: u32 = 100;
 
 /// An upload's file. Removed on drop, unless it was committed.
 #[derive(Debug)]
 pub(crate) struct Temporary {
-    file: Flock<File>,
+    file: File,
     dir: OwnedFd,
     /// The temporary name, if it has one.
     name: Option<OsString>,
@@ -52,58 +47,52 @@ pub(crate) enum CommitError {
     Denied(Failure),
 }
 
-/// The prefix of a target's temporary files: hidden, and of a fixed length whatever the target's name.
+/// The prefix of a target's temporary names: hidden, and of a fixed length whatever the target's name.
 fn prefix(target: &OsStr) -> String {
     let digest = Sha256::digest(target.as_bytes());
     format!(".mender-connect-{}-", HEXLOWER.encode(&digest[..8]))
 }
 
-/// Temporary names that no upload of this process has used yet.
-fn fresh_names(target: &OsStr) -> impl Iterator<Item = OsString> + use<> {
+/// Part of this process's temporary names only. A process id wouldn't do: after a reboot it may be the same.
+fn stamp() -> &'static str {
+    static STAMP: OnceLock<String> = OnceLock::new();
+    STAMP.get_or_init(|| format!("{:x}-", getrandom::u64().unwrap_or_else(|_| std::process::id().into())))
+}
+
+fn fresh_name(target: &OsStr) -> OsString {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
-    let prefix = prefix(target);
-    let number = || COUNTER.fetch_add(1, Ordering::Relaxed);
-    (0..ATTEMPTS).map(move |_| format!("{prefix}{:x}-{:x}", std::process::id(), number()).into())
+    format!("{}{}{:x}", prefix(target), stamp(), COUNTER.fetch_add(1, Ordering::Relaxed)).into()
 }
 
 impl Temporary {
-    /// Creates the file for `target`, after removing those that earlier uploads to it have left behind.
+    /// Creates the file for `target`, after removing those that other processes' uploads to it have left behind.
     pub(crate) fn create(target: &Target) -> io::Result<Self> {
-        remove_stale(&target.dir, &prefix(&target.name));
-        Self::without_name(target).map_or_else(|| Self::with_name(target), Ok)
+        remove_left_over(target);
+        match Self::without_name(target) {
+            Some(temporary) => Ok(temporary),
+            None => Self::with_name(target),
+        }
     }
 
-    /// Creates an unnamed file; `None` if that fails for any reason: `create`'s other way reports the error.
+    /// `None` if that fails for any reason: the other way reports the error.
     fn without_name(target: &Target) -> Option<Self> {
         let flags = OFlag::O_TMPFILE | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
         let file = File::from(openat(&target.dir, ".", flags, MODE).ok()?);
         // Checks early that linking works: "." always exists, which is the last reason for linkat(2) to refuse.
         (link(&file, &target.dir, OsStr::new(".")) == Err(Errno::EEXIST)).then_some(())?;
-        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()?;
         Some(Self::new(file, target.dir.try_clone().ok()?, None, target))
     }
 
     fn with_name(target: &Target) -> io::Result<Self> {
-        for name in fresh_names(&target.name) {
-            // First of all: without it the file couldn't be removed.
-            let dir = target.dir.try_clone()?;
-            let flags =
-                OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let fd = match openat(&target.dir, name.as_os_str(), flags, MODE) {
-                Err(Errno::EEXIST) => continue,
-                other => other?,
-            };
-            // Before it was locked another upload may have taken it for left over.
-            let Ok(file) = Flock::lock(File::from(fd), FlockArg::LockExclusiveNonblock) else { continue };
-            let temporary = Self::new(file, dir, Some(name), target);
-            if fstat(&*temporary.file)?.st_nlink == 1 {
-                return Ok(temporary);
-            }
-        }
-        Err(Errno::EEXIST.into())
+        let name = fresh_name(&target.name);
+        // First of all: without it the file couldn't be removed.
+        let dir = target.dir.try_clone()?;
+        let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let file = openat(&dir, name.as_os_str(), flags, MODE)?.into();
+        Ok(Self::new(file, dir, Some(name), target))
     }
 
-    fn new(file: Flock<File>, dir: OwnedFd, name: Option<OsString>, target: &Target) -> Self {
+    fn new(file: File, dir: OwnedFd, name: Option<OsString>, target: &Target) -> Self {
         Temporary { file, dir, name, target: target.name.clone(), given_up: Arc::default() }
     }
 
@@ -118,7 +107,7 @@ impl Temporary {
         self.give_to_owner(&attributes).map_err(CommitError::Owner)?;
         let mode = Mode::from_bits_truncate(attributes.mode);
         fchmod(self.file.as_fd(), mode).map_err(CommitError::Permissions)?;
-        fsync(&*self.file).map_err(CommitError::Commit)?;
+        fsync(&self.file).map_err(CommitError::Commit)?;
         self.take_name(&attributes.replaces)?;
         match fsync(&self.dir) {
             // Some file systems can't, and a directory opened by path alone can't either.
@@ -130,7 +119,7 @@ impl Temporary {
     /// Changes only the ids that differ, and ignores a failure if the client didn't ask for the id: FAT, exFAT, NTFS
     /// and CIFS keep no owners and answer EPERM.
     fn give_to_owner(&self, wanted: &Attributes) -> nix::Result<()> {
-        let now = fstat(&*self.file)?;
+        let now = fstat(&self.file)?;
         // The group first: without CAP_CHOWN only the owner may change it.
         if now.st_gid != wanted.gid.as_raw() {
             let changed = fchown(self.file.as_fd(), None, Some(wanted.gid));
@@ -143,43 +132,40 @@ impl Temporary {
         Ok(())
     }
 
+    /// Takes the target's name. Of the ways that the limits allow the best one that the file system supports.
     fn take_name(&mut self, replaces: &Replaces) -> Result<(), CommitError> {
         if self.given_up.load(Ordering::SeqCst) {
             return Err(CommitError::Commit(Errno::ECANCELED));
         }
-        let failed = |e| match e {
-            Errno::EEXIST if replaces.nothing => CommitError::Denied(Failure::overwrite()),
-            e => CommitError::Commit(e),
+        // A link replaces nothing, and no kill can come in between. A temporary name is removed on drop.
+        let linked = link(&self.file, &self.dir, &self.target);
+        let name = match (linked, &self.name) {
+            (Ok(()), _) => return Ok(()),
+            (Err(Errno::EEXIST), _) if replaces.nothing => {
+                return Err(CommitError::Denied(Failure::overwrite()));
+            }
+            (Err(_), Some(name)) => name,
+            (Err(Errno::EEXIST), None) => {
+                let name = fresh_name(&self.target);
+                link(&self.file, &self.dir, &name).map_err(CommitError::Commit)?;
+                self.name.insert(name)
+            }
+            (Err(e), None) => return Err(CommitError::Commit(e)),
         };
-        if self.name.is_none() {
-            match link(&self.file, &self.dir, &self.target) {
-                // A link replaces nothing.
-                Err(Errno::EEXIST) if !replaces.nothing => {
-                    self.name = Some(self.link_aside().map_err(CommitError::Commit)?);
-                }
-                other => return other.map_err(failed),
+        if replaces.nothing {
+            // FAT and exFAT have no hard links. By FUSE they don't know RENAME_NOREPLACE either, nor do old kernels.
+            match rename_noreplace(self.dir.as_fd(), name, &self.target) {
+                Err(Errno::EEXIST) => return Err(CommitError::Denied(Failure::overwrite())),
+                Err(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP) => {}
+                other => return other.map_err(CommitError::Commit),
             }
         }
-        let Some(name) = &self.name else { return Ok(()) };
-        if replaces.nothing {
-            rename_to_new(&self.dir, name, &self.target).map_err(failed)?;
-        } else {
-            replaces.check(&self.dir, &self.target).map_err(CommitError::Denied)?;
-            rename(&self.dir, name, &self.target).map_err(failed)?;
-        }
+        // Between the check and rename(2) another program may still create the file.
+        replaces.check(&self.dir, &self.target).map_err(CommitError::Denied)?;
+        renameat(&self.dir, name.as_os_str(), &self.dir, self.target.as_os_str())
+            .map_err(CommitError::Commit)?;
         self.name = None;
         Ok(())
-    }
-
-    /// Gives an unnamed file a temporary name.
-    fn link_aside(&self) -> nix::Result<OsString> {
-        for name in fresh_names(&self.target) {
-            match link(&self.file, &self.dir, &name) {
-                Err(Errno::EEXIST) => {}
-                other => return other.map(|()| name),
-            }
-        }
-        Err(Errno::EEXIST)
     }
 
     /// A handle to cancel the file while another thread commits it; without effect after the commit.
@@ -215,50 +201,13 @@ impl Remover {
     }
 }
 
-/// Names an unnamed file. The first way needs /proc, the second a capability that not every root has.
+/// Gives an open file a name, or another one. The first way needs /proc, the second a capability that not every root
+/// has.
 fn link(file: &File, dir: &OwnedFd, name: &OsStr) -> nix::Result<()> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     match linkat(AT_FDCWD, path.as_str(), dir, name, AtFlags::AT_SYMLINK_FOLLOW) {
         Err(Errno::ENOENT) => linkat(file, "", dir, name, AtFlags::AT_EMPTY_PATH),
         other => other,
-    }
-}
-
-fn rename(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
-    renameat(dir, from, dir, to)
-}
-
-type Rename = fn(&OwnedFd, &OsStr, &OsStr) -> nix::Result<()>;
-
-/// Ways to rename a file without replacing another one, best first. They answer EEXIST if the new name is taken.
-const WAYS_TO_NEW: [Rename; 3] =
-    [|dir, from, to| rename_noreplace(dir.as_fd(), from, to), link_and_remove, look_and_rename];
-
-/// Renames a file in the first of these ways that the file system supports.
-fn rename_to_new(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
-    let mut result = Err(Errno::EINVAL);
-    for way in WAYS_TO_NEW {
-        result = way(dir, from, to);
-        // NFS and many FUSE file systems don't know RENAME_NOREPLACE, FAT and exFAT have no hard links.
-        if !matches!(result, Err(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP)) {
-            break;
-        }
-    }
-    result
-}
-
-fn link_and_remove(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
-    linkat(dir, from, dir, to, AtFlags::empty())?;
-    remove(dir, from);
-    Ok(())
-}
-
-/// The last resort: between the check and rename(2) another program may still create the file.
-fn look_and_rename(dir: &OwnedFd, from: &OsStr, to: &OsStr) -> nix::Result<()> {
-    match fstatat(dir, to, AtFlags::AT_SYMLINK_NOFOLLOW) {
-        Ok(_) => Err(Errno::EEXIST),
-        Err(Errno::ENOENT) => rename(dir, from, to),
-        Err(e) => Err(e),
     }
 }
 
@@ -269,27 +218,19 @@ fn remove(dir: &OwnedFd, name: &OsStr) {
     }
 }
 
-/// Removes the files with `prefix` that are provably left over: ours by name and owner, plain, with no other name,
-/// and not locked by an upload in progress.
-fn remove_stale(dir: &OwnedFd, prefix: &str) {
+/// Removes files with a temporary name of the target's that isn't this process's: there is one agent at a time.
+fn remove_left_over(target: &Target) {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let Ok(mut listing) = Dir::openat(dir, ".", flags, Mode::empty()) else { return };
+    let Ok(mut listing) = Dir::openat(&target.dir, ".", flags, Mode::empty()) else { return };
+    let prefix = prefix(&target.name);
     for entry in listing.iter().flatten() {
-        let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        if name.as_bytes().starts_with(prefix.as_bytes()) && is_stale(dir, name) {
+        let Some(rest) = entry.file_name().to_bytes().strip_prefix(prefix.as_bytes()) else { continue };
+        if !rest.starts_with(stamp().as_bytes()) {
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
             info!("removing {}, left over from an earlier upload", name.display());
-            remove(dir, name);
+            remove(&target.dir, name);
         }
     }
-}
-
-fn is_stale(dir: &OwnedFd, name: &OsStr) -> bool {
-    let flags = OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let Ok(fd) = openat(dir, name, flags, Mode::empty()) else { return false };
-    let ours = fstat(&fd).is_ok_and(|stat| {
-        stat.st_mode & 0o170_000 == 0o100_000 && stat.st_uid == geteuid().as_raw() && stat.st_nlink == 1
-    });
-    ours && Flock::lock(fd, FlockArg::LockExclusiveNonblock).is_ok()
 }
 
 #[cfg(test)]
@@ -385,23 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn no_way_to_a_new_name_replaces_a_file() {
-        for way in WAYS_TO_NEW.into_iter().chain([rename_to_new as Rename]) {
-            let dir = tempfile::tempdir().unwrap();
-            let path = |name: &str| dir.path().join(name);
-            let fd = File::open(dir.path()).unwrap().into();
-            fs::write(path("from"), "new").unwrap();
-            fs::write(path("taken"), "old").unwrap();
-            assert_eq!(way(&fd, OsStr::new("from"), OsStr::new("taken")), Err(Errno::EEXIST));
-            assert_eq!(fs::read_to_string(path("taken")).unwrap(), "old");
-            assert_eq!(way(&fd, OsStr::new("from"), OsStr::new("free")), Ok(()));
-            assert_eq!(fs::read_to_string(path("free")).unwrap(), "new");
-            assert_eq!(names(dir.path()), ["free", "taken"]);
-        }
-    }
-
-    #[test]
-    fn only_what_is_left_over_and_ours_is_removed() {
+    fn only_what_another_process_has_left_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let place = target(dir.path(), "t");
         let under_way = Temporary::with_name(&place).unwrap();
@@ -409,15 +334,15 @@ mod tests {
         let path = |name: &str| dir.path().join(name);
         fs::write(path(&format!("{ours}dead-0")), "left over").unwrap();
         fs::write(path("someone"), "else's").unwrap();
-        fs::hard_link(path("someone"), path(&format!("{ours}hard-link"))).unwrap();
         std::os::unix::fs::symlink("someone", path(&format!("{ours}link"))).unwrap();
         fs::create_dir(path(&format!("{ours}dir"))).unwrap();
         fs::write(path(&format!("{}dead-0", prefix(OsStr::new("other")))), "another target's").unwrap();
         let before = names(dir.path());
-        let second = Temporary::create(&place).unwrap();
-        drop(second);
-        let gone: Vec<String> = before.into_iter().filter(|n| !names(dir.path()).contains(n)).collect();
-        assert_eq!(gone, [format!("{ours}dead-0")]);
+        drop(Temporary::create(&place).unwrap());
+        let mut gone: Vec<String> = before.into_iter().filter(|n| !names(dir.path()).contains(n)).collect();
+        gone.sort();
+        assert_eq!(gone, [format!("{ours}dead-0"), format!("{ours}link")]);
+        assert_eq!(fs::read_to_string(path("someone")).unwrap(), "else's");
         under_way.commit(attributes(0o600)).unwrap();
         assert!(path("t").exists());
     }
