@@ -1,8 +1,7 @@
 //! Where a file is, and whether it may be touched: Limits.FileTransfer as a boundary.
 //!
-//! A path is resolved once, by the kernel's rules for staying beneath the chroot and for links, into a
-//! descriptor. Every check after that is about the descriptor, so nothing can be exchanged between a check and what it
-//! was for.
+//! A path is resolved once, by [`beneath`]'s rules, into a descriptor. Every check after that is about the descriptor, so
+//! nothing can be exchanged between a check and what it was for.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -12,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open};
-use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{Gid, Group, Uid, User};
 
 use crate::config::FileLimits;
@@ -28,12 +27,14 @@ const OVERWRITE: &str = "forbidden to overwrite the file";
 const OWNER: &str = "the file owner does not match";
 const GROUP: &str = "the file group does not match";
 
+const OVER_DIRECTORY: &str = "conflicting file path: cannot overwrite directory";
+
 /// Set-uid and set-gid in a requested mode: as chmod(2) has them, and as Go does.
 const SET_ID: u32 = 0o6000 | 1 << 23 | 1 << 22;
 
-/// Why a request is refused, for the client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
+    /// For the client.
     pub(crate) text: String,
     /// Denied by the limits, not by the system.
     pub(crate) denied: bool,
@@ -48,12 +49,10 @@ impl Failure {
         Failure { text: format!("access denied: {limit}"), denied: true }
     }
 
-    /// MaxFileSize is exceeded.
     pub(crate) fn too_large() -> Self {
         Self::denied(TOO_LARGE)
     }
 
-    /// AllowOverwrite forbids it.
     pub(crate) fn overwrite() -> Self {
         Self::denied(OVERWRITE)
     }
@@ -72,26 +71,17 @@ pub(crate) struct Source {
     pub(crate) stat: FileStat,
 }
 
-/// A place that may be written.
+/// A place that may be written: `name` in `dir`.
 #[derive(Debug)]
 pub(crate) struct Target {
     pub(crate) dir: OwnedFd,
-    /// In `dir`.
     pub(crate) name: OsString,
-    /// The whole path, for people.
+    /// The whole path, for messages.
     pub(crate) path: PathBuf,
 }
 
-fn kind(stat: &FileStat) -> u32 {
-    stat.st_mode & 0o170_000
-}
-
-fn is_regular(stat: &FileStat) -> bool {
-    kind(stat) == 0o100_000
-}
-
-fn is_directory(stat: &FileStat) -> bool {
-    kind(stat) == 0o040_000
+fn kind(stat: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
 }
 
 /// Opens `path` as the limits allow. A violated limit is a [`Failure`], a failed system call the inner error.
@@ -108,17 +98,16 @@ fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<io:
         Some(chroot) => (chroot.as_path(), path.strip_prefix(chroot).map_err(|_| Failure::denied(OUTSIDE))?),
         None => (Path::new("."), path),
     };
-    let rest = if rest.as_os_str().is_empty() { Path::new(".") } else { rest };
+    let mut rest = if rest.as_os_str().is_empty() { OsString::from(".") } else { rest.into() };
     // Stripping a prefix drops a slash at the end, by which a directory is meant.
-    let mut rest = rest.as_os_str().to_owned();
     if path.as_os_str().as_bytes().ends_with(b"/") {
         rest.push("/");
     }
-    let start = match open(start, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()) {
-        Ok(start) => start,
-        Err(e) => return Ok(Err(e.into())),
-    };
-    match beneath::open(start.as_fd(), Path::new(&rest), flags, rules) {
+    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let opened = open(start, directory, Mode::empty())
+        .map_err(Into::into)
+        .and_then(|start| beneath::open(start.as_fd(), Path::new(&rest), flags, rules));
+    match opened {
         Err(e) if e.raw_os_error() == Some(Errno::EXDEV as i32) => Err(Failure::denied(OUTSIDE)),
         Err(e) if e.raw_os_error() == Some(Errno::ELOOP as i32) && !rules.follow_links => {
             Err(Failure::denied(LINK))
@@ -146,7 +135,7 @@ pub(crate) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source,
     if limits.is_some_and(|l| l.regular_files_only) {
         // A link is not a regular file here, wherever it leads.
         let itself = resolve(limits, path, OFlag::O_PATH | OFlag::O_NOFOLLOW)?.map_err(failed)?;
-        if !is_regular(&fstat(&itself).map_err(|e| failed(e.into()))?) {
+        if kind(&fstat(&itself).map_err(|e| failed(e.into()))?) != SFlag::S_IFREG {
             return Err(Failure::denied("only regular files are allowed"));
         }
     }
@@ -157,8 +146,8 @@ pub(crate) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source,
         may_get(limits, &stat)?;
     }
     match kind(&stat) {
-        0o100_000 => {}
-        0o040_000 => return Err(system("is a directory")),
+        SFlag::S_IFREG => {}
+        SFlag::S_IFDIR => return Err(system("is a directory")),
         _ => return Err(system("not a regular file")),
     }
     // O_NONBLOCK would fail with EAGAIN on a file that smbd or knfsd holds a lease on. Without it open(2) waits for the
@@ -168,15 +157,13 @@ pub(crate) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source,
 }
 
 fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
-    if limits.regular_files_only && !is_regular(stat) {
-        return Err(Failure::denied("only regular files are allowed"));
-    }
-    if !limits.owner_get.is_empty() && !user_name(stat.st_uid).is_some_and(|n| limits.owner_get.contains(&n))
-    {
+    // An owner without a name matches none.
+    let owner = || User::from_uid(Uid::from_raw(stat.st_uid)).ok().flatten().map(|user| user.name);
+    if !limits.owner_get.is_empty() && !owner().is_some_and(|name| limits.owner_get.contains(&name)) {
         return Err(Failure::denied(OWNER));
     }
-    if !limits.group_get.is_empty() && !group_name(stat.st_gid).is_some_and(|n| limits.group_get.contains(&n))
-    {
+    let group = || Group::from_gid(Gid::from_raw(stat.st_gid)).ok().flatten().map(|group| group.name);
+    if !limits.group_get.is_empty() && !group().is_some_and(|name| limits.group_get.contains(&name)) {
         return Err(Failure::denied(GROUP));
     }
     let size = u64::try_from(stat.st_size).unwrap_or(0);
@@ -184,15 +171,6 @@ fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
         return Err(Failure::too_large());
     }
     Ok(())
-}
-
-/// `None`, which matches no name, for an owner without a name.
-fn user_name(uid: u32) -> Option<String> {
-    User::from_uid(Uid::from_raw(uid)).ok().flatten().map(|user| user.name)
-}
-
-fn group_name(gid: u32) -> Option<String> {
-    Group::from_gid(Gid::from_raw(gid)).ok().flatten().map(|group| group.name)
 }
 
 /// Finds the place for a file to be received. The error is the text for the client.
@@ -204,38 +182,17 @@ pub(crate) fn target(limits: Option<&FileLimits>, request: &Request) -> Result<T
     }
     let target = locate(limits, request)?;
     let existing = lstat(&target.dir, &target.name, &target.path)?;
-    if let Some(limits) = limits {
-        may_put(limits, existing.as_ref(), request)?;
+    if let Some(stat) = &existing {
+        Replaces::new(limits)?.check(stat)?;
     }
-    match existing {
-        Some(stat) if is_directory(&stat) => {
-            Err(Failure::system("conflicting file path: cannot overwrite directory"))
-        }
-        Some(stat) if !is_regular(&stat) => {
-            Err(Failure::system("conflicting file path: cannot overwrite irregular file"))
-        }
-        _ => Ok(target),
-    }
-}
-
-fn may_put(limits: &FileLimits, existing: Option<&FileStat>, request: &Request) -> Result<(), Failure> {
-    if let Some(stat) = existing {
-        if !limits.allow_overwrite {
-            return Err(Failure::overwrite());
-        }
-        let owner = limits.owner_put.as_ref();
-        if owner.is_some_and(|owner| user_name(stat.st_uid).as_ref() != Some(owner)) {
-            return Err(Failure::denied(OWNER));
-        }
-        let group = limits.group_put.as_ref();
-        if group.is_some_and(|group| group_name(stat.st_gid).as_ref() != Some(group)) {
-            return Err(Failure::denied(GROUP));
-        }
-    }
-    if !limits.allow_suid && request.mode.is_some_and(|mode| mode & SET_ID != 0) {
+    if limits.is_some_and(|l| !l.allow_suid) && request.mode.is_some_and(|mode| mode & SET_ID != 0) {
         return Err(Failure::denied("the set uid mode is forbidden"));
     }
-    Ok(())
+    match existing.as_ref().map(kind) {
+        Some(SFlag::S_IFDIR) => Err(Failure::system(OVER_DIRECTORY)),
+        Some(SFlag::S_IFREG) | None => Ok(target),
+        Some(_) => Err(Failure::system("conflicting file path: cannot overwrite irregular file")),
+    }
 }
 
 /// The directory and the name in it: those of the path or, if the path is a directory, the source's name in it.
@@ -254,7 +211,7 @@ fn locate(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Fail
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
     let dir = open_directory(limits, parent, path)?;
     match lstat(&dir, name, path)? {
-        Some(stat) if is_directory(&stat) && source.is_some() => {
+        Some(stat) if kind(&stat) == SFlag::S_IFDIR && source.is_some() => {
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let inner = nix::fcntl::openat(&dir, name, flags, Mode::empty())
                 .map_err(|e| cannot_create(path, &e.into()))?;
@@ -265,7 +222,7 @@ fn locate(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Fail
 }
 
 fn inside(dir: OwnedFd, path: &Path, source: Option<&OsStr>) -> Result<Target, Failure> {
-    let name = source.ok_or_else(|| Failure::system("conflicting file path: cannot overwrite directory"))?;
+    let name = source.ok_or_else(|| Failure::system(OVER_DIRECTORY))?;
     Ok(Target { dir, name: name.to_owned(), path: path.join(name) })
 }
 
@@ -294,7 +251,8 @@ pub(crate) fn cannot_create(path: &Path, e: &io::Error) -> Failure {
     ))
 }
 
-fn lstat(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<Option<FileStat>, Failure> {
+/// `path` is for the error.
+pub(crate) fn lstat(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<Option<FileStat>, Failure> {
     match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(stat)),
         Err(Errno::ENOENT) => Ok(None),
@@ -319,33 +277,41 @@ pub(crate) struct Attributes {
     pub(crate) replaces: Replaces,
 }
 
-/// What the limits let an upload replace when it is committed; by default everything.
-///
-/// [`target`] checks the same before the first byte, but the client decides how long after that the commit comes.
+/// What the limits let an upload replace; by default everything. Checked before the first byte and again at the commit:
+/// the client decides how long after that it comes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Replaces {
     /// AllowOverwrite is off.
     pub(crate) nothing: bool,
     /// OwnerPut.
-    pub(crate) only_of: Option<Uid>,
+    pub(crate) owner: Option<Uid>,
     /// GroupPut.
-    pub(crate) only_of_group: Option<Gid>,
+    pub(crate) group: Option<Gid>,
 }
 
 impl Replaces {
-    /// Checks the file that has the name now.
-    pub(crate) fn check(&self, dir: &OwnedFd, name: &OsStr) -> Result<(), Failure> {
-        if *self == Self::default() {
-            return Ok(());
-        }
-        let Some(stat) = lstat(dir, name, Path::new(name))? else { return Ok(()) };
+    /// Fails if OwnerPut or GroupPut is unknown.
+    fn new(limits: Option<&FileLimits>) -> Result<Self, Failure> {
+        let Some(limits) = limits else { return Ok(Self::default()) };
+        let (owner, group) = (limits.owner_put.as_deref(), limits.group_put.as_deref());
+        let uid = |name| named("owner", name, User::from_name(name).map(|user| user.map(|user| user.uid)));
+        let gid =
+            |name| named("group", name, Group::from_name(name).map(|group| group.map(|group| group.gid)));
+        Ok(Replaces {
+            nothing: !limits.allow_overwrite,
+            owner: owner.map(uid).transpose()?,
+            group: group.map(gid).transpose()?,
+        })
+    }
+
+    pub(crate) fn check(&self, existing: &FileStat) -> Result<(), Failure> {
         if self.nothing {
             return Err(Failure::overwrite());
         }
-        if self.only_of.is_some_and(|uid| uid.as_raw() != stat.st_uid) {
+        if self.owner.is_some_and(|uid| uid.as_raw() != existing.st_uid) {
             return Err(Failure::denied(OWNER));
         }
-        if self.only_of_group.is_some_and(|gid| gid.as_raw() != stat.st_gid) {
+        if self.group.is_some_and(|gid| gid.as_raw() != existing.st_gid) {
             return Err(Failure::denied(GROUP));
         }
         Ok(())
@@ -359,16 +325,9 @@ impl Attributes {
     pub(crate) fn new(limits: Option<&FileLimits>, request: &Request) -> Result<Self, Failure> {
         let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
         let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
-        let owner_put = match limits.and_then(|l| l.owner_put.as_deref()) {
-            Some(name) => Some(named(name, User::from_name(name).map(|u| u.map(|u| u.uid)), "owner")?),
-            None => None,
-        };
-        let group_put = match limits.and_then(|l| l.group_put.as_deref()) {
-            Some(name) => Some(named(name, Group::from_name(name).map(|g| g.map(|g| g.gid)), "group")?),
-            None => None,
-        };
-        let uid = owner_put.or(request.uid.filter(|_| preserve_owner).map(Uid::from_raw));
-        let gid = group_put.or(request.gid.filter(|_| preserve_owner).map(Gid::from_raw));
+        let replaces = Replaces::new(limits)?;
+        let uid = replaces.owner.or(request.uid.filter(|_| preserve_owner).map(Uid::from_raw));
+        let gid = replaces.group.or(request.gid.filter(|_| preserve_owner).map(Gid::from_raw));
         let wanted = request.mode.filter(|_| preserve_mode).unwrap_or(DEFAULT_MODE);
         let plain = limits.and_then(|l| l.umask).map_or(wanted, |umask| !umask) & 0o777;
         // Set-gid and sticky never survive, set-uid only where limits are on and allow it.
@@ -379,21 +338,14 @@ impl Attributes {
             uid_asked: uid.is_some(),
             gid_asked: gid.is_some(),
             mode: plain | set_uid,
-            replaces: Replaces {
-                nothing: limits.is_some_and(|l| !l.allow_overwrite),
-                only_of: owner_put,
-                only_of_group: group_put,
-            },
+            replaces,
         })
     }
 }
 
-fn named<T>(name: &str, found: nix::Result<Option<T>>, what: &str) -> Result<T, Failure> {
-    let failed =
-        |why: &str| Failure::system(format!("failed to preserve file owner/group: {what} {name}: {why}"));
-    match found {
-        Ok(Some(id)) => Ok(id),
-        Ok(None) => Err(failed("unknown name")),
-        Err(e) => Err(failed(&reason(&e.into()))),
-    }
+fn named<T>(what: &str, name: &str, found: nix::Result<Option<T>>) -> Result<T, Failure> {
+    found
+        .map_err(|e| reason(&e.into()))
+        .and_then(|id| id.ok_or_else(|| "unknown name".to_owned()))
+        .map_err(|why| Failure::system(format!("failed to preserve file owner/group: {what} {name}: {why}")))
 }

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -21,7 +22,7 @@ use nix::sys::stat::{Mode, fchmod, fstat};
 use nix::unistd::{UnlinkatFlags, fchown, fsync, linkat, unlinkat};
 use sha2::{Digest, Sha256};
 
-use super::place::{Attributes, Failure, Replaces, Target};
+use super::place::{self, Attributes, Failure, Replaces, Target};
 use crate::sys::rename_noreplace;
 
 /// No read permission: nobody may read an incomplete file.
@@ -161,7 +162,9 @@ impl Temporary {
             }
         }
         // Between the check and rename(2) another program may still create the file.
-        replaces.check(&self.dir, &self.target).map_err(CommitError::Denied)?;
+        place::lstat(&self.dir, &self.target, Path::new(&self.target))
+            .and_then(|existing| existing.map_or(Ok(()), |stat| replaces.check(&stat)))
+            .map_err(CommitError::Denied)?;
         renameat(&self.dir, name.as_os_str(), &self.dir, self.target.as_os_str())
             .map_err(CommitError::Commit)?;
         self.name = None;
@@ -239,7 +242,6 @@ mod tests {
     use std::fs;
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
-    use std::path::Path;
 
     fn target(dir: &Path, name: &str) -> Target {
         Target { dir: File::open(dir).unwrap().into(), name: name.into(), path: dir.join(name) }
