@@ -2,6 +2,7 @@
 
 pub(crate) mod beneath;
 pub(crate) mod clock;
+mod errno;
 pub(crate) mod names;
 #[allow(unreachable_pub)]
 pub(crate) mod net;
@@ -28,31 +29,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-/// Go's texts that differ from nix's.
-const WORDS: [(Errno, &str); 9] = [
-    (Errno::EAGAIN, "resource temporarily unavailable"),
-    (Errno::EBADF, "bad file descriptor"),
-    (Errno::EDQUOT, "disk quota exceeded"),
-    (Errno::EIO, "input/output error"),
-    (Errno::ELOOP, "too many levels of symbolic links"),
-    (Errno::ENFILE, "too many open files in system"),
-    (Errno::ENOMEM, "cannot allocate memory"),
-    (Errno::EOPNOTSUPP, "operation not supported"),
-    (Errno::EXDEV, "invalid cross-device link"),
-];
-
-/// Go's text for an error, which clients and operators compare with: lower case, without the number.
-pub(crate) fn reason(error: &io::Error) -> String {
-    match error.raw_os_error().map(Errno::from_raw) {
-        Some(errno) => {
-            let known = WORDS.iter().find(|(known, _)| *known == errno);
-            let text = known.map_or(errno.desc(), |(_, words)| words);
-            let mut chars = text.chars();
-            chars.next().map_or_else(String::new, |c| c.to_lowercase().chain(chars).collect())
-        }
-        None => error.to_string(),
-    }
-}
+pub(crate) use self::errno::reason;
 
 /// renameat2(2) with RENAME_NOREPLACE, within a directory. nix has it for glibc only.
 ///
@@ -162,15 +139,5 @@ mod tests {
         assert_eq!(std::fs::read_to_string(path("taken")).unwrap(), "old");
         assert_eq!(rename("free"), Ok(()));
         assert!(path("free").exists() && !path("from").exists());
-    }
-
-    #[test]
-    fn reasons_are_in_gos_words() {
-        let words = |errno: Errno| reason(&errno.into());
-        assert_eq!(words(Errno::ENOENT), "no such file or directory");
-        assert_eq!(words(Errno::EMFILE), "too many open files");
-        assert_eq!(words(Errno::EAGAIN), "resource temporarily unavailable");
-        assert_eq!(words(Errno::ENOMEM), "cannot allocate memory");
-        assert_eq!(reason(&io::Error::other("no number")), "no number");
     }
 }
