@@ -4,14 +4,12 @@ pub(crate) mod beneath;
 pub(crate) mod clock;
 mod errno;
 pub(crate) mod names;
-#[allow(unreachable_pub)]
 pub(crate) mod net;
 pub(crate) mod notify;
 pub(crate) mod privilege;
 pub(crate) mod process;
 pub(crate) mod pty;
 pub(crate) mod signals;
-#[allow(unreachable_pub)]
 pub(crate) mod thread;
 pub(crate) mod users;
 pub(crate) mod wake;
