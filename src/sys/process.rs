@@ -9,14 +9,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::libc;
 use nix::poll::PollFlags;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
-use nix::unistd::{Gid, Pid, Uid, chdir, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::{Pid, chdir, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
 
 use super::PollSet;
 use super::notify;
@@ -25,28 +26,22 @@ use super::thread;
 use super::users::User;
 use super::wake::Wake;
 
+nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
+
 /// The number of signals on every architecture but MIPS.
-const KERNEL_SIGNALS: i32 = 64;
+const KERNEL_SIGNALS: usize = 64;
 /// Rounds of signalling, to catch processes forked meanwhile.
 const HANG_UP_ROUNDS: u32 = 20;
 
-/// A process that leads a session of its own, on a terminal of its own.
-///
-/// Dropping it before it was reaped kills it and waits for it.
+/// A process that leads a session of its own, on a terminal of its own. Dropping it before it was reaped kills it and
+/// waits for it.
 #[derive(Debug)]
 pub(crate) struct SessionLeader {
     child: Child,
     pid: Pid,
-    exit: ExitWatch,
+    /// Readable when the process has ended.
+    exit: OwnedFd,
     status: Option<ExitStatus>,
-}
-
-/// A descriptor that becomes readable when the process has ended.
-#[derive(Debug)]
-enum ExitWatch {
-    PidFd(OwnedFd),
-    /// For kernels before 5.3: a thread that waits, without reaping.
-    Thread(Arc<Wake>),
 }
 
 impl SessionLeader {
@@ -83,32 +78,30 @@ impl SessionLeader {
             if no_new_privileges {
                 prctl::set_no_new_privs()?;
             }
+            // The user last: it may not change the groups.
             if let Some((groups, gid, uid)) = &switch {
-                become_user(groups, *gid, *uid)?;
+                setgroups(groups)?;
+                setgid(*gid)?;
+                setuid(*uid)?;
             }
             // As the user, not before: root may not enter every home (NFS with root_squash), and may enter directories
             // that the user may not.
             chdir(home.as_c_str()).or_else(|_| chdir(c"/"))?;
             end_with(parent)
         };
-        // SAFETY: system calls on values made above and, in `privilege::restore`, on a static that is only read.
+        // SAFETY: between fork and exec another thread may hold any lock for ever. `prepare` neither locks nor allocates:
+        // it makes system calls on values made above and, in `privilege::restore`, on a static that is only read.
         #[allow(unsafe_code)]
         unsafe {
-            before_exec(&mut spawn, prepare)
+            spawn.pre_exec(prepare)
         };
         let mut child = spawn.spawn()?;
-        let Ok(id) = i32::try_from(child.id()) else {
-            return Err(io::Error::other("the process id is out of range"));
-        };
-        let pid = Pid::from_raw(id);
-        match watch_exit(pid) {
-            Ok(exit) => Ok(SessionLeader { child, pid, exit, status: None }),
-            Err(e) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                Err(e)
-            }
-        }
+        let pid = pid_of(&child);
+        let exit = watch_exit(pid).inspect_err(|_| {
+            let _ = child.kill();
+            let _ = child.wait();
+        })?;
+        Ok(SessionLeader { child, pid, exit, status: None })
     }
 
     pub(crate) fn pid(&self) -> i32 {
@@ -123,9 +116,8 @@ impl SessionLeader {
         self.status
     }
 
-    /// Does what a terminal's end means for its processes: SIGHUP (and SIGCONT, so that stopped ones notice) for
-    /// every process of the session, and SIGTERM for the shell's own group. Jobs that were made to outlive a hang-up
-    /// do.
+    /// Sends SIGHUP (and SIGCONT, so that stopped ones notice) to every process of the session, and SIGTERM to the
+    /// shell's own group. Jobs that were made to outlive a hang-up do.
     pub(crate) fn hang_up(&self) {
         if self.status.is_some() {
             return;
@@ -161,15 +153,6 @@ impl AsFd for SessionLeader {
     }
 }
 
-impl AsFd for ExitWatch {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            ExitWatch::PidFd(fd) => fd.as_fd(),
-            ExitWatch::Thread(wake) => wake.as_fd(),
-        }
-    }
-}
-
 impl Drop for SessionLeader {
     fn drop(&mut self) {
         if self.status.is_none() {
@@ -192,14 +175,13 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
         default_signals()?;
         privilege::restore()
     };
-    // SAFETY: system calls on constants and, in `privilege::restore`, on a static that is only read.
+    // SAFETY: as for a shell; the calls are on constants and that static.
     #[allow(unsafe_code)]
     unsafe {
-        before_exec(&mut command, prepare)
+        command.pre_exec(prepare)
     };
     let mut child = command.spawn().map_err(failed)?;
-    let ended = i32::try_from(child.id()).map_err(io::Error::other).and_then(|pid| {
-        let exit = watch_exit(Pid::from_raw(pid))?;
+    let ended = watch_exit(pid_of(&child)).and_then(|exit| {
         let deadline = Instant::now() + limit;
         let mut set = PollSet::new();
         let place = set.add(exit.as_fd(), PollFlags::POLLIN);
@@ -223,21 +205,16 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     }
 }
 
-/// # Safety
-/// `body` runs between fork and exec, where another thread may hold any lock for ever: it makes async-signal-safe calls
-/// on values prepared before the fork, and neither allocates nor locks.
-#[allow(unsafe_code)]
-unsafe fn before_exec(command: &mut Command, body: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
-    // SAFETY: the caller promises what pre_exec asks for.
-    unsafe { command.pre_exec(body) };
+fn pid_of(child: &Child) -> Pid {
+    Pid::from_raw(child.id().cast_signed())
 }
 
 #[allow(unsafe_code)]
 fn lead_session() -> io::Result<()> {
     setsid()?;
-    // SAFETY: TIOCSCTTY takes an integer; standard input is the terminal by now.
-    let result = unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0) };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    // SAFETY: takes an integer; standard input is the terminal by now.
+    unsafe { set_controlling_terminal(libc::STDIN_FILENO, 0) }?;
+    Ok(())
 }
 
 /// The daemon may have been started with signals ignored or blocked; a shell must not inherit that.
@@ -248,7 +225,7 @@ fn default_signals() -> io::Result<()> {
     // The kernel's `struct sigaction` is no larger than this on any architecture, and all zeroes say
     // "default action, no flags, empty mask" in each one's layout.
     let default = [0_u64; 8];
-    for signal in 1..=libc::c_long::from(KERNEL_SIGNALS) {
+    for signal in 1..=KERNEL_SIGNALS {
         // SAFETY: reads one kernel sigaction from memory that is at least as large; the default action
         // installs no handler. SIGKILL and SIGSTOP answer with an error, which changes nothing.
         unsafe {
@@ -257,7 +234,7 @@ fn default_signals() -> io::Result<()> {
                 signal,
                 default.as_ptr(),
                 std::ptr::null::<u64>(),
-                KERNEL_SIGNALS as usize / 8,
+                KERNEL_SIGNALS / 8,
             )
         };
     }
@@ -279,56 +256,39 @@ pub(crate) fn keep_descriptors_private() {
     }
 }
 
-/// The order matters: after setuid nothing else would be allowed.
-fn become_user(groups: &[Gid], gid: Gid, uid: Uid) -> io::Result<()> {
-    setgroups(groups)?;
-    setgid(gid)?;
-    setuid(uid)?;
-    Ok(())
-}
-
 /// Has the kernel end this process when the thread that forked it, one of `parent`'s, ends. Changing the user would
 /// undo that. Not by SIGKILL: an interactive shell, which ignores SIGTERM, passes the hang-up on to its jobs.
 fn end_with(parent: Pid) -> io::Result<()> {
     prctl::set_pdeathsig(Signal::SIGTERM)?;
     // It may have ended before.
-    if getppid() == parent { Ok(()) } else { Err(nix::errno::Errno::ESRCH.into()) }
+    if getppid() == parent { Ok(()) } else { Err(Errno::ESRCH.into()) }
 }
 
-fn watch_exit(pid: Pid) -> io::Result<ExitWatch> {
+/// A descriptor that becomes readable when the child has ended.
+fn watch_exit(pid: Pid) -> io::Result<OwnedFd> {
     match pidfd_open(pid) {
-        Ok(fd) => Ok(ExitWatch::PidFd(fd)),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
-            watch_with_thread(pid).map(ExitWatch::Thread)
-        }
-        Err(e) => Err(e),
+        Err(Errno::ENOSYS | Errno::EPERM) => watch_with_thread(pid),
+        other => Ok(other?),
     }
 }
 
-fn watch_with_thread(pid: Pid) -> io::Result<Arc<Wake>> {
-    let wake = Arc::new(Wake::new()?);
-    let theirs = Arc::clone(&wake);
+/// For kernels before 5.3: a thread that waits, without reaping.
+fn watch_with_thread(pid: Pid) -> io::Result<OwnedFd> {
+    let wake = Wake::new()?;
+    let exit = wake.as_fd().try_clone_to_owned()?;
     thread::spawn("exit-watch", thread::SMALL_STACK, move || {
-        use nix::sys::wait::{Id, WaitPidFlag, waitid};
-        while waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)
-            == Err(nix::errno::Errno::EINTR)
-        {}
-        theirs.notify();
+        while waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(Errno::EINTR) {}
+        wake.notify();
     })?;
-    Ok(wake)
+    Ok(exit)
 }
 
 #[allow(unsafe_code)]
-fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
+fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {
     // SAFETY: takes two integers and touches no memory of ours.
-    let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
-    // A descriptor, or -1.
-    let fd = result as i32;
-    if fd == -1 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
     // SAFETY: the kernel has just made this descriptor for us (close-on-exec); nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 /// The processes of the session that `leader` leads, itself included.
@@ -379,7 +339,7 @@ mod tests {
     #[test]
     fn a_thread_stands_in_for_pidfd_on_old_kernels() {
         let (_pty, mut leader) = shell("read line; exit 4");
-        leader.exit = ExitWatch::Thread(watch_with_thread(leader.pid).unwrap());
+        leader.exit = watch_with_thread(leader.pid).unwrap();
         assert!(leader.try_wait().is_none());
         _pty.write(b"go\n").unwrap();
         assert_eq!(wait(&mut leader).code(), Some(4));

@@ -11,6 +11,8 @@ use nix::sys::stat::Mode;
 use nix::sys::termios::{InputFlags, SetArg, tcgetattr, tcsetattr};
 use nix::unistd::{Uid, fchown};
 
+nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
+
 /// In characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WindowSize {
@@ -25,10 +27,8 @@ pub(crate) struct Pty {
 }
 
 impl Pty {
-    /// Opens a pair of the given size. The second value is the shell's side.
-    ///
-    /// With `owner` the shell's side belongs to that user, as after a login: programs that open their terminal by its
-    /// name need it.
+    /// Opens a pair. The second value is the shell's side; it belongs to `owner`, as after a login, since some programs
+    /// open their terminal by its name.
     ///
     /// ENOSPC means that the system has no more PTYs (`kernel.pty.max`).
     pub(crate) fn open(size: WindowSize, owner: Option<Uid>) -> io::Result<(Self, OwnedFd)> {
@@ -53,10 +53,9 @@ impl Pty {
     #[allow(unsafe_code)]
     pub(crate) fn resize(&self, size: WindowSize) -> io::Result<()> {
         let size = libc::winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
-        // SAFETY: the descriptor is open as long as `self` lives, and TIOCSWINSZ reads one winsize
-        // from the pointer before the call returns.
-        let result = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
-        Errno::result(result).map(drop).map_err(Into::into)
+        // SAFETY: the kernel reads one winsize before the call returns; the descriptor is open as long as `self` lives.
+        unsafe { set_window_size(self.master.as_raw_fd(), &raw const size) }?;
+        Ok(())
     }
 
     /// Reads output. `Ok(0)` is the end: no process holds the other side any more (the kernel says EIO).
