@@ -9,8 +9,7 @@ pub(crate) fn now() -> Duration {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
 }
 
-/// The time since 1970, UTC. To be used instead of `SystemTime::now`, which panics from 2038: the standard
-/// library's `time_t` has 32 bits here, ours has 64 (see `.cargo/config.toml`).
+/// As above: the standard library's `time_t` has 32 bits here, ours has 64 (see `.cargo/config.toml`).
 #[cfg(all(target_env = "musl", target_pointer_width = "32"))]
 pub(crate) fn now() -> Duration {
     let Ok(now) = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME) else { return Duration::ZERO };

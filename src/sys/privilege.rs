@@ -11,31 +11,29 @@ use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
 
-/// Of capabilities(7), those that this program uses.
-const CHOWN: u32 = 0;
-const DAC_OVERRIDE: u32 = 1;
-const DAC_READ_SEARCH: u32 = 2;
-const FOWNER: u32 = 3;
-const FSETID: u32 = 4;
-const KILL: u32 = 5;
-const SETGID: u32 = 6;
-const SETUID: u32 = 7;
+// As sets; the numbers are those of capabilities(7).
+const CHOWN: u64 = 1 << 0;
+const DAC_OVERRIDE: u64 = 1 << 1;
+const DAC_READ_SEARCH: u64 = 1 << 2;
+const FOWNER: u64 = 1 << 3;
+const FSETID: u64 = 1 << 4;
+const KILL: u64 = 1 << 5;
+const SETGID: u64 = 1 << 6;
+const SETUID: u64 = 1 << 7;
 
 /// The process's umask and limits at its start.
 #[derive(Debug)]
 struct Inherited {
     umask: Mode,
-    limits: [(Resource, Option<Limit>); 2],
+    /// Soft and hard; `None` if the kernel wouldn't say.
+    limits: [(Resource, Option<(rlim_t, rlim_t)>); 2],
 }
-
-/// Soft and hard.
-type Limit = (rlim_t, rlim_t);
 
 static INHERITED: OnceLock<Inherited> = OnceLock::new();
 
 /// Keeps the memory, which holds the token, out of core files and away from other processes of the user; new files
 /// are for the user alone. Raises the limit on descriptors to the hard one: systemd's soft limit, 1024, is for
-/// programs that use select(2), and one session's forwards could use it up. Only a failure of the first is an error.
+/// programs that use select(2), and one session's forwards could use it up.
 pub(crate) fn keep_to_oneself() -> io::Result<()> {
     let limits = [Resource::RLIMIT_CORE, Resource::RLIMIT_NOFILE].map(|r| (r, getrlimit(r).ok()));
     let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), limits });
@@ -44,8 +42,7 @@ pub(crate) fn keep_to_oneself() -> io::Result<()> {
         setrlimit(files, most_files, most_files)?;
     }
     // The limit doesn't count where core files are piped to a program.
-    prctl::set_dumpable(false)?;
-    Ok(())
+    Ok(prctl::set_dumpable(false)?)
 }
 
 /// Gives a program the umask and limits that the daemon was started with. Async-signal-safe, for use between fork and
@@ -75,13 +72,10 @@ pub(crate) struct Needs {
 impl Needs {
     /// A bit for each capability.
     fn capabilities(self) -> u64 {
-        let set = |needed: bool, capabilities: &[u32]| {
-            capabilities.iter().filter(|_| needed).fold(0, |set, capability| set | 1 << capability)
-        };
+        let shells = if self.shells { CHOWN | KILL | SETGID | SETUID } else { 0 };
+        let files = if self.files { CHOWN | DAC_OVERRIDE | FOWNER | FSETID } else { 0 };
         // Certificates and other things to be read may belong to anybody.
-        set(true, &[DAC_READ_SEARCH])
-            | set(self.shells, &[CHOWN, KILL, SETGID, SETUID])
-            | set(self.files, &[CHOWN, DAC_OVERRIDE, FOWNER, FSETID])
+        DAC_READ_SEARCH | shells | files
     }
 }
 
@@ -129,41 +123,26 @@ fn bound(kept: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// `struct __user_cap_header_struct` and `__user_cap_data_struct` of linux/capability.h, version 3.
-#[repr(C)]
-struct Header {
-    version: u32,
-    pid: libc::c_int,
-}
-
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-struct Sets {
-    effective: u32,
-    permitted: u32,
-    inheritable: u32,
-}
-
 /// Drops all capabilities but `kept` from this thread. They may stay permitted: a program that gets more of them by
 /// exec(2) than its parent was permitted loses its parent-death signal.
 #[allow(unsafe_code)]
 fn limit(kept: u64, permitted: bool) -> io::Result<()> {
-    let mut header = Header { version: 0x2008_0522, pid: 0 };
-    // The lower 32 capabilities, then the upper ones.
-    let mut sets = [Sets::default(); 2];
+    // linux/capability.h: version 3, this thread; then effective, permitted and inheritable ones, for the lower 32
+    // capabilities and for the upper ones.
+    let mut header = [0x2008_0522_u32, 0];
+    let mut sets = [[0_u32; 3]; 2];
     // SAFETY: the kernel reads one header and writes two sets, which is what version 3 is defined to have; both
     // live until the call returns.
-    let result = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) };
+    let result = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) };
     Errno::result(result)?;
-    for (n, set) in sets.iter_mut().enumerate() {
-        let kept = (kept >> (32 * n)) as u32;
-        set.effective &= kept;
+    for ([effective, allowed, _], kept) in sets.iter_mut().zip([kept as u32, (kept >> 32) as u32]) {
+        *effective &= kept;
         if !permitted {
-            set.permitted &= kept;
+            *allowed &= kept;
         }
     }
     // SAFETY: as above, only that the sets are read.
-    let result = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) };
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()) };
     Errno::result(result).map(drop).map_err(Into::into)
 }
 

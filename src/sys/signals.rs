@@ -19,10 +19,7 @@ pub(crate) struct Signals {
 impl Signals {
     /// Blocks the signals in the calling thread and in all threads that it starts later: to be called first.
     pub(crate) fn block() -> io::Result<Self> {
-        let mut set = SigSet::empty();
-        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP] {
-            set.add(signal);
-        }
+        let set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP]);
         set.thread_block()?;
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(Signals { fd, on_terminal: has_terminal() && !ignores_hang_up() })

@@ -1,4 +1,4 @@
-//! Looks up the account that the shells run as. Called from the main thread, once at start.
+//! Looks up the account that the shells run as, in the main thread, whenever the configuration is read.
 //!
 //! Under glibc the answer comes from NSS (so LDAP, systemd-userdb and the like work), under musl from
 //! `/etc/passwd` and `/etc/group` alone.
