@@ -1,5 +1,4 @@
-//! An allocator that wipes memory before it's given back: a token that was replaced, or a password that was typed,
-//! leaves no copy behind in what libraries made of it on its way.
+//! An allocator that wipes memory before it is given back: libraries make copies of the token and of typed passwords.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
@@ -29,7 +28,7 @@ unsafe impl GlobalAlloc for Wiping {
         if layout.size() <= LARGEST {
             // SAFETY: the block has that size and is the caller's to give up.
             unsafe { block.write_bytes(0, layout.size()) };
-            // Else the compiler would leave out what it believes nobody reads.
+            // Best effort: otherwise the compiler would leave out a write that it believes nobody reads.
             black_box(block);
         }
         // SAFETY: as the caller promises.
@@ -63,9 +62,10 @@ pub(crate) fn wipe_texts(message: &mut dbus::Message) {
     loop {
         if let Some(text) = arguments.get::<&str>() {
             let (start, length) = (text.as_ptr().addr(), text.len());
+            // From the address: the text was borrowed for reading only.
             let start = std::ptr::with_exposed_provenance_mut::<u8>(start);
-            // SAFETY: so many bytes of libdbus's are the text, and not the zero behind it. The message is only ours,
-            // and nothing that was borrowed from it lives any more.
+            // SAFETY: these bytes are the text without the zero behind it, in memory of libdbus that lives as long as
+            // the message. The message is borrowed exclusively, and no borrow of the text lives any more.
             unsafe { start.write_bytes(0, length) };
             black_box(start);
         }
