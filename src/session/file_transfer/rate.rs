@@ -1,8 +1,9 @@
-//! How much was transferred, in all and lately. Shared by all transfers of the device.
+//! Bytes transferred, in all and recently. Shared by all transfers of the device.
 //!
-//! The recent rate is upstream's, since its limits are configured by it: every 5 s the bytes of those
-//! 5 s go into an exponential moving average over a minute. It is computed on demand.
+//! The recent rate is upstream's, since its limits are configured by it: every 5 s the bytes of those 5 s go into an
+//! exponential moving average over a minute. It is computed on demand.
 
+use std::num::NonZeroU64;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,7 +20,7 @@ fn weight() -> f64 {
 #[derive(Debug, Default)]
 pub(crate) struct Counters(Mutex<[Counter; 2]>);
 
-/// As the device sees it: to the server, or from it.
+/// To the server, or from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
     Sent,
@@ -45,10 +46,7 @@ struct Counter {
 
 impl Counter {
     fn advance(&mut self, now: Instant) {
-        let Some(ticked) = self.ticked else {
-            self.ticked = Some(now);
-            return;
-        };
+        let ticked = *self.ticked.get_or_insert(now);
         let ticks = now.saturating_duration_since(ticked).as_secs() / TICK.as_secs();
         if ticks == 0 {
             return;
@@ -63,13 +61,6 @@ impl Counter {
 }
 
 impl Counters {
-    fn with<T>(&self, direction: Direction, now: Instant, f: impl FnOnce(&mut Counter) -> T) -> T {
-        let mut counters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let counter = &mut counters[direction as usize];
-        counter.advance(now);
-        f(counter)
-    }
-
     pub(crate) fn add(&self, direction: Direction, bytes: u64, now: Instant) {
         self.with(direction, now, |counter| {
             counter.figures.total = counter.figures.total.saturating_add(bytes);
@@ -81,23 +72,25 @@ impl Counters {
         self.with(direction, now, |counter| counter.figures)
     }
 
-    /// True if the average has reached a limit.
-    pub(crate) fn exhausted(
-        &self,
-        direction: Direction,
-        limit: Option<std::num::NonZeroU64>,
-        now: Instant,
-    ) -> bool {
+    /// True if the average has reached `limit`, in bytes in five seconds.
+    pub(crate) fn exhausted(&self, direction: Direction, limit: Option<NonZeroU64>, now: Instant) -> bool {
         limit.is_some_and(|limit| self.figures(direction, now).average >= limit.get() as f64)
     }
 
     /// The two lines of the status report.
     pub(crate) fn report(&self, now: Instant) -> [String; 2] {
-        let (sent, received) = (self.figures(Direction::Sent, now), self.figures(Direction::Received, now));
+        let [sent, received] = [Direction::Sent, Direction::Received].map(|d| self.figures(d, now));
         [
             format!("total: tx/rx {}/{}", sent.total, received.total),
             format!("1m: tx rx {:.2} {:.2} ({:.2})", sent.average, received.average, weight()),
         ]
+    }
+
+    fn with<T>(&self, direction: Direction, now: Instant, f: impl FnOnce(&mut Counter) -> T) -> T {
+        let mut counters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let counter = &mut counters[direction as usize];
+        counter.advance(now);
+        f(counter)
     }
 }
 
@@ -118,7 +111,7 @@ mod tests {
         // The acceptance test of upstream: twice 512 KiB, limit 16 KiB.
         counters.add(Received, 512 << 10, start + seconds(1));
         counters.add(Received, 512 << 10, start + seconds(2));
-        let limit = std::num::NonZeroU64::new(16 << 10);
+        let limit = NonZeroU64::new(16 << 10);
         let exhausted = |after| counters.exhausted(Received, limit, start + seconds(after));
         assert!(!exhausted(4), "the first tick isn't over");
         assert!(exhausted(5) && exhausted(62));
