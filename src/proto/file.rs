@@ -1,5 +1,5 @@
-//! File transfer's frames: `stat` → `file_info`; `get_file` and `put_file`, then `file_chunk` one way and
-//! `ack` the other; `error`.
+//! File transfer's frames: `stat` → `file_info`; `get_file` and `put_file`, then `file_chunk` one way and `ack` the
+//! other; `error`, which ends a transfer.
 //!
 //! Offsets are 64-bit integers whatever their value: the server asserts that type. A chunk without a body is the
 //! end of the file.
@@ -13,19 +13,12 @@ use rmp::encode;
 use super::msgpack::{Cursor, DecodeError, MapWriter, Value};
 use super::{FILE_TRANSFER, Frame, Props, SessionId};
 
-/// Asks for a file's metadata. Body: [`Request`].
 pub const STAT: &str = "stat";
-/// Body: [`FileInfo`].
 pub(crate) const FILE_INFO: &str = "file_info";
-/// Asks for a file's content. Body: [`Request`].
 pub const GET_FILE: &str = "get_file";
-/// Announces a file's content. Body: [`Request`].
 pub const PUT_FILE: &str = "put_file";
-/// Part of a file's content; without a body, its end.
 pub(crate) const FILE_CHUNK: &str = "file_chunk";
-/// Says how much of a file has arrived.
 pub(crate) const ACK: &str = "ack";
-/// Ends a transfer.
 pub(crate) const ERROR: &str = "error";
 
 /// PATH_MAX in bytes, with the terminating zero, as in the kernel.
@@ -115,30 +108,23 @@ pub(crate) struct FileInfo {
 
 /// Converts `st_mode` to Go's `os.FileMode`, by which clients recognise regular files.
 pub(crate) fn go_mode(mode: u32) -> u32 {
-    const DIRECTORY: u32 = 1 << 31;
-    const SYMLINK: u32 = 1 << 27;
     const DEVICE: u32 = 1 << 26;
-    const FIFO: u32 = 1 << 25;
-    const SOCKET: u32 = 1 << 24;
-    const SET_UID: u32 = 1 << 23;
-    const SET_GID: u32 = 1 << 22;
-    const CHARACTER_DEVICE: u32 = 1 << 21;
-    const STICKY: u32 = 1 << 20;
-    const IRREGULAR: u32 = 1 << 19;
     let kind = match mode & 0o170_000 {
         0o100_000 => 0,
-        0o040_000 => DIRECTORY,
-        0o120_000 => SYMLINK,
+        0o040_000 => 1 << 31, // directory
+        0o120_000 => 1 << 27, // symbolic link
         0o060_000 => DEVICE,
-        0o020_000 => DEVICE | CHARACTER_DEVICE,
-        0o010_000 => FIFO,
-        0o140_000 => SOCKET,
-        _ => IRREGULAR,
+        0o020_000 => DEVICE | 1 << 21, // character device
+        0o010_000 => 1 << 25,          // named pipe
+        0o140_000 => 1 << 24,          // socket
+        _ => 1 << 19,                  // irregular
     };
-    let bits = [(0o4000, SET_UID), (0o2000, SET_GID), (0o1000, STICKY)];
+    // Set-uid, set-gid, sticky.
+    let bits = [(0o4000, 1 << 23), (0o2000, 1 << 22), (0o1000, 1 << 20)];
     bits.iter().filter(|(bit, _)| mode & bit != 0).fold(kind | mode & 0o777, |all, (_, bit)| all | bit)
 }
 
+/// msgpack's timestamp extension, in the shortest of its three forms.
 fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<(), encode::ValueWriteError> {
     const TYPE: i8 = -1;
     match u64::try_from(seconds) {
@@ -189,8 +175,8 @@ pub fn ack(sid: &SessionId, offset: u64, user: Option<&str>) -> Frame {
     Frame::new(FILE_TRANSFER, ACK, Some(sid)).with_props(props)
 }
 
-/// Refuses `cause`. Repeats its properties as far as the server can read them: the server closes the whole link for a
-/// message that it can't read. `code` is an HTTP status, for clients that asked the server over HTTP.
+/// Refuses `cause`. Repeats its properties as far as the server can read them: it closes the whole link for a message
+/// that it can't read. `code` is an HTTP status, for clients that asked the server over HTTP.
 pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> Frame {
     let mut body = MapWriter::new()
         .str("err", Some(text))
