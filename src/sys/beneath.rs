@@ -7,7 +7,6 @@
 //! Neither is a boundary against mounts and hard links in the directory. A directory that was reached stays open,
 //! wherever it is moved afterwards.
 
-use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
@@ -45,25 +44,25 @@ pub(crate) fn follows_links() -> bool {
 /// Opens `path`, from `dir` if it is relative, with O_PATH or as a directory; O_CLOEXEC is always added.
 ///
 /// Fails with EXDEV for a way out, ELOOP for a link that isn't to be followed, else as open(2).
-pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io::Result<OwnedFd> {
+pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {
     let flags = flags | OFlag::O_CLOEXEC;
     if !follows_links() {
-        return Ok(walk(dir, path, flags, rules)?);
+        return walk(dir, path, flags, rules);
     }
     // EAGAIN: something was renamed while the kernel resolved `..`.
     let mut answers = std::iter::repeat_with(|| ask_kernel(dir, path, flags, rules)).take(MAX_RACES);
     let answer = answers.find(|answer| !matches!(answer, Err(Errno::EAGAIN)));
-    Ok(answer.unwrap_or(Err(Errno::EAGAIN))?)
+    answer.unwrap_or(Err(Errno::EAGAIN))
 }
 
 /// Opens the very file that `fd` (O_PATH) refers to, for reading or whatever `flags` say; O_CLOEXEC and O_LARGEFILE
 /// are always added. So what was checked on `fd` holds for what is opened here.
 ///
 /// Needs procfs on `/proc`, which only root can change, else ENOENT. A link is ELOOP.
-pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> io::Result<OwnedFd> {
+pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> nix::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let flags = flags | OFlag::O_CLOEXEC | OFlag::O_LARGEFILE;
-    Ok(openat(AT_FDCWD, path.as_str(), flags, Mode::empty())?)
+    openat(AT_FDCWD, path.as_str(), flags, Mode::empty())
 }
 
 fn ask_kernel(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {

@@ -21,12 +21,8 @@ use crate::sys::beneath::{self, Rules};
 use crate::sys::reason;
 
 const OUTSIDE: &str = "the target file path is outside chroot";
-const LINK: &str = "forbidden to follow the link";
-const TOO_LARGE: &str = "the file size is over the limit";
-const OVERWRITE: &str = "forbidden to overwrite the file";
 const OWNER: &str = "the file owner does not match";
 const GROUP: &str = "the file group does not match";
-
 const OVER_DIRECTORY: &str = "conflicting file path: cannot overwrite directory";
 
 /// Set-uid and set-gid in a requested mode: as chmod(2) has them, and as Go does.
@@ -50,11 +46,11 @@ impl Failure {
     }
 
     pub(crate) fn too_large() -> Self {
-        Self::denied(TOO_LARGE)
+        Self::denied("the file size is over the limit")
     }
 
     pub(crate) fn overwrite() -> Self {
-        Self::denied(OVERWRITE)
+        Self::denied("forbidden to overwrite the file")
     }
 
     /// The `result` field of the audit log.
@@ -85,9 +81,9 @@ fn kind(stat: &FileStat) -> SFlag {
 }
 
 /// Opens `path` as the limits allow. A violated limit is a [`Failure`], a failed system call the inner error.
-fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<io::Result<OwnedFd>, Failure> {
+fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<nix::Result<OwnedFd>, Failure> {
     let Some(limits) = limits else {
-        return Ok(open(path, flags | OFlag::O_CLOEXEC, Mode::empty()).map_err(Into::into));
+        return Ok(open(path, flags | OFlag::O_CLOEXEC, Mode::empty()));
     };
     let beneath = limits.chroot.is_some();
     // Before Linux 5.6 links below a chroot are refused.
@@ -103,27 +99,28 @@ fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<io:
     if path.as_os_str().as_bytes().ends_with(b"/") {
         rest.push("/");
     }
-    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let opened = open(start, directory, Mode::empty())
-        .map_err(Into::into)
-        .and_then(|start| beneath::open(start.as_fd(), Path::new(&rest), flags, rules));
-    match opened {
-        Err(e) if e.raw_os_error() == Some(Errno::EXDEV as i32) => Err(Failure::denied(OUTSIDE)),
-        Err(e) if e.raw_os_error() == Some(Errno::ELOOP as i32) && !rules.follow_links => {
-            Err(Failure::denied(LINK))
-        }
+    let start = match open(start, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()) {
+        Ok(start) => start,
+        failed => return Ok(failed),
+    };
+    match beneath::open(start.as_fd(), Path::new(&rest), flags, rules) {
+        Err(Errno::EXDEV) => Err(Failure::denied(OUTSIDE)),
+        Err(Errno::ELOOP) if !follow_links => Err(Failure::denied("forbidden to follow the link")),
         other => Ok(other),
     }
 }
 
 /// A file's metadata; follows a link if the limits allow it. The error is the text for the client.
 pub(crate) fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failure> {
-    let failed = |e: io::Error| {
+    let failed = |e: Errno| {
         let path = shown(path);
-        Failure::system(format!("failed to get file info from path '{path}': stat {path}: {}", reason(&e)))
+        Failure::system(format!(
+            "failed to get file info from path '{path}': stat {path}: {}",
+            reason(&e.into())
+        ))
     };
     let fd = resolve(limits, path, OFlag::O_PATH)?.map_err(failed)?;
-    fstat(&fd).map_err(|e| failed(e.into()))
+    fstat(&fd).map_err(failed)
 }
 
 /// Opens a file to be sent. Only regular files: others have no content with a known end. The error is the text for
@@ -131,17 +128,17 @@ pub(crate) fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat,
 pub(crate) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source, Failure> {
     let system =
         |why: &str| Failure::system(format!("failed to open file for reading: open {}: {why}", shown(path)));
-    let failed = |e: io::Error| system(&reason(&e));
+    let failed = |e: Errno| system(&reason(&e.into()));
     if limits.is_some_and(|l| l.regular_files_only) {
         // A link is not a regular file here, wherever it leads.
         let itself = resolve(limits, path, OFlag::O_PATH | OFlag::O_NOFOLLOW)?.map_err(failed)?;
-        if kind(&fstat(&itself).map_err(|e| failed(e.into()))?) != SFlag::S_IFREG {
+        if kind(&fstat(&itself).map_err(failed)?) != SFlag::S_IFREG {
             return Err(Failure::denied("only regular files are allowed"));
         }
     }
     // Opening by path alone has no effect on a device or a FIFO, and doesn't wait for one.
     let found = resolve(limits, path, OFlag::O_PATH)?.map_err(failed)?;
-    let stat = fstat(&found).map_err(|e| failed(e.into()))?;
+    let stat = fstat(&found).map_err(failed)?;
     if let Some(limits) = limits {
         may_get(limits, &stat)?;
     }
@@ -230,12 +227,10 @@ fn open_directory(limits: Option<&FileLimits>, dir: &Path, path: &Path) -> Resul
     let flags = OFlag::O_DIRECTORY;
     match resolve(limits, dir, OFlag::O_RDONLY | flags)? {
         // A directory that may be written but not listed serves as well, only its own fsync(2) can't be had.
-        Err(e) if e.raw_os_error() == Some(Errno::EACCES as i32) => {
-            resolve(limits, dir, OFlag::O_PATH | flags)?
-        }
+        Err(Errno::EACCES) => resolve(limits, dir, OFlag::O_PATH | flags)?,
         other => other,
     }
-    .map_err(|e| cannot_create(path, &e))
+    .map_err(|e| cannot_create(path, &e.into()))
 }
 
 /// A path in an answer, which repeats at most [`MAX_TEXT`] characters of a client's text.

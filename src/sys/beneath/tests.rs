@@ -20,20 +20,20 @@ const STRICT: Rules = Rules { beneath: true, follow_links: false };
 const ITSELF: OFlag = OFlag::O_PATH.union(OFlag::O_NOFOLLOW);
 const LISTED: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY);
 
-type Open = fn(BorrowedFd<'_>, &Path, OFlag, Rules) -> io::Result<OwnedFd>;
+type Open = fn(BorrowedFd<'_>, &Path, OFlag, Rules) -> nix::Result<OwnedFd>;
 
 /// The kernel's answer, however often renames elsewhere disturb it.
-fn kernel(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io::Result<OwnedFd> {
+fn kernel(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {
     loop {
         match ask_kernel(dir, path, flags | OFlag::O_CLOEXEC, rules) {
             Err(Errno::EAGAIN) => {}
-            answer => return Ok(answer?),
+            answer => return answer,
         }
     }
 }
 
-fn walked(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> io::Result<OwnedFd> {
-    Ok(walk(dir, path, flags | OFlag::O_CLOEXEC, rules)?)
+fn walked(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {
+    walk(dir, path, flags | OFlag::O_CLOEXEC, rules)
 }
 
 const WALK: (&str, Open) = ("walk", walked);
@@ -46,10 +46,6 @@ fn followers() -> Vec<(&'static str, Open)> {
 
 fn implementations() -> Vec<(&'static str, Open)> {
     followers().into_iter().chain([WALK]).collect()
-}
-
-fn errno(error: &io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap())
 }
 
 fn content(fd: OwnedFd) -> String {
@@ -98,7 +94,7 @@ fn no_path_leads_out() {
         for path in ways_out {
             for (flags, rules) in [(OFlag::O_PATH, BENEATH), (ITSELF, STRICT), (LISTED, STRICT)] {
                 let error = open(start.as_fd(), path.as_ref(), flags, rules).unwrap_err();
-                assert_eq!(errno(&error), Errno::EXDEV, "{name}: {path} {flags:?}");
+                assert_eq!(error, Errno::EXDEV, "{name}: {path} {flags:?}");
             }
         }
     }
@@ -145,10 +141,10 @@ fn no_link_leads_out() {
         for flags in [OFlag::O_PATH, LISTED] {
             for (name, open) in followers() {
                 let error = open(start.as_fd(), path.as_ref(), flags, BENEATH).unwrap_err();
-                assert_eq!(errno(&error), Errno::EXDEV, "{name}: {path} {flags:?}");
+                assert_eq!(error, Errno::EXDEV, "{name}: {path} {flags:?}");
             }
             let error = walked(start.as_fd(), path.as_ref(), flags, BENEATH).unwrap_err();
-            assert_eq!(errno(&error), Errno::ELOOP, "walk: {path} {flags:?}");
+            assert_eq!(error, Errno::ELOOP, "walk: {path} {flags:?}");
         }
     }
 }
@@ -168,15 +164,15 @@ fn links_are_followed_only_as_allowed() {
         assert_eq!(content(fd), "inside", "walk: {path}");
         // Where the boundary isn't the kernel's they are refused whatever is allowed.
         let error = walked(start.as_fd(), path.as_ref(), OFlag::O_PATH, BENEATH).unwrap_err();
-        assert_eq!(errno(&error), Errno::ELOOP, "walk: {path}");
+        assert_eq!(error, Errno::ELOOP, "walk: {path}");
     }
     for (name, open) in implementations() {
         for (path, rules) in paths.into_iter().flat_map(|path| [(path, NO_LINKS), (path, STRICT)]) {
             let error = open(start.as_fd(), path.as_ref(), OFlag::O_PATH, rules).unwrap_err();
-            assert_eq!(errno(&error), Errno::ELOOP, "{name}: {path}");
+            assert_eq!(error, Errno::ELOOP, "{name}: {path}");
         }
         let error = open(start.as_fd(), "link/file".as_ref(), ITSELF, STRICT).unwrap_err();
-        assert_eq!(errno(&error), Errno::ELOOP, "{name}");
+        assert_eq!(error, Errno::ELOOP, "{name}");
         let fd = open(start.as_fd(), "file-link".as_ref(), ITSELF, STRICT).unwrap();
         assert!(File::from(fd).metadata().unwrap().is_symlink(), "{name}");
     }
@@ -196,7 +192,7 @@ fn odd_paths_have_their_errors() {
     for (name, open) in implementations() {
         for (path, flags, expected) in cases {
             let error = open(start.as_fd(), path.as_ref(), flags, STRICT).unwrap_err();
-            assert_eq!(errno(&error), expected, "{name}: {path} {flags:?}");
+            assert_eq!(error, expected, "{name}: {path} {flags:?}");
         }
         let fd = open(start.as_fd(), "dir/..".as_ref(), LISTED, STRICT).unwrap();
         assert_eq!(fcntl(&fd, FcntlArg::F_GETFD).unwrap(), libc::FD_CLOEXEC, "{name}");
@@ -214,7 +210,7 @@ fn reopening_gives_the_same_file_whatever_has_its_name_now() {
 
     symlink("dir/file", base.path().join("in/link")).unwrap();
     let link = open(start.as_fd(), "link".as_ref(), ITSELF, STRICT).unwrap();
-    assert_eq!(errno(&reopen(link.as_fd(), OFlag::O_RDONLY).unwrap_err()), Errno::ELOOP);
+    assert_eq!(reopen(link.as_fd(), OFlag::O_RDONLY).unwrap_err(), Errno::ELOOP);
 }
 
 // The walk against the kernel, over a generated tree and generated paths.
@@ -349,8 +345,7 @@ fn race(opens: &[(&str, Open)], path: &str, turn: impl Fn(&Path) + Send + Sync +
                     assert_eq!(content(fd), "inside", "{name}: {path}");
                     inside += 1;
                 }
-                Err(error) => {
-                    let errno = errno(&error);
+                Err(errno) => {
                     let usual = [Errno::EXDEV, Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP];
                     assert!(usual.contains(&errno), "{name}: {path}: {errno}");
                     refused += 1;
