@@ -6,7 +6,7 @@ use super::token::{expiry, span};
 use super::{Break, Report};
 use crate::auth::Credentials;
 use crate::link::{
-    Answer, CLOSED, Endpoint, LinkError, NOT_HTTP, PROXY_VARIABLES, Progress, ProxySettings, TlsFault, probe,
+    AnswerFault, Endpoint, LinkError, PROXY_VARIABLES, Progress, ProxySettings, TlsFault, trial,
 };
 use crate::sys::clock;
 
@@ -22,14 +22,15 @@ struct Walk<'a> {
     proxy: Option<Endpoint>,
     /// The step under way.
     step: &'static str,
-    answer: Option<Answer>,
+    /// The server's answer redirects to https.
+    to_https: bool,
 }
 
 /// Connects to the server, with `upgrade` up to a websocket.
 pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
-    let mut walk = Walk { report, server: None, proxy: None, step: "server", answer: None };
+    let mut walk = Walk { report, server: None, proxy: None, step: "server", to_https: false };
     let proxies = ProxySettings::from_environment();
-    let outcome = probe(credentials, &proxies, upgrade, &mut |progress| walk.note(&progress));
+    let outcome = trial(credentials, &proxies, upgrade, &mut |progress| walk.note(&progress));
     match outcome {
         Ok(()) => walk.report.good("round-trip", "a ping came back, the websocket was closed"),
         // A server checks the token before it complains about missing headers.
@@ -105,7 +106,7 @@ impl Walk<'_> {
                 self.step = "upgrade";
             }
             Progress::Answered(answer) => {
-                self.answer = Some(*answer);
+                self.to_https = answer.redirects_to_https;
                 if let Some(off) = answer.date.map(|date| date.abs_diff(clock::now()))
                     && off > CLOCK_TOLERANCE
                 {
@@ -113,12 +114,11 @@ impl Walk<'_> {
                         format!("this device's clock is off by {}: it says {}", span(off.as_secs()), now());
                     self.report.warn(text);
                 }
-                if answer.status == 101 {
-                    self.report.good("upgrade", "a websocket was opened, HTTP status 101");
-                    self.step = "round-trip";
-                }
             }
-            Progress::Pong => {}
+            Progress::Opened => {
+                self.report.good("upgrade", "a websocket was opened, HTTP status 101");
+                self.step = "round-trip";
+            }
         }
     }
 
@@ -166,10 +166,10 @@ impl Walk<'_> {
                 "Something accepts connections there but speaks no TLS, or a firewall drops what is said.".to_owned()
             }
             LinkError::Refused { status, .. } => self.refused(*status, credentials),
-            LinkError::Broken(why) if why == CLOSED && local => format!(
+            LinkError::NoAnswer(AnswerFault::Closed) if local => format!(
                 "{FORWARDER} does that when it can't reach its server: its log says why, journalctl -u mender-authd"
             ),
-            LinkError::Broken(why) if why == NOT_HTTP => {
+            LinkError::NoAnswer(AnswerFault::NotHttp) => {
                 "Something else listens on that port: is it the right one in the server's URL?".to_owned()
             }
             LinkError::Broken(_) | LinkError::Closed { .. } | LinkError::TimedOut(_) if step == "round-trip" => {
@@ -180,7 +180,7 @@ impl Walk<'_> {
             LinkError::TimedOut(_) if local => {
                 format!("{FORWARDER} waits for its server: its log says more, journalctl -u mender-authd")
             }
-            LinkError::Broken(_) | LinkError::TimedOut(_) => {
+            LinkError::NoAnswer(_) | LinkError::Broken(_) | LinkError::TimedOut(_) => {
                 "The server, or something in between (firewall, proxy, load balancer), doesn't answer the request. \
                  Is it a Mender server?"
                     .to_owned()
@@ -201,7 +201,7 @@ impl Walk<'_> {
                 "Does something in between (proxy, load balancer) take away the headers of a websocket (Upgrade, \
                  Connection)?"
             }
-            300..=399 if self.answer.is_some_and(|a| a.to_https) => {
+            300..=399 if self.to_https => {
                 "It leads to https, and redirects aren't followed: the server's URL has to begin with https://"
             }
             300..=399 => "Redirects aren't followed: the server's URL has to be what it leads to.",

@@ -4,36 +4,51 @@ use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, select};
 use log::debug;
 use nix::errno::Errno;
 use nix::sys::socket::{SockFlag, SockType};
-use tungstenite::client::{IntoClientRequest, client_with_config};
-use tungstenite::handshake::client::Request;
-use tungstenite::http::header::{self, AUTHORIZATION, HeaderValue, RETRY_AFTER};
-use tungstenite::http::{Response, Uri};
-use tungstenite::protocol::WebSocketConfig;
-use tungstenite::{Error, HandshakeError, WebSocket};
+use tungstenite::WebSocket;
+use tungstenite::handshake::client::generate_key;
+use tungstenite::protocol::{Role, WebSocketConfig};
 
 use super::endpoint::Endpoint;
-use super::probe::Progress;
+use super::http::{Answer, Request};
 use super::proxy::ProxySettings;
 use super::stream::{Deadline, ReadHalf, WriteHalf};
-use super::{Cancel, LinkError, MAX_MESSAGE, USER_AGENT, tls};
+use super::{Cancel, LinkError, MAX_MESSAGE, tls};
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
-use crate::sys::{clock, names, net, reason};
+use crate::sys::{names, net, reason};
 
 /// For all steps together, as in Mender's agent. No step has a shorter limit: on a slow link TLS alone may need half of it.
 pub const ATTEMPT_LIMIT: Duration = Duration::from_secs(45);
 
-/// A server that wants us away for longer still gets a visit then.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 /// What may wait unsent in the kernel. Little, so that a keystroke's echo doesn't queue there.
 const UNSENT_LIMIT: u16 = 16 * 1024;
 const BUFFER: usize = 16 * 1024;
+
+/// A step that was made; in this order, as far as they are needed.
+pub enum Progress<'a> {
+    /// The URL is valid.
+    Server(&'a Endpoint),
+    /// The proxy that leads to the server, if any.
+    Proxy(Option<&'a Endpoint>),
+    /// The addresses of the proxy, or else of the server.
+    Resolved(&'a [SocketAddr]),
+    /// One of them can't be connected to.
+    Failed(&'a LinkError),
+    Connected(SocketAddr),
+    /// The proxy leads to the server.
+    Tunnel,
+    /// The connection is ready for the request; the version of TLS, if that is spoken.
+    Secured(Option<String>),
+    Answered(&'a Answer),
+    /// The answer opens a websocket.
+    Opened,
+}
 
 /// An open websocket: the half to read from and the half to write to.
 pub type Open = (WebSocket<ReadHalf>, WriteHalf);
@@ -50,8 +65,7 @@ pub fn dial(
     outbox: &Arc<Outbox>,
 ) -> Result<Open, LinkError> {
     let (request, stream) = reach(credentials, proxies, cancel, gone, &mut |_| {})?;
-    let (mut websocket, _) =
-        client_with_config(request, stream, Some(limits(MAX_MESSAGE))).map_err(upgrade_error)?;
+    let mut websocket = upgrade(&request, stream, &mut |_| {})?;
     let write_half = websocket.get_mut().open(outbox, cancel.heard())?;
     Ok((websocket, write_half))
 }
@@ -70,15 +84,7 @@ pub fn reach(
     let deadline = Instant::now() + ATTEMPT_LIMIT;
     let server = Endpoint::parse(&credentials.server_url)?;
     let tls = if server.tls { Some(tls::Client::new(&server)?) } else { None };
-    let mut bearer = HeaderValue::from_str(&format!("Bearer {}", credentials.token.reveal()))
-        .map_err(|_| LinkError::Token)?;
-    bearer.set_sensitive(true);
-    let url = server.websocket_url();
-    let uri: Uri = url.parse().map_err(|_| LinkError::Url(url.clone()))?;
-    let mut request = uri.into_client_request().map_err(|e| LinkError::Url(e.to_string()))?;
-    request.headers_mut().insert(AUTHORIZATION, bearer);
-    request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
-
+    let request = Request::new(&server, &credentials.token)?;
     progress(Progress::Server(&server));
 
     let proxy = proxies.proxy_for(&server)?;
@@ -95,6 +101,23 @@ pub fn reach(
     let stream = ReadHalf::new(Arc::clone(&socket), tls, deadline);
     progress(Progress::Secured(stream.tls_version()));
     Ok((request, stream))
+}
+
+/// Opens a websocket at the end of the way.
+///
+/// # Errors
+/// [`LinkError::Refused`] for any status but 101.
+pub fn upgrade(
+    request: &Request,
+    mut stream: ReadHalf,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<WebSocket<ReadHalf>, LinkError> {
+    let key = generate_key();
+    let answer = request.ask(&mut stream, Some(&key))?;
+    progress(Progress::Answered(&answer));
+    answer.accepts(&key)?;
+    progress(Progress::Opened);
+    Ok(WebSocket::from_raw_socket(stream, Role::Client, Some(limits(MAX_MESSAGE))))
 }
 
 /// For messages of up to `most` bytes.
@@ -162,57 +185,5 @@ fn connect_to(address: SocketAddr, limit: Duration, cancel: &Cancel) -> io::Resu
         Ok(()) => Ok(stream),
         Err(Errno::EINPROGRESS | Errno::EAGAIN) => Err(Errno::ETIMEDOUT.into()),
         Err(e) => Err(e.into()),
-    }
-}
-
-pub fn upgrade_error<H: tungstenite::handshake::HandshakeRole>(error: HandshakeError<H>) -> LinkError {
-    match error {
-        HandshakeError::Interrupted(_) => LinkError::TimedOut("the websocket handshake"),
-        HandshakeError::Failure(Error::Http(response)) => {
-            let retry_after = retry_after(&response);
-            LinkError::Refused { status: response.status().as_u16(), retry_after }
-        }
-        HandshakeError::Failure(Error::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
-            LinkError::TimedOut("the websocket handshake")
-        }
-        HandshakeError::Failure(Error::Io(e)) => LinkError::Broken(reason(&e)),
-        HandshakeError::Failure(e) => LinkError::Broken(e.to_string()),
-    }
-}
-
-/// The server's wish on 429 and 503, in seconds or as a date.
-fn retry_after<T>(response: &Response<T>) -> Option<Duration> {
-    if !matches!(response.status().as_u16(), 429 | 503) {
-        return None;
-    }
-    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim();
-    let wish = match value.parse() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => {
-            let date = httpdate::parse_http_date(value).ok()?.duration_since(UNIX_EPOCH).ok()?;
-            date.saturating_sub(clock::now())
-        }
-    };
-    Some(wish.min(LONGEST_RETRY_AFTER))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn answer(status: u16, value: &str) -> Option<Duration> {
-        retry_after(&Response::builder().status(status).header(RETRY_AFTER, value).body(()).unwrap())
-    }
-
-    #[test]
-    fn retry_after_in_both_forms() {
-        assert_eq!(answer(503, "17"), Some(Duration::from_secs(17)));
-        assert_eq!(answer(429, " 99999999 "), Some(LONGEST_RETRY_AFTER));
-        assert_eq!(answer(401, "17"), None);
-        assert_eq!(answer(503, "soon"), None);
-        assert_eq!(answer(503, "Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
-        let date = httpdate::fmt_http_date(UNIX_EPOCH + clock::now() + Duration::from_secs(100));
-        let wait = answer(503, &date).unwrap().as_secs();
-        assert!((98..=100).contains(&wait), "{wait}");
     }
 }

@@ -49,11 +49,10 @@ impl Endpoint {
         if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() }
     }
 
-    /// The URL of the websocket.
-    pub fn websocket_url(&self) -> String {
-        let (scheme, default_port) = if self.tls { ("wss", 443) } else { ("ws", 80) };
-        let authority = if self.port == default_port { self.bracketed() } else { self.authority() };
-        format!("{scheme}://{authority}{PATH}")
+    /// The value of the Host header: without the port if it is the scheme's own.
+    pub fn host_header(&self) -> String {
+        let default_port = if self.tls { 443 } else { 80 };
+        if self.port == default_port { self.bracketed() } else { self.authority() }
     }
 
     /// The host as an address, if it is one.
@@ -78,17 +77,19 @@ mod tests {
 
     #[test]
     fn schemes_ports_and_addresses() {
-        let url = |text| Endpoint::parse(text).map(|e| e.websocket_url()).map_err(|e| e.to_string());
-        let path = PATH;
-        for (given, wanted) in [
-            ("http://127.0.0.1:4711", format!("ws://127.0.0.1:4711{path}")),
-            ("https://hosted.mender.io/", format!("wss://hosted.mender.io{path}")),
-            ("https://host:444/base/path?query", format!("wss://host:444{path}")),
-            ("ws://host:80", format!("ws://host{path}")),
-            ("wss://user:word@host", format!("wss://host{path}")),
-            ("http://[::1]:8080", format!("ws://[::1]:8080{path}")),
+        let url = |text| {
+            let endpoint = Endpoint::parse(text).map_err(|e| e.to_string())?;
+            Ok::<_, String>((endpoint.tls, endpoint.host_header()))
+        };
+        for (given, tls, host) in [
+            ("http://127.0.0.1:4711", false, "127.0.0.1:4711"),
+            ("https://hosted.mender.io/", true, "hosted.mender.io"),
+            ("https://host:444/base/path?query", true, "host:444"),
+            ("ws://host:80", false, "host"),
+            ("wss://user:word@host", true, "host"),
+            ("http://[::1]:8080", false, "[::1]:8080"),
         ] {
-            assert_eq!(url(given), Ok(wanted), "{given}");
+            assert_eq!(url(given), Ok((tls, host.to_owned())), "{given}");
         }
         for bad in ["", "host", "ftp://host", "http://", "https://:443", "http://ho st"] {
             let error = url(bad).unwrap_err();

@@ -6,8 +6,8 @@
 
 mod dial;
 mod endpoint;
+mod http;
 mod pace;
-mod probe;
 mod proxy;
 mod reader;
 mod stream;
@@ -16,6 +16,7 @@ mod tls;
 #[cfg(not(feature = "tls"))]
 #[path = "no_tls.rs"]
 mod tls;
+mod trial;
 mod writer;
 
 use std::io;
@@ -34,11 +35,12 @@ use crate::outbox::Outbox;
 use crate::proto::Frame;
 use crate::sys::{net, thread};
 
+pub use dial::Progress;
 pub use endpoint::{Endpoint, PATH};
-pub use probe::{Answer, CLOSED, NOT_HTTP, Progress, probe};
 pub use proxy::{PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;
+pub use trial::trial;
 
 /// A link without an inbound byte for so long is dead: the peers' own measure.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
@@ -113,6 +115,9 @@ pub enum LinkError {
         /// The server's wish.
         retry_after: Option<Duration>,
     },
+    /// No HTTP answer came where the server's is expected.
+    #[error("connection lost: {0}")]
+    NoAnswer(AnswerFault),
     /// A step took too long.
     #[error("{0} timed out")]
     TimedOut(&'static str),
@@ -155,6 +160,19 @@ pub enum TlsFault {
     NotTls,
     /// Anything else.
     Other,
+}
+
+/// Why there is no HTTP answer.
+#[derive(Debug, Error)]
+pub enum AnswerFault {
+    #[error("closed without an answer")]
+    Closed,
+    #[error("the answer is no HTTP")]
+    NotHttp,
+    #[error("the answer is too long")]
+    TooLong,
+    #[error("{}", crate::sys::reason(.0))]
+    Io(#[from] io::Error),
 }
 
 /// A link as its owner holds it.

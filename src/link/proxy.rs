@@ -7,11 +7,8 @@ use percent_encoding::percent_decode_str;
 use tungstenite::http::Uri;
 
 use super::endpoint::Endpoint;
-use super::{LinkError, USER_AGENT};
+use super::{AnswerFault, LinkError, USER_AGENT, http};
 use crate::sys::net::contains;
-
-/// No sane proxy answers with more than this many bytes of header.
-const MAX_ANSWER: usize = 16 * 1024;
 
 /// The environment's variables, in upper and lower case: for http, for https, and the exceptions.
 pub const PROXY_VARIABLES: [[&str; 3]; 2] =
@@ -119,8 +116,7 @@ impl Proxy {
     ///
     /// # Errors
     /// [`LinkError::Proxy`] with the proxy's status or what went wrong on the way.
-    pub fn tunnel(&self, mut stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
-        let broken = |e: std::io::Error| LinkError::Proxy(crate::sys::reason(&e));
+    pub fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
         let target = server.authority();
         let mut request =
             format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {USER_AGENT}\r\n");
@@ -128,26 +124,11 @@ impl Proxy {
             request.push_str(&format!("Proxy-Authorization: {credentials}\r\n"));
         }
         request.push_str("\r\n");
-        stream.write_all(request.as_bytes()).map_err(broken)?;
-
-        // Byte by byte: what follows the answer belongs to the tunnel.
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n\r\n") {
-            if answer.len() > MAX_ANSWER {
-                return Err(LinkError::Proxy("the answer is too long".to_owned()));
-            }
-            let mut byte = [0];
-            if stream.read(&mut byte).map_err(broken)? == 0 {
-                return Err(LinkError::Proxy("closed the connection".to_owned()));
-            }
-            answer.push(byte[0]);
-        }
-        let mut headers = [httparse::EMPTY_HEADER; 64];
-        let mut response = httparse::Response::new(&mut headers);
-        match (response.parse(&answer), response.code) {
-            (Ok(_), Some(200..=299)) => Ok(()),
-            (Ok(_), Some(code)) => Err(LinkError::Proxy(format!("answered with HTTP status {code}"))),
-            _ => Err(LinkError::Proxy("the answer is no HTTP".to_owned())),
+        match http::ask(stream, &request) {
+            Ok(answer) if matches!(answer.status, 200..=299) => Ok(()),
+            Ok(answer) => Err(LinkError::Proxy(format!("answered with HTTP status {}", answer.status))),
+            Err(AnswerFault::Closed) => Err(LinkError::Proxy("closed the connection".to_owned())),
+            Err(fault) => Err(LinkError::Proxy(fault.to_string())),
         }
     }
 }
@@ -252,7 +233,8 @@ mod tests {
         );
         assert_eq!(error("HTTP/1.1 200"), "proxy: closed the connection");
         assert_eq!(error("220 ftp ready\r\n\r\n"), "proxy: the answer is no HTTP");
-        assert_eq!(error(&"x".repeat(20_000)), "proxy: the answer is too long");
+        let long = format!("HTTP/1.1 200 {}", "x".repeat(20_000));
+        assert_eq!(error(&long), "proxy: the answer is too long");
         assert!(Proxy::parse("socks5://proxy").is_err());
     }
 }

@@ -53,7 +53,7 @@ fn trickling() -> Acceptor {
     Acceptor::start("trickling", listener, |mut stream| {
         let mut bytes = b"HTTP/1.1 101 Slow\r\nX: ".iter().copied().chain(std::iter::repeat(b'x'));
         while bytes.next().is_some_and(|byte| stream.write_all(&[byte]).is_ok()) {
-            // Faster, tungstenite takes it for an attack before the time is over.
+            // So slowly that the head doesn't become too long before the time is over.
             std::thread::park_timeout(secs(1));
         }
     })

@@ -1,0 +1,195 @@
+//! HTTP/1.1 as a link needs it: one request, and the head of its answer. The same for the proxy's tunnel, the
+//! websocket's upgrade and `doctor`.
+
+use std::io::{self, Read, Write};
+use std::time::{Duration, UNIX_EPOCH};
+
+use tungstenite::Error;
+use tungstenite::error::ProtocolError;
+use tungstenite::handshake::derive_accept_key;
+
+use super::endpoint::{Endpoint, PATH};
+use super::{AnswerFault, LinkError, USER_AGENT};
+use crate::auth::Token;
+use crate::sys::{clock, reason};
+
+/// Upper bound of an answer's head, in bytes.
+const MAX_HEAD: usize = 16 * 1024;
+/// In bytes: `HTTP/1.1`.
+const VERSION: usize = 8;
+/// Upper bound for Retry-After.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
+
+/// The headers that ask for a websocket, up to the key.
+const UPGRADE: &str =
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ";
+
+/// What the agent uses of an answer's head. No text of it is kept for people: the server may say anything, the token
+/// included.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    /// The server's clock (`Date`), since 1970.
+    pub date: Option<Duration>,
+    pub redirects_to_https: bool,
+    /// Of 429 and 503, at most an hour.
+    retry_after: Option<Duration>,
+    /// Sec-WebSocket-Accept, if the other headers are a websocket's.
+    accept: Option<String>,
+}
+
+impl Answer {
+    fn new(status: u16, headers: &[httparse::Header<'_>]) -> Self {
+        let header = |name: &str| {
+            let found = headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
+            std::str::from_utf8(found.value).ok()
+        };
+        let lists = |name, wanted| {
+            header(name).is_some_and(|list| list.split(',').any(|v| v.trim().eq_ignore_ascii_case(wanted)))
+        };
+        let is_websocket = lists("Upgrade", "websocket")
+            && lists("Connection", "Upgrade")
+            && header("Sec-WebSocket-Protocol").is_none();
+        Answer {
+            status,
+            date: header("Date").and_then(since_1970),
+            redirects_to_https: header("Location").is_some_and(|place| place.starts_with("https:")),
+            retry_after: header("Retry-After").filter(|_| matches!(status, 429 | 503)).and_then(retry_after),
+            accept: header("Sec-WebSocket-Accept").filter(|_| is_websocket).map(str::to_owned),
+        }
+    }
+
+    /// The error that an answer other than 101 is.
+    pub fn refusal(&self) -> LinkError {
+        LinkError::Refused { status: self.status, retry_after: self.retry_after }
+    }
+
+    /// Checks that the server opens a websocket for the request with this key (RFC 6455, 4.1).
+    pub fn accepts(&self, key: &str) -> Result<(), LinkError> {
+        let fault = match &self.accept {
+            _ if self.status != 101 => return Err(self.refusal()),
+            Some(accept) if *accept == derive_accept_key(key.as_bytes()) => return Ok(()),
+            Some(_) => ProtocolError::SecWebSocketAcceptKeyMismatch,
+            None => ProtocolError::MissingUpgradeWebSocketHeader,
+        };
+        Err(LinkError::Broken(Error::Protocol(fault).to_string()))
+    }
+}
+
+fn since_1970(date: &str) -> Option<Duration> {
+    httpdate::parse_http_date(date).ok()?.duration_since(UNIX_EPOCH).ok()
+}
+
+/// Reads Retry-After, which is in seconds or a date.
+fn retry_after(value: &str) -> Option<Duration> {
+    let wait = match value.trim().parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => since_1970(value.trim())?.saturating_sub(clock::now()),
+    };
+    Some(wait.min(LONGEST_RETRY_AFTER))
+}
+
+/// Sends a request and reads its answer's head, byte by byte: what follows belongs to the tunnel or the websocket.
+pub fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer, AnswerFault> {
+    stream.write_all(request.as_bytes())?;
+    let mut head = Vec::new();
+    while head.len() < MAX_HEAD {
+        let mut byte = [0];
+        if stream.read(&mut byte)? == 0 {
+            return Err(AnswerFault::Closed);
+        }
+        head.push(byte[0]);
+        // Another protocol is recognised at its first bytes, since it may send no more of them.
+        if byte == *b"\n" || head.len() == VERSION {
+            let mut headers = [httparse::EMPTY_HEADER; 64];
+            let mut response = httparse::Response::new(&mut headers);
+            match response.parse(&head) {
+                Ok(httparse::Status::Partial) => {}
+                Ok(_) => return Ok(Answer::new(response.code.unwrap_or(0), response.headers)),
+                Err(_) => return Err(AnswerFault::NotHttp),
+            }
+        }
+    }
+    Err(AnswerFault::TooLong)
+}
+
+/// A device's request to its server, without the headers that say how to go on. Has the token in it.
+pub struct Request(String);
+
+impl Request {
+    pub fn new(server: &Endpoint, token: &Token) -> Result<Self, LinkError> {
+        let token = token.reveal();
+        if !token.bytes().all(|byte| matches!(byte, b' '..=b'~' | b'\t')) {
+            return Err(LinkError::Token);
+        }
+        let host = server.host_header();
+        Ok(Request(format!(
+            "GET {PATH} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\nUser-Agent: {USER_AGENT}\r\n"
+        )))
+    }
+
+    /// Asks for a websocket with this key. Without one, asks the same but for the websocket: the server judges the
+    /// token, and then refuses.
+    pub fn ask(&self, stream: impl Read + Write, key: Option<&str>) -> Result<Answer, LinkError> {
+        let (what, headers) = match key {
+            Some(key) => ("the websocket handshake", format!("{UPGRADE}{key}")),
+            None => ("the answer", "Connection: close".to_owned()),
+        };
+        ask(stream, &format!("{}{headers}\r\n\r\n", self.0)).map_err(|fault| match fault {
+            AnswerFault::Io(e) if e.kind() == io::ErrorKind::TimedOut => LinkError::TimedOut(what),
+            AnswerFault::Io(e) => LinkError::Broken(reason(&e)),
+            fault => LinkError::NoAnswer(fault),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(head: &str) -> Answer {
+        let mut headers = [httparse::EMPTY_HEADER; 8];
+        let mut response = httparse::Response::new(&mut headers);
+        assert!(response.parse(head.as_bytes()).unwrap().is_complete());
+        Answer::new(response.code.unwrap(), response.headers)
+    }
+
+    #[test]
+    fn retry_after_in_both_forms() {
+        let wait = |status: u16, value: &str| {
+            answer(&format!("HTTP/1.1 {status} x\r\nretry-after: {value}\r\n\r\n")).retry_after
+        };
+        assert_eq!(wait(503, "17"), Some(Duration::from_secs(17)));
+        assert_eq!(wait(429, " 99999999 "), Some(LONGEST_RETRY_AFTER));
+        assert_eq!(wait(401, "17"), None);
+        assert_eq!(wait(503, "soon"), None);
+        assert_eq!(wait(503, "Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
+        let date = httpdate::fmt_http_date(UNIX_EPOCH + clock::now() + Duration::from_secs(100));
+        let left = wait(503, &date).unwrap().as_secs();
+        assert!((98..=100).contains(&left), "{left}");
+    }
+
+    #[test]
+    fn a_websocket_is_one_by_all_its_headers() {
+        // The key and its answer of RFC 6455, 1.3.
+        let (key, accept) =
+            ("dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n");
+        let upgrade = "upgrade: WebSocket\r\nConnection: keep-alive, upgrade\r\n";
+        let error = |status: u16, headers: &[&str]| {
+            let answer = answer(&format!("HTTP/1.1 {status} x\r\n{}\r\n", headers.concat()));
+            answer.accepts(key).map_err(|e| e.to_string())
+        };
+        assert_eq!(error(101, &[upgrade, accept]), Ok(()));
+        for (status, headers, why) in [
+            (200, &[upgrade, accept][..], "HTTP status 200"),
+            (101, &[accept], "Upgrade: websocket"),
+            (101, &["Upgrade: websocket\r\n", accept], "Upgrade: websocket"),
+            (101, &[upgrade], "Upgrade: websocket"),
+            (101, &[upgrade, accept, "Sec-WebSocket-Protocol: x\r\n"], "Upgrade: websocket"),
+            (101, &[upgrade, "Sec-WebSocket-Accept: x\r\n"], "Sec-WebSocket-Accept"),
+        ] {
+            let error = error(status, headers).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+    }
+}

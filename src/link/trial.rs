@@ -1,0 +1,55 @@
+//! `doctor`'s trial connection: the daemon's dial, step by step. Runs in the caller's thread.
+
+use std::io;
+
+use tungstenite::protocol::CloseFrame;
+use tungstenite::{Bytes, Error, Message, WebSocket};
+
+use super::dial::{self, Progress};
+use super::stream::ReadHalf;
+use super::{Cancel, LinkError, ProxySettings, reader};
+use crate::auth::Credentials;
+
+const PING: &[u8] = b"doctor";
+
+/// Connects to the server and tells `progress` of each step. With `upgrade` it opens a websocket, sends a ping through
+/// it and closes it, which ends the one that the device may have. Without, it asks the server the same question without
+/// wanting a websocket, and any answer is [`LinkError::Refused`].
+pub fn trial(
+    credentials: &Credentials,
+    proxies: &ProxySettings,
+    upgrade: bool,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<(), LinkError> {
+    let (_alive, gone) = crossbeam_channel::bounded(0);
+    let (request, stream) = dial::reach(credentials, proxies, &Cancel::default(), &gone, progress)?;
+    if upgrade {
+        return ping(dial::upgrade(&request, stream, progress)?);
+    }
+    let answer = request.ask(stream, None)?;
+    progress(Progress::Answered(&answer));
+    Err(answer.refusal())
+}
+
+/// Sends a ping, waits for its answer and says goodbye.
+fn ping(mut websocket: WebSocket<ReadHalf>) -> Result<(), LinkError> {
+    websocket.send(Message::Ping(Bytes::from_static(PING))).map_err(reader::lost)?;
+    loop {
+        match websocket.read() {
+            Ok(Message::Pong(payload)) if payload == PING => break,
+            Ok(Message::Close(frame)) => {
+                let code = frame.map_or(1005, |f| f.code.into());
+                return Err(LinkError::Closed { code, reason: String::new() });
+            }
+            Ok(_) => {}
+            Err(Error::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
+                return Err(LinkError::TimedOut("the answer to a ping"));
+            }
+            Err(e) => return Err(reader::lost(e)),
+        }
+    }
+    // The trial has succeeded, whether or not the server still hears this.
+    let _ = websocket.close(Some(CloseFrame { code: 1000.into(), reason: "".into() }));
+    let _ = websocket.flush();
+    Ok(())
+}
