@@ -14,17 +14,17 @@ use tungstenite::WebSocket;
 use tungstenite::handshake::client::generate_key;
 use tungstenite::protocol::{Role, WebSocketConfig};
 
+use super::cancel::Cancel;
+use super::deadline::{ATTEMPT_LIMIT, Deadline};
 use super::endpoint::Endpoint;
+use super::error::{LinkError, MAX_MESSAGE};
+use super::halves::{ReadHalf, WriteHalf};
 use super::http::{Answer, Request};
 use super::proxy::ProxySettings;
-use super::stream::{Deadline, ReadHalf, WriteHalf};
-use super::{Cancel, LinkError, MAX_MESSAGE, tls};
+use super::tls;
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
 use crate::sys::{names, net, reason};
-
-/// For all steps together, as in Mender's agent. No step has a shorter limit: on a slow link TLS alone may need half of it.
-pub const ATTEMPT_LIMIT: Duration = Duration::from_secs(45);
 
 /// What may wait unsent in the kernel. Little, so that a keystroke's echo doesn't queue there.
 const UNSENT_LIMIT: u16 = 16 * 1024;
@@ -60,13 +60,13 @@ pub type Open = (WebSocket<ReadHalf>, WriteHalf);
 pub fn dial(
     credentials: &Credentials,
     proxies: &ProxySettings,
-    cancel: &Cancel,
+    cancel: &Arc<Cancel>,
     gone: &Receiver<()>,
     outbox: &Arc<Outbox>,
 ) -> Result<Open, LinkError> {
     let (request, stream) = reach(credentials, proxies, cancel, gone, &mut |_| {})?;
     let mut websocket = upgrade(&request, stream, &mut |_| {})?;
-    let write_half = websocket.get_mut().open(outbox, cancel.heard())?;
+    let write_half = websocket.get_mut().open(outbox, cancel)?;
     Ok((websocket, write_half))
 }
 
@@ -93,10 +93,12 @@ pub fn reach(
     let socket = open_socket(first, deadline, cancel, gone, progress)?;
     if let Some(proxy) = &proxy {
         debug!("asking the proxy {} for {}", proxy.endpoint.authority(), server.authority());
-        proxy.tunnel(Deadline { socket: &socket, deadline }, &server)?;
+        proxy.tunnel(Deadline { socket: &socket, deadline: Some(deadline) }, &server)?;
         progress(Progress::Tunnel);
     }
-    let tls = tls.map(|client| client.handshake(Deadline { socket: &socket, deadline })).transpose()?;
+    let tls = tls
+        .map(|client| client.handshake(Deadline { socket: &socket, deadline: Some(deadline) }))
+        .transpose()?;
 
     let stream = ReadHalf::new(Arc::clone(&socket), tls, deadline);
     progress(Progress::Secured(stream.tls_version()));

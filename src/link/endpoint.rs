@@ -4,8 +4,10 @@ use std::net::IpAddr;
 
 use tungstenite::http::Uri;
 
-use super::LinkError;
+use super::error::LinkError;
 
+/// Gateways and proxies with a web application firewall refuse requests without one.
+pub(super) const USER_AGENT: &str = concat!("mender-connect/", env!("CARGO_PKG_VERSION"));
 /// The one path devices connect to. A path in the server URL doesn't count.
 pub const PATH: &str = "/api/devices/v1/deviceconnect/connect";
 

@@ -8,8 +8,8 @@ use tungstenite::Error;
 use tungstenite::error::ProtocolError;
 use tungstenite::handshake::derive_accept_key;
 
-use super::endpoint::{Endpoint, PATH};
-use super::{AnswerFault, LinkError, USER_AGENT};
+use super::endpoint::{Endpoint, PATH, USER_AGENT};
+use super::error::{AnswerFault, LinkError};
 use crate::auth::Token;
 use crate::sys::{clock, reason};
 

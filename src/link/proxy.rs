@@ -6,8 +6,9 @@ use data_encoding::BASE64;
 use percent_encoding::percent_decode_str;
 use tungstenite::http::Uri;
 
-use super::endpoint::Endpoint;
-use super::{AnswerFault, LinkError, USER_AGENT, http};
+use super::endpoint::{Endpoint, USER_AGENT};
+use super::error::{AnswerFault, LinkError};
+use super::http;
 use crate::sys::net::contains;
 
 /// The environment's variables, in upper and lower case: for http, for https, and the exceptions.

@@ -6,15 +6,13 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use log::{debug, warn};
-use tungstenite::error::ProtocolError;
 use tungstenite::{Error, Message, WebSocket};
 
-use super::{Cancel, Inbound, LinkError, MAX_MESSAGE};
+use super::Inbound;
+use super::cancel::Cancel;
+use super::error::LinkError;
 use crate::outbox::{Outbox, Spares};
 use crate::proto::Frame;
-
-/// What is said of a message beyond [`MAX_MESSAGE`].
-pub const TOO_LARGE: &str = "the server sent a message that is too large";
 
 /// Messages up to this size come in one read buffer with others.
 const SMALL: usize = 5 * 1024;
@@ -42,7 +40,7 @@ pub fn run(
                 inbound.pause();
                 continue;
             }
-            Err(e) => return lost(e),
+            Err(e) => return e.into(),
         };
         if cancel.is_cancelled() {
             return LinkError::Cancelled;
@@ -117,21 +115,6 @@ impl AsRef<[u8]> for Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         self.home.give(std::mem::take(&mut self.bytes));
-    }
-}
-
-pub fn lost(error: Error) -> LinkError {
-    match error {
-        Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => LinkError::Silent,
-        Error::Io(e) => LinkError::Broken(crate::sys::reason(&e)),
-        Error::Capacity(_) => {
-            debug!("an inbound message may have {MAX_MESSAGE} bytes");
-            LinkError::Broken(TOO_LARGE.to_owned())
-        }
-        Error::ConnectionClosed | Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => {
-            LinkError::Broken("the server hung up".to_owned())
-        }
-        other => LinkError::Broken(other.to_string()),
     }
 }
 

@@ -5,9 +5,11 @@ use std::io;
 use tungstenite::protocol::CloseFrame;
 use tungstenite::{Bytes, Error, Message, WebSocket};
 
+use super::cancel::Cancel;
 use super::dial::{self, Progress};
-use super::stream::ReadHalf;
-use super::{Cancel, LinkError, ProxySettings, reader};
+use super::error::LinkError;
+use super::halves::ReadHalf;
+use super::proxy::ProxySettings;
 use crate::auth::Credentials;
 
 const PING: &[u8] = b"doctor";
@@ -33,7 +35,7 @@ pub fn trial(
 
 /// Sends a ping, waits for its answer and says goodbye.
 fn ping(mut websocket: WebSocket<ReadHalf>) -> Result<(), LinkError> {
-    websocket.send(Message::Ping(Bytes::from_static(PING))).map_err(reader::lost)?;
+    websocket.send(Message::Ping(Bytes::from_static(PING))).map_err(LinkError::from)?;
     loop {
         match websocket.read() {
             Ok(Message::Pong(payload)) if payload == PING => break,
@@ -45,7 +47,7 @@ fn ping(mut websocket: WebSocket<ReadHalf>) -> Result<(), LinkError> {
             Err(Error::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
                 return Err(LinkError::TimedOut("the answer to a ping"));
             }
-            Err(e) => return Err(reader::lost(e)),
+            Err(e) => return Err(e.into()),
         }
     }
     // The trial has succeeded, whether or not the server still hears this.

@@ -9,9 +9,10 @@ use std::time::Instant;
 use tungstenite::protocol::frame::FrameHeader;
 use tungstenite::protocol::frame::coding::{Control, Data, OpCode};
 
+use super::deadline::{PING_INTERVAL, WRITE_LIMIT};
+use super::error::LinkError;
+use super::halves::WriteHalf;
 use super::pace::Pace;
-use super::stream::WriteHalf;
-use super::{LinkError, PING_INTERVAL, WRITE_LIMIT};
 use crate::outbox::{FRONT, Message, Outbox, Work};
 
 /// As the reference agent's.

@@ -132,7 +132,7 @@ impl Supervisor {
             self.step(Event::Tick);
             let now = Instant::now();
             let link = &mut self.link;
-            self.service.feed(now, || link.as_mut().is_none_or(|link| link.goes_on(now)));
+            self.service.feed(now, || link.as_mut().is_none_or(|link| link.makes_progress(now)));
             let stale = if self.outdated { "; the configuration was not reloaded, see the log" } else { "" };
             self.service.status(self.machine.describe(&self.server(), None) + stale);
             self.status

@@ -1,0 +1,215 @@
+//! The two halves of a connection, plain or TLS.
+//!
+//! During the handshakes the read half is the whole connection, with a deadline for every operation. Afterwards it only
+//! reads: tungstenite answers pings and closes on the half that it reads from, so what it writes there is dropped, and
+//! the writer thread sends those answers.
+
+use std::cell::Cell;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::cancel::Cancel;
+use super::deadline::{Deadline, SILENCE_LIMIT, WRITE_LIMIT};
+use crate::outbox::Outbox;
+use crate::sys::net;
+
+/// Bytes read from a plain connection at a time: many small messages cost one system call.
+const BUFFER: usize = 32 * 1024;
+/// A TLS record and its framing.
+const RECORD: usize = 16 * 1024 + 512;
+
+/// A TLS connection, shared by the two halves. It does no I/O: a lock is held while bytes are moved into or out of it,
+/// never while a half waits for the network.
+pub(super) trait Tls: Send + Sync {
+    /// Reads plaintext, taking as much of `ciphertext` as that needs.
+    ///
+    /// # Errors
+    /// `WouldBlock` when all of `ciphertext` was taken and there is no plaintext yet.
+    fn decrypt(&self, ciphertext: &mut &[u8], plaintext: &mut [u8]) -> io::Result<usize>;
+
+    /// Takes plaintext, how many bytes is returned, and appends everything that is ready to be sent to `ciphertext`.
+    fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<usize>;
+
+    /// Whether the protocol has something of its own to send.
+    fn wants_write(&self) -> bool;
+
+    fn version(&self) -> String;
+}
+
+/// The half that tungstenite's handshake gets and the reader keeps.
+pub(super) struct ReadHalf {
+    source: BufReader<Source>,
+    tls: Option<Arc<dyn Tls>>,
+}
+
+struct Source {
+    socket: Arc<TcpStream>,
+    phase: Phase,
+}
+
+enum Phase {
+    Handshake {
+        deadline: Instant,
+    },
+    Open {
+        /// A server on this machine, mender-auth's forwarder, writes with Nagle's algorithm on: a delayed
+        /// acknowledgement would cost 40 ms a keystroke.
+        quick_ack: bool,
+        /// Whether the reader knows that the next read may take long.
+        told: Cell<bool>,
+        outbox: Arc<Outbox>,
+        cancel: Arc<Cancel>,
+    },
+}
+
+impl ReadHalf {
+    /// For a handshake that has to end by `deadline`.
+    pub(super) fn new(socket: Arc<TcpStream>, tls: Option<Arc<dyn Tls>>, deadline: Instant) -> Self {
+        let capacity = if tls.is_some() { RECORD } else { BUFFER };
+        let source = Source { socket, phase: Phase::Handshake { deadline } };
+        ReadHalf { source: BufReader::with_capacity(capacity, source), tls }
+    }
+
+    /// The version of TLS, if that is spoken.
+    pub(super) fn tls_version(&self) -> Option<String> {
+        self.tls.as_ref().map(|tls| tls.version())
+    }
+
+    /// Ends the handshake: from now on this half only reads, and waits as long as a live server may be silent.
+    /// Before each wait `WouldBlock` is returned once. `cancel` hears of each read.
+    pub(super) fn open(&mut self, outbox: &Arc<Outbox>, cancel: &Arc<Cancel>) -> io::Result<WriteHalf> {
+        let Source { socket, phase } = self.source.get_mut();
+        socket.set_read_timeout(Some(SILENCE_LIMIT))?;
+        socket.set_write_timeout(Some(WRITE_LIMIT))?;
+        let quick_ack = socket.peer_addr()?.ip().is_loopback();
+        let (outbox, cancel) = (Arc::clone(outbox), Arc::clone(cancel));
+        *phase = Phase::Open { quick_ack, told: Cell::new(false), outbox, cancel };
+        Ok(WriteHalf { socket: Arc::clone(socket), tls: self.tls.clone(), ciphertext: Vec::new() })
+    }
+}
+
+impl Read for Source {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let socket = &self.socket;
+        let Phase::Open { quick_ack, told, cancel, .. } = &self.phase else {
+            return Deadline { socket, deadline: self.deadline() }.read(buffer);
+        };
+        if !told.replace(true) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        told.set(false);
+        let n = Deadline { socket, deadline: None }.read(buffer)?;
+        cancel.heard();
+        if *quick_ack {
+            // Only a hint; a socket that can't do it still works.
+            let _ = net::rearm_quick_ack(socket.as_fd());
+        }
+        Ok(n)
+    }
+}
+
+impl Source {
+    fn deadline(&self) -> Option<Instant> {
+        if let Phase::Handshake { deadline } = self.phase { Some(deadline) } else { None }
+    }
+}
+
+impl Read for ReadHalf {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(tls) = &self.tls else { return self.source.read(buffer) };
+        loop {
+            let mut ciphertext = self.source.buffer();
+            let before = ciphertext.len();
+            let result = tls.decrypt(&mut ciphertext, buffer);
+            let taken = before - ciphertext.len();
+            self.source.consume(taken);
+            if let Phase::Open { outbox, .. } = &self.source.get_ref().phase
+                && taken > 0
+                && tls.wants_write()
+            {
+                outbox.flush();
+            }
+            match result {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+            if self.source.fill_buf()?.is_empty() {
+                return Ok(0);
+            }
+        }
+    }
+}
+
+impl Write for ReadHalf {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let source = self.source.get_ref();
+        let Some(deadline) = source.deadline() else { return Ok(bytes.len()) };
+        write(&source.socket, Some(deadline), self.tls.as_deref(), bytes, &mut Vec::new())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The writer's half.
+pub(super) struct WriteHalf {
+    socket: Arc<TcpStream>,
+    tls: Option<Arc<dyn Tls>>,
+    ciphertext: Vec<u8>,
+}
+
+impl WriteHalf {
+    /// Of a plain connection without a reader.
+    #[cfg(test)]
+    pub(super) fn plain(socket: TcpStream) -> Self {
+        WriteHalf { socket: Arc::new(socket), tls: None, ciphertext: Vec::new() }
+    }
+
+    /// Sends what TLS has to say of its own, if anything.
+    pub(super) fn flush_tls(&mut self) -> io::Result<()> {
+        self.write(&[]).map(drop)
+    }
+
+    /// Ends the connection for both halves.
+    pub(super) fn shut_down(&self) {
+        // Fails when it has ended already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+impl Write for WriteHalf {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        write(&self.socket, None, self.tls.as_deref(), bytes, &mut self.ciphertext)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes some of `bytes`, with TLS all of them.
+fn write(
+    socket: &TcpStream,
+    deadline: Option<Instant>,
+    tls: Option<&dyn Tls>,
+    bytes: &[u8],
+    ciphertext: &mut Vec<u8>,
+) -> io::Result<usize> {
+    let mut socket = Deadline { socket, deadline };
+    let Some(tls) = tls else { return socket.write(bytes) };
+    let mut written = 0;
+    loop {
+        written += tls.encrypt(&bytes[written..], ciphertext)?;
+        socket.write_all(ciphertext)?;
+        ciphertext.clear();
+        if written == bytes.len() {
+            // A burst shouldn't cost memory for ever.
+            ciphertext.shrink_to(2 * RECORD);
+            return Ok(written);
+        }
+    }
+}
