@@ -286,7 +286,7 @@ impl Manager {
                 }
                 match message.read2::<&str, &str>() {
                     Ok((token, url)) => {
-                        events.push(AuthEvent::Announced(Credentials::new(token, url)));
+                        events.push(AuthEvent::Changed(Credentials::new(token, url)));
                     }
                     Err(e) => warn!("ignoring a JwtTokenStateChange signal with unexpected types: {e}"),
                 }

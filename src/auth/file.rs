@@ -112,7 +112,7 @@ impl Source for TokenFile {
             let before = self.current.clone();
             self.look(now, due && self.settles.is_some());
             if before.is_some() && before != self.current {
-                events.extend(self.current.clone().map(AuthEvent::Announced));
+                events.extend(self.current.clone().map(AuthEvent::Changed));
             }
         }
         if mem::take(&mut self.asked) {

@@ -64,7 +64,7 @@ impl Credentials {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum AuthEvent {
     /// The source reports a change by itself.
-    Announced(Option<Credentials>),
+    Changed(Option<Credentials>),
     /// The answer to [`Source::ask`].
     Answered(Option<Credentials>),
     /// There was no answer to [`Source::ask`], for this reason.

@@ -38,9 +38,10 @@ pub(crate) fn daemon(report: &mut Report) -> bool {
     }
     let (found, occupied) = match status::fetch() {
         Ok(status) => {
-            let state = status["connection"]["state"].as_str().unwrap_or("in an unknown state");
-            let free = matches!(state, "unauthorized" | "waiting" | "asking" | "stopping");
-            (format!("running, {state}"), !free)
+            use status::State::{Asking, Stopping, Unauthorized, Waiting};
+            let state = status.connection.state;
+            let free = matches!(state, Some(Unauthorized | Waiting | Asking | Stopping));
+            (format!("running, {}", state.map_or("in an unknown state", status::State::name)), !free)
         }
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
             match processes.first() {

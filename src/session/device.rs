@@ -6,12 +6,11 @@ use std::time::Instant;
 
 use log::info;
 use nix::sys::resource::{Resource, getrlimit};
-use serde_json::{Value, json};
 
-use super::file_transfer::rate::{Counters, Direction};
+use super::file_transfer::rate::Counters;
 use super::inbox::{HangUp, Inbox};
-use super::info::Info;
 use super::shells::{MAX_SHELLS, Shells};
+use super::stats::{Figures, Info};
 use crate::commands::Commands;
 use crate::config::Config;
 use crate::permits::Permits;
@@ -28,8 +27,6 @@ const MAX_LOOK_UPS: usize = 16;
 const MEMORY: usize = 16 << 20;
 /// Descriptors that forwards leave to others: one for each session, and for shells, files, `status` and the link.
 const RESERVED_DESCRIPTORS: usize = MAX_THREADS + 64;
-/// Forwards that `status` tells of.
-const MAX_FORWARDS_SHOWN: usize = 1024;
 
 #[derive(Debug)]
 pub struct Device {
@@ -75,7 +72,8 @@ impl Table {
     pub(crate) fn make_room(&self) -> bool {
         let mut sessions = self.lock();
         let idle = sessions.iter().filter(|(_, entry)| !entry.info.is_busy());
-        let Some(id) = idle.min_by_key(|(_, entry)| entry.info.traffic.last()).map(|(id, _)| id.clone())
+        let Some(id) =
+            idle.min_by_key(|(_, entry)| entry.info.traffic.last_activity()).map(|(id, _)| id.clone())
         else {
             return false;
         };
@@ -132,10 +130,10 @@ impl Device {
     }
 
     /// The sessions, the longest-lived first.
-    fn sessions(&self) -> Vec<(SessionId, Entry)> {
+    pub(crate) fn sessions(&self) -> Vec<(SessionId, Arc<Info>)> {
         let mut sessions: Vec<_> =
-            self.table().lock().iter().map(|(id, entry)| (id.clone(), entry.clone())).collect();
-        sessions.sort_by_key(|(_, entry)| entry.info.traffic.since);
+            self.table().lock().iter().map(|(id, entry)| (id.clone(), Arc::clone(&entry.info))).collect();
+        sessions.sort_by_key(|(_, info)| info.traffic.since);
         sessions
     }
 
@@ -144,41 +142,25 @@ impl Device {
         let (now, config, sessions) = (Instant::now(), self.config(), self.sessions());
         info!("  shells: {}/{MAX_SHELLS}", self.shells.running());
         info!("  sessions: {}", sessions.len());
-        let ago = |at: Instant| now.saturating_duration_since(at).as_secs();
-        for (id, Entry { info, .. }) in sessions {
-            match info.shell() {
+        for (id, info) in sessions {
+            let shell = info.shell();
+            let Figures { age, idle, .. } =
+                shell.as_ref().map_or(&*info.traffic, |s| &s.traffic).figures(now);
+            let (age, idle) = (age as u64, idle as u64);
+            match shell {
                 Some(shell) => info!(
-                    "   {id} status:active started:{} s ago, last input:{} s ago, user:{}, shell:{} pid:{}",
-                    ago(shell.traffic.since),
-                    ago(shell.traffic.last()),
+                    "   {id} status:active started:{age} s ago, last input:{idle} s ago, user:{}, shell:{} pid:{}",
                     shell.user,
                     config.shell.command.display(),
                     shell.pid
                 ),
-                None => info!("   {id} status:no shell started:{} s ago", ago(info.traffic.since)),
+                None => info!("   {id} status:no shell started:{age} s ago"),
             }
         }
         info!("  file-transfer:");
         for line in self.transferred.report(now) {
             info!("   {line}");
         }
-    }
-
-    /// Adds shells, sessions and what was transferred to what `status` tells.
-    pub(crate) fn report(&self, document: &mut Value) {
-        let (now, mut room) = (Instant::now(), MAX_FORWARDS_SHOWN);
-        let sessions = self.sessions();
-        let sessions = sessions.iter().map(|(id, entry)| entry.info.report(id, now, &mut room));
-        document["sessions"] = sessions.collect();
-        document["shells"] = json!({ "running": self.shells.running(), "max": MAX_SHELLS });
-        let figures = |direction| self.transferred.figures(direction, now);
-        let (received, sent) = (figures(Direction::Received), figures(Direction::Sent));
-        document["transferred"] = json!({
-            "bytes_in": received.total,
-            "bytes_out": sent.total,
-            "average_in": received.average,
-            "average_out": sent.average,
-        });
     }
 
     /// Waits until no session thread is left, at most until `deadline`. Tells whether that came first.

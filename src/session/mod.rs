@@ -7,17 +7,18 @@ mod credit;
 mod device;
 mod file_transfer;
 mod inbox;
-mod info;
 mod peer;
 mod port_forward;
 mod router;
 #[allow(clippy::module_inception, reason = "one session among many")]
 mod session;
 mod shells;
+pub(crate) mod stats;
 mod terminal;
 
 pub use self::device::Device;
-pub use self::info::ShellInfo;
+pub(crate) use self::file_transfer::rate::Direction;
 #[cfg(fuzzing)]
 pub use self::peer::Peer;
 pub use self::router::Router;
+pub(crate) use self::shells::MAX_SHELLS;

@@ -4,37 +4,8 @@ use std::time::{Duration, Instant};
 
 use crate::auth::{AuthEvent, Credentials};
 use crate::backoff;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum State {
-    /// There is no token; the authentication manager will announce one.
-    Unauthorized,
-    /// Until the next attempt.
-    Waiting {
-        until: Instant,
-    },
-    /// The manager was asked for the next attempt's token.
-    Asking,
-    Dialling,
-    Connected {
-        since: Instant,
-    },
-    Stopping,
-}
-
-impl State {
-    /// The word that `status` shows.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            State::Unauthorized => "unauthorized",
-            State::Waiting { .. } => "waiting",
-            State::Asking => "asking",
-            State::Dialling => "connecting",
-            State::Connected { .. } => "connected",
-            State::Stopping => "stopping",
-        }
-    }
-}
+use crate::session::stats::seconds;
+use crate::status::{Connection, State};
 
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
@@ -49,8 +20,8 @@ pub(crate) enum Event {
     },
     /// Time has passed, possibly a deadline.
     Tick,
-    /// The operator wants an attempt now, if there is neither a connection nor an attempt, and a look at the token.
-    Hurry,
+    /// By the operator: look at the token and, unless there is a link or an attempt, try now.
+    RetryNow,
     Stop,
 }
 
@@ -71,14 +42,19 @@ pub(crate) enum Action {
     LogNoReconnect(String),
 }
 
-/// The supervisor's state machine; no I/O.
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) state: State,
+    /// Start of the state.
+    since: Instant,
+    /// Time of the next attempt, in [`State::Waiting`].
+    until: Instant,
     /// For the next attempt.
     pub(crate) credentials: Option<Credentials>,
-    /// Attempts since the last success.
+    /// Links and attempts that were lost since the token changed or a link was stable.
     attempt: u32,
+    /// Attempts that failed since the last link, stable or not.
+    failed: u64,
     /// ReconnectIntervalSeconds.
     pub(crate) base: Duration,
     /// A source of uniform 64-bit numbers.
@@ -87,124 +63,120 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Starts unauthorised, with the manager already asked.
-    pub(crate) fn new(base: Duration, random: fn() -> u64) -> Self {
-        Machine { state: State::Unauthorized, credentials: None, attempt: 0, base, random }
+    pub(crate) fn new(base: Duration, random: fn() -> u64, now: Instant) -> Self {
+        let state = State::Unauthorized;
+        Machine { state, since: now, until: now, credentials: None, attempt: 0, failed: 0, base, random }
     }
 
     /// When [`Event::Tick`] is due.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        match self.state {
-            State::Waiting { until } => Some(until),
-            _ => None,
+        (self.state == State::Waiting).then_some(self.until)
+    }
+
+    /// The server's URL for people; empty if none is known.
+    pub(crate) fn server(&self) -> String {
+        self.credentials.as_ref().map_or_else(String::new, Credentials::shown_server_url)
+    }
+
+    /// For `status`.
+    pub(crate) fn connection(&self, last_error: Option<&(String, Instant)>, now: Instant) -> Connection {
+        Connection {
+            failed_attempts: self.failed,
+            r#for: seconds(self.since, now),
+            last_error: last_error.map(|(reason, _)| reason.clone()),
+            last_error_age: last_error.map(|(_, at)| seconds(*at, now)),
+            next_attempt_in: self.deadline().map(|at| seconds(now, at)),
+            server: self.credentials.as_ref().map(Credentials::shown_server_url),
+            state: Some(self.state),
         }
     }
 
-    /// The state for people: at `now` or, without it, in words that stay true as long as the state.
-    pub(crate) fn describe(&self, server: &str, now: Option<Instant>) -> String {
+    /// For the log with the times as of `now`, for systemd without, so that the text changes with the state only.
+    pub(crate) fn describe(&self, now: Option<Instant>) -> String {
+        let server = self.server();
+        let times = |text: &dyn Fn(Instant) -> String| now.map_or_else(String::new, text);
         match self.state {
             State::Unauthorized => "waiting for a token".to_owned(),
-            State::Waiting { until } => {
-                let left = now.map(|now| until.saturating_duration_since(now).as_secs_f32());
-                let left = left.map_or_else(String::new, |left| format!(" in {left:.0} s"));
+            State::Waiting => {
+                let left = times(&|now| format!(" in {:.0} s", seconds(now, self.until)));
                 format!("next attempt to connect to {server}{left}, {} failed", self.attempt)
             }
             State::Asking => "asking for a token".to_owned(),
             State::Dialling => format!("connecting to {server}"),
-            State::Connected { since } => {
-                let age = now.map(|now| now.saturating_duration_since(since).as_secs());
-                let age = age.map_or_else(String::new, |age| format!(" for {age} s"));
+            State::Connected => {
+                let age = times(&|now| format!(" for {} s", seconds(self.since, now) as u64));
                 format!("connected to {server}{age}")
             }
             State::Stopping => "ending".to_owned(),
         }
     }
 
-    /// The table.
     pub(crate) fn step(&mut self, event: Event, now: Instant) -> Vec<Action> {
-        match (self.state, event) {
-            (State::Stopping, _) => vec![],
-            (_, Event::Stop) => self.go(State::Stopping, vec![Action::Close]),
-
-            (_, Event::Auth(AuthEvent::Announced(None))) => self.revoked(),
-            (_, Event::Auth(AuthEvent::Announced(Some(new)))) => self.announced(new),
-            (_, Event::Auth(AuthEvent::Answered(Some(new)))) => self.answered(new),
-            (_, Event::Auth(AuthEvent::Answered(None))) => self.answered_nothing(),
-            (State::Asking, Event::Auth(AuthEvent::Unanswered(why))) => match self.credentials {
-                // The last known credentials may still be valid.
-                Some(_) => self.go(State::Dialling, vec![Action::Dial]),
-                None => self.go(State::Unauthorized, vec![Action::LogNoReconnect(why)]),
-            },
-            (_, Event::Auth(AuthEvent::Unanswered(_))) => vec![],
-
-            (State::Dialling, Event::Connected) => self.go(State::Connected { since: now }, vec![]),
-            (State::Dialling | State::Connected { .. }, Event::Lost { unauthorized, retry_after }) => {
-                self.lost(now, unauthorized, retry_after)
-            }
-            (_, Event::Connected | Event::Lost { .. }) => vec![],
-
-            (State::Waiting { until }, Event::Tick) if now >= until => {
-                self.go(State::Asking, vec![Action::Ask])
-            }
-            (_, Event::Tick) => vec![],
-
-            (State::Asking, Event::Hurry) => vec![],
-            (State::Dialling | State::Connected { .. }, Event::Hurry) => vec![Action::Ask],
-            (_, Event::Hurry) => self.go(State::Asking, vec![Action::Ask]),
+        let (state, actions) = self.decide(event, now);
+        if state != self.state {
+            (self.state, self.since) = (state, now);
         }
-    }
-
-    fn go(&mut self, state: State, actions: Vec<Action>) -> Vec<Action> {
-        self.state = state;
         actions
     }
 
-    /// The manager announces that it has no token any more.
-    fn revoked(&mut self) -> Vec<Action> {
-        self.credentials = None;
-        self.go(State::Unauthorized, vec![Action::LogUnauthorized, Action::Close])
-    }
+    /// The table.
+    fn decide(&mut self, event: Event, now: Instant) -> (State, Vec<Action>) {
+        use Action::{Ask, Close, Dial, Fetch, LogNoReconnect, LogUnauthorized};
+        use AuthEvent::{Answered, Changed, Unanswered};
+        use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
+        let state = self.state;
+        match (state, event) {
+            (Stopping, _) => (Stopping, vec![]),
+            (_, Event::Stop) => (Stopping, vec![Close]),
 
-    /// The manager announces a token: worth an attempt at once, even with the token we know.
-    fn announced(&mut self, new: Credentials) -> Vec<Action> {
-        let changed = self.learn(new);
-        match self.state {
-            State::Dialling | State::Connected { .. } if !changed => vec![],
-            State::Dialling | State::Connected { .. } => {
-                self.go(State::Dialling, vec![Action::Close, Action::Dial])
+            (Dialling | Connected, Event::Auth(Changed(Some(new)) | Answered(Some(new)))) => {
+                if self.learn(new) { (Dialling, vec![Close, Dial]) } else { (state, vec![]) }
             }
-            _ => self.go(State::Dialling, vec![Action::Dial]),
-        }
-    }
+            // An announcement is worth an attempt at once, even with the token we know; an answer isn't.
+            (Waiting, Event::Auth(Answered(Some(new)))) if self.credentials.as_ref() == Some(&new) => {
+                (Waiting, vec![])
+            }
+            (_, Event::Auth(Changed(Some(new)) | Answered(Some(new)))) => {
+                self.learn(new);
+                (Dialling, vec![Dial])
+            }
+            (_, Event::Auth(Changed(None))) => {
+                self.credentials = None;
+                (Unauthorized, vec![LogUnauthorized, Close])
+            }
+            (Asking, Event::Auth(Answered(None))) => {
+                let lost = self.credentials.take().map(|_| LogNoReconnect("there is no token".to_owned()));
+                (Unauthorized, lost.into_iter().collect())
+            }
+            // A working link stays: a manager that has just started knows no token until somebody fetches one.
+            (_, Event::Auth(Answered(None))) => (state, vec![Fetch]),
+            // The last known credentials may still be valid.
+            (Asking, Event::Auth(Unanswered(_))) if self.credentials.is_some() => (Dialling, vec![Dial]),
+            (Asking, Event::Auth(Unanswered(reason))) => (Unauthorized, vec![LogNoReconnect(reason)]),
+            (_, Event::Auth(Unanswered(_))) => (state, vec![]),
 
-    /// The manager answers with a token; it may be a new manager.
-    fn answered(&mut self, new: Credentials) -> Vec<Action> {
-        let changed = self.learn(new);
-        match self.state {
-            State::Asking | State::Unauthorized => self.go(State::Dialling, vec![Action::Dial]),
-            State::Waiting { .. } if changed => self.go(State::Dialling, vec![Action::Dial]),
-            State::Dialling | State::Connected { .. } if changed => {
-                self.go(State::Dialling, vec![Action::Close, Action::Dial])
+            (Dialling, Event::Connected) => {
+                self.failed = 0;
+                (Connected, vec![])
             }
-            _ => vec![],
-        }
-    }
+            (Dialling | Connected, Event::Lost { unauthorized, retry_after }) => {
+                (Waiting, self.lost(now, unauthorized, retry_after))
+            }
+            (_, Event::Connected | Event::Lost { .. }) => (state, vec![]),
 
-    /// The manager answers without a token. A working link stays: a manager that has just started knows no token
-    /// until somebody fetches one.
-    fn answered_nothing(&mut self) -> Vec<Action> {
-        match self.state {
-            State::Asking if self.credentials.take().is_some() => {
-                self.go(State::Unauthorized, vec![Action::LogNoReconnect("there is no token".to_owned())])
-            }
-            State::Asking => self.go(State::Unauthorized, vec![]),
-            _ => vec![Action::Fetch],
+            (Waiting, Event::Tick) if now >= self.until => (Asking, vec![Ask]),
+            (_, Event::Tick) => (state, vec![]),
+
+            (Asking, Event::RetryNow) => (Asking, vec![]),
+            (Dialling | Connected, Event::RetryNow) => (state, vec![Ask]),
+            (_, Event::RetryNow) => (Asking, vec![Ask]),
         }
     }
 
     fn lost(&mut self, now: Instant, unauthorized: bool, retry_after: Option<Duration>) -> Vec<Action> {
-        if let State::Connected { since } = self.state
-            && now.saturating_duration_since(since) >= backoff::STABLE_AFTER
-        {
+        if self.state == State::Dialling {
+            self.failed = self.failed.saturating_add(1);
+        } else if now.saturating_duration_since(self.since) >= backoff::STABLE_AFTER {
             self.attempt = 0;
         }
         let mut wait = backoff::delay(self.attempt, self.base, (self.random)());
@@ -217,7 +189,8 @@ impl Machine {
         if unauthorized {
             actions.push(Action::Fetch);
         }
-        self.go(State::Waiting { until: now + wait }, actions)
+        self.until = now + wait;
+        actions
     }
 
     /// True if the credentials are new; the attempts so far then say nothing about them.
@@ -240,15 +213,15 @@ mod tests {
 
     fn machine() -> Machine {
         // The longest wait each time.
-        Machine::new(BASE, || u64::MAX)
+        Machine::new(BASE, || u64::MAX, Instant::now())
     }
 
     fn good(token: &str) -> Credentials {
         Credentials::new(token, "http://127.0.0.1:1").unwrap()
     }
 
-    fn announced(token: &str) -> Event {
-        Event::Auth(AuthEvent::Announced(Some(good(token))))
+    fn changed(token: &str) -> Event {
+        Event::Auth(AuthEvent::Changed(Some(good(token))))
     }
 
     fn answered(token: &str) -> Event {
@@ -266,68 +239,65 @@ mod tests {
             machine.credentials = Some(good("a"));
         }
         machine.state = state;
+        machine.until = Instant::now() + BASE;
         machine
     }
 
     #[test]
     fn the_table() {
         let now = Instant::now();
-        let waiting = State::Waiting { until: now + BASE };
-        let due = State::Waiting { until: now };
-        let connected = State::Connected { since: now };
-        use State::{Asking, Dialling, Stopping, Unauthorized};
+        use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
         let nothing = || Event::Auth(AuthEvent::Answered(None));
-        let revoked = || Event::Auth(AuthEvent::Announced(None));
+        let revoked = || Event::Auth(AuthEvent::Changed(None));
         let unanswered = || Event::Auth(AuthEvent::Unanswered("why".into()));
         let no_token = || LogNoReconnect("there is no token".into());
         let revoke = || vec![LogUnauthorized, Close];
         let table: Vec<(State, Event, State, Vec<Action>)> = vec![
             // A token, announced or as an answer, is used at once, and a changed one replaces a link.
-            (Unauthorized, announced("a"), Dialling, vec![Dial]),
+            (Unauthorized, changed("a"), Dialling, vec![Dial]),
             (Unauthorized, answered("a"), Dialling, vec![Dial]),
-            (waiting, announced("a"), Dialling, vec![Dial]),
-            (waiting, announced("b"), Dialling, vec![Dial]),
-            (waiting, answered("a"), waiting, vec![]),
-            (waiting, answered("b"), Dialling, vec![Dial]),
-            (Asking, announced("b"), Dialling, vec![Dial]),
+            (Waiting, changed("a"), Dialling, vec![Dial]),
+            (Waiting, changed("b"), Dialling, vec![Dial]),
+            (Waiting, answered("a"), Waiting, vec![]),
+            (Waiting, answered("b"), Dialling, vec![Dial]),
+            (Asking, changed("b"), Dialling, vec![Dial]),
             (Asking, answered("a"), Dialling, vec![Dial]),
-            (Dialling, announced("a"), Dialling, vec![]),
-            (Dialling, announced("b"), Dialling, vec![Close, Dial]),
-            (connected, announced("a"), connected, vec![]),
-            (connected, answered("a"), connected, vec![]),
-            (connected, announced("b"), Dialling, vec![Close, Dial]),
-            (connected, answered("b"), Dialling, vec![Close, Dial]),
+            (Dialling, changed("a"), Dialling, vec![]),
+            (Dialling, changed("b"), Dialling, vec![Close, Dial]),
+            (Connected, changed("a"), Connected, vec![]),
+            (Connected, answered("a"), Connected, vec![]),
+            (Connected, changed("b"), Dialling, vec![Close, Dial]),
+            (Connected, answered("b"), Dialling, vec![Close, Dial]),
             // No token.
             (Unauthorized, nothing(), Unauthorized, vec![Fetch]),
             (Asking, nothing(), Unauthorized, vec![no_token()]),
-            (connected, nothing(), connected, vec![Fetch]),
-            (waiting, nothing(), waiting, vec![Fetch]),
+            (Connected, nothing(), Connected, vec![Fetch]),
+            (Waiting, nothing(), Waiting, vec![Fetch]),
             (Unauthorized, revoked(), Unauthorized, revoke()),
-            (waiting, revoked(), Unauthorized, revoke()),
+            (Waiting, revoked(), Unauthorized, revoke()),
             (Asking, revoked(), Unauthorized, revoke()),
             (Dialling, revoked(), Unauthorized, revoke()),
-            (connected, revoked(), Unauthorized, revoke()),
+            (Connected, revoked(), Unauthorized, revoke()),
             // No answer.
             (Asking, unanswered(), Dialling, vec![Dial]),
             (Unauthorized, unanswered(), Unauthorized, vec![]),
-            (connected, unanswered(), connected, vec![]),
+            (Connected, unanswered(), Connected, vec![]),
             // The link.
-            (Dialling, Event::Connected, connected, vec![]),
-            (waiting, Event::Connected, waiting, vec![]),
+            (Dialling, Event::Connected, Connected, vec![]),
+            (Waiting, Event::Connected, Waiting, vec![]),
             (Unauthorized, lost(), Unauthorized, vec![]),
             // Time.
-            (waiting, Event::Tick, waiting, vec![]),
-            (due, Event::Tick, Asking, vec![Ask]),
-            (connected, Event::Tick, connected, vec![]),
+            (Waiting, Event::Tick, Waiting, vec![]),
+            (Connected, Event::Tick, Connected, vec![]),
             // The operator.
-            (connected, Event::Hurry, connected, vec![Ask]),
-            (Dialling, Event::Hurry, Dialling, vec![Ask]),
-            (waiting, Event::Hurry, Asking, vec![Ask]),
-            (Unauthorized, Event::Hurry, Asking, vec![Ask]),
-            (Asking, Event::Hurry, Asking, vec![]),
-            (connected, Event::Stop, Stopping, vec![Close]),
-            (waiting, Event::Stop, Stopping, vec![Close]),
-            (Stopping, announced("b"), Stopping, vec![]),
+            (Connected, Event::RetryNow, Connected, vec![Ask]),
+            (Dialling, Event::RetryNow, Dialling, vec![Ask]),
+            (Waiting, Event::RetryNow, Asking, vec![Ask]),
+            (Unauthorized, Event::RetryNow, Asking, vec![Ask]),
+            (Asking, Event::RetryNow, Asking, vec![]),
+            (Connected, Event::Stop, Stopping, vec![Close]),
+            (Waiting, Event::Stop, Stopping, vec![Close]),
+            (Stopping, changed("b"), Stopping, vec![]),
             (Stopping, lost(), Stopping, vec![]),
         ];
         for (from, event, to, actions) in table {
@@ -336,18 +306,19 @@ mod tests {
             assert_eq!(machine.step(event, now), actions, "{case}");
             assert_eq!(machine.state, to, "{case}");
         }
+        let mut due = in_state(Waiting);
+        assert_eq!((due.step(Event::Tick, due.until), due.state), (vec![Ask], Asking));
     }
 
     #[test]
     fn waits_double_until_a_link_was_stable_or_the_token_changes() {
         let mut now = Instant::now();
         let mut machine = machine();
-        machine.step(announced("a"), now);
+        machine.step(changed("a"), now);
         let fail = |machine: &mut Machine, now| {
             machine.state = State::Dialling;
             machine.step(lost(), now);
-            let State::Waiting { until } = machine.state else { panic!() };
-            (until - now).as_secs_f64().round() as u64
+            (machine.deadline().unwrap() - now).as_secs_f64().round() as u64
         };
         assert_eq!([fail(&mut machine, now), fail(&mut machine, now), fail(&mut machine, now)], [5, 10, 20]);
         // A link of a moment changes nothing.
@@ -361,10 +332,10 @@ mod tests {
         now += backoff::STABLE_AFTER;
         machine.step(lost(), now);
         assert_eq!(fail(&mut machine, now), 10);
-        // The same token announced again is tried at once, but is no reason to hurry afterwards.
-        machine.step(announced("a"), now);
+        // The same token announced again is tried at once, but doesn't shorten the waits afterwards.
+        machine.step(changed("a"), now);
         assert_eq!(fail(&mut machine, now), 20);
-        machine.step(announced("b"), now);
+        machine.step(changed("b"), now);
         assert_eq!(fail(&mut machine, now), 5);
     }
 
@@ -377,7 +348,6 @@ mod tests {
         let mut machine = in_state(State::Dialling);
         let wish = Some(Duration::from_secs(100));
         machine.step(Event::Lost { unauthorized: false, retry_after: wish }, now);
-        let State::Waiting { until } = machine.state else { panic!() };
-        assert_eq!((until - now).as_secs_f64().round(), 105.0);
+        assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 105.0);
     }
 }

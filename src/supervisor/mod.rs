@@ -2,8 +2,7 @@
 //! poll(2), lets the [`machine`] decide, and takes the actions.
 
 pub(crate) mod machine;
-mod past;
-mod service;
+mod systemd;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -16,15 +15,15 @@ use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use thiserror::Error;
 
-use self::machine::{Action, Event, Machine, State};
-use self::past::Past;
-use self::service::Service;
-use crate::auth::{self, AuthEvent, Credentials, Source, SourceError};
+use self::machine::{Action, Event, Machine};
+use self::systemd::Service;
+use crate::auth::{self, AuthEvent, Source, SourceError};
 use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::proto::Frame;
+use crate::session::stats::seconds;
 use crate::session::{Device, Router};
-use crate::status;
+use crate::status::{self, State, Status};
 use crate::sys::privilege::{self, Needs};
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
@@ -37,19 +36,12 @@ const STOP_LIMIT: Duration = Duration::from_millis(1700);
 pub(crate) enum Error {
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// A basic system call failed.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("the new one takes privileges that were given up at the start; restart to use it")]
+    Privileges,
     #[error("out of resources: {}", crate::sys::reason(.0))]
     System(#[from] io::Error),
-}
-
-/// Runs the daemon until SIGTERM or SIGINT. On SIGHUP `load` reads the configuration again. A bus that is lost later
-/// is waited for; one that is missing at the start is an error.
-pub(crate) fn run(
-    config: Config,
-    load: impl Fn() -> Result<Config, ConfigError> + 'static,
-    signals: &Signals,
-) -> Result<(), Error> {
-    Supervisor::new(config, Box::new(load))?.run(signals)
 }
 
 /// The privileges that a daemon with this configuration needs.
@@ -63,54 +55,58 @@ pub(crate) fn needs(config: &Config) -> Needs {
     }
 }
 
-/// The link's epoch, and the event.
-type Report = (u64, LinkEvent);
-
 struct Supervisor {
     machine: Machine,
     load: Box<dyn Fn() -> Result<Config, ConfigError>>,
     service: Service,
     /// The last reload failed: the files differ from the configuration in use.
     outdated: bool,
-    past: Past,
+    started: Instant,
+    last_error: Option<(String, Instant)>,
     source: Box<dyn Source>,
     context: Arc<Device>,
     proxies: Arc<ProxySettings>,
     link: Option<Link>,
-    /// Incremented per link; events of an older link are ignored.
+    /// Incremented whenever a link is made or closed; events of an older epoch are ignored.
     epoch: u64,
-    /// Links that haven't reported their end yet, including [`Supervisor::link`]; at most a few.
-    unfinished: usize,
-    reporter: Sender<Report>,
-    reports: Receiver<Report>,
+    /// Cloned for each link, whose thread drops the clone when it ends.
+    reporter: Sender<(u64, LinkEvent)>,
+    reports: Receiver<(u64, LinkEvent)>,
     wake: Arc<Wake>,
-    status: status::Listener,
+    status: status::Server,
+}
+
+/// Runs the daemon until SIGTERM or SIGINT. On SIGHUP `load` reads the configuration again. A bus that is lost later
+/// is waited for; one that is missing at the start is an error.
+pub(crate) fn run(
+    config: Config,
+    load: impl Fn() -> Result<Config, ConfigError> + 'static,
+    signals: &Signals,
+) -> Result<(), Error> {
+    let (wake, now) = (Arc::new(Wake::new()?), Instant::now());
+    // At most two reports a link, and links are made one after another.
+    let (reporter, reports) = crossbeam_channel::unbounded();
+    let supervisor = Supervisor {
+        machine: Machine::new(config.reconnect_interval, random, now),
+        load: Box::new(load),
+        service: Service::new(now),
+        outdated: false,
+        started: now,
+        last_error: None,
+        source: auth::source(&config.auth, &wake, true)?,
+        context: Device::new(config),
+        proxies: Arc::new(ProxySettings::from_environment()),
+        link: None,
+        epoch: 0,
+        reporter,
+        reports,
+        status: status::Server::open(&wake),
+        wake,
+    };
+    supervisor.run(signals)
 }
 
 impl Supervisor {
-    fn new(config: Config, load: Box<dyn Fn() -> Result<Config, ConfigError>>) -> Result<Self, Error> {
-        let wake = Arc::new(Wake::new()?);
-        // At most two reports a link, and links are made one after another.
-        let (reporter, reports) = crossbeam_channel::unbounded();
-        Ok(Supervisor {
-            past: Past::new(Instant::now()),
-            machine: Machine::new(config.reconnect_interval, random),
-            load,
-            service: Service::new(Instant::now()),
-            outdated: false,
-            source: auth::source(&config.auth, &wake, true)?,
-            context: Device::new(config),
-            proxies: Arc::new(ProxySettings::from_environment()),
-            link: None,
-            epoch: 0,
-            unfinished: 0,
-            reporter,
-            reports,
-            status: status::Listener::open(&wake),
-            wake,
-        })
-    }
-
     fn run(mut self, signals: &Signals) -> Result<(), Error> {
         while self.machine.state != State::Stopping {
             self.wait(signals)?;
@@ -120,23 +116,28 @@ impl Supervisor {
             self.wake.clear();
             let auth = self.source.process(Instant::now())?;
             // Any answer means that the source is up.
-            if !auth.is_empty() && !self.service.is_ready() {
+            if !auth.is_empty() && !self.service.ready {
                 self.service.ready();
             }
             for event in latest(auth) {
                 self.step(Event::Auth(event));
             }
-            while let Ok(report) = self.reports.try_recv() {
-                self.handle_report(report);
+            while let Ok((epoch, event)) = self.reports.try_recv() {
+                if epoch == self.epoch {
+                    self.handle_link(event);
+                }
             }
             self.step(Event::Tick);
             let now = Instant::now();
             let link = &mut self.link;
             self.service.feed(now, || link.as_mut().is_none_or(|link| link.makes_progress(now)));
             let stale = if self.outdated { "; the configuration was not reloaded, see the log" } else { "" };
-            self.service.status(self.machine.describe(&self.server(), None) + stale);
-            self.status
-                .answer(&self.context, now, || self.past.report(&self.machine, &self.context.config(), now));
+            self.service.status(self.machine.describe(None) + stale);
+            self.status.answer(now, || {
+                let connection = self.machine.connection(self.last_error.as_ref(), now);
+                let token_length = self.machine.credentials.as_ref().map(|c| c.token.len() as u64);
+                Status::new(connection, token_length, seconds(self.started, now), &self.context, now)
+            });
         }
         self.service.stopping();
         self.stop();
@@ -173,7 +174,7 @@ impl Supervisor {
             Signal::SIGHUP => {
                 info!("SIGHUP received, reading the configuration");
                 self.reload();
-                self.step(Event::Hurry);
+                self.step(Event::RetryNow);
             }
             Signal::SIGUSR1 => self.log_status(),
             _ => {}
@@ -182,70 +183,48 @@ impl Supervisor {
 
     /// Reloads the configuration: all of it or, with the reason in the log, nothing.
     fn reload(&mut self) {
-        let ready = self.service.is_ready();
+        let ready = self.service.ready;
         if ready {
             self.service.reloading();
         }
-        match (self.load)() {
-            Ok(config) => self.outdated = !self.adopt(config),
-            Err(e) => {
-                error!("the old configuration stays: {e}");
-                self.outdated = true;
-            }
+        let result = (self.load)().map_err(Error::from).and_then(|config| self.adopt(config));
+        self.outdated = result.is_err();
+        if let Err(e) = result {
+            error!("the old configuration stays: {e}");
         }
         if ready {
             self.service.ready();
         }
     }
 
-    /// Replaces the configuration. False if that is impossible.
-    fn adopt(&mut self, config: Config) -> bool {
+    fn adopt(&mut self, config: Config) -> Result<(), Error> {
         let old = self.context.config();
         if config == *old {
             info!("the configuration has not changed");
-            return true;
+            return Ok(());
         }
         if !privilege::suffices_for(needs(&config)) {
-            error!(
-                "the old configuration stays: the new one takes privileges that were given up at the start; restart to use it"
-            );
-            return false;
+            return Err(Error::Privileges);
         }
         if config.auth != old.auth {
-            match auth::source(&config.auth, &self.wake, false) {
-                Ok(source) => self.source = source,
-                Err(e) => {
-                    error!("the old configuration stays: {e}");
-                    return false;
-                }
-            }
+            self.source = auth::source(&config.auth, &self.wake, false)?;
         }
         self.machine.base = config.reconnect_interval;
         self.context.reconfigure(config);
         info!("the new configuration is in use");
-        true
-    }
-
-    fn handle_report(&mut self, (epoch, event): Report) {
-        if matches!(event, LinkEvent::Lost(_)) {
-            self.unfinished -= 1;
-        }
-        if epoch == self.epoch && self.link.is_some() {
-            self.handle_link(event);
-        }
+        Ok(())
     }
 
     fn handle_link(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Connected => {
-                info!("Connection established with {}", self.server());
+                info!("Connection established with {}", self.machine.server());
                 self.step(Event::Connected);
             }
             LinkEvent::Lost(reason) => {
-                let dialled = matches!(self.machine.state, State::Dialling);
-                self.past.lost(dialled, reason.to_string(), Instant::now());
-                let (server, token) = (self.server(), self.machine.credentials.as_ref());
-                if dialled {
+                self.last_error = Some((reason.to_string(), Instant::now()));
+                let (server, token) = (self.machine.server(), self.machine.credentials.as_ref());
+                if self.machine.state == State::Dialling {
                     error!(
                         "connection manager failed to connect to {}{}: {reason}; len(token)={}",
                         server.trim_end_matches('/'),
@@ -268,7 +247,7 @@ impl Supervisor {
         let before = self.machine.state;
         for action in self.machine.step(event, Instant::now()) {
             match action {
-                Action::Close => self.link = None,
+                Action::Close => self.close(),
                 Action::Dial => self.dial(),
                 Action::Ask => self.source.ask(Instant::now()),
                 Action::Fetch => self.source.fetch(Instant::now()),
@@ -281,59 +260,52 @@ impl Supervisor {
                 }
                 Action::LogNoReconnect(why) => {
                     error!("error reconnecting: {why}");
-                    self.past.failed_because(why, Instant::now());
+                    self.last_error = Some((why, Instant::now()));
                 }
             }
         }
         if self.machine.state != before {
             debug!("{before:?} -> {:?}", self.machine.state);
-            self.past.changed(self.machine.state, Instant::now());
         }
     }
 
-    fn dial(&mut self) {
+    fn close(&mut self) {
         self.link = None;
-        let Some(credentials) = self.machine.credentials.clone() else { return };
         self.epoch += 1;
+    }
+
+    fn dial(&mut self) {
+        self.close();
+        let Some(credentials) = self.machine.credentials.clone() else { return };
         let (epoch, reports, wake) = (self.epoch, self.reporter.clone(), Arc::clone(&self.wake));
         let report = move |event| {
             let _ = reports.send((epoch, event));
             wake.notify();
         };
         let context = Arc::clone(&self.context);
-        let accept = move |outbox: &Arc<_>| {
-            Ok(Box::new(Inbound(Router::new(&context, outbox)?)) as Box<dyn link::Inbound>)
-        };
+        let accept =
+            move |outbox: &Arc<_>| Ok(Box::new(Router::new(&context, outbox)?) as Box<dyn link::Inbound>);
         match Link::dial(credentials, Arc::clone(&self.proxies), accept, report) {
-            Ok(link) => {
-                self.link = Some(link);
-                self.unfinished += 1;
+            Ok(link) => self.link = Some(link),
+            Err(e) => {
+                let _ = self.reporter.send((epoch, LinkEvent::Lost(e.into())));
+                self.wake.notify();
             }
-            Err(e) => self.handle_link(LinkEvent::Lost(e.into())),
         }
-    }
-
-    fn server(&self) -> String {
-        self.machine.credentials.as_ref().map_or_else(String::new, Credentials::shown_server_url)
     }
 
     fn log_status(&self) {
         info!("mender-connect daemon v{}", env!("CARGO_PKG_VERSION"));
-        info!(" status: {}", self.machine.describe(&self.server(), Some(Instant::now())));
+        info!(" status: {}", self.machine.describe(Some(Instant::now())));
         self.context.log_status();
     }
 
     /// Ends and reaps every session's processes, as far as that is possible in time.
-    fn stop(mut self) {
+    fn stop(self) {
         let deadline = Instant::now() + STOP_LIMIT;
-        self.status.close();
-        self.link = None;
-        // A link's reader drops its router, and so the sessions, before it reports the end.
-        while self.unfinished > 0
-            && let Ok(report) = self.reports.recv_deadline(deadline)
-        {
-            self.handle_report(report);
-        }
+        drop((self.status, self.link, self.reporter));
+        // A link's thread drops its router, and so the sessions, before its reporter.
+        while self.reports.recv_deadline(deadline).is_ok() {}
         if !self.context.wait_until_quiet(deadline) {
             warn!("some processes did not end in time");
         }
@@ -341,16 +313,16 @@ impl Supervisor {
 }
 
 /// Drops queued token announcements that a later one supersedes. Revocations are kept.
-fn latest(events: Vec<AuthEvent>) -> Vec<AuthEvent> {
-    let is_token = |event: &AuthEvent| matches!(event, AuthEvent::Announced(Some(_)));
-    let mut kept: Vec<AuthEvent> = Vec::with_capacity(events.len());
-    for event in events {
-        match kept.last_mut() {
-            Some(last) if is_token(last) && is_token(&event) => *last = event,
-            _ => kept.push(event),
+fn latest(mut events: Vec<AuthEvent>) -> Vec<AuthEvent> {
+    let is_token = |event: &AuthEvent| matches!(event, AuthEvent::Changed(Some(_)));
+    events.dedup_by(|later, kept| {
+        let superseded = is_token(later) && is_token(kept);
+        if superseded {
+            std::mem::swap(later, kept);
         }
-    }
-    kept
+        superseded
+    });
+    events
 }
 
 /// A uniform number from the system's random source.
@@ -360,16 +332,14 @@ fn random() -> u64 {
         .unwrap_or_else(|_| u64::from(clock::now().subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
-/// Passes frames from the link to the sessions.
-struct Inbound(Router);
-
-impl link::Inbound for Inbound {
+// Here, since `link` and `session` don't know each other.
+impl link::Inbound for Router {
     fn frame(&mut self, frame: Frame) {
-        self.0.route(frame);
+        self.route(frame);
     }
 
     fn pause(&mut self) {
-        self.0.announce();
+        self.announce();
     }
 }
 
@@ -379,8 +349,8 @@ mod tests {
 
     #[test]
     fn only_the_last_of_piled_up_tokens_counts() {
-        let token = |name| AuthEvent::Announced(Credentials::new(name, "http://x"));
-        let none = AuthEvent::Announced(None);
+        let token = |name| AuthEvent::Changed(auth::Credentials::new(name, "http://x"));
+        let none = AuthEvent::Changed(None);
         let events = vec![token("a"), token("b"), none.clone(), token("c"), token("d")];
         assert_eq!(latest(events), vec![token("b"), none, token("d")]);
     }

@@ -5,7 +5,6 @@ pub(crate) mod clock;
 mod errno;
 pub(crate) mod names;
 pub(crate) mod net;
-pub(crate) mod notify;
 pub(crate) mod privilege;
 pub(crate) mod process;
 pub(crate) mod pty;

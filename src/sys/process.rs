@@ -20,7 +20,6 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, chdir, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
 
 use super::PollSet;
-use super::notify;
 use super::privilege;
 use super::thread;
 use super::users::User;
@@ -28,6 +27,8 @@ use super::wake::Wake;
 
 nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 
+/// From the service manager to this process, not to its children.
+pub(crate) const SERVICE_VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 /// The number of signals on every architecture but MIPS.
 const KERNEL_SIGNALS: usize = 64;
 /// Rounds of signalling, to catch processes forked meanwhile.
@@ -168,7 +169,7 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     let failed = |e: io::Error| format!("fork/exec {}: {}", program.display(), super::reason(&e));
     let mut command = Command::new(program);
     command.arg(argument).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    for ours in notify::VARIABLES {
+    for ours in SERVICE_VARIABLES {
         command.env_remove(ours);
     }
     let prepare = || {

@@ -18,7 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("auth", &["config", "sys"]),
     ("link", &["auth", "outbox", "proto", "sys"]),
     ("session", &["audit", "config", "outbox", "proto", "sys"]),
-    ("status", &["session", "sys"]),
+    ("status", &["config", "proto", "session", "sys"]),
     ("doctor", &["auth", "config", "link", "status", "sys"]),
     ("daemon", &["cli", "config", "logging", "session", "supervisor", "sys"]),
     ("supervisor", &["auth", "backoff", "config", "link", "proto", "session", "status", "sys"]),

@@ -17,9 +17,10 @@ use sha2::{Digest, Sha256};
 
 use self::download::Download;
 use self::place::Failure;
+use self::rate::Direction;
 use self::upload::{Commit, Progress, Upload};
-use super::info::TransferInfo;
 use super::peer::Peer;
+use super::stats::TransferInfo;
 use crate::audit::Record;
 use crate::proto::control;
 use crate::proto::file::{self, FileInfo, Request};
@@ -128,8 +129,7 @@ impl FileTransfer {
                 let before = sending.download.sent();
                 let result = sending.download.proceed(peer, now);
                 let sent = sending.download.sent();
-                sending.shown.bytes.set(sent);
-                peer.info.traffic.bytes_out.add((sent - before) as usize);
+                sending.shown.traffic.add_out((sent - before) as usize);
                 if let Err(failure) = result {
                     let request = sending.about.request.clone();
                     self.abort_as(peer, failure.result(), &failure.text);
@@ -219,7 +219,7 @@ impl FileTransfer {
             Ok(download) => {
                 debug!("session {}: sending {:?}", peer.id, download.path());
                 self.stray_acks = true;
-                let shown = peer.info.transfer("download", download.path(), download.size(), now);
+                let shown = peer.info.set_transfer(Direction::Sent, download.path(), download.size(), now);
                 self.state = State::Sending(Box::new(Sending { about, download, shown }));
             }
             Err(failure) => {
@@ -243,7 +243,7 @@ impl FileTransfer {
         match started {
             Ok(upload) => {
                 debug!("session {}: receiving {:?}", peer.id, upload.path());
-                let shown = peer.info.transfer("upload", upload.path(), size, now);
+                let shown = peer.info.set_transfer(Direction::Received, upload.path(), size, now);
                 self.state = State::Receiving(Box::new(Receiving { about, upload, shown }));
                 peer.reply(&file::ack(&peer.id, 0, None));
             }
@@ -283,8 +283,7 @@ impl FileTransfer {
         let before = receiving.upload.received();
         let progress = receiving.upload.chunk(frame, &peer.device.transferred, now);
         let received = receiving.upload.received();
-        receiving.shown.bytes.set(received);
-        peer.info.traffic.bytes_in.add((received - before) as usize);
+        receiving.shown.traffic.add_in((received - before) as usize, now);
         match progress {
             Ok(Progress::More) => {}
             Ok(Progress::End) => self.commit(peer),

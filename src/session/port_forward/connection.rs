@@ -18,8 +18,8 @@ use crate::outbox::FrameSink;
 use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
 use crate::proto::{Frame, SessionId, UserId};
-use crate::session::info::{ForwardInfo, Info};
 use crate::session::peer::Peer;
+use crate::session::stats::{ForwardInfo, Info};
 use crate::sys::wake::Wake;
 use crate::sys::{Events, PollSet, names, net, reason};
 
@@ -84,12 +84,14 @@ impl Drop for Audit {
         self.info.remove_forward(&self.shown);
         let ForwardInfo { target: Target { host, port, transport }, address, traffic } = &*self.shown;
         let address = address.get().map_or_else(String::new, ToString::to_string);
+        let now = Instant::now();
+        let figures = traffic.figures(now);
         Record::new("forward", Some(&self.session), &self.user)
             .with("protocol", transport.name())
             .text("target", format!("{host}:{port}"))
             .text("address", address)
-            .since(traffic.since, Instant::now())
-            .bytes(traffic.bytes_in.get(), traffic.bytes_out.get())
+            .since(traffic.since, now)
+            .bytes(figures.bytes_in, figures.bytes_out)
             .with("result", self.result)
             .text("reason", &self.reason)
             .log(self.result == CLOSED);
@@ -414,7 +416,7 @@ impl Connection {
             match written {
                 Ok(n) => {
                     self.last_traffic = now;
-                    self.audit.shown.moved(&self.audit.info, n, false, now);
+                    self.audit.shown.traffic.add_in(n, now);
                     self.queued -= n;
                     let _ = data.split_to(n);
                     if data.is_empty() {
@@ -450,7 +452,8 @@ impl Connection {
             Ok(0) if self.target().transport == Transport::Tcp => Input::End(None),
             Ok(n) => {
                 self.last_traffic = now;
-                self.audit.shown.moved(&self.audit.info, n, true, now);
+                self.audit.shown.traffic.touch(now);
+                self.audit.shown.traffic.add_out(n);
                 Input::Data(n)
             }
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {

@@ -21,9 +21,9 @@ use nix::poll::PollFlags;
 
 use self::clock::{Clock, Due};
 use self::shell::{Shell, Then};
-use super::info::ShellInfo;
 use super::peer::Peer;
 use super::shells::{MAX_SHELLS, ShellPermit};
+use super::stats::ShellInfo;
 use crate::audit::Record;
 use crate::permits::Permit;
 use crate::proto::shell as wire;
@@ -120,8 +120,7 @@ impl Terminal {
             (State::Running(running), wire::DATA) => {
                 running.clock.input(now);
                 let typed = running.shell.type_in(&frame.body, &mut self.memory);
-                let bytes = if typed.is_ok() { frame.body.len() } else { 0 };
-                peer.info.typed(bytes, now);
+                running.info.traffic.add_in(if typed.is_ok() { frame.body.len() } else { 0 }, now);
                 if let Err(reason) = typed {
                     let id = peer.id.as_str();
                     let text =
@@ -176,8 +175,7 @@ impl Terminal {
         let shell = Shell::start(&config.shell, size).map_err(|e| format!("failed to start shell: {e}"))?;
         let pid = shell.process.pid();
         Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);
-        let info = ShellInfo::new(user, pid, now);
-        peer.info.set_shell(Arc::clone(&info));
+        let info = peer.info.set_shell(user, pid, now);
         peer.reply(&wire::started(&peer.id));
         let clock = Clock::new(&config.sessions, now);
         let running =
@@ -374,8 +372,7 @@ impl Running {
                 (length, (length, then))
             });
             if length > 0 {
-                self.info.traffic.bytes_out.add(length);
-                peer.info.traffic.bytes_out.add(length);
+                self.info.traffic.add_out(length);
                 self.clock.output(now);
                 peer.sink.output(message);
                 peer.credit.sent(length, now);
@@ -410,10 +407,11 @@ fn takes_output(peer: &Peer, now: Instant) -> bool {
 /// The shell is over.
 fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
     let Some(shell) = peer.info.take_shell() else { return };
+    let figures = shell.traffic.figures(now);
     Record::new("shell-end", Some(&peer.id), &shell.user)
         .with("pid", shell.pid)
         .since(shell.traffic.since, now)
-        .bytes(shell.traffic.bytes_in.get(), shell.traffic.bytes_out.get())
+        .bytes(figures.bytes_in, figures.bytes_out)
         .text("status", status)
         .text("reason", why)
         .log(true);

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::{
     Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Outbox, PORT_FORWARD, Peer,
-    PollSet, Props, REPLIES_IN_FLIGHT, Room, Router, SHELL, SessionId, Sessions, Shell, ShellInfo, Terminal,
+    PollSet, Props, REPLIES_IN_FLIGHT, Room, Router, SHELL, SessionId, Sessions, Shell, Terminal,
     Work, lookup,
 };
 use nix::poll::PollFlags;
@@ -276,7 +276,7 @@ impl Link {
             Step::Shell { sid, user: number } => {
                 let Some(session) = self.sessions.get_mut(&name((sid % 4).into())) else { return };
                 let (now, user) = (Instant::now(), user(*number));
-                session.peer.info.set_shell(ShellInfo::new(user.as_str().into(), 1, now));
+                session.peer.info.set_shell(user.as_str().into(), 1, now);
                 session.user = Some(user);
             }
             Step::End { sid, at_once } => {

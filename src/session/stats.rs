@@ -1,0 +1,199 @@
+//! Statistics of a session, for `status`, SIGUSR1 and the audit log. The session's threads write, any thread reads;
+//! locks are held only to copy.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Instant;
+
+use super::file_transfer::rate::Direction;
+use crate::proto::forward::Target;
+use crate::proto::{UserId, clipped};
+
+/// Characters kept of a path.
+const MAX_PATH: usize = 4096;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn seconds(since: Instant, now: Instant) -> f64 {
+    now.saturating_duration_since(since).as_secs_f64()
+}
+
+/// Times in seconds, payload to the device and from it in bytes.
+pub(crate) struct Figures {
+    pub(crate) age: f64,
+    pub(crate) idle: f64,
+    pub(crate) bytes_in: u64,
+    pub(crate) bytes_out: u64,
+}
+
+#[derive(Debug)]
+struct Counts {
+    last_activity: Instant,
+    bytes_in: u64,
+    bytes_out: u64,
+}
+
+/// Traffic of a session, or of a shell, transfer or forward, whose bytes count for its session, too.
+#[derive(Debug)]
+pub(crate) struct Traffic {
+    pub(crate) since: Instant,
+    counts: Mutex<Counts>,
+    session: Option<Arc<Traffic>>,
+}
+
+impl Traffic {
+    fn new(since: Instant, session: Option<&Arc<Traffic>>) -> Self {
+        let counts = Counts { last_activity: since, bytes_in: 0, bytes_out: 0 };
+        Traffic { since, counts: Mutex::new(counts), session: session.cloned() }
+    }
+
+    pub(crate) fn figures(&self, now: Instant) -> Figures {
+        let Counts { last_activity, bytes_in, bytes_out } = *lock(&self.counts);
+        Figures { age: seconds(self.since, now), idle: seconds(last_activity, now), bytes_in, bytes_out }
+    }
+
+    pub(crate) fn last_activity(&self) -> Instant {
+        lock(&self.counts).last_activity
+    }
+
+    pub(crate) fn touch(&self, now: Instant) {
+        lock(&self.counts).last_activity = now;
+    }
+
+    /// Counts payload to the device, which is activity.
+    pub(crate) fn add_in(&self, bytes: usize, now: Instant) {
+        self.touch(now);
+        self.count(|counts| counts.bytes_in += bytes as u64);
+    }
+
+    pub(crate) fn add_out(&self, bytes: usize) {
+        self.count(|counts| counts.bytes_out += bytes as u64);
+    }
+
+    fn count(&self, add: impl Fn(&mut Counts)) {
+        add(&mut lock(&self.counts));
+        self.session.iter().for_each(|session| add(&mut lock(&session.counts)));
+    }
+}
+
+#[derive(Debug)]
+pub struct Info {
+    /// The sender of the first message.
+    pub(crate) user: UserId,
+    /// Every inbound frame is activity.
+    pub(crate) traffic: Arc<Traffic>,
+    /// A bit for each protocol that the client has used.
+    protocols: AtomicU32,
+    shell: Mutex<Option<Arc<ShellInfo>>>,
+    transfer: Mutex<Weak<TransferInfo>>,
+    forwards: Mutex<Vec<Arc<ForwardInfo>>>,
+}
+
+/// Input is activity.
+#[derive(Debug)]
+pub struct ShellInfo {
+    pub(crate) user: UserId,
+    pub(crate) pid: i32,
+    pub(crate) traffic: Traffic,
+}
+
+#[derive(Debug)]
+pub(crate) struct TransferInfo {
+    pub(crate) direction: Direction,
+    pub(crate) path: String,
+    pub(crate) size: Option<u64>,
+    pub(crate) traffic: Traffic,
+}
+
+/// Data in either direction is activity.
+#[derive(Debug)]
+pub(crate) struct ForwardInfo {
+    /// As the client named it.
+    pub(crate) target: Target,
+    /// Set once connected.
+    pub(crate) address: OnceLock<SocketAddr>,
+    pub(crate) traffic: Traffic,
+}
+
+impl Info {
+    pub(crate) fn of(user: UserId, now: Instant) -> Self {
+        Info {
+            user,
+            traffic: Arc::new(Traffic::new(now, None)),
+            protocols: AtomicU32::new(0),
+            shell: Mutex::default(),
+            transfer: Mutex::default(),
+            forwards: Mutex::default(),
+        }
+    }
+
+    /// Notes an inbound frame.
+    pub(crate) fn heard(&self, proto: u16, now: Instant) {
+        self.traffic.touch(now);
+        self.protocols.fetch_or(1_u32.checked_shl(proto.into()).unwrap_or(0), Relaxed);
+    }
+
+    /// True if the client has used this protocol.
+    pub(crate) fn spoke(&self, proto: u16) -> bool {
+        self.protocols.load(Relaxed) & 1 << proto != 0
+    }
+
+    pub fn set_shell(&self, user: UserId, pid: i32, now: Instant) -> Arc<ShellInfo> {
+        let shell = Arc::new(ShellInfo { user, pid, traffic: Traffic::new(now, Some(&self.traffic)) });
+        *lock(&self.shell) = Some(Arc::clone(&shell));
+        shell
+    }
+
+    pub(crate) fn take_shell(&self) -> Option<Arc<ShellInfo>> {
+        lock(&self.shell).take()
+    }
+
+    pub(crate) fn shell(&self) -> Option<Arc<ShellInfo>> {
+        lock(&self.shell).clone()
+    }
+
+    /// True while there is a shell, a transfer or a forward.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.shell().is_some() || self.transfer().is_some() || self.forwards(0).0 > 0
+    }
+
+    /// Lists a transfer for as long as the returned Arc lives.
+    pub(crate) fn set_transfer(
+        &self,
+        direction: Direction,
+        path: &Path,
+        size: Option<u64>,
+        now: Instant,
+    ) -> Arc<TransferInfo> {
+        let path = clipped(&path.to_string_lossy(), MAX_PATH);
+        let traffic = Traffic::new(now, Some(&self.traffic));
+        let transfer = Arc::new(TransferInfo { direction, path, size, traffic });
+        *lock(&self.transfer) = Arc::downgrade(&transfer);
+        transfer
+    }
+
+    pub(crate) fn transfer(&self) -> Option<Arc<TransferInfo>> {
+        lock(&self.transfer).upgrade()
+    }
+
+    pub(crate) fn add_forward(&self, target: Target, now: Instant) -> Arc<ForwardInfo> {
+        let traffic = Traffic::new(now, Some(&self.traffic));
+        let forward = Arc::new(ForwardInfo { target, address: OnceLock::new(), traffic });
+        lock(&self.forwards).push(Arc::clone(&forward));
+        forward
+    }
+
+    pub(crate) fn remove_forward(&self, forward: &Arc<ForwardInfo>) {
+        lock(&self.forwards).retain(|other| !Arc::ptr_eq(other, forward));
+    }
+
+    /// The number of forwards, and the first `most` of them.
+    pub(crate) fn forwards(&self, most: usize) -> (usize, Vec<Arc<ForwardInfo>>) {
+        let forwards = lock(&self.forwards);
+        (forwards.len(), forwards.iter().take(most).cloned().collect())
+    }
+}
