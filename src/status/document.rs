@@ -16,7 +16,7 @@ const MAX_FORWARDS: usize = 1024;
 
 /// A part of the document. A daemon of another version may have written it: unknown fields are ignored, and those that
 /// are missing or of another type read as their default.
-// Not serde's: its code for these types takes 50 KiB of the executable, this a tenth.
+// Not serde's traits: what they derive for these types makes a release build for x86_64 40 KiB larger.
 pub(crate) trait Part: Sized {
     fn to_json(&self) -> Value;
     fn from_json(json: &Value) -> Option<Self>;
