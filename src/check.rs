@@ -1,71 +1,360 @@
 //! The command `check`: what the daemon would make of its configuration, without running it.
 
 use std::fmt::Write as _;
+use std::fs;
 use std::io::Write as _;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use log::Level;
+use nix::unistd::{Group, User, geteuid};
 use serde_json::Value;
 
-use crate::config::{self, Origin, State};
+use crate::config::{self, ConfigError, Key, Notes, Origin, Values, Walk};
 
 /// Prints what the daemon would make of the files. True if it would start with them.
 pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
-    let (report, good) = report(main, fallback);
+    let survey = Survey::new(main, fallback, Path::new(config::SHELLS));
     // A reader that closed its end of the pipe is no reason to fail.
-    let _ = std::io::stdout().write_all(report.as_bytes());
-    good
+    let _ = std::io::stdout().write_all(survey.report().as_bytes());
+    survey.is_good()
 }
 
-fn report(main: &Path, fallback: &Path) -> (String, bool) {
-    let survey = config::survey(main, fallback);
-    let mut text = String::new();
-    let mut good = true;
-    for finding in &survey.findings {
-        let level = match finding.level {
-            Level::Error => "error",
-            Level::Warn => "warning",
-            _ => "note",
-        };
-        good &= finding.level != Level::Error;
-        let colon = if finding.key.is_empty() { "" } else { ": " };
-        let _ = writeln!(text, "{level}: {}: {}{colon}{}", finding.file.display(), finding.key, finding.text);
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Absent,
+    /// Read, though single values may be wrong.
+    Read,
+    /// Unreadable as a whole.
+    Broken,
+}
+
+#[derive(Debug)]
+struct Finding<'a> {
+    /// Error: the daemon doesn't start. Warn: probably not what was meant. Info: good to know.
+    level: Level,
+    file: &'a Path,
+    /// Path in the file; empty if it is about the whole file.
+    path: String,
+    text: String,
+}
+
+/// A finding about a key, wherever it is set.
+type Advice = (Level, Key, String);
+
+#[derive(Debug)]
+struct Survey<'a> {
+    main: (&'a Path, State),
+    fallback: (&'a Path, State),
+    findings: Vec<Finding<'a>>,
+    /// As they take effect.
+    values: Values,
+}
+
+impl<'a> Survey<'a> {
+    /// Reads both files as the daemon does, but doesn't stop at errors.
+    fn new(main: &'a Path, fallback: &'a Path, shells: &Path) -> Self {
+        let (mut findings, mut raw) = (Vec::new(), Values::default());
+        let (fallback_state, mut misfits) = read(fallback, Origin::Fallback, &mut raw, &mut findings);
+        let (main_state, more) = read(main, Origin::Main, &mut raw, &mut findings);
+        misfits.extend(more);
+        let broken = [main_state, fallback_state].contains(&State::Broken);
+        let values = raw.filled(&mut Notes::new());
+
+        let mut advice = errors(&values, shells);
+        // Findings that may only follow from another error, or that an unreadable file may settle, are left out.
+        advice
+            .retain(|(_, key, _)| !misfits.contains(key) && (!broken || raw.origin(*key) != Origin::Default));
+        if !broken {
+            if values.text(Key::AuthSource) == "dbus" && !cfg!(feature = "dbus") {
+                let text = "built without D-Bus, a token can only come from a file: it must be \"file\"";
+                advice.push((Level::Error, Key::AuthSource, text.to_owned()));
+            }
+            advice.extend(ineffective(&raw, &values));
+            advice.extend(unusable(&values));
+        }
+        findings.extend(advice.into_iter().map(|(level, key, text)| {
+            // If no file sets the key, the main one should.
+            let file = if raw.origin(key) == Origin::Fallback { fallback } else { main };
+            Finding { level, file, path: key.name().to_owned(), text }
+        }));
+        Survey { main: (main, main_state), fallback: (fallback, fallback_state), findings, values }
     }
-    if !survey.findings.is_empty() {
+
+    /// Whether the daemon would start.
+    fn is_good(&self) -> bool {
+        !self.findings.iter().any(|finding| finding.level == Level::Error)
+    }
+
+    fn report(&self) -> String {
+        let mut text = String::new();
+        for (level, word) in [(Level::Error, "error"), (Level::Warn, "warning"), (Level::Info, "note")] {
+            for finding in self.findings.iter().filter(|finding| finding.level == level) {
+                let colon = if finding.path.is_empty() { "" } else { ": " };
+                let (file, path) = (finding.file.display(), &finding.path);
+                let _ = writeln!(text, "{word}: {file}: {path}{colon}{}", finding.text);
+            }
+        }
+        if !text.is_empty() {
+            text.push('\n');
+        }
+        for (name, (file, state)) in [("main", self.main), ("fallback", self.fallback)] {
+            let state = match state {
+                State::Absent => " (absent)",
+                State::Read => "",
+                State::Broken => " (can't be read: not counted in)",
+            };
+            let _ = writeln!(text, "{name:8}  {}{state}", file.display());
+        }
         text.push('\n');
+        let rows: Vec<_> = Key::current().map(|key| (key, shown(key, self.values.get(key)))).collect();
+        let width = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or_default();
+        let keys = width(&mut rows.iter().map(|(key, _)| key.name().len()));
+        // Values longer than this may stick out of their column.
+        let wide = width(&mut rows.iter().map(|(_, value)| value.chars().count()).filter(|n| *n <= 24));
+        for (key, value) in rows {
+            let origin = match self.values.origin(key) {
+                Origin::Default => "default",
+                Origin::Fallback => "fallback",
+                Origin::Main => "main",
+            };
+            let _ = writeln!(text, "{:keys$}  {value:wide$}  {origin}", key.name());
+        }
+        text
     }
-    for (name, file, state) in [("main", main, survey.main), ("fallback", fallback, survey.fallback)] {
-        let state = match state {
-            State::Absent => " (absent)",
-            State::Read => "",
-            State::Broken => " (can't be read: not counted in)",
+}
+
+/// Returns the keys whose values don't fit, too.
+fn read<'a>(
+    file: &'a Path,
+    origin: Origin,
+    raw: &mut Values,
+    findings: &mut Vec<Finding<'a>>,
+) -> (State, Vec<Key>) {
+    let mut push = |level, path: &str, text| {
+        findings.push(Finding { level, file, path: path.to_owned(), text });
+    };
+    let (mut state, walk) = match raw.read(file, origin) {
+        Ok(Some(walk)) => (State::Read, walk),
+        Ok(None) => (State::Absent, Walk::default()),
+        Err(error) => {
+            let text = match error {
+                ConfigError::Open { error, .. } => crate::sys::reason(&error),
+                ConfigError::Syntax(error) => error.to_string(),
+                other => other.to_string(),
+            };
+            push(Level::Error, "", text);
+            (State::Broken, Walk::default())
+        }
+    };
+    for text in writers(file) {
+        push(Level::Warn, "", text);
+    }
+    for misfit in &walk.misfits {
+        if misfit.path.is_empty() {
+            state = State::Broken;
+        }
+        push(Level::Error, &misfit.path, format!("expected {}, found {}", misfit.expected, misfit.found));
+    }
+    for path in &walk.unknown {
+        let text = match suggest(path) {
+            Some(other) => format!("unknown and ignored; is {other} meant?"),
+            None => "unknown and ignored".to_owned(),
         };
-        let _ = writeln!(text, "{name:8}  {}{state}", file.display());
+        // Unknown keys are untrusted text: escape them.
+        push(Level::Warn, &path.escape_debug().to_string(), text);
     }
-    text.push('\n');
-    let values: Vec<_> =
-        survey.values.into_iter().map(|(key, value, origin)| (shown(&key, value), key, origin)).collect();
-    let width = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or_default();
-    let keys = width(&mut values.iter().map(|(_, key, _)| key.len()));
-    // Values longer than this may stick out of their column.
-    let wide = width(&mut values.iter().map(|(value, ..)| value.chars().count()).filter(|n| *n <= 24));
-    for (value, key, origin) in values {
-        let origin = match origin {
-            Origin::Default => "default",
-            Origin::Fallback => "fallback",
-            Origin::Main => "main",
-        };
-        let _ = writeln!(text, "{key:keys$}  {value:wide$}  {origin}");
+    for (index, (key, _)) in walk.given.iter().enumerate() {
+        let given = |part: &[(Key, Value)]| part.iter().any(|(other, _)| other == key);
+        if given(&walk.given[..index]) {
+            continue;
+        }
+        if given(&walk.given[index + 1..]) {
+            push(Level::Warn, key.name(), "given more than once, the last counts".to_owned());
+        }
+        if key.deprecated().is_some() {
+            push(Level::Warn, key.name(), "deprecated and ignored".to_owned());
+        }
     }
-    (text, good)
+    (state, walk.misfits.into_iter().filter_map(|misfit| misfit.key).collect())
+}
+
+/// Tells who else can write the configuration file, and so control the daemon.
+fn writers(file: &Path) -> Vec<String> {
+    let Some(metadata) = fs::metadata(file).ok().filter(fs::Metadata::is_file) else { return Vec::new() };
+    let (owner, group, mode) = (metadata.uid(), metadata.gid(), metadata.mode());
+    [
+        (![0, geteuid().as_raw()].contains(&owner))
+            .then(|| format!("may be written by its owner, user {owner}")),
+        (mode & 0o020 != 0 && group != 0).then(|| format!("may be written by its group, {group}")),
+        (mode & 0o002 != 0).then(|| "may be written by everybody".to_owned()),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The errors that keep the daemon from starting, the user's last.
+fn errors(values: &Values, shells: &Path) -> Vec<Advice> {
+    let errors = config::validate(values, config::user_of_shell(values, shells)).err();
+    let errors = errors.into_iter().flatten().filter_map(|error| {
+        let (key, text) = (error.key()?, error.to_string());
+        let text = text.strip_prefix(&format!("{key}: ")).unwrap_or(&text);
+        Some((Level::Error, key, text.to_owned()))
+    });
+    let (user, mut errors): (Vec<_>, Vec<_>) = errors.partition(|(_, key, _)| *key == Key::User);
+    errors.extend(user);
+    errors
+}
+
+/// What is given, but has no effect or is replaced.
+fn ineffective(raw: &Values, values: &Values) -> Vec<Advice> {
+    let given = Key::current().filter(|key| raw.origin(*key) != Origin::Default);
+    let advice = given.filter_map(|key| {
+        let (given, used) = (raw.get(key), values.get(key));
+        Some(match idle(key, values) {
+            Some((level, why)) if !config::is_unset(given) => {
+                (level, key, format!("without effect, because {why}"))
+            }
+            _ if given == used => return None,
+            _ if config::is_unset(given) => {
+                (Level::Info, key, format!("{given} stands for the default, {used}"))
+            }
+            _ => (Level::Warn, key, format!("{given} can't be used, {used} is used instead")),
+        })
+    });
+    advice.collect()
+}
+
+/// Why `key` has no effect. Warnings are for what suggests a misunderstanding.
+fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
+    let below = |section: &str| key.name().starts_with(section);
+    let (on, given) = (|key| values.flag(key), |key| !config::is_unset(values.get(key)));
+    let why = match key {
+        Key::ShellCommand if on(Key::DisableTerminal) => {
+            "Terminal.Disable is true; it is checked nevertheless"
+        }
+        Key::ShellArguments | Key::Width | Key::Height | Key::NoNewPrivileges if on(Key::DisableTerminal) => {
+            "Terminal.Disable is true"
+        }
+        _ if on(Key::DisableTerminal) && below("Sessions.") => "Terminal.Disable is true",
+        Key::ExpireAfter | Key::ExpireAfterIdle | Key::IdleIncludesOutput if !on(Key::StopExpired) => {
+            "Sessions.StopExpired is false"
+        }
+        Key::ExpireAfter if given(Key::ExpireAfterIdle) => {
+            return Some((Level::Warn, "Sessions.ExpireAfterIdle is set"));
+        }
+        Key::IdleIncludesOutput if !given(Key::ExpireAfterIdle) => "sessions expire by Sessions.ExpireAfter",
+        Key::Allow if on(Key::DisablePortForward) => "PortForward.Disable is true",
+        _ if on(Key::DisableFileTransfer) && below("Limits.") => "FileTransfer.Disable is true",
+        _ if !on(Key::Limits) && below("Limits.FileTransfer.") => {
+            return Some((Level::Warn, "Limits.Enabled is false"));
+        }
+        // Set-uid is then the only part of the mode left to preserve.
+        Key::PreserveMode if given(Key::Umask) && !on(Key::AllowSuid) => "Limits.FileTransfer.Umask is set",
+        Key::PreserveOwner if given(Key::OwnerPut) && given(Key::GroupPut) => {
+            "Limits.FileTransfer.OwnerPut and GroupPut are set"
+        }
+        Key::TokenFile | Key::AuthServerUrl if values.text(Key::AuthSource) == "dbus" => {
+            "Auth.Source is \"dbus\""
+        }
+        _ => return None,
+    };
+    Some((Level::Info, why))
+}
+
+/// What won't work on this device: a shell that ends at once, users and groups that file transfer looks up each time.
+fn unusable(values: &Values) -> Vec<Advice> {
+    let mut advice = Vec::new();
+    let mut warn = |key, text| advice.push((Level::Warn, key, text));
+    let command = values.text(Key::ShellCommand);
+    let arguments = values.list(Key::ShellArguments).unwrap_or_default();
+    if !values.flag(Key::DisableTerminal) && config::knows_no_login(Path::new(command), &arguments) {
+        let text =
+            "is dash, which ends at once with --login: name another shell, or set ShellArguments to []";
+        warn(Key::ShellCommand, format!("{command} {text}"));
+    }
+    if !values.flag(Key::Limits) || values.flag(Key::DisableFileTransfer) {
+        return advice;
+    }
+    let chroot = values.text(Key::Chroot);
+    let why = match fs::metadata(chroot) {
+        _ if chroot.is_empty() => None,
+        _ if !Path::new(chroot).is_absolute() => Some("is not an absolute path".to_owned()),
+        Ok(metadata) if metadata.is_dir() => None,
+        Ok(_) => Some("is not a directory".to_owned()),
+        Err(error) => Some(format!("can't be used: {}", crate::sys::reason(&error))),
+    };
+    if let Some(why) = why {
+        warn(Key::Chroot, format!("{chroot} {why}"));
+    }
+    for key in [Key::OwnerPut, Key::OwnerGet, Key::GroupPut, Key::GroupGet] {
+        let names = values.list(key).unwrap_or_else(|| vec![values.text(key).to_owned()]);
+        for name in names.iter().filter(|name| !name.is_empty()) {
+            let (what, found) = match key {
+                Key::OwnerPut | Key::OwnerGet => ("user", User::from_name(name).map(|user| user.is_some())),
+                _ => ("group", Group::from_name(name).map(|group| group.is_some())),
+            };
+            // The user database may only be unavailable for now.
+            if found == Ok(false) {
+                warn(key, format!("unknown {what} {name:?}"));
+            }
+        }
+    }
+    advice
 }
 
 /// A value as JSON, the server's URL without user and password.
-fn shown(key: &str, value: Value) -> String {
+fn shown(key: Key, value: &Value) -> String {
     match value {
-        Value::String(url) if key == "Auth.ServerURL" => {
-            Value::from(config::without_password(&url)).to_string()
+        Value::String(url) if key == Key::AuthServerUrl => {
+            Value::from(config::without_password(url)).to_string()
         }
         value => value.to_string(),
     }
 }
+
+/// The key of the same name elsewhere, if there is just one; otherwise the most similar one.
+fn suggest(unknown: &str) -> Option<&'static str> {
+    let names = || Key::current().map(Key::name);
+    // Sections are keys, too.
+    let sections = names().flat_map(|name| name.match_indices('.').map(|(at, _)| &name[..at]));
+    let names: Vec<&str> = names().chain(sections).collect();
+    fn last(name: &str) -> &str {
+        name.rsplit('.').next().unwrap_or(name)
+    }
+    let mut same = names.iter().filter(|name| last(name).eq_ignore_ascii_case(last(unknown)));
+    if let (Some(name), None) = (same.next(), same.next()) {
+        return Some(name);
+    }
+    let most = if last(unknown).len() < 6 { 1 } else { 2 };
+    let near = names.into_iter().map(|name| (distance(unknown, name), name));
+    near.filter(|(distance, _)| *distance <= most).min_by_key(|(distance, _)| *distance).map(|(_, name)| name)
+}
+
+/// Edit distance whatever the case: letters changed, added, dropped, or swapped with their neighbour.
+fn distance(a: &str, b: &str) -> usize {
+    let letters = |text: &str| text.to_ascii_lowercase().chars().collect::<Vec<char>>();
+    let (a, b) = (letters(a), letters(b));
+    // Bounds the work for a very long key, which resembles none of ours anyway.
+    if a.len().abs_diff(b.len()) > 2 {
+        return usize::MAX;
+    }
+    let mut rows: Vec<Vec<usize>> = vec![(0..=b.len()).collect()];
+    for i in 1..=a.len() {
+        let mut row = vec![i];
+        for j in 1..=b.len() {
+            let changed = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+            let mut least = changed.min(rows[i - 1][j] + 1).min(row[j - 1] + 1);
+            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                least = least.min(rows[i - 2][j - 2] + 1);
+            }
+            row.push(least);
+        }
+        rows.push(row);
+    }
+    rows[a.len()][b.len()]
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,32 +1,29 @@
 //! The configuration: two JSON files become one validated [`Config`]. Runs on the main thread, and keeps nothing.
 //!
-//! `json` knows Go's rules for JSON, `file` the keys, `defaults` what is filled in, `validate` what is refused;
-//! `survey` tells all of it to people. JSON keys are given in parentheses.
+//! `keys` is the table of all keys, `load` reads files against it and fills in defaults; here is what is
+//! refused.
 
-use std::io;
+use std::fs;
 use std::num::NonZeroU64;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::Level;
 
-use self::file::Settings;
-use crate::sys::users::{User, UserError};
+use crate::sys::users::{self, User};
 
-pub(crate) use allow::AllowError;
 pub use allow::Allowed;
-
-pub(crate) use json::JsonError;
-pub(crate) use survey::{Origin, State, knows_no_login, survey};
+pub(crate) use error::ConfigError;
+pub(crate) use keys::Key;
+pub(crate) use load::{Notes, Origin, Values, Walk, is_unset};
 pub(crate) use url::without_password;
 
 mod allow;
-mod defaults;
-mod file;
-mod json;
-mod survey;
+mod error;
+mod keys;
+mod load;
 mod url;
-mod validate;
 
 /// The daemon's settings, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,64 +31,55 @@ pub struct Config {
     pub shell: Shell,
     pub terminal: Terminal,
     pub sessions: Sessions,
-    /// Not `FileTransfer.Disable`.
     pub file_transfer: bool,
-    /// Not `PortForward.Disable`.
     pub port_forward: bool,
-    /// `PortForward.Allow`; `None`: any target.
+    /// `None`: any target.
     pub forward_targets: Option<Vec<Allowed>>,
-    /// Not `MenderClient.Disable`.
     pub mender_client: bool,
     /// `Limits.FileTransfer`; `None` unless `Limits.Enabled`.
     pub limits: Option<FileLimits>,
     pub auth: Auth,
-    /// The base of the back-off between connection attempts, above zero (`ReconnectIntervalSeconds`).
+    /// The base of the back-off between connection attempts, above zero.
     pub reconnect_interval: Duration,
 }
 
 /// The source of token and server URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Auth {
-    /// mender-auth on the system bus (`Auth.Source`: `dbus`).
+    /// mender-auth on the system bus.
     Dbus,
-    /// `Auth.Source`: `file`.
     File {
-        /// Absolute path (`Auth.TokenFile`).
+        /// Absolute path.
         token: PathBuf,
-        /// `Auth.ServerURL`.
         server_url: String,
     },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shell {
-    /// Absolute path of an executable that /etc/shells lists (`ShellCommand`).
+    /// Absolute path of an executable that /etc/shells lists.
     pub command: PathBuf,
-    /// Without the program's name (`ShellArguments`).
+    /// Without the program's name.
     pub arguments: Vec<String>,
-    /// The user that it runs as (`User`).
     pub user: User,
-    /// Set-uid programs such as sudo don't work in the terminal (`Terminal.NoNewPrivileges`).
+    /// Set-uid programs such as sudo don't work in the terminal.
     pub no_new_privileges: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Terminal {
-    /// Not `Terminal.Disable`.
     pub enabled: bool,
-    /// Columns if the client names no size, above zero (`Terminal.Width`).
+    /// Columns if the client names no size, above zero.
     pub width: u16,
-    /// Rows if the client names no size, above zero (`Terminal.Height`).
+    /// Rows if the client names no size, above zero.
     pub height: u16,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sessions {
-    /// `Sessions.StopExpired`, `.ExpireAfter`, `.ExpireAfterIdle`.
     pub expiry: Expiry,
-    /// Sessions per user at a time, above zero (`Sessions.MaxPerUser`).
+    /// Above zero.
     pub max_per_user: u32,
-    /// Output counts as activity, too (`Sessions.IdleIncludesOutput`).
     pub idle_includes_output: bool,
 }
 
@@ -105,96 +93,36 @@ pub enum Expiry {
     Age(Duration),
 }
 
-/// Limits of file transfer. "Put" is towards the device, "get" from it.
+/// What is below `Limits.FileTransfer`. "Put" is towards the device, "get" from it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileLimits {
-    /// Directory that transfers are confined to, as written: it may contain links (`Chroot`).
+    /// As written: it may contain links.
     pub chroot: Option<PathBuf>,
-    /// Paths may lead through symbolic links (`FollowSymLinks`).
     pub(crate) follow_symlinks: bool,
-    /// A put may replace a file (`AllowOverwrite`).
     pub(crate) allow_overwrite: bool,
-    /// User name of a put file's owner (`OwnerPut`).
     pub owner_put: Option<String>,
-    /// Group name of a put file (`GroupPut`).
     pub group_put: Option<String>,
-    /// User names whose files may be got; empty: any (`OwnerGet`).
+    /// Names; empty: any.
     pub(crate) owner_get: Vec<String>,
-    /// Group names whose files may be got; empty: any (`GroupGet`).
+    /// Names; empty: any.
     pub(crate) group_get: Vec<String>,
-    /// If set, a put file's permissions are 0o777 without these bits, whatever the client asked for; at most 0o777
-    /// (`Umask`, octal).
+    /// If set, a put file's permissions are 0o777 without these bits, whatever the client asked for; at most 0o777.
     pub umask: Option<u32>,
-    /// In bytes (`MaxFileSize`).
+    /// In bytes.
     pub(crate) max_file_size: Option<NonZeroU64>,
-    /// Over all sessions (`Counters.MaxBytesTxPerMinute`).
+    /// Over all sessions.
     pub(crate) max_tx_bytes_per_minute: Option<NonZeroU64>,
-    /// Over all sessions (`Counters.MaxBytesRxPerMinute`).
+    /// Over all sessions.
     pub(crate) max_rx_bytes_per_minute: Option<NonZeroU64>,
-    /// A put file may be set-uid or set-gid (`AllowSuid`).
     pub(crate) allow_suid: bool,
-    /// Only regular files may be got (`RegularFilesOnly`).
     pub(crate) regular_files_only: bool,
-    /// A put file gets the mode that the client sent, or `umask`'s (`PreserveMode`).
+    /// The mode is the one that the client sent, or `umask`'s.
     pub(crate) preserve_mode: bool,
-    /// A put file gets the owner and group that the client sent (`PreserveOwner`).
+    /// Owner and group are those that the client sent.
     pub(crate) preserve_owner: bool,
 }
 
-/// The texts are complete: no source is to be printed after them.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// A file exists but can't be read: a configuration file, or /etc/shells.
-    #[error("open {}: {error}", file.display())]
-    Open { file: PathBuf, error: io::Error },
-    /// A configuration file isn't JSON, or has a value of the wrong type.
-    #[error(transparent)]
-    Json(#[from] JsonError),
-    #[error("given shell ({0}) is not an absolute path")]
-    ShellNotAbsolute(String),
-    /// `ShellCommand` doesn't exist, or nobody may execute it.
-    #[error("given shell ({0}) is not executable")]
-    ShellNotExecutable(String),
-    #[error("please provide a user to run the shell as")]
-    NoUser,
-    #[error(transparent)]
-    Allow(#[from] AllowError),
-    #[error("Auth.Source {0:?} is not known, only \"dbus\" and \"file\" are")]
-    AuthSource(String),
-    /// A key that is required with `Auth.Source` `file`.
-    #[error("Auth.{0} is needed where Auth.Source is \"file\"")]
-    AuthMissing(&'static str),
-    #[error("Auth.TokenFile ({0}) is not an absolute path")]
-    TokenFileNotAbsolute(String),
-    #[error(transparent)]
-    User(#[from] UserError),
-    #[error("ShellCommand {0} is not present in /etc/shells")]
-    ShellNotListed(String),
-}
-
-impl ConfigError {
-    /// The key at fault; empty if a whole file is.
-    fn key(&self) -> String {
-        let key = match self {
-            ConfigError::Json(_) => "",
-            ConfigError::Open { .. }
-            | ConfigError::ShellNotAbsolute(_)
-            | ConfigError::ShellNotExecutable(_)
-            | ConfigError::ShellNotListed(_) => "ShellCommand",
-            ConfigError::NoUser | ConfigError::User(_) => "User",
-            ConfigError::Allow(_) => "PortForward.Allow",
-            ConfigError::AuthSource(_) => "Auth.Source",
-            ConfigError::AuthMissing(key) => return format!("Auth.{key}"),
-            ConfigError::TokenFileNotAbsolute(_) => "Auth.TokenFile",
-        };
-        key.to_owned()
-    }
-}
-
-/// Log lines, kept apart from the logger so that tests can look at them.
-type Notes = Vec<(Level, String)>;
-
-const SHELLS: &str = "/etc/shells";
+pub(crate) const SHELLS: &str = "/etc/shells";
 
 /// Reads `fallback`, then `main` over it, fills in defaults and checks the result.
 ///
@@ -209,98 +137,167 @@ pub fn load(main: &Path, fallback: &Path) -> Result<Config, ConfigError> {
 }
 
 fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> Result<Config, ConfigError> {
-    let settings = file::read_both(main, fallback, notes)?;
-    complete(settings, notes, |command, user, notes| validate::device(command, user, shells, notes))
+    let values = load::read_both(main, fallback, notes)?.filled(notes);
+    let config = validate(&values, user_of_shell(&values, shells)).map_err(first);
+    if let Err(error @ ConfigError::ShellNotListed(_)) = &config {
+        notes.push((Level::Error, error.to_string()));
+    }
+    config
 }
 
-/// Fills in defaults and checks; `device` checks what depends on the device.
-fn complete(
-    mut settings: Settings,
-    notes: &mut Notes,
-    device: impl FnOnce(&str, &str, &mut Notes) -> Result<User, ConfigError>,
-) -> Result<Config, ConfigError> {
-    defaults::fill(&mut settings, notes);
-    let forward_targets = match &settings.port_forward.allow {
-        Some(entries) => Some(entries.iter().map(|e| Allowed::parse(e)).collect::<Result<_, _>>()?),
-        None => None,
+/// The error that the daemon stops at.
+fn first(mut errors: Vec<ConfigError>) -> ConfigError {
+    errors.swap_remove(0)
+}
+
+/// Returns all errors, in upstream's order, but for those that follow from others. `values` have their defaults.
+pub(crate) fn validate(
+    values: &Values,
+    user: Result<User, Vec<ConfigError>>,
+) -> Result<Config, Vec<ConfigError>> {
+    let mut errors = Vec::new();
+    let forward_targets = values.list(Key::Allow).map(|entries| {
+        let parse = |entry: &String| Allowed::parse(entry).map_err(|error| errors.push(error.into())).ok();
+        entries.iter().filter_map(parse).collect()
+    });
+    let auth = auth(values, &mut errors);
+    let user = match user {
+        Ok(user) if errors.is_empty() => user,
+        user => {
+            errors.extend(user.err().into_iter().flatten());
+            return Err(errors);
+        }
     };
-    let auth = auth(settings.auth)?;
-    let user = device(&settings.shell_command, &settings.user, notes)?;
     Ok(Config {
         shell: Shell {
-            command: settings.shell_command.into(),
-            arguments: settings.shell_arguments.unwrap_or_default(),
+            command: values.text(Key::ShellCommand).into(),
+            arguments: values.list(Key::ShellArguments).unwrap_or_default(),
             user,
-            no_new_privileges: settings.terminal.no_new_privileges,
+            no_new_privileges: values.flag(Key::NoNewPrivileges),
         },
         terminal: Terminal {
-            enabled: !settings.terminal.disable,
-            width: settings.terminal.width,
-            height: settings.terminal.height,
+            enabled: !values.flag(Key::DisableTerminal),
+            width: values.number(Key::Width),
+            height: values.number(Key::Height),
         },
         sessions: Sessions {
-            expiry: expiry(&settings.sessions),
-            max_per_user: settings.sessions.max_per_user,
-            idle_includes_output: settings.sessions.idle_includes_output,
+            expiry: expiry(values),
+            max_per_user: values.number(Key::MaxPerUser),
+            idle_includes_output: values.flag(Key::IdleIncludesOutput),
         },
-        file_transfer: !settings.file_transfer.disable,
-        port_forward: !settings.port_forward.disable,
+        file_transfer: !values.flag(Key::DisableFileTransfer),
+        port_forward: !values.flag(Key::DisablePortForward),
         forward_targets,
-        mender_client: !settings.mender_client.disable,
-        limits: settings.limits.enabled.then(|| limits(settings.limits.file_transfer)),
+        mender_client: !values.flag(Key::DisableMenderClient),
+        limits: values.flag(Key::Limits).then(|| limits(values)),
         auth,
-        reconnect_interval: Duration::from_secs(settings.reconnect_interval_seconds.unsigned_abs()),
+        reconnect_interval: Duration::from_secs(values.number(Key::ReconnectInterval)),
     })
 }
 
-fn auth(raw: file::Auth) -> Result<Auth, ConfigError> {
-    match validate::auth(&raw).into_iter().next() {
-        Some(error) => Err(error),
-        None if raw.source == defaults::AUTH_SOURCE => Ok(Auth::Dbus),
-        None => Ok(Auth::File { token: raw.token_file.into(), server_url: raw.server_url }),
+fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
+    let token = values.text(Key::TokenFile);
+    match values.text(Key::AuthSource) {
+        "dbus" => return Auth::Dbus,
+        "file" => {
+            let missing =
+                [Key::TokenFile, Key::AuthServerUrl].into_iter().filter(|key| values.text(*key).is_empty());
+            errors.extend(missing.map(ConfigError::AuthMissing));
+            if !token.is_empty() && !token.starts_with('/') {
+                errors.push(ConfigError::TokenFileNotAbsolute(token.to_owned()));
+            }
+        }
+        other => errors.push(ConfigError::AuthSource(other.to_owned())),
+    }
+    Auth::File { token: token.into(), server_url: values.text(Key::AuthServerUrl).to_owned() }
+}
+
+fn expiry(values: &Values) -> Expiry {
+    let seconds = |key| Duration::from_secs(values.number(key));
+    match (seconds(Key::ExpireAfterIdle), seconds(Key::ExpireAfter)) {
+        (Duration::ZERO, Duration::ZERO) => Expiry::Never,
+        (Duration::ZERO, age) => Expiry::Age(age),
+        (idle, _) => Expiry::Idle(idle),
     }
 }
 
-fn expiry(sessions: &file::Sessions) -> Expiry {
-    let seconds = |seconds: u32| Duration::from_secs(seconds.into());
-    match (sessions.expire_after_idle, sessions.expire_after) {
-        (0, 0) => Expiry::Never,
-        (0, age) => Expiry::Age(seconds(age)),
-        (idle, _) => Expiry::Idle(seconds(idle)),
-    }
-}
-
-fn limits(raw: file::FileTransferLimits) -> FileLimits {
-    let given = |text: String| (!text.is_empty()).then_some(text);
+fn limits(values: &Values) -> FileLimits {
+    let given = |key| Some(values.text(key)).filter(|text| !text.is_empty()).map(str::to_owned);
+    let above_zero = |key| NonZeroU64::new(values.number(key));
     FileLimits {
-        chroot: given(raw.chroot).map(PathBuf::from),
-        follow_symlinks: raw.follow_sym_links,
-        allow_overwrite: raw.allow_overwrite,
-        owner_put: given(raw.owner_put),
-        group_put: given(raw.group_put),
-        owner_get: raw.owner_get,
-        group_get: raw.group_get,
-        umask: given(raw.umask).map(|text| defaults::umask(&text).unwrap_or(defaults::STRICT_UMASK)),
-        max_file_size: NonZeroU64::new(raw.max_file_size),
-        max_tx_bytes_per_minute: NonZeroU64::new(raw.counters.max_bytes_tx_per_minute),
-        max_rx_bytes_per_minute: NonZeroU64::new(raw.counters.max_bytes_rx_per_minute),
-        allow_suid: raw.allow_suid,
-        regular_files_only: raw.regular_files_only,
-        preserve_mode: raw.preserve_mode,
-        preserve_owner: raw.preserve_owner,
+        chroot: given(Key::Chroot).map(PathBuf::from),
+        follow_symlinks: values.flag(Key::FollowSymLinks),
+        allow_overwrite: values.flag(Key::AllowOverwrite),
+        owner_put: given(Key::OwnerPut),
+        group_put: given(Key::GroupPut),
+        owner_get: values.list(Key::OwnerGet).unwrap_or_default(),
+        group_get: values.list(Key::GroupGet).unwrap_or_default(),
+        umask: values.umask(),
+        max_file_size: above_zero(Key::MaxFileSize),
+        max_tx_bytes_per_minute: above_zero(Key::MaxBytesTxPerMinute),
+        max_rx_bytes_per_minute: above_zero(Key::MaxBytesRxPerMinute),
+        allow_suid: values.flag(Key::AllowSuid),
+        regular_files_only: values.flag(Key::RegularFilesOnly),
+        preserve_mode: values.flag(Key::PreserveMode),
+        preserve_owner: values.flag(Key::PreserveOwner),
     }
+}
+
+/// Checks the shell and its user on this device. Returns the errors in upstream's order.
+pub(crate) fn user_of_shell(values: &Values, shells: &Path) -> Result<User, Vec<ConfigError>> {
+    let command = values.text(Key::ShellCommand);
+    let executable = executable(command);
+    let listed = if executable.is_ok() { listed(command, shells) } else { Ok(()) };
+    match (executable, user(values.text(Key::User)), listed) {
+        (Ok(()), Ok(user), Ok(())) => Ok(user),
+        (executable, user, listed) => {
+            Err([executable.err(), user.err(), listed.err()].into_iter().flatten().collect())
+        }
+    }
+}
+
+fn executable(command: &str) -> Result<(), ConfigError> {
+    if !Path::new(command).is_absolute() {
+        return Err(ConfigError::ShellNotAbsolute(command.to_owned()));
+    }
+    if !fs::metadata(command).is_ok_and(|metadata| metadata.permissions().mode() & 0o111 != 0) {
+        return Err(ConfigError::ShellNotExecutable(command.to_owned()));
+    }
+    Ok(())
+}
+
+fn user(name: &str) -> Result<User, ConfigError> {
+    if name.is_empty() { Err(ConfigError::NoUser) } else { Ok(users::lookup(name)?) }
+}
+
+/// Checks that `shells` has the line `command`. Small images have no /etc/shells: then only /bin/sh counts as listed.
+fn listed(command: &str, shells: &Path) -> Result<(), ConfigError> {
+    match fs::read(shells) {
+        Ok(text) if String::from_utf8_lossy(&text).lines().any(|line| line == command) => Ok(()),
+        Ok(_) => Err(ConfigError::ShellNotListed(command.to_owned())),
+        Err(_) if command == keys::SHELL => Ok(()),
+        Err(error) => Err(ConfigError::Open { file: shells.to_owned(), error }),
+    }
+}
+
+/// dash ends at once if started with --login.
+pub(crate) fn knows_no_login(command: &Path, arguments: &[String]) -> bool {
+    arguments.iter().any(|argument| argument == "--login")
+        && fs::canonicalize(command).is_ok_and(|program| program.ends_with("dash"))
 }
 
 /// As [`load`], from texts instead of files, on a device where every shell exists and every user is `user`. For the
 /// fuzz target.
 #[cfg(fuzzing)]
 pub fn of_texts(main: &[u8], fallback: &[u8], user: &User) -> Result<Config, ConfigError> {
-    let (mut settings, mut notes) = (Settings::default(), Notes::new());
-    for text in [fallback, main] {
-        file::lay(text, &mut settings)?.finish(Path::new("text"), &mut notes)?;
+    let (mut values, mut notes) = (Values::default(), Notes::new());
+    for (text, origin) in [(fallback, Origin::Fallback), (main, Origin::Main)] {
+        values.lay(text, origin)?.finish(Path::new("text"), &mut notes)?;
     }
-    complete(settings, &mut notes, |_, name, _| Ok(User { name: name.to_owned(), ..user.clone() }))
+    let values = values.filled(&mut notes);
+    let user = User { name: values.text(Key::User).to_owned(), ..user.clone() };
+    validate(&values, Ok(user)).map_err(first)
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

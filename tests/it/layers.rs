@@ -13,7 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("audit", &["proto"]),
     ("logging", &["audit", "sys"]),
     ("config", &["sys"]),
-    ("check", &["config"]),
+    ("check", &["config", "sys"]),
     ("outbox", &["proto", "sys"]),
     ("auth", &["config", "sys"]),
     ("link", &["auth", "outbox", "proto", "sys"]),

@@ -2,37 +2,39 @@ use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::*;
-use crate::config::load_with;
 use crate::config::tests::{Device, EXPIRES};
 
-impl Device {
-    fn survey(&self) -> Survey {
-        let [main, fallback, shells] = ["main", "fallback", "shells"].map(|name| self.dir.path().join(name));
-        let survey = survey_with(&main, &fallback, &shells);
-        let refused = load_with(&main, &fallback, &shells, &mut Notes::new()).is_err();
-        let error = survey.findings.iter().any(|finding| finding.level == Level::Error);
-        assert!(!cfg!(feature = "dbus") || error == refused, "the daemon is of another opinion: {survey:?}");
-        survey
-    }
+fn survey(device: &Device) -> Survey<'static> {
+    let [main, fallback, shells] =
+        ["main", "fallback", "shells"].map(|name| &*device.dir.path().join(name).leak());
+    let mut survey = Survey::new(main, fallback, shells);
+    let refused = device.load().0.is_err();
+    assert!(
+        !cfg!(feature = "dbus") || survey.is_good() != refused,
+        "the daemon is of another opinion: {survey:?}"
+    );
+    // As they are printed.
+    survey.findings.sort_by_key(|finding| finding.level);
+    survey
 }
 
 /// Writes the files (`None`: absent) and looks at them. `SHELL` in them is one that is listed.
-fn look(main: Option<&str>, fallback: Option<&str>) -> Survey {
+fn look(main: Option<&str>, fallback: Option<&str>) -> Survey<'static> {
     let device = Device::new();
     for (name, text) in [("main", main), ("fallback", fallback)] {
         if let Some(text) = text {
             device.write(name, &text.replace("SHELL", &device.path("sh")));
         }
     }
-    device.survey()
+    survey(&device)
 }
 
 /// The findings, with the file's name alone: `Warn main User: text`. What is said in every build without D-Bus isn't
 /// among them.
-fn lines(survey: &Survey) -> Vec<String> {
+fn lines(survey: &Survey<'_>) -> Vec<String> {
     let line = |finding: &Finding| {
-        let Finding { level, file, key, text } = finding;
-        format!("{level:?} {} {key}: {text}", file.file_name().unwrap().display())
+        let Finding { level, file, path, text } = finding;
+        format!("{level:?} {} {path}: {text}", file.file_name().unwrap().display())
     };
     survey.findings.iter().map(line).filter(|line| !line.contains("built without D-Bus")).collect()
 }
@@ -44,9 +46,9 @@ fn found(members: &str) -> Vec<String> {
     lines(&look(Some(&format!("{{{WORKING}, {members}}}")), None))
 }
 
-fn value(survey: &Survey, key: &str) -> (String, Origin) {
-    let (_, value, origin) = survey.values.iter().find(|(known, ..)| known == key).unwrap();
-    (value.to_string(), *origin)
+fn value(survey: &Survey<'_>, key: &str) -> (String, Origin) {
+    let key = Key::current().find(|known| known.name() == key).unwrap();
+    (survey.values.get(key).to_string(), survey.values.origin(key))
 }
 
 #[test]
@@ -101,7 +103,7 @@ fn all_that_is_wrong_is_told() {
 fn of_a_broken_file_the_other_is_looked_at() {
     let survey =
         look(Some("{\n  \"User\": \"root\",\n}"), Some(r#"{"Usr": "x", "ShellCommand": "/no/such"}"#));
-    assert_eq!((survey.main, survey.fallback), (State::Broken, State::Read));
+    assert_eq!((survey.main.1, survey.fallback.1), (State::Broken, State::Read));
     assert_eq!(
         lines(&survey),
         [
@@ -112,11 +114,11 @@ fn of_a_broken_file_the_other_is_looked_at() {
         ]
     );
     let survey = look(Some(&format!("{{{WORKING}}}")), Some("[]"));
-    assert_eq!((survey.main, survey.fallback), (State::Read, State::Broken));
+    assert_eq!((survey.main.1, survey.fallback.1), (State::Read, State::Broken));
     assert_eq!(lines(&survey), ["Error fallback : expected an object, found an array"]);
     assert_eq!(value(&survey, "User"), (r#""root""#.to_owned(), Origin::Main));
     let survey = look(None, None);
-    assert_eq!((survey.main, survey.fallback), (State::Absent, State::Absent));
+    assert_eq!((survey.main.1, survey.fallback.1), (State::Absent, State::Absent));
     let no_user = "Error main User: please provide a user to run the shell as";
     assert!(lines(&survey).iter().any(|line| line == no_user), "{survey:?}");
 }
@@ -188,8 +190,9 @@ fn the_values_listed_are_those_that_count() {
         "PortForward": {"Allow": ["tcp/*:22"]}, "MenderClient": {"Disable": true}"#;
     let (config, _) = device.load_with(members);
     let mut document = serde_json::json!({});
-    for (key, value, _) in device.survey().values {
-        *key.split('.').fold(&mut document, |place, name| &mut place[name]) = value;
+    let values = survey(&device).values;
+    for key in Key::current() {
+        *key.name().split('.').fold(&mut document, |place, name| &mut place[name]) = values.get(key).clone();
     }
     device.write("main", &document.to_string());
     assert_eq!(device.load().0.unwrap(), config);
@@ -306,7 +309,7 @@ fn dash_and_login_do_not_go_together() {
     let dash = |shell: &str, more: &str| {
         device
             .write("main", &format!(r#"{{"User": "root", "ShellCommand": "{}"{more}}}"#, device.path(shell)));
-        let lines = lines(&device.survey());
+        let lines = lines(&survey(&device));
         lines.iter().any(|line| line.starts_with("Warn main ShellCommand: ") && line.contains("sh is dash"))
     };
     assert!(dash("ash", ""));
@@ -322,7 +325,7 @@ fn a_file_that_others_may_write_is_told() {
     let main = device.path("main");
     let with_mode = |mode| {
         fs::set_permissions(&main, Permissions::from_mode(mode)).unwrap();
-        lines(&device.survey())
+        lines(&survey(&device))
     };
     assert_eq!(with_mode(0o644), [""; 0]);
     assert_eq!(with_mode(0o646), ["Warn main : may be written by everybody"]);
@@ -336,5 +339,28 @@ fn a_file_that_others_may_write_is_told() {
                 "Warn main : may be written by its group, 54320",
             ]
         );
+    }
+}
+
+#[test]
+fn what_is_near_or_elsewhere_is_suggested() {
+    for (unknown, meant) in [
+        ("Chroot", Some("Limits.FileTransfer.Chroot")),
+        ("FileTransfer.chroot", Some("Limits.FileTransfer.Chroot")),
+        ("Terminal.User", Some("User")),
+        ("Terminal.Wdith", Some("Terminal.Width")),
+        ("Usr", Some("User")),
+        ("Uesr", Some("User")),
+        ("Terminl", Some("Terminal")),
+        ("Limits.FileTransfr", Some("Limits.FileTransfer")),
+        ("Sesions", Some("Sessions")),
+        ("Sessions.ExpiresAftr", Some("Sessions.ExpireAfter")),
+        ("Disable", None),
+        ("Path", None),
+        ("Usage", None),
+        ("Frobnicate", None),
+        ("", None),
+    ] {
+        assert_eq!(suggest(unknown), meant, "{unknown}");
     }
 }

@@ -1,0 +1,163 @@
+//! Every key of a configuration file. Parsing, defaults, `check` and the tests of the documentation follow this table.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use serde_json::Value;
+
+use self::Kind::{Flag, List, Number, Objects, Text};
+
+pub(super) const SHELL: &str = "/bin/sh";
+
+/// What a key takes, with its default. A number that is 0, a text that is empty and a list that is `null` count as
+/// not set.
+#[derive(Debug)]
+pub(super) enum Kind {
+    Flag(bool),
+    Number(RangeInclusive<i128>, u32),
+    Text(&'static str),
+    /// Of strings.
+    List(Option<&'static [&'static str]>),
+    /// Their keys are those below this one.
+    Objects,
+}
+
+const U16: RangeInclusive<i128> = 0..=u16::MAX as i128;
+const U32: RangeInclusive<i128> = 0..=u32::MAX as i128;
+const U64: RangeInclusive<i128> = 0..=u64::MAX as i128;
+const I64: RangeInclusive<i128> = i64::MIN as i128..=i64::MAX as i128;
+const ANY: Kind = List(Some(&[]));
+
+macro_rules! keys {
+    ($($key:ident $name:literal $kind:expr $(, deprecated $deprecated:literal)?;)*) => {
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Key { $($key),* }
+
+        /// Name, kind, and the name in upstream's warning if the key is deprecated.
+        static TABLE: &[(Key, &str, Kind, &[&str])] = &[$((Key::$key, $name, $kind, &[$($deprecated)?])),*];
+    };
+}
+
+// In the order of `check`'s list.
+keys! {
+    ShellCommand         "ShellCommand"                                     Text(SHELL);
+    ShellArguments       "ShellArguments"                                   List(Some(&["--login"]));
+    User                 "User"                                             Text("");
+    Width                "Terminal.Width"                                   Number(U16, 80);
+    Height               "Terminal.Height"                                  Number(U16, 40);
+    DisableTerminal      "Terminal.Disable"                                 Flag(false);
+    NoNewPrivileges      "Terminal.NoNewPrivileges"                         Flag(false);
+    StopExpired          "Sessions.StopExpired"                             Flag(true);
+    ExpireAfter          "Sessions.ExpireAfter"                             Number(U32, 0);
+    ExpireAfterIdle      "Sessions.ExpireAfterIdle"                         Number(U32, 600);
+    MaxPerUser           "Sessions.MaxPerUser"                              Number(U32, 1);
+    IdleIncludesOutput   "Sessions.IdleIncludesOutput"                      Flag(false);
+    Limits               "Limits.Enabled"                                   Flag(false);
+    Chroot               "Limits.FileTransfer.Chroot"                       Text("");
+    FollowSymLinks       "Limits.FileTransfer.FollowSymLinks"               Flag(false);
+    AllowOverwrite       "Limits.FileTransfer.AllowOverwrite"               Flag(false);
+    OwnerPut             "Limits.FileTransfer.OwnerPut"                     Text("");
+    GroupPut             "Limits.FileTransfer.GroupPut"                     Text("");
+    OwnerGet             "Limits.FileTransfer.OwnerGet"                     ANY;
+    GroupGet             "Limits.FileTransfer.GroupGet"                     ANY;
+    Umask                "Limits.FileTransfer.Umask"                        Text("");
+    MaxFileSize          "Limits.FileTransfer.MaxFileSize"                  Number(U64, 0);
+    MaxBytesTxPerMinute  "Limits.FileTransfer.Counters.MaxBytesTxPerMinute" Number(U64, 0);
+    MaxBytesRxPerMinute  "Limits.FileTransfer.Counters.MaxBytesRxPerMinute" Number(U64, 0);
+    AllowSuid            "Limits.FileTransfer.AllowSuid"                    Flag(false);
+    RegularFilesOnly     "Limits.FileTransfer.RegularFilesOnly"             Flag(false);
+    PreserveMode         "Limits.FileTransfer.PreserveMode"                 Flag(true);
+    PreserveOwner        "Limits.FileTransfer.PreserveOwner"                Flag(true);
+    ReconnectInterval    "ReconnectIntervalSeconds"                         Number(I64, 5);
+    DisableFileTransfer  "FileTransfer.Disable"                             Flag(false);
+    DisablePortForward   "PortForward.Disable"                              Flag(false);
+    Allow                "PortForward.Allow"                                List(None);
+    DisableMenderClient  "MenderClient.Disable"                             Flag(false);
+    AuthSource           "Auth.Source"                                      Text("dbus");
+    TokenFile            "Auth.TokenFile"                                   Text("");
+    AuthServerUrl        "Auth.ServerURL"                                   Text("");
+    // From the time when the agent found its server without mender-auth. A value of the wrong type is still an error.
+    ServerUrl            "ServerURL"               Text(""),    deprecated "ServerURL";
+    Servers              "Servers"                 Objects,     deprecated "Servers";
+    ServersServerUrl     "Servers.ServerURL"       Text(""),    deprecated "Servers";
+    ClientProtocol       "ClientProtocol"          Text(""),    deprecated "ClientProtocol";
+    HttpsCertificate     "HttpsClient.Certificate" Text(""),    deprecated "HTTPSClient";
+    HttpsKeyFile         "HttpsClient.Key"         Text(""),    deprecated "HTTPSClient";
+    HttpsEngine          "HttpsClient.SSLEngine"   Text(""),    deprecated "HTTPSClient";
+    SkipVerify           "SkipVerify"              Flag(false), deprecated "SkipVerify";
+    ServerCertificate    "ServerCertificate"       Text(""),    deprecated "ServerCertificate";
+}
+
+impl Key {
+    pub(super) fn all() -> impl Iterator<Item = Key> {
+        TABLE.iter().map(|row| row.0)
+    }
+
+    /// Those that have a meaning.
+    pub(crate) fn current() -> impl Iterator<Item = Key> {
+        Key::all().filter(|key| key.deprecated().is_none())
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        TABLE[self as usize].1
+    }
+
+    pub(super) fn kind(self) -> &'static Kind {
+        &TABLE[self as usize].2
+    }
+
+    /// The name in upstream's warning.
+    pub(crate) fn deprecated(self) -> Option<&'static str> {
+        TABLE[self as usize].3.first().copied()
+    }
+
+    /// The key or section that is called `member`, in any case, directly below `section`; the top's name is empty.
+    pub(super) fn find(section: &str, member: &str) -> Option<(&'static str, Option<Key>)> {
+        let path = join(section, member);
+        Key::all().find_map(|key| {
+            let (name, rest) = key.name().split_at_checked(path.len())?;
+            let found = name.eq_ignore_ascii_case(&path) && !member.contains('.');
+            match rest.as_bytes().first() {
+                None if found => Some((name, Some(key))),
+                Some(b'.') if found => Some((name, None)),
+                _ => None,
+            }
+        })
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Kind {
+    pub(super) fn default(&self) -> Value {
+        match self {
+            Flag(value) => (*value).into(),
+            Number(_, value) => (*value).into(),
+            Text(value) => (*value).into(),
+            List(value) => (*value).into(),
+            Objects => Value::Array(Vec::new()),
+        }
+    }
+
+    /// The value of a key that no file gives, before defaults are filled in.
+    pub(super) fn unset(&self) -> Value {
+        match self {
+            Number(..) => 0.into(),
+            Text(_) => "".into(),
+            List(Some([_, ..])) => Value::Null,
+            _ => self.default(),
+        }
+    }
+}
+
+/// Appends a member's name to the path of its object.
+pub(super) fn join(path: &str, member: &str) -> String {
+    if path.is_empty() { member.to_owned() } else { format!("{path}.{member}") }
+}
+
+#[cfg(test)]
+mod tests;

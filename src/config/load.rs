@@ -1,0 +1,356 @@
+//! Reads JSON into values the way Go's encoding/json fills a struct, because the files in the field were written for
+//! that.
+//!
+//! - Keys match in any case. Unknown ones are ignored, and reported to the caller.
+//! - `null` leaves a value as it is, but empties an array.
+//! - Of duplicate keys the last wins; objects merge field by field, arrays are replaced.
+//! - A number for an integer must be written without fraction and exponent, and fit.
+//! - Invalid UTF-8 becomes U+FFFD, one for each byte.
+//!
+//! Two oddities aren't followed: a lone surrogate escape and a number beyond f64 are syntax errors here.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use log::Level;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::error::{ConfigError, Misfit};
+use super::keys::{Key, Kind, SHELL, join};
+
+/// Log lines, kept apart from the logger so that tests can look at them.
+pub(crate) type Notes = Vec<(Level, String)>;
+
+/// Replaces a umask that can't be read: only the owner gets access.
+const STRICT_UMASK: u32 = 0o077;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// Neither file has the key, or its value can't be used.
+    Default,
+    Fallback,
+    Main,
+}
+
+/// The value of each key, with its origin. Types are those of [`Kind`].
+#[derive(Debug, Clone)]
+pub(crate) struct Values(Vec<(Value, Origin)>);
+
+impl Default for Values {
+    fn default() -> Self {
+        Values(Key::all().map(|key| (key.kind().unset(), Origin::Default)).collect())
+    }
+}
+
+impl Values {
+    pub(crate) fn get(&self, key: Key) -> &Value {
+        &self.0[key as usize].0
+    }
+
+    pub(crate) fn origin(&self, key: Key) -> Origin {
+        self.0[key as usize].1
+    }
+
+    pub(crate) fn flag(&self, key: Key) -> bool {
+        *self.get(key) == true
+    }
+
+    /// 0 for a number that doesn't fit, which the kind of `key` must rule out.
+    pub(crate) fn number<T: TryFrom<u64> + Default>(&self, key: Key) -> T {
+        self.get(key).as_u64().and_then(|number| T::try_from(number).ok()).unwrap_or_default()
+    }
+
+    pub(crate) fn text(&self, key: Key) -> &str {
+        self.get(key).as_str().unwrap_or_default()
+    }
+
+    /// `None` for `null`.
+    pub(crate) fn list(&self, key: Key) -> Option<Vec<String>> {
+        let texts = self.get(key).as_array()?.iter().filter_map(Value::as_str);
+        Some(texts.map(str::to_owned).collect())
+    }
+
+    /// With defaults for values that are missing or can't be used.
+    pub(crate) fn filled(&self, notes: &mut Notes) -> Values {
+        let mut filled = self.clone();
+        for (key, default) in [(Key::ShellCommand, SHELL), (Key::ShellArguments, "[--login]")] {
+            if is_unset(self.get(key)) {
+                notes.push((Level::Warn, format!("{key} is empty, defaulting to {default}")));
+            }
+        }
+        for key in Key::all().filter(|key| is_unset(self.get(*key))) {
+            filled.set(key, key.kind().default());
+        }
+        filled.fill_expiry(self, notes);
+        let seconds = self.get(Key::ReconnectInterval).as_i64().unwrap_or_default();
+        if seconds < 0 {
+            let default = Key::ReconnectInterval.kind().default();
+            let text = format!("ReconnectIntervalSeconds is negative, defaulting to {default}s");
+            notes.push((Level::Warn, text));
+            filled.set(Key::ReconnectInterval, default);
+        }
+        // Longer than anybody waits, and small enough that sums with it can't overflow.
+        if seconds > u32::MAX.into() {
+            filled.set(Key::ReconnectInterval, u32::MAX.into());
+        }
+        if self.flag(Key::Limits) && !self.text(Key::Umask).is_empty() {
+            filled.fill_umask(notes);
+        }
+        for (filled, raw) in filled.0.iter_mut().zip(&self.0) {
+            if filled.0 != raw.0 {
+                filled.1 = Origin::Default;
+            }
+        }
+        filled
+    }
+
+    /// Leaves at most one of the two limits above zero.
+    fn fill_expiry(&mut self, raw: &Values, notes: &mut Notes) {
+        match (raw.number::<u32>(Key::ExpireAfterIdle), raw.number::<u32>(Key::ExpireAfter)) {
+            _ if !raw.flag(Key::StopExpired) => {
+                self.set(Key::ExpireAfterIdle, 0.into());
+                self.set(Key::ExpireAfter, 0.into());
+            }
+            (0, 0) => notes.push((Level::Info, "Defaulting ExpireAfterIdle to 10m0s".to_owned())),
+            (0, _) => self.set(Key::ExpireAfterIdle, 0.into()),
+            (_, 0) => {}
+            (_, _) => {
+                let text = "ExpireAfter and ExpireAfterIdle are mutually exclusive, ignoring ExpireAfter";
+                notes.push((Level::Warn, text.to_owned()));
+                self.set(Key::ExpireAfter, 0.into());
+            }
+        }
+    }
+
+    /// A umask that can't be read isn't fatal: otherwise nobody could correct it over the remote terminal.
+    fn fill_umask(&mut self, notes: &mut Notes) {
+        let bits = self.umask();
+        if bits.is_none() {
+            let text = self.text(Key::Umask);
+            let text =
+                format!("{} {text:?} is not an octal number, using {STRICT_UMASK:03o} instead", Key::Umask);
+            notes.push((Level::Error, text));
+        }
+        let used = bits.unwrap_or(STRICT_UMASK) & 0o777;
+        if bits != Some(used) {
+            self.set(Key::Umask, format!("{used:03o}").into());
+        }
+    }
+
+    pub(super) fn umask(&self) -> Option<u32> {
+        u32::from_str_radix(self.text(Key::Umask), 8).ok()
+    }
+
+    fn set(&mut self, key: Key, value: Value) {
+        self.0[key as usize].0 = value;
+    }
+
+    /// Applies what fits in `file`; `None` if there is no such file.
+    pub(crate) fn read(&mut self, file: &Path, origin: Origin) -> Result<Option<Walk>, ConfigError> {
+        match fs::read(file) {
+            Ok(text) => self.lay(&text, origin).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(ConfigError::Open { file: file.to_owned(), error }),
+        }
+    }
+
+    /// Applies what fits in the JSON `text`; [`Walk::misfits`] has the rest. Fails if it isn't JSON.
+    pub(super) fn lay(&mut self, text: &[u8], origin: Origin) -> Result<Walk, ConfigError> {
+        let mut clean = String::with_capacity(text.len());
+        for chunk in text.utf8_chunks() {
+            clean.push_str(chunk.valid());
+            clean.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
+        }
+        let mut walk = Walk::default();
+        // The whole text first: what is wrong later in it has precedence, and its place is right.
+        serde_json::from_str::<Value>(&clean)
+            .and_then(|_| walk.object("", "", serde_json::from_str(&clean)?))
+            .map_err(ConfigError::Syntax)?;
+        for (key, value) in &walk.given {
+            self.0[*key as usize] = (value.clone(), origin);
+        }
+        Ok(walk)
+    }
+}
+
+/// Upstream takes these values for "not set".
+pub(crate) fn is_unset(value: &Value) -> bool {
+    matches!(value, Value::Null) || *value == 0 || *value == ""
+}
+
+/// Reads both files, if they exist. Values in `main` win over `fallback`.
+pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Result<Values, ConfigError> {
+    let mut values = Values::default();
+    let mut any = false;
+    for (file, origin) in [(fallback, Origin::Fallback), (main, Origin::Main)] {
+        let walk = values.read(file, origin);
+        match walk.and_then(|walk| walk.map(|walk| walk.finish(file, notes)).transpose()) {
+            Ok(Some(())) => {
+                notes.push((Level::Info, format!("Loaded configuration file: {}", file.display())));
+                any = true;
+            }
+            Ok(None) => {}
+            Err(error) => {
+                let text = format!("Error loading configuration from file: {} ({error})", file.display());
+                notes.push((Level::Error, text));
+                return Err(error);
+            }
+        }
+    }
+    if !any {
+        notes.push((Level::Info, "No configuration files present. Using defaults".to_owned()));
+    }
+    Ok(values)
+}
+
+/// What was met in a file.
+#[derive(Debug, Default)]
+pub(crate) struct Walk {
+    /// Paths in the file's own spelling, each once.
+    pub(crate) unknown: Vec<String>,
+    /// Of a key that is given more than once, the last value counts.
+    pub(crate) given: Vec<(Key, Value)>,
+    pub(crate) misfits: Vec<Misfit>,
+}
+
+impl Walk {
+    /// Notes what was ignored, unless there is an error.
+    pub(super) fn finish(self, file: &Path, notes: &mut Notes) -> Result<(), ConfigError> {
+        if let Some(misfit) = self.misfits.into_iter().next() {
+            return Err(misfit.into());
+        }
+        for path in self.unknown {
+            notes.push((Level::Warn, format!("{}: ignoring unknown key {path}", file.display())));
+        }
+        let last = |key: &Key| self.given.iter().rfind(|(given, _)| given == key).map(|(_, value)| value);
+        let used = |key: &Key| last(key).is_some_and(|value| *value != key.kind().default());
+        let mut names: Vec<_> = Key::all().filter(used).filter_map(Key::deprecated).collect();
+        names.dedup();
+        for name in names {
+            notes.push((Level::Warn, format!("{name} field is deprecated, ignoring.")));
+        }
+        Ok(())
+    }
+
+    fn misfit(&mut self, key: Option<Key>, path: &str, expected: &str, found: &Value) {
+        let found = match found {
+            // Debug keeps the ".0" that shows why it isn't an integer.
+            Value::Number(number) if number.is_f64() => format!("{:?}", number.as_f64().unwrap_or_default()),
+            Value::Number(number) => number.to_string(),
+            Value::Null => "null".to_owned(),
+            Value::Bool(_) => "a boolean".to_owned(),
+            Value::String(_) => "a string".to_owned(),
+            Value::Array(_) => "an array".to_owned(),
+            Value::Object(_) => "an object".to_owned(),
+        };
+        self.misfits.push(Misfit { key, path: path.to_owned(), expected: expected.to_owned(), found });
+    }
+
+    /// `section` in our spelling, `path` in the file's.
+    fn object(&mut self, section: &str, path: &str, text: &RawValue) -> serde_json::Result<()> {
+        let members = match serde_json::from_str(text.get())? {
+            Value::Null => Members::default(),
+            Value::Object(_) => serde_json::from_str(text.get())?,
+            other => {
+                self.misfit(None, path, "an object", &other);
+                Members::default()
+            }
+        };
+        for (member, text) in members.0 {
+            let path = join(path, &member);
+            match Key::find(section, &fold(&member)) {
+                Some((_, Some(key))) => {
+                    let misfits = self.misfits.len();
+                    let value = self.value(key, &path, text)?;
+                    if self.misfits.len() == misfits {
+                        self.given.extend(value.map(|value| (key, value)));
+                    }
+                }
+                Some((section, None)) => self.object(section, &path, text)?,
+                None if self.unknown.contains(&path) => {}
+                None => self.unknown.push(path),
+            }
+        }
+        Ok(())
+    }
+
+    /// `None` if the value doesn't fit, or is a `null` that leaves it as it is.
+    fn value(&mut self, key: Key, path: &str, text: &RawValue) -> serde_json::Result<Option<Value>> {
+        let value: Value = serde_json::from_str(text.get())?;
+        let (kind, element) = (key.kind(), |index| format!("{path}[{index}]"));
+        let expected = match (kind, &value) {
+            (Kind::List(_) | Kind::Objects, Value::Null) => return Ok(Some(kind.unset())),
+            (_, Value::Null) => return Ok(None),
+            (Kind::Flag(_), Value::Bool(_)) | (Kind::Text(_), Value::String(_)) => return Ok(Some(value)),
+            (Kind::Number(range, _), Value::Number(number))
+                if number.as_i128().is_some_and(|number| range.contains(&number)) =>
+            {
+                return Ok(Some(value));
+            }
+            (Kind::List(_), Value::Array(elements)) => {
+                let mut texts = Vec::new();
+                for (index, value) in elements.iter().enumerate() {
+                    match value {
+                        Value::Null => texts.push(""),
+                        Value::String(text) => texts.push(text),
+                        other => self.misfit(Some(key), &element(index), "a string", other),
+                    }
+                }
+                return Ok(Some(texts.into()));
+            }
+            (Kind::Objects, Value::Array(_)) => {
+                // The elements are checked, but have no effect.
+                let given = self.given.len();
+                let texts: Vec<&RawValue> = serde_json::from_str(text.get())?;
+                for (index, text) in texts.into_iter().enumerate() {
+                    self.object(key.name(), &element(index), text)?;
+                }
+                self.given.truncate(given);
+                return Ok(Some(value));
+            }
+            (Kind::Flag(_), _) => "a boolean",
+            (Kind::Number(range, _), _) => &format!("an integer from {} to {}", range.start(), range.end()),
+            (Kind::Text(_), _) => "a string",
+            (Kind::List(_) | Kind::Objects, _) => "an array",
+        };
+        self.misfit(Some(key), path, expected, &value);
+        Ok(None)
+    }
+}
+
+/// Folds a key as Go does beyond ASCII: two letters that fold into it.
+fn fold(key: &str) -> String {
+    key.replace('\u{17f}', "s").replace('\u{212a}', "k")
+}
+
+/// An object with the order of its keys, and with their duplicates.
+#[derive(Default)]
+struct Members<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Members<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Members::default())
+    }
+}
+
+impl<'de> Visitor<'de> for Members<'de> {
+    type Value = Self;
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
+        while let Some(member) = map.next_entry()? {
+            self.0.push(member);
+        }
+        Ok(self)
+    }
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+}
+
+#[cfg(test)]
+mod tests;
