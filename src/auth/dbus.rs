@@ -6,8 +6,6 @@
 //! The manager may come, go and be replaced at any time, and so may the bus. Its signals are taken only
 //! from the owner of its name.
 
-pub(crate) mod visit;
-
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -20,10 +18,10 @@ use dbus::message::{MatchRule, MessageType};
 use log::{debug, info, trace, warn};
 use nix::poll::PollFlags;
 
-use super::{AuthEvent, Credentials, Source, SourceError};
+use super::{AuthEvent, Credentials, Refusal, Source, SourceError};
 use crate::sys::wake::Wake;
 use crate::sys::wipe::wipe_texts;
-use crate::sys::{duplicate_socket, reason, thread};
+use crate::sys::{PollSet, duplicate_socket, reason, thread};
 
 const MANAGER: &str = "io.mender.AuthenticationManager";
 const PATH: &str = "/io/mender/AuthenticationManager";
@@ -33,7 +31,7 @@ const BUS_PATH: &str = "/org/freedesktop/DBus";
 const BUS_LOCAL: &str = "org.freedesktop.DBus.Local";
 
 /// A later answer still counts.
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// A manager that didn't answer is asked again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
 /// At least this long between fetches, since each disturbs the manager's other users.
@@ -47,9 +45,12 @@ pub(crate) struct Manager {
     /// The absence of a bus ends the daemon: until the first connection, if the bus is required.
     fatal: bool,
     retry_delay: Duration,
-    owner: Option<String>,
+    /// The unique name of the manager's connection.
+    pub(crate) owner: Option<String>,
     owner_query: Option<u32>,
     question: Option<Question>,
+    /// The last answer had a token but no server. For doctor: to the daemon it is no token.
+    pub(crate) lacks_server: bool,
     ask_again: Option<Instant>,
     last_fetch: Option<Instant>,
 }
@@ -88,6 +89,7 @@ impl Manager {
             owner: None,
             owner_query: None,
             question: None,
+            lacks_server: false,
             ask_again: None,
             last_fetch: None,
         })
@@ -134,7 +136,7 @@ impl Source for Manager {
             if let Some(question) = &mut self.question {
                 question.patience = None;
             }
-            self.unanswered("no answer", now, &mut events);
+            self.unanswered(Refusal::Silent("no answer".to_owned()), now, &mut events);
         }
         if self.ask_again.is_some_and(|at| now >= at) {
             self.ask(now);
@@ -161,6 +163,25 @@ impl Source for Manager {
 }
 
 impl Manager {
+    /// Our unique name on the bus; `None` while there is no connection.
+    pub(crate) fn name(&self) -> Option<&str> {
+        let Bus::Up { channel, .. } = &self.bus else { return None };
+        channel.unique_name()
+    }
+
+    /// Waits until [`Source::process`] is due, at most until `limit`, and calls it. For doctor, which has nothing else
+    /// to wait for.
+    pub(crate) fn wait(&mut self, limit: Instant) -> Result<Vec<AuthEvent>, SourceError> {
+        let mut set = PollSet::new();
+        set.add(self.wake.as_fd(), PollFlags::POLLIN);
+        if let Some((socket, events)) = self.watch() {
+            set.add(socket, events);
+        }
+        set.wait(self.deadline().into_iter().chain([limit]).min())?;
+        self.wake.clear();
+        self.process(Instant::now())
+    }
+
     fn came_up(&mut self, mut channel: Channel, now: Instant) {
         channel.set_watch_enabled(true);
         let socket = match duplicate_socket(&mut channel) {
@@ -249,12 +270,15 @@ impl Manager {
             Ok(answer) => match answer.read2::<&str, &str>() {
                 Ok((token, url)) => {
                     trace!("GetJwtToken: {} bytes of token", token.len());
+                    self.lacks_server = !token.is_empty() && url.is_empty();
                     events.push(AuthEvent::Answered(Credentials::new(token, url)));
                 }
-                Err(e) => self.unanswered(&format!("unexpected types: {e}"), now, events),
+                Err(e) => {
+                    self.unanswered(Refusal::Failed(format!("unexpected types: {e}")), now, events);
+                }
             },
             Err(e) => {
-                self.unanswered(&describe(&e), now, events);
+                self.unanswered(refusal(&e), now, events);
                 if self.owner.is_none() {
                     // NameOwnerChanged will announce the manager.
                     self.ask_again = None;
@@ -263,9 +287,9 @@ impl Manager {
         }
     }
 
-    fn unanswered(&mut self, why: &str, now: Instant, events: &mut Vec<AuthEvent>) {
+    fn unanswered(&mut self, why: Refusal, now: Instant, events: &mut Vec<AuthEvent>) {
         warn!("call to GetJWTToken on the Mender D-Bus API failed: {why}");
-        events.push(AuthEvent::Unanswered(why.to_owned()));
+        events.push(AuthEvent::Unanswered(why));
         if matches!(self.bus, Bus::Up { .. }) {
             self.ask_again = Some(now + ASK_AGAIN);
         }
@@ -328,5 +352,15 @@ fn describe(error: &dbus::Error) -> String {
     match (error.message(), error.name()) {
         (Some(message), _) if !message.is_empty() => message.to_owned(),
         (_, name) => name.unwrap_or("unknown error").to_owned(),
+    }
+}
+
+fn refusal(error: &dbus::Error) -> Refusal {
+    let why = describe(error);
+    match error.name().and_then(|name| name.strip_prefix("org.freedesktop.DBus.Error.")) {
+        Some("AccessDenied") => Refusal::Denied(why),
+        Some("ServiceUnknown" | "NameHasNoOwner") => Refusal::Absent(why),
+        Some("NoReply" | "Timeout" | "TimedOut") => Refusal::Silent(why),
+        _ => Refusal::Failed(why),
     }
 }

@@ -17,7 +17,7 @@ use crate::config;
 use crate::sys::wake::Wake;
 
 #[cfg(feature = "dbus")]
-pub(crate) use dbus::visit::{Refusal, Visit};
+pub(crate) use dbus::{ANSWER_LIMIT, Manager};
 pub(crate) use file::look_into;
 
 /// A device's JSON web token. Debug shows only its length.
@@ -67,9 +67,26 @@ pub(crate) enum AuthEvent {
     Changed(Option<Credentials>),
     /// The answer to [`Source::ask`].
     Answered(Option<Credentials>),
-    /// There was no answer to [`Source::ask`], for this reason.
+    /// There was no answer to [`Source::ask`].
     #[cfg_attr(not(feature = "dbus"), allow(dead_code, reason = "a file always answers"))]
-    Unanswered(String),
+    Unanswered(Refusal),
+}
+
+/// Why the authentication manager gives no answer.
+#[cfg_attr(not(feature = "dbus"), allow(dead_code, reason = "a file always answers"))]
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub(crate) enum Refusal {
+    /// The bus's policy denies the call.
+    #[error("{0}")]
+    Denied(String),
+    /// Nobody owns the manager's name, and the bus can't start anybody.
+    #[error("{0}")]
+    Absent(String),
+    /// No answer in time.
+    #[error("{0}")]
+    Silent(String),
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// A source of credentials. Runs in the supervisor's thread and never blocks it.

@@ -8,10 +8,8 @@ use nix::errno::Errno;
 use nix::unistd::geteuid;
 
 use super::token::{expiry, span};
-use super::{Break, Report};
+use super::{Break, Report, bus};
 use crate::auth::{self, Credentials};
-#[cfg(feature = "dbus")]
-use crate::auth::{Refusal, Visit};
 use crate::config::{self, Auth, Config, ConfigError};
 use crate::link::PROXY_VARIABLES;
 use crate::status;
@@ -160,7 +158,7 @@ pub(crate) fn terminal(report: &mut Report, config: &Config) -> Result<(), Break
 /// Gets token and server URL from the configured source.
 pub(crate) fn credentials(report: &mut Report, config: &Config) -> Result<Credentials, Break> {
     let credentials = match &config.auth {
-        Auth::Dbus => from_bus(report)?,
+        Auth::Dbus => bus::credentials(report)?,
         Auth::File { token, server_url } => from_file(report, token, server_url)?,
     };
     let length = credentials.token.len();
@@ -179,62 +177,6 @@ pub(crate) fn credentials(report: &mut Report, config: &Config) -> Result<Creden
     };
     report.good("token", &found);
     Ok(credentials)
-}
-
-#[cfg(feature = "dbus")]
-const NOT_ACCEPTED: &str = "Is the device accepted on the server? mender-auth gets a token only then. \
-    Its log says more: journalctl -u mender-authd";
-
-#[cfg(feature = "dbus")]
-fn from_bus(report: &mut Report) -> Result<Credentials, Break> {
-    let visit = Visit::begin().map_err(|why| {
-        let advice = "Is D-Bus running (systemctl status dbus)? DBUS_SYSTEM_BUS_ADDRESS, if it is set, has to lead to it.";
-        report.bad("bus", &why, advice)
-    })?;
-    let address = std::env::var("DBUS_SYSTEM_BUS_ADDRESS");
-    let address = address.as_deref().unwrap_or("the system bus");
-    report.good("bus", &format!("connected to {address} as {}", visit.name()));
-
-    let start = "Is mender-auth running? systemctl status mender-authd (mender-client before Mender 4)";
-    match visit.owner() {
-        Some(owner) => report.good("owner", &format!("mender-auth is {owner}")),
-        None if visit.can_start_manager() => report.good("owner", "nobody yet, the bus starts mender-auth"),
-        None => {
-            return Err(report.bad("owner", "nobody is io.mender.AuthenticationManager on the bus", start));
-        }
-    }
-
-    let answer = match visit.token() {
-        Err(Refusal::Denied(why)) => {
-            let advice = if geteuid().is_root() {
-                "The bus's policy has to let root call it: is io.mender.AuthenticationManager.conf in \
-                    /usr/share/dbus-1/system.d or /etc/dbus-1/system.d?"
-            } else {
-                "Run this as root: the bus's policy lets only some users ask for the token."
-            };
-            return Err(report.bad("policy", &why, advice));
-        }
-        Err(Refusal::Absent(why)) => return Err(report.bad("owner", &why, start)),
-        answer => answer,
-    };
-    report.good("policy", "lets GetJwtToken be called");
-
-    let restart = "Its log says more: journalctl -u mender-authd. Restarting it may help: systemctl restart mender-authd";
-    match answer {
-        Ok(Ok(credentials)) => Ok(credentials),
-        Ok(Err(true)) => Err(report.bad("token", "mender-auth has none", NOT_ACCEPTED)),
-        Ok(Err(false)) => Err(report.bad("token", "mender-auth names no server for it", restart)),
-        Err(Refusal::Failed(why) | Refusal::Denied(why) | Refusal::Absent(why)) => {
-            Err(report.bad("token", &format!("mender-auth answers: {why}"), restart))
-        }
-        Err(Refusal::Silent) => Err(report.bad("token", "mender-auth doesn't answer in time", restart)),
-    }
-}
-
-#[cfg(not(feature = "dbus"))]
-fn from_bus(report: &mut Report) -> Result<Credentials, Break> {
-    let why = "built without D-Bus, there is nothing to get a token from";
-    Err(report.bad("bus", why, "Use an executable with it, or set Auth.Source to \"file\"."))
 }
 
 fn from_file(report: &mut Report, file: &Path, server_url: &str) -> Result<Credentials, Break> {

@@ -3,6 +3,11 @@
 //!
 //! `device` has the steps up to the token, `server` those from there on; this file writes the report.
 
+#[cfg(feature = "dbus")]
+mod bus;
+#[cfg(not(feature = "dbus"))]
+#[path = "no_bus.rs"]
+mod bus;
 mod device;
 mod server;
 mod token;

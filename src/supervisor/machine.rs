@@ -152,7 +152,9 @@ impl Machine {
             (_, Event::Auth(Answered(None))) => (state, vec![Fetch]),
             // The last known credentials may still be valid.
             (Asking, Event::Auth(Unanswered(_))) if self.credentials.is_some() => (Dialling, vec![Dial]),
-            (Asking, Event::Auth(Unanswered(reason))) => (Unauthorized, vec![LogNoReconnect(reason)]),
+            (Asking, Event::Auth(Unanswered(reason))) => {
+                (Unauthorized, vec![LogNoReconnect(reason.to_string())])
+            }
             (_, Event::Auth(Unanswered(_))) => (state, vec![]),
 
             (Dialling, Event::Connected) => {
@@ -207,6 +209,7 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::auth::Refusal;
     use Action::*;
 
     const BASE: Duration = Duration::from_secs(5);
@@ -249,7 +252,7 @@ mod tests {
         use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
         let nothing = || Event::Auth(AuthEvent::Answered(None));
         let revoked = || Event::Auth(AuthEvent::Changed(None));
-        let unanswered = || Event::Auth(AuthEvent::Unanswered("why".into()));
+        let unanswered = || Event::Auth(AuthEvent::Unanswered(Refusal::Silent("why".into())));
         let no_token = || LogNoReconnect("there is no token".into());
         let revoke = || vec![LogUnauthorized, Close];
         let table: Vec<(State, Event, State, Vec<Action>)> = vec![
