@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use log::info;
 
 use crate::audit::Record;
-use crate::outbox::FrameSink;
+use crate::outbox::Outbox;
 use crate::proto::{Frame, MENDER_CLIENT, Props};
 use crate::sys::process;
 use crate::sys::thread;
@@ -28,7 +28,7 @@ pub(crate) struct Commands(Mutex<HashMap<String, Vec<Waiting>>>);
 #[derive(Debug)]
 struct Waiting {
     request: Frame,
-    sink: FrameSink,
+    outbox: Outbox,
     since: Instant,
 }
 
@@ -38,17 +38,15 @@ impl Commands {
     }
 }
 
-/// Runs the command, or waits for the run in progress if there is one. The answer goes to `sink`.
-pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, sink: &FrameSink) {
+/// Runs the command, or waits for the run in progress if there is one. The answer goes to `outbox`.
+pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, outbox: &Outbox) {
     let Some(command) = COMMANDS.into_iter().find(|command| *command == frame.typ) else {
         // A server that asks without end and doesn't read the answers gets no more.
-        if sink.takes_replies() {
-            answer(frame, sink, &Err("unknown message type".to_owned()));
-        }
+        outbox.try_reply(&answer(frame, &Err("unknown message type".to_owned())));
         return;
     };
     {
-        let one = Waiting { request: frame.without_body(), sink: sink.clone(), since: Instant::now() };
+        let one = Waiting { request: frame.without_body(), outbox: outbox.clone(), since: Instant::now() };
         let mut running = commands.lock();
         if let Some(waiting) = running.get_mut(command) {
             if waiting.len() < MAX_WAITING {
@@ -61,23 +59,24 @@ pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, sink: &FrameSink) 
     let theirs = Arc::clone(commands);
     let started = thread::spawn(command, thread::SMALL_STACK, move || {
         let result = run(command);
-        finish(&theirs, command, &result);
+        finish(&theirs, command, &result, Outbox::reply);
     });
     if let Err(e) = started {
-        finish(commands, command, &Err(crate::sys::reason(&e)));
+        let send = |outbox: &Outbox, answer: &Frame| _ = outbox.try_reply(answer);
+        finish(commands, command, &Err(crate::sys::reason(&e)), send);
     }
 }
 
-fn finish(commands: &Commands, command: &str, result: &Result<(), String>) {
+fn finish(commands: &Commands, command: &str, result: &Result<(), String>, send: impl Fn(&Outbox, &Frame)) {
     let waiting = commands.lock().remove(command).unwrap_or_default();
-    for Waiting { request, sink, since } in waiting {
+    for Waiting { request, outbox, since } in waiting {
         Record::new("command", request.sid.as_ref(), &request.user())
             .with("command", command)
             .since(since, Instant::now())
             .with("result", if result.is_ok() { "ok" } else { "failed" })
             .text("reason", result.as_ref().err().map_or("", String::as_str))
             .log(result.is_ok());
-        answer(&request, &sink, result);
+        send(&outbox, &answer(&request, result));
     }
 }
 
@@ -90,12 +89,12 @@ fn run(command: &str) -> Result<(), String> {
     process::run(Path::new(client), command, LIMIT)
 }
 
-fn answer(frame: &Frame, sink: &FrameSink, result: &Result<(), String>) {
+fn answer(frame: &Frame, result: &Result<(), String>) -> Frame {
     let status = if result.is_ok() { 1 } else { 2 };
     let reply = Frame::new(MENDER_CLIENT, &frame.typ, frame.sid.as_ref())
         .with_props(Props::new().with_i64("status", status));
-    sink.reply(&match result {
+    match result {
         Ok(()) => reply,
         Err(text) => reply.with_body(text.clone()),
-    });
+    }
 }

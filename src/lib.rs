@@ -37,12 +37,12 @@
 //! session id's life; a *link* is one websocket's life; a *permit* is a counted right held by a guard.
 //!
 //! Arrows point one way: `run → daemon → supervisor → { auth, link, status → session } → { outbox, audit, config,
-//! proto, backoff, sys }`, and beside the daemon `check` and `doctor`. `link` and `session` don't know each other; the
-//! supervisor joins them.
+//! proto, permits, backoff, sys }`, and beside the daemon `check` and `doctor`. `link` and `session` don't know each
+//! other; the supervisor joins them.
 //!
-//! A session waits for nobody: its inbox and its share of the outbox are bounded, and it polls for room. Only the
-//! reader reads from the websocket, only the writer writes to it, and only the session touches its terminal. When the
-//! link is gone its router is dropped, which ends the sessions, and dropping them releases what they own.
+//! The reader waits for nobody: inboxes are bounded. A session waits only for its place in the outbox. Only the reader
+//! reads from the websocket, only the writer writes to it, and only the session touches its terminal. When the link is
+//! gone its router is dropped, which ends the sessions, and dropping them releases what they own.
 
 // Not for all of the package: the tests share their harness between crates.
 #![deny(unreachable_pub)]
@@ -91,7 +91,7 @@ pub mod internals {
     #[cfg(fuzzing)]
     pub use crate::link::read;
     pub use crate::link::{Inbound, LinkError};
-    pub use crate::outbox::{FrameSink, Outbox, REPLIES_IN_FLIGHT, Room, Work};
+    pub use crate::outbox::{Class, Outbox, Queue, Sendable, Signal, Sink, Work};
     pub use crate::proto::{
         CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, Props, SHELL, SessionId, control, file,
         forward, shell,

@@ -62,7 +62,7 @@ pub fn dial(
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
     gone: &Receiver<()>,
-    outbox: &Arc<Outbox>,
+    outbox: &Outbox,
 ) -> Result<Open, LinkError> {
     let (request, stream) = reach(credentials, proxies, cancel, gone, &mut |_| {})?;
     let mut websocket = upgrade(&request, stream, &mut |_| {})?;

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use super::cancel::Cancel;
 use super::deadline::{Deadline, SILENCE_LIMIT, WRITE_LIMIT};
-use crate::outbox::Outbox;
+use crate::outbox::{Outbox, Signal};
 use crate::sys::net;
 
 /// Bytes read from a plain connection at a time: many small messages cost one system call.
@@ -60,7 +60,7 @@ enum Phase {
         quick_ack: bool,
         /// Whether the reader knows that the next read may take long.
         told: Cell<bool>,
-        outbox: Arc<Outbox>,
+        outbox: Outbox,
         cancel: Arc<Cancel>,
     },
 }
@@ -80,12 +80,12 @@ impl ReadHalf {
 
     /// Ends the handshake: from now on this half only reads, and waits as long as a live server may be silent.
     /// Before each wait `WouldBlock` is returned once. `cancel` hears of each read.
-    pub(super) fn open(&mut self, outbox: &Arc<Outbox>, cancel: &Arc<Cancel>) -> io::Result<WriteHalf> {
+    pub(super) fn open(&mut self, outbox: &Outbox, cancel: &Arc<Cancel>) -> io::Result<WriteHalf> {
         let Source { socket, phase } = self.source.get_mut();
         socket.set_read_timeout(Some(SILENCE_LIMIT))?;
         socket.set_write_timeout(Some(WRITE_LIMIT))?;
         let quick_ack = socket.peer_addr()?.ip().is_loopback();
-        let (outbox, cancel) = (Arc::clone(outbox), Arc::clone(cancel));
+        let (outbox, cancel) = (outbox.clone(), Arc::clone(cancel));
         *phase = Phase::Open { quick_ack, told: Cell::new(false), outbox, cancel };
         Ok(WriteHalf { socket: Arc::clone(socket), tls: self.tls.clone(), ciphertext: Vec::new() })
     }
@@ -130,7 +130,7 @@ impl Read for ReadHalf {
                 && taken > 0
                 && tls.wants_write()
             {
-                outbox.flush();
+                outbox.signal(Signal::FlushTls);
             }
             match result {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
@@ -156,6 +156,7 @@ impl Write for ReadHalf {
 }
 
 /// The writer's half.
+#[derive(Clone)]
 pub(super) struct WriteHalf {
     socket: Arc<TcpStream>,
     tls: Option<Arc<dyn Tls>>,
@@ -178,6 +179,13 @@ impl WriteHalf {
     pub(super) fn shut_down(&self) {
         // Fails when it has ended already.
         let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// tungstenite asks for it and never reads where it only writes.
+impl Read for WriteHalf {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

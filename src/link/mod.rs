@@ -86,7 +86,7 @@ impl Link {
     pub fn dial(
         credentials: Credentials,
         proxies: Arc<ProxySettings>,
-        accept: impl FnOnce(&Arc<Outbox>) -> io::Result<Box<dyn Inbound>> + Send + 'static,
+        accept: impl FnOnce(&Outbox) -> io::Result<Box<dyn Inbound>> + Send + 'static,
         events: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let (alive, gone) = crossbeam_channel::bounded(0);
@@ -127,19 +127,18 @@ fn run(
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
     gone: &Receiver<()>,
-    accept: impl FnOnce(&Arc<Outbox>) -> io::Result<Box<dyn Inbound>>,
+    accept: impl FnOnce(&Outbox) -> io::Result<Box<dyn Inbound>>,
     events: &impl Fn(LinkEvent),
 ) -> LinkError {
-    let outbox = Arc::new(Outbox::default());
+    let (outbox, queue) = Outbox::new();
     let (mut socket, write_half) = match dial::dial(credentials, proxies, cancel, gone, &outbox) {
         Ok(open) => open,
         Err(_) if cancel.is_cancelled() => return LinkError::Cancelled,
         Err(e) => return e,
     };
     let (report, ended) = crossbeam_channel::bounded(1);
-    let theirs = Arc::clone(&outbox);
     let writer = thread::spawn("link-writer", thread::LARGE_STACK, move || {
-        let _ = report.send(writer::run(write_half, &theirs));
+        let _ = report.send(writer::run(write_half, queue));
     });
     if let Err(e) = writer {
         return e.into();
@@ -147,7 +146,7 @@ fn run(
     let mut inbound = match accept(&outbox) {
         Ok(inbound) => inbound,
         Err(e) => {
-            outbox.close(1000, "");
+            outbox.close(1000, Instant::now() + FAREWELL_LIMIT);
             return e.into();
         }
     };
@@ -156,8 +155,9 @@ fn run(
     let mut lost = reader::run(&mut socket, &outbox, &mut *inbound, cancel);
     // The sessions end here, whether or not the server still takes a goodbye.
     drop(inbound);
-    outbox.close(lost.close_code(), "");
-    if let Ok(Err(reason)) = ended.recv_deadline(Instant::now() + FAREWELL_LIMIT) {
+    let farewell = Instant::now() + FAREWELL_LIMIT;
+    outbox.close(lost.close_code(), farewell);
+    if let Ok(Err(reason)) = ended.recv_deadline(farewell) {
         // A writer that failed is why the reader did.
         lost = reason;
     }

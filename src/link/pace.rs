@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::outbox::{Probe, Room};
+use crate::outbox::{Probe, Sendable};
 
 const SMALLEST_WINDOW: u64 = 8 * 1024;
 const FIRST_WINDOW: u64 = 32 * 1024;
@@ -91,10 +91,13 @@ impl Pace {
     }
 
     /// What may be written now.
-    pub fn room(&self, now: Instant) -> Room {
+    pub fn room(&self, now: Instant) -> Sendable {
         let (open, window) = (self.is_unanswered(now), self.current_window(now));
         // What is typed during a transfer doesn't wait for it.
-        Room { bulk: open || self.on_the_way() < window, interactive: open || self.on_the_way() < 2 * window }
+        Sendable {
+            bulk: open || self.on_the_way() < window,
+            interactive: open || self.on_the_way() < 2 * window,
+        }
     }
 
     /// When there is room although nothing came.

@@ -1,151 +1,162 @@
-//! Order, bounds and room.
+//! Order, bounds and what comes back.
 
-use super::sink::FRAMES_IN_FLIGHT;
 use super::*;
-use crate::proto::Frame;
-use crate::sys::wake::Wake;
+use crate::sys::thread;
+use std::time::Duration;
 
-const ALL: Room = Room { bulk: true, interactive: true };
+const ALL: Sendable = Sendable { bulk: true, interactive: true };
 
-fn sink() -> (Arc<Outbox>, FrameSink, Arc<Wake>) {
-    let outbox = Arc::new(Outbox::default());
-    let wake = Arc::new(Wake::new().unwrap());
-    let sink = FrameSink::new(&outbox, Arc::clone(&wake));
-    (outbox, sink, wake)
+fn sink() -> (Outbox, Queue, Sink) {
+    let (outbox, queue) = Outbox::new();
+    let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));
+    (outbox, queue, sink)
 }
 
 fn frame(typ: &str) -> Frame {
     Frame::new(1, typ, None)
 }
 
-fn message(typ: &str) -> Message {
-    (&frame(typ)).into()
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
 }
 
-fn next(outbox: &Outbox) -> Option<String> {
-    match outbox.next(ALL, Instant::now()) {
-        Work::Message(mut m, _) => Some(Frame::decode(&m.content().to_vec().into()).unwrap().typ),
-        Work::Nothing => None,
-        other => panic!("{other:?}"),
+impl Sink {
+    fn output(&self, typ: &str) {
+        self.send(frame(typ).encode().into(), Class::Interactive, None);
+    }
+
+    fn chunk(&self, typ: &str) {
+        self.send(frame(typ).encode().into(), Class::Bulk, None);
     }
 }
 
+fn typ(work: Work) -> String {
+    match work {
+        Work::Message(message, _) => Frame::decode(&message).unwrap().typ,
+        other @ Work::Signal(_) => panic!("{other:?}"),
+    }
+}
+
+fn rest(queue: &mut Queue) -> Vec<String> {
+    std::iter::from_fn(|| queue.try_next(ALL)).map(typ).collect()
+}
+
 #[test]
-fn frames_leave_in_order_and_urgent_matters_first() {
-    let (outbox, sink, _wake) = sink();
-    sink.output(message("a"));
+fn messages_leave_in_order_and_signals_first() {
+    let (outbox, mut queue, sink) = sink();
+    sink.output("a");
     sink.reply(&frame("b"));
-    outbox.flush();
-    outbox.pong(Bytes::from_static(b"1"));
-    outbox.pong(Bytes::from_static(b"2"));
-    let now = Instant::now();
-    assert!(matches!(outbox.next(ALL, now), Work::Pong(p) if p == "2"));
-    assert!(matches!(outbox.next(ALL, now), Work::Flush));
-    assert_eq!(next(&outbox).as_deref(), Some("a"));
-    outbox.close(1000, "");
-    assert!(matches!(outbox.next(ALL, now), Work::Close(1000, "")));
-    assert_eq!(next(&outbox).as_deref(), Some("b"));
-    assert!(next(&outbox).is_none() && outbox.try_next(ALL).is_none());
+    outbox.signal(Signal::FlushTls);
+    outbox.signal(Signal::Pong(Bytes::from_static(b"1")));
+    outbox.close(1009, Instant::now());
+    assert!(matches!(queue.try_next(ALL), Some(Work::Signal(Signal::FlushTls))));
+    assert!(matches!(queue.try_next(ALL), Some(Work::Signal(Signal::Pong(p))) if p == "1"));
+    assert!(matches!(queue.try_next(ALL), Some(Work::Signal(Signal::Close(1009)))));
+    assert_eq!(rest(&mut queue), ["a", "b"]);
+    assert!(queue.next(ALL, Instant::now()).is_none());
 }
 
 #[test]
-fn room_comes_back_with_each_frame_that_leaves() {
-    let (outbox, sink, _wake) = sink();
-    for _ in 0..FRAMES_IN_FLIGHT {
-        assert!(sink.takes_data());
-        sink.output(message("d"));
+fn places_come_back_with_each_message_that_leaves() {
+    let (_outbox, mut queue, sink) = sink();
+    for _ in 0..MAX_DATA {
+        assert!(sink.takes_data(Class::Interactive));
+        sink.output("output");
+        sink.chunk("chunk");
     }
-    assert!(!sink.takes_data() && sink.takes_replies());
-    assert!(next(&outbox).is_some());
-    assert!(sink.takes_data());
-    for _ in 0..REPLIES_IN_FLIGHT {
-        sink.reply(&frame("r"));
-    }
-    assert!(!sink.takes_replies());
+    // What isn't data has no bound but the channel's.
+    sink.reply_behind_bulk(&frame("stop"));
+    assert!(!sink.takes_data(Class::Interactive) && !sink.takes_data(Class::Bulk));
+    assert!(queue.try_next(ALL).is_some());
+    assert!(sink.takes_data(Class::Interactive) && !sink.takes_data(Class::Bulk));
+    assert_eq!(rest(&mut queue), ["output", "chunk", "chunk", "stop"]);
+    assert!(sink.takes_data(Class::Bulk));
 }
 
 #[test]
-fn what_is_thrown_away_makes_room_and_the_rest_stays() {
-    let (outbox, sink, _wake) = sink();
-    let fill = || {
-        sink.output(message("output"));
-        sink.reply(&frame("reply"));
-        sink.chunk(message("chunk"));
-        sink.bulk(message("bulk"));
-    };
-    let rest = || std::iter::from_fn(|| next(&outbox)).collect::<Vec<_>>();
-    fill();
-    sink.discard_output();
-    sink.output(message("new"));
-    assert_eq!(rest(), ["reply", "new", "chunk", "bulk"]);
-    fill();
-    sink.discard_chunks();
-    sink.chunk(message("new"));
-    assert_eq!(rest(), ["output", "reply", "bulk", "new"]);
-    assert!(sink.takes_data() && sink.takes_bulk());
+fn what_is_discarded_gives_its_places_back_and_the_rest_stays() {
+    let (_outbox, mut queue, sink) = sink();
+    let discard = Discard::default();
+    sink.send(frame("old").encode().into(), Class::Interactive, Some(&discard));
+    sink.send(frame("chunk").encode().into(), Class::Bulk, Some(&discard));
+    sink.reply(&frame("reply"));
+    sink.reply_behind_bulk(&frame("stop"));
+    discard.store(true, Ordering::SeqCst);
+    sink.output("new");
+    assert_eq!(rest(&mut queue), ["reply", "new", "stop"]);
+    assert!(sink.takes_data(Class::Interactive) && sink.takes_data(Class::Bulk));
 }
 
 #[test]
-fn a_queue_that_goes_away_gives_all_room_back() {
-    let (outbox, sink, _wake) = sink();
-    sink.output(message("d"));
-    sink.output(message("d"));
-    assert!(!sink.takes_data());
-    outbox.lock().interactive.clear();
-    assert!(sink.takes_data());
-}
-
-#[test]
-fn bulk_waits_for_interactive_frames_but_not_for_ever() {
-    let (outbox, sink, _wake) = sink();
-    sink.bulk(message("bulk"));
-    sink.output(message("echo"));
-    assert_eq!(next(&outbox).as_deref(), Some("echo"));
-    assert_eq!(next(&outbox).as_deref(), Some("bulk"));
-    sink.bulk(message("bulk"));
+fn bulk_waits_for_interactive_messages_but_not_for_ever() {
+    let (_outbox, mut queue, sink) = sink();
+    sink.chunk("bulk");
+    sink.output("echo");
+    assert_eq!(rest(&mut queue), ["echo", "bulk"]);
+    sink.chunk("bulk");
     for _ in 0..100 {
-        sink.output(message("flood"));
+        sink.reply(&frame("flood"));
     }
-    let order: Vec<String> = (0..=MAX_FAVOURED).filter_map(|_| next(&outbox)).collect();
+    let order: Vec<String> = (0..=MAX_FAVOURED).filter_map(|_| queue.try_next(ALL)).map(typ).collect();
     assert!(order.contains(&"bulk".to_owned()), "{order:?}");
 }
 
 #[test]
-fn what_there_is_no_room_for_stays() {
-    let (outbox, sink, _wake) = sink();
-    sink.bulk(message("bulk"));
-    sink.output(message("echo"));
-    let none = Room { bulk: false, interactive: false };
-    assert!(outbox.try_next(none).is_none());
-    let bulk = Room { bulk: true, interactive: false };
-    assert!(matches!(outbox.try_next(bulk), Some(Work::Message(_, true))));
-    outbox.answered([0; 8], Instant::now());
-    assert!(matches!(outbox.try_next(none), Some(Work::Answered(..))));
-    assert_eq!(next(&outbox).as_deref(), Some("echo"));
+fn what_the_window_has_no_credit_for_stays() {
+    let (outbox, mut queue, sink) = sink();
+    sink.chunk("bulk");
+    sink.output("echo");
+    let none = Sendable { bulk: false, interactive: false };
+    assert!(queue.next(none, Instant::now()).is_none());
+    let bulk = Sendable { bulk: true, interactive: false };
+    assert!(matches!(queue.try_next(bulk), Some(Work::Message(_, Class::Bulk))));
+    outbox.signal(Signal::Answered([0; 8], Instant::now()));
+    assert!(matches!(queue.next(none, soon()), Some(Work::Signal(Signal::Answered(..)))));
+    assert_eq!(rest(&mut queue), ["echo"]);
 }
 
 #[test]
-fn the_writer_is_woken_by_what_is_queued() {
-    let (outbox, sink, _wake) = sink();
-    let limit = Instant::now() + std::time::Duration::from_secs(10);
+fn the_writer_is_woken_by_whatever_is_queued() {
+    let (outbox, mut queue, sink) = sink();
     let (works, done) = crossbeam_channel::unbounded();
-    let theirs = Arc::clone(&outbox);
-    let writer = crate::sys::thread::spawn("writer", crate::sys::thread::SMALL_STACK, move || {
-        while let Work::Message(mut m, _) = theirs.next(ALL, limit) {
-            works.send(Frame::decode(&m.content().to_vec().into()).unwrap().typ).unwrap();
+    let writer = thread::spawn("writer", thread::SMALL_STACK, move || {
+        while let Some(work @ Work::Message(..)) = queue.next(ALL, soon()) {
+            works.send(typ(work)).unwrap();
         }
     });
-    let written = || done.recv_deadline(limit).unwrap();
-    // Once it has taken the one before, it has nothing to do but to wait for the next.
+    let written = || done.recv_deadline(soon()).unwrap();
+    // Once it has taken one, it has nothing to do but to wait for the next.
     sink.reply(&frame("answer"));
     assert_eq!(written(), "answer");
-    sink.replies(["first", "second", "third"].map(frame).into_iter());
-    assert_eq!([written(), written(), written()], ["first", "second", "third"]);
-    sink.output(message("output"));
+    sink.output("output");
     assert_eq!(written(), "output");
-    sink.bulk(message("bulk"));
+    sink.chunk("bulk");
     assert_eq!(written(), "bulk");
-    outbox.close(1000, "");
+    outbox.signal(Signal::Pong(Bytes::new()));
     writer.unwrap().join().unwrap();
-    assert!(sink.takes_data() && sink.takes_bulk() && sink.takes_replies());
+}
+
+/// The channels are full and nobody empties them: the reader goes on, and sessions when the writer has ended.
+#[test]
+fn full_channels_hold_up_sessions_and_never_the_reader() {
+    let (outbox, queue, sink) = sink();
+    while outbox.try_reply(&frame("answer")) {}
+    for _ in 0..2 * MAX_SIGNALS {
+        outbox.signal(Signal::FlushTls);
+    }
+    outbox.close(1000, Instant::now());
+    let (started, waits) = crossbeam_channel::bounded(0);
+    let session = thread::spawn("session", thread::SMALL_STACK, move || {
+        started.send(()).unwrap();
+        sink.reply(&frame("answer"));
+        for _ in 0..2 * MAX_BULK {
+            sink.chunk("chunk");
+        }
+        sink.takes_data(Class::Bulk)
+    })
+    .unwrap();
+    waits.recv().unwrap();
+    assert!(!session.is_finished());
+    drop(queue);
+    assert!(session.join().unwrap());
 }

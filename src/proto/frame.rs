@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::io::Write;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -276,17 +277,26 @@ impl Frame {
     }
 
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        self.encode_behind(0, &mut out);
+        let mut out = Vec::with_capacity(self.head_room() + self.body.len());
+        self.encode_head(self.body.len(), &mut out);
+        out.extend_from_slice(&self.body);
         out
     }
 
-    /// Appends `front` zeros, room for the websocket header, and the encoded frame.
-    pub(crate) fn encode_behind(&self, front: usize, out: &mut Vec<u8>) {
-        out.reserve_exact(front + self.head_room() + self.body.len());
-        out.resize(out.len() + front, 0);
-        self.encode_head(self.body.len(), out);
-        out.extend_from_slice(&self.body);
+    /// Encodes the frame with another body: what `read` puts into its part of `buffer`, behind room for a head. It returns
+    /// how many bytes these are, and a result that is handed on. Where in `buffer` the message is then.
+    pub fn encode_with<T>(
+        &self,
+        buffer: &mut [u8],
+        read: impl FnOnce(&mut [u8]) -> (usize, T),
+    ) -> (Range<usize>, T) {
+        let body = self.head_room();
+        let (length, result) = read(&mut buffer[body..]);
+        let mut head = Vec::with_capacity(body);
+        self.encode_head(length, &mut head);
+        let start = body - head.len();
+        buffer[start..body].copy_from_slice(&head);
+        (start..body + length, result)
     }
 
     /// Upper bound of a head in bytes.
@@ -295,9 +305,8 @@ impl Frame {
         49 + self.typ.len() + sid + self.props.raw.len()
     }
 
-    /// Encodes all but the body, whose `length` bytes the caller appends; the frame's own body is ignored. A shorter
-    /// body never has a longer head.
-    pub fn encode_head(&self, length: usize, out: &mut Vec<u8>) {
+    /// Encodes all but the body, for one of `length` bytes.
+    fn encode_head(&self, length: usize, out: &mut Vec<u8>) {
         let sid = self.sid.as_ref().map_or("", SessionId::as_str);
         let fields =
             1 + u8::from(!self.typ.is_empty()) + u8::from(!sid.is_empty()) + u8::from(!self.props.is_empty());
@@ -420,6 +429,21 @@ mod tests {
         let mut head = Vec::new();
         frame.encode_head(70_000, &mut head);
         assert_eq!(head.len(), frame.head_room());
+    }
+
+    #[test]
+    fn a_body_that_is_read_makes_the_same_message() {
+        let frame = Frame::new(2, "typ", sid().as_ref());
+        for (most, body) in [(3, &b"abc"[..]), (70_000, b"abc"), (70_000, &[7; 70_000]), (300, b""), (0, b"")]
+        {
+            let mut buffer = vec![7; frame.head_room() + most];
+            let (place, result) = frame.encode_with(&mut buffer, |buffer| {
+                assert_eq!(buffer.len(), most);
+                buffer[..body.len()].copy_from_slice(body);
+                (body.len(), "result")
+            });
+            assert_eq!((&buffer[place], result), (&frame.clone().with_body(body).encode()[..], "result"));
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::device::{Device, Table};
 use super::inbox::Inbox;
 use super::shells::ShellPermit;
 use super::stats::Info;
-use crate::outbox::{FrameSink, Message};
+use crate::outbox::Sink;
 use crate::permits::Permit;
 use crate::proto::{Frame, SessionId, control};
 use crate::sys::wake::Wake;
@@ -23,7 +23,7 @@ pub struct Peer {
     pub info: Arc<Info>,
     /// For the shell that the session was started for.
     pub(crate) shell_permit: Option<ShellPermit>,
-    pub sink: FrameSink,
+    pub sink: Sink,
     pub(crate) credit: Credit,
     pub(crate) table: Arc<Table>,
     pub(crate) _thread: Permit,
@@ -40,17 +40,6 @@ impl Peer {
     pub(crate) fn ping(&mut self, now: Instant) {
         self.credit.probed(now);
         self.sink.reply(&control::ping(&self.id));
-    }
-
-    /// The message for `frame` with a body of up to `most` bytes: as many as `read` puts into the buffer and returns,
-    /// along with its result.
-    pub(crate) fn compose<T>(
-        &self,
-        frame: &Frame,
-        most: usize,
-        read: impl FnOnce(&mut [u8]) -> (usize, T),
-    ) -> (Message, T) {
-        self.sink.compose(frame, most, read)
     }
 }
 

@@ -14,7 +14,7 @@ use super::shells::ShellPermit;
 use super::stats::Info;
 use super::{session, terminal};
 use crate::commands;
-use crate::outbox::{FrameSink, Outbox};
+use crate::outbox::{Outbox, Sink};
 use crate::permits::Permit;
 use crate::proto::{CONTROL, Frame, MAX_ID, MENDER_CLIENT, SHELL, SessionId, control, shell};
 use crate::sys::reason;
@@ -36,9 +36,7 @@ pub type Start = fn(Peer) -> io::Result<()>;
 pub struct Router<S = Start> {
     device: Arc<Device>,
     table: Arc<Table>,
-    outbox: Arc<Outbox>,
-    /// For what is answered without a session.
-    sink: FrameSink,
+    outbox: Outbox,
     /// The inboxes of the frames that their sessions haven't heard of yet.
     unannounced: Vec<Arc<Inbox>>,
     start: S,
@@ -46,21 +44,19 @@ pub struct Router<S = Start> {
 
 impl Router {
     /// For a link whose writer empties `outbox`.
-    pub fn new(device: &Arc<Device>, outbox: &Arc<Outbox>) -> io::Result<Self> {
+    pub fn new(device: &Arc<Device>, outbox: &Outbox) -> io::Result<Self> {
         Router::with(device, outbox, session::start)
     }
 }
 
 impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
     /// The same with sessions that `start` starts.
-    pub fn with(device: &Arc<Device>, outbox: &Arc<Outbox>, start: S) -> io::Result<Self> {
-        let sink = FrameSink::new(outbox, Arc::new(Wake::new()?));
+    pub fn with(device: &Arc<Device>, outbox: &Outbox, start: S) -> io::Result<Self> {
         let table = device.new_table();
         Ok(Router {
             device: Arc::clone(device),
             table,
-            outbox: Arc::clone(outbox),
-            sink,
+            outbox: outbox.clone(),
             unannounced: Vec::new(),
             start,
         })
@@ -85,7 +81,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             return;
         }
         if frame.proto == MENDER_CLIENT && self.device.config().mender_client {
-            return commands::handle(&self.device.commands, &frame, &self.sink);
+            return commands::handle(&self.device.commands, &frame, &self.outbox);
         }
         let Some(id) = frame.sid.clone() else {
             if (frame.proto, frame.typ.as_str()) == (SHELL, shell::STOP) {
@@ -180,11 +176,6 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         first: Frame,
         shell_permit: Option<ShellPermit>,
     ) -> Result<(), String> {
-        if self.outbox.is_crowded() {
-            // A server that doesn't read what sessions leave behind gets no more of them.
-            debug!("dropping {}/{:?}: too many answers wait", first.proto, first.typ);
-            return Ok(());
-        }
         let started = self
             .thread_permit(shell_permit.is_some())
             .and_then(|permit| self.spawn(id, first, permit, shell_permit).map_err(|e| reason(&e)));
@@ -223,7 +214,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             id: id.clone(),
             device: Arc::clone(&self.device),
             inbox: Arc::clone(&inbox),
-            sink: FrameSink::new(&self.outbox, Arc::clone(&wake)),
+            sink: Sink::new(&self.outbox, Arc::clone(&wake)),
             wake,
             info: Arc::clone(&info),
             shell_permit,
@@ -257,9 +248,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 
     /// Answers in place of a session. A server that asks without end and doesn't read the answers gets no more.
     fn answer(&self, frame: &Frame) {
-        if self.sink.takes_replies() {
-            self.sink.reply(frame);
-        } else {
+        if !self.outbox.try_reply(frame) {
             debug!("dropping an answer {}/{:?}: too many wait", frame.proto, frame.typ);
         }
     }
@@ -277,7 +266,7 @@ impl<S> Drop for Router<S> {
 mod tests {
     use super::*;
     use crate::config;
-    use crate::outbox::{REPLIES_IN_FLIGHT, Room};
+    use crate::outbox::Sendable;
 
     fn device() -> Arc<Device> {
         let dir = tempfile::tempdir().unwrap();
@@ -286,32 +275,19 @@ mod tests {
         Device::new(config::load(&file, &dir.path().join("absent")).unwrap())
     }
 
+    /// It runs in the link's reader: a server that asks without end and doesn't read gets no more answers.
     #[test]
-    fn sessions_that_come_and_go_leave_no_more_behind_than_is_read() {
+    fn the_router_waits_for_no_place_for_its_answers() {
         let device = device();
-        let outbox = Arc::new(Outbox::default());
-        let begin = |peer: Peer| {
-            while peer.sink.takes_replies() {
-                peer.sink.reply(&control::pong(&peer.id));
-            }
-            Ok(())
-        };
-        let mut router = Router::with(&device, &outbox, begin).unwrap();
-        let mut flood = || {
-            for number in 0..1000 {
-                router.route(Frame::new(
-                    CONTROL,
-                    control::PING,
-                    SessionId::new(&number.to_string()).as_ref(),
-                ));
-            }
-            let all = Room { bulk: true, interactive: true };
-            std::iter::from_fn(|| outbox.try_next(all)).count()
-        };
-        // And more once that was read.
-        for left in [flood(), flood()] {
-            assert!((4096..4096 + REPLIES_IN_FLIGHT).contains(&left), "{left}");
+        let (outbox, mut queue) = Outbox::new();
+        let mut router = Router::with(&device, &outbox, |_| Err(io::ErrorKind::WouldBlock.into())).unwrap();
+        for number in 0..1000 {
+            let id = SessionId::new(&number.to_string());
+            router.route(Frame::new(CONTROL, control::PING, id.as_ref()));
         }
+        let all = Sendable { bulk: true, interactive: true };
+        let left = std::iter::from_fn(|| queue.try_next(all)).count();
+        assert!((1..1000).contains(&left), "{left}");
         assert_eq!(device.counts().0, 0);
     }
 
@@ -320,7 +296,7 @@ mod tests {
     #[test]
     fn a_session_that_was_closed_for_an_overflow_gets_nothing_more() {
         let device = device();
-        let outbox = Arc::new(Outbox::default());
+        let (outbox, _queue) = Outbox::new();
         let peers = std::cell::RefCell::new(Vec::new());
         let mut router = Router::with(&device, &outbox, |peer| {
             peers.borrow_mut().push(peer);

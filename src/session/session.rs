@@ -184,7 +184,7 @@ impl Session {
     }
 
     fn read_inbox(&mut self) {
-        while self.peer.sink.takes_replies() && self.terminal.takes_frames() {
+        while self.terminal.takes_frames() {
             let Some(frame) = self.peer.inbox.pop() else { return };
             self.handle(frame, Instant::now());
         }

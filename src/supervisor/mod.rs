@@ -283,8 +283,7 @@ impl Supervisor {
             wake.notify();
         };
         let context = Arc::clone(&self.context);
-        let accept =
-            move |outbox: &Arc<_>| Ok(Box::new(Router::new(&context, outbox)?) as Box<dyn link::Inbound>);
+        let accept = move |outbox: &_| Ok(Box::new(Router::new(&context, outbox)?) as Box<dyn link::Inbound>);
         match Link::dial(credentials, Arc::clone(&self.proxies), accept, report) {
             Ok(link) => self.link = Some(link),
             Err(e) => {

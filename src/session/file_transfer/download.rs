@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nix::sys::stat::FileStat;
@@ -16,6 +17,7 @@ use sha2::{Digest, Sha256};
 use super::place::{self, Failure, Source};
 use super::rate::{Counters, Direction, EXHAUSTED};
 use crate::config::FileLimits;
+use crate::outbox::{Class, Discard};
 use crate::proto::file;
 use crate::session::credit;
 use crate::session::peer::Peer;
@@ -38,6 +40,8 @@ pub(crate) struct Download {
     at_end: bool,
     max_rate: Option<NonZeroU64>,
     digest: Sha256,
+    /// For the chunks that are still queued.
+    discard: Discard,
 }
 
 impl Download {
@@ -70,13 +74,14 @@ impl Download {
             at_end: false,
             max_rate,
             digest: Sha256::new(),
+            discard: Discard::default(),
         })
     }
 
     /// Sends what may be sent now. An error is for the client and ends the download.
     pub(crate) fn proceed(&mut self, peer: &mut Peer, now: Instant) -> Result<(), Failure> {
         // What the client acknowledges for certain is never presumed to be delivered.
-        while !self.at_end && self.in_flight.len() < credit::LIMIT && peer.sink.takes_bulk() {
+        while !self.at_end && self.in_flight.len() < credit::LIMIT && peer.sink.takes_data(Class::Bulk) {
             if peer.device.transferred.exhausted(Direction::Sent, self.max_rate, now) {
                 return Err(Failure::system(EXHAUSTED));
             }
@@ -88,7 +93,7 @@ impl Download {
             }
             let most = peer.sink.piece(SMALLEST_CHUNK, LARGEST_CHUNK);
             let most = usize::try_from(left).unwrap_or(usize::MAX).min(most);
-            let (message, read) = peer.compose(&file::chunk(&peer.id, self.sent), most, |place| {
+            let (message, read) = peer.sink.compose(&file::chunk(&peer.id, self.sent), most, |place| {
                 let read = self.read(place);
                 (*read.as_ref().unwrap_or(&0), read)
             });
@@ -98,7 +103,7 @@ impl Download {
             self.in_flight.push_back((self.sent, peer.credit.sent(read, now)));
             // An empty chunk is the end.
             self.at_end = read == 0;
-            peer.sink.chunk(message);
+            peer.sink.send(message, Class::Bulk, Some(&self.discard));
         }
         Ok(())
     }
@@ -149,6 +154,11 @@ impl Download {
             peer.credit.prove(number);
             self.in_flight.pop_front();
         }
+    }
+
+    /// Drops the chunks that are still queued.
+    pub(crate) fn discard(&self) {
+        self.discard.store(true, Ordering::SeqCst);
     }
 
     /// True if the client has acknowledged everything.

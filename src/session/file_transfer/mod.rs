@@ -153,8 +153,9 @@ impl FileTransfer {
         if let State::Receiving(receiving) = &mut self.state {
             let Receiving { about, upload, .. } = &mut **receiving;
             // The server sends a chunk only for an ack that it has read: it never has too many of them on the way.
-            let acks = upload.due_acks().map(|offset| file::ack(&peer.id, offset, user_of(about)));
-            peer.sink.replies(acks);
+            for offset in upload.due_acks() {
+                peer.sink.reply(&file::ack(&peer.id, offset, user_of(about)));
+            }
         }
     }
 
@@ -342,8 +343,8 @@ impl FileTransfer {
         let (record, result) = match std::mem::take(&mut self.state) {
             State::Idle => return,
             State::Sending(sending) => {
-                peer.sink.discard_chunks();
                 let Sending { about, download, .. } = &*sending;
+                download.discard();
                 (record(peer, "download", download.path(), about, download.sent(), now), result)
             }
             State::Receiving(receiving) => {

@@ -14,7 +14,7 @@ use nix::sys::socket::SockType;
 
 use crate::audit::Record;
 use crate::config::Allowed;
-use crate::outbox::FrameSink;
+use crate::outbox::Sink;
 use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
 use crate::proto::{Frame, SessionId, UserId};
@@ -435,7 +435,7 @@ impl Connection {
     }
 
     /// The room that [`Connection::read`] needs.
-    pub(crate) fn largest_read(&self, sink: &FrameSink) -> usize {
+    pub(crate) fn largest_read(&self, sink: &Sink) -> usize {
         match self.target().transport {
             Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
             Transport::Udp => DATAGRAM,

@@ -13,6 +13,7 @@ use nix::poll::PollFlags;
 
 use self::connection::{Connection, Input, Step};
 use super::peer::Peer;
+use crate::outbox::Class;
 use crate::permits::Permit;
 use crate::proto::Frame;
 use crate::proto::forward::{self, ConnectionId, Target};
@@ -225,7 +226,7 @@ impl PortForward {
         {
             // In order with the data, which is bulk.
             peer.credit.sent(answer.body.len(), now);
-            peer.sink.bulk((&answer).into());
+            peer.sink.reply_behind_bulk(&answer);
         }
         if self.answers.is_empty() {
             self.acknowledge(peer, now);
@@ -288,7 +289,7 @@ impl PortForward {
 
     /// Whether data may go to the client.
     fn takes_data(&self, peer: &Peer, now: Instant) -> bool {
-        self.answers.is_empty() && peer.credit.takes(now) && peer.sink.takes_bulk()
+        self.answers.is_empty() && peer.credit.takes(now) && peer.sink.takes_data(Class::Bulk)
     }
 
     /// Adds what the forwards wait for.
@@ -368,7 +369,7 @@ impl PortForward {
         }
         let Some(connection) = self.connections.get_mut(id).filter(|c| c.takes_data()) else { return true };
         let frame = forward::about(&peer.id, forward::FORWARD, id);
-        let (message, input) = peer.compose(&frame, connection.largest_read(&peer.sink), |place| {
+        let (message, input) = peer.sink.compose(&frame, connection.largest_read(&peer.sink), |place| {
             let input = connection.read(place, now);
             (if let Input::Data(length) = input { length } else { 0 }, input)
         });
@@ -376,7 +377,7 @@ impl PortForward {
             Input::Nothing => {}
             Input::Data(length) => {
                 connection.unacknowledged.push_back(peer.credit.sent(length, now));
-                peer.sink.bulk(message);
+                peer.sink.send(message, Class::Bulk, None);
             }
             Input::End(why) => {
                 match why {
@@ -416,17 +417,16 @@ fn advance(connection: &mut Connection, looking_up: usize, peer: &Peer, now: Ins
 mod tests {
     use super::*;
     use crate::config;
-    use crate::outbox::{Outbox, Room, Work};
+    use crate::outbox::{Outbox, Queue, Sendable, Work};
     use crate::proto::msgpack::MapWriter;
     use crate::proto::{PORT_FORWARD, Props, SessionId};
     use crate::session::{Device, Router};
     use std::net::TcpListener;
-    use std::sync::Arc;
 
     struct Scene {
         forwarder: PortForward,
         peer: Peer,
-        outbox: Arc<Outbox>,
+        queue: Queue,
     }
 
     fn scene() -> Scene {
@@ -436,7 +436,7 @@ mod tests {
         let text = format!(r#"{{ "ShellCommand": "/bin/sh", "User": {me:?} }}"#);
         std::fs::write(&file, text).unwrap();
         let device = Device::new(config::load(&file, &dir.path().join("absent")).unwrap());
-        let outbox = Arc::new(Outbox::default());
+        let (outbox, queue) = Outbox::new();
         let mut peer = None;
         let start = |started| {
             peer = Some(started);
@@ -445,7 +445,7 @@ mod tests {
         let first = Frame::new(PORT_FORWARD, forward::STOP, SessionId::new("s").as_ref());
         Router::with(&device, &outbox, start).unwrap().route(first);
         let peer = peer.unwrap();
-        Scene { forwarder: PortForward::new(&peer), peer, outbox }
+        Scene { forwarder: PortForward::new(&peer), peer, queue }
     }
 
     impl Scene {
@@ -474,9 +474,9 @@ mod tests {
         }
     }
 
-    fn next_type(outbox: &Outbox) -> Option<String> {
-        match outbox.try_next(Room { bulk: true, interactive: true })? {
-            Work::Message(mut m, _) => Some(Frame::decode(&m.content().to_vec().into()).unwrap().typ),
+    fn next_type(queue: &mut Queue) -> Option<String> {
+        match queue.try_next(Sendable { bulk: true, interactive: true })? {
+            Work::Message(message, _) => Some(Frame::decode(&message).unwrap().typ),
             other => panic!("{other:?}"),
         }
     }
@@ -501,16 +501,16 @@ mod tests {
         let start = Instant::now();
         scene.handle(&about(forward::NEW).with_body(target(port)), start);
         scene.turn(start);
-        assert_eq!(next_type(&scene.outbox).as_deref(), Some("new"));
+        assert_eq!(next_type(&mut scene.queue).as_deref(), Some("new"));
         // Traffic towards the target counts.
         let later = start + IDLE_LIMIT / 2;
         scene.handle(&about(forward::FORWARD).with_body("x"), later);
-        assert_eq!(next_type(&scene.outbox).as_deref(), Some("ack"));
+        assert_eq!(next_type(&mut scene.queue).as_deref(), Some("ack"));
         assert_eq!(scene.deadline(later), Some(later + IDLE_LIMIT));
         scene.proceed(start + IDLE_LIMIT);
-        assert_eq!(next_type(&scene.outbox), None);
+        assert_eq!(next_type(&mut scene.queue), None);
         scene.proceed(later + IDLE_LIMIT);
-        assert_eq!(next_type(&scene.outbox).as_deref(), Some("stop"));
+        assert_eq!(next_type(&mut scene.queue).as_deref(), Some("stop"));
         // The target is given time to take what it was sent.
         assert_eq!(scene.deadline(later), Some(later + IDLE_LIMIT + FINISH_LIMIT));
         scene.proceed(later + IDLE_LIMIT + FINISH_LIMIT);
@@ -535,10 +535,10 @@ mod tests {
         scene.handle(&about(forward::NEW).with_body(body), start);
         assert!(scene.forwarder.owing.is_empty());
         scene.turn(start);
-        while next_type(&scene.outbox).is_some() {}
+        while next_type(&mut scene.queue).is_some() {}
         scene.handle(&about(forward::FORWARD).with_body("x"), start);
         scene.handle(&about(forward::STOP), start);
-        let all: Vec<_> = std::iter::from_fn(|| next_type(&scene.outbox)).collect();
+        let all: Vec<_> = std::iter::from_fn(|| next_type(&mut scene.queue)).collect();
         assert_eq!(all, ["ack", "stop"]);
     }
 }

@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::process::ExitStatus;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
@@ -25,6 +26,7 @@ use super::peer::Peer;
 use super::shells::{MAX_SHELLS, ShellPermit};
 use super::stats::ShellInfo;
 use crate::audit::Record;
+use crate::outbox::{Class, Discard};
 use crate::permits::Permit;
 use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId, UserId};
@@ -68,6 +70,8 @@ struct Running {
     info: Arc<ShellInfo>,
     _permit: ShellPermit,
     clock: Clock,
+    /// For its output that is still queued.
+    discard: Discard,
     /// Set when the process is reaped. Its last output may still be on the way.
     exit: Option<ExitStatus>,
     /// Set when the terminal's other side is closed.
@@ -135,9 +139,9 @@ impl Terminal {
                     warn!("session {}: resizing the terminal: {}", peer.id, reason(&e));
                 }
             }
-            (State::Running(_), wire::STOP) => {
+            (State::Running(running), wire::STOP) => {
                 // After the answer nothing may come, and before it nothing needs to.
-                peer.sink.discard_output();
+                running.discard.store(true, Ordering::SeqCst);
                 self.end("stopped", true, STOP_GRACE, now);
             }
             (_, wire::NEW) => {
@@ -178,8 +182,16 @@ impl Terminal {
         let info = peer.info.set_shell(user, pid, now);
         peer.reply(&wire::started(&peer.id));
         let clock = Clock::new(&config.sessions, now);
-        let running =
-            Running { shell, info, _permit: permit, clock, exit: None, at_end: false, give_up: None };
+        let running = Running {
+            shell,
+            info,
+            _permit: permit,
+            clock,
+            discard: Discard::default(),
+            exit: None,
+            at_end: false,
+            give_up: None,
+        };
         self.state = State::Running(Box::new(running));
         Ok(())
     }
@@ -367,14 +379,14 @@ impl Running {
     fn pass_output(&mut self, peer: &mut Peer, now: Instant) {
         while takes_output(peer, now) && !self.at_end {
             let most = peer.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
-            let (message, (length, then)) = peer.compose(&wire::output(&peer.id), most, |place| {
+            let (message, (length, then)) = peer.sink.compose(&wire::output(&peer.id), most, |place| {
                 let (length, then) = self.shell.read_output(place);
                 (length, (length, then))
             });
             if length > 0 {
                 self.info.traffic.add_out(length);
                 self.clock.output(now);
-                peer.sink.output(message);
+                peer.sink.send(message, Class::Interactive, Some(&self.discard));
                 peer.credit.sent(length, now);
             }
             match then {
@@ -401,7 +413,7 @@ fn ping(peer: &mut Peer, now: Instant) {
 /// Whether the link and the client have room for output. What they have no room for stays in the terminal, whose
 /// programs then wait.
 fn takes_output(peer: &Peer, now: Instant) -> bool {
-    peer.credit.takes(now) && peer.sink.takes_data()
+    peer.credit.takes(now) && peer.sink.takes_data(Class::Interactive)
 }
 
 /// The shell is over.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use mender_connect::internals::{Frame, FrameSink, Outbox, Room, SessionId, Wake, Work, file, shell};
+use mender_connect::internals::{Class, Frame, Outbox, Sendable, SessionId, Sink, Wake, Work, file, shell};
 
 /// What a server sends in one message of an upload.
 const SMALL: usize = 4 * 1024;
@@ -35,11 +35,11 @@ fn reading(c: &mut Criterion) {
 }
 
 fn writing(c: &mut Criterion) {
-    let outbox = Arc::new(Outbox::default());
-    let sink = FrameSink::new(&outbox, Arc::new(Wake::new().unwrap()));
-    let all = Room { bulk: true, interactive: true };
-    let next = || match outbox.next(all, Instant::now() + Duration::from_secs(1)) {
-        Work::Message(message, _) => message,
+    let (outbox, mut queue) = Outbox::new();
+    let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));
+    let all = Sendable { bulk: true, interactive: true };
+    let mut next = || match queue.next(all, Instant::now() + Duration::from_secs(1)) {
+        Some(Work::Message(message, _)) => message,
         other => unreachable!("{other:?}"),
     };
     let sid = session();
@@ -51,7 +51,7 @@ fn writing(c: &mut Criterion) {
                 let frame = file::chunk(&sid, 1 << 30);
                 // What a read of that size would cost isn't part of it.
                 let (message, ()) = sink.compose(&frame, size, |place| (place.len(), ()));
-                sink.bulk(message);
+                sink.send(message, Class::Bulk, None);
                 drop(next());
             });
         });

@@ -17,8 +17,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::{
     Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Outbox, PORT_FORWARD, Peer,
-    PollSet, Props, REPLIES_IN_FLIGHT, Room, Router, SHELL, SessionId, Sessions, Shell, Terminal,
-    Work, lookup,
+    PollSet, Props, Queue, Router, SHELL, Sendable, SessionId, Sessions, Shell, Terminal, Work, lookup,
 };
 use nix::poll::PollFlags;
 
@@ -28,8 +27,8 @@ const SHELL_RESERVE: usize = 16;
 const MAX_FRAMES: usize = 1024;
 const MAX_BYTES: usize = 2 << 20;
 
-/// Answers that may wait when another session begins.
-const CROWD: usize = 4096;
+/// Answers that may wait. Further ones of the router are dropped; a session would wait.
+const MAX_ANSWERS: usize = 256;
 
 #[derive(Arbitrary, Debug)]
 struct Script {
@@ -148,7 +147,7 @@ fuzz_target!(|script: Script| {
             link.step(step);
         }
         assert_eq!(device.counts().0, link.sessions.len(), "{step:?}");
-        assert!(link.queued.len() < CROWD + (link.sessions.len() + 1) * REPLIES_IN_FLIGHT);
+        assert!(link.queued.len() <= MAX_ANSWERS);
     }
     ended.extend(link.end());
     assert_eq!(device.wait_until_quiet(Instant::now()), ended.is_empty());
@@ -197,8 +196,6 @@ fn user(number: u8) -> String {
 /// A session as the model has it.
 struct Session {
     peer: Peer,
-    /// Unlike its name it is never used again.
-    serial: i64,
     /// What it has to read: number, size, and whether it is a window's size.
     pending: VecDeque<(i64, usize, bool)>,
     /// Something has come since it has last looked.
@@ -215,7 +212,7 @@ type Start = Box<dyn FnMut(Peer) -> io::Result<()>>;
 /// A link with its router, and what has to be true of them.
 struct Link {
     router: Router<Start>,
-    outbox: Arc<Outbox>,
+    queue: Queue,
     begun: Begun,
     terminal: bool,
     mender_client: bool,
@@ -224,14 +221,14 @@ struct Link {
     replaced: Vec<Session>,
     /// Sessions of earlier links, which have not left yet.
     older: usize,
-    /// The answers that wait to be written: whose they are, none for the router, and what they are.
-    queued: VecDeque<(Option<i64>, u16, String)>,
+    /// The answers that wait to be written.
+    queued: VecDeque<(u16, String)>,
     sent: i64,
 }
 
 impl Link {
     fn new(device: &Arc<Device>, older: usize) -> Self {
-        let outbox = Arc::new(Outbox::default());
+        let (outbox, queue) = Outbox::new();
         let begun = Begun::new(RefCell::new(Ok(None)));
         let theirs = Rc::clone(&begun);
         let start: Start = Box::new(move |peer| match &mut *theirs.borrow_mut() {
@@ -243,7 +240,7 @@ impl Link {
         });
         Link {
             router: Router::with(device, &outbox, start).expect("a descriptor"),
-            outbox,
+            queue,
             begun,
             terminal: device.config().terminal.enabled,
             mender_client: device.config().mender_client,
@@ -344,20 +341,18 @@ impl Link {
     /// A session answers, if there is room. Whether it has.
     fn answer(&mut self, id: &SessionId) -> bool {
         let Some(session) = self.sessions.get(id) else { return false };
-        let waiting = self.queued.iter().filter(|(owner, ..)| *owner == Some(session.serial)).count();
-        let takes = session.peer.sink.takes_replies();
-        assert_eq!(takes, waiting < REPLIES_IN_FLIGHT);
+        let takes = self.queued.len() < MAX_ANSWERS;
         if takes {
             session.peer.sink.reply(&Frame::new(CONTROL, "pong", Some(&session.peer.id)));
-            self.queued.push_back((Some(session.serial), CONTROL, "pong".to_owned()));
+            self.queued.push_back((CONTROL, "pong".to_owned()));
         }
         takes
     }
 
     /// The router has answered, unless too many of its answers wait.
     fn expect_answer(&mut self, proto: u16, typ: &str) {
-        if self.queued.iter().filter(|(owner, ..)| owner.is_none()).count() < REPLIES_IN_FLIGHT {
-            self.queued.push_back((None, proto, typ.to_owned()));
+        if self.queued.len() < MAX_ANSWERS {
+            self.queued.push_back((proto, typ.to_owned()));
         }
     }
 
@@ -394,9 +389,6 @@ impl Link {
     }
 
     fn expect_session(&mut self, id: &SessionId, message: &Message) {
-        if self.queued.len() >= CROWD {
-            return;
-        }
         let threads = self.older + self.sessions.len() + self.replaced.len();
         let reserve = if message.proto_and_type().0 == SHELL { SHELL_RESERVE } else { 0 };
         let many = threads >= MAX_SESSIONS + reserve;
@@ -410,15 +402,7 @@ impl Link {
         assert_eq!(peer.id, *id);
         let pending =
             VecDeque::from([(self.sent, message.size(), matches!(message.kind, Kind::ShellResize))]);
-        let session = Session {
-            peer,
-            serial: self.sent,
-            pending,
-            unheard: false,
-            hung_up: false,
-            closed: false,
-            user: None,
-        };
+        let session = Session { peer, pending, unheard: false, hung_up: false, closed: false, user: None };
         self.sessions.insert(id.clone(), session);
     }
 
@@ -434,15 +418,15 @@ impl Link {
 
     /// The writer sends a message.
     fn write(&mut self) {
-        let all = Room { bulk: true, interactive: true };
-        let written = self.outbox.try_next(all).map(|work| match work {
-            Work::Message(mut message, false) => {
-                let frame = Frame::decode(&Bytes::copy_from_slice(message.content())).expect("a frame");
+        let all = Sendable { bulk: true, interactive: true };
+        let written = self.queue.try_next(all).map(|work| match work {
+            Work::Message(message, _) => {
+                let frame = Frame::decode(&message).expect("a frame");
                 (frame.proto, frame.typ)
             }
             other => panic!("{other:?}"),
         });
-        assert_eq!(written, self.queued.pop_front().map(|(_, proto, typ)| (proto, typ)));
+        assert_eq!(written, self.queued.pop_front());
     }
 
     /// The link is lost. What its sessions have left.

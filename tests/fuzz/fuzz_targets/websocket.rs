@@ -5,15 +5,15 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::{self, Read, Write};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use mender_connect::internals::{Frame, Inbound, LinkError, Outbox, Room, Work, read};
+use mender_connect::internals::{Frame, Inbound, LinkError, Outbox, Sendable, Signal, Work, read};
 
 /// As in the agent.
 const LARGEST: usize = (1 << 20) + (1 << 10);
+/// Signals that the writer can have before it; the reader drops those beyond.
+const SIGNALS: usize = 64;
 /// Frames that are still in use while others come.
 const KEPT: usize = 32;
 /// What may be allocated besides messages: the read buffer and the reader's spare ones.
@@ -23,7 +23,7 @@ fuzz_target!(|data: &[u8]| {
     let [size, cut, stream @ ..] = data else { return };
     let most = if *size == 0 { LARGEST } else { 16 << (size % 11) };
     let expected = expect(stream, most);
-    let outbox = Arc::new(Outbox::default());
+    let (outbox, mut queue) = Outbox::new();
     let mut inbound = Sessions { expected: &expected.frames, ..Sessions::default() };
     let mut pauses = 0;
     let server = Server { rest: stream, cut: (*cut).into(), waits: true, pauses: &mut pauses };
@@ -45,16 +45,19 @@ fuzz_target!(|data: &[u8]| {
         | (LinkError::TooLarge, End::TooLarge) => {}
         (lost, end) => panic!("{lost:?}, expected {end:?}"),
     }
-    let all = Room { bulk: true, interactive: true };
-    let (mut pong, mut probe) = (None, None);
-    while let Some(work) = outbox.try_next(all) {
-        match work {
-            Work::Pong(payload) => assert!(pong.replace(payload).is_none()),
-            Work::Answered(payload, _) => assert!(probe.replace(payload).is_none()),
-            other => panic!("{other:?}"),
+    let all = Sendable { bulk: true, interactive: true };
+    for expected in expected.controls.iter().take(SIGNALS) {
+        match (queue.try_next(all), expected) {
+            (Some(Work::Signal(Signal::Pong(payload))), Control::Ping(expected)) => {
+                assert_eq!(payload, expected)
+            }
+            (Some(Work::Signal(Signal::Answered(probe, _))), Control::Pong(expected)) => {
+                assert_eq!(probe, *expected);
+            }
+            (work, expected) => panic!("{work:?}, expected {expected:?}"),
         }
     }
-    assert_eq!((pong, probe), (expected.ping, expected.probe));
+    assert!(queue.try_next(all).is_none());
 });
 
 /// Hands out its bytes in pieces, and says before each that there are none yet.
@@ -123,14 +126,21 @@ enum End {
 /// What a stream comes to.
 struct Expected {
     frames: Vec<Frame>,
-    ping: Option<Bytes>,
-    probe: Option<[u8; 8]>,
+    /// What the writer has to hear of.
+    controls: Vec<Control>,
     end: End,
+}
+
+#[derive(Debug)]
+enum Control {
+    Ping(Vec<u8>),
+    /// With a probe's length.
+    Pong([u8; 8]),
 }
 
 /// Reads a stream as RFC 6455 describes it.
 fn expect(mut stream: &[u8], most: usize) -> Expected {
-    let mut expected = Expected { frames: Vec::new(), ping: None, probe: None, end: End::Broken };
+    let mut expected = Expected { frames: Vec::new(), controls: Vec::new(), end: End::Broken };
     // The message so far, and whether it is text.
     let mut begun: Option<(Vec<u8>, bool)> = None;
     expected.end = loop {
@@ -144,8 +154,8 @@ fn expect(mut stream: &[u8], most: usize) -> Expected {
         }
         match (opcode, &mut begun) {
             (8, _) => break if is_goodbye(payload) { End::Closed } else { End::Broken },
-            (9, _) => expected.ping = Some(Bytes::copy_from_slice(payload)),
-            (10, _) => expected.probe = payload.try_into().ok().or(expected.probe),
+            (9, _) => expected.controls.push(Control::Ping(payload.to_vec())),
+            (10, _) => expected.controls.extend(payload.try_into().ok().map(Control::Pong)),
             (1 | 2, None) => begun = Some((payload.to_vec(), opcode == 1)),
             (0, Some((message, _))) if message.len() + payload.len() > most => break End::TooLarge,
             (0, Some((message, _))) => message.extend(payload),

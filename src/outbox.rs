@@ -1,0 +1,292 @@
+//! From the sessions and the reader to the link's writer: two bounded channels of messages, interactive before bulk, and
+//! one of signals. Sessions wait while a channel is full, the reader never does; when the writer has ended, whatever is
+//! put here is dropped.
+
+mod pool;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded};
+
+use crate::proto::Frame;
+use crate::sys::wake::Wake;
+
+pub use self::pool::Pool;
+
+/// The payload of a ping that measures the link: the number of bytes written before it.
+pub type Probe = [u8; 8];
+
+const MAX_INTERACTIVE: usize = 256;
+const MAX_BULK: usize = 16;
+const MAX_SIGNALS: usize = 64;
+/// Of messages that are being composed or wait.
+const MAX_BUFFERS: usize = 4;
+/// Data messages of one class that a session may have here: one being written and one behind it.
+const MAX_DATA: usize = 2;
+/// After so many interactive messages in a row a bulk message that waits has its turn.
+const MAX_FAVOURED: u32 = 16;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    Interactive,
+    /// Files and forwarded connections.
+    Bulk,
+}
+
+/// Takes precedence over every message.
+#[derive(Debug)]
+pub enum Signal {
+    /// Send a close frame with this code, and end.
+    Close(u16),
+    /// Answer a ping.
+    Pong(Bytes),
+    /// The TLS layer has something of its own to send.
+    FlushTls,
+    /// The server answered this probe then.
+    Answered(Probe, Instant),
+}
+
+#[derive(Debug)]
+pub enum Work {
+    Signal(Signal),
+    Message(Bytes, Class),
+}
+
+/// The classes whose messages the window has credit for.
+#[derive(Debug, Clone, Copy)]
+pub struct Sendable {
+    pub interactive: bool,
+    pub bulk: bool,
+}
+
+/// When set, the writer drops the messages that were queued with it.
+pub type Discard = Arc<AtomicBool>;
+
+#[derive(Debug, Clone)]
+pub struct Outbox {
+    // Boxed, so that the channels of an idle link are small.
+    interactive: Sender<Box<Item>>,
+    bulk: Sender<Box<Item>>,
+    signals: Sender<Signal>,
+    piece: Arc<AtomicUsize>,
+    pool: Pool,
+}
+
+/// The writer's end.
+#[derive(Debug)]
+pub struct Queue {
+    interactive: Receiver<Box<Item>>,
+    bulk: Receiver<Box<Item>>,
+    signals: Receiver<Signal>,
+    piece: Arc<AtomicUsize>,
+    pool: Pool,
+    /// Interactive messages that left in a row while bulk waited.
+    favoured: u32,
+}
+
+#[derive(Debug)]
+struct Item {
+    message: Bytes,
+    discard: Option<Discard>,
+    _counted: Option<Counted>,
+}
+
+impl Outbox {
+    pub fn new() -> (Outbox, Queue) {
+        let (interactive, interactive_queue) = bounded(MAX_INTERACTIVE);
+        let (bulk, bulk_queue) = bounded(MAX_BULK);
+        let (signals, signal_queue) = bounded(MAX_SIGNALS);
+        let (piece, pool) = (Arc::default(), Pool::new(MAX_BUFFERS));
+        let queue = Queue {
+            interactive: interactive_queue,
+            bulk: bulk_queue,
+            signals: signal_queue,
+            piece: Arc::clone(&piece),
+            pool: pool.clone(),
+            favoured: 0,
+        };
+        (Outbox { interactive, bulk, signals, piece, pool }, queue)
+    }
+
+    /// For the reader: never waits, drops the signal while too many wait.
+    pub fn signal(&self, signal: Signal) {
+        let _ = self.signals.try_send(signal);
+    }
+
+    /// Asks the writer to close the websocket. Waits until `deadline` if too many signals wait.
+    pub fn close(&self, code: u16, deadline: Instant) {
+        let _ = self.signals.send_deadline(Signal::Close(code), deadline);
+    }
+
+    /// Queues an answer, waiting for its place.
+    pub fn reply(&self, frame: &Frame) {
+        let _ = self.interactive.send(Item::of(frame));
+    }
+
+    /// For the reader's thread: whether there was a place for the answer.
+    pub fn try_reply(&self, frame: &Frame) -> bool {
+        self.interactive.try_send(Item::of(frame)).is_ok()
+    }
+}
+
+impl Item {
+    fn of(frame: &Frame) -> Box<Self> {
+        Box::new(Item { message: frame.encode().into(), discard: None, _counted: None })
+    }
+}
+
+impl Queue {
+    /// Sets how many bytes a bulk message should have.
+    pub fn set_piece(&self, bytes: usize) {
+        self.piece.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Frees pooled buffers.
+    pub fn shrink(&self) {
+        self.pool.clear();
+    }
+
+    /// What to do next, `None` if there is nothing.
+    pub fn try_next(&mut self, sendable: Sendable) -> Option<Work> {
+        match self.signals.try_recv() {
+            Ok(signal) => return Some(Work::Signal(signal)),
+            // Nobody is left to say so.
+            Err(TryRecvError::Disconnected) => return Some(Work::Signal(Signal::Close(1000))),
+            Err(TryRecvError::Empty) => {}
+        }
+        loop {
+            let (item, class) = self.pop(sendable)?;
+            if !item.discard.is_some_and(|discard| discard.load(Ordering::SeqCst)) {
+                return Some(Work::Message(item.message, class));
+            }
+        }
+    }
+
+    /// The same, waiting until `deadline`.
+    pub fn next(&mut self, sendable: Sendable, deadline: Instant) -> Option<Work> {
+        loop {
+            if let Some(work) = self.try_next(sendable) {
+                return Some(work);
+            }
+            let mut select = Select::new();
+            select.recv(&self.signals);
+            if sendable.interactive {
+                select.recv(&self.interactive);
+            }
+            if sendable.bulk {
+                select.recv(&self.bulk);
+            }
+            select.ready_deadline(deadline).ok()?;
+        }
+    }
+
+    /// Interactive messages go first, but a terminal that never stops writing doesn't stop a transfer.
+    fn pop(&mut self, sendable: Sendable) -> Option<(Box<Item>, Class)> {
+        let bulk = sendable.bulk && !self.bulk.is_empty();
+        if sendable.interactive
+            && !(bulk && self.favoured >= MAX_FAVOURED)
+            && let Ok(item) = self.interactive.try_recv()
+        {
+            self.favoured += u32::from(bulk);
+            return Some((item, Class::Interactive));
+        }
+        self.favoured = 0;
+        if bulk { Some((self.bulk.try_recv().ok()?, Class::Bulk)) } else { None }
+    }
+}
+
+/// Where a session puts its messages, with its account of the data among them.
+#[derive(Debug, Clone)]
+pub struct Sink {
+    outbox: Outbox,
+    account: Arc<Account>,
+}
+
+#[derive(Debug)]
+struct Account {
+    /// Data messages in the channels, by class: a transfer's must not be in the way of the same session's terminal.
+    queued: [AtomicUsize; 2],
+    /// The session waits for a place and wants to be woken.
+    starved: AtomicBool,
+    wake: Arc<Wake>,
+}
+
+/// A data message's place in the account, given back when the message has left its channel.
+#[derive(Debug)]
+struct Counted(Arc<Account>, Class);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let Counted(account, class) = self;
+        account.queued[*class as usize].fetch_sub(1, Ordering::SeqCst);
+        if account.starved.swap(false, Ordering::SeqCst) {
+            account.wake.notify();
+        }
+    }
+}
+
+impl Sink {
+    /// Calls `wake` when there is a place for data that there wasn't when the session asked.
+    pub fn new(outbox: &Outbox, wake: Arc<Wake>) -> Self {
+        let account = Account { queued: Default::default(), starved: AtomicBool::new(false), wake };
+        Sink { outbox: outbox.clone(), account: Arc::new(account) }
+    }
+
+    /// How many bytes a data message should have, within these bounds, so that an echo doesn't wait long behind it.
+    pub fn piece(&self, least: usize, most: usize) -> usize {
+        self.outbox.piece.load(Ordering::Relaxed).clamp(least, most)
+    }
+
+    /// The message for `frame` with a body of up to `most` bytes, see [`Frame::encode_with`].
+    pub fn compose<T>(
+        &self,
+        frame: &Frame,
+        most: usize,
+        read: impl FnOnce(&mut [u8]) -> (usize, T),
+    ) -> (Bytes, T) {
+        let size = frame.head_room() + most;
+        let mut buffer = self.outbox.pool.take(size);
+        let (part, result) = frame.encode_with(&mut buffer[..size], read);
+        (self.outbox.pool.freeze(buffer, part), result)
+    }
+
+    /// Whether there is a place for data. If not, the session is woken when there is.
+    pub fn takes_data(&self, class: Class) -> bool {
+        let queued = &self.account.queued[class as usize];
+        if queued.load(Ordering::SeqCst) < MAX_DATA {
+            return true;
+        }
+        // Look again after raising the flag: a place may have come in between, without a wake.
+        self.account.starved.store(true, Ordering::SeqCst);
+        queued.load(Ordering::SeqCst) < MAX_DATA
+    }
+
+    /// Queues data, waiting if many sessions have some. Never refused: ask [`Sink::takes_data`] before reading it from
+    /// its source.
+    pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>) {
+        self.account.queued[class as usize].fetch_add(1, Ordering::SeqCst);
+        let counted = Some(Counted(Arc::clone(&self.account), class));
+        let item = Item { message, discard: discard.cloned(), _counted: counted };
+        let channel = match class {
+            Class::Interactive => &self.outbox.interactive,
+            Class::Bulk => &self.outbox.bulk,
+        };
+        let _ = channel.send(Box::new(item));
+    }
+
+    /// As [`Outbox::reply`].
+    pub fn reply(&self, frame: &Frame) {
+        self.outbox.reply(frame);
+    }
+
+    /// Queues an answer behind the session's bulk data, waiting for its place.
+    pub fn reply_behind_bulk(&self, frame: &Frame) {
+        let _ = self.outbox.bulk.send(Item::of(frame));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,94 @@
+//! Buffers that are used again: musl's allocator maps and unmaps the pages of each one, which costs downloads half of
+//! their speed and uploads a third.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+
+#[derive(Debug, Clone)]
+pub struct Pool {
+    most: usize,
+    buffers: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+/// A part of a buffer that goes back to its pool.
+struct Part {
+    buffer: Vec<u8>,
+    range: Range<usize>,
+    pool: Pool,
+}
+
+impl Pool {
+    /// Keeps at most so many buffers that nobody uses.
+    pub fn new(most: usize) -> Self {
+        Pool { most, buffers: Arc::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A buffer of at least `size` bytes with any content.
+    pub fn take(&self, size: usize) -> Vec<u8> {
+        let mut buffers = self.lock();
+        if let Some(at) = buffers.iter().position(|buffer| buffer.len() >= size) {
+            return buffers.swap_remove(at);
+        }
+        // One that is too small makes way for the new one.
+        buffers.pop();
+        vec![0; size]
+    }
+
+    /// The bytes in `range` of a buffer, which comes back when they are dropped.
+    pub fn freeze(&self, buffer: Vec<u8>, range: Range<usize>) -> Bytes {
+        Bytes::from_owner(Part { buffer, range, pool: self.clone() })
+    }
+
+    pub fn clear(&self) {
+        *self.lock() = Vec::new();
+    }
+}
+
+impl AsRef<[u8]> for Part {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer[self.range.clone()]
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        let mut buffers = self.pool.lock();
+        if buffers.len() < self.pool.most {
+            buffers.push(std::mem::take(&mut self.buffer));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_used_again_and_freed_when_asked() {
+        let pool = Pool::new(2);
+        let place = |size| {
+            let buffer = pool.take(size);
+            let place = buffer.as_ptr();
+            drop(pool.freeze(buffer, 0..size));
+            place
+        };
+        let first = place(10);
+        assert_eq!(place(5), first);
+        // A larger one takes its place.
+        let larger = pool.take(20);
+        assert!(pool.lock().is_empty());
+        let part = pool.freeze(larger, 3..5);
+        assert_eq!(part, [0, 0][..]);
+        drop((part.clone(), pool.freeze(vec![], 0..0), pool.freeze(vec![], 0..0)));
+        drop(part);
+        assert_eq!(pool.lock().len(), 2);
+        pool.clear();
+        assert!(pool.lock().is_empty());
+    }
+}
