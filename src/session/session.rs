@@ -98,10 +98,12 @@ impl Session {
             self.fail(&reason(&e));
         }
         let record = self.record("session-end").since(started, Instant::now());
-        let end = self.end;
-        // Its forwards log their own lines before.
-        drop(self);
+        let Session { peer, terminal, files, forwards, end, .. } = self;
+        // Forwards log their own lines before.
+        drop((terminal, files, forwards));
         record.text("reason", end.name()).log(end != End::Failed);
+        // Who waits for the sessions' ends waits for their last lines, too.
+        drop(peer);
     }
 
     fn record(&self, event: &str) -> Record {

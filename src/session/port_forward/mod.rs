@@ -224,9 +224,12 @@ impl PortForward {
         while peer.credit.takes_answer(now)
             && let Some(answer) = self.answers.pop_front()
         {
-            // In order with the data, which is bulk.
             peer.credit.sent(answer.body.len(), now);
-            peer.sink.reply_behind_bulk(&answer);
+            match answer.typ.as_str() {
+                // In order with the data, which is bulk.
+                forward::NEW | forward::STOP => peer.sink.reply_behind_bulk(&answer),
+                _ => peer.sink.reply(&answer),
+            }
         }
         if self.answers.is_empty() {
             self.acknowledge(peer, now);
