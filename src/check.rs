@@ -9,6 +9,7 @@ use std::path::Path;
 use log::Level;
 use nix::unistd::{Group, User, geteuid};
 use serde_json::Value;
+use strsim::osa_distance;
 
 use crate::config::{self, ConfigError, Key, Notes, Origin, Values, Walk};
 
@@ -328,32 +329,13 @@ fn suggest(unknown: &str) -> Option<&'static str> {
         return Some(name);
     }
     let most = if last(unknown).len() < 6 { 1 } else { 2 };
-    let near = names.into_iter().map(|name| (distance(unknown, name), name));
-    near.filter(|(distance, _)| *distance <= most).min_by_key(|(distance, _)| *distance).map(|(_, name)| name)
-}
-
-/// Edit distance whatever the case: letters changed, added, dropped, or swapped with their neighbour.
-fn distance(a: &str, b: &str) -> usize {
-    let letters = |text: &str| text.to_ascii_lowercase().chars().collect::<Vec<char>>();
-    let (a, b) = (letters(a), letters(b));
-    // Bounds the work for a very long key, which resembles none of ours anyway.
-    if a.len().abs_diff(b.len()) > 2 {
-        return usize::MAX;
-    }
-    let mut rows: Vec<Vec<usize>> = vec![(0..=b.len()).collect()];
-    for i in 1..=a.len() {
-        let mut row = vec![i];
-        for j in 1..=b.len() {
-            let changed = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
-            let mut least = changed.min(rows[i - 1][j] + 1).min(row[j - 1] + 1);
-            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
-                least = least.min(rows[i - 2][j - 2] + 1);
-            }
-            row.push(least);
-        }
-        rows.push(row);
-    }
-    rows[a.len()][b.len()]
+    // Two letters have at most 8 bytes. Bounds the work for a very long key.
+    let near = names.into_iter().filter(|name| unknown.len() <= name.len() + 8);
+    let slips = |name: &str| osa_distance(&unknown.to_ascii_lowercase(), &name.to_ascii_lowercase());
+    near.map(|name| (slips(name), name))
+        .filter(|(slips, _)| *slips <= most)
+        .min_by_key(|(slips, _)| *slips)
+        .map(|(_, name)| name)
 }
 
 #[cfg(test)]

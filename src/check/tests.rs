@@ -359,8 +359,10 @@ fn what_is_near_or_elsewhere_is_suggested() {
         ("Path", None),
         ("Usage", None),
         ("Frobnicate", None),
+        ("\u{1f600}User", Some("User")),
         ("", None),
     ] {
         assert_eq!(suggest(unknown), meant, "{unknown}");
     }
+    assert_eq!(suggest(&"x".repeat(100_000)), None);
 }
