@@ -2,7 +2,7 @@
 
 #[cfg(feature = "dbus")]
 mod dbus;
-mod file;
+mod token_file;
 
 use std::fmt;
 use std::io;
@@ -18,7 +18,7 @@ use crate::sys::wake::Wake;
 
 #[cfg(feature = "dbus")]
 pub(crate) use dbus::{ANSWER_LIMIT, Manager};
-pub(crate) use file::look_into;
+pub(crate) use token_file::look_into;
 
 /// A device's JSON web token. Debug shows only its length.
 #[derive(Clone, PartialEq, Eq)]
@@ -131,7 +131,9 @@ pub(crate) fn source(
     required: bool,
 ) -> Result<Box<dyn Source>, SourceError> {
     match auth {
-        config::Auth::File { token, server_url } => Ok(Box::new(file::TokenFile::new(token, server_url))),
+        config::Auth::File { token, server_url } => {
+            Ok(Box::new(token_file::TokenFile::new(token, server_url)))
+        }
         config::Auth::Dbus => manager(wake, required),
     }
 }

@@ -10,12 +10,21 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 
 use crate::harness::daemon::emulated;
+use crate::harness::device::Device;
 use crate::harness::proc;
 use crate::harness::rest::Rest;
-use crate::harness::rig::{Setup, is_root};
+use crate::harness::rig::{Rig, Setup, is_root};
 use crate::harness::root::{self, Root};
 use crate::harness::wait::{SOON, eventually, millis, secs, skip, throughout};
 use crate::token_file::{Place, next_shows, shows};
+
+/// The next connection where no event tells of the new token: the file is read every ten seconds.
+#[track_caller]
+fn later_shows(rig: &Rig, token: &str) -> Device {
+    let device = rig.server.next_device(secs(15));
+    shows(&device, token);
+    device
+}
 
 /// As Kubernetes mounts secrets: the file is a link through a link to a folder, which is replaced as a whole.
 #[test]
@@ -57,7 +66,7 @@ fn a_half_written_token_in_a_new_folder_is_not_taken() {
         rig.server.try_device(millis(0)).is_none()
     });
     drop(file);
-    next_shows(&rig, &"x".repeat(n));
+    later_shows(&rig, &"x".repeat(n));
 }
 
 #[test]
@@ -71,20 +80,20 @@ fn whatever_is_missing_at_the_start_may_come_later() {
     fs::create_dir(place.path("a")).expect("a folder");
     fs::create_dir(place.path("a/b")).expect("a folder");
     place.write("a/b/token", "one");
-    next_shows(&rig, "one");
+    later_shows(&rig, "one");
     // All of it goes and comes back.
     let mark = rig.daemon.mark();
     fs::remove_dir_all(place.path("a")).expect("remove");
     rig.daemon.wait_for_log_after(mark, "no token from", SOON);
     fs::create_dir_all(place.path("a/b")).expect("folders");
     place.write("a/b/token", "two");
-    next_shows(&rig, "two");
+    later_shows(&rig, "two");
     // Moved away, and another one in its place.
     fs::create_dir_all(place.path("c/b")).expect("folders");
     place.write("c/b/token", "three");
     fs::rename(place.path("a"), place.path("old")).expect("rename");
     fs::rename(place.path("c"), place.path("a")).expect("rename");
-    next_shows(&rig, "three");
+    later_shows(&rig, "three");
     place.write("old/b/token", "two again");
     rig.server.no_device(millis(1500), "nobody looks there any more");
     assert_eq!(rig.daemon.count_log("can't be watched"), 0);
@@ -146,7 +155,7 @@ fn mounts() {
     rig.daemon.wait_for_log("no token from", SOON);
     // Nobody tells that it is back.
     inside("mount -t tmpfs tmpfs $PLACE/volume; umask 077; echo two >$PLACE/volume/token");
-    shows(&rig.server.next_device(secs(15)), "two");
+    later_shows(&rig, "two");
     // Changes of what is mounted on a name aren't its folder's.
     inside("mount --bind $PLACE/outside/token $PLACE/volume/token");
     rig.daemon.signal(Signal::SIGHUP);
@@ -172,7 +181,7 @@ fn without_inotify_it_is_looked_at_now_and_then() {
     let line = rig.daemon.wait_for_log("can't be watched: too many open files", SOON);
     assert!(line.contains("level=warning"), "{line}");
     place.replace("token", "two");
-    shows(&rig.server.next_device(secs(15)), "two");
+    later_shows(&rig, "two");
     let pid = rig.daemon.pid().to_string();
     let lift = ["--user", "--preserve-credentials", "--target", &pid, "/bin/sh", "-c"];
     let lifted = Command::new("nsenter").args(lift).arg(format!("echo 9 >{LIMIT}")).status();

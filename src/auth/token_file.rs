@@ -1,0 +1,265 @@
+//! A token in a file that another program keeps up to date, watched with inotify.
+//!
+//! Runs in the supervisor's thread. It watches the file, the directory of its path and, where that leads through
+//! symbolic links, the directory that the file really is in. What happens elsewhere (a directory further up is replaced,
+//! a file system is mounted, another machine writes) gives no event, so the file is also read at an interval.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read};
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use log::{debug, info, warn};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::PollFlags;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+
+use super::{AuthEvent, Credentials, Source};
+use crate::sys::reason;
+
+/// In bytes: no server takes a larger token, and freed blocks up to this size are wiped.
+const LARGEST: usize = 16 * 1024;
+/// A token that is missing for this long is withdrawn, not just being replaced.
+const SETTLING: Duration = Duration::from_secs(1);
+/// A writer is expected to write more, or to close the file, within this time.
+const WRITING: Duration = Duration::from_secs(10);
+/// Between reads without an event.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+const CONTENT: AddWatchFlags =
+    AddWatchFlags::IN_MODIFY.union(AddWatchFlags::IN_CLOSE_WRITE).union(AddWatchFlags::IN_ATTRIB);
+const DIRECTORY: AddWatchFlags = CONTENT
+    .union(AddWatchFlags::IN_CREATE)
+    .union(AddWatchFlags::IN_DELETE)
+    .union(AddWatchFlags::IN_MOVE)
+    .union(AddWatchFlags::IN_ONLYDIR);
+/// Events after which new content is complete.
+const COMPLETE: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE.union(AddWatchFlags::IN_MOVED_TO);
+/// A watch, and the name in a directory that it is about; without one it is the file's own.
+type Watch = (WatchDescriptor, Option<OsString>);
+
+#[derive(Default)]
+pub(crate) struct TokenFile {
+    path: PathBuf,
+    server_url: String,
+    inotify: Option<Inotify>,
+    watches: Vec<Watch>,
+    /// The path without symbolic links when it was watched; `None` if it led nowhere.
+    real: Option<PathBuf>,
+    current: Option<Credentials>,
+    /// The supervisor waits for an answer.
+    asked: bool,
+    /// When the file was read last.
+    read: Option<Instant>,
+    /// Something has changed: when to read the file, unless an event comes first.
+    settles: Option<Instant>,
+    /// The last complaint of each kind that still holds: about watching, the file, its mode.
+    unwatched: String,
+    unread: String,
+    exposed: String,
+    told_to_wait: bool,
+}
+
+impl TokenFile {
+    /// Reads the file at the first `process`.
+    pub(crate) fn new(path: &Path, server_url: &str) -> Self {
+        let (path, server_url) = (path.to_owned(), server_url.to_owned());
+        TokenFile { path, server_url, asked: true, ..TokenFile::default() }
+    }
+}
+
+impl Source for TokenFile {
+    fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        self.inotify.as_ref().map(|inotify| (inotify.as_fd(), PollFlags::POLLIN))
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        // An answer is due at once.
+        let answer = self.asked.then(Instant::now);
+        answer.or(self.settles).or(self.read.map(|at| at + INTERVAL))
+    }
+
+    fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, super::SourceError> {
+        let complete = self.receive(now);
+        let (first, before) = (self.read.is_none(), self.current.clone());
+        let due = match self.settles {
+            // A question reads the file, but not while another program writes it.
+            Some(at) => now >= at,
+            None => self.asked || self.read.is_none_or(|at| now >= at + INTERVAL),
+        };
+        if complete || due {
+            self.look(now, due && self.settles.is_some());
+        }
+        let mut events = Vec::new();
+        if !first && before != self.current {
+            events.push(AuthEvent::Changed(self.current.clone()));
+        }
+        if mem::take(&mut self.asked) {
+            events.push(AuthEvent::Answered(self.current.clone()));
+        }
+        Ok(events)
+    }
+
+    fn ask(&mut self, _: Instant) {
+        self.asked = true;
+    }
+
+    fn fetch(&mut self, _: Instant) {
+        if !mem::replace(&mut self.told_to_wait, true) {
+            info!("waiting for a new token in {}", self.path.display());
+        }
+    }
+}
+
+impl TokenFile {
+    /// Reads inotify's events. True if the file should be read now.
+    fn receive(&mut self, now: Instant) -> bool {
+        // Events that don't fit into one read keep the descriptor readable.
+        let events = match self.inotify.as_ref().map(Inotify::read_events) {
+            None | Some(Err(Errno::EAGAIN | Errno::EINTR)) => return false,
+            Some(Ok(events)) => events,
+            Some(Err(_)) => {
+                self.inotify = None;
+                return true;
+            }
+        };
+        // A link beside the file may have been swapped, as Kubernetes does with secrets: any name may be the file's.
+        let moved = fs::canonicalize(&self.path).ok() != self.real;
+        let mut complete = false;
+        for event in events {
+            let mask = event.mask;
+            let ended = mask.intersects(AddWatchFlags::IN_IGNORED | AddWatchFlags::IN_UNMOUNT);
+            let ours = |(watch, name): &Watch| *watch == event.wd && (moved || ended || *name == event.name);
+            if !mask.contains(AddWatchFlags::IN_Q_OVERFLOW) && !self.watches.iter().any(ours) {
+                continue;
+            }
+            let modified = mask.contains(AddWatchFlags::IN_MODIFY);
+            complete = mask.intersects(COMPLETE) || complete && !modified;
+            self.settles = self.settles.max(Some(now + if modified { WRITING } else { SETTLING }));
+        }
+        if moved && !complete {
+            self.watch_all();
+        }
+        complete
+    }
+
+    /// Reads the file. A missing token revokes the current one only once that has `settled`.
+    fn look(&mut self, now: Instant, settled: bool) {
+        (self.settles, self.read) = (None, Some(now));
+        // Watch before reading, so that no change in between is missed.
+        self.watch_all();
+        let shown = self.path.display().to_string();
+        match look_into(&self.path, &self.server_url) {
+            Ok((credentials, mode)) => {
+                self.unread.clear();
+                if mode & 0o044 == 0 {
+                    self.exposed.clear();
+                } else {
+                    complain(&mut self.exposed, format!("{shown} can be read by others than its owner"));
+                }
+                let credentials = Some(credentials);
+                if self.current != credentials {
+                    debug!("a token from {shown}");
+                    self.told_to_wait = false;
+                }
+                self.current = credentials;
+            }
+            Err(_) if !settled && self.current.is_some() => self.settles = Some(now + SETTLING),
+            Err(why) => {
+                complain(&mut self.unread, format!("no token from {shown}: {}", reason(&why)));
+                self.current = None;
+            }
+        }
+    }
+
+    /// Watches what the path leads to now, and nothing else.
+    fn watch_all(&mut self) {
+        self.real = fs::canonicalize(&self.path).ok();
+        if let Err(e) = self.try_watch_all() {
+            // Some of the watches may use up the user's limit, and miss changes nevertheless.
+            (self.inotify, self.watches) = (None, Vec::new());
+            let (path, seconds, why) = (self.path.display(), INTERVAL.as_secs(), reason(&e));
+            let text = format!("{path} can't be watched: {why}; looking at it every {seconds} s");
+            complain(&mut self.unwatched, text);
+        } else {
+            self.unwatched.clear();
+        }
+    }
+
+    fn try_watch_all(&mut self) -> io::Result<()> {
+        let inotify = match &mut self.inotify {
+            Some(inotify) => inotify,
+            none => none.insert(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?),
+        };
+        let (mut watches, mut refused) = (Vec::new(), Ok(()));
+        let mut add = |path: &Path, mask, name: Option<&OsStr>| match inotify.add_watch(path, mask) {
+            Ok(watch) => {
+                watches.push((watch, name.map(ToOwned::to_owned)));
+                Ok(())
+            }
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(()),
+            Err(Errno::EACCES) => {
+                refused = Err(Errno::EACCES.into());
+                Ok(())
+            }
+            Err(e) => Err(e),
+        };
+        for path in [&self.path].into_iter().chain(&self.real) {
+            add(path.parent().unwrap_or(path), DIRECTORY, path.file_name())?;
+        }
+        // It may be a mount of its own, or in a directory that may be passed but not read.
+        add(&self.path, CONTENT, None)?;
+        for (old, _) in mem::replace(&mut self.watches, watches) {
+            if !self.watches.iter().any(|(new, _)| *new == old) {
+                // The kernel may have removed the watch.
+                let _ = inotify.rm_watch(old);
+            }
+        }
+        if self.watches.is_empty() { refused } else { Ok(()) }
+    }
+}
+
+/// Logs a complaint unless it repeats the last one of its kind.
+fn complain(last: &mut String, text: String) {
+    if *last != text {
+        warn!("{text}");
+        *last = text;
+    }
+}
+
+/// The credentials in the file, and its mode. For doctor.
+pub(crate) fn look_into(path: &Path, server_url: &str) -> io::Result<(Credentials, u32)> {
+    let (bytes, mode) = read(path)?;
+    let credentials = Credentials::new(parse(&bytes)?, server_url);
+    Ok((credentials.ok_or_else(|| io::Error::other("there is no server's URL for it"))?, mode))
+}
+
+/// The file's content and mode.
+fn read(path: &Path) -> io::Result<(Vec<u8>, u32)> {
+    // Opening a FIFO mustn't block, nor a terminal become our controlling one.
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    let stat = file.metadata()?;
+    if !stat.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut bytes = Vec::with_capacity(LARGEST);
+    if file.take(LARGEST as u64).read_to_end(&mut bytes)? == LARGEST {
+        return Err(io::Error::other("it is too large for a token"));
+    }
+    Ok((bytes, stat.mode()))
+}
+
+/// Strips white space. Fails if the rest can't be in an HTTP header.
+fn parse(bytes: &[u8]) -> io::Result<&str> {
+    match std::str::from_utf8(bytes).map(str::trim) {
+        Ok("") => Err(io::Error::other("it is empty")),
+        Ok(token) if token.bytes().all(|byte| byte.is_ascii_graphic()) => Ok(token),
+        _ => Err(io::Error::other("it has something else in it")),
+    }
+}
