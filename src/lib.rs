@@ -88,9 +88,9 @@ pub mod internals {
     #[cfg(fuzzing)]
     pub use crate::config::of_texts;
     pub use crate::config::{Allowed, Auth, Config, Expiry, Sessions, Shell, Terminal, load};
+    pub use crate::link::LinkError;
     #[cfg(fuzzing)]
     pub use crate::link::read;
-    pub use crate::link::{Inbound, LinkError};
     pub use crate::outbox::{Class, Outbox, Queue, Sendable, Signal, Sink, Work};
     pub use crate::proto::{
         CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, Props, SHELL, SessionId, control, file,

@@ -4,7 +4,6 @@
 //! reads: tungstenite answers pings and closes on the half that it reads from, so what it writes there is dropped, and
 //! the writer thread sends those answers.
 
-use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
@@ -58,8 +57,6 @@ enum Phase {
         /// A server on this machine, mender-auth's forwarder, writes with Nagle's algorithm on: a delayed
         /// acknowledgement would cost 40 ms a keystroke.
         quick_ack: bool,
-        /// Whether the reader knows that the next read may take long.
-        told: Cell<bool>,
         outbox: Outbox,
         cancel: Arc<Cancel>,
     },
@@ -79,14 +76,14 @@ impl ReadHalf {
     }
 
     /// Ends the handshake: from now on this half only reads, and waits as long as a live server may be silent.
-    /// Before each wait `WouldBlock` is returned once. `cancel` hears of each read.
+    /// `cancel` hears of each read.
     pub(super) fn open(&mut self, outbox: &Outbox, cancel: &Arc<Cancel>) -> io::Result<WriteHalf> {
         let Source { socket, phase } = self.source.get_mut();
         socket.set_read_timeout(Some(SILENCE_LIMIT))?;
         socket.set_write_timeout(Some(WRITE_LIMIT))?;
         let quick_ack = socket.peer_addr()?.ip().is_loopback();
         let (outbox, cancel) = (outbox.clone(), Arc::clone(cancel));
-        *phase = Phase::Open { quick_ack, told: Cell::new(false), outbox, cancel };
+        *phase = Phase::Open { quick_ack, outbox, cancel };
         Ok(WriteHalf { socket: Arc::clone(socket), tls: self.tls.clone(), ciphertext: Vec::new() })
     }
 }
@@ -94,13 +91,9 @@ impl ReadHalf {
 impl Read for Source {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let socket = &self.socket;
-        let Phase::Open { quick_ack, told, cancel, .. } = &self.phase else {
+        let Phase::Open { quick_ack, cancel, .. } = &self.phase else {
             return Deadline { socket, deadline: self.deadline() }.read(buffer);
         };
-        if !told.replace(true) {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        told.set(false);
         let n = Deadline { socket, deadline: None }.read(buffer)?;
         cancel.heard();
         if *quick_ack {

@@ -48,15 +48,6 @@ pub use trial::trial;
 /// certificates that are read from slow storage.
 const DIAL_LIMIT: Duration = ATTEMPT_LIMIT.saturating_mul(4);
 
-/// Takes the frames that come in. Must not block; dropped when the link ends.
-pub trait Inbound {
-    /// A frame has come.
-    fn frame(&mut self, frame: Frame);
-
-    /// No more of them have come yet.
-    fn pause(&mut self);
-}
-
 /// What becomes of a link.
 #[derive(Debug)]
 pub enum LinkEvent {
@@ -78,15 +69,13 @@ pub struct Link {
 }
 
 impl Link {
-    /// Starts dialling. `accept` is called when the websocket is open, and what it returns gets the
-    /// frames; `events` hears of the link's fate, last of all [`LinkEvent::Lost`], whatever happens.
-    ///
-    /// # Errors
-    /// When no thread can be had.
-    pub fn dial(
+    /// Starts dialling. `accept` is called when the websocket is open, and returns what is called with each frame, must
+    /// not wait, and is dropped when the link ends. `events` hears of the link's fate, last of all [`LinkEvent::Lost`],
+    /// whatever happens.
+    pub fn dial<F: FnMut(Frame)>(
         credentials: Credentials,
         proxies: Arc<ProxySettings>,
-        accept: impl FnOnce(&Outbox) -> io::Result<Box<dyn Inbound>> + Send + 'static,
+        accept: impl FnOnce(&Outbox) -> F + Send + 'static,
         events: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let (alive, gone) = crossbeam_channel::bounded(0);
@@ -122,12 +111,12 @@ impl Drop for Link {
     }
 }
 
-fn run(
+fn run<F: FnMut(Frame)>(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
     gone: &Receiver<()>,
-    accept: impl FnOnce(&Outbox) -> io::Result<Box<dyn Inbound>>,
+    accept: impl FnOnce(&Outbox) -> F,
     events: &impl Fn(LinkEvent),
 ) -> LinkError {
     let (outbox, queue) = Outbox::new();
@@ -143,18 +132,11 @@ fn run(
     if let Err(e) = writer {
         return e.into();
     }
-    let mut inbound = match accept(&outbox) {
-        Ok(inbound) => inbound,
-        Err(e) => {
-            outbox.close(1000, Instant::now() + FAREWELL_LIMIT);
-            return e.into();
-        }
-    };
+    let inbound = accept(&outbox);
     cancel.establish();
     events(LinkEvent::Connected);
-    let mut lost = reader::run(&mut socket, &outbox, &mut *inbound, cancel);
-    // The sessions end here, whether or not the server still takes a goodbye.
-    drop(inbound);
+    // It drops `inbound`: the sessions end here, whether or not the server still takes a goodbye.
+    let mut lost = reader::run(&mut socket, &outbox, inbound, cancel);
     let farewell = Instant::now() + FAREWELL_LIMIT;
     outbox.close(lost.close_code(), farewell);
     if let Ok(Err(reason)) = ended.recv_deadline(farewell) {

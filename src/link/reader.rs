@@ -1,13 +1,12 @@
 //! The link thread after the websocket is open: message by message, frame by frame, to its session.
 
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::time::Instant;
 
 use bytes::Bytes;
 use log::{debug, warn};
-use tungstenite::{Error, Message, WebSocket};
+use tungstenite::{Message, WebSocket};
 
-use super::Inbound;
 use super::cancel::Cancel;
 use super::error::LinkError;
 use crate::outbox::{Outbox, Pool, Signal};
@@ -27,7 +26,7 @@ const WARNINGS: u32 = 5;
 pub fn run(
     socket: &mut WebSocket<impl Read + Write>,
     outbox: &Outbox,
-    inbound: &mut dyn Inbound,
+    mut inbound: impl FnMut(Frame),
     cancel: &Cancel,
 ) -> LinkError {
     let pool = Pool::new(MAX_BUFFERS);
@@ -35,10 +34,6 @@ pub fn run(
     loop {
         let message = match socket.read() {
             Ok(message) => message,
-            Err(Error::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {
-                inbound.pause();
-                continue;
-            }
             Err(e) => return e.into(),
         };
         if cancel.is_cancelled() {
@@ -79,7 +74,7 @@ pub fn run(
             _ => bytes,
         };
         match Frame::decode(&bytes) {
-            Ok(frame) => inbound.frame(frame),
+            Ok(frame) => inbound(frame),
             Err(e) => {
                 malformed += 1;
                 match malformed {
@@ -96,7 +91,12 @@ pub fn run(
 
 /// Reads what a server sends after the upgrade, in messages of up to `most` bytes. For the fuzz target.
 #[cfg(fuzzing)]
-pub fn read(stream: impl Read + Write, most: usize, outbox: &Outbox, inbound: &mut dyn Inbound) -> LinkError {
+pub fn read(
+    stream: impl Read + Write,
+    most: usize,
+    outbox: &Outbox,
+    inbound: impl FnMut(Frame),
+) -> LinkError {
     let config = Some(super::dial::limits(most));
     let role = tungstenite::protocol::Role::Client;
     let mut socket = WebSocket::from_raw_socket(stream, role, config);

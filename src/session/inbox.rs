@@ -86,7 +86,7 @@ impl Inbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a frame. [`Inbox::wake`] tells the session.
+    /// Takes a frame and wakes the session.
     pub(crate) fn push(&self, frame: Frame) -> Result<(), Rejected> {
         let mut state = self.lock();
         if state.closed {
@@ -99,6 +99,8 @@ impl Inbox {
             return Err(Rejected::Full(frame, first));
         }
         state.frames.push_back(frame);
+        drop(state);
+        self.wake.notify();
         Ok(())
     }
 

@@ -26,9 +26,6 @@ pub(crate) const MAX_SESSIONS: usize = 256;
 /// Sessions that may still be ending when others have taken their place.
 const MAKING_ROOM: usize = 8;
 
-/// Frames that their sessions don't hear of at once.
-const MAX_UNANNOUNCED: usize = 64;
-
 /// Starts a session.
 pub type Start = fn(Peer) -> io::Result<()>;
 
@@ -37,40 +34,24 @@ pub struct Router<S = Start> {
     device: Arc<Device>,
     table: Arc<Table>,
     outbox: Outbox,
-    /// The inboxes of the frames that their sessions haven't heard of yet.
-    unannounced: Vec<Arc<Inbox>>,
     start: S,
 }
 
 impl Router {
     /// For a link whose writer empties `outbox`.
-    pub fn new(device: &Arc<Device>, outbox: &Outbox) -> io::Result<Self> {
+    pub fn new(device: &Arc<Device>, outbox: &Outbox) -> Self {
         Router::with(device, outbox, session::start)
     }
 }
 
 impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
     /// The same with sessions that `start` starts.
-    pub fn with(device: &Arc<Device>, outbox: &Outbox, start: S) -> io::Result<Self> {
+    pub fn with(device: &Arc<Device>, outbox: &Outbox, start: S) -> Self {
         let table = device.new_table();
-        Ok(Router {
-            device: Arc::clone(device),
-            table,
-            outbox: outbox.clone(),
-            unannounced: Vec::new(),
-            start,
-        })
+        Router { device: Arc::clone(device), table, outbox: outbox.clone(), start }
     }
 
-    /// Tells the sessions of what has come: many frames that came at once wake a session once.
-    pub fn announce(&mut self) {
-        for inbox in self.unannounced.drain(..) {
-            inbox.wake();
-        }
-    }
-
-    /// Brings a frame to its session, which is made if need be. [`Router::announce`] is to be called when no more
-    /// follow at once.
+    /// Brings a frame to its session, which is made if need be.
     pub fn route(&mut self, frame: Frame) {
         if let Some(what) = frame.too_long() {
             debug!("ignoring a message: its {what} is too long");
@@ -117,13 +98,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             frame
         };
         match inbox.push(frame) {
-            Ok(()) => {
-                self.unannounced.push(inbox);
-                if self.unannounced.len() >= MAX_UNANNOUNCED {
-                    self.announce();
-                }
-                None
-            }
+            Ok(()) => None,
             Err(Rejected::Closed(frame)) => Some(frame),
             Err(Rejected::Full(frame, first)) => {
                 if first {
@@ -280,7 +255,7 @@ mod tests {
     fn the_router_waits_for_no_place_for_its_answers() {
         let device = device();
         let (outbox, mut queue) = Outbox::new();
-        let mut router = Router::with(&device, &outbox, |_| Err(io::ErrorKind::WouldBlock.into())).unwrap();
+        let mut router = Router::with(&device, &outbox, |_| Err(io::ErrorKind::WouldBlock.into()));
         for number in 0..1000 {
             let id = SessionId::new(&number.to_string());
             router.route(Frame::new(CONTROL, control::PING, id.as_ref()));
@@ -302,7 +277,6 @@ mod tests {
             peers.borrow_mut().push(peer);
             Ok(())
         });
-        let router = router.as_mut().unwrap();
         let ping = Frame::new(CONTROL, control::PING, SessionId::new("s").as_ref());
         // More than any inbox holds, and then one more message.
         let mut sent = 0;

@@ -20,7 +20,6 @@ use self::systemd::Service;
 use crate::auth::{self, AuthEvent, Source, SourceError};
 use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
-use crate::proto::Frame;
 use crate::session::stats::seconds;
 use crate::session::{Device, Router};
 use crate::status::{self, State, Status};
@@ -283,7 +282,10 @@ impl Supervisor {
             wake.notify();
         };
         let context = Arc::clone(&self.context);
-        let accept = move |outbox: &_| Ok(Box::new(Router::new(&context, outbox)?) as Box<dyn link::Inbound>);
+        let accept = move |outbox: &_| {
+            let mut router = Router::new(&context, outbox);
+            move |frame| router.route(frame)
+        };
         match Link::dial(credentials, Arc::clone(&self.proxies), accept, report) {
             Ok(link) => self.link = Some(link),
             Err(e) => {
@@ -329,17 +331,6 @@ fn random() -> u64 {
     // Early in a boot there may be no randomness yet: the clock has to do.
     getrandom::u64()
         .unwrap_or_else(|_| u64::from(clock::now().subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15))
-}
-
-// Here, since `link` and `session` don't know each other.
-impl link::Inbound for Router {
-    fn frame(&mut self, frame: Frame) {
-        self.route(frame);
-    }
-
-    fn pause(&mut self) {
-        self.announce();
-    }
 }
 
 #[cfg(test)]

@@ -446,7 +446,7 @@ mod tests {
             Ok(())
         };
         let first = Frame::new(PORT_FORWARD, forward::STOP, SessionId::new("s").as_ref());
-        Router::with(&device, &outbox, start).unwrap().route(first);
+        Router::with(&device, &outbox, start).route(first);
         let peer = peer.unwrap();
         Scene { forwarder: PortForward::new(&peer), peer, queue }
     }

@@ -1,4 +1,4 @@
-//! What a server may do to a link, step by step: frames, pauses and the link's end, for a router whose sessions are run
+//! What a server may do to a link, step by step: frames and the link's end, for a router whose sessions are run
 //! by hand, beside a model that knows what has to become of each frame.
 
 #![no_main]
@@ -43,8 +43,8 @@ enum Step {
     Send { message: Message, sid: Sid, times: u8 },
     /// The same once for so many sessions.
     SendToMany { message: Message, sessions: u8 },
-    /// Nothing more has come for now.
-    Announce,
+    /// Every session has to know of what has come.
+    Woken,
     /// A session reads so many frames of what it has, all that it can where it is to read many.
     Read { sid: u8, frames: u8 },
     /// A session answers.
@@ -239,7 +239,7 @@ impl Link {
             Err(()) => Err(io::ErrorKind::WouldBlock.into()),
         });
         Link {
-            router: Router::with(device, &outbox, start).expect("a descriptor"),
+            router: Router::with(device, &outbox, start),
             queue,
             begun,
             terminal: device.config().terminal.enabled,
@@ -261,7 +261,7 @@ impl Link {
             Step::SendToMany { message, sessions } => {
                 (0..few_or(300, *sessions)).for_each(|sid| self.send(message, Some(sid)));
             }
-            Step::Announce => self.announce(),
+            Step::Woken => self.check_woken(),
             Step::Read { sid, frames } => {
                 if let Some(session) = self.sessions.get_mut(&name((sid % 4).into())) {
                     session.read(if *frames > 100 { usize::MAX } else { (*frames).into() });
@@ -406,8 +406,7 @@ impl Link {
         self.sessions.insert(id.clone(), session);
     }
 
-    fn announce(&mut self) {
-        self.router.announce();
+    fn check_woken(&self) {
         for session in self.sessions.values().filter(|session| session.unheard) {
             let mut set = PollSet::new();
             let place = set.add(session.peer.wake.as_fd(), PollFlags::POLLIN);

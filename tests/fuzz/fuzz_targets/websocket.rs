@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use libfuzzer_sys::fuzz_target;
-use mender_connect::internals::{Frame, Inbound, LinkError, Outbox, Sendable, Signal, Work, read};
+use mender_connect::internals::{Frame, LinkError, Outbox, Sendable, Signal, Work, read};
 
 /// As in the agent.
 const LARGEST: usize = (1 << 20) + (1 << 10);
@@ -25,12 +25,11 @@ fuzz_target!(|data: &[u8]| {
     let expected = expect(stream, most);
     let (outbox, mut queue) = Outbox::new();
     let mut inbound = Sessions { expected: &expected.frames, ..Sessions::default() };
-    let mut pauses = 0;
-    let server = Server { rest: stream, cut: (*cut).into(), waits: true, pauses: &mut pauses };
+    let server = Server { rest: stream, cut: (*cut).into() };
 
     let before = ALLOCATED.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
-    let lost = read(server, most, &outbox, &mut inbound);
+    let lost = read(server, most, &outbox, |frame| inbound.frame(frame));
     let used = PEAK.load(Ordering::Relaxed) - before;
     assert!(used <= OVERHEAD + 2 * most + 8 * stream.len(), "{used} bytes for {} of {most}", stream.len());
 
@@ -38,7 +37,6 @@ fuzz_target!(|data: &[u8]| {
     for (number, frame) in &inbound.kept {
         assert_eq!(*frame, expected.frames[*number], "it has changed while it was in use");
     }
-    assert_eq!(inbound.pauses, pauses);
     match (&lost, &expected.end) {
         (LinkError::Closed { .. }, End::Closed)
         | (LinkError::Broken(_), End::Broken)
@@ -60,21 +58,14 @@ fuzz_target!(|data: &[u8]| {
     assert!(queue.try_next(all).is_none());
 });
 
-/// Hands out its bytes in pieces, and says before each that there are none yet.
+/// Hands out its bytes in pieces.
 struct Server<'a> {
     rest: &'a [u8],
     cut: usize,
-    waits: bool,
-    pauses: &'a mut usize,
 }
 
 impl Read for Server<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.waits = !self.waits;
-        if !self.waits && self.cut % 2 == 1 {
-            *self.pauses += 1;
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
         let piece = if self.cut < 2 { self.rest.len() } else { 1 + self.rest.len() % self.cut };
         let n = (&self.rest[..piece.min(self.rest.len())]).read(buffer)?;
         self.rest = &self.rest[n..];
@@ -98,10 +89,9 @@ struct Sessions<'a> {
     expected: &'a [Frame],
     came: usize,
     kept: Vec<(usize, Frame)>,
-    pauses: usize,
 }
 
-impl Inbound for Sessions<'_> {
+impl Sessions<'_> {
     fn frame(&mut self, frame: Frame) {
         assert_eq!(Some(&frame), self.expected.get(self.came));
         if self.kept.len() == KEPT {
@@ -109,10 +99,6 @@ impl Inbound for Sessions<'_> {
         }
         self.kept.push((self.came, frame));
         self.came += 1;
-    }
-
-    fn pause(&mut self) {
-        self.pauses += 1;
     }
 }
 
