@@ -73,7 +73,7 @@ impl Cancel {
         let heard = self.heard.swap(false, Ordering::Relaxed);
         self.with(|state| {
             let socket = state.socket.as_ref().filter(|_| state.established)?;
-            Some(Activity { heard, unread: net::has_news(socket.as_fd()) })
+            Some(Activity { heard, unread: net::is_readable(socket.as_fd()) })
         })
     }
 }

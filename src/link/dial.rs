@@ -26,7 +26,7 @@ use crate::auth::Credentials;
 use crate::outbox::Outbox;
 use crate::sys::{names, net, reason};
 
-/// What may wait unsent in the kernel. Little, so that a keystroke's echo doesn't queue there.
+/// TCP_NOTSENT_LOWAT in bytes. Small, so that an echo doesn't queue behind a download.
 const UNSENT_LIMIT: u16 = 16 * 1024;
 const BUFFER: usize = 16 * 1024;
 
@@ -50,9 +50,6 @@ pub enum Progress<'a> {
     Opened,
 }
 
-/// An open websocket: the half to read from and the half to write to.
-pub type Open = (WebSocket<ReadHalf>, WriteHalf);
-
 /// Connects to the server that `credentials` name. Ends early when `cancel` says so or `gone` is disconnected.
 ///
 /// # Errors
@@ -63,7 +60,7 @@ pub fn dial(
     cancel: &Arc<Cancel>,
     gone: &Receiver<()>,
     outbox: &Outbox,
-) -> Result<Open, LinkError> {
+) -> Result<(WebSocket<ReadHalf>, WriteHalf), LinkError> {
     let (request, stream) = reach(credentials, proxies, cancel, gone, &mut |_| {})?;
     let mut websocket = upgrade(&request, stream, &mut |_| {})?;
     let write_half = websocket.get_mut().open(outbox, cancel)?;
@@ -119,15 +116,14 @@ pub fn upgrade(
     progress(Progress::Answered(&answer));
     answer.accepts(&key)?;
     progress(Progress::Opened);
-    Ok(WebSocket::from_raw_socket(stream, Role::Client, Some(limits(MAX_MESSAGE))))
+    Ok(WebSocket::from_raw_socket(stream, Role::Client, Some(websocket_config(MAX_MESSAGE))))
 }
 
-/// For messages of up to `most` bytes.
-pub fn limits(most: usize) -> WebSocketConfig {
+pub fn websocket_config(max_message: usize) -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(BUFFER)
-        .max_message_size(Some(most))
-        .max_frame_size(Some(most))
+        .max_message_size(Some(max_message))
+        .max_frame_size(Some(max_message))
 }
 
 fn open_socket(

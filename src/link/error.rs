@@ -42,7 +42,7 @@ pub enum LinkError {
     /// The server closed the websocket with this code (RFC 6455, 7.4), or 1005 if it sent none.
     #[error("closed by the server: {code} {reason:?}")]
     Closed { code: u16, reason: String },
-    /// The server sent more than [`MAX_MESSAGE`] bytes at once.
+    /// The server sent more than `MAX_MESSAGE` bytes at once.
     #[error("connection lost: the server sent a message that is too large")]
     TooLarge,
     /// The connection ended without a close frame.

@@ -121,7 +121,7 @@ fn run<F: FnMut(Frame)>(
 ) -> LinkError {
     let (outbox, queue) = Outbox::new();
     let (mut socket, write_half) = match dial::dial(credentials, proxies, cancel, gone, &outbox) {
-        Ok(open) => open,
+        Ok(halves) => halves,
         Err(_) if cancel.is_cancelled() => return LinkError::Cancelled,
         Err(e) => return e,
     };

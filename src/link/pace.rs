@@ -90,8 +90,7 @@ impl Pace {
         piece.max(self.quick_piece) as usize
     }
 
-    /// What may be written now.
-    pub fn room(&self, now: Instant) -> Sendable {
+    pub fn sendable(&self, now: Instant) -> Sendable {
         let (open, window) = (self.is_unanswered(now), self.current_window(now));
         // What is typed during a transfer doesn't wait for it.
         Sendable {
@@ -100,7 +99,7 @@ impl Pace {
         }
     }
 
-    /// When there is room although nothing came.
+    /// When everything may be sent although no answer came.
     pub fn deadline(&self) -> Option<Instant> {
         let patience = if self.answers { LOST } else { FIRST_ANSWER };
         self.probes.front().map(|probe| probe.when + patience)
@@ -184,19 +183,19 @@ pub mod tests {
 
     /// Of a connection that was quick long ago and has become so slow that the window shrank below what was written
     /// behind the last probe.
-    pub fn without_room_or_probe(now: Instant) -> Pace {
+    pub fn without_credit_or_probe(now: Instant) -> Pace {
         let start = now - QUICKEST_HOLDS - Duration::from_secs(1);
         let mut pace = Pace::default();
         let first = pace.probe(true, start).unwrap();
         pace.answered(first, start + Duration::from_millis(1));
         let mut last = first;
-        while pace.room(start).bulk {
+        while pace.sendable(start).bulk {
             pace.wrote(7300);
             last = pace.probe(false, start).unwrap_or(last);
         }
         pace.answered(last, now);
-        let room = pace.room(now);
-        assert!(!room.bulk && !room.interactive && pace.deadline().is_none(), "{pace:?}");
+        let sendable = pace.sendable(now);
+        assert!(!sendable.bulk && !sendable.interactive && pace.deadline().is_none(), "{pace:?}");
         pace
     }
 
@@ -250,7 +249,7 @@ pub mod tests {
             let (end, before) = (self.now + span, self.delivered);
             let begin = self.now;
             while self.now < end {
-                while self.pace.room(self.start + self.now).bulk {
+                while self.pace.sendable(self.start + self.now).bulk {
                     self.probe(true);
                     self.write(self.pace.piece(self.start + self.now).max(2048));
                     self.probe(false);
@@ -313,17 +312,17 @@ pub mod tests {
     fn a_server_without_answers_is_no_obstacle() {
         let (mut pace, now) = (Pace::default(), Instant::now());
         assert!(pace.probe(true, now).is_some());
-        while pace.room(now).bulk {
+        while pace.sendable(now).bulk {
             pace.wrote(4096);
             pace.probe(false, now);
         }
-        assert!(pace.room(now).interactive);
+        assert!(pace.sendable(now).interactive);
         pace.wrote(FIRST_WINDOW as usize);
-        assert!(!pace.room(now).interactive);
+        assert!(!pace.sendable(now).interactive);
         let later = pace.deadline().unwrap();
         assert_eq!(later, now + FIRST_ANSWER);
         pace.wrote(1 << 30);
-        assert!(pace.room(later).bulk && pace.room(later).interactive);
+        assert!(pace.sendable(later).bulk && pace.sendable(later).interactive);
         assert_eq!(pace.piece(later) as u64 * PIECES, LARGEST_WINDOW);
         assert_eq!(pace.probe(true, later), None);
     }

@@ -97,7 +97,7 @@ pub fn read(
     outbox: &Outbox,
     inbound: impl FnMut(Frame),
 ) -> LinkError {
-    let config = Some(super::dial::limits(most));
+    let config = Some(super::dial::websocket_config(most));
     let role = tungstenite::protocol::Role::Client;
     let mut socket = WebSocket::from_raw_socket(stream, role, config);
     run(&mut socket, outbox, inbound, &Cancel::default())

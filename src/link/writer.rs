@@ -62,7 +62,7 @@ impl Writer {
                 self.websocket = websocket(self.websocket.get_ref().clone());
             }
             queue.set_piece(self.pace.piece(now));
-            let sendable = self.pace.room(now);
+            let sendable = self.pace.sendable(now);
             let work = match queue.try_next(sendable) {
                 Some(work) => Some(work),
                 None => {
@@ -71,8 +71,8 @@ impl Writer {
                     self.probe(false)?;
                     // The batch goes out before the writer waits, and only then.
                     self.websocket.flush()?;
-                    let more_room = self.pace.deadline().filter(|deadline| *deadline > now);
-                    queue.next(sendable, more_room.map_or(next_ping, |at| at.min(next_ping)))
+                    let patience = self.pace.deadline().filter(|deadline| *deadline > now);
+                    queue.next(sendable, patience.map_or(next_ping, |at| at.min(next_ping)))
                 }
             };
             match work {
@@ -125,7 +125,7 @@ mod tests {
         server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let mut server = WebSocket::from_raw_socket(server, Role::Server, None);
         let (outbox, mut queue) = Outbox::new();
-        let pace = super::super::pace::tests::without_room_or_probe(Instant::now());
+        let pace = super::super::pace::tests::without_credit_or_probe(Instant::now());
         let mut writer = Writer::new(WriteHalf::plain(ours), pace);
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
             writer.write(&mut queue)

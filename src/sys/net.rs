@@ -32,7 +32,7 @@ pub(crate) fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result
 }
 
 /// True if something waits to be read: bytes, an end or an error.
-pub(crate) fn has_news(socket: BorrowedFd<'_>) -> bool {
+pub(crate) fn is_readable(socket: BorrowedFd<'_>) -> bool {
     let look = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
     recv(socket.as_raw_fd(), &mut [0], look) != Err(Errno::EAGAIN)
 }
