@@ -200,7 +200,7 @@ fn errors(values: &Values, shells: &Path) -> Vec<Advice> {
     let errors = config::validate(values, config::user_of_shell(values, shells)).err();
     let errors = errors.into_iter().flatten().filter_map(|error| {
         let (key, text) = (error.key()?, error.to_string());
-        let text = text.strip_prefix(&format!("{key}: ")).unwrap_or(&text);
+        let text = text.strip_prefix(key.name()).and_then(|text| text.strip_prefix(": ")).unwrap_or(&text);
         Some((Level::Error, key, text.to_owned()))
     });
     let (user, mut errors): (Vec<_>, Vec<_>) = errors.partition(|(_, key, _)| *key == Key::User);

@@ -30,7 +30,7 @@ pub enum ConfigError {
     #[error("Auth.Source {0:?} is not known, only \"dbus\" and \"file\" are")]
     AuthSource(String),
     /// A key that is required with `Auth.Source` `file`.
-    #[error("{0} is needed where Auth.Source is \"file\"")]
+    #[error("{} is needed where Auth.Source is \"file\"", .0.name())]
     AuthMissing(Key),
     #[error("Auth.TokenFile ({0}) is not an absolute path")]
     TokenFileNotAbsolute(String),
@@ -60,7 +60,7 @@ impl ConfigError {
 }
 
 /// A value of the wrong type or out of range.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error(
     "Error parsing config file: {}: expected {expected}, found {found}",
     if path.is_empty() { "top level" } else { path }

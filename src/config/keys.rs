@@ -1,6 +1,5 @@
 //! Every key of a configuration file. Parsing, defaults, `check` and the tests of the documentation follow this table.
 
-use std::fmt;
 use std::ops::RangeInclusive;
 
 use serde_json::Value;
@@ -9,8 +8,8 @@ use self::Kind::{Flag, List, Number, Objects, Text};
 
 pub(super) const SHELL: &str = "/bin/sh";
 
-/// What a key takes, with its default. A number that is 0, a text that is empty and a list that is `null` count as
-/// not set.
+/// What a key takes, with its default. 0, an empty text and, where it isn't the default, a list that is `null` count
+/// as not set.
 #[derive(Debug)]
 pub(super) enum Kind {
     Flag(bool),
@@ -123,12 +122,6 @@ impl Key {
                 _ => None,
             }
         })
-    }
-}
-
-impl fmt::Display for Key {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
     }
 }
 

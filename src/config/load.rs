@@ -79,7 +79,7 @@ impl Values {
         let mut filled = self.clone();
         for (key, default) in [(Key::ShellCommand, SHELL), (Key::ShellArguments, "[--login]")] {
             if is_unset(self.get(key)) {
-                notes.push((Level::Warn, format!("{key} is empty, defaulting to {default}")));
+                notes.push((Level::Warn, format!("{} is empty, defaulting to {default}", key.name())));
             }
         }
         for key in Key::all().filter(|key| is_unset(self.get(*key))) {
@@ -130,10 +130,11 @@ impl Values {
     fn fill_umask(&mut self, notes: &mut Notes) {
         let bits = self.umask();
         if bits.is_none() {
-            let text = self.text(Key::Umask);
-            let text =
-                format!("{} {text:?} is not an octal number, using {STRICT_UMASK:03o} instead", Key::Umask);
-            notes.push((Level::Error, text));
+            let text = format!(
+                "{:?} is not an octal number, using {STRICT_UMASK:03o} instead",
+                self.text(Key::Umask)
+            );
+            notes.push((Level::Error, format!("{} {text}", Key::Umask.name())));
         }
         let used = bits.unwrap_or(STRICT_UMASK) & 0o777;
         if bits != Some(used) {
@@ -187,19 +188,22 @@ pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Resu
     let mut values = Values::default();
     let mut any = false;
     for (file, origin) in [(fallback, Origin::Fallback), (main, Origin::Main)] {
-        let walk = values.read(file, origin);
-        match walk.and_then(|walk| walk.map(|walk| walk.finish(file, notes)).transpose()) {
-            Ok(Some(())) => {
-                notes.push((Level::Info, format!("Loaded configuration file: {}", file.display())));
-                any = true;
-            }
-            Ok(None) => {}
-            Err(error) => {
-                let text = format!("Error loading configuration from file: {} ({error})", file.display());
-                notes.push((Level::Error, text));
-                return Err(error);
-            }
+        let name = file.display();
+        let walk = values.read(file, origin).and_then(|walk| walk.map(Walk::fit).transpose()).inspect_err(
+            |error| {
+                notes
+                    .push((Level::Error, format!("Error loading configuration from file: {name} ({error})")));
+            },
+        )?;
+        let Some(walk) = walk else { continue };
+        for path in &walk.unknown {
+            notes.push((Level::Warn, format!("{name}: ignoring unknown key {path}")));
         }
+        for name in walk.deprecated() {
+            notes.push((Level::Warn, format!("{name} field is deprecated, ignoring.")));
+        }
+        notes.push((Level::Info, format!("Loaded configuration file: {name}")));
+        any = true;
     }
     if !any {
         notes.push((Level::Info, "No configuration files present. Using defaults".to_owned()));
@@ -218,22 +222,21 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
-    /// Notes what was ignored, unless there is an error.
-    pub(super) fn finish(self, file: &Path, notes: &mut Notes) -> Result<(), ConfigError> {
-        if let Some(misfit) = self.misfits.into_iter().next() {
-            return Err(misfit.into());
+    /// The first misfit as an error.
+    pub(super) fn fit(self) -> Result<Self, ConfigError> {
+        match self.misfits.first() {
+            Some(misfit) => Err(misfit.clone().into()),
+            None => Ok(self),
         }
-        for path in self.unknown {
-            notes.push((Level::Warn, format!("{}: ignoring unknown key {path}", file.display())));
-        }
+    }
+
+    /// Deprecated keys that have a value, as upstream's warnings name them.
+    fn deprecated(&self) -> Vec<&'static str> {
         let last = |key: &Key| self.given.iter().rfind(|(given, _)| given == key).map(|(_, value)| value);
         let used = |key: &Key| last(key).is_some_and(|value| *value != key.kind().default());
         let mut names: Vec<_> = Key::all().filter(used).filter_map(Key::deprecated).collect();
         names.dedup();
-        for name in names {
-            notes.push((Level::Warn, format!("{name} field is deprecated, ignoring.")));
-        }
-        Ok(())
+        names
     }
 
     fn misfit(&mut self, key: Option<Key>, path: &str, expected: &str, found: &Value) {

@@ -290,11 +290,11 @@ pub(crate) fn knows_no_login(command: &Path, arguments: &[String]) -> bool {
 /// fuzz target.
 #[cfg(fuzzing)]
 pub fn of_texts(main: &[u8], fallback: &[u8], user: &User) -> Result<Config, ConfigError> {
-    let (mut values, mut notes) = (Values::default(), Notes::new());
+    let mut values = Values::default();
     for (text, origin) in [(fallback, Origin::Fallback), (main, Origin::Main)] {
-        values.lay(text, origin)?.finish(Path::new("text"), &mut notes)?;
+        values.lay(text, origin)?.fit()?;
     }
-    let values = values.filled(&mut notes);
+    let values = values.filled(&mut Notes::new());
     let user = User { name: values.text(Key::User).to_owned(), ..user.clone() };
     validate(&values, Ok(user)).map_err(first)
 }

@@ -79,8 +79,8 @@ fn every_part_of_a_key_is_described() {
     let readme = words("README.md");
     for key in Key::all() {
         for part in key.name().split('.') {
-            assert!(manual.contains(part), "{part} of {key}");
-            assert!(readme.contains(part) || key.deprecated().is_some(), "{part} of {key}");
+            assert!(manual.contains(part), "{part} of {key:?}");
+            assert!(readme.contains(part) || key.deprecated().is_some(), "{part} of {key:?}");
         }
     }
 }

@@ -75,7 +75,7 @@ fn null_leaves_values_and_empties_arrays() {
     assert_eq!(*after.get(Key::ShellArguments), Value::Null);
     assert_eq!(*after.get(Key::OwnerGet), json!([]));
     for key in Key::all().filter(|key| ![Key::ShellArguments, Key::OwnerGet].contains(key)) {
-        assert_eq!(after.get(key), before.get(key), "{key}");
+        assert_eq!(after.get(key), before.get(key), "{key:?}");
     }
     assert_eq!(over(&before, "null").0, before.0);
     assert_eq!(over(&before, r#"{"Limits": {"FileTransfer": null}}"#).0, before.0);
