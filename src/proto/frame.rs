@@ -221,7 +221,7 @@ impl Frame {
     }
 
     /// Bytes of memory that the frame holds, roughly.
-    pub(crate) fn held(&self) -> usize {
+    pub fn held(&self) -> usize {
         size_of::<Frame>() + self.typ.len() + self.props.raw.len() + self.body.len()
     }
 

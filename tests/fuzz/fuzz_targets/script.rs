@@ -23,7 +23,9 @@ use nix::poll::PollFlags;
 
 /// As in the agent: threads of sessions on the device, and more of them for shells.
 const MAX_SESSIONS: usize = 256;
-const SHELL_RESERVE: usize = 16;
+const MAKING_ROOM: usize = 8;
+const MAX_THREADS: usize = 272;
+const MAX_SHELLS: usize = 16;
 const MAX_FRAMES: usize = 1024;
 const MAX_BYTES: usize = 2 << 20;
 
@@ -121,7 +123,7 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
         no_new_privileges: false,
     },
     terminal: Terminal { enabled: true, width: 80, height: 40 },
-    sessions: Sessions { expiry: Expiry::Never, max_per_user: 1, idle_includes_output: false },
+    sessions: Sessions { expiry: Expiry::Never, max_per_user: u32::MAX, idle_includes_output: false },
     file_transfer: true,
     port_forward: true,
     forward_targets: None,
@@ -211,6 +213,7 @@ type Start = Box<dyn FnMut(Peer) -> io::Result<()>>;
 
 /// A link with its router, and what has to be true of them.
 struct Link {
+    device: Arc<Device>,
     router: Router<Start>,
     queue: Queue,
     begun: Begun,
@@ -224,6 +227,8 @@ struct Link {
     /// The answers that wait to be written.
     queued: VecDeque<(u16, String)>,
     sent: i64,
+    /// Of the latest message, in bytes of memory.
+    size: usize,
 }
 
 impl Link {
@@ -239,6 +244,7 @@ impl Link {
             Err(()) => Err(io::ErrorKind::WouldBlock.into()),
         });
         Link {
+            device: Arc::clone(device),
             router: Router::with(device, &outbox, start),
             queue,
             begun,
@@ -249,6 +255,7 @@ impl Link {
             older,
             queued: VecDeque::new(),
             sent: 0,
+            size: 0,
         }
     }
 
@@ -310,7 +317,10 @@ impl Link {
         let (id, user) = (sid.map(name), user(message.user));
         let props = Props::new().with_str("user_id", &user).with_i64(NUMBER, self.sent);
         let frame = Frame::new(proto, typ, id.as_ref()).with_props(props);
-        self.router.route(frame.with_body(BODY.slice(..message.size())));
+        let frame = frame.with_body(BODY.slice(..message.size()));
+        self.size = frame.held();
+        let shells = self.device.counts().1;
+        self.router.route(frame);
 
         if proto == MENDER_CLIENT && self.mender_client {
             return self.expect_answer(proto, typ);
@@ -330,11 +340,11 @@ impl Link {
             return;
         }
         match (proto, message.kind) {
-            (SHELL, Kind::ShellNew) if self.terminal => self.expect_session(&id, message),
+            (SHELL, Kind::ShellNew) if self.terminal => self.expect_session(&id, message, shells),
             (SHELL, Kind::ShellResize | Kind::ShellPong) if self.terminal => {}
             (SHELL, _) => self.expect_answer(proto, typ),
             (_, Kind::ControlClose | Kind::ControlPong | Kind::ControlError) => {}
-            _ => self.expect_session(&id, message),
+            _ => self.expect_session(&id, message, shells),
         }
     }
 
@@ -367,13 +377,13 @@ impl Link {
     fn expect_delivery(&mut self, id: &SessionId, message: &Message) -> bool {
         let Some(session) = self.sessions.get_mut(id).filter(|session| !session.closed) else { return false };
         let is_size = matches!(message.kind, Kind::ShellResize);
-        let latest = (self.sent, message.size(), is_size);
+        let latest = (self.sent, self.size, is_size);
         if let Some(old) = session.pending.back_mut().filter(|(.., old)| *old && is_size) {
             *old = latest;
             return true;
         }
         let bytes: usize = session.pending.iter().map(|(_, size, _)| size).sum();
-        let (frames, full) = (session.pending.len(), bytes + message.size() > MAX_BYTES);
+        let (frames, full) = (session.pending.len(), bytes + self.size > MAX_BYTES);
         if frames == 0 || (frames < MAX_FRAMES && !full) {
             session.pending.push_back(latest);
             session.unheard = true;
@@ -388,22 +398,41 @@ impl Link {
         true
     }
 
-    fn expect_session(&mut self, id: &SessionId, message: &Message) {
+    fn expect_session(&mut self, id: &SessionId, message: &Message, shells: usize) {
+        let shell = message.proto_and_type().0 == SHELL;
+        if shell && shells >= MAX_SHELLS {
+            return self.expect_refusal(message);
+        }
         let threads = self.older + self.sessions.len() + self.replaced.len();
-        let reserve = if message.proto_and_type().0 == SHELL { SHELL_RESERVE } else { 0 };
-        let many = threads >= MAX_SESSIONS + reserve;
-        let begun = if many { None } else { self.begun.borrow_mut().as_mut().ok().map(Option::take) };
-        if !many {
+        let room = threads < if shell { MAX_THREADS } else { MAX_SESSIONS };
+        let room = room || !shell && threads < MAX_SESSIONS + MAKING_ROOM && self.expect_room();
+        let begun = if room { self.begun.borrow_mut().as_mut().ok().map(Option::take) } else { None };
+        if room {
             // One that has ended and not left yet loses its name.
             self.replaced.extend(self.sessions.remove(id));
         }
         let Some(peer) = begun else { return self.expect_refusal(message) };
         let peer = peer.expect("a session");
         assert_eq!(peer.id, *id);
-        let pending =
-            VecDeque::from([(self.sent, message.size(), matches!(message.kind, Kind::ShellResize))]);
+        let pending = VecDeque::from([(self.sent, self.size, matches!(message.kind, Kind::ShellResize))]);
         let session = Session { peer, pending, unheard: false, hung_up: false, closed: false, user: None };
         self.sessions.insert(id.clone(), session);
+    }
+
+    /// A session without a shell has been ended for another's sake. False if each has one.
+    fn expect_room(&mut self) -> bool {
+        let ended = |session: &Session| session.peer.inbox.hung_up().is_some() && !session.hung_up;
+        let ended: Vec<_> =
+            self.sessions.iter().filter(|(_, s)| ended(s)).map(|(id, _)| id.clone()).collect();
+        for id in &ended {
+            let mut session = self.sessions.remove(id).expect("it was there");
+            assert!(session.user.is_none());
+            (session.hung_up, session.closed, session.unheard) = (true, true, false);
+            session.pending.clear();
+            self.replaced.push(session);
+        }
+        assert!(ended.len() <= 1);
+        !ended.is_empty()
     }
 
     fn check_woken(&self) {
@@ -445,7 +474,7 @@ impl Session {
         self.unheard = false;
         assert_eq!(self.peer.inbox.hung_up().is_some(), self.hung_up);
         for _ in 0..most {
-            let read = self.peer.inbox.pop().map(|frame| (frame.props.int(NUMBER), frame.body.len()));
+            let read = self.peer.inbox.pop().map(|frame| (frame.props.int(NUMBER), frame.held()));
             let expected = self.pending.pop_front().map(|(number, size, _)| (Some(number), size));
             assert_eq!(read, expected);
             if read.is_none() {
