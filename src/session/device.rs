@@ -71,7 +71,9 @@ impl Table {
     /// Ends the session that has been idle longest of those that have nothing open. False if there is none.
     pub(crate) fn make_room(&self) -> bool {
         let mut sessions = self.lock();
-        let idle = sessions.iter().filter(|(_, entry)| !entry.info.is_busy());
+        // One that was hung up before ends anyway.
+        let may_end = |entry: &Entry| !entry.info.is_busy() && entry.inbox.hung_up().is_none();
+        let idle = sessions.iter().filter(|(_, entry)| may_end(entry));
         let Some(id) =
             idle.min_by_key(|(_, entry)| entry.info.traffic.last_activity()).map(|(id, _)| id.clone())
         else {

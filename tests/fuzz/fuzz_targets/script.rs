@@ -28,6 +28,9 @@ const MAX_THREADS: usize = 272;
 const MAX_SHELLS: usize = 16;
 const MAX_FRAMES: usize = 1024;
 const MAX_BYTES: usize = 2 << 20;
+/// Of all inboxes, beyond so many bytes of each.
+const MEMORY: usize = 16 << 20;
+const RESERVED: usize = 16 << 10;
 
 /// Answers that may wait. Further ones of the router are dropped; a session would wait.
 const MAX_ANSWERS: usize = 256;
@@ -375,16 +378,22 @@ impl Link {
 
     /// A session of this name has the latest message, or none and there is an answer. False if there is no session.
     fn expect_delivery(&mut self, id: &SessionId, message: &Message) -> bool {
+        let others: usize =
+            self.sessions.iter().filter(|(other, _)| *other != id).map(|(_, s)| s.memory(0)).sum();
         let Some(session) = self.sessions.get_mut(id).filter(|session| !session.closed) else { return false };
         let is_size = matches!(message.kind, Kind::ShellResize);
         let latest = (self.sent, self.size, is_size);
-        if let Some(old) = session.pending.back_mut().filter(|(.., old)| *old && is_size) {
-            *old = latest;
+        if let Some((_, old, true)) = session.pending.back().copied().filter(|_| is_size) {
+            let bytes = session.bytes() - old + self.size;
+            if others + bytes.saturating_sub(RESERVED) <= MEMORY {
+                session.pending.pop_back();
+                session.pending.push_back(latest);
+            }
             return true;
         }
-        let bytes: usize = session.pending.iter().map(|(_, size, _)| size).sum();
-        let (frames, full) = (session.pending.len(), bytes + self.size > MAX_BYTES);
-        if frames == 0 || (frames < MAX_FRAMES && !full) {
+        let (frames, full) = (session.pending.len(), session.bytes() + self.size > MAX_BYTES);
+        let memory = others + session.memory(self.size) <= MEMORY;
+        if memory && (frames == 0 || (frames < MAX_FRAMES && !full)) {
             session.pending.push_back(latest);
             session.unheard = true;
         } else if !matches!(message.kind, Kind::ShellResize | Kind::ShellPong) {
@@ -406,6 +415,8 @@ impl Link {
         let threads = self.older + self.sessions.len() + self.replaced.len();
         let room = threads < if shell { MAX_THREADS } else { MAX_SESSIONS };
         let room = room || !shell && threads < MAX_SESSIONS + MAKING_ROOM && self.expect_room();
+        let others: usize = self.sessions.values().map(|session| session.memory(0)).sum();
+        let room = room && others + self.size.saturating_sub(RESERVED) <= MEMORY;
         let begun = if room { self.begun.borrow_mut().as_mut().ok().map(Option::take) } else { None };
         if room {
             // One that has ended and not left yet loses its name.
@@ -469,6 +480,15 @@ impl Link {
 }
 
 impl Session {
+    fn bytes(&self) -> usize {
+        self.pending.iter().map(|(_, size, _)| size).sum()
+    }
+
+    /// What it takes of the device's memory with so many bytes more.
+    fn memory(&self, more: usize) -> usize {
+        (self.bytes() + more).saturating_sub(RESERVED)
+    }
+
     fn read(&mut self, most: usize) {
         self.peer.wake.clear();
         self.unheard = false;
