@@ -56,14 +56,12 @@ mod commands;
 mod config;
 mod daemon;
 mod doctor;
-// Closed by its `mod` line; its items still say `pub`. So do those of `outbox` and `session`.
-#[allow(unreachable_pub)]
 mod link;
 mod logging;
-#[allow(unreachable_pub)]
 mod outbox;
 mod permits;
 mod proto;
+// Closed by its `mod` line; its items still say `pub`.
 #[allow(unreachable_pub)]
 mod session;
 mod status;

@@ -14,10 +14,10 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select};
 use crate::proto::Frame;
 use crate::sys::wake::Wake;
 
-pub use self::pool::Pool;
+pub(crate) use self::pool::Pool;
 
 /// The payload of a ping that measures the link: the number of bytes written before it.
-pub type Probe = [u8; 8];
+pub(crate) type Probe = [u8; 8];
 
 const MAX_INTERACTIVE: usize = 256;
 const MAX_BULK: usize = 16;
@@ -66,7 +66,7 @@ pub struct Sendable {
 }
 
 /// When set, the writer drops the messages that were queued with it.
-pub type Discard = Arc<AtomicBool>;
+pub(crate) type Discard = Arc<AtomicBool>;
 
 #[derive(Debug, Clone)]
 pub struct Outbox {
@@ -115,12 +115,12 @@ impl Outbox {
     }
 
     /// For the reader: never waits, drops the signal while too many wait.
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         let _ = self.signals.try_send(signal);
     }
 
     /// Asks the writer to close the websocket. Waits until `deadline` if too many signals wait.
-    pub fn close(&self, code: u16, deadline: Instant) {
+    pub(crate) fn close(&self, code: u16, deadline: Instant) {
         let _ = self.signals.send_deadline(Signal::Close(code), deadline);
     }
 
@@ -130,7 +130,7 @@ impl Outbox {
     }
 
     /// For the reader's thread: whether there was a place for the answer.
-    pub fn try_reply(&self, frame: &Frame) -> bool {
+    pub(crate) fn try_reply(&self, frame: &Frame) -> bool {
         self.interactive.try_send(Item::of(frame)).is_ok()
     }
 }
@@ -149,12 +149,12 @@ impl Item {
 
 impl Queue {
     /// Sets how many bytes a bulk message should have.
-    pub fn set_piece(&self, bytes: usize) {
+    pub(crate) fn set_piece(&self, bytes: usize) {
         self.piece.store(bytes, Ordering::Relaxed);
     }
 
     /// Frees pooled buffers.
-    pub fn shrink(&self) {
+    pub(crate) fn shrink(&self) {
         self.pool.clear();
     }
 
@@ -246,7 +246,7 @@ impl Sink {
     }
 
     /// How many bytes a data message should have, within these bounds, so that an echo doesn't wait long behind it.
-    pub fn piece(&self, least: usize, most: usize) -> usize {
+    pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
         self.outbox.piece.load(Ordering::Relaxed).clamp(least, most)
     }
 
@@ -264,7 +264,7 @@ impl Sink {
     }
 
     /// Whether there is a place for data. If not, the session is woken when there is.
-    pub fn takes_data(&self, class: Class) -> bool {
+    pub(crate) fn takes_data(&self, class: Class) -> bool {
         let queued = &self.account.queued[class as usize];
         if queued.load(Ordering::SeqCst) < MAX_DATA {
             return true;
@@ -293,7 +293,7 @@ impl Sink {
     }
 
     /// Queues an answer behind the session's bulk data, waiting for its place.
-    pub fn reply_behind_bulk(&self, frame: &Frame) {
+    pub(crate) fn reply_behind_bulk(&self, frame: &Frame) {
         let _ = self.outbox.bulk.send(Item::of(frame));
     }
 }

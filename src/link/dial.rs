@@ -31,7 +31,7 @@ const UNSENT_LIMIT: u16 = 16 * 1024;
 const BUFFER: usize = 16 * 1024;
 
 /// A step that was made; in this order, as far as they are needed.
-pub enum Progress<'a> {
+pub(crate) enum Progress<'a> {
     /// The URL is valid.
     Server(&'a Endpoint),
     /// The proxy that leads to the server, if any.
@@ -54,7 +54,7 @@ pub enum Progress<'a> {
 ///
 /// # Errors
 /// Which step failed and why.
-pub fn dial(
+pub(super) fn dial(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
@@ -71,7 +71,7 @@ pub fn dial(
 ///
 /// # Errors
 /// Which step failed and why.
-pub fn reach(
+pub(super) fn reach(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Cancel,
@@ -106,7 +106,7 @@ pub fn reach(
 ///
 /// # Errors
 /// [`LinkError::Refused`] for any status but 101.
-pub fn upgrade(
+pub(super) fn upgrade(
     request: &Request,
     mut stream: ReadHalf,
     progress: &mut dyn FnMut(Progress<'_>),
@@ -119,7 +119,7 @@ pub fn upgrade(
     Ok(WebSocket::from_raw_socket(stream, Role::Client, Some(websocket_config(MAX_MESSAGE))))
 }
 
-pub fn websocket_config(max_message: usize) -> WebSocketConfig {
+pub(super) fn websocket_config(max_message: usize) -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(BUFFER)
         .max_message_size(Some(max_message))

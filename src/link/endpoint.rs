@@ -9,17 +9,17 @@ use super::error::LinkError;
 /// Gateways and proxies with a web application firewall refuse requests without one.
 pub(super) const USER_AGENT: &str = concat!("mender-connect/", env!("CARGO_PKG_VERSION"));
 /// The one path devices connect to. A path in the server URL doesn't count.
-pub const PATH: &str = "/api/devices/v1/deviceconnect/connect";
+pub(crate) const PATH: &str = "/api/devices/v1/deviceconnect/connect";
 
 /// A server, or a proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
+pub(crate) struct Endpoint {
     /// Whether to speak TLS.
-    pub tls: bool,
+    pub(crate) tls: bool,
     /// A name or an address, without brackets.
-    pub host: String,
+    pub(crate) host: String,
     /// The port.
-    pub port: u16,
+    pub(super) port: u16,
 }
 
 impl Endpoint {
@@ -27,7 +27,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`LinkError::Url`], with what is wrong.
-    pub fn parse(url: &str) -> Result<Self, LinkError> {
+    pub(super) fn parse(url: &str) -> Result<Self, LinkError> {
         let uri: Uri = url.trim().parse().map_err(|e| LinkError::Url(format!("{e}")))?;
         let (tls, default_port) = match uri.scheme_str() {
             Some("http" | "ws") => (false, 80),
@@ -43,7 +43,7 @@ impl Endpoint {
     }
 
     /// Host and port as they are written, with brackets where needed.
-    pub fn authority(&self) -> String {
+    pub(crate) fn authority(&self) -> String {
         format!("{}:{}", self.bracketed(), self.port)
     }
 
@@ -52,18 +52,18 @@ impl Endpoint {
     }
 
     /// The value of the Host header: without the port if it is the scheme's own.
-    pub fn host_header(&self) -> String {
+    pub(super) fn host_header(&self) -> String {
         let default_port = if self.tls { 443 } else { 80 };
         if self.port == default_port { self.bracketed() } else { self.authority() }
     }
 
     /// The host as an address, if it is one.
-    pub fn address(&self) -> Option<IpAddr> {
+    pub(crate) fn address(&self) -> Option<IpAddr> {
         self.host.parse().ok()
     }
 
     /// Whether this is the machine itself, by name or address.
-    pub fn is_loopback(&self) -> bool {
+    pub(crate) fn is_loopback(&self) -> bool {
         self.host.eq_ignore_ascii_case("localhost") || self.address().is_some_and(|a| a.is_loopback())
     }
 }

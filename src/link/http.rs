@@ -27,11 +27,11 @@ const UPGRADE: &str =
 /// What the agent uses of an answer's head. No text of it is kept for people: the server may say anything, the token
 /// included.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Answer {
-    pub status: u16,
+pub(crate) struct Answer {
+    pub(super) status: u16,
     /// The server's clock (`Date`), since 1970.
-    pub date: Option<Duration>,
-    pub redirects_to_https: bool,
+    pub(crate) date: Option<Duration>,
+    pub(crate) redirects_to_https: bool,
     /// Of 429 and 503, at most an hour.
     retry_after: Option<Duration>,
     /// Sec-WebSocket-Accept, if the other headers are a websocket's.
@@ -60,12 +60,12 @@ impl Answer {
     }
 
     /// The error that an answer other than 101 is.
-    pub fn refusal(&self) -> LinkError {
+    pub(super) fn refusal(&self) -> LinkError {
         LinkError::Refused { status: self.status, retry_after: self.retry_after }
     }
 
     /// Checks that the server opens a websocket for the request with this key (RFC 6455, 4.1).
-    pub fn accepts(&self, key: &str) -> Result<(), LinkError> {
+    pub(super) fn accepts(&self, key: &str) -> Result<(), LinkError> {
         let fault = match &self.accept {
             _ if self.status != 101 => return Err(self.refusal()),
             Some(accept) if *accept == derive_accept_key(key.as_bytes()) => return Ok(()),
@@ -90,7 +90,7 @@ fn retry_after(value: &str) -> Option<Duration> {
 }
 
 /// Sends a request and reads its answer's head, byte by byte: what follows belongs to the tunnel or the websocket.
-pub fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer, AnswerFault> {
+pub(super) fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer, AnswerFault> {
     stream.write_all(request.as_bytes())?;
     let mut head = Vec::new();
     while head.len() < MAX_HEAD {
@@ -114,10 +114,10 @@ pub fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer, Answe
 }
 
 /// A device's request to its server, without the headers that say how to go on. Has the token in it.
-pub struct Request(String);
+pub(super) struct Request(String);
 
 impl Request {
-    pub fn new(server: &Endpoint, token: &Token) -> Result<Self, LinkError> {
+    pub(super) fn new(server: &Endpoint, token: &Token) -> Result<Self, LinkError> {
         let token = token.reveal();
         if !token.bytes().all(|byte| matches!(byte, b' '..=b'~' | b'\t')) {
             return Err(LinkError::Token);
@@ -130,7 +130,7 @@ impl Request {
 
     /// Asks for a websocket with this key. Without one, asks the same but for the websocket: the server judges the
     /// token, and then refuses.
-    pub fn ask(&self, stream: impl Read + Write, key: Option<&str>) -> Result<Answer, LinkError> {
+    pub(super) fn ask(&self, stream: impl Read + Write, key: Option<&str>) -> Result<Answer, LinkError> {
         let (what, headers) = match key {
             Some(key) => ("the websocket handshake", format!("{UPGRADE}{key}")),
             None => ("the answer", "Connection: close".to_owned()),

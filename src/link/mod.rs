@@ -36,13 +36,14 @@ use crate::outbox::Outbox;
 use crate::proto::Frame;
 use crate::sys::thread;
 
-pub use dial::Progress;
-pub use endpoint::{Endpoint, PATH};
-pub use error::{AnswerFault, LinkError, TlsFault};
-pub use proxy::{PROXY_VARIABLES, ProxySettings};
+pub(crate) use dial::Progress;
+pub(crate) use endpoint::{Endpoint, PATH};
+pub use error::LinkError;
+pub(crate) use error::{AnswerFault, TlsFault};
+pub(crate) use proxy::{PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;
-pub use trial::trial;
+pub(crate) use trial::trial;
 
 /// A dial that takes longer hangs. More than its own limit, for machines that are overloaded and for trusted
 /// certificates that are read from slow storage.
@@ -50,7 +51,7 @@ const DIAL_LIMIT: Duration = ATTEMPT_LIMIT.saturating_mul(4);
 
 /// What becomes of a link.
 #[derive(Debug)]
-pub enum LinkEvent {
+pub(crate) enum LinkEvent {
     /// The websocket is open.
     Connected,
     /// The link has ended, or never came to be.
@@ -59,7 +60,7 @@ pub enum LinkEvent {
 
 /// A link as its owner holds it.
 #[derive(Debug)]
-pub struct Link {
+pub(crate) struct Link {
     cancel: Arc<Cancel>,
     since: Instant,
     /// Something waited to be read at the last look.
@@ -72,7 +73,7 @@ impl Link {
     /// Starts dialling. `accept` is called when the websocket is open, and returns what is called with each frame, must
     /// not wait, and is dropped when the link ends. `events` hears of the link's fate, last of all [`LinkEvent::Lost`],
     /// whatever happens.
-    pub fn dial<F: FnMut(Frame)>(
+    pub(crate) fn dial<F: FnMut(Frame)>(
         credentials: Credentials,
         proxies: Arc<ProxySettings>,
         accept: impl FnOnce(&Outbox) -> F + Send + 'static,
@@ -91,7 +92,7 @@ impl Link {
 
     /// Whether the link makes progress: `false` if its thread hasn't read in the whole time since this was asked last,
     /// though there was something to read, or has dialled for longer than any dial can take.
-    pub fn makes_progress(&mut self, now: Instant) -> bool {
+    pub(crate) fn makes_progress(&mut self, now: Instant) -> bool {
         let Some(Activity { heard, unread }) = self.cancel.activity() else {
             return now.saturating_duration_since(self.since) < DIAL_LIMIT;
         };
@@ -100,7 +101,7 @@ impl Link {
     }
 
     /// Ends the link: at once where it still dials, else with a short goodbye that nobody waits for.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.cancel.cancel();
     }
 }

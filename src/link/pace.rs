@@ -39,7 +39,7 @@ const STEP: u64 = 4;
 
 /// The bytes on the way and how many there may be.
 #[derive(Debug)]
-pub struct Pace {
+pub(super) struct Pace {
     window: u64,
     /// Of this link, since its start.
     written: u64,
@@ -80,17 +80,17 @@ impl Default for Pace {
 
 impl Pace {
     /// So many bytes were written.
-    pub fn wrote(&mut self, bytes: usize) {
+    pub(super) fn wrote(&mut self, bytes: usize) {
         self.written += bytes as u64;
     }
 
     /// How large a message of bulk should be.
-    pub fn piece(&self, now: Instant) -> usize {
+    pub(super) fn piece(&self, now: Instant) -> usize {
         let piece = if self.is_unanswered(now) { LARGEST_WINDOW } else { self.window } / PIECES;
         piece.max(self.quick_piece) as usize
     }
 
-    pub fn sendable(&self, now: Instant) -> Sendable {
+    pub(super) fn sendable(&self, now: Instant) -> Sendable {
         let (open, window) = (self.is_unanswered(now), self.current_window(now));
         // What is typed during a transfer doesn't wait for it.
         Sendable {
@@ -100,7 +100,7 @@ impl Pace {
     }
 
     /// When everything may be sent although no answer came.
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(super) fn deadline(&self) -> Option<Instant> {
         let patience = if self.answers { LOST } else { FIRST_ANSWER };
         self.probes.front().map(|probe| probe.when + patience)
     }
@@ -110,7 +110,7 @@ impl Pace {
     }
 
     /// The probe to write now, if one is due. With `bulk` a bulk message comes next.
-    pub fn probe(&mut self, bulk: bool, now: Instant) -> Option<Probe> {
+    pub(super) fn probe(&mut self, bulk: bool, now: Instant) -> Option<Probe> {
         let before = self.probes.back().map_or(self.arrived, |probe| probe.at);
         // The first message of a transfer has one in front of it, whose answer nothing delays.
         let due =
@@ -122,7 +122,7 @@ impl Pace {
     }
 
     /// The server has answered a probe.
-    pub fn answered(&mut self, probe: Probe, now: Instant) {
+    pub(super) fn answered(&mut self, probe: Probe, now: Instant) {
         let at = u64::from_be_bytes(probe);
         // Any other ping isn't a probe.
         let Some(place) = self.probes.iter().position(|probe| probe.at == at) else { return };
@@ -178,12 +178,12 @@ impl Pace {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// Of a connection that was quick long ago and has become so slow that the window shrank below what was written
     /// behind the last probe.
-    pub fn without_credit_or_probe(now: Instant) -> Pace {
+    pub(crate) fn without_credit_or_probe(now: Instant) -> Pace {
         let start = now - QUICKEST_HOLDS - Duration::from_secs(1);
         let mut pace = Pace::default();
         let first = pace.probe(true, start).unwrap();

@@ -12,13 +12,13 @@ use super::http;
 use crate::sys::net::contains;
 
 /// The environment's variables, in upper and lower case: for http, for https, and the exceptions.
-pub const PROXY_VARIABLES: [[&str; 3]; 2] =
+pub(crate) const PROXY_VARIABLES: [[&str; 3]; 2] =
     [["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"], ["http_proxy", "https_proxy", "no_proxy"]];
 
 /// What the environment says about proxies. As in curl and Go: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, in
 /// upper or lower case.
 #[derive(Default, Clone)]
-pub struct ProxySettings {
+pub(crate) struct ProxySettings {
     http: Option<String>,
     https: Option<String>,
     exceptions: String,
@@ -26,16 +26,16 @@ pub struct ProxySettings {
 
 /// A proxy to go through.
 #[derive(PartialEq, Eq)]
-pub struct Proxy {
+pub(super) struct Proxy {
     /// Where it is.
-    pub endpoint: Endpoint,
+    pub(super) endpoint: Endpoint,
     /// The value of Proxy-Authorization.
     credentials: Option<String>,
 }
 
 impl ProxySettings {
     /// The settings of this process's environment.
-    pub fn from_environment() -> Self {
+    pub(crate) fn from_environment() -> Self {
         Self::from_lookup(|name| std::env::var(name).ok())
     }
 
@@ -51,7 +51,7 @@ impl ProxySettings {
     ///
     /// # Errors
     /// [`LinkError::Proxy`] when the setting can't be understood.
-    pub fn proxy_for(&self, server: &Endpoint) -> Result<Option<Proxy>, LinkError> {
+    pub(super) fn proxy_for(&self, server: &Endpoint) -> Result<Option<Proxy>, LinkError> {
         let setting = if server.tls { &self.https } else { &self.http };
         match setting {
             Some(url) if !server.is_loopback() && !self.is_exception(server) => Proxy::parse(url).map(Some),
@@ -117,7 +117,7 @@ impl Proxy {
     ///
     /// # Errors
     /// [`LinkError::Proxy`] with the proxy's status or what went wrong on the way.
-    pub fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
+    pub(super) fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
         let target = server.authority();
         let mut request =
             format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {USER_AGENT}\r\n");

@@ -23,7 +23,7 @@ const MAX_BUFFERS: usize = 24;
 const WARNINGS: u32 = 5;
 
 /// Reads until the link ends and says why it did.
-pub fn run(
+pub(super) fn run(
     socket: &mut WebSocket<impl Read + Write>,
     outbox: &Outbox,
     mut inbound: impl FnMut(Frame),

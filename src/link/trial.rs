@@ -17,7 +17,7 @@ const PING: &[u8] = b"doctor";
 /// Connects to the server and tells `progress` of each step. With `upgrade` it opens a websocket, sends a ping through
 /// it and closes it, which ends the one that the device may have. Without, it asks the server the same question without
 /// wanting a websocket, and any answer is [`LinkError::Refused`].
-pub fn trial(
+pub(crate) fn trial(
     credentials: &Credentials,
     proxies: &ProxySettings,
     upgrade: bool,

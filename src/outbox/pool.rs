@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 #[derive(Debug, Clone)]
-pub struct Pool {
+pub(crate) struct Pool {
     most: usize,
     buffers: Arc<Mutex<Vec<Vec<u8>>>>,
 }
@@ -21,7 +21,7 @@ struct Part {
 
 impl Pool {
     /// Keeps at most so many buffers that nobody uses.
-    pub fn new(most: usize) -> Self {
+    pub(crate) fn new(most: usize) -> Self {
         Pool { most, buffers: Arc::default() }
     }
 
@@ -30,7 +30,7 @@ impl Pool {
     }
 
     /// A buffer of at least `size` bytes with any content.
-    pub fn take(&self, size: usize) -> Vec<u8> {
+    pub(crate) fn take(&self, size: usize) -> Vec<u8> {
         let mut buffers = self.lock();
         if let Some(at) = buffers.iter().position(|buffer| buffer.len() >= size) {
             return buffers.swap_remove(at);
@@ -41,11 +41,11 @@ impl Pool {
     }
 
     /// The bytes in `range` of a buffer, which comes back when they are dropped.
-    pub fn freeze(&self, buffer: Vec<u8>, range: Range<usize>) -> Bytes {
+    pub(crate) fn freeze(&self, buffer: Vec<u8>, range: Range<usize>) -> Bytes {
         Bytes::from_owner(Part { buffer, range, pool: self.clone() })
     }
 
-    pub fn clear(&self) {
+    pub(crate) fn clear(&self) {
         *self.lock() = Vec::new();
     }
 }
