@@ -75,25 +75,20 @@ pub(crate) fn pong(sid: &SessionId) -> Frame {
 
 /// Reports an error that no message of the client's caused. With `close` the session is over.
 pub(crate) fn error(sid: &SessionId, text: &str, close: bool) -> Frame {
-    error_frame(sid, None, text, close)
+    error_about(sid, &Frame::new(0, "", None), text, close)
 }
 
 /// Refuses `cause`. With `close` the session is over.
 pub fn error_about(sid: &SessionId, cause: &Frame, text: &str, close: bool) -> Frame {
-    error_frame(sid, Some(cause), text, close)
-}
-
-fn error_frame(sid: &SessionId, cause: Option<&Frame>, text: &str, close: bool) -> Frame {
     let mut body =
         MapWriter::new().str("err", Some(text)).with("close", |out| encode::write_bool(out, close));
-    if let Some(proto) = cause.map(|c| c.proto).filter(|p| *p != 0) {
-        body = body.with("msgproto", |out| encode::write_u16(out, proto));
+    if cause.proto != 0 {
+        body = body.with("msgproto", |out| encode::write_u16(out, cause.proto));
     }
     let body = body
-        .str("msgtype", cause.map(|c| c.typ.as_str()).filter(|t| !t.is_empty()))
-        .str("msgid", cause.and_then(|c| c.props.str("msgid")))
-        .finish();
-    frame(sid, ERROR).with_body(body)
+        .str("msgtype", Some(cause.typ.as_str()).filter(|t| !t.is_empty()))
+        .str("msgid", cause.props.str("msgid"));
+    frame(sid, ERROR).with_body(body.finish())
 }
 
 #[cfg(test)]

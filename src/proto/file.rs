@@ -64,10 +64,10 @@ impl Request {
             match cursor.value()? {
                 Value::Blob(b"path") => request.path = path(&mut cursor, "path")?.unwrap_or_default(),
                 Value::Blob(b"src_path") => request.src_path = path(&mut cursor, "src_path")?,
-                Value::Blob(b"size") => request.size = number(&mut cursor, "size")?,
-                Value::Blob(b"uid") => request.uid = number(&mut cursor, "uid")?,
-                Value::Blob(b"gid") => request.gid = number(&mut cursor, "gid")?,
-                Value::Blob(b"mode") => request.mode = number(&mut cursor, "mode")?,
+                Value::Blob(b"size") => request.size = cursor.int("size")?,
+                Value::Blob(b"uid") => request.uid = cursor.int("uid")?,
+                Value::Blob(b"gid") => request.gid = cursor.int("gid")?,
+                Value::Blob(b"mode") => request.mode = cursor.int("mode")?,
                 _ => cursor.skip()?,
             }
         }
@@ -75,21 +75,9 @@ impl Request {
     }
 }
 
+/// Bytes: a path needn't be UTF-8.
 fn path(cursor: &mut Cursor<'_>, what: &'static str) -> Result<Option<PathBuf>, DecodeError> {
-    match cursor.value()? {
-        Value::Nil => Ok(None),
-        // Bytes: a path needn't be UTF-8.
-        Value::Blob(bytes) => Ok(Some(OsString::from_vec(bytes.to_vec()).into())),
-        _ => Err(DecodeError::Value(what)),
-    }
-}
-
-fn number<T: TryFrom<i128>>(cursor: &mut Cursor<'_>, what: &'static str) -> Result<Option<T>, DecodeError> {
-    match cursor.value()? {
-        Value::Nil => Ok(None),
-        Value::Int(n) => T::try_from(n).map(Some).map_err(|_| DecodeError::Range(what)),
-        _ => Err(DecodeError::Value(what)),
-    }
+    Ok(cursor.blob(what)?.map(|bytes| OsString::from_vec(bytes.to_vec()).into()))
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -22,11 +22,8 @@ pub fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, rmp_serde::dec
 pub enum DecodeError {
     #[error("the message is cut off")]
     Truncated,
-    #[error("{what} is of the wrong type ({found:?})")]
-    Type { what: &'static str, found: Marker },
-    /// As `Type`, where the type found doesn't matter.
     #[error("{0} is of the wrong type")]
-    Value(&'static str),
+    Type(&'static str),
     #[error("{0} is out of range")]
     Range(&'static str),
     #[error("the header is missing")]
@@ -38,18 +35,16 @@ pub(crate) struct Cursor<'a> {
     rest: &'a [u8],
 }
 
-/// A scalar; maps, arrays and extensions are skipped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Value<'a> {
     Nil,
-    /// An integer of any width.
+    Bool,
     Int(i128),
-    /// A float of either width.
     Float(f64),
     /// str or bin.
     Blob(&'a [u8]),
-    /// A map, an array, a boolean or an extension.
-    Other(Marker),
+    /// A map, an array or an extension.
+    Other,
 }
 
 impl<'a> Cursor<'a> {
@@ -57,7 +52,6 @@ impl<'a> Cursor<'a> {
         Cursor { rest: bytes }
     }
 
-    /// The unread bytes.
     pub(crate) fn rest(&self) -> &'a [u8] {
         self.rest
     }
@@ -68,14 +62,9 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
-    fn marker(&self) -> Result<Marker, DecodeError> {
-        self.rest.first().map(|byte| Marker::from_u8(*byte)).ok_or(DecodeError::Truncated)
-    }
-
     /// Reads a marker and its own bytes. Also returns the number of values nested in it, which are still unread.
     fn element(&mut self) -> Result<(Marker, &'a [u8], u64), DecodeError> {
-        let marker = self.marker()?;
-        self.take(1)?;
+        let marker = Marker::from_u8(self.take(1)?[0]);
         let (bytes, inner) = match marker {
             Marker::Null | Marker::True | Marker::False | Marker::FixPos(_) | Marker::FixNeg(_) => (0, 0),
             Marker::U8 | Marker::I8 => (1, 0),
@@ -101,7 +90,7 @@ impl<'a> Cursor<'a> {
             Marker::FixMap(n) => (0, 2 * u64::from(n)),
             Marker::Map16 => (0, 2 * self.length(2)? as u64),
             Marker::Map32 => (0, 2 * self.length(4)? as u64),
-            found @ Marker::Reserved => return Err(DecodeError::Type { what: "a value", found }),
+            Marker::Reserved => return Err(DecodeError::Type("a value")),
         };
         Ok((marker, self.take(bytes)?, inner))
     }
@@ -139,7 +128,7 @@ impl<'a> Cursor<'a> {
             (Marker::FixMap(_) | Marker::Map16 | Marker::Map32, _, inner) => {
                 Ok(Some(usize::try_from(inner / 2).unwrap_or(usize::MAX)))
             }
-            (found, ..) => Err(DecodeError::Type { what, found }),
+            _ => Err(DecodeError::Type(what)),
         }
     }
 
@@ -149,6 +138,7 @@ impl<'a> Cursor<'a> {
         self.skip_values(inner)?;
         Ok(match marker {
             Marker::Null => Value::Nil,
+            Marker::True | Marker::False => Value::Bool,
             Marker::FixPos(n) => Value::Int(n.into()),
             Marker::FixNeg(n) => Value::Int(n.into()),
             Marker::U8 | Marker::U16 | Marker::U32 | Marker::U64 => Value::Int(number(bytes).into()),
@@ -160,20 +150,25 @@ impl<'a> Cursor<'a> {
             Marker::F64 => Value::Float(f64::from_bits(number(bytes))),
             Marker::FixStr(_) | Marker::Str8 | Marker::Str16 | Marker::Str32 => Value::Blob(bytes),
             Marker::Bin8 | Marker::Bin16 | Marker::Bin32 => Value::Blob(bytes),
-            other => Value::Other(other),
+            _ => Value::Other,
         })
     }
 
-    /// Reads the next value; `None` for nil. An error if `pick` returns `None`.
-    pub(crate) fn typed<T>(
-        &mut self,
-        what: &'static str,
-        pick: impl FnOnce(Value<'a>) -> Option<T>,
-    ) -> Result<Option<T>, DecodeError> {
-        let found = self.marker()?;
+    /// Reads a str or bin; `None` for nil.
+    pub(crate) fn blob(&mut self, what: &'static str) -> Result<Option<&'a [u8]>, DecodeError> {
         match self.value()? {
             Value::Nil => Ok(None),
-            value => pick(value).map(Some).ok_or(DecodeError::Type { what, found }),
+            Value::Blob(bytes) => Ok(Some(bytes)),
+            _ => Err(DecodeError::Type(what)),
+        }
+    }
+
+    /// Reads an integer; `None` for nil.
+    pub(crate) fn int<T: TryFrom<i128>>(&mut self, what: &'static str) -> Result<Option<T>, DecodeError> {
+        match self.value()? {
+            Value::Nil => Ok(None),
+            Value::Int(n) => T::try_from(n).map(Some).map_err(|_| DecodeError::Range(what)),
+            _ => Err(DecodeError::Type(what)),
         }
     }
 }
@@ -264,6 +259,6 @@ mod tests {
             assert_eq!(Cursor::new(claim).skip(), Err(DecodeError::Truncated));
             assert!(Cursor::new(claim).value().is_err());
         }
-        assert!(matches!(Cursor::new(&[0xc1]).skip(), Err(DecodeError::Type { .. })));
+        assert!(matches!(Cursor::new(&[0xc1]).skip(), Err(DecodeError::Type(_))));
     }
 }
