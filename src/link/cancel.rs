@@ -1,66 +1,69 @@
-//! Ends a dial or a link from another thread, whatever it waits for, and tells whether it gets on.
+//! Ends a dial or a link from another thread, whatever it waits for, and tells whether the reader reads.
 
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::error::LinkError;
 use crate::sys::net;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Cancel {
     state: Mutex<State>,
+    /// Disconnected by [`Cancel::cancel`]; for whoever waits on channels.
+    pub(super) cancelled: Receiver<()>,
+    /// The reader has read since [`Cancel::reads`] was called last.
     heard: AtomicBool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    cancelled: bool,
+    /// `None` once cancelled.
+    alive: Option<Sender<()>>,
     established: bool,
     socket: Option<Arc<TcpStream>>,
-}
-
-/// Of an open link.
-#[derive(Debug)]
-pub(super) struct Activity {
-    /// The reader has read since this was asked last.
-    pub(super) heard: bool,
-    /// Something waits to be read.
-    pub(super) unread: bool,
+    /// Something waited to be read at the last call of [`Cancel::reads`].
+    had_unread: bool,
 }
 
 impl Cancel {
-    fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
-        f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    pub(super) fn new() -> Self {
+        let (alive, cancelled) = bounded(0);
+        let state = State { alive: Some(alive), established: false, socket: None, had_unread: false };
+        Cancel { state: Mutex::new(state), cancelled, heard: AtomicBool::new(false) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn cancel(&self) {
-        self.with(|state| {
-            state.cancelled = true;
-            // Of an open websocket only reading ends: then the reader ends, and the writer sends a close frame.
-            state.shut_down(if state.established { Shutdown::Read } else { Shutdown::Both });
-        });
+        let mut state = self.lock();
+        state.alive = None;
+        // Of an open websocket only reading ends: then the reader ends, and the writer sends a close frame.
+        state.shut_down(if state.established { Shutdown::Read } else { Shutdown::Both });
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
-        self.with(|state| state.cancelled)
+        self.lock().alive.is_none()
     }
 
     /// From here on `socket` is the one to shut down.
     pub(super) fn register(&self, socket: &Arc<TcpStream>) -> Result<(), LinkError> {
-        self.with(|state| {
-            state.socket = Some(Arc::clone(socket));
-            if state.cancelled { Err(LinkError::Cancelled) } else { Ok(()) }
-        })
+        let mut state = self.lock();
+        state.socket = Some(Arc::clone(socket));
+        if state.alive.is_none() { Err(LinkError::Cancelled) } else { Ok(()) }
     }
 
     pub(super) fn establish(&self) {
-        self.with(|state| state.established = true);
+        self.lock().established = true;
     }
 
     pub(super) fn shut_down(&self) {
-        self.with(|state| state.shut_down(Shutdown::Both));
+        self.lock().shut_down(Shutdown::Both);
     }
 
     /// To be called whenever the reader has read.
@@ -68,13 +71,15 @@ impl Cancel {
         self.heard.store(true, Ordering::Relaxed);
     }
 
-    /// `None` until the link is established.
-    pub(super) fn activity(&self) -> Option<Activity> {
+    /// False if the reader hasn't read since the last call, though something waited to be read then and now. `None`
+    /// until the link is established.
+    pub(super) fn reads(&self) -> Option<bool> {
         let heard = self.heard.swap(false, Ordering::Relaxed);
-        self.with(|state| {
-            let socket = state.socket.as_ref().filter(|_| state.established)?;
-            Some(Activity { heard, unread: net::is_readable(socket.as_fd()) })
-        })
+        let mut state = self.lock();
+        let socket = state.socket.as_ref().filter(|_| state.established)?;
+        let unread = net::is_readable(socket.as_fd());
+        let had_unread = std::mem::replace(&mut state.had_unread, unread);
+        Some(heard || !had_unread || !unread)
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, select};
+use crossbeam_channel::select;
 use log::debug;
 use nix::errno::Errno;
 use nix::sys::socket::{SockFlag, SockType};
@@ -50,32 +50,24 @@ pub(crate) enum Progress<'a> {
     Opened,
 }
 
-/// Connects to the server that `credentials` name. Ends early when `cancel` says so or `gone` is disconnected.
-///
-/// # Errors
-/// Which step failed and why.
+/// Connects to the server that `credentials` name.
 pub(super) fn dial(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
-    gone: &Receiver<()>,
     outbox: &Outbox,
 ) -> Result<(WebSocket<ReadHalf>, WriteHalf), LinkError> {
-    let (request, stream) = reach(credentials, proxies, cancel, gone, &mut |_| {})?;
+    let (request, stream) = reach(credentials, proxies, cancel, &mut |_| {})?;
     let mut websocket = upgrade(&request, stream, &mut |_| {})?;
     let write_half = websocket.get_mut().open(outbox, cancel)?;
     Ok((websocket, write_half))
 }
 
 /// The way to the server, up to what is to be asked of it. `progress` hears of each step that was made.
-///
-/// # Errors
-/// Which step failed and why.
 pub(super) fn reach(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Cancel,
-    gone: &Receiver<()>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<(Request, ReadHalf), LinkError> {
     let deadline = Instant::now() + ATTEMPT_LIMIT;
@@ -87,7 +79,7 @@ pub(super) fn reach(
     let proxy = proxies.proxy_for(&server)?;
     let first = proxy.as_ref().map_or(&server, |p| &p.endpoint);
     progress(Progress::Proxy(proxy.as_ref().map(|p| &p.endpoint)));
-    let socket = open_socket(first, deadline, cancel, gone, progress)?;
+    let socket = open_socket(first, deadline, cancel, progress)?;
     if let Some(proxy) = &proxy {
         debug!("asking the proxy {} for {}", proxy.endpoint.authority(), server.authority());
         proxy.tunnel(Deadline { socket: &socket, deadline: Some(deadline) }, &server)?;
@@ -103,9 +95,6 @@ pub(super) fn reach(
 }
 
 /// Opens a websocket at the end of the way.
-///
-/// # Errors
-/// [`LinkError::Refused`] for any status but 101.
 pub(super) fn upgrade(
     request: &Request,
     mut stream: ReadHalf,
@@ -130,11 +119,10 @@ fn open_socket(
     target: &Endpoint,
     deadline: Instant,
     cancel: &Cancel,
-    gone: &Receiver<()>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Arc<TcpStream>, LinkError> {
     let mut last = LinkError::Resolve { host: target.host.clone(), reason: "no addresses".to_owned() };
-    let addresses = resolve(target, deadline, gone)?;
+    let addresses = resolve(target, deadline, cancel)?;
     progress(Progress::Resolved(&addresses));
     for (at, &address) in addresses.iter().enumerate() {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -153,8 +141,7 @@ fn open_socket(
     Err(last)
 }
 
-/// The addresses of a host.
-fn resolve(target: &Endpoint, deadline: Instant, gone: &Receiver<()>) -> Result<Vec<SocketAddr>, LinkError> {
+fn resolve(target: &Endpoint, deadline: Instant, cancel: &Cancel) -> Result<Vec<SocketAddr>, LinkError> {
     if let Some(address) = target.address() {
         return Ok(vec![SocketAddr::new(address, target.port)]);
     }
@@ -166,7 +153,7 @@ fn resolve(target: &Endpoint, deadline: Instant, gone: &Receiver<()>) -> Result<
             Ok(Err(e)) => Err(failed(e.to_string())),
             Err(_) => Err(failed("the resolver failed".to_owned())),
         },
-        recv(gone) -> _ => Err(LinkError::Cancelled),
+        recv(cancel.cancelled) -> _ => Err(LinkError::Cancelled),
         default(deadline.saturating_duration_since(Instant::now())) => Err(LinkError::TimedOut("the name look-up")),
     }
 }

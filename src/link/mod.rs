@@ -26,10 +26,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
 use log::debug;
 
-use self::cancel::{Activity, Cancel};
+use self::cancel::Cancel;
 use self::deadline::{ATTEMPT_LIMIT, FAREWELL_LIMIT};
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
@@ -49,24 +48,19 @@ pub(crate) use trial::trial;
 /// certificates that are read from slow storage.
 const DIAL_LIMIT: Duration = ATTEMPT_LIMIT.saturating_mul(4);
 
-/// What becomes of a link.
 #[derive(Debug)]
 pub(crate) enum LinkEvent {
-    /// The websocket is open.
     Connected,
     /// The link has ended, or never came to be.
     Lost(LinkError),
 }
 
-/// A link as its owner holds it.
+/// A link as its owner holds it. Dropping it ends the link: at once where it still dials, else with a short goodbye
+/// that nobody waits for.
 #[derive(Debug)]
 pub(crate) struct Link {
     cancel: Arc<Cancel>,
     since: Instant,
-    /// Something waited to be read at the last look.
-    had_unread: bool,
-    /// Dropped to tell a dial that waits for names.
-    _alive: Sender<()>,
 }
 
 impl Link {
@@ -79,36 +73,26 @@ impl Link {
         accept: impl FnOnce(&Outbox) -> F + Send + 'static,
         events: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<Self> {
-        let (alive, gone) = crossbeam_channel::bounded(0);
-        let cancel = Arc::new(Cancel::default());
+        let cancel = Arc::new(Cancel::new());
         let theirs = Arc::clone(&cancel);
         thread::spawn("link", thread::LARGE_STACK, move || {
-            let lost = run(&credentials, &proxies, &theirs, &gone, accept, &events);
+            let lost = run(&credentials, &proxies, &theirs, accept, &events);
             debug!("the link has ended: {lost}");
             events(LinkEvent::Lost(lost));
         })?;
-        Ok(Link { cancel, since: Instant::now(), had_unread: false, _alive: alive })
+        Ok(Link { cancel, since: Instant::now() })
     }
 
     /// Whether the link makes progress: `false` if its thread hasn't read in the whole time since this was asked last,
     /// though there was something to read, or has dialled for longer than any dial can take.
-    pub(crate) fn makes_progress(&mut self, now: Instant) -> bool {
-        let Some(Activity { heard, unread }) = self.cancel.activity() else {
-            return now.saturating_duration_since(self.since) < DIAL_LIMIT;
-        };
-        let had_unread = std::mem::replace(&mut self.had_unread, unread);
-        heard || !had_unread || !unread
-    }
-
-    /// Ends the link: at once where it still dials, else with a short goodbye that nobody waits for.
-    pub(crate) fn close(&self) {
-        self.cancel.cancel();
+    pub(crate) fn makes_progress(&self, now: Instant) -> bool {
+        self.cancel.reads().unwrap_or_else(|| now.saturating_duration_since(self.since) < DIAL_LIMIT)
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.close();
+        self.cancel.cancel();
     }
 }
 
@@ -116,12 +100,11 @@ fn run<F: FnMut(Frame)>(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
-    gone: &Receiver<()>,
     accept: impl FnOnce(&Outbox) -> F,
     events: &impl Fn(LinkEvent),
 ) -> LinkError {
     let (outbox, queue) = Outbox::new();
-    let (mut socket, write_half) = match dial::dial(credentials, proxies, cancel, gone, &outbox) {
+    let (mut socket, write_half) = match dial::dial(credentials, proxies, cancel, &outbox) {
         Ok(halves) => halves,
         Err(_) if cancel.is_cancelled() => return LinkError::Cancelled,
         Err(e) => return e,

@@ -100,5 +100,5 @@ pub fn read(
     let config = Some(super::dial::websocket_config(most));
     let role = tungstenite::protocol::Role::Client;
     let mut socket = WebSocket::from_raw_socket(stream, role, config);
-    run(&mut socket, outbox, inbound, &Cancel::default())
+    run(&mut socket, outbox, inbound, &Cancel::new())
 }

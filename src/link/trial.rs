@@ -23,8 +23,7 @@ pub(crate) fn trial(
     upgrade: bool,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<(), LinkError> {
-    let (_alive, gone) = crossbeam_channel::bounded(0);
-    let (request, stream) = dial::reach(credentials, proxies, &Cancel::default(), &gone, progress)?;
+    let (request, stream) = dial::reach(credentials, proxies, &Cancel::new(), progress)?;
     if upgrade {
         return ping(dial::upgrade(&request, stream, progress)?);
     }
