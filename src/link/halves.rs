@@ -15,24 +15,22 @@ use super::deadline::{Deadline, SILENCE_LIMIT, WRITE_LIMIT};
 use crate::outbox::{Outbox, Signal};
 use crate::sys::net;
 
-/// Bytes read from a plain connection at a time: many small messages cost one system call.
+/// Read buffer of a plain connection in bytes: many small messages cost one system call.
 const BUFFER: usize = 32 * 1024;
-/// A TLS record and its framing.
+/// Read buffer of a TLS connection in bytes: a record and its framing.
 const RECORD: usize = 16 * 1024 + 512;
 
 /// A TLS connection, shared by the two halves. It does no I/O: a lock is held while bytes are moved into or out of it,
 /// never while a half waits for the network.
 pub(super) trait Tls: Send + Sync {
-    /// Reads plaintext, taking as much of `ciphertext` as that needs.
-    ///
-    /// # Errors
-    /// `WouldBlock` when all of `ciphertext` was taken and there is no plaintext yet.
+    /// Reads plaintext, taking as much of `ciphertext` as that needs. `WouldBlock`: all of it was taken, and there is no
+    /// plaintext yet.
     fn decrypt(&self, ciphertext: &mut &[u8], plaintext: &mut [u8]) -> io::Result<usize>;
 
-    /// Takes plaintext, how many bytes is returned, and appends everything that is ready to be sent to `ciphertext`.
+    /// Appends to `ciphertext` everything that is ready to be sent. Returns how many bytes of `plaintext` it took.
     fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<usize>;
 
-    /// Whether the protocol has something of its own to send.
+    /// Whether TLS has something of its own to send, such as an answer to a key update.
     fn wants_write(&self) -> bool;
 
     fn version(&self) -> String;
@@ -70,13 +68,12 @@ impl ReadHalf {
         ReadHalf { source: BufReader::with_capacity(capacity, source), tls }
     }
 
-    /// The version of TLS, if that is spoken.
     pub(super) fn tls_version(&self) -> Option<String> {
         self.tls.as_ref().map(|tls| tls.version())
     }
 
-    /// Ends the handshake: from now on this half only reads, and waits as long as a live server may be silent.
-    /// `cancel` hears of each read.
+    /// Ends the handshake: from now on this half only reads, for at most [`SILENCE_LIMIT`] at a time, and tells `cancel`
+    /// of each read.
     pub(super) fn open(&mut self, outbox: &Outbox, cancel: &Arc<Cancel>) -> io::Result<WriteHalf> {
         let Source { socket, phase } = self.source.get_mut();
         socket.set_read_timeout(Some(SILENCE_LIMIT))?;
@@ -84,29 +81,30 @@ impl ReadHalf {
         let quick_ack = socket.peer_addr()?.ip().is_loopback();
         let (outbox, cancel) = (outbox.clone(), Arc::clone(cancel));
         *phase = Phase::Open { quick_ack, outbox, cancel };
-        Ok(WriteHalf { socket: Arc::clone(socket), tls: self.tls.clone(), ciphertext: Vec::new() })
+        Ok(self.write_half(None))
+    }
+
+    fn write_half(&self, deadline: Option<Instant>) -> WriteHalf {
+        let socket = Arc::clone(&self.source.get_ref().socket);
+        WriteHalf { socket, deadline, tls: self.tls.clone(), ciphertext: Vec::new() }
     }
 }
 
 impl Read for Source {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let socket = &self.socket;
-        let Phase::Open { quick_ack, cancel, .. } = &self.phase else {
-            return Deadline { socket, deadline: self.deadline() }.read(buffer);
-        };
-        let n = Deadline { socket, deadline: None }.read(buffer)?;
-        cancel.heard();
-        if *quick_ack {
-            // Only a hint; a socket that can't do it still works.
-            let _ = net::rearm_quick_ack(socket.as_fd());
+        match &self.phase {
+            Phase::Handshake { deadline } => Deadline { socket, deadline: Some(*deadline) }.read(buffer),
+            Phase::Open { quick_ack, cancel, .. } => {
+                let n = Deadline { socket, deadline: None }.read(buffer)?;
+                cancel.heard();
+                if *quick_ack {
+                    // Only a hint; a socket that can't do it still works.
+                    let _ = net::rearm_quick_ack(socket.as_fd());
+                }
+                Ok(n)
+            }
         }
-        Ok(n)
-    }
-}
-
-impl Source {
-    fn deadline(&self) -> Option<Instant> {
-        if let Phase::Handshake { deadline } = self.phase { Some(deadline) } else { None }
     }
 }
 
@@ -138,9 +136,10 @@ impl Read for ReadHalf {
 
 impl Write for ReadHalf {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let source = self.source.get_ref();
-        let Some(deadline) = source.deadline() else { return Ok(bytes.len()) };
-        write(&source.socket, Some(deadline), self.tls.as_deref(), bytes, &mut Vec::new())
+        match self.source.get_ref().phase {
+            Phase::Handshake { deadline } => self.write_half(Some(deadline)).write(bytes),
+            Phase::Open { .. } => Ok(bytes.len()),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -152,6 +151,7 @@ impl Write for ReadHalf {
 #[derive(Clone)]
 pub(super) struct WriteHalf {
     socket: Arc<TcpStream>,
+    deadline: Option<Instant>,
     tls: Option<Arc<dyn Tls>>,
     ciphertext: Vec<u8>,
 }
@@ -160,10 +160,10 @@ impl WriteHalf {
     /// Of a plain connection without a reader.
     #[cfg(test)]
     pub(super) fn plain(socket: TcpStream) -> Self {
-        WriteHalf { socket: Arc::new(socket), tls: None, ciphertext: Vec::new() }
+        WriteHalf { socket: Arc::new(socket), deadline: None, tls: None, ciphertext: Vec::new() }
     }
 
-    /// Sends what TLS has to say of its own, if anything.
+    /// Sends what the read half found that TLS wants to say.
     pub(super) fn flush_tls(&mut self) -> io::Result<()> {
         self.write(&[]).map(drop)
     }
@@ -175,7 +175,7 @@ impl WriteHalf {
     }
 }
 
-/// tungstenite asks for it and never reads where it only writes.
+/// tungstenite requires it of a stream, but never calls it on a websocket that only writes.
 impl Read for WriteHalf {
     fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
         Err(io::ErrorKind::Unsupported.into())
@@ -183,34 +183,24 @@ impl Read for WriteHalf {
 }
 
 impl Write for WriteHalf {
+    /// Writes some of `bytes`, with TLS all of them.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        write(&self.socket, None, self.tls.as_deref(), bytes, &mut self.ciphertext)
+        let mut socket = Deadline { socket: &self.socket, deadline: self.deadline };
+        let Some(tls) = &self.tls else { return socket.write(bytes) };
+        let mut written = 0;
+        loop {
+            written += tls.encrypt(&bytes[written..], &mut self.ciphertext)?;
+            socket.write_all(&self.ciphertext)?;
+            self.ciphertext.clear();
+            if written == bytes.len() {
+                // One large message doesn't keep its memory.
+                self.ciphertext.shrink_to(2 * RECORD);
+                return Ok(written);
+            }
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// Writes some of `bytes`, with TLS all of them.
-fn write(
-    socket: &TcpStream,
-    deadline: Option<Instant>,
-    tls: Option<&dyn Tls>,
-    bytes: &[u8],
-    ciphertext: &mut Vec<u8>,
-) -> io::Result<usize> {
-    let mut socket = Deadline { socket, deadline };
-    let Some(tls) = tls else { return socket.write(bytes) };
-    let mut written = 0;
-    loop {
-        written += tls.encrypt(&bytes[written..], ciphertext)?;
-        socket.write_all(ciphertext)?;
-        ciphertext.clear();
-        if written == bytes.len() {
-            // A burst shouldn't cost memory for ever.
-            ciphertext.shrink_to(2 * RECORD);
-            return Ok(written);
-        }
     }
 }
