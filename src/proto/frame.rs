@@ -119,10 +119,8 @@ impl Props {
     /// The part that every client can read: scalars with names, limited in length and number.
     #[must_use]
     pub(crate) fn readable(&self) -> Self {
-        let mut cursor = Cursor::new(&self.raw);
         let mut kept = MapWriter::new();
-        for _ in 0..cursor.map("props").ok().flatten().unwrap_or(0) {
-            let (Ok(name), Ok(value)) = (cursor.value(), cursor.raw()) else { break };
+        for (name, value) in self.pairs() {
             let good = match Cursor::new(value).value() {
                 Ok(Value::Other) => false,
                 Ok(Value::Blob(text)) => text.len() <= MAX_ID,
@@ -139,18 +137,17 @@ impl Props {
         if kept.len() == 0 { Props::new() } else { Props { raw: kept.finish().into() } }
     }
 
+    /// Names and encoded values.
+    fn pairs(&self) -> impl Iterator<Item = (Value<'_>, &[u8])> {
+        let mut cursor = Cursor::new(&self.raw);
+        let count = cursor.map("props").ok().flatten().unwrap_or(0);
+        (0..count).map_while(move |_| Some((cursor.value().ok()?, cursor.raw().ok()?)))
+    }
+
     /// The last value under `key`, as in Go's maps. nil counts as absent.
     fn get(&self, key: &str) -> Option<Value<'_>> {
-        let mut cursor = Cursor::new(&self.raw);
-        let mut found = None;
-        for _ in 0..cursor.map("props").ok()?? {
-            let name = cursor.value().ok()?;
-            let value = cursor.value().ok()?;
-            if name == Value::Blob(key.as_bytes()) {
-                found = (value != Value::Nil).then_some(value);
-            }
-        }
-        found
+        let (_, value) = self.pairs().filter(|(name, _)| *name == Value::Blob(key.as_bytes())).last()?;
+        Cursor::new(value).value().ok().filter(|value| *value != Value::Nil)
     }
 
     pub fn has(&self, key: &str) -> bool {
@@ -279,8 +276,8 @@ impl Frame {
         out
     }
 
-    /// Encodes the frame with another body: what `read` puts into its part of `buffer`, behind room for a head. It returns
-    /// how many bytes these are, and a result that is handed on. Where in `buffer` the message is then.
+    /// Encodes the frame with another body. `read` puts it into the part of `buffer` behind [`Frame::head_room`], and
+    /// returns its length and a result to hand on. Returns the message's place in `buffer`.
     pub fn encode_with<T>(
         &self,
         buffer: &mut [u8],
