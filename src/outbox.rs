@@ -22,11 +22,11 @@ pub(crate) type Probe = [u8; 8];
 const MAX_INTERACTIVE: usize = 256;
 const MAX_BULK: usize = 16;
 const MAX_SIGNALS: usize = 64;
-/// Of messages that are being composed or wait.
+/// Buffers kept for messages to be composed in.
 const MAX_BUFFERS: usize = 4;
 /// Data messages of one class that a session may have here: one being written and one behind it.
 const MAX_DATA: usize = 2;
-/// After so many interactive messages in a row a bulk message that waits has its turn.
+/// Interactive messages in a row before a bulk message that waits has its turn.
 const MAX_FAVOURED: u32 = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub enum Signal {
     Answered(Probe, Instant),
 }
 
-/// What the writer does when nobody is left who could tell it to.
+/// What the writer does when every [`Outbox`] has been dropped.
 const ABANDONED: Signal = Signal::Close(1000);
 
 #[derive(Debug)]
@@ -93,6 +93,7 @@ pub struct Queue {
 #[derive(Debug)]
 struct Item {
     message: Bytes,
+    class: Class,
     discard: Option<Discard>,
     _counted: Option<Counted>,
 }
@@ -126,29 +127,29 @@ impl Outbox {
 
     /// Queues an answer, waiting for its place.
     pub fn reply(&self, frame: &Frame) {
-        let _ = self.interactive.send(Item::of(frame));
+        let _ = self.interactive.send(Item::of(frame, Class::Interactive));
     }
 
-    /// For the reader's thread: whether there was a place for the answer.
+    /// For the reader: never waits, returns false if there is no place for the answer.
     pub(crate) fn try_reply(&self, frame: &Frame) -> bool {
-        self.interactive.try_send(Item::of(frame)).is_ok()
+        self.interactive.try_send(Item::of(frame, Class::Interactive)).is_ok()
     }
 }
 
 impl Item {
-    fn of(frame: &Frame) -> Box<Self> {
-        Box::new(Item { message: frame.encode().into(), discard: None, _counted: None })
+    fn of(frame: &Frame, class: Class) -> Box<Self> {
+        Box::new(Item { message: frame.encode().into(), class, discard: None, _counted: None })
     }
 
     /// `None` if it is to be discarded.
-    fn work(self, class: Class) -> Option<Work> {
+    fn work(self) -> Option<Work> {
         let discarded = self.discard.is_some_and(|discard| discard.load(Ordering::SeqCst));
-        (!discarded).then_some(Work::Message(self.message, class))
+        (!discarded).then_some(Work::Message(self.message, self.class))
     }
 }
 
 impl Queue {
-    /// Sets how many bytes a bulk message should have.
+    /// Sets what [`Sink::piece`] returns.
     pub(crate) fn set_piece(&self, bytes: usize) {
         self.piece.store(bytes, Ordering::Relaxed);
     }
@@ -165,15 +166,10 @@ impl Queue {
             Err(TryRecvError::Disconnected) => return Some(Work::Signal(ABANDONED)),
             Err(TryRecvError::Empty) => {}
         }
-        loop {
-            let (item, class) = self.pop(sendable)?;
-            if let Some(work) = item.work(class) {
-                return Some(work);
-            }
-        }
+        std::iter::from_fn(|| self.pop(sendable)).find_map(|item| item.work())
     }
 
-    /// The same, waiting until `deadline`.
+    /// As [`Queue::try_next`], but waits until `deadline`.
     pub fn next(&mut self, sendable: Sendable, deadline: Instant) -> Option<Work> {
         let never = never();
         loop {
@@ -181,34 +177,34 @@ impl Queue {
                 return Some(work);
             }
             // Not `Select::ready`, which spins and yields before it waits: 10 µs a message on a single core.
-            let (item, class) = select! {
+            let item = select! {
                 recv(self.signals) -> signal => return Some(Work::Signal(signal.unwrap_or(ABANDONED))),
-                recv(if sendable.interactive { &self.interactive } else { &never }) -> item => (item, Class::Interactive),
-                recv(if sendable.bulk { &self.bulk } else { &never }) -> item => (item, Class::Bulk),
+                recv(if sendable.interactive { &self.interactive } else { &never }) -> item => item,
+                recv(if sendable.bulk { &self.bulk } else { &never }) -> item => item,
                 default(deadline.saturating_duration_since(Instant::now())) => return None,
             };
-            if let Some(work) = item.ok().and_then(|item| item.work(class)) {
+            if let Some(work) = item.ok().and_then(|item| item.work()) {
                 return Some(work);
             }
         }
     }
 
     /// Interactive messages go first, but a terminal that never stops writing doesn't stop a transfer.
-    fn pop(&mut self, sendable: Sendable) -> Option<(Box<Item>, Class)> {
+    fn pop(&mut self, sendable: Sendable) -> Option<Box<Item>> {
         let bulk = sendable.bulk && !self.bulk.is_empty();
         if sendable.interactive
             && !(bulk && self.favoured >= MAX_FAVOURED)
             && let Ok(item) = self.interactive.try_recv()
         {
             self.favoured += u32::from(bulk);
-            return Some((item, Class::Interactive));
+            return Some(item);
         }
         self.favoured = 0;
-        if bulk { Some((self.bulk.try_recv().ok()?, Class::Bulk)) } else { None }
+        if bulk { self.bulk.try_recv().ok() } else { None }
     }
 }
 
-/// Where a session puts its messages, with its account of the data among them.
+/// A session's way into the outbox, which counts the session's data there.
 #[derive(Debug, Clone)]
 pub struct Sink {
     outbox: Outbox,
@@ -239,18 +235,18 @@ impl Drop for Counted {
 }
 
 impl Sink {
-    /// Calls `wake` when there is a place for data that there wasn't when the session asked.
+    /// `wake` tells the session that there is a place for data again, after [`Sink::takes_data`] found none.
     pub fn new(outbox: &Outbox, wake: Arc<Wake>) -> Self {
         let account = Account { queued: Default::default(), starved: AtomicBool::new(false), wake };
         Sink { outbox: outbox.clone(), account: Arc::new(account) }
     }
 
-    /// How many bytes a data message should have, within these bounds, so that an echo doesn't wait long behind it.
+    /// How many bytes a data message should have, so that an echo doesn't wait long behind it.
     pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
         self.outbox.piece.load(Ordering::Relaxed).clamp(least, most)
     }
 
-    /// The message for `frame` with a body of up to `most` bytes, see [`Frame::encode_with`].
+    /// Encodes `frame` with a body of up to `most` bytes into a pooled buffer, see [`Frame::encode_with`].
     pub fn compose<T>(
         &self,
         frame: &Frame,
@@ -263,7 +259,7 @@ impl Sink {
         (self.outbox.pool.freeze(buffer, part), result)
     }
 
-    /// Whether there is a place for data. If not, the session is woken when there is.
+    /// True if there is a place for data. If not, the session is woken when there is.
     pub(crate) fn takes_data(&self, class: Class) -> bool {
         let queued = &self.account.queued[class as usize];
         if queued.load(Ordering::SeqCst) < MAX_DATA {
@@ -279,7 +275,7 @@ impl Sink {
     pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>) {
         self.account.queued[class as usize].fetch_add(1, Ordering::SeqCst);
         let counted = Some(Counted(Arc::clone(&self.account), class));
-        let item = Item { message, discard: discard.cloned(), _counted: counted };
+        let item = Item { message, class, discard: discard.cloned(), _counted: counted };
         let channel = match class {
             Class::Interactive => &self.outbox.interactive,
             Class::Bulk => &self.outbox.bulk,
@@ -287,14 +283,13 @@ impl Sink {
         let _ = channel.send(Box::new(item));
     }
 
-    /// As [`Outbox::reply`].
     pub fn reply(&self, frame: &Frame) {
         self.outbox.reply(frame);
     }
 
     /// Queues an answer behind the session's bulk data, waiting for its place.
     pub(crate) fn reply_behind_bulk(&self, frame: &Frame) {
-        let _ = self.outbox.bulk.send(Item::of(frame));
+        let _ = self.outbox.bulk.send(Item::of(frame, Class::Bulk));
     }
 }
 
