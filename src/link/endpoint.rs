@@ -6,27 +6,22 @@ use tungstenite::http::Uri;
 
 use super::error::LinkError;
 
-/// Gateways and proxies with a web application firewall refuse requests without one.
+/// Web application firewalls refuse requests without one.
 pub(super) const USER_AGENT: &str = concat!("mender-connect/", env!("CARGO_PKG_VERSION"));
-/// The one path devices connect to. A path in the server URL doesn't count.
+/// The path that devices connect to. A path in the server URL is ignored.
 pub(crate) const PATH: &str = "/api/devices/v1/deviceconnect/connect";
 
 /// A server, or a proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Endpoint {
-    /// Whether to speak TLS.
     pub(crate) tls: bool,
     /// A name or an address, without brackets.
     pub(crate) host: String,
-    /// The port.
     pub(super) port: u16,
 }
 
 impl Endpoint {
     /// Reads a server URL: `http` and `ws` are plain, `https` and `wss` are secure.
-    ///
-    /// # Errors
-    /// [`LinkError::Url`], with what is wrong.
     pub(super) fn parse(url: &str) -> Result<Self, LinkError> {
         let uri: Uri = url.trim().parse().map_err(|e| LinkError::Url(format!("{e}")))?;
         let (tls, default_port) = match uri.scheme_str() {
@@ -35,14 +30,15 @@ impl Endpoint {
             Some(other) => return Err(LinkError::Url(format!("unknown scheme {other:?}"))),
             None => return Err(LinkError::Url("no scheme".to_owned())),
         };
-        let host = bare(uri.host().unwrap_or_default());
+        let host = uri.host().unwrap_or_default();
+        let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
         if host.is_empty() {
             return Err(LinkError::Url("no host".to_owned()));
         }
         Ok(Endpoint { tls, host: host.to_owned(), port: uri.port_u16().unwrap_or(default_port) })
     }
 
-    /// Host and port as they are written, with brackets where needed.
+    /// Host and port, an IPv6 address in brackets.
     pub(crate) fn authority(&self) -> String {
         format!("{}:{}", self.bracketed(), self.port)
     }
@@ -57,7 +53,6 @@ impl Endpoint {
         if self.port == default_port { self.bracketed() } else { self.authority() }
     }
 
-    /// The host as an address, if it is one.
     pub(crate) fn address(&self) -> Option<IpAddr> {
         self.host.parse().ok()
     }
@@ -66,11 +61,6 @@ impl Endpoint {
     pub(crate) fn is_loopback(&self) -> bool {
         self.host.eq_ignore_ascii_case("localhost") || self.address().is_some_and(|a| a.is_loopback())
     }
-}
-
-/// An IPv6 address without its brackets.
-fn bare(host: &str) -> &str {
-    host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host)
 }
 
 #[cfg(test)]

@@ -11,12 +11,11 @@ use super::error::{AnswerFault, LinkError};
 use super::http;
 use crate::sys::net::contains;
 
-/// The environment's variables, in upper and lower case: for http, for https, and the exceptions.
+/// In upper and lower case: for http, for https, and the exceptions.
 pub(crate) const PROXY_VARIABLES: [[&str; 3]; 2] =
     [["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"], ["http_proxy", "https_proxy", "no_proxy"]];
 
-/// What the environment says about proxies. As in curl and Go: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, in
-/// upper or lower case.
+/// As curl and Go read them.
 #[derive(Default, Clone)]
 pub(crate) struct ProxySettings {
     http: Option<String>,
@@ -24,17 +23,14 @@ pub(crate) struct ProxySettings {
     exceptions: String,
 }
 
-/// A proxy to go through.
 #[derive(PartialEq, Eq)]
 pub(super) struct Proxy {
-    /// Where it is.
     pub(super) endpoint: Endpoint,
     /// The value of Proxy-Authorization.
     credentials: Option<String>,
 }
 
 impl ProxySettings {
-    /// The settings of this process's environment.
     pub(crate) fn from_environment() -> Self {
         Self::from_lookup(|name| std::env::var(name).ok())
     }
@@ -46,11 +42,7 @@ impl ProxySettings {
         ProxySettings { http, https, exceptions: exceptions.unwrap_or_default() }
     }
 
-    /// The proxy for `server`. The machine itself, where mender-auth's forwarder is, is never reached
-    /// through one.
-    ///
-    /// # Errors
-    /// [`LinkError::Proxy`] when the setting can't be understood.
+    /// The proxy for `server`; none for the device itself, where mender-auth's forwarder listens.
     pub(super) fn proxy_for(&self, server: &Endpoint) -> Result<Option<Proxy>, LinkError> {
         let setting = if server.tls { &self.https } else { &self.http };
         match setting {
@@ -64,8 +56,8 @@ impl ProxySettings {
     }
 }
 
-/// Whether one entry of NO_PROXY is about `server`: `*`, a name with all below it, a name below which
-/// alone is meant (leading dot), an address, a network, each but the network with an optional port.
+/// Whether an entry of NO_PROXY covers `server`. It is `*`, an address, a network, a name (which covers its subdomains),
+/// or a name after a dot (which covers only those). All but the network may have a port.
 fn covers(entry: &str, server: &Endpoint) -> bool {
     if entry == "*" {
         return true;
@@ -113,10 +105,7 @@ impl Proxy {
         Ok(Proxy { endpoint, credentials })
     }
 
-    /// Asks the proxy on `stream` for a tunnel to `server`.
-    ///
-    /// # Errors
-    /// [`LinkError::Proxy`] with the proxy's status or what went wrong on the way.
+    /// Asks the proxy on `stream` for a tunnel to `server` (RFC 9110, 9.3.6).
     pub(super) fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
         let target = server.authority();
         let mut request =

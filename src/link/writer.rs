@@ -13,18 +13,14 @@ use super::halves::WriteHalf;
 use super::pace::Pace;
 use crate::outbox::{Class, Queue, Signal, Work};
 
-/// As Mender's agent's.
+/// As Mender's agent sends it.
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
 /// Bytes batched into one write.
 const BATCH: usize = 16 * 1024;
 
-/// Writes until asked to close, or until writing fails: then the connection is shut down, so that the reader notices
-/// as well.
-///
-/// # Errors
-/// What the link died of, if it was the writing.
+/// Writes until asked to close or until writing fails, and then shuts the connection down, so that the reader ends, too.
 pub(super) fn run(half: WriteHalf, mut queue: Queue) -> Result<(), LinkError> {
-    let mut writer = Writer::new(half, Pace::default());
+    let mut writer = Writer { websocket: websocket(half), pace: Pace::default() };
     let result = writer.write(&mut queue).map_err(|e| match e {
         Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
             LinkError::Broken(format!("the server took nothing for {} s", WRITE_LIMIT.as_secs()))
@@ -46,10 +42,6 @@ fn websocket(half: WriteHalf) -> WebSocket<WriteHalf> {
 }
 
 impl Writer {
-    fn new(half: WriteHalf, pace: Pace) -> Self {
-        Writer { websocket: websocket(half), pace }
-    }
-
     fn write(&mut self, queue: &mut Queue) -> Result<(), Error> {
         let mut next_ping = Instant::now() + PING_INTERVAL;
         loop {
@@ -66,8 +58,8 @@ impl Writer {
             let work = match queue.try_next(sendable) {
                 Some(work) => Some(work),
                 None => {
-                    // The window may have shrunk below what was written since the last probe: nothing would tell that
-                    // it has arrived.
+                    // The window may have shrunk below what was written since the last probe, and without another one
+                    // no answer would open it again.
                     self.probe(false)?;
                     // The batch goes out before the writer waits, and only then.
                     self.websocket.flush()?;
@@ -97,7 +89,7 @@ impl Writer {
         self.probe(false)
     }
 
-    /// Asks how far the messages have come, if it is time for that.
+    /// Sends a probe if one is due; `bulk` if a bulk message follows.
     fn probe(&mut self, bulk: bool) -> Result<(), Error> {
         match self.pace.probe(bulk, Instant::now()) {
             Some(probe) => self.websocket.write(Message::Ping(Bytes::copy_from_slice(&probe))),
@@ -116,7 +108,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    /// Without the probe everything would wait for an answer to nothing, for ever.
+    /// Without the probe the writer would wait for an answer to nothing, for ever.
     #[test]
     fn credit_that_is_lacking_is_asked_for() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -126,7 +118,7 @@ mod tests {
         let mut server = WebSocket::from_raw_socket(server, Role::Server, None);
         let (outbox, mut queue) = Outbox::new();
         let pace = super::super::pace::tests::without_credit_or_probe(Instant::now());
-        let mut writer = Writer::new(WriteHalf::plain(ours), pace);
+        let mut writer = Writer { websocket: websocket(WriteHalf::plain(ours)), pace };
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
             writer.write(&mut queue)
         })
