@@ -533,6 +533,8 @@ mod tests {
         scene.turn(start);
         while scene.forwarder.owing.is_empty() {
             scene.handle(&about(forward::FORWARD).with_body(vec![0; 64 << 10]), start);
+            // Acks are sent by a writer that doesn't wait for long.
+            while next_type(&mut scene.queue).is_some() {}
         }
         scene.handle(&about(forward::STOP), start);
         scene.handle(&about(forward::NEW).with_body(body), start);
