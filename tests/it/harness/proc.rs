@@ -89,6 +89,11 @@ pub fn rss_kib(pid: u32) -> u64 {
     status_number(&format!("/proc/{pid}/status"), "VmRSS:")
 }
 
+/// Its resident memory at the peak, in KiB.
+pub fn peak_rss_kib(pid: u32) -> u64 {
+    status_number(&format!("/proc/{pid}/status"), "VmHWM:")
+}
+
 /// The size of its address space in KiB.
 pub fn virtual_kib(pid: u32) -> u64 {
     status_number(&format!("/proc/{pid}/status"), "VmSize:")

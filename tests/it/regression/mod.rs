@@ -2,6 +2,8 @@
 //! its fix.
 
 #[cfg(feature = "dbus")]
+mod bounds;
+#[cfg(feature = "dbus")]
 mod files;
 #[cfg(feature = "dbus")]
 mod forwards;

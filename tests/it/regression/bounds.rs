@@ -1,0 +1,107 @@
+//! Bounds of the whole device: memory, threads, descriptors, sessions. One client asks for all it can get while another
+//! user types at a shell.
+
+use std::time::Duration;
+
+use crate::harness::aftermath::assert_healthy;
+use crate::harness::client::Terminal;
+use crate::harness::connection::Connection;
+use crate::harness::daemon::emulated;
+use crate::harness::device::Device;
+use crate::harness::forward::Client;
+use crate::harness::msg::CONTROL;
+use crate::harness::proc;
+use crate::harness::rig::{Rig, Setup, script_config};
+use crate::harness::targets::Silent;
+use crate::harness::wait::{SOON, millis};
+use crate::resources::{ROLES, echo_times, echoing};
+
+/// Bound for the agent's resident memory at its peak.
+const MAX_RSS_KIB: u64 = 40 << 10;
+/// Bound for the median echo.
+const MAX_ECHO: Duration = millis(100);
+/// Other tests may take the processor from a whole round.
+const ROUNDS: usize = 3;
+
+/// Its shells are for [`echoing`].
+fn setup() -> Setup {
+    Setup::new().config(script_config(ROLES))
+}
+
+/// Another user, at a shell.
+struct Bystander {
+    agent: u32,
+    terminal: Terminal,
+}
+
+impl Bystander {
+    fn start(rig: &Rig, device: &Device) -> Bystander {
+        Bystander { agent: rig.daemon.pid(), terminal: echoing(device) }
+    }
+
+    /// Types a key behind each step of `load`. The median echo and the agent's memory must stay within their bounds.
+    fn types_behind(&mut self, steps: usize, mut load: impl FnMut(usize)) {
+        let mut round = || {
+            let mut times: Vec<Duration> = (0..steps)
+                .map(|step| {
+                    load(step);
+                    echo_times(&mut self.terminal, 1)[0]
+                })
+                .collect();
+            times.sort_unstable();
+            println!("echo median {:?}, worst {:?}", times[steps / 2], times[steps - 1]);
+            times[steps / 2]
+        };
+        let quick = (0..ROUNDS).any(|_| round() < MAX_ECHO);
+        assert!(
+            quick || emulated("its speed is the emulator's"),
+            "the median echo took more than {MAX_ECHO:?}"
+        );
+        self.assert_memory();
+    }
+
+    fn assert_memory(&self) {
+        let peak = proc::peak_rss_kib(self.agent);
+        println!("peak {peak} KiB");
+        assert!(peak < MAX_RSS_KIB || emulated("its memory is the emulator's, too"), "{peak} KiB");
+    }
+
+    /// Asserts that the shell works, and stops it.
+    fn leave(mut self) {
+        echo_times(&mut self.terminal, 1);
+        self.assert_memory();
+        self.terminal.ask_stop();
+        assert_eq!(self.terminal.expect_after_output("stop", SOON).status(), Some(1));
+    }
+}
+
+fn close(device: &Device, sid: &str) {
+    device.send(CONTROL, "close", sid, &[("user_id", "u".into())], b"");
+}
+
+/// The bound was 1 MiB a forward, with 512 forwards a session and any number that outlived their clients: one session
+/// made the agent hold 749 MiB. The target does not even accept: for one that only doesn't read, the kernel's loopback
+/// buffers take the whole mebibyte.
+#[test]
+fn forwards_to_a_target_that_takes_nothing() {
+    let (mut rig, device) = setup().connected();
+    let mut other = Bystander::start(&rig, &device);
+    let (target, client) = (Silent::start(), Client::open(&device));
+    let forwards: Vec<Connection> =
+        (0..512).map(|_| client.connect("tcp", "127.0.0.1", target.address.port())).collect();
+    let piece = vec![7; 64 << 10];
+    other.types_behind(64, |step| {
+        for forward in &forwards[step * 8..][..8] {
+            (0..16).for_each(|_| forward.send_anyway(&piece));
+            // Otherwise the inbox, which has its own bound, would overflow first.
+            client.settle();
+        }
+    });
+    let error = client.next_error();
+    assert!(error.text.starts_with("the target does not read and "), "{error:?}");
+    assert!(client.errors() > 500, "{} more errors", client.errors());
+    drop(target);
+    close(&device, client.sid());
+    other.leave();
+    assert_healthy(&mut rig, &device);
+}
