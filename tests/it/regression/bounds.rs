@@ -4,16 +4,17 @@
 use std::time::Duration;
 
 use crate::harness::aftermath::assert_healthy;
-use crate::harness::client::Terminal;
+use crate::harness::client::{Terminal, new_sid};
 use crate::harness::connection::Connection;
 use crate::harness::daemon::emulated;
-use crate::harness::device::Device;
+use crate::harness::device::{Device, Reading};
 use crate::harness::forward::Client;
-use crate::harness::msg::CONTROL;
+use crate::harness::msg::{CONTROL, FILES, Msg};
 use crate::harness::proc;
+use crate::harness::rest::path_body;
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::targets::Silent;
-use crate::harness::wait::{SOON, millis};
+use crate::harness::wait::{SOON, eventually, millis, secs};
 use crate::resources::{ROLES, echo_times, echoing};
 
 /// Bound for the agent's resident memory at its peak.
@@ -102,6 +103,43 @@ fn forwards_to_a_target_that_takes_nothing() {
     assert!(client.errors() > 500, "{} more errors", client.errors());
     drop(target);
     close(&device, client.sid());
+    other.leave();
+    assert_healthy(&mut rig, &device);
+}
+
+/// Neither inboxes nor answers had a bound in bytes: one session whose answers nobody read held 687 MiB.
+#[test]
+fn answers_that_nobody_reads() {
+    let (mut rig, device) = setup().connected();
+    let mut other = Bystander::start(&rig, &device);
+    let mut dir = rig.dir.path().to_owned();
+    while dir.as_os_str().len() < 3700 {
+        dir.push("d".repeat(250));
+    }
+    std::fs::create_dir_all(&dir).expect("a deep directory");
+    let body = path_body(dir.to_str().expect("UTF-8"));
+    device.set_reading(Reading::Paused);
+    let sids: Vec<String> = (0..12).map(|_| new_sid()).collect();
+    let user = [("user_id", "u".into())];
+    for sid in sids.iter().flat_map(|sid| std::iter::repeat_n(sid, 1000)) {
+        device.send(FILES, "stat", sid, &user, &body);
+    }
+    rig.daemon.wait_for_log("inbox full", SOON);
+    println!("{} threads", proc::threads(rig.daemon.pid()));
+    device.set_reading(Reading::Full);
+    assert!(device.answers(b"all of it", secs(60)), "the link ended");
+    other.types_behind(20, |_| ());
+    // A session goes on, or it was closed and its id is free.
+    for sid in &sids {
+        eventually(SOON, "a pong", || {
+            device.drain(sid);
+            device.send(CONTROL, "ping", sid, &user, b"");
+            let pong =
+                |m: &Msg| m.sid.as_ref() == Some(sid) && (m.proto, m.typ.as_str()) == (CONTROL, "pong");
+            device.try_take(millis(500), pong).map(|pong| pong.expect("a link"))
+        });
+        close(&device, sid);
+    }
     other.leave();
     assert_healthy(&mut rig, &device);
 }
