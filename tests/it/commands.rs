@@ -45,13 +45,13 @@ pub fn obstacle() -> Option<&'static str> {
 }
 
 /// An agent that sees only the programs the test gives it.
-struct Fakes {
-    rig: Rig,
-    device: Device,
+pub struct Fakes {
+    pub rig: Rig,
+    pub device: Device,
 }
 
 impl Fakes {
-    fn start(setup: Setup) -> Option<Fakes> {
+    pub fn start(setup: Setup) -> Option<Fakes> {
         if let Some(why) = obstacle() {
             skip(why);
             return None;
@@ -78,7 +78,7 @@ impl Fakes {
         text.lines().map(str::to_owned).collect()
     }
 
-    fn wait_calls(&self, count: usize) {
+    pub fn wait_calls(&self, count: usize) {
         let what = format!("call {count}: {:?}", self.calls());
         eventually(SOON, &what, || (self.calls().len() >= count).then_some(()));
     }
@@ -91,7 +91,7 @@ impl Fakes {
     }
 
     /// Asks as the server does: no session, and for the internal service's part no user.
-    fn order(&self, typ: &str) {
+    pub fn order(&self, typ: &str) {
         self.device.send(COMMANDS, typ, "", &[], b"");
     }
 
@@ -100,7 +100,7 @@ impl Fakes {
     }
 
     /// A program that waits until the test lets it go, which is what the returned function does once.
-    fn install_waiting(&self, name: &str, end: &str) -> impl Fn() + use<> {
+    pub fn install_waiting(&self, name: &str, end: &str) -> impl Fn() + use<> {
         let gate = self.path(&format!("{name}.gate"));
         nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).expect("a fifo");
         self.install(name, &format!("case $1 in check-update) read x <'{}';; esac\n{end}", gate.display()));

@@ -3,13 +3,14 @@
 
 use std::time::Duration;
 
+use crate::commands::Fakes;
 use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Terminal, new_sid};
 use crate::harness::connection::Connection;
 use crate::harness::daemon::emulated;
 use crate::harness::device::{Device, Reading};
 use crate::harness::forward::Client;
-use crate::harness::msg::{CONTROL, FILES, Msg};
+use crate::harness::msg::{COMMANDS, CONTROL, FILES, Msg};
 use crate::harness::proc;
 use crate::harness::rest::path_body;
 use crate::harness::rig::{Rig, Setup, script_config};
@@ -142,4 +143,28 @@ fn answers_that_nobody_reads() {
     }
     other.leave();
     assert_healthy(&mut rig, &device);
+}
+
+/// Waiting requests kept their bodies: 133 MiB for up to ten minutes.
+#[test]
+fn commands_that_wait_keep_no_bodies() {
+    let Some(mut fakes) = Fakes::start(setup()) else { return };
+    let release = fakes.install_waiting("mender-update", "exit 0");
+    let mut other = Bystander::start(&fakes.rig, &fakes.device);
+    fakes.order("check-update");
+    fakes.wait_calls(1);
+    let body = vec![7; 1 << 20];
+    let sids: Vec<String> = (0..80).map(|_| new_sid()).collect();
+    let device = fakes.device.clone();
+    other.types_behind(sids.len(), |step| {
+        device.send(COMMANDS, "check-update", &sids[step], &[], &body);
+    });
+    release();
+    // The run's own request is one of the 64 that wait; further ones get no answer.
+    for sid in &sids[..63] {
+        assert_eq!(device.next_of(sid, SOON).status(), Some(1));
+    }
+    other.leave();
+    device.nothing(millis(150), "no answer", |m| sids[63..].iter().any(|sid| m.sid.as_ref() == Some(sid)));
+    assert_healthy(&mut fakes.rig, &device);
 }
