@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use serde_json::json;
+
 use crate::commands::Fakes;
 use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Terminal, new_sid};
@@ -10,7 +12,7 @@ use crate::harness::connection::Connection;
 use crate::harness::daemon::emulated;
 use crate::harness::device::{Device, Reading};
 use crate::harness::forward::Client;
-use crate::harness::msg::{COMMANDS, CONTROL, FILES, Msg};
+use crate::harness::msg::{COMMANDS, CONTROL, FILES, Msg, SHELL};
 use crate::harness::proc;
 use crate::harness::rest::path_body;
 use crate::harness::rig::{Rig, Setup, script_config};
@@ -167,4 +169,30 @@ fn commands_that_wait_keep_no_bodies() {
     other.leave();
     device.nothing(millis(150), "no answer", |m| sids[63..].iter().any(|sid| m.sid.as_ref() == Some(sid)));
     assert_healthy(&mut fakes.rig, &device);
+}
+
+/// Each `new` with a fresh id started a thread, and only that found no permit for a shell: 1,200 threads.
+#[test]
+fn a_burst_of_new_shells() {
+    let setup = setup().set("Sessions", json!({ "MaxPerUser": 60_000 }));
+    let (mut rig, device) = setup.connected();
+    let mut other = Bystander::start(&rig, &device);
+    let user = [("user_id", "many".into())];
+    let (pid, mut most) = (rig.daemon.pid(), 0);
+    let all: Vec<String> = (0..60_000).map(|_| new_sid()).collect();
+    all.iter().for_each(|sid| device.discard(sid));
+    other.types_behind(600, |step| {
+        for sid in &all[step * 100..][..100] {
+            device.send(SHELL, "new", sid, &user, b"");
+        }
+        most = most.max(proc::threads(pid));
+    });
+    println!("{most} threads");
+    assert!(most < 300, "{most} threads");
+    let sessions = rig.status()["sessions"].as_array().expect("sessions").len();
+    assert_eq!(sessions, 16, "one for each shell");
+    // Without a session id: all shells of this user.
+    device.send(SHELL, "stop", "", &user, b"");
+    other.leave();
+    assert_healthy(&mut rig, &device);
 }
