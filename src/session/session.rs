@@ -77,6 +77,16 @@ fn clipped_reason(error: &impl std::fmt::Display) -> String {
     clipped(&error.to_string(), MAX_TEXT)
 }
 
+/// Whether a frame starts the idle timer of a session. Those that the router ignores without a session don't: a `pong`
+/// may follow a `close`.
+fn starts_idling(frame: &Frame) -> bool {
+    match frame.proto {
+        SHELL => false,
+        CONTROL => !matches!(frame.typ.as_str(), control::CLOSE | control::PONG | control::ERROR),
+        _ => true,
+    }
+}
+
 /// Runs a session in a thread of its own.
 pub(crate) fn start(peer: Peer) -> io::Result<()> {
     let name = format!("s-{}", peer.id.as_str());
@@ -194,7 +204,7 @@ impl Session {
 
     fn handle(&mut self, frame: Frame, now: Instant) {
         self.peer.info.heard(frame.proto, now);
-        if frame.proto != SHELL || self.idle.is_some() {
+        if self.idle.is_some() || starts_idling(&frame) {
             self.idle = Some(Idle { since: now, pinged: false });
         }
         let config = self.peer.device.config();

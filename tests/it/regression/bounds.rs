@@ -12,12 +12,13 @@ use crate::harness::connection::Connection;
 use crate::harness::daemon::emulated;
 use crate::harness::device::{Device, Reading};
 use crate::harness::forward::Client;
-use crate::harness::msg::{COMMANDS, CONTROL, FILES, Msg, SHELL};
+use crate::harness::msg::{self, COMMANDS, CONTROL, FILES, Ints, Msg, SHELL};
 use crate::harness::proc;
 use crate::harness::rest::path_body;
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::targets::Silent;
 use crate::harness::wait::{SOON, eventually, millis, secs};
+use crate::harness::wire;
 use crate::resources::{ROLES, echo_times, echoing};
 
 /// Bound for the agent's resident memory at its peak.
@@ -193,6 +194,28 @@ fn a_burst_of_new_shells() {
     assert_eq!(sessions, 16, "one for each shell");
     // Without a session id: all shells of this user.
     device.send(SHELL, "stop", "", &user, b"");
+    other.leave();
+    assert_healthy(&mut rig, &device);
+}
+
+/// A `pong` behind a `close` kept the session for another minute: the agent had asked before it read the `close`.
+#[test]
+fn a_pong_behind_a_close_keeps_no_session() {
+    let (mut rig, device) = setup().connected();
+    let other = Bystander::start(&rig, &device);
+    let user = [("user_id", "u".into())];
+    let message = |sid: &str, typ| {
+        let value = msg::message(CONTROL, typ, sid, &user, b"");
+        wire::encode(true, wire::BINARY, &msg::encode(&value, Ints::Compact))
+    };
+    for _ in 0..20 {
+        let sid = new_sid();
+        device.send(CONTROL, "ping", &sid, &user, b"");
+        device.next_of(&sid, SOON);
+        // In one write, so that the session finds them together.
+        let both = [message(&sid, "close"), message(&sid, "pong")].concat();
+        device.write(&both).expect("write to the device");
+    }
     other.leave();
     assert_healthy(&mut rig, &device);
 }
