@@ -1,8 +1,10 @@
 //! Bounds of the whole device: memory, threads, descriptors, sessions. One client asks for all it can get while another
 //! user types at a shell.
 
+use std::net::TcpListener;
 use std::time::Duration;
 
+use nix::sys::socket::{Backlog, listen};
 use serde_json::json;
 
 use crate::commands::Fakes;
@@ -14,7 +16,7 @@ use crate::harness::device::{Device, Reading};
 use crate::harness::forward::Client;
 use crate::harness::msg::{self, COMMANDS, CONTROL, FILES, Ints, Msg, SHELL};
 use crate::harness::proc;
-use crate::harness::rest::path_body;
+use crate::harness::rest::{Form, Rest, path_body};
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::targets::Silent;
 use crate::harness::wait::{SOON, eventually, millis, secs};
@@ -78,6 +80,17 @@ impl Bystander {
         self.terminal.ask_stop();
         assert_eq!(self.terminal.expect_after_output("stop", SOON).status(), Some(1));
     }
+}
+
+/// A target whose connections only the kernel accepts.
+fn unread_target() -> TcpListener {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen on loopback");
+    listen(&listener, Backlog::new(1024).expect("a backlog")).expect("a longer backlog");
+    listener
+}
+
+fn port(listener: &TcpListener) -> u16 {
+    listener.local_addr().expect("an address").port()
 }
 
 fn close(device: &Device, sid: &str) {
@@ -216,6 +229,42 @@ fn a_pong_behind_a_close_keeps_no_session() {
         let both = [message(&sid, "close"), message(&sid, "pong")].concat();
         device.write(&both).expect("write to the device");
     }
+    other.leave();
+    assert_healthy(&mut rig, &device);
+}
+
+/// Under systemd's soft limit of 1,024 descriptors, 512 forwards in each of two sessions left nobody else a shell, a file
+/// or `status`.
+#[test]
+fn forwards_leave_descriptors_to_others() {
+    let (mut rig, device) = setup().wrapper("exec prlimit --nofile=1024:1024 \"$@\"").connected();
+    let mut other = Bystander::start(&rig, &device);
+    let target = unread_target();
+    let mut opened = 0;
+    let sessions: Vec<Client> = (0..2).map(|_| Client::open(&device)).collect();
+    for client in &sessions {
+        let mut forwards = Vec::new();
+        other.types_behind(16, |_| {
+            forwards.extend((0..36).map(|_| client.connect("tcp", "127.0.0.1", port(&target))));
+        });
+        eventually(SOON, "all answers", || {
+            let open = forwards.iter().filter(|forward| forward.is_open()).count();
+            (open + client.errors() == forwards.len()).then(|| opened += open)
+        });
+        let error = client.next_error();
+        assert_eq!(error.text, "too many connections");
+    }
+    println!("{opened} forwards, {} descriptors", proc::descriptors(rig.daemon.pid()));
+    assert!((513..1024 - 64).contains(&opened), "{opened} forwards");
+    let another = Bystander::start(&rig, &device);
+    let path = rig.dir.path().join("file");
+    Rest::upload(&device, &Form::to(&path), b"content").expect("an upload");
+    let name = path.to_str().expect("UTF-8");
+    assert_eq!(Rest::download(&device, name).expect("a download").bytes, b"content");
+    assert_eq!(rig.status()["pid"], rig.daemon.pid());
+    another.leave();
+    drop(target);
+    sessions.iter().for_each(|client| close(&device, client.sid()));
     other.leave();
     assert_healthy(&mut rig, &device);
 }
