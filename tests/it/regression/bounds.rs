@@ -2,12 +2,14 @@
 //! user types at a shell.
 
 use std::net::TcpListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{Backlog, listen};
 use serde_json::json;
 
 use crate::commands::Fakes;
+use crate::control::complaint;
+use crate::files::names;
 use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Terminal, new_sid};
 use crate::harness::connection::Connection;
@@ -266,5 +268,65 @@ fn forwards_leave_descriptors_to_others() {
     drop(target);
     sessions.iter().for_each(|client| close(&device, client.sid()));
     other.leave();
+    assert_healthy(&mut rig, &device);
+}
+
+/// A client that never closed its sessions soon had all 256, and nobody got another until one had been idle for a minute.
+#[test]
+fn sessions_that_are_left_open_make_room() {
+    let (mut rig, device) = setup().connected();
+    let mut other = Bystander::start(&rig, &device);
+    let path = rig.dir.path().join("file");
+    std::fs::write(&path, "content").expect("write");
+    let body = path_body(path.to_str().expect("UTF-8"));
+    let (started, mut left) = (Instant::now(), Vec::new());
+    other.types_behind(300, |_| {
+        let rest = Rest::open(&device);
+        rest.ask("get_file", &body);
+        let mut bytes = Vec::new();
+        rest.receive(|chunk| bytes.extend_from_slice(chunk)).expect("a download");
+        assert_eq!(bytes, b"content");
+        left.push(rest);
+    });
+    // Had it taken longer, some would have ended by themselves.
+    if started.elapsed() < secs(48) {
+        eventually(SOON, "sessions to be ended for others", || {
+            (rig.daemon.count_log("reason=\"too many sessions\"") >= left.len() - 256).then_some(())
+        });
+    }
+    left.iter().for_each(Rest::close);
+    other.leave();
+    assert_healthy(&mut rig, &device);
+}
+
+/// Busy sessions are not ended for others, but they leave threads for shells.
+#[test]
+fn busy_sessions_leave_shells_to_others() {
+    let (mut rig, device) = setup().connected();
+    // Its session is one of the 256.
+    let mut other = Bystander::start(&rig, &device);
+    let files = rig.dir.path().join("files");
+    std::fs::create_dir(&files).expect("a directory");
+    let mut uploads = Vec::new();
+    other.types_behind(255, |step| {
+        if uploads.len() == step {
+            let rest = Rest::open(&device);
+            rest.announce(&Form::to(files.join(step.to_string()))).expect("an upload");
+            uploads.push(rest);
+        }
+    });
+    let sid = new_sid();
+    device.send(CONTROL, "ping", &sid, &[("user_id", "u".into())], b"");
+    let (text, close, ..) = complaint(&device.next_of(&sid, SOON));
+    assert_eq!((text.as_str(), close), ("too many sessions", true));
+    Bystander::start(&rig, &device).leave();
+    // All of them go on.
+    for rest in &uploads {
+        rest.send(FILES, "file_chunk", Some(0), b"content");
+        assert_eq!(rest.next().typ, "ack");
+        rest.close();
+    }
+    other.leave();
+    eventually(SOON, "the uploads' ends", || names(&files).is_empty().then_some(()));
     assert_healthy(&mut rig, &device);
 }
