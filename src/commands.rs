@@ -10,7 +10,7 @@ use log::info;
 
 use crate::audit::Record;
 use crate::outbox::Outbox;
-use crate::proto::{Frame, MENDER_CLIENT, Props};
+use crate::proto::{Frame, MENDER_CLIENT, Map};
 use crate::sys::process;
 use crate::sys::thread;
 
@@ -92,7 +92,7 @@ fn run(command: &str) -> Result<(), String> {
 fn answer(frame: &Frame, result: &Result<(), String>) -> Frame {
     let status = if result.is_ok() { 1 } else { 2 };
     let reply = Frame::new(MENDER_CLIENT, &frame.typ, frame.sid.as_ref())
-        .with_props(Props::new().with_i64("status", status));
+        .with_props(Map::new().with_i64("status", status));
     match result {
         Ok(()) => reply,
         Err(text) => reply.with_body(text.clone()),

@@ -91,7 +91,7 @@ pub mod internals {
     pub use crate::link::read;
     pub use crate::outbox::{Class, Outbox, Queue, Sendable, Signal, Sink, Work};
     pub use crate::proto::{
-        CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, Props, SHELL, SessionId, control, file,
+        CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, PORT_FORWARD, SHELL, SessionId, control, file,
         forward, shell,
     };
     #[cfg(fuzzing)]

@@ -3,9 +3,8 @@
 use rmp::encode;
 use serde::Deserialize;
 
-use super::msgpack::MapWriter;
 pub use super::msgpack::parse;
-use super::{CONTROL, Frame, SessionId};
+use super::{CONTROL, Frame, Map, SessionId};
 
 /// Opens a session. Body: [`Open`].
 pub const OPEN: &str = "open";
@@ -58,10 +57,7 @@ pub fn accept(sid: &SessionId, protocols: &[u16]) -> Frame {
         // In 16 bits each, as the reference agent writes them.
         protocols.iter().try_for_each(|protocol| encode::write_u16(out, *protocol))
     };
-    let body = MapWriter::new()
-        .with("version", |out| encode::write_sint(out, VERSION).map(drop))
-        .with("protocols", list)
-        .finish();
+    let body = Map::new().with_int("version", VERSION).with("protocols", list).finish();
     frame(sid, ACCEPT).with_body(body)
 }
 
@@ -80,14 +76,13 @@ pub(crate) fn error(sid: &SessionId, text: &str, close: bool) -> Frame {
 
 /// Refuses `cause`. With `close` the session is over.
 pub fn error_about(sid: &SessionId, cause: &Frame, text: &str, close: bool) -> Frame {
-    let mut body =
-        MapWriter::new().str("err", Some(text)).with("close", |out| encode::write_bool(out, close));
+    let mut body = Map::new().with_str("err", text).with("close", |out| encode::write_bool(out, close));
     if cause.proto != 0 {
         body = body.with("msgproto", |out| encode::write_u16(out, cause.proto));
     }
     let body = body
-        .str("msgtype", Some(cause.typ.as_str()).filter(|t| !t.is_empty()))
-        .str("msgid", cause.props.str("msgid"));
+        .with_str("msgtype", Some(cause.typ.as_str()).filter(|t| !t.is_empty()))
+        .with_str("msgid", cause.props.str("msgid"));
     frame(sid, ERROR).with_body(body.finish())
 }
 

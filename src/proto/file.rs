@@ -10,8 +10,8 @@ use std::path::PathBuf;
 
 use rmp::encode;
 
-use super::msgpack::{Cursor, DecodeError, MapWriter, Value};
-use super::{FILE_TRANSFER, Frame, Props, SessionId};
+use super::msgpack::{Cursor, DecodeError, Value};
+use super::{FILE_TRANSFER, Frame, Map, SessionId};
 
 pub const STAT: &str = "stat";
 pub(crate) const FILE_INFO: &str = "file_info";
@@ -134,9 +134,9 @@ fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<()
 }
 
 pub(crate) fn file_info(sid: &SessionId, info: &FileInfo) -> Frame {
-    let body = MapWriter::new()
-        .str("path", Some(&info.path))
-        .with("size", |out| encode::write_i64(out, info.size))
+    let body = Map::new()
+        .with_str("path", info.path.as_str())
+        .with_i64("size", info.size)
         .with("uid", |out| encode::write_u32(out, info.uid))
         .with("gid", |out| encode::write_u32(out, info.gid))
         .with("mode", |out| encode::write_u32(out, go_mode(info.mode)))
@@ -145,8 +145,8 @@ pub(crate) fn file_info(sid: &SessionId, info: &FileInfo) -> Frame {
     Frame::new(FILE_TRANSFER, FILE_INFO, Some(sid)).with_body(body)
 }
 
-fn at(offset: u64) -> Props {
-    Props::new().with_i64(OFFSET, i64::try_from(offset).unwrap_or(i64::MAX))
+fn at(offset: u64) -> Map {
+    Map::new().with_i64(OFFSET, i64::try_from(offset).unwrap_or(i64::MAX))
 }
 
 /// The head of a chunk at `offset`; without a body it marks the end of the file.
@@ -156,22 +156,18 @@ pub fn chunk(sid: &SessionId, offset: u64) -> Frame {
 
 /// Acknowledges all bytes before `offset`. Repeats `user`, as the reference agent does.
 pub fn ack(sid: &SessionId, offset: u64, user: Option<&str>) -> Frame {
-    let props = match user {
-        Some(user) => at(offset).with_str("user_id", user),
-        None => at(offset),
-    };
-    Frame::new(FILE_TRANSFER, ACK, Some(sid)).with_props(props)
+    Frame::new(FILE_TRANSFER, ACK, Some(sid)).with_props(at(offset).with_str("user_id", user))
 }
 
 /// Refuses `cause`. Repeats its properties as far as the server can read them: it closes the whole link for a message
 /// that it can't read. `code` is an HTTP status, for clients that asked the server over HTTP.
 pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> Frame {
-    let mut body = MapWriter::new()
-        .str("err", Some(text))
-        .str("msgtype", Some(cause.typ.as_str()).filter(|t| !t.is_empty()))
-        .str("msgid", cause.props.str("msgid"));
+    let mut body = Map::new()
+        .with_str("err", text)
+        .with_str("msgtype", Some(cause.typ.as_str()).filter(|t| !t.is_empty()))
+        .with_str("msgid", cause.props.str("msgid"));
     if let Some(code) = code {
-        body = body.with("code", |out| encode::write_sint(out, code.into()).map(drop));
+        body = body.with_int("code", code.into());
     }
     Frame::new(FILE_TRANSFER, ERROR, Some(sid)).with_props(cause.props.readable()).with_body(body.finish())
 }
@@ -211,7 +207,7 @@ mod tests {
     #[test]
     fn paths_end_where_the_kernels_do() {
         let request = |key, n| {
-            let body = MapWriter::new().str("path", Some("/p")).str(key, Some(&"p".repeat(n)));
+            let body = Map::new().with_str("path", "/p").with_str(key, "p".repeat(n).as_str());
             Request::decode(&body.finish()).map(drop)
         };
         for key in ["path", "src_path"] {
@@ -228,7 +224,7 @@ mod tests {
             let cause = Frame::decode(&message.into()).unwrap();
             error(&SessionId::new("s").unwrap(), &cause, "no", None).props
         };
-        let good = Props::new().with_str("user_id", "u").with_i64("offset", 7);
+        let good = Map::new().with_str("user_id", "u").with_i64("offset", 7);
         assert_eq!(error(b"\x82\xa7user_id\xa1u\xa6offset\xd3\0\0\0\0\0\0\0\x07"), good);
         // Names that are a number, no UTF-8, a map; values that are a map, an extension; at last a name that is bin.
         let strange = b"\x87\x70\xa1u\xa7user_i\xfe\xa1u\x81\x01\x02\xc0\xa1m\x81\x01\x02\xa1x\xd4\x05\x00\

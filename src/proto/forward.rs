@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::msgpack::{MapWriter, parse};
-use super::{Frame, MAX_TEXT, PORT_FORWARD, Props, SessionId, clipped};
+use super::msgpack::parse;
+use super::{Frame, MAX_TEXT, Map, PORT_FORWARD, SessionId, clipped};
 
 /// Asks for a connection to a target, and answers that.
 pub const NEW: &str = "new";
@@ -89,13 +89,13 @@ impl Target {
 
 /// A frame about a connection, without data.
 pub fn about(sid: &SessionId, typ: &str, connection: &ConnectionId) -> Frame {
-    Frame::new(PORT_FORWARD, typ, Some(sid)).with_props(Props::new().with_str(CONNECTION_ID, &connection.0))
+    Frame::new(PORT_FORWARD, typ, Some(sid)).with_props(Map::new().with_str(CONNECTION_ID, &*connection.0))
 }
 
 /// Reports that a message of type `typ` failed.
 pub(crate) fn error(sid: &SessionId, typ: &str, text: &str) -> Frame {
     let body =
-        MapWriter::new().str("err", Some(text)).str("msgtype", Some(typ).filter(|t| !t.is_empty())).finish();
+        Map::new().with_str("err", text).with_str("msgtype", Some(typ).filter(|t| !t.is_empty())).finish();
     Frame::new(PORT_FORWARD, ERROR, Some(sid)).with_body(body)
 }
 
@@ -119,9 +119,9 @@ mod tests {
             assert_eq!(target(incomplete), Err(INCOMPLETE.to_owned()));
         }
         let long = |n| {
-            let host = MapWriter::new().str("remote_host", Some(&"h".repeat(n)));
+            let host = Map::new().with_str("remote_host", "h".repeat(n).as_str());
             let body =
-                host.with("remote_port", |out| rmp::encode::write_u16(out, 1)).str("protocol", Some("tcp"));
+                host.with("remote_port", |out| rmp::encode::write_u16(out, 1)).with_str("protocol", "tcp");
             target(&body.finish()).map(|target| target.host.len())
         };
         assert_eq!(long(255), Ok(255));

@@ -6,7 +6,6 @@
 //! - `offset` and `status` are 64-bit integers whatever their value: Go clients assert the type `int64`.
 
 use std::fmt;
-use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -14,15 +13,13 @@ use bytes::Bytes;
 use rmp::encode;
 
 use super::MAX_ID;
+use super::map::Map;
 pub(crate) use super::msgpack::DecodeError;
-use super::msgpack::{Cursor, MapWriter, Value};
+use super::msgpack::{Cursor, Value};
 
 /// Limit of a header in bytes: as much as the reference agent accepts for a message. Answers and log lines repeat
 /// parts of it.
 const MAX_HEADER: usize = 8 * 1024;
-
-/// Bytes of properties that an answer repeats, not counting the last property.
-const MAX_READABLE: usize = 512;
 
 /// A session's name, chosen by the server; never empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -68,109 +65,6 @@ impl fmt::Display for UserId {
     }
 }
 
-/// A frame's properties: a msgpack map, kept in its encoded form so that it can be sent back unchanged.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Props {
-    /// The map with its header; empty if there is no map.
-    raw: Bytes,
-}
-
-impl Props {
-    pub fn new() -> Self {
-        Props::default()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.raw.is_empty()
-    }
-
-    /// Adds an integer in its shortest form.
-    #[must_use]
-    pub(crate) fn with_int(self, key: &str, value: i64) -> Self {
-        self.with(key, |out| encode::write_sint(out, value).map(drop))
-    }
-
-    /// Adds an integer in its 64-bit form.
-    #[must_use]
-    pub fn with_i64(self, key: &str, value: i64) -> Self {
-        self.with(key, |out| encode::write_i64(out, value))
-    }
-
-    #[must_use]
-    pub fn with_str(self, key: &str, value: &str) -> Self {
-        self.with(key, |out| encode::write_str(out, value))
-    }
-
-    fn with<E>(self, key: &str, value: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Self {
-        let mut pairs = Cursor::new(&self.raw);
-        let count = match pairs.map("props") {
-            Ok(Some(count)) => count,
-            _ => 0,
-        };
-        let mut raw = Vec::with_capacity(self.raw.len() + key.len() + 16);
-        // Writing to a Vec doesn't fail.
-        let _ = encode::write_map_len(&mut raw, u32::try_from(count + 1).unwrap_or(u32::MAX));
-        raw.extend_from_slice(pairs.rest());
-        let _ = encode::write_str(&mut raw, key);
-        let _ = value(&mut raw);
-        Props { raw: raw.into() }
-    }
-
-    /// The part that every client can read: scalars with names, limited in length and number.
-    #[must_use]
-    pub(crate) fn readable(&self) -> Self {
-        let mut kept = MapWriter::new();
-        for (name, value) in self.pairs() {
-            let good = match Cursor::new(value).value() {
-                Ok(Value::Other) => false,
-                Ok(Value::Blob(text)) => text.len() <= MAX_ID,
-                _ => true,
-            };
-            if let (Value::Blob(name), true) = (name, good)
-                && let Ok(name) = std::str::from_utf8(name)
-                && name.len() <= MAX_ID
-                && kept.len() <= MAX_READABLE
-            {
-                kept = kept.with(name, |out| out.write_all(value));
-            }
-        }
-        if kept.len() == 0 { Props::new() } else { Props { raw: kept.finish().into() } }
-    }
-
-    /// Names and encoded values.
-    fn pairs(&self) -> impl Iterator<Item = (Value<'_>, &[u8])> {
-        let mut cursor = Cursor::new(&self.raw);
-        let count = cursor.map("props").ok().flatten().unwrap_or(0);
-        (0..count).map_while(move |_| Some((cursor.value().ok()?, cursor.raw().ok()?)))
-    }
-
-    /// The last value under `key`, as in Go's maps. nil counts as absent.
-    fn get(&self, key: &str) -> Option<Value<'_>> {
-        let (_, value) = self.pairs().filter(|(name, _)| *name == Value::Blob(key.as_bytes())).last()?;
-        Cursor::new(value).value().ok().filter(|value| *value != Value::Nil)
-    }
-
-    pub fn has(&self, key: &str) -> bool {
-        self.get(key).is_some()
-    }
-
-    /// An integer of any width, or a float without a fraction.
-    pub fn int(&self, key: &str) -> Option<i64> {
-        match self.get(key)? {
-            Value::Int(n) => i64::try_from(n).ok(),
-            Value::Float(f) if f.fract() == 0.0 && f.abs() < 9e15 => Some(f as i64),
-            _ => None,
-        }
-    }
-
-    pub fn str(&self, key: &str) -> Option<&str> {
-        match self.get(key)? {
-            Value::Blob(bytes) => std::str::from_utf8(bytes).ok(),
-            _ => None,
-        }
-    }
-}
-
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
     /// [`super::SHELL`] or one of its siblings.
@@ -179,18 +73,18 @@ pub struct Frame {
     pub typ: String,
     /// `None` for commands to the device as a whole.
     pub sid: Option<SessionId>,
-    pub props: Props,
+    pub props: Map,
     /// Empty means absent.
     pub body: Bytes,
 }
 
 impl Frame {
     pub fn new(proto: u16, typ: &str, sid: Option<&SessionId>) -> Self {
-        Frame { proto, typ: typ.to_owned(), sid: sid.cloned(), props: Props::new(), body: Bytes::new() }
+        Frame { proto, typ: typ.to_owned(), sid: sid.cloned(), props: Map::new(), body: Bytes::new() }
     }
 
     #[must_use]
-    pub fn with_props(self, props: Props) -> Self {
+    pub fn with_props(self, props: Map) -> Self {
         Frame { props, ..self }
     }
 
@@ -219,7 +113,7 @@ impl Frame {
 
     /// Bytes of memory that the frame holds, roughly.
     pub fn held(&self) -> usize {
-        size_of::<Frame>() + self.typ.len() + self.props.raw.len() + self.body.len()
+        size_of::<Frame>() + self.typ.len() + self.props.len() + self.body.len()
     }
 
     /// Decodes a websocket message. A body that makes up most of it shares the message's memory. Bytes after the
@@ -258,11 +152,7 @@ impl Frame {
                 Value::Blob(b"proto") => frame.proto = cursor.int("proto")?.unwrap_or(0),
                 Value::Blob(b"typ") => frame.typ = text(cursor, "typ")?,
                 Value::Blob(b"sid") => frame.sid = SessionId::new(&text(cursor, "sid")?),
-                Value::Blob(b"props") => {
-                    let raw = cursor.raw()?;
-                    let empty = Cursor::new(raw).map("props")?.unwrap_or(0) == 0;
-                    frame.props.raw = if empty { Bytes::new() } else { Bytes::copy_from_slice(raw) };
-                }
+                Value::Blob(b"props") => frame.props = Map::decode(cursor, "props")?,
                 _ => cursor.skip()?,
             }
         }
@@ -295,7 +185,7 @@ impl Frame {
     /// Upper bound of a head in bytes.
     pub fn head_room(&self) -> usize {
         let sid = self.sid.as_ref().map_or(0, |sid| sid.as_str().len());
-        49 + self.typ.len() + sid + self.props.raw.len()
+        54 + self.typ.len() + sid + self.props.len()
     }
 
     /// Encodes all but the body, for one of `length` bytes.
@@ -319,7 +209,7 @@ impl Frame {
         }
         if !self.props.is_empty() {
             let _ = encode::write_str(out, "props");
-            out.extend_from_slice(&self.props.raw);
+            self.props.encode(out);
         }
         if length > 0 {
             let _ = encode::write_str(out, "body");
@@ -360,7 +250,7 @@ mod tests {
             b"\x84\x01\x92\x01\x02\xa4body\xa2hi\xa4more\x81\xa1x\xc3\xa3hdr\x85\xa5props\x81\xa1k\x07\xa3sid\xa1s\xa1?\xc3\xa3typ\xa1t\xa5proto\xd3\0\0\0\0\0\0\xff\xff",
         );
         let expected = Frame::new(0xffff, "t", sid().as_ref())
-            .with_props(Props::new().with_int("k", 7))
+            .with_props(Map::new().with_int("k", 7))
             .with_body(&b"hi"[..]);
         assert_eq!(frame, Ok(expected));
     }
@@ -385,33 +275,10 @@ mod tests {
     }
 
     #[test]
-    fn properties_are_read_leniently() {
-        let props = Props::new()
-            .with_i64("offset", 4096)
-            .with_int("small", -3)
-            .with_str("user_id", "someone")
-            .with_int("twice", 1)
-            .with_int("twice", 2)
-            .with("float", |out| encode::write_f64(out, 80.0))
-            .with("part", |out| encode::write_f64(out, 80.5))
-            .with("none", encode::write_nil)
-            .with("deep", |out| encode::write_array_len(out, 0).map(drop));
-        assert_eq!(props.int("offset"), Some(4096));
-        assert_eq!(props.int("small"), Some(-3));
-        assert_eq!(props.str("user_id"), Some("someone"));
-        assert_eq!(props.int("twice"), Some(2));
-        assert_eq!(props.int("float"), Some(80));
-        for absent in ["part", "none", "deep", "user_id", "missing"] {
-            assert_eq!(props.int(absent), None, "{absent}");
-        }
-        assert!(Frame::new(1, "t", None).with_props(props).user().as_str() == "someone");
-    }
-
-    #[test]
     fn the_longest_head_has_room() {
         let long = "x".repeat(70_000);
-        let frame =
-            Frame::new(1, &long, SessionId::new(&long).as_ref()).with_props(Props::new().with_int("k", 1));
+        let props = (0..70_000).fold(Map::new(), |props, _| props.with_int("k", 1));
+        let frame = Frame::new(1, &long, SessionId::new(&long).as_ref()).with_props(props);
         let mut head = Vec::new();
         frame.encode_head(70_000, &mut head);
         assert_eq!(head.len(), frame.head_room());
@@ -434,7 +301,7 @@ mod tests {
 
     #[test]
     fn offsets_take_eight_bytes() {
-        let frame = Frame::new(2, "ack", None).with_props(Props::new().with_i64("offset", 0));
+        let frame = Frame::new(2, "ack", None).with_props(Map::new().with_i64("offset", 0));
         assert!(frame.encode().ends_with(b"\x81\xa6offset\xd3\0\0\0\0\0\0\0\0"));
     }
 }

@@ -95,7 +95,7 @@ fn our_own_frames_match_the_recorded_ones() {
             "control/error unknown type with msgid" => "bogus",
             _ => "",
         };
-        let props = if typ == "bogus" { Props::new().with_str("msgid", "42") } else { Props::new() };
+        let props = if typ == "bogus" { Map::new().with_str("msgid", "42") } else { Map::new() };
         Frame::new(proto, typ, Some(&sid)).with_props(props)
     };
     let about = |name: &str, text: &str, close| control::error_about(&sid, &cause(name), text, close);
@@ -122,7 +122,7 @@ fn our_own_frames_match_the_recorded_ones() {
         ),
     ];
     let user = "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee";
-    let from_user = Props::new().with_str("user_id", user);
+    let from_user = Map::new().with_str("user_id", user);
     let request = |typ: &str| Frame::new(FILE_TRANSFER, typ, Some(&sid)).with_props(from_user.clone());
     let info = |path: &str, size, mode, modified| {
         file::file_info(&sid, &file::FileInfo { path: path.into(), size, uid: 0, gid: 0, mode, modified })

@@ -14,11 +14,13 @@ pub mod control;
 pub mod file;
 pub mod forward;
 pub(crate) mod frame;
+mod map;
 pub(crate) mod msgpack;
 pub mod shell;
 
 pub(crate) use frame::UserId;
-pub use frame::{Frame, Props, SessionId};
+pub use frame::{Frame, SessionId};
+pub use map::Map;
 
 /// Longest identifier in bytes: a session's, a user's, a connection's, a message's, a message type.
 pub(crate) const MAX_ID: usize = 256;

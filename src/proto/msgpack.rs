@@ -1,10 +1,9 @@
-//! Msgpack: a reader for the envelope, which accepts any width and order and copies nothing, one for typed bodies, and
-//! a writer for maps.
+//! Msgpack: a reader for the envelope, which accepts any width and order and copies nothing, and one for typed bodies.
 //!
 //! No recursion without bound, so that nesting can't exhaust a stack, and no allocation by a length that a message
 //! claims.
 
-use rmp::{Marker, encode};
+use rmp::Marker;
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -114,20 +113,18 @@ impl<'a> Cursor<'a> {
         self.skip_values(1)
     }
 
-    /// Skips the next value and returns its bytes.
-    pub(crate) fn raw(&mut self) -> Result<&'a [u8], DecodeError> {
+    /// Skips the next `count` values and returns their bytes.
+    pub(crate) fn raw(&mut self, count: u64) -> Result<&'a [u8], DecodeError> {
         let start = self.rest;
-        self.skip()?;
+        self.skip_values(count)?;
         Ok(&start[..start.len() - self.rest.len()])
     }
 
     /// Reads a map's header and returns the number of pairs; `None` for nil.
-    pub(crate) fn map(&mut self, what: &'static str) -> Result<Option<usize>, DecodeError> {
+    pub(crate) fn map(&mut self, what: &'static str) -> Result<Option<u32>, DecodeError> {
         match self.element()? {
             (Marker::Null, ..) => Ok(None),
-            (Marker::FixMap(_) | Marker::Map16 | Marker::Map32, _, inner) => {
-                Ok(Some(usize::try_from(inner / 2).unwrap_or(usize::MAX)))
-            }
+            (Marker::FixMap(_) | Marker::Map16 | Marker::Map32, _, inner) => Ok(Some((inner / 2) as u32)),
             _ => Err(DecodeError::Type(what)),
         }
     }
@@ -175,48 +172,6 @@ impl<'a> Cursor<'a> {
 
 fn number(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte))
-}
-
-/// Writes a map with string keys, as message bodies are. Leaves out `None`.
-#[derive(Debug, Default)]
-pub(crate) struct MapWriter {
-    pairs: u32,
-    bytes: Vec<u8>,
-}
-
-impl MapWriter {
-    pub(crate) fn new() -> Self {
-        MapWriter::default()
-    }
-
-    /// In bytes, without the map's header.
-    pub(crate) fn len(&self) -> usize {
-        self.bytes.len()
-    }
-
-    /// Adds a pair whose value `write` writes. Writing to a Vec doesn't fail.
-    #[must_use]
-    pub(crate) fn with<E>(mut self, key: &str, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Self {
-        self.pairs += 1;
-        let _ = encode::write_str(&mut self.bytes, key);
-        let _ = write(&mut self.bytes);
-        self
-    }
-
-    #[must_use]
-    pub(crate) fn str(self, key: &str, value: Option<&str>) -> Self {
-        match value {
-            Some(value) => self.with(key, |out| encode::write_str(out, value)),
-            None => self,
-        }
-    }
-
-    pub(crate) fn finish(self) -> Vec<u8> {
-        let mut map = Vec::with_capacity(5 + self.bytes.len());
-        let _ = encode::write_map_len(&mut map, self.pairs);
-        map.extend(self.bytes);
-        map
-    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Frame, Props, SHELL, SessionId};
+use super::{Frame, Map, SHELL, SessionId};
 
 /// Starts a shell, and answers that.
 pub(crate) const NEW: &str = "new";
@@ -21,8 +21,8 @@ const ERROR: i64 = 2;
 const CONTROL: i64 = 3;
 
 /// As a 64-bit integer: mender-cli notices failures only in this form, and other clients read any.
-fn status(value: i64) -> Props {
-    Props::new().with_i64("status", value)
+fn status(value: i64) -> Map {
+    Map::new().with_i64("status", value)
 }
 
 pub(crate) fn started(sid: &SessionId) -> Frame {
@@ -63,11 +63,12 @@ mod tests {
 
     #[test]
     fn a_size_needs_both_dimensions() {
-        let size = |width: i64, height: i64| {
-            window_size(&Frame::new(SHELL, NEW, None).with_props(
-                Props::new().with_int("terminal_width", width).with_i64("terminal_height", height),
-            ))
-        };
+        let size =
+            |width: i64, height: i64| {
+                window_size(&Frame::new(SHELL, NEW, None).with_props(
+                    Map::new().with_int("terminal_width", width).with_i64("terminal_height", height),
+                ))
+            };
         assert_eq!(size(80, 24), Some((80, 24)));
         assert_eq!(size(0, 24), None);
         assert_eq!(size(80, -1), None);

@@ -421,8 +421,7 @@ mod tests {
     use super::*;
     use crate::config;
     use crate::outbox::{Outbox, Queue, Sendable, Work};
-    use crate::proto::msgpack::MapWriter;
-    use crate::proto::{PORT_FORWARD, Props, SessionId};
+    use crate::proto::{Map, PORT_FORWARD, SessionId};
     use crate::session::{Device, Router};
     use std::net::TcpListener;
 
@@ -485,14 +484,14 @@ mod tests {
     }
 
     fn about(typ: &str) -> Frame {
-        Frame::new(PORT_FORWARD, typ, None).with_props(Props::new().with_str("connection_id", "c"))
+        Frame::new(PORT_FORWARD, typ, None).with_props(Map::new().with_str("connection_id", "c"))
     }
 
     fn target(port: u16) -> Vec<u8> {
-        MapWriter::new()
-            .str("remote_host", Some("127.0.0.1"))
-            .with("remote_port", |out| rmp::encode::write_u16(out, port))
-            .str("protocol", Some("tcp"))
+        Map::new()
+            .with_str("remote_host", "127.0.0.1")
+            .with_i64("remote_port", port.into())
+            .with_str("protocol", "tcp")
             .finish()
     }
 

@@ -16,8 +16,8 @@ use arbitrary::Arbitrary;
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::{
-    Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Outbox, PORT_FORWARD, Peer,
-    PollSet, Props, Queue, Router, SHELL, Sendable, SessionId, Sessions, Shell, Terminal, Work, lookup,
+    Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, Outbox, PORT_FORWARD, Peer,
+    PollSet, Queue, Router, SHELL, Sendable, SessionId, Sessions, Shell, Terminal, Work, lookup,
 };
 use nix::poll::PollFlags;
 
@@ -318,7 +318,7 @@ impl Link {
         self.sent += 1;
         let (proto, typ) = message.proto_and_type();
         let (id, user) = (sid.map(name), user(message.user));
-        let props = Props::new().with_str("user_id", &user).with_i64(NUMBER, self.sent);
+        let props = Map::new().with_str("user_id", user.as_str()).with_i64(NUMBER, self.sent);
         let frame = Frame::new(proto, typ, id.as_ref()).with_props(props);
         let frame = frame.with_body(BODY.slice(..message.size()));
         self.size = frame.held();
