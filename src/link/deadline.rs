@@ -4,13 +4,13 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-/// A link without an inbound byte for so long is dead: the server and Mender's agent have the same limit.
+/// A link without an inbound byte for this long is dead, as for the server and Mender's agent.
 pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(60);
-/// How often the server hears from us; the released one needs a ping within 60 s.
+/// The released server closes a link without a ping within 60 s.
 pub(super) const PING_INTERVAL: Duration = Duration::from_secs(25);
-/// A write without progress for so long means a dead link.
+/// A link on which a write makes no progress for this long is dead.
 pub(super) const WRITE_LIMIT: Duration = Duration::from_secs(10);
-/// For sending the close frame and what was queued before it.
+/// For the close frame and what was queued before it.
 pub(super) const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 /// For all steps of a dial together, as in Mender's agent. No step has a shorter limit: on a slow link TLS alone may
 /// need half of it.

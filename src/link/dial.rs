@@ -38,7 +38,7 @@ pub(crate) enum Progress<'a> {
     Proxy(Option<&'a Endpoint>),
     /// The addresses of the proxy, or else of the server.
     Resolved(&'a [SocketAddr]),
-    /// One of them can't be connected to.
+    /// One of the addresses can't be connected to.
     Failed(&'a LinkError),
     Connected(SocketAddr),
     /// The proxy leads to the server.

@@ -23,7 +23,6 @@ pub enum LinkError {
     /// No address accepted a connection; this is about the last one.
     #[error("dial tcp {address}: connect: {reason}")]
     Connect { address: String, reason: String },
-    /// The proxy is misconfigured or refused.
     #[error("proxy: {0}")]
     Proxy(String),
     #[error("tls: {0}")]
@@ -58,13 +57,13 @@ pub enum LinkError {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TlsFault {
-    /// This program was built without TLS.
+    /// Built without TLS.
     LeftOut,
     /// The system has no trusted certificates.
     NoRoots,
     /// No trusted certificate vouches for the server's.
     Issuer,
-    /// The certificate is for other names.
+    /// The certificate is for another name.
     Name,
     /// The certificate isn't valid yet, or any more, by the system's clock.
     Dates,
@@ -73,7 +72,6 @@ pub enum TlsFault {
     Other,
 }
 
-/// Why there is no HTTP answer.
 #[derive(Debug, Error)]
 pub enum AnswerFault {
     #[error("closed without an answer")]
@@ -93,7 +91,7 @@ impl LinkError {
     }
 }
 
-/// Of an open websocket. A time-out is the reader's.
+/// For an open websocket, where only reading times out after [`SILENCE_LIMIT`].
 impl From<tungstenite::Error> for LinkError {
     fn from(error: tungstenite::Error) -> Self {
         use tungstenite::Error;

@@ -59,7 +59,6 @@ impl Answer {
         }
     }
 
-    /// The error that an answer other than 101 is.
     pub(super) fn refusal(&self) -> LinkError {
         LinkError::Refused { status: self.status, retry_after: self.retry_after }
     }
@@ -113,7 +112,7 @@ pub(super) fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer
     Err(AnswerFault::TooLong)
 }
 
-/// A device's request to its server, without the headers that say how to go on. Has the token in it.
+/// The request to the server up to the headers that differ with and without a websocket. Contains the token.
 pub(super) struct Request(String);
 
 impl Request {

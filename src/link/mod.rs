@@ -44,14 +44,14 @@ pub(crate) use proxy::{PROXY_VARIABLES, ProxySettings};
 pub use reader::read;
 pub(crate) use trial::trial;
 
-/// A dial that takes longer hangs. More than its own limit, for machines that are overloaded and for trusted
-/// certificates that are read from slow storage.
+/// A dial that takes longer hangs. Above [`ATTEMPT_LIMIT`], for devices that are overloaded or read trusted certificates
+/// from slow storage.
 const DIAL_LIMIT: Duration = ATTEMPT_LIMIT.saturating_mul(4);
 
 #[derive(Debug)]
 pub(crate) enum LinkEvent {
     Connected,
-    /// The link has ended, or never came to be.
+    /// The link has ended, or was never established.
     Lost(LinkError),
 }
 
@@ -119,7 +119,7 @@ fn run<F: FnMut(Frame)>(
     let inbound = accept(&outbox);
     cancel.establish();
     events(LinkEvent::Connected);
-    // It drops `inbound`: the sessions end here, whether or not the server still takes a goodbye.
+    // Drops `inbound`, so that the sessions end here, even if the server takes no close frame any more.
     let mut lost = reader::run(&mut socket, &outbox, inbound, cancel);
     let farewell = Instant::now() + FAREWELL_LIMIT;
     outbox.close(lost.close_code(), farewell);

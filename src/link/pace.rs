@@ -17,20 +17,20 @@ const FIRST_WINDOW: u64 = 32 * 1024;
 const LARGEST_WINDOW: u64 = 4 * 1024 * 1024;
 /// Messages of bulk in a window: a keystroke's echo can go ahead of those that aren't written yet.
 const PIECES: u64 = 8;
-/// They needn't be smaller than what takes so long, up to a size that costs next to nothing: each one takes the server
-/// some time, whatever its size.
+/// A message may always be as large as what the link carries in this time, up to [`LARGEST_QUICK_PIECE`]: the server has
+/// a fixed cost per message.
 const PIECE_TIME: Duration = Duration::from_millis(8);
 const LARGEST_QUICK_PIECE: u64 = 64 * 1024;
 /// Parts of a window between probes.
 const PROBES: u64 = 4;
-/// A server that hasn't answered the first probe for so long perhaps never will.
+/// A server that has not answered the first probe within this time is taken for one that answers no pings.
 const FIRST_ANSWER: Duration = Duration::from_millis(300);
-/// A probe that was lost, if that can happen.
+/// A probe without an answer for so long is given up.
 const LOST: Duration = Duration::from_secs(10);
-/// What the quickest answer was may change, with the way that packets take.
+/// The minimum RTT is measured anew after this time, since routes change.
 const QUICKEST_HOLDS: Duration = Duration::from_secs(10);
-/// How much longer than the quickest answer takes, times its own time, and within these bounds, an answer may take:
-/// the connection stays busy although its speed varies.
+/// Allowed queueing delay: `SLACK` × minimum RTT within these bounds, so that the link stays busy although its speed
+/// varies.
 const SLACK: u32 = 16;
 const LEAST_SLACK: Duration = Duration::from_millis(1);
 const MOST_SLACK: Duration = Duration::from_millis(50);
@@ -79,12 +79,11 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// So many bytes were written.
     pub(super) fn wrote(&mut self, bytes: usize) {
         self.written += bytes as u64;
     }
 
-    /// How large a message of bulk should be.
+    /// How large a bulk message should be, in bytes.
     pub(super) fn piece(&self, now: Instant) -> usize {
         let piece = if self.is_unanswered(now) { LARGEST_WINDOW } else { self.window } / PIECES;
         piece.max(self.quick_piece) as usize
@@ -92,14 +91,14 @@ impl Pace {
 
     pub(super) fn sendable(&self, now: Instant) -> Sendable {
         let (open, window) = (self.is_unanswered(now), self.current_window(now));
-        // What is typed during a transfer doesn't wait for it.
+        // Twice the window, so that a transfer which has used it up doesn't hold up an echo.
         Sendable {
             bulk: open || self.on_the_way() < window,
             interactive: open || self.on_the_way() < 2 * window,
         }
     }
 
-    /// When everything may be sent although no answer came.
+    /// When the window opens although no answer came.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let patience = if self.answers { LOST } else { FIRST_ANSWER };
         self.probes.front().map(|probe| probe.when + patience)
@@ -121,7 +120,6 @@ impl Pace {
         })
     }
 
-    /// The server has answered a probe.
     pub(super) fn answered(&mut self, probe: Probe, now: Instant) {
         let at = u64::from_be_bytes(probe);
         // Any other ping isn't a probe.
@@ -142,12 +140,12 @@ impl Pace {
                 took
             }
         };
-        // An answer's time tells about a window that was full.
+        // Only a probe sent with a full window says anything about the window.
         if probe.at <= self.changed || probe.behind < self.window / 8 * 7 {
             return;
         }
         let slack = (quickest * SLACK).clamp(LEAST_SLACK, MOST_SLACK);
-        // Where nothing has to wait yet, a step.
+        // An answer this quick means that nothing queues yet: the window may grow.
         let target = if took < quickest * 5 / 4 { quickest * 2 } else { quickest * 3 / 2 } + slack;
         // What the connection carries in that time.
         let carried = |time: Duration| {
@@ -171,7 +169,7 @@ impl Pace {
         self.quickest.is_some_and(|(_, when)| now >= when + QUICKEST_HOLDS)
     }
 
-    /// To learn anew how quick an answer can be, there has to be less in front of it for a moment.
+    /// Smaller while the minimum RTT is measured anew: a full window's own queueing would be measured with it.
     fn current_window(&self, now: Instant) -> u64 {
         if self.is_stale(now) { self.window / STEP } else { self.window }
     }

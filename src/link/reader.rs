@@ -12,17 +12,17 @@ use super::error::LinkError;
 use crate::outbox::{Outbox, Pool, Signal};
 use crate::proto::Frame;
 
-/// Messages up to this size come in one read buffer with others.
+/// Messages up to this size, in bytes, share a read buffer with others.
 const SMALL: usize = 5 * 1024;
-/// Smaller ones would waste too much of a buffer for those.
+/// Messages below this size, in bytes, would waste too much of a pooled buffer.
 const TINY: usize = 2 * 1024;
-/// As many of them as the server sends of a file without an answer, and some more.
+/// More than the messages of a file that the server sends without an ack.
 const MAX_BUFFERS: usize = 24;
 
-/// How many malformed messages of one link are worth a warning.
+/// Malformed messages per link that are warned about.
 const WARNINGS: u32 = 5;
 
-/// Reads until the link ends and says why it did.
+/// Reads until the link ends; returns why it did.
 pub(super) fn run(
     socket: &mut WebSocket<impl Read + Write>,
     outbox: &Outbox,

@@ -32,7 +32,6 @@ pub(crate) fn trial(
     Err(answer.refusal())
 }
 
-/// Sends a ping, waits for its answer and says goodbye.
 fn ping(mut websocket: WebSocket<ReadHalf>) -> Result<(), LinkError> {
     websocket.send(Message::Ping(Bytes::from_static(PING))).map_err(LinkError::from)?;
     loop {
@@ -49,7 +48,7 @@ fn ping(mut websocket: WebSocket<ReadHalf>) -> Result<(), LinkError> {
             Err(e) => return Err(e.into()),
         }
     }
-    // The trial has succeeded, whether or not the server still hears this.
+    // The trial has succeeded, whether or not the server receives the close frame.
     let _ = websocket.close(Some(CloseFrame { code: 1000.into(), reason: "".into() }));
     let _ = websocket.flush();
     Ok(())
