@@ -125,7 +125,9 @@ impl Session {
         error!("session {}: {reason}", self.peer.id);
         self.peer.inbox.close();
         self.peer.reply(&control::error(&self.peer.id, reason, true));
-        self.hang_up();
+        // What has begun ends in the audit log, too.
+        self.terminal.abandon(&self.peer);
+        self.files.abandon(&self.peer);
     }
 
     fn hang_up(&mut self) {

@@ -174,6 +174,11 @@ impl FileTransfer {
         }
     }
 
+    /// Ends a transfer of a session that can't go on.
+    pub(crate) fn abandon(&mut self, peer: &Peer) {
+        self.abort_as(peer, "failed", "the session failed");
+    }
+
     pub(crate) fn hang_up(&mut self, peer: &Peer, now: Instant) {
         match &mut self.state {
             State::Committing(committing) => committing.give_up = Some(now + HANG_UP_GRACE),

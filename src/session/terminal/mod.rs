@@ -206,6 +206,11 @@ impl Terminal {
         }
     }
 
+    /// Leaves a shell whose session can't go on: its process is killed when it is dropped.
+    pub(crate) fn abandon(&mut self, peer: &Peer) {
+        log_end(peer, "", "failed", Instant::now());
+    }
+
     /// There are no terminals any more.
     pub(crate) fn disable(&mut self, peer: &mut Peer, now: Instant) {
         if matches!(self.state, State::Running(_)) {

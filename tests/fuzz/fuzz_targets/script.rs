@@ -16,8 +16,8 @@ use arbitrary::Arbitrary;
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::{
-    Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, Outbox, PORT_FORWARD, Peer,
-    PollSet, Queue, Router, SHELL, Sendable, SessionId, Sessions, Shell, Terminal, Work, lookup,
+    Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, Outbox, PORT_FORWARD,
+    Peer, PollSet, Queue, Router, SHELL, Sendable, SessionId, Sessions, Shell, Terminal, Work, lookup,
 };
 use nix::poll::PollFlags;
 
