@@ -17,7 +17,7 @@ use crate::config::Allowed;
 use crate::outbox::Sink;
 use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
-use crate::proto::{Frame, SessionId, UserId};
+use crate::proto::{SessionId, UserId};
 use crate::session::peer::Peer;
 use crate::session::stats::{ForwardInfo, Info};
 use crate::sys::wake::Wake;
@@ -378,7 +378,12 @@ impl Connection {
 
     /// Bytes of memory that wait for the target, roughly.
     pub(crate) fn waiting(&self) -> usize {
-        self.queued + self.to_target.len() * size_of::<Frame>()
+        self.queued + self.to_target.len() * size_of::<Bytes>()
+    }
+
+    /// What more data adds to [`Connection::waiting`].
+    pub(crate) fn cost(data: &Bytes) -> usize {
+        data.len() + size_of::<Bytes>()
     }
 
     /// The client has acknowledged data. The number of the first that was not.

@@ -7,6 +7,7 @@
 //!     └───────────────┘
 //! ```
 
+mod answers;
 mod clock;
 mod shell;
 
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use nix::poll::PollFlags;
 
+pub(crate) use self::answers::{answer_without_shell, refusal, unknown};
 use self::clock::{Clock, Due};
 use self::shell::{Shell, Then};
 use super::peer::Peer;
@@ -28,8 +30,8 @@ use super::stats::ShellInfo;
 use crate::audit::Record;
 use crate::outbox::{Class, Discard};
 use crate::permits::Permit;
+use crate::proto::Frame;
 use crate::proto::shell as wire;
-use crate::proto::{Frame, SessionId, UserId};
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, reason};
@@ -49,7 +51,6 @@ const MAX_DEFERRED_BYTES: usize = 64 * 1024;
 
 /// What clients expect to read when a shell has ended by itself.
 const ENDED: &str = "read /dev/ptmx: input/output error";
-const NOT_FOUND: &str = "session not found";
 
 /// The terminal of a session.
 pub(crate) struct Terminal {
@@ -436,29 +437,4 @@ fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
 
 fn requested_size(frame: &Frame) -> Option<WindowSize> {
     wire::window_size(frame).map(|(width, height)| WindowSize { width, height })
-}
-
-/// The answer to a `new` that gets no shell, which is put on record.
-pub(crate) fn refusal(id: &SessionId, user: &UserId, reason: String) -> Frame {
-    Record::new("shell-refused", Some(id), user).text("reason", &reason).log(false);
-    wire::failure(id, wire::NEW, reason)
-}
-
-/// The answer where the terminal is disabled, and to types that it does not know.
-pub(crate) fn unknown(id: &SessionId, frame: &Frame) -> Frame {
-    let text = format!("unknown message protocol and type: {}/{}", frame.proto, frame.typ);
-    wire::failure(id, &frame.typ, text)
-}
-
-/// What a session without a shell says to a frame of the shell protocol other than `new`.
-pub(crate) fn answer_without_shell(id: &SessionId, frame: &Frame) -> Option<Frame> {
-    match frame.typ.as_str() {
-        wire::DATA => Some(wire::failure(id, wire::DATA, NOT_FOUND)),
-        wire::STOP => {
-            let text = format!("routeMessage: StopShellMessage: session not found for id {}", id.as_str());
-            Some(wire::failure(id, wire::STOP, text))
-        }
-        wire::RESIZE | wire::PONG => None,
-        _ => Some(unknown(id, frame)),
-    }
 }
