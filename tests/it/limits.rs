@@ -11,6 +11,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde_json::{Value, json};
 
 use crate::files::{get, names, pattern, put, refused};
+use crate::harness::daemon::emulated;
 use crate::harness::device::Device;
 use crate::harness::msg::FILES;
 use crate::harness::rest::{Form, Refused, Rest, path_body};
@@ -365,7 +366,9 @@ fn there_is_no_way_out_of_the_chroot() {
         let (_rig, device) =
             limited(json!({ "Chroot": root, "FollowSymLinks": follow, "AllowOverwrite": true }));
         let before = jail.state_outside();
-        for way in &ways {
+        // Emulators know no openat2. Without it `..` takes back a name, whatever that is, and so this one stays inside.
+        let by_name = emulated("openat2: links before `..`");
+        for way in ways.iter().filter(|way| !(by_name && way.ends_with("magic-cwd/../secret"))) {
             let path = Path::new(way);
             let got = direct_get(&device, path).expect_err(way);
             let nothing = ["no such file or directory", "not a directory"];
@@ -425,7 +428,8 @@ fn no_race_leads_out_of_the_chroot() {
     let (mut inside, mut refusals) = (0_u32, 0_u32);
     // The kernel may see that something moved; without openat2 a folder may turn out to be a link by now.
     let moved = ["temporarily", "not a directory", "too many levels"];
-    let expected = |text: &str| text == OUTSIDE || moved.iter().any(|reason| text.contains(reason));
+    let expected =
+        |text: &str| [OUTSIDE, LINK].contains(&text) || moved.iter().any(|reason| text.contains(reason));
     for round in 0..ROUNDS {
         if round % 10 == 0 {
             match rest.announce(&Form::to(&path)) {
