@@ -216,6 +216,8 @@ impl Session {
             FILE_TRANSFER if config.file_transfer => self.files.handle(&mut self.peer, frame, now),
             PORT_FORWARD if config.port_forward => {
                 if !self.forwards.handle(&mut self.peer, &frame, now) {
+                    let text = "too many answers wait: the session is closed";
+                    self.peer.reply(&control::error_about(&self.peer.id, &frame, text, true));
                     self.peer.inbox.hang_up(HangUp::Overflow);
                 }
             }
