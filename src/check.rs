@@ -208,7 +208,7 @@ fn errors(values: &Values, shells: &Path) -> Vec<Advice> {
     errors
 }
 
-/// What is given, but has no effect or is replaced.
+/// Finds settings that have no effect or are replaced.
 fn ineffective(raw: &Values, values: &Values) -> Vec<Advice> {
     let given = Key::current().filter(|key| raw.origin(*key) != Origin::Default);
     let advice = given.filter_map(|key| {
@@ -264,7 +264,7 @@ fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
     Some((Level::Info, why))
 }
 
-/// What won't work on this device: a shell that ends at once, users and groups that file transfer looks up each time.
+/// Finds settings that this device can't fulfil: a shell that ends at once, a chroot that isn't usable, unknown owners.
 fn unusable(values: &Values) -> Vec<Advice> {
     let mut advice = Vec::new();
     let mut warn = |key, text| advice.push((Level::Warn, key, text));

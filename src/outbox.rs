@@ -49,7 +49,7 @@ pub enum Signal {
     Answered(Probe, Instant),
 }
 
-/// What the writer does when every [`Outbox`] has been dropped.
+/// The writer closes the websocket when every [`Outbox`] has been dropped.
 const ABANDONED: Signal = Signal::Close(1000);
 
 #[derive(Debug)]

@@ -27,7 +27,7 @@ fn refused(line: &str) -> (String, u8) {
     }
 }
 
-/// What is wrong with the flags, and the help that follows.
+/// Returns the complaint about the flags and the help that follows it.
 fn usage(line: &str) -> (String, String) {
     let (text, code) = refused(line);
     let (error, help) = text.strip_prefix("Incorrect Usage: ").unwrap().split_once("\n\n").unwrap();

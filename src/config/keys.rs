@@ -8,14 +8,14 @@ use self::Kind::{Flag, List, Number, Objects, Text};
 
 pub(super) const SHELL: &str = "/bin/sh";
 
-/// What a key takes, with its default. 0, an empty text and, where it isn't the default, a list that is `null` count
+/// The type of a key's value, and its default. 0, an empty text and `null` for a list (unless that is the default) count
 /// as not set.
 #[derive(Debug)]
 pub(super) enum Kind {
     Flag(bool),
     Number(RangeInclusive<i128>, u32),
     Text(&'static str),
-    /// Of strings.
+    /// A list of strings.
     List(Option<&'static [&'static str]>),
     /// Their keys are those below this one.
     Objects,
@@ -92,7 +92,7 @@ impl Key {
         TABLE.iter().map(|row| row.0)
     }
 
-    /// Those that have a meaning.
+    /// The keys that are not deprecated.
     pub(crate) fn current() -> impl Iterator<Item = Key> {
         Key::all().filter(|key| key.deprecated().is_none())
     }

@@ -211,12 +211,12 @@ pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Resu
     Ok(values)
 }
 
-/// What was met in a file.
+/// The content of one file, sorted by whether the table knows it.
 #[derive(Debug, Default)]
 pub(crate) struct Walk {
     /// Paths in the file's own spelling, each once.
     pub(crate) unknown: Vec<String>,
-    /// Of a key that is given more than once, the last value counts.
+    /// In the file's order: the last value of a repeated key counts.
     pub(crate) given: Vec<(Key, Value)>,
     pub(crate) misfits: Vec<Misfit>,
 }

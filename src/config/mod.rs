@@ -93,7 +93,7 @@ pub enum Expiry {
     Age(Duration),
 }
 
-/// What is below `Limits.FileTransfer`. "Put" is towards the device, "get" from it.
+/// The section `Limits.FileTransfer`. A client puts files on the device and gets files from it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileLimits {
     /// As written: it may contain links.

@@ -43,7 +43,7 @@ impl Cancel {
     pub(super) fn cancel(&self) {
         let mut state = self.lock();
         state.alive = None;
-        // Of an open websocket only reading ends: then the reader ends, and the writer sends a close frame.
+        // An open websocket is shut for reading alone: the reader then ends, and the writer sends a close frame.
         state.shut_down(if state.established { Shutdown::Read } else { Shutdown::Both });
     }
 

@@ -157,7 +157,7 @@ pub(super) struct WriteHalf {
 }
 
 impl WriteHalf {
-    /// Of a plain connection without a reader.
+    /// The writing half of a plain connection that has no reader.
     #[cfg(test)]
     pub(super) fn plain(socket: TcpStream) -> Self {
         WriteHalf { socket: Arc::new(socket), deadline: None, tls: None, ciphertext: Vec::new() }

@@ -24,15 +24,15 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 const UPGRADE: &str =
     "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ";
 
-/// What the agent uses of an answer's head. No text of it is kept for people: the server may say anything, the token
-/// included.
+/// The parts of an answer's head that the agent uses. It shows none of the head's texts, since the server may echo
+/// anything, the token included.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Answer {
     pub(super) status: u16,
     /// The server's clock (`Date`), since 1970.
     pub(crate) date: Option<Duration>,
     pub(crate) redirects_to_https: bool,
-    /// Of 429 and 503, at most an hour.
+    /// Retry-After of an answer 429 or 503, at most an hour.
     retry_after: Option<Duration>,
     /// Sec-WebSocket-Accept, if the other headers are a websocket's.
     accept: Option<String>,

@@ -76,13 +76,13 @@ impl Service {
         self.watchdog.map(|(_, at)| at)
     }
 
-    /// Sends a sign of life if one is due and `goes_on` confirms that all is well.
-    pub(crate) fn feed(&mut self, now: Instant, goes_on: impl FnOnce() -> bool) {
+    /// Sends a sign of life if one is due and `makes_progress` confirms that the link isn't stuck.
+    pub(crate) fn feed(&mut self, now: Instant, makes_progress: impl FnOnce() -> bool) {
         if let Some((interval, at)) = &mut self.watchdog
             && now >= *at
         {
             *at = now + *interval;
-            if goes_on() {
+            if makes_progress() {
                 self.send("WATCHDOG=1");
             }
         }

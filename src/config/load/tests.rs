@@ -135,7 +135,7 @@ fn integers_beyond_the_edges_are_type_errors() {
         let expected = format!("Error parsing config file: {path}: expected an integer from {range}, found ");
         let found = error(&file);
         let found = found.strip_prefix(&expected).unwrap_or_else(|| panic!("{found}"));
-        // What doesn't fit 64 bits is a float.
+        // JSON numbers beyond 64 bits become floats.
         assert_eq!(found, if text.len() < 20 { text } else { "1.8446744073709552e19" });
     }
 }
