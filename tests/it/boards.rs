@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
@@ -15,6 +15,7 @@ use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::device::Device;
 use crate::harness::forward::Client;
 use crate::harness::msg::COMMANDS;
+use crate::harness::program;
 use crate::harness::rest::Form;
 use crate::harness::rig::{Rig, Setup};
 use crate::harness::root::{GID, GROUPS, Root, UID, USER, obstacle};
@@ -176,8 +177,7 @@ fn busybox_and_an_account_are_enough() {
     }
     let root = Root::new();
     let client = "usr/bin/mender-update";
-    root.write(client, "#!/bin/sh\ntest $1 = check-update\n");
-    fs::set_permissions(root.path(client), fs::Permissions::from_mode(0o755)).unwrap();
+    program::write(&root.path(client), b"#!/bin/sh\ntest $1 = check-update\n");
     let (mut rig, device) = root.setup().config(board_config()).connected();
 
     let mut shell = Terminal::new(&device, Style::Cli);

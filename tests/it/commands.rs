@@ -14,6 +14,7 @@ use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::device::Device;
 use crate::harness::msg::{COMMANDS, Msg};
 use crate::harness::proc;
+use crate::harness::program;
 use crate::harness::rig::{Rig, Setup, is_root};
 use crate::harness::wait::{SOON, eventually, millis, skip};
 
@@ -68,9 +69,7 @@ impl Fakes {
     fn install(&self, name: &str, script: &str) {
         let calls = self.path("calls");
         let text = format!("#!/bin/sh\necho \"{name} $*\" >>'{}'\n{script}\n", calls.display());
-        let path = self.path("bin").join(name);
-        fs::write(&path, text).expect("write");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
+        program::write(&self.path("bin").join(name), text.as_bytes());
     }
 
     fn calls(&self) -> Vec<String> {

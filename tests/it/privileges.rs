@@ -1,11 +1,13 @@
 //! What the agent keeps of root's privileges, by its configuration, and what its programs get.
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::json;
 
 use crate::harness::client::{Style, Terminal};
 use crate::harness::daemon::emulated;
+use crate::harness::program;
 use crate::harness::rest::{Form, Rest};
 use crate::harness::rig::{Setup, is_root};
 use crate::harness::wait::skip;
@@ -95,7 +97,7 @@ fn nothing_in_a_confined_shell_becomes_more_than_its_user() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
     let program = dir.path().join("id");
-    fs::copy("/usr/bin/id", &program).expect("copy");
+    program::copy(Path::new("/usr/bin/id"), &program);
     fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).expect("chmod");
     let command = format!("{} -u", program.display());
     for (confined, euid) in [(false, "0"), (true, "65534")] {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::harness::daemon::executable;
+use crate::harness::program;
 use crate::harness::wait::skip;
 use crate::yocto::{available, read, root};
 
@@ -211,8 +212,9 @@ impl Project {
     }
 
     fn program(&self, name: &str, script: &str) {
-        self.write(name, &format!("#!/bin/sh\n{script}\n"));
-        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o755)).unwrap();
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        program::write(&path, format!("#!/bin/sh\n{script}\n").as_bytes());
     }
 
     /// The compiler where `.ci/static.sh` puts it, building into a folder as cargo would.

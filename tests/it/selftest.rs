@@ -2,6 +2,9 @@
 //! misses things would make every other test worthless.
 
 use std::net::TcpStream;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use dbus::Message as BusMessage;
@@ -17,6 +20,7 @@ use crate::harness::device::{Device, Generation, Reading};
 use crate::harness::front::Proxy;
 use crate::harness::manager::{self, Answer, Manager};
 use crate::harness::msg::{self, Ints, SHELL};
+use crate::harness::program;
 use crate::harness::server::{CONNECT_PATH, Reply, Server};
 use crate::harness::tls::{Authority, TlsFront};
 use crate::harness::trace::changed;
@@ -314,4 +318,32 @@ fn changes_are_told_from_looks() {
     ] {
         assert_eq!(changed(look), None, "{look}");
     }
+}
+
+/// Other tests fork all the time, and what they fork has this process's open files until its exec.
+#[test]
+fn a_program_that_a_test_makes_runs_at_once() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    assert!(Command::new("true").status().expect("run true").success());
+                }
+            });
+        }
+        for n in 0..200 {
+            let path = dir.path().join(n.to_string());
+            match n % 2 {
+                0 => program::write(&path, b"#!/bin/sh\n"),
+                _ => program::copy(Path::new("/bin/true"), &path),
+            }
+            if let Err(error) = Command::new(&path).status() {
+                over.store(true, Ordering::Relaxed);
+                panic!("program {n}: {error}");
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+    });
 }

@@ -9,6 +9,7 @@ use std::process::Command;
 use super::{PAGES, commands_of, read, root};
 use crate::harness::daemon::executable;
 use crate::harness::machine::Machine;
+use crate::harness::program;
 use crate::packaging;
 
 /// Who runs a command that isn't run here.
@@ -153,7 +154,7 @@ fn machine(page: &str) -> Option<Machine> {
     }
     let copied = Command::new("cp").arg("-r").arg(root().join("yocto")).arg(&checkout).status().unwrap();
     assert!(copied.success());
-    fs::copy(executable(), checkout.join("target/release/mender-connect")).unwrap();
+    program::copy(&executable(), &checkout.join("target/release/mender-connect"));
     let package = |architecture: &str| format!("mender-connect-rs_0.1.0-1_{architecture}.deb");
     // The README's example is for a board.
     let here = package(if page == "README.md" { "armhf" } else { "amd64" });

@@ -17,6 +17,7 @@ use super::daemon::{bare, executable};
 use super::device::{Device, Generation};
 use super::manager::Manager;
 use super::proc;
+use super::program;
 use super::rig::{TOKEN, is_root};
 use super::server::Server;
 use super::wait::{SOON, Watched, secs, skip, spawn};
@@ -134,14 +135,18 @@ impl Machine {
     pub fn write(&self, absolute: &str, text: impl AsRef<[u8]>) {
         let path = self.path(absolute);
         std::fs::create_dir_all(path.parent().expect("a folder")).expect("make the folder");
-        std::fs::write(path, text).unwrap_or_else(|e| panic!("write {absolute}: {e}"));
+        if text.as_ref().starts_with(b"#!") {
+            program::write(&path, text.as_ref());
+        } else {
+            std::fs::write(path, text).unwrap_or_else(|e| panic!("write {absolute}: {e}"));
+        }
     }
 
     /// Copies a file, with its mode.
     pub fn install(&self, from: &Path, to: &str) {
         let path = self.path(to);
         std::fs::create_dir_all(path.parent().expect("a folder")).expect("make the folder");
-        std::fs::copy(from, path).unwrap_or_else(|e| panic!("copy {} to {to}: {e}", from.display()));
+        program::copy(from, &path);
     }
 
     /// Runs a shell script in the machine: to its end, and until nobody has its output open any more.

@@ -20,6 +20,7 @@ pub mod machine;
 pub mod manager;
 pub mod msg;
 pub mod proc;
+pub mod program;
 mod reader;
 pub mod rest;
 pub mod rig;

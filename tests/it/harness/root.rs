@@ -9,6 +9,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use super::daemon;
+use super::program;
 use super::rig::{Setup, is_root};
 
 /// The account the shells run as; this machine hasn't got it.
@@ -119,7 +120,7 @@ impl Root {
         for file in libraries.chain([program]) {
             let copy = self.path(file.to_str().expect("UTF-8"));
             fs::create_dir_all(copy.parent().expect("a folder")).expect("create a folder");
-            fs::copy(file, copy).unwrap_or_else(|e| panic!("copy {}: {e}", file.display()));
+            program::copy(file, &copy);
         }
     }
 

@@ -9,8 +9,6 @@ mod stage;
 mod work;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,6 +21,7 @@ use self::stage::{Chance, Stage, hush_workers};
 use crate::commands;
 use crate::harness::device::{Device, Generation};
 use crate::harness::proc;
+use crate::harness::program;
 use crate::harness::rig::{Rig, Setup, TOKEN};
 use crate::harness::server::Server;
 use crate::harness::wait::{SOON, eventually, secs};
@@ -78,8 +77,7 @@ fn everything_at_once() {
     let (dir, down) = (rig.dir.path().to_owned(), Downloads::new(&rig.dir.path().join("down"), &mut chance));
     let up = ["up-1", "up-2", "up-3"].map(|name| Uploads::new(dir.join(name), &mut chance));
     if dir.join("bin").exists() {
-        fs::write(dir.join("bin/mender-update"), work::CLIENT).unwrap();
-        fs::set_permissions(dir.join("bin/mender-update"), fs::Permissions::from_mode(0o755)).unwrap();
+        program::write(&dir.join("bin/mender-update"), work::CLIENT.as_bytes());
     }
     let mut scene = Scene {
         rig,
