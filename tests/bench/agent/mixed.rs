@@ -17,20 +17,14 @@ const PAUSE: Duration = Duration::from_millis(10);
 const SLOW: u64 = 125_000;
 
 pub fn rows() -> Vec<Row> {
-    let mut rows = vec![row("keys-beside-download", "keys while a file goes down", |agent, scale| {
-        let (stage, file) = prepare(agent, Way::Direct)?;
-        stage.measured(move |stage| {
-            let meter = Meter::start(stage.pid())?;
-            let (_, mixed) = run(stage, &file, Duration::ZERO, scale.span)?;
-            let cpu = meter.read()?.1;
-            Ok(vec![
-                figure("echo, median", "µs", percentile(&mixed.times, 50) * 1e6),
-                figure("echo, 99th percentile", "µs", percentile(&mixed.times, 99) * 1e6),
-                figure("download", "MiB/s", mixed.bytes as f64 / MIB / mixed.span),
-                figure("agent's CPU", "s/s", cpu / mixed.span),
-            ])
-        })
-    })];
+    let mut rows: Vec<Row> = [
+        ("keys-beside-download", "keys while a file goes down", false),
+        ("keys-one-thread", "the same with a client that copies every byte in its only thread", true),
+    ]
+    .map(|(name, about, reads_all)| {
+        row(name, about, move |agent, scale| beside_download(agent, scale, reads_all))
+    })
+    .into();
     for each_way in [25, 50] {
         let about = format!("the same with 1 Mbit/s towards the server and {each_way} ms each way");
         rows.push(row(format!("keys-1mbit-{}ms", 2 * each_way), about, move |agent, scale| {
@@ -40,6 +34,22 @@ pub fn rows() -> Vec<Row> {
         }));
     }
     rows
+}
+
+fn beside_download(agent: &Agent, scale: Scale, reads_all: bool) -> Result<Measure, String> {
+    let (stage, file) = prepare(agent, Way::Direct)?;
+    stage.measured(move |stage| {
+        stage.link.verify(reads_all);
+        let meter = Meter::start(stage.pid())?;
+        let (_, mixed) = run(stage, &file, Duration::ZERO, scale.span)?;
+        let cpu = meter.read()?.1;
+        Ok(vec![
+            figure("echo, median", "µs", percentile(&mixed.times, 50) * 1e6),
+            figure("echo, 99th percentile", "µs", percentile(&mixed.times, 99) * 1e6),
+            figure("download", "MiB/s", mixed.bytes as f64 / MIB / mixed.span),
+            figure("agent's CPU", "s/s", cpu / mixed.span),
+        ])
+    })
 }
 
 fn prepare_slow(agent: &Agent, scale: Scale, shape: Shape) -> Result<Measure, String> {
