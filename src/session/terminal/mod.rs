@@ -25,7 +25,7 @@ pub(crate) use self::answers::{answer_without_shell, refusal, unknown};
 use self::clock::{Clock, Due};
 use self::shell::{Shell, Then};
 use super::peer::Peer;
-use super::shells::{MAX_SHELLS, ShellPermit};
+use super::shells::{MAX_SHELLS, Refusal, ShellPermit};
 use super::stats::ShellInfo;
 use crate::audit::Record;
 use crate::outbox::{Class, Discard};
@@ -36,13 +36,13 @@ use crate::sys::process::SessionLeader;
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, reason};
 
-/// How long a shell may take to end when its client stopped it, before it is killed, and after.
+/// How long a shell may take to end before it is killed, and after.
 const STOP_GRACE: Duration = Duration::from_secs(2);
-/// The same when the link is gone: the daemon itself may have to end within two seconds.
+/// The same without a link: the daemon itself may have to end within two seconds.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
-/// How long after a shell's end its last output may take to come through the terminal.
+/// How long a shell's last output may take to come through the terminal.
 const DRAIN_LIMIT: Duration = Duration::from_millis(500);
-/// The most output of a frame, as the connection to the server allows. What a terminal gives in one read fits.
+/// Bounds of a frame's output, in bytes; what a terminal gives in one read fits.
 const SMALLEST_OUTPUT: usize = 4 * 1024;
 const LARGEST_OUTPUT: usize = 32 * 1024;
 /// Frames that wait while a shell ends, and the bytes they hold, but for the last one.
@@ -52,7 +52,6 @@ const MAX_DEFERRED_BYTES: usize = 64 * 1024;
 /// What clients expect to read when a shell has ended by itself.
 const ENDED: &str = "read /dev/ptmx: input/output error";
 
-/// The terminal of a session.
 pub(crate) struct Terminal {
     state: State,
     deferred: VecDeque<Frame>,
@@ -73,11 +72,11 @@ struct Running {
     clock: Clock,
     /// For its output that is still queued.
     discard: Discard,
-    /// Set when the process is reaped. Its last output may still be on the way.
+    /// The process is reaped; its last output may still be on the way.
     exit: Option<ExitStatus>,
-    /// Set when the terminal's other side is closed.
+    /// The terminal's other side is closed.
     at_end: bool,
-    /// When the other of the two is not waited for any longer.
+    /// When the shell stops waiting for the other of the two.
     give_up: Option<Instant>,
 }
 
@@ -96,18 +95,16 @@ impl Terminal {
         Terminal { state: State::Nothing, deferred: VecDeque::new(), memory: peer.device.memory.none() }
     }
 
-    /// Whether there is neither a shell nor what is left of one.
     pub(crate) fn is_idle(&self) -> bool {
         matches!(self.state, State::Nothing)
     }
 
-    /// Whether frames can be taken. Not when many wait for a shell's end already.
+    /// False while too many frames wait for a shell's end.
     pub(crate) fn takes_frames(&self) -> bool {
         self.deferred.len() < MAX_DEFERRED
             && self.deferred.iter().map(Frame::held).sum::<usize>() < MAX_DEFERRED_BYTES
     }
 
-    /// Obeys a frame of the shell protocol.
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: Frame, now: Instant) {
         if !peer.device.config().terminal.enabled {
             return peer.reply(&unknown(&peer.id, &frame));
@@ -120,7 +117,7 @@ impl Terminal {
             return;
         }
         match (&mut self.state, frame.typ.as_str()) {
-            // What comes while a shell ends is about the time after.
+            // A frame that comes while a shell ends is for the next one.
             (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
                 running.clock.input(now);
@@ -135,13 +132,13 @@ impl Terminal {
             }
             (State::Running(running), wire::RESIZE) => {
                 if let Some(size) = requested_size(&frame)
-                    && let Err(e) = running.shell.pty().resize(size)
+                    && let Err(e) = running.shell.pty.resize(size)
                 {
                     warn!("session {}: resizing the terminal: {}", peer.id, reason(&e));
                 }
             }
             (State::Running(running), wire::STOP) => {
-                // After the answer nothing may come, and before it nothing needs to.
+                // Clients expect no output after the answer, and need none before it.
                 running.discard.store(true, Ordering::SeqCst);
                 self.end("stopped", true, STOP_GRACE, now);
             }
@@ -161,13 +158,10 @@ impl Terminal {
     fn try_start(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> Result<(), String> {
         let shells = &peer.device.shells;
         if matches!(self.state, State::Running(_)) {
-            let full = shells.running() >= MAX_SHELLS;
-            let reason = if full {
-                "too many shells spawned"
-            } else {
-                "failed to start shell: shell is already running"
-            };
-            return Err(reason.to_owned());
+            return Err(match shells.running() {
+                MAX_SHELLS.. => Refusal::Device.to_string(),
+                _ => "failed to start shell: shell is already running".to_owned(),
+            });
         }
         let user = frame.user();
         let config = peer.device.config();
@@ -182,22 +176,20 @@ impl Terminal {
         Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);
         let info = peer.info.set_shell(user, pid, now);
         peer.reply(&wire::started(&peer.id));
-        let clock = Clock::new(&config.sessions, now);
-        let running = Running {
+        self.state = State::Running(Box::new(Running {
             shell,
             info,
             _permit: permit,
-            clock,
+            clock: Clock::new(config.sessions.clone(), now),
             discard: Discard::default(),
             exit: None,
             at_end: false,
             give_up: None,
-        };
-        self.state = State::Running(Box::new(running));
+        }));
         Ok(())
     }
 
-    /// The link is gone, and with it everybody who could watch: ends the shell without a word.
+    /// Ends the shell of a link that is gone, without an answer.
     pub(crate) fn hang_up(&mut self, now: Instant) {
         self.deferred.clear();
         self.end("link lost", false, HANG_UP_GRACE, now);
@@ -212,15 +204,14 @@ impl Terminal {
         log_end(peer, "", "failed", Instant::now());
     }
 
-    /// There are no terminals any more.
     pub(crate) fn disable(&mut self, peer: &mut Peer, now: Instant) {
         if matches!(self.state, State::Running(_)) {
             self.end_because(peer, "disabled", "the terminal was disabled".to_owned(), now);
         }
     }
 
-    /// From running to ending: the terminal is closed, which hangs it up, and the processes are told. The permit is
-    /// free at once: nobody can type into this shell any more, however long it takes to end.
+    /// Closes the terminal, which hangs it up, and signals the processes. The permit is free at once: nobody can type
+    /// into this shell any more, however long it takes to end.
     fn end(&mut self, why: &'static str, answer: bool, grace: Duration, now: Instant) {
         match std::mem::replace(&mut self.state, State::Nothing) {
             State::Running(running) => {
@@ -234,14 +225,14 @@ impl Terminal {
         }
     }
 
-    /// Ends the shell for a reason of ours, which the client is told behind the output it has coming.
+    /// Ends the shell and tells its client why, behind the output that is queued.
     fn end_because(&mut self, peer: &mut Peer, why: &'static str, reason: String, now: Instant) {
         info!("session {}: {reason}", peer.id);
         peer.reply(&wire::failure(&peer.id, wire::STOP, reason));
         self.end(why, false, STOP_GRACE, now);
     }
 
-    /// When [`Terminal::proceed`] wants to be called though nothing happened.
+    /// When [`Terminal::proceed`] is due without an event.
     pub(crate) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
         match &self.state {
             State::Nothing => None,
@@ -253,7 +244,6 @@ impl Terminal {
         }
     }
 
-    /// Adds what the terminal waits for.
     pub(crate) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
         match &self.state {
             State::Nothing => {}
@@ -266,7 +256,7 @@ impl Terminal {
                 events.set(PollFlags::POLLOUT, running.shell.has_input());
                 // A closed terminal is always "ready", so one that can't be read isn't watched at all.
                 if !running.at_end && !events.is_empty() {
-                    set.add(running.shell.pty().as_fd(), events);
+                    set.add(running.shell.pty.as_fd(), events);
                 }
                 if running.exit.is_none() {
                     set.add(running.shell.process.as_fd(), PollFlags::POLLIN);
@@ -275,7 +265,6 @@ impl Terminal {
         }
     }
 
-    /// Does what can be done now.
     pub(crate) fn proceed(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         match &mut self.state {
             State::Nothing => {}
@@ -291,8 +280,8 @@ impl Terminal {
 
     fn run(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
-        running.clock.follow(&peer.device.config().sessions);
-        let pty = events.of(running.shell.pty());
+        running.clock.sessions.clone_from(&peer.device.config().sessions);
+        let pty = events.of(&running.shell.pty);
         if pty.contains(PollFlags::POLLOUT)
             && let Err(e) = running.shell.pass_input(&mut self.memory)
         {
@@ -327,7 +316,7 @@ impl Terminal {
                 );
                 peer.reply(&wire::output(&peer.id).with_body(text));
             }
-            Some(Due::End { why, text }) => self.end_because(peer, why, text, now),
+            Some(Due::End(why, text)) => self.end_because(peer, why, text, now),
             None if peer.credit.wants_probe(now) => ping(peer, now),
             None => {}
         }
@@ -335,7 +324,7 @@ impl Terminal {
 
     fn ended_by_itself(&mut self, peer: &mut Peer, status: ExitStatus, now: Instant) {
         let State::Running(running) = std::mem::replace(&mut self.state, State::Nothing) else { return };
-        let age = now.saturating_duration_since(running.clock.started());
+        let age = now.saturating_duration_since(running.clock.started);
         self.memory.resize(0);
         log_end(peer, &status.to_string(), "exited", now);
         if status.code() == Some(2) && age < Duration::from_secs(1) {
@@ -386,8 +375,8 @@ impl Running {
         while takes_output(peer, now) && !self.at_end {
             let most = peer.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
             let (message, (length, then)) = peer.sink.compose(&wire::output(&peer.id), most, |place| {
-                let (length, then) = self.shell.read_output(place);
-                (length, (length, then))
+                let read = self.shell.read_output(place);
+                (read.0, read)
             });
             if length > 0 {
                 self.info.traffic.add_out(length);
@@ -410,19 +399,17 @@ impl Running {
     }
 }
 
-/// Asks whether the client is there, and how far it has read.
+/// Asks whether the client is there and how far it has read.
 fn ping(peer: &mut Peer, now: Instant) {
     peer.credit.probed(now);
     peer.sink.reply(&wire::ping(&peer.id, clock::PING_TIMEOUT));
 }
 
-/// Whether the link and the client have room for output. What they have no room for stays in the terminal, whose
-/// programs then wait.
+/// Output for which the link or the client has no credit stays in the terminal, whose programs then wait.
 fn takes_output(peer: &Peer, now: Instant) -> bool {
     peer.credit.takes(now) && peer.sink.takes_data(Class::Interactive)
 }
 
-/// The shell is over.
 fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
     let Some(shell) = peer.info.take_shell() else { return };
     let figures = shell.traffic.figures(now);

@@ -13,15 +13,14 @@ const MAX_INPUT: usize = 1 << 20;
 /// Room for what is typed by hand.
 const SMALL_INPUT: usize = 4096;
 
-/// A shell on its terminal.
 #[derive(Debug)]
 pub(crate) struct Shell {
     pub(crate) process: SessionLeader,
-    pty: Pty,
+    pub(crate) pty: Pty,
     input: VecDeque<u8>,
 }
 
-/// Whether there may be more output at once, none for now, or none ever again.
+/// Whether there may be more output at once, none for now or none ever again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Then {
     More,
@@ -30,10 +29,7 @@ pub(crate) enum Then {
 }
 
 impl Shell {
-    /// Starts the configured shell on a terminal of `size`.
-    ///
-    /// # Errors
-    /// The text that follows "failed to start shell: ".
+    /// The error is the text that follows "failed to start shell: ".
     pub(crate) fn start(shell: &config::Shell, size: WindowSize) -> Result<Self, String> {
         let words = |e: io::Error| crate::sys::reason(&e);
         let owner = nix::unistd::geteuid().is_root().then_some(shell.user.uid);
@@ -44,12 +40,6 @@ impl Shell {
         Ok(Shell { process, pty, input: VecDeque::new() })
     }
 
-    /// The terminal's master side.
-    pub(crate) fn pty(&self) -> &Pty {
-        &self.pty
-    }
-
-    /// Whether something typed waits to be read.
     pub(crate) fn has_input(&self) -> bool {
         !self.input.is_empty()
     }
@@ -91,7 +81,7 @@ impl Shell {
         Ok(())
     }
 
-    /// Reads what there is, up to what `place` takes: how many bytes, and what is to be expected then.
+    /// Fills `place` as far as there is output; returns the number of bytes and what to expect then.
     pub(crate) fn read_output(&self, place: &mut [u8]) -> (usize, Then) {
         let mut filled = 0;
         let then = loop {
