@@ -37,7 +37,7 @@ pub(crate) fn daemon(report: &mut Report) -> bool {
     let (found, occupied) = match status::fetch() {
         Ok(status) => {
             use status::State::{Asking, Stopping, Unauthorized, Waiting};
-            let state = status.connection.state;
+            let state = status::State::of(&status);
             let free = matches!(state, Some(Unauthorized | Waiting | Asking | Stopping));
             (format!("running, {}", state.map_or("in an unknown state", status::State::name)), !free)
         }

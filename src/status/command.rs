@@ -1,6 +1,5 @@
 //! The command: asks the daemon and prints the answer. Texts from clients are escaped.
 
-use std::fmt;
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -9,7 +8,7 @@ use nix::poll::PollFlags;
 use nix::sys::socket::SockFlag;
 use serde_json::{Value, json};
 
-use super::document::{Part, Session, State, Status};
+use super::document::State;
 use super::{ANSWER_LIMIT, connect, socket_path};
 use crate::sys::{PollSet, reason};
 
@@ -26,7 +25,7 @@ const ADVICE: &str = "Is the daemon running, and are you root or the daemon's us
     If it couldn't make this socket, its log says so.";
 
 /// Asks the daemon.
-pub(crate) fn fetch() -> io::Result<Status> {
+pub(crate) fn fetch() -> io::Result<Value> {
     let stream = connect(&socket_path(), SockFlag::empty())?;
     stream.set_read_timeout(Some(ANSWER_LIMIT))?;
     let mut answer = Vec::new();
@@ -37,9 +36,7 @@ pub(crate) fn fetch() -> io::Result<Status> {
     match answer.len() as u64 {
         0 => Err(io::Error::other("the daemon hung up without an answer")),
         LARGEST_ANSWER => Err(io::Error::other("the answer has no end")),
-        _ => serde_json::from_slice(&answer)
-            .map(|json| Status::from_json(&json).unwrap_or_default())
-            .map_err(|_| io::Error::other("the answer is no JSON document")),
+        _ => serde_json::from_slice(&answer).map_err(|_| io::Error::other("the answer is no JSON document")),
     }
 }
 
@@ -49,8 +46,8 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
     loop {
         let next = Instant::now() + INTERVAL;
         let text = match fetch() {
-            Ok(status) if json => line(&status.to_json()),
-            Ok(status) => status.to_string(),
+            Ok(status) if json => line(&status),
+            Ok(status) => describe(&status),
             Err(e) => {
                 let why = format!("{}: {}", socket_path().display(), reason(&e));
                 if !watch {
@@ -84,81 +81,93 @@ fn line(json: &Value) -> String {
     json.to_string().chars().map(shown).collect::<String>() + "\n"
 }
 
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Status { connection, token, shells, transferred, .. } = self;
-        let (version, source) = (self.version.escape_debug(), token.source.escape_debug());
-        writeln!(f, "mender-connect {version}, pid {}, up {}", self.pid, time(self.uptime))?;
-        write!(f, "{}", connection.state.map_or("in an unknown state", State::name))?;
-        if let Some(server) = &connection.server {
-            write!(f, " ({})", server.escape_debug())?;
-        }
-        write!(f, " for {}", time(connection.r#for))?;
-        if let Some(wait) = connection.next_attempt_in {
-            write!(f, ", next attempt in {}", time(wait))?;
-        }
-        if connection.failed_attempts > 0 {
-            write!(f, ", {} failed", connection.failed_attempts)?;
-        }
-        match token.length {
-            Some(length) => writeln!(f, "\ntoken of {length} bytes from {source}")?,
-            None => writeln!(f, "\nno token from {source}")?,
-        }
-        if let (Some(error), Some(age)) = (&connection.last_error, connection.last_error_age) {
-            writeln!(f, "last error {} ago: {}", time(age), error.escape_debug())?;
-        }
-        let files = bytes(transferred.bytes_in, transferred.bytes_out);
-        writeln!(f, "shells {} of {}, files {files}", shells.running, shells.max)?;
-        self.sessions.iter().try_for_each(|session| write!(f, "\n{session}"))
+/// The document as text. A daemon of another version may have written it: fields that are missing or of another type
+/// read as nothing, or zero.
+fn describe(status: &Value) -> String {
+    let (connection, token) = (&status["connection"], &status["token"]);
+    let (version, pid) = (text(&status["version"]), count(&status["pid"]));
+    let mut out = format!("mender-connect {version}, pid {pid}, up {}\n", time(&status["uptime"]));
+    out += State::of(status).map_or("in an unknown state", State::name);
+    if connection["server"].is_string() {
+        out += &format!(" ({})", text(&connection["server"]));
     }
+    out += &format!(" for {}", time(&connection["for"]));
+    if connection["next_attempt_in"].is_number() {
+        out += &format!(", next attempt in {}", time(&connection["next_attempt_in"]));
+    }
+    if count(&connection["failed_attempts"]) > 0 {
+        out += &format!(", {} failed", count(&connection["failed_attempts"]));
+    }
+    let source = text(&token["source"]);
+    out += &match token["length"].as_u64() {
+        Some(length) => format!("\ntoken of {length} bytes from {source}\n"),
+        None => format!("\nno token from {source}\n"),
+    };
+    if connection["last_error"].is_string() {
+        let (age, error) = (time(&connection["last_error_age"]), text(&connection["last_error"]));
+        out += &format!("last error {age} ago: {error}\n");
+    }
+    let (running, max) = (count(&status["shells"]["running"]), count(&status["shells"]["max"]));
+    out += &format!("shells {running} of {max}, files {}\n", bytes(&status["transferred"]));
+    out + &list(&status["sessions"]).iter().map(describe_session).collect::<String>()
 }
 
-impl fmt::Display for Session {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let traffic = |age, idle, bytes_in, bytes_out| {
-            format!("{}, idle {}, {}", time(age), time(idle), bytes(bytes_in, bytes_out))
+fn describe_session(session: &Value) -> String {
+    let mut out = format!("\n{}  user {}\n  ", text(&session["id"]), text(&session["user"]));
+    out.extend(list(&session["kinds"]).iter().map(|kind| text(kind) + ", "));
+    out += &format!("{}\n", traffic(session));
+    let shell = &session["shell"];
+    if shell.is_object() {
+        out += &format!("  shell {}, {}\n", shell["pid"].as_i64().unwrap_or(0), traffic(shell));
+    }
+    for transfer in list(&session["transfers"]) {
+        let done = count(&transfer["bytes"]);
+        let done = match count(&transfer["size"]) {
+            0 => amount(done),
+            size => format!("{} % of {}", (done as f64 * 100.0 / size as f64) as u64, amount(size)),
         };
-        writeln!(f, "{}  user {}", self.id.escape_debug(), self.user.escape_debug())?;
-        write!(f, "  ")?;
-        self.kinds.iter().try_for_each(|kind| write!(f, "{}, ", kind.escape_debug()))?;
-        writeln!(f, "{}", traffic(self.age, self.idle, self.bytes_in, self.bytes_out))?;
-        if let Some(shell) = &self.shell {
-            let traffic = traffic(shell.age, shell.idle, shell.bytes_in, shell.bytes_out);
-            writeln!(f, "  shell {}, {traffic}", shell.pid)?;
-        }
-        for transfer in &self.transfers {
-            let done = match transfer.size {
-                Some(size @ 1..) => {
-                    let percent = (transfer.bytes as f64 * 100.0 / size as f64) as u64;
-                    format!("{percent} % of {}", amount(size))
-                }
-                _ => amount(transfer.bytes),
-            };
-            let (direction, path) = (transfer.direction.escape_debug(), name(&transfer.path));
-            writeln!(f, "  {direction} {path}, {done}, {}", time(transfer.age))?;
-        }
-        for forward in self.forwards.iter().take(MAX_FORWARDS) {
-            write!(f, "  {} {}", forward.protocol.escape_debug(), name(&forward.target))?;
-            let address = forward.address.as_deref().unwrap_or("connecting");
-            if address != forward.target {
-                write!(f, " ({})", address.escape_debug())?;
-            }
-            writeln!(f, ", {}", traffic(forward.age, forward.idle, forward.bytes_in, forward.bytes_out))?;
-        }
-        match self.forwards_open.saturating_sub(self.forwards.len().min(MAX_FORWARDS) as u64) {
-            0 => Ok(()),
-            more => writeln!(f, "  and {more} connections more"),
-        }
+        let (direction, path) = (text(&transfer["direction"]), clipped(text(&transfer["path"])));
+        out += &format!("  {direction} {path}, {done}, {}\n", time(&transfer["age"]));
+    }
+    let forwards = list(&session["forwards"]);
+    for forward in forwards.iter().take(MAX_FORWARDS) {
+        let (protocol, target) = (text(&forward["protocol"]), clipped(text(&forward["target"])));
+        let address = match &forward["address"] {
+            address if *address == forward["target"] => String::new(),
+            Value::String(address) => format!(" ({})", address.escape_debug()),
+            _ => " (connecting)".to_owned(),
+        };
+        out += &format!("  {protocol} {target}{address}, {}\n", traffic(forward));
+    }
+    match count(&session["forwards_open"]).saturating_sub(forwards.len().min(MAX_FORWARDS) as u64) {
+        0 => out,
+        more => out + &format!("  and {more} connections more\n"),
     }
 }
 
-fn bytes(bytes_in: u64, bytes_out: u64) -> String {
-    format!("{} in, {} out", amount(bytes_in), amount(bytes_out))
+fn list(json: &Value) -> &[Value] {
+    json.as_array().map_or(&[], Vec::as_slice)
 }
 
-/// Escaped and shortened.
-fn name(text: &str) -> String {
-    let text = text.escape_debug().to_string();
+fn count(json: &Value) -> u64 {
+    json.as_u64().unwrap_or(0)
+}
+
+/// Escaped.
+fn text(json: &Value) -> String {
+    json.as_str().unwrap_or_default().escape_debug().to_string()
+}
+
+fn traffic(of: &Value) -> String {
+    format!("{}, idle {}, {}", time(&of["age"]), time(&of["idle"]), bytes(of))
+}
+
+fn bytes(of: &Value) -> String {
+    format!("{} in, {} out", amount(count(&of["bytes_in"])), amount(count(&of["bytes_out"])))
+}
+
+/// Its last [`MAX_NAME`] characters.
+fn clipped(text: String) -> String {
     match text.char_indices().rev().nth(MAX_NAME) {
         Some((at, c)) => format!("…{}", &text[at + c.len_utf8()..]),
         None => text,
@@ -179,8 +188,8 @@ fn amount(bytes: u64) -> String {
 }
 
 /// The two largest units.
-fn time(seconds: f64) -> String {
-    let s = seconds as u64;
+fn time(seconds: &Value) -> String {
+    let s = seconds.as_f64().unwrap_or(0.0) as u64;
     match s {
         0..60 => format!("{s} s"),
         60..3600 => format!("{} min {} s", s / 60, s % 60),
@@ -197,12 +206,13 @@ mod tests {
     fn amounts_and_times_are_short() {
         let amounts: Vec<_> = [0, 1023, 1024, 1536, 1 << 20, u64::MAX].map(amount).into();
         assert_eq!(amounts, ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "1.0 MiB", "15.9 EiB"]);
-        let times = [0.9, 59.9, 61.0, 7260.0, 90_000.0].map(time);
+        let times = [0.9, 59.9, 61.0, 7260.0, 90_000.0].map(|seconds| time(&json!(seconds)));
         assert_eq!(times, ["0 s", "59 s", "1 min 1 s", "2 h 1 min", "1 d 1 h"]);
     }
 
     #[test]
     fn a_name_is_escaped_and_shortened_to_its_end() {
+        let name = |name: &str| clipped(text(&json!(name)));
         assert_eq!(name("/a\u{1b}[2J\u{9b}\u{202e}"), "/a\\u{1b}[2J\\u{9b}\\u{202e}");
         let long = "ä".repeat(60) + "end";
         assert_eq!(name(&long), format!("…{}end", "ä".repeat(37)));
@@ -212,12 +222,13 @@ mod tests {
     #[test]
     fn whatever_comes_is_survived() {
         for odd in [json!(null), json!([1]), json!({ "sessions": [7, { "transfers": [{}] }] })] {
-            let status = Status::from_json(&odd).unwrap_or_default();
-            assert!(status.to_string().ends_with('\n'));
+            assert!(describe(&odd).ends_with('\n'));
         }
         let other = json!({ "connection": { "state": "dancing", "for": 61.5, "new": 1 }, "version": "9" });
-        let status = Status::from_json(&other).unwrap();
-        assert_eq!((status.version.as_str(), status.connection.state), ("9", None));
-        assert_eq!(status.to_json()["connection"]["for"], 61.5);
+        let text = describe(&other);
+        assert!(
+            text.starts_with("mender-connect 9, pid 0, up 0 s\nin an unknown state for 1 min 1 s\n"),
+            "{text}"
+        );
     }
 }

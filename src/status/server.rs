@@ -14,8 +14,9 @@ use log::warn;
 use nix::poll::PollFlags;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::{Mode, fchmod};
+use serde_json::Value;
 
-use super::{ANSWER_LIMIT, Part, Status, connect, socket_path};
+use super::{ANSWER_LIMIT, connect, socket_path};
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, reason, thread};
 
@@ -90,13 +91,13 @@ impl Server {
     }
 
     /// Answers waiting clients.
-    pub(crate) fn answer(&mut self, now: Instant, status: impl Fn() -> Status) {
+    pub(crate) fn answer(&mut self, now: Instant, document: impl Fn() -> Value) {
         self.pause = self.pause.filter(|until| now < *until);
         let Some(socket) = self.socket.as_ref().filter(|_| self.pause.is_none()) else { return };
         while !self.is_busy() {
             let started = match socket.listener.accept() {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                accepted => accepted.and_then(|(stream, _)| self.start(stream, status())),
+                accepted => accepted.and_then(|(stream, _)| self.start(stream, document())),
             };
             if let Err(e) = started {
                 // Clients not accepted yet keep the socket readable.
@@ -109,11 +110,11 @@ impl Server {
         }
     }
 
-    fn start(&self, stream: UnixStream, status: Status) -> io::Result<()> {
+    fn start(&self, stream: UnixStream, document: Value) -> io::Result<()> {
         let (answer, wake) = (Arc::clone(&self.answers), Arc::clone(&self.wake));
         let body = move || {
             // Fails if the client has gone or doesn't read.
-            let _ = write(stream, &format!("{}\n", status.to_json()));
+            let _ = write(stream, &format!("{document}\n"));
             drop(answer);
             wake.notify();
         };

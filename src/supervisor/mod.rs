@@ -22,7 +22,7 @@ use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::stats::seconds;
 use crate::session::{Device, Router};
-use crate::status::{self, State, Status};
+use crate::status::{self, State, document};
 use crate::sys::privilege::{self, Needs};
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
@@ -134,8 +134,8 @@ impl Supervisor {
             self.service.status(self.machine.describe(None) + stale);
             self.status.answer(now, || {
                 let connection = self.machine.connection(self.last_error.as_ref(), now);
-                let token_length = self.machine.credentials.as_ref().map(|c| c.token.len() as u64);
-                Status::new(connection, token_length, seconds(self.started, now), &self.context, now)
+                let token_length = self.machine.credentials.as_ref().map(|c| c.token.len());
+                document(connection, token_length, seconds(self.started, now), &self.context, now)
             });
         }
         self.service.stopping();
