@@ -97,7 +97,7 @@ pub mod internals {
     #[cfg(fuzzing)]
     pub use crate::session::Peer;
     pub use crate::session::{Device, Router};
-    pub use crate::sys::PollSet;
+    pub use crate::sys::poll_one;
     pub use crate::sys::users::{User, lookup};
     pub use crate::sys::wake::Wake;
 }

@@ -160,7 +160,7 @@ impl Session {
             set.add(self.peer.wake.as_fd(), PollFlags::POLLIN);
             self.terminal.watch(&self.peer, &mut set, now);
             self.forwards.watch(&self.peer, &mut set, now);
-            let events = set.wait_for_events(self.deadline(now))?;
+            let events = set.wait(self.deadline(now))?;
             // Before anything is looked at: not all who wake the session do so through the inbox.
             self.peer.wake.clear();
             self.terminal.proceed(&mut self.peer, &events, Instant::now());

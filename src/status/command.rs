@@ -1,7 +1,6 @@
 //! The command: asks the daemon and prints the answer. Texts from clients are escaped.
 
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
@@ -10,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::document::State;
 use super::{ANSWER_LIMIT, connect, socket_path};
-use crate::sys::{PollSet, reason};
+use crate::sys::{poll_one, reason};
 
 /// In bytes; the daemon's own bounds are far lower.
 const LARGEST_ANSWER: u64 = 16 << 20;
@@ -67,9 +66,7 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
         if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() || !watch {
             return true;
         }
-        let mut set = PollSet::new();
-        let place = set.add(out.as_fd(), PollFlags::empty());
-        if set.wait(Some(next)).is_err() || !set.events(place).is_empty() {
+        if !poll_one(&out, PollFlags::empty(), Some(next)).is_ok_and(|events| events.is_empty()) {
             return true;
         }
     }

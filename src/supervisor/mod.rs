@@ -157,7 +157,7 @@ impl Supervisor {
             self.service.deadline(),
             self.status.deadline(),
         ];
-        set.wait(deadlines.into_iter().flatten().min())
+        set.wait(deadlines.into_iter().flatten().min()).map(drop)
     }
 
     fn handle_signal(&mut self, signal: Signal, lost_terminal: bool) {

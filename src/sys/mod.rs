@@ -58,45 +58,27 @@ pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Resu
     unsafe { BorrowedFd::borrow_raw(channel.watch().fd) }.try_clone_to_owned()
 }
 
-/// The descriptors for one poll(2), and afterwards their events.
+/// The descriptors for one poll(2).
 #[derive(Default)]
-pub struct PollSet<'a> {
-    fds: Vec<PollFd<'a>>,
-}
+pub(crate) struct PollSet<'a>(Vec<PollFd<'a>>);
 
 impl<'a> PollSet<'a> {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         PollSet::default()
     }
 
-    /// Adds a descriptor; returns its place for [`PollSet::events`].
-    pub fn add(&mut self, fd: BorrowedFd<'a>, events: PollFlags) -> usize {
-        self.fds.push(PollFd::new(fd, events));
-        self.fds.len() - 1
+    pub(crate) fn add(&mut self, fd: BorrowedFd<'a>, events: PollFlags) {
+        self.0.push(PollFd::new(fd, events));
     }
 
     /// Waits until an event or `deadline`. An interruption counts as no event.
-    pub fn wait(&mut self, deadline: Option<Instant>) -> io::Result<()> {
-        let timeout = match deadline {
-            None => PollTimeout::NONE,
-            Some(at) => timeout_until(at),
-        };
-        match nix::poll::poll(&mut self.fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(e) => Err(e.into()),
+    pub(crate) fn wait(mut self, deadline: Option<Instant>) -> io::Result<Events> {
+        match nix::poll::poll(&mut self.0, deadline.map_or(PollTimeout::NONE, timeout_until)) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
         }
-    }
-
-    /// As [`PollSet::wait`]; what happened on which descriptors.
-    pub(crate) fn wait_for_events(mut self, deadline: Option<Instant>) -> io::Result<Events> {
-        self.wait(deadline)?;
-        let events = self.fds.iter().filter_map(|fd| Some((fd.as_fd().as_raw_fd(), fd.revents()?)));
+        let events = self.0.iter().filter_map(|fd| Some((fd.as_fd().as_raw_fd(), fd.revents()?)));
         Ok(Events(events.filter(|(_, events)| !events.is_empty()).collect()))
-    }
-
-    /// Events on the descriptor at `place`.
-    pub fn events(&self, place: usize) -> PollFlags {
-        self.fds.get(place).and_then(PollFd::revents).unwrap_or(PollFlags::empty())
     }
 }
 
@@ -112,11 +94,17 @@ impl Events {
     }
 }
 
-/// Milliseconds until `at`, rounded up: waking a moment early would only cost a second turn.
+/// Waits as [`PollSet::wait`] for a single descriptor, and returns its events.
+pub fn poll_one(fd: &impl AsFd, events: PollFlags, deadline: Option<Instant>) -> io::Result<PollFlags> {
+    let mut set = PollSet::new();
+    set.add(fd.as_fd(), events);
+    Ok(set.wait(deadline)?.of(fd))
+}
+
+/// Rounded up to milliseconds: waking a moment early would only cost a second turn.
 fn timeout_until(at: Instant) -> PollTimeout {
-    let left = at.saturating_duration_since(Instant::now());
-    let millis = (left + Duration::from_micros(999)).as_millis();
-    i32::try_from(millis).ok().and_then(|ms| PollTimeout::try_from(ms).ok()).unwrap_or(PollTimeout::MAX)
+    let left = at.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+    PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
 }
 
 #[cfg(test)]

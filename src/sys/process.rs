@@ -19,7 +19,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, chdir, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
 
-use super::PollSet;
+use super::poll_one;
 use super::privilege;
 use super::thread;
 use super::users::User;
@@ -184,13 +184,13 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     let mut child = command.spawn().map_err(failed)?;
     let ended = watch_exit(pid_of(&child)).and_then(|exit| {
         let deadline = Instant::now() + limit;
-        let mut set = PollSet::new();
-        let place = set.add(exit.as_fd(), PollFlags::POLLIN);
-        // A wait may be interrupted, so it isn't over before its time.
-        while set.events(place).is_empty() && Instant::now() < deadline {
-            set.wait(Some(deadline))?;
+        loop {
+            let ended = !poll_one(&exit, PollFlags::POLLIN, Some(deadline))?.is_empty();
+            // A wait may be interrupted, so it isn't over before its time.
+            if ended || Instant::now() >= deadline {
+                return Ok(ended);
+            }
         }
-        Ok(!set.events(place).is_empty())
     });
     if !matches!(ended, Ok(true)) {
         let _ = child.kill();
@@ -320,10 +320,7 @@ mod tests {
     fn wait(leader: &mut SessionLeader) -> ExitStatus {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
-            let mut set = PollSet::new();
-            let place = set.add(leader.as_fd(), PollFlags::POLLIN);
-            set.wait(Some(deadline)).unwrap();
-            if set.events(place).contains(PollFlags::POLLIN) {
+            if poll_one(leader, PollFlags::POLLIN, Some(deadline)).unwrap().contains(PollFlags::POLLIN) {
                 return leader.try_wait().unwrap();
             }
             assert!(Instant::now() < deadline, "the process did not end");
@@ -352,9 +349,7 @@ mod tests {
         let mut seen = String::new();
         let mut buffer = [0; 256];
         while !seen.contains('\n') {
-            let mut set = PollSet::new();
-            set.add(pty.as_fd(), PollFlags::POLLIN);
-            set.wait(None).unwrap();
+            poll_one(&pty, PollFlags::POLLIN, None).unwrap();
             let n = pty.read(&mut buffer).unwrap();
             seen.push_str(&String::from_utf8_lossy(&buffer[..n]));
         }
@@ -364,10 +359,8 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(10);
         let watch = pidfd_open(Pid::from_raw(job));
         if let Ok(fd) = watch {
-            let mut set = PollSet::new();
-            let place = set.add(fd.as_fd(), PollFlags::POLLIN);
-            set.wait(Some(deadline)).unwrap();
-            assert!(set.events(place).contains(PollFlags::POLLIN), "the job lives on");
+            let events = poll_one(&fd, PollFlags::POLLIN, Some(deadline)).unwrap();
+            assert!(events.contains(PollFlags::POLLIN), "the job lives on");
         }
     }
 

@@ -81,7 +81,7 @@ impl AsFd for Pty {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::PollSet;
+    use crate::sys::poll_one;
     use nix::poll::PollFlags;
     use std::fs::File;
     use std::io::{Read, Write};
@@ -103,9 +103,7 @@ mod tests {
         let mut seen = Vec::new();
         loop {
             // The kernel may still be carrying it over.
-            let mut set = PollSet::new();
-            set.add(pty.as_fd(), PollFlags::POLLIN);
-            set.wait(None).unwrap();
+            poll_one(&pty, PollFlags::POLLIN, None).unwrap();
             match pty.read(&mut buffer).unwrap() {
                 0 => break,
                 n => seen.extend_from_slice(&buffer[..n]),

@@ -45,15 +45,12 @@ impl AsFd for Wake {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::PollSet;
+    use crate::sys::poll_one;
     use nix::poll::PollFlags;
     use std::time::Instant;
 
     fn is_awake(wake: &Wake) -> bool {
-        let mut set = PollSet::new();
-        let place = set.add(wake.as_fd(), PollFlags::POLLIN);
-        set.wait(Some(Instant::now())).unwrap();
-        set.events(place).contains(PollFlags::POLLIN)
+        poll_one(wake, PollFlags::POLLIN, Some(Instant::now())).unwrap().contains(PollFlags::POLLIN)
     }
 
     #[test]

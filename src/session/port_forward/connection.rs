@@ -21,7 +21,7 @@ use crate::proto::{SessionId, UserId};
 use crate::session::peer::Peer;
 use crate::session::stats::{ForwardInfo, Info};
 use crate::sys::wake::Wake;
-use crate::sys::{Events, PollSet, names, net, reason};
+use crate::sys::{Events, names, net, poll_one, reason};
 
 /// Limit of look-up and connect together. glibc's resolver alone may take 16 s before it succeeds.
 const OPEN_LIMIT: Duration = Duration::from_secs(45);
@@ -521,9 +521,7 @@ impl Connection {
 
 /// True if a connect(2) in progress has succeeded or failed.
 fn is_writable(socket: &Socket) -> bool {
-    let mut set = PollSet::new();
-    let place = set.add(socket.as_fd(), PollFlags::POLLOUT);
-    set.wait(Some(Instant::now())).is_ok() && !set.events(place).is_empty()
+    poll_one(socket, PollFlags::POLLOUT, Some(Instant::now())).is_ok_and(|events| !events.is_empty())
 }
 
 /// The addresses of a target that need no look-up.

@@ -470,7 +470,7 @@ mod tests {
         fn turn(&mut self, now: Instant) {
             let mut set = PollSet::new();
             self.forwarder.watch(&self.peer, &mut set, now);
-            let events = set.wait_for_events(Some(Instant::now() + Duration::from_secs(10))).unwrap();
+            let events = set.wait(Some(Instant::now() + Duration::from_secs(10))).unwrap();
             self.forwarder.proceed(&mut self.peer, &events, now);
             self.forwarder.answer(&mut self.peer, now);
         }

@@ -6,7 +6,6 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
@@ -17,7 +16,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::{
     Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, Outbox, PORT_FORWARD,
-    Peer, PollSet, Queue, Router, SHELL, Sendable, SessionId, Sessions, Shell, Terminal, Work, lookup,
+    Peer, Queue, Router, SHELL, Sendable, SessionId, Sessions, Shell, Terminal, Work, lookup, poll_one,
 };
 use nix::poll::PollFlags;
 
@@ -448,10 +447,8 @@ impl Link {
 
     fn check_woken(&self) {
         for session in self.sessions.values().filter(|session| session.unheard) {
-            let mut set = PollSet::new();
-            let place = set.add(session.peer.wake.as_fd(), PollFlags::POLLIN);
-            set.wait(Some(Instant::now())).expect("poll");
-            assert!(set.events(place).contains(PollFlags::POLLIN), "{} wasn't woken", session.peer.id);
+            let events = poll_one(&*session.peer.wake, PollFlags::POLLIN, Some(Instant::now())).expect("poll");
+            assert!(events.contains(PollFlags::POLLIN), "{} wasn't woken", session.peer.id);
         }
     }
 
