@@ -6,14 +6,12 @@
 
 mod queue;
 
-use std::fs::File;
 use std::io::{self, LineWriter, Stderr};
-use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use nix::sys::stat::fstat;
 use simplelog::{ConfigBuilder, WriteLogger};
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
@@ -58,13 +56,8 @@ pub(crate) fn init(level: LevelFilter) -> &'static Logger {
         .set_location_level(LevelFilter::Off)
         .set_thread_level(LevelFilter::Off);
     let sink = WriteLogger::new(LevelFilter::Trace, config.build(), LineWriter::new(io::stderr()));
-    let logger = Logger {
-        queue: Queue::default(),
-        sink,
-        journal: stderr_is_journal(),
-        started: AtomicBool::new(false),
-    };
-    let logger: &'static Logger = Box::leak(Box::new(logger));
+    let (queue, journal, started) = (Queue::new(), stderr_is_journal(), AtomicBool::new(false));
+    let logger: &'static Logger = Box::leak(Box::new(Logger { queue, sink, journal, started }));
     if log::set_logger(logger).is_ok() {
         log::set_max_level(level);
     }
@@ -73,12 +66,8 @@ pub(crate) fn init(level: LevelFilter) -> &'static Logger {
 
 /// systemd sets JOURNAL_STREAM to the device and inode of the stream that goes to the journal.
 fn stderr_is_journal() -> bool {
-    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
-    let Ok(metadata) = io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata())
-    else {
-        return false;
-    };
-    stream == format!("{}:{}", metadata.dev(), metadata.ino())
+    let stream = std::env::var("JOURNAL_STREAM");
+    fstat(io::stderr()).is_ok_and(|stat| stream == Ok(format!("{}:{}", stat.st_dev, stat.st_ino)))
 }
 
 fn time() -> String {
@@ -91,17 +80,9 @@ fn time() -> String {
 impl Logger {
     /// Starts the log thread if it isn't running. Call it after reducing privileges: a thread inherits its creator's
     /// capabilities.
-    ///
-    /// # Errors
-    /// As [`thread::spawn`].
     pub(crate) fn start(&'static self) -> io::Result<()> {
         if !self.started.load(Ordering::Relaxed) {
-            thread::spawn("log", STACK, || {
-                loop {
-                    self.write_queued();
-                    self.queue.wait();
-                }
-            })?;
+            thread::spawn("log", STACK, || self.queue.entries.iter().for_each(|entry| self.write(entry)))?;
             self.started.store(true, Ordering::Relaxed);
         }
         Ok(())
@@ -112,18 +93,20 @@ impl Logger {
         match self.start() {
             Ok(()) => self.queue.flush(LAST_LINES),
             // No thread is to be had: better to block than to end without a reason.
-            Err(_) => self.write_queued(),
+            Err(_) => self.queue.entries.try_iter().for_each(|entry| self.write(entry)),
         }
     }
 
-    fn write_queued(&self) {
-        while let Some(entry) = self.queue.take() {
-            let line = match entry {
-                Entry::Line(line) => line,
-                Entry::Lost(lost) => self.line(Level::Warn, &format!("\"{lost}\"")),
-            };
-            self.sink.log(&Record::builder().args(format_args!("{line}")).build());
+    fn write(&self, entry: Entry) {
+        let Entry::Line(line) = entry else { return };
+        self.print(&line);
+        if let Some(report) = self.queue.written(&line) {
+            self.print(&self.line(Level::Warn, &format!("\"{report}\"")));
         }
+    }
+
+    fn print(&self, line: &str) {
+        self.sink.log(&Record::builder().args(format_args!("{line}")).build());
     }
 
     fn line(&self, level: Level, message: &str) -> String {

@@ -1,9 +1,9 @@
 //! Log lines on their way to standard error: a bounded queue between the threads that log and the one that writes.
 
-use std::collections::VecDeque;
-use std::fmt;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 /// Limit of the queue in bytes: about 1,500 lines of usual length.
 const MAX_BYTES: usize = 256 * 1024;
@@ -11,53 +11,38 @@ const MAX_BYTES: usize = 256 * 1024;
 const AUDIT_RESERVE: usize = 64 * 1024;
 /// Bytes that a line takes beside its text: its place in the queue, and the allocator's bookkeeping.
 const OVERHEAD: usize = 48;
-/// Capacity kept when the queue is empty.
-const IDLE_CAPACITY: usize = 16;
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Entry {
     Line(String),
-    /// Lines that were dropped at this point of the log.
-    Lost(Lost),
+    /// Dropped when all earlier lines are written.
+    Flush {
+        _written: Sender<()>,
+    },
 }
 
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Lost {
-    lines: usize,
-    /// How many of `lines` were audit lines.
-    audit: usize,
-}
-
-impl fmt::Display for Lost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} lines lost: standard error was blocked", self.lines)?;
-        if self.audit > 0 { write!(f, "; audit lines among them: {}", self.audit) } else { Ok(()) }
-    }
-}
-
+/// What is queued and not yet written, and what was dropped since there was nothing.
 #[derive(Debug, Default)]
 struct State {
-    lines: VecDeque<String>,
     bytes: usize,
-    lost: Lost,
-    /// An entry has been taken and isn't written yet.
-    writing: bool,
+    lost: usize,
+    /// How many of `lost` were audit lines.
+    lost_audit: usize,
 }
 
-impl State {
-    fn is_empty(&self) -> bool {
-        self.lines.is_empty() && self.lost == Lost::default()
-    }
-}
-
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Queue {
+    sender: Sender<Entry>,
+    pub(super) entries: Receiver<Entry>,
     state: Mutex<State>,
-    filled: Condvar,
-    written: Condvar,
 }
 
 impl Queue {
+    pub(super) fn new() -> Self {
+        let (sender, entries) = unbounded();
+        Queue { sender, entries, state: Mutex::default() }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -67,7 +52,7 @@ impl Queue {
         let mut state = self.state();
         // After the first loss all but audit lines are dropped until the queue is empty, so that one report stands
         // where the lines are missing.
-        let limit = match (audit, state.lost.lines) {
+        let limit = match (audit, state.lost) {
             (true, _) => MAX_BYTES,
             (false, 0) => MAX_BYTES - AUDIT_RESERVE,
             (false, _) => 0,
@@ -75,41 +60,33 @@ impl Queue {
         let bytes = state.bytes + line.len() + OVERHEAD;
         if bytes <= limit {
             state.bytes = bytes;
-            state.lines.push_back(line);
+            let _ = self.sender.send(Entry::Line(line));
         } else {
-            state.lost.lines += 1;
-            state.lost.audit += usize::from(audit);
-        }
-        if state.lines.len() == 1 {
-            self.filled.notify_one();
+            state.lost += 1;
+            state.lost_audit += usize::from(audit);
         }
     }
 
-    /// Takes the next entry. The caller has written the previous one.
-    pub(super) fn take(&self) -> Option<Entry> {
+    /// To be called when a line is written. Returns a report to write next if lines were lost after this one.
+    pub(super) fn written(&self, line: &str) -> Option<String> {
         let mut state = self.state();
-        state.writing = !state.is_empty();
-        if let Some(line) = state.lines.pop_front() {
-            state.bytes -= line.len() + OVERHEAD;
-            return Some(Entry::Line(line));
+        state.bytes -= line.len() + OVERHEAD;
+        if state.bytes > 0 || state.lost == 0 {
+            return None;
         }
-        if state.writing {
-            return Some(Entry::Lost(std::mem::take(&mut state.lost)));
-        }
-        state.lines.shrink_to(IDLE_CAPACITY);
-        self.written.notify_all();
-        None
-    }
-
-    /// Waits until there is something to take.
-    pub(super) fn wait(&self) {
-        drop(self.filled.wait_while(self.state(), |state| state.is_empty()));
+        let State { lost, lost_audit, .. } = std::mem::take(&mut *state);
+        let audit = match lost_audit {
+            0 => String::new(),
+            lines => format!("; audit lines among them: {lines}"),
+        };
+        Some(format!("{lost} lines lost: standard error was blocked{audit}"))
     }
 
     /// Waits until all is written, but not longer than `limit`.
     pub(super) fn flush(&self, limit: Duration) {
-        let waits = |state: &mut State| state.writing || !state.is_empty();
-        drop(self.written.wait_timeout_while(self.state(), limit, waits));
+        let (_written, written) = bounded(0);
+        let _ = self.sender.send(Entry::Flush { _written });
+        let _ = written.recv_timeout(limit);
     }
 }
 
@@ -120,17 +97,21 @@ mod tests {
     const LINE: &str = "a line";
 
     fn full() -> (Queue, usize) {
-        let queue = Queue::default();
+        let queue = Queue::new();
         let mut lines = 0;
-        while queue.state().lost.lines == 0 {
+        while queue.state().lost == 0 {
             queue.push(LINE.to_owned(), false);
             lines += 1;
         }
         (queue, lines - 1)
     }
 
-    fn taken(queue: &Queue) -> Vec<Entry> {
-        std::iter::from_fn(|| queue.take()).collect()
+    fn write(queue: &Queue, entries: impl Iterator<Item = Entry>) -> Vec<String> {
+        let lines = entries.filter_map(|entry| match entry {
+            Entry::Line(line) => Some(line),
+            Entry::Flush { .. } => None,
+        });
+        lines.flat_map(|line| [queue.written(&line), Some(line)].into_iter().flatten().rev()).collect()
     }
 
     #[test]
@@ -138,45 +119,39 @@ mod tests {
         let (queue, fitted) = full();
         assert!(fitted > 1000, "{fitted} lines");
         // There is room again, but these would come before the report.
-        assert_eq!(queue.take(), Some(Entry::Line(LINE.to_owned())));
+        assert_eq!(write(&queue, queue.entries.try_iter().take(1)), [LINE]);
         (0..4).for_each(|_| queue.push("late".to_owned(), false));
-        let entries = taken(&queue);
+        let entries = write(&queue, queue.entries.try_iter());
         assert_eq!(entries.len(), fitted);
-        assert_eq!(entries.last(), Some(&Entry::Lost(Lost { lines: 5, audit: 0 })));
+        assert_eq!(entries.last().unwrap(), "5 lines lost: standard error was blocked");
         queue.push("after".to_owned(), false);
-        assert_eq!(taken(&queue), [Entry::Line("after".to_owned())]);
-        assert!(queue.state().lines.capacity() <= 2 * IDLE_CAPACITY && queue.state().bytes == 0);
+        assert_eq!(write(&queue, queue.entries.try_iter()), ["after"]);
+        assert_eq!(queue.state().bytes, 0);
     }
 
     #[test]
     fn audit_lines_are_lost_last() {
         let (queue, fitted) = full();
         let mut audited = 0;
-        while queue.state().lost.audit == 0 {
+        while queue.state().lost_audit == 0 {
             queue.push("audit".to_owned(), true);
             audited += 1;
         }
-        let entries = taken(&queue);
+        let entries = write(&queue, queue.entries.try_iter());
         assert_eq!(entries.len(), fitted + audited);
         assert!(audited > fitted / 4, "{audited} audit lines beside {fitted}");
-        let Some(Entry::Lost(lost)) = entries.last() else { panic!("{:?}", entries.last()) };
         let text = "2 lines lost: standard error was blocked; audit lines among them: 1";
-        assert_eq!(lost.to_string(), text);
+        assert_eq!(entries.last().unwrap(), text);
     }
 
     #[test]
     fn a_flush_waits_for_the_writer_but_not_for_ever() {
-        let queue = Queue::default();
-        queue.flush(Duration::MAX);
+        let queue = Queue::new();
         queue.push(LINE.to_owned(), false);
         queue.flush(Duration::from_millis(1));
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                queue.wait();
-                assert_eq!(taken(&queue).len(), 1);
-            });
+            scope.spawn(|| assert_eq!(write(&queue, queue.entries.iter().take(3)), [LINE]));
             queue.flush(Duration::MAX);
         });
-        assert!(!queue.state().writing);
     }
 }
