@@ -6,12 +6,11 @@
 //! The manager may come, go and be replaced at any time, and so may the bus. Its signals are taken only
 //! from the owner of its name.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, TryRecvError};
+use crossbeam_channel::Receiver;
 use dbus::Message;
 use dbus::channel::{BusType, Channel, default_reply};
 use dbus::message::{MatchRule, MessageType};
@@ -27,8 +26,9 @@ const MANAGER: &str = "io.mender.AuthenticationManager";
 const PATH: &str = "/io/mender/AuthenticationManager";
 const INTERFACE: &str = "io.mender.Authentication1";
 const BUS: &str = "org.freedesktop.DBus";
-const BUS_PATH: &str = "/org/freedesktop/DBus";
-const BUS_LOCAL: &str = "org.freedesktop.DBus.Local";
+/// Destination, path and interface of calls.
+const TO_MANAGER: [&str; 3] = [MANAGER, PATH, INTERFACE];
+const TO_BUS: [&str; 3] = [BUS, "/org/freedesktop/DBus", BUS];
 
 /// A later answer still counts.
 pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -47,58 +47,55 @@ pub(crate) struct Manager {
     retry_delay: Duration,
     /// The unique name of the manager's connection.
     pub(crate) owner: Option<String>,
+    /// Serial numbers of the last calls of GetNameOwner and GetJwtToken.
     owner_query: Option<u32>,
-    question: Option<Question>,
+    question: Option<u32>,
+    timer: Option<(Instant, Timer)>,
     /// The last answer had a token but no server. For doctor: to the daemon it is no token.
     pub(crate) lacks_server: bool,
-    ask_again: Option<Instant>,
     last_fetch: Option<Instant>,
+    events: Vec<AuthEvent>,
 }
 
 enum Bus {
-    Connecting(Receiver<Result<Channel, dbus::Error>>),
-    /// `socket` duplicates the channel's, to poll.
-    Up {
-        channel: Channel,
-        socket: OwnedFd,
-    },
     Down {
         until: Instant,
     },
+    Connecting(Receiver<Result<(Channel, OwnedFd), String>>),
+    /// The descriptor duplicates the channel's, to poll.
+    Up(Channel, OwnedFd),
 }
 
-struct Question {
-    serial: u32,
-    /// When the question counts as unanswered; `None` afterwards.
-    patience: Option<Instant>,
+#[derive(Clone, Copy)]
+enum Timer {
+    /// The last question counts as unanswered.
+    Unanswered,
+    AskAgain,
 }
 
 impl Manager {
-    /// Starts connecting to the system bus (DBUS_SYSTEM_BUS_ADDRESS is honoured) and calls `wake` with the result. If
-    /// the bus is `required`, its absence is an error, and so is that of a thread to connect in.
-    pub(crate) fn connect(wake: Arc<Wake>, required: bool) -> Result<Self, SourceError> {
-        let bus = match Bus::connect(&wake) {
-            Err(e) if required => return Err(e.into()),
-            result => result.unwrap_or_else(|_| Bus::Down { until: Instant::now() + FIRST_RETRY }),
-        };
-        Ok(Manager {
+    /// Connects to the system bus (DBUS_SYSTEM_BUS_ADDRESS is honoured) from the first [`Source::process`] on. If the
+    /// bus is `required`, a failure of the first attempt is an error.
+    pub(crate) fn new(wake: Arc<Wake>, required: bool) -> Self {
+        Manager {
             wake,
-            bus,
+            bus: Bus::Down { until: Instant::now() },
             fatal: required,
             retry_delay: FIRST_RETRY,
             owner: None,
             owner_query: None,
             question: None,
+            timer: None,
             lacks_server: false,
-            ask_again: None,
             last_fetch: None,
-        })
+            events: Vec::new(),
+        }
     }
 }
 
 impl Source for Manager {
     fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
-        let Bus::Up { channel, socket } = &self.bus else { return None };
+        let Bus::Up(channel, socket) = &self.bus else { return None };
         let watch = channel.watch();
         let mut events = PollFlags::empty();
         events.set(PollFlags::POLLIN, watch.read);
@@ -107,49 +104,46 @@ impl Source for Manager {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let retry = match &self.bus {
-            Bus::Down { until } => Some(*until),
+        let retry = match self.bus {
+            Bus::Down { until } => Some(until),
             _ => None,
         };
-        let patience = self.question.as_ref().and_then(|q| q.patience);
-        [retry, patience, self.ask_again].into_iter().flatten().min()
+        retry.into_iter().chain(self.timer.map(|(at, _)| at)).min()
     }
 
     fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, SourceError> {
-        let mut events = Vec::new();
-        match &self.bus {
-            Bus::Connecting(answer) => match answer.try_recv() {
-                Ok(Ok(channel)) => self.came_up(channel, now),
-                Ok(Err(e)) if self.fatal => return Err(SourceError::Bus(describe(&e))),
-                Ok(Err(e)) => self.went_down(now, &describe(&e)),
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => self.went_down(now, "the connecting thread failed"),
+        let failed = match &self.bus {
+            Bus::Down { until } if now >= *until => self.connect().err(),
+            Bus::Connecting(result) => match result.try_recv() {
+                Ok(Ok((channel, socket))) => {
+                    self.came_up(channel, socket, now);
+                    None
+                }
+                Ok(Err(why)) => Some(why),
+                Err(_) => None,
             },
-            Bus::Down { until } if now >= *until => match Bus::connect(&self.wake) {
-                Ok(bus) => self.bus = bus,
-                Err(e) => self.went_down(now, &reason(&e)),
-            },
-            Bus::Down { .. } | Bus::Up { .. } => {}
+            Bus::Down { .. } | Bus::Up(..) => None,
+        };
+        match failed {
+            Some(why) if self.fatal => return Err(SourceError::Bus(why)),
+            Some(why) => self.went_down(now, &why),
+            None => self.receive(now),
         }
-        self.receive(now, &mut events);
-        if self.question.as_ref().and_then(|q| q.patience).is_some_and(|at| now >= at) {
-            if let Some(question) = &mut self.question {
-                question.patience = None;
+        match self.timer {
+            Some((at, Timer::Unanswered)) if now >= at => {
+                self.unanswered(Refusal::Silent("no answer".to_owned()), now);
             }
-            self.unanswered(Refusal::Silent("no answer".to_owned()), now, &mut events);
+            Some((at, Timer::AskAgain)) if now >= at => self.ask(now),
+            _ => {}
         }
-        if self.ask_again.is_some_and(|at| now >= at) {
-            self.ask(now);
-        }
-        Ok(events)
+        Ok(std::mem::take(&mut self.events))
     }
 
     fn ask(&mut self, now: Instant) {
-        self.ask_again = None;
-        let serial = self.call(MANAGER, PATH, INTERFACE, "GetJwtToken", &[]);
-        // Without a bus there is no answer to wait for: the question expires at once.
-        let patience = Some(if serial.is_some() { now + ANSWER_LIMIT } else { now });
-        self.question = Some(Question { serial: serial.unwrap_or(0), patience });
+        self.question = self.call(TO_MANAGER, "GetJwtToken", &[]);
+        // Without a bus there is no answer to wait for.
+        let patience = if self.question.is_some() { ANSWER_LIMIT } else { Duration::ZERO };
+        self.timer = Some((now + patience, Timer::Unanswered));
     }
 
     fn fetch(&mut self, now: Instant) {
@@ -158,15 +152,21 @@ impl Source for Manager {
         }
         self.last_fetch = Some(now);
         info!("asking the authentication manager to fetch a token");
-        self.call(MANAGER, PATH, INTERFACE, "FetchJwtToken", &[]);
+        self.call(TO_MANAGER, "FetchJwtToken", &[]);
     }
 }
 
 impl Manager {
+    fn channel(&self) -> Option<&Channel> {
+        match &self.bus {
+            Bus::Up(channel, _) => Some(channel),
+            _ => None,
+        }
+    }
+
     /// Our unique name on the bus; `None` while there is no connection.
     pub(crate) fn name(&self) -> Option<&str> {
-        let Bus::Up { channel, .. } = &self.bus else { return None };
-        channel.unique_name()
+        self.channel()?.unique_name()
     }
 
     /// Waits until [`Source::process`] is due, at most until `limit`, and calls it. For doctor, which has nothing else
@@ -177,27 +177,41 @@ impl Manager {
         if let Some((socket, events)) = self.watch() {
             set.add(socket, events);
         }
-        set.wait(self.deadline().into_iter().chain([limit]).min())?;
+        set.wait(self.deadline().into_iter().chain([limit]).min())
+            .map_err(|e| SourceError::Bus(reason(&e)))?;
         self.wake.clear();
         self.process(Instant::now())
     }
 
-    fn came_up(&mut self, mut channel: Channel, now: Instant) {
-        channel.set_watch_enabled(true);
-        let socket = match duplicate_socket(&mut channel) {
-            Ok(socket) => socket,
-            Err(e) => return self.went_down(now, &reason(&e)),
+    /// Starts to connect, in a thread: it may block.
+    fn connect(&mut self) -> Result<(), String> {
+        let (sender, receiver) = crossbeam_channel::bounded(1);
+        let wake = Arc::clone(&self.wake);
+        let body = move || {
+            let channel = Channel::get_private(BusType::System).map_err(|e| describe(&e));
+            let _ = sender.send(channel.and_then(|mut channel| {
+                channel.set_watch_enabled(true);
+                let socket = duplicate_socket(&mut channel).map_err(|e| reason(&e))?;
+                Ok((channel, socket))
+            }));
+            wake.notify();
         };
+        thread::spawn("bus-connect", thread::LARGE_STACK, body).map_err(|e| reason(&e))?;
+        self.bus = Bus::Connecting(receiver);
+        Ok(())
+    }
+
+    fn came_up(&mut self, channel: Channel, socket: OwnedFd, now: Instant) {
         debug!("connected to the system bus");
-        self.bus = Bus::Up { channel, socket };
+        self.bus = Bus::Up(channel, socket);
         (self.fatal, self.retry_delay) = (false, FIRST_RETRY);
         let announcements = MatchRule::new_signal(INTERFACE, "JwtTokenStateChange").with_sender(MANAGER);
         let owners =
             format!("{},arg0='{MANAGER}'", MatchRule::new_signal(BUS, "NameOwnerChanged").match_str());
         for rule in [announcements.match_str(), owners] {
-            self.call(BUS, BUS_PATH, BUS, "AddMatch", &[&rule]);
+            self.call(TO_BUS, "AddMatch", &[&rule]);
         }
-        self.owner_query = self.call(BUS, BUS_PATH, BUS, "GetNameOwner", &[MANAGER]);
+        self.owner_query = self.call(TO_BUS, "GetNameOwner", &[MANAGER]);
         self.ask(now);
     }
 
@@ -205,33 +219,28 @@ impl Manager {
         warn!("no system bus: {why}; trying again in {:.1} s", self.retry_delay.as_secs_f32());
         self.bus = Bus::Down { until: now + self.retry_delay };
         self.retry_delay = (self.retry_delay * 2).min(LAST_RETRY);
-        (self.owner, self.owner_query) = (None, None);
-        if let Some(question) = &mut self.question {
-            question.patience = question.patience.map(|_| now);
+        self.owner = None;
+        if let Some((at, Timer::Unanswered)) = &mut self.timer {
+            *at = now;
         }
     }
 
-    /// `None` if there is no bus to send the call on.
-    fn call(&self, to: &str, path: &str, interface: &str, method: &str, arguments: &[&str]) -> Option<u32> {
-        let Bus::Up { channel, .. } = &self.bus else { return None };
+    /// Returns the call's serial number; `None` if there is no bus to send it on.
+    fn call(&self, [to, path, interface]: [&str; 3], method: &str, arguments: &[&str]) -> Option<u32> {
         let mut message = Message::new_method_call(to, path, interface, method).ok()?;
         for argument in arguments {
             message = message.append1(argument);
         }
-        channel.send(message).ok()
+        self.channel()?.send(message).ok()
     }
 
-    fn receive(&mut self, now: Instant, events: &mut Vec<AuthEvent>) {
-        loop {
-            let Bus::Up { channel, .. } = &self.bus else { return };
+    fn receive(&mut self, now: Instant) {
+        while let Some(channel) = self.channel() {
             let alive = channel.read_write(Some(Duration::ZERO)).is_ok();
-            let mut idle = true;
-            while let Bus::Up { channel, .. } = &self.bus {
-                let Some(message) = channel.pop_message() else { break };
-                idle = false;
-                self.handle(message, now, events);
-            }
-            if let (Bus::Up { .. }, false) = (&self.bus, alive) {
+            let messages: Vec<_> = std::iter::from_fn(|| channel.pop_message()).collect();
+            let idle = messages.is_empty();
+            messages.into_iter().for_each(|message| self.handle(message, now));
+            if !alive && self.channel().is_some() {
                 self.went_down(now, "the connection was lost");
             }
             if idle {
@@ -240,111 +249,82 @@ impl Manager {
         }
     }
 
-    fn handle(&mut self, mut message: Message, now: Instant, events: &mut Vec<AuthEvent>) {
-        match message.msg_type() {
-            MessageType::Signal => self.handle_signal(&message, now, events),
-            MessageType::MethodReturn | MessageType::Error => {
-                let serial = message.get_reply_serial();
-                if serial.is_some() && serial == self.owner_query {
-                    self.owner_query = None;
-                    self.owner = message.as_result().ok().and_then(|m| m.get1::<String>());
-                    debug!("the authentication manager is {:?}", self.owner);
-                } else if self.question.as_ref().is_some_and(|q| Some(q.serial) == serial) {
-                    self.handle_answer(&mut message, now, events);
-                } else if let Err(e) = message.as_result() {
-                    debug!("a call on the bus failed: {}", describe(&e));
+    fn handle(&mut self, mut message: Message, now: Instant) {
+        match (message.msg_type(), message.get_reply_serial()) {
+            (MessageType::Signal, _) => self.handle_signal(&message, now),
+            (MessageType::MethodCall, _) => {
+                if let (Some(channel), Some(reply)) = (self.channel(), default_reply(&message)) {
+                    let _ = channel.send(reply);
                 }
             }
-            MessageType::MethodCall => {
-                if let (Bus::Up { channel, .. }, Some(reply)) = (&self.bus, default_reply(&message)) {
-                    let _ = channel.send(reply);
+            (_, Some(serial)) if Some(serial) == self.question => self.handle_answer(&mut message, now),
+            (_, Some(serial)) if Some(serial) == self.owner_query => {
+                self.owner = message.as_result().ok().and_then(|m| m.get1::<String>());
+                debug!("the authentication manager is {:?}", self.owner);
+            }
+            _ => {
+                if let Err(e) = message.as_result() {
+                    debug!("a call on the bus failed: {}", describe(&e));
                 }
             }
         }
         wipe_texts(&mut message);
     }
 
-    fn handle_answer(&mut self, message: &mut Message, now: Instant, events: &mut Vec<AuthEvent>) {
-        self.question = None;
-        match message.as_result() {
-            Ok(answer) => match answer.read2::<&str, &str>() {
-                Ok((token, url)) => {
-                    trace!("GetJwtToken: {} bytes of token", token.len());
-                    self.lacks_server = !token.is_empty() && url.is_empty();
-                    events.push(AuthEvent::Answered(Credentials::new(token, url)));
-                }
-                Err(e) => {
-                    self.unanswered(Refusal::Failed(format!("unexpected types: {e}")), now, events);
-                }
-            },
+    fn handle_answer(&mut self, message: &mut Message, now: Instant) {
+        match message.as_result().map(|answer| answer.read2::<&str, &str>()) {
+            Ok(Ok((token, url))) => {
+                trace!("GetJwtToken: {} bytes of token", token.len());
+                self.timer = None;
+                self.lacks_server = !token.is_empty() && url.is_empty();
+                self.events.push(AuthEvent::Answered(Credentials::new(token, url)));
+            }
+            Ok(Err(e)) => self.unanswered(Refusal::Failed(format!("unexpected types: {e}")), now),
             Err(e) => {
-                self.unanswered(refusal(&e), now, events);
+                self.unanswered(refusal(&e), now);
                 if self.owner.is_none() {
                     // NameOwnerChanged will announce the manager.
-                    self.ask_again = None;
+                    self.timer = None;
                 }
             }
         }
     }
 
-    fn unanswered(&mut self, why: Refusal, now: Instant, events: &mut Vec<AuthEvent>) {
+    fn unanswered(&mut self, why: Refusal, now: Instant) {
         warn!("call to GetJWTToken on the Mender D-Bus API failed: {why}");
-        events.push(AuthEvent::Unanswered(why));
-        if matches!(self.bus, Bus::Up { .. }) {
-            self.ask_again = Some(now + ASK_AGAIN);
-        }
+        self.events.push(AuthEvent::Unanswered(why));
+        self.timer = self.channel().map(|_| (now + ASK_AGAIN, Timer::AskAgain));
     }
 
-    fn handle_signal(&mut self, message: &Message, now: Instant, events: &mut Vec<AuthEvent>) {
+    fn handle_signal(&mut self, message: &Message, now: Instant) {
         let sender = message.sender();
         let sender = sender.as_deref().unwrap_or_default();
-        let interface = message.interface();
-        let interface = interface.as_deref().unwrap_or_default();
-        let member = message.member();
-        match (interface, member.as_deref().unwrap_or_default()) {
-            (INTERFACE, "JwtTokenStateChange") => {
-                let path = message.path();
+        let path = message.path();
+        match (message.interface().as_deref(), message.member().as_deref()) {
+            (Some(INTERFACE), Some("JwtTokenStateChange")) => {
                 if self.owner.as_deref() != Some(sender) || path.as_deref() != Some(PATH) {
                     debug!("ignoring a token from {sender}, who isn't the authentication manager");
                     return;
                 }
                 match message.read2::<&str, &str>() {
-                    Ok((token, url)) => {
-                        events.push(AuthEvent::Changed(Credentials::new(token, url)));
-                    }
+                    Ok((token, url)) => self.events.push(AuthEvent::Changed(Credentials::new(token, url))),
                     Err(e) => warn!("ignoring a JwtTokenStateChange signal with unexpected types: {e}"),
                 }
             }
-            (BUS, "NameOwnerChanged") if sender == BUS => {
-                if let (Some(MANAGER), Some(new)) = (message.get1::<&str>(), third(message)) {
+            (Some(BUS), Some("NameOwnerChanged")) if sender == BUS => {
+                if let (Some(MANAGER), _, Some(new)) = message.get3::<&str, &str, &str>() {
                     debug!("the authentication manager is now {new:?}");
-                    self.owner_query = None;
                     self.owner = (!new.is_empty()).then(|| new.to_owned());
                     if self.owner.is_some() {
                         self.ask(now);
                     }
                 }
             }
-            (BUS_LOCAL, "Disconnected") => self.went_down(now, "the connection was lost"),
+            (Some("org.freedesktop.DBus.Local"), Some("Disconnected")) => {
+                self.went_down(now, "the connection was lost");
+            }
             _ => {}
         }
-    }
-}
-
-fn third(message: &Message) -> Option<&str> {
-    let (_, _, third) = message.get3::<&str, &str, &str>();
-    third
-}
-
-impl Bus {
-    fn connect(wake: &Arc<Wake>) -> io::Result<Self> {
-        let (sender, receiver) = crossbeam_channel::bounded(1);
-        let wake = Arc::clone(wake);
-        thread::spawn("bus-connect", thread::LARGE_STACK, move || {
-            let _ = sender.send(Channel::get_private(BusType::System));
-            wake.notify();
-        })?;
-        Ok(Bus::Connecting(receiver))
     }
 }
 

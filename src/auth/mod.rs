@@ -5,7 +5,6 @@ mod dbus;
 mod token_file;
 
 use std::fmt;
-use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -110,13 +109,10 @@ pub(crate) trait Source {
 
 #[derive(Debug, Error)]
 pub(crate) enum SourceError {
-    /// The bus is missing or refuses us.
+    /// The bus is missing or refuses us, or there is no thread to connect in.
     #[error("mender-connect dbus failed to connect, error: {0}")]
     #[cfg(feature = "dbus")]
     Bus(String),
-    /// No thread to connect in.
-    #[error("mender-connect dbus failed to connect, error: {}", crate::sys::reason(.0))]
-    Thread(#[from] io::Error),
     /// mender-auth is configured, but D-Bus support isn't compiled in.
     #[error("built without D-Bus, a token can only come from a file: Auth.Source must be \"file\"")]
     #[cfg(not(feature = "dbus"))]
@@ -134,18 +130,14 @@ pub(crate) fn source(
         config::Auth::File { token, server_url } => {
             Ok(Box::new(token_file::TokenFile::new(token, server_url)))
         }
-        config::Auth::Dbus => manager(wake, required),
+        #[cfg(feature = "dbus")]
+        config::Auth::Dbus => Ok(Box::new(dbus::Manager::new(Arc::clone(wake), required))),
+        #[cfg(not(feature = "dbus"))]
+        config::Auth::Dbus => {
+            let _ = (wake, required);
+            Err(SourceError::LeftOut)
+        }
     }
-}
-
-#[cfg(feature = "dbus")]
-fn manager(wake: &Arc<Wake>, required: bool) -> Result<Box<dyn Source>, SourceError> {
-    Ok(Box::new(dbus::Manager::connect(Arc::clone(wake), required)?))
-}
-
-#[cfg(not(feature = "dbus"))]
-fn manager(_: &Arc<Wake>, _: bool) -> Result<Box<dyn Source>, SourceError> {
-    Err(SourceError::LeftOut)
 }
 
 #[cfg(test)]

@@ -14,18 +14,13 @@ const NOT_ACCEPTED: &str = "Is the device accepted on the server? mender-auth ge
     Its log says more: journalctl -u mender-authd";
 
 pub(crate) fn credentials(report: &mut Report) -> Result<Credentials, Break> {
-    let no_bus = |report: &mut Report, e| {
-        let why = match e {
-            SourceError::Bus(why) => why,
-            SourceError::Thread(e) => reason(&e),
-        };
+    let no_bus = |report: &mut Report, SourceError::Bus(why)| {
         let advice = "Is D-Bus running (systemctl status dbus)? DBUS_SYSTEM_BUS_ADDRESS, if it is set, has to lead to it.";
         report.bad("bus", &why, advice)
     };
     let mut limit = Instant::now() + ANSWER_LIMIT;
-    let wake = Wake::new().map_err(SourceError::from);
-    let manager = wake.and_then(|wake| Manager::connect(Arc::new(wake), true));
-    let mut manager = manager.map_err(|e| no_bus(report, e))?;
+    let wake = Wake::new().map_err(|e| no_bus(report, SourceError::Bus(reason(&e))))?;
+    let mut manager = Manager::new(Arc::new(wake), true);
     let mut connected = false;
     let answer = loop {
         let events = manager.wait(limit).map_err(|e| no_bus(report, e))?;
