@@ -4,7 +4,6 @@
 //! symbolic links, the directory that the file really is in. What happens elsewhere (a directory further up is replaced,
 //! a file system is mounted, another machine writes) gives no event, so the file is also read at an interval.
 
-use std::ffi::{OsStr, OsString};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::mem;
@@ -17,7 +16,7 @@ use log::{debug, info, warn};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::PollFlags;
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 
 use super::{AuthEvent, Credentials, Source};
 use crate::sys::reason;
@@ -31,24 +30,21 @@ const WRITING: Duration = Duration::from_secs(10);
 /// Between reads without an event.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-const CONTENT: AddWatchFlags =
-    AddWatchFlags::IN_MODIFY.union(AddWatchFlags::IN_CLOSE_WRITE).union(AddWatchFlags::IN_ATTRIB);
-const DIRECTORY: AddWatchFlags = CONTENT
-    .union(AddWatchFlags::IN_CREATE)
-    .union(AddWatchFlags::IN_DELETE)
-    .union(AddWatchFlags::IN_MOVE)
-    .union(AddWatchFlags::IN_ONLYDIR);
 /// Events after which new content is complete.
 const COMPLETE: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE.union(AddWatchFlags::IN_MOVED_TO);
-/// A watch, and the name in a directory that it is about; without one it is the file's own.
-type Watch = (WatchDescriptor, Option<OsString>);
+const WATCHED: AddWatchFlags = COMPLETE
+    .union(AddWatchFlags::IN_MODIFY)
+    .union(AddWatchFlags::IN_ATTRIB)
+    .union(AddWatchFlags::IN_CREATE)
+    .union(AddWatchFlags::IN_DELETE)
+    .union(AddWatchFlags::IN_MOVED_FROM);
 
 #[derive(Default)]
 pub(crate) struct TokenFile {
     path: PathBuf,
     server_url: String,
     inotify: Option<Inotify>,
-    watches: Vec<Watch>,
+    watches: Vec<WatchDescriptor>,
     /// The path without symbolic links when it was watched; `None` if it led nowhere.
     real: Option<PathBuf>,
     current: Option<Credentials>,
@@ -86,7 +82,7 @@ impl Source for TokenFile {
 
     fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, super::SourceError> {
         let complete = self.receive(now);
-        let (first, before) = (self.read.is_none(), self.current.clone());
+        let before = self.current.clone();
         let due = match self.settles {
             // A question reads the file, but not while another program writes it.
             Some(at) => now >= at,
@@ -96,7 +92,7 @@ impl Source for TokenFile {
             self.look(now, due && self.settles.is_some());
         }
         let mut events = Vec::new();
-        if !first && before != self.current {
+        if before != self.current {
             events.push(AuthEvent::Changed(self.current.clone()));
         }
         if mem::take(&mut self.asked) {
@@ -130,12 +126,14 @@ impl TokenFile {
         };
         // A link beside the file may have been swapped, as Kubernetes does with secrets: any name may be the file's.
         let moved = fs::canonicalize(&self.path).ok() != self.real;
+        let paths = [Some(&self.path), self.real.as_ref()].into_iter().flatten();
+        let names: Vec<_> = paths.filter_map(|path| path.file_name()).collect();
         let mut complete = false;
-        for event in events {
-            let mask = event.mask;
-            let ended = mask.intersects(AddWatchFlags::IN_IGNORED | AddWatchFlags::IN_UNMOUNT);
-            let ours = |(watch, name): &Watch| *watch == event.wd && (moved || ended || *name == event.name);
-            if !mask.contains(AddWatchFlags::IN_Q_OVERFLOW) && !self.watches.iter().any(ours) {
+        for InotifyEvent { wd, mask, name, .. } in events {
+            // An event without a name is the file's own, or that its watch or a directory's has ended.
+            let ours = moved || name.is_none_or(|name| names.contains(&&*name));
+            let overflow = mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
+            if !(overflow || ours && self.watches.contains(&wd)) {
                 continue;
             }
             let modified = mask.contains(AddWatchFlags::IN_MODIFY);
@@ -183,7 +181,7 @@ impl TokenFile {
         if let Err(e) = self.try_watch_all() {
             // Some of the watches may use up the user's limit, and miss changes nevertheless.
             (self.inotify, self.watches) = (None, Vec::new());
-            let (path, seconds, why) = (self.path.display(), INTERVAL.as_secs(), reason(&e));
+            let (path, seconds, why) = (self.path.display(), INTERVAL.as_secs(), reason(&e.into()));
             let text = format!("{path} can't be watched: {why}; looking at it every {seconds} s");
             complain(&mut self.unwatched, text);
         } else {
@@ -191,31 +189,25 @@ impl TokenFile {
         }
     }
 
-    fn try_watch_all(&mut self) -> io::Result<()> {
+    fn try_watch_all(&mut self) -> nix::Result<()> {
         let inotify = match &mut self.inotify {
             Some(inotify) => inotify,
             none => none.insert(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?),
         };
         let (mut watches, mut refused) = (Vec::new(), Ok(()));
-        let mut add = |path: &Path, mask, name: Option<&OsStr>| match inotify.add_watch(path, mask) {
-            Ok(watch) => {
-                watches.push((watch, name.map(ToOwned::to_owned)));
-                Ok(())
+        let directories =
+            [Some(&self.path), self.real.as_ref()].into_iter().flatten().map(|path| path.parent());
+        // The file may be a mount of its own, or in a directory that may be passed but not read.
+        for path in directories.chain([Some(&*self.path)]).flatten() {
+            match inotify.add_watch(path, WATCHED) {
+                Ok(watch) => watches.push(watch),
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}
+                Err(Errno::EACCES) => refused = Err(Errno::EACCES),
+                Err(e) => return Err(e),
             }
-            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(()),
-            Err(Errno::EACCES) => {
-                refused = Err(Errno::EACCES.into());
-                Ok(())
-            }
-            Err(e) => Err(e),
-        };
-        for path in [&self.path].into_iter().chain(&self.real) {
-            add(path.parent().unwrap_or(path), DIRECTORY, path.file_name())?;
         }
-        // It may be a mount of its own, or in a directory that may be passed but not read.
-        add(&self.path, CONTENT, None)?;
-        for (old, _) in mem::replace(&mut self.watches, watches) {
-            if !self.watches.iter().any(|(new, _)| *new == old) {
+        for old in mem::replace(&mut self.watches, watches) {
+            if !self.watches.contains(&old) {
                 // The kernel may have removed the watch.
                 let _ = inotify.rm_watch(old);
             }
@@ -232,15 +224,8 @@ fn complain(last: &mut String, text: String) {
     }
 }
 
-/// The credentials in the file, and its mode. For doctor.
+/// The credentials in the file, and its mode. For doctor, too.
 pub(crate) fn look_into(path: &Path, server_url: &str) -> io::Result<(Credentials, u32)> {
-    let (bytes, mode) = read(path)?;
-    let credentials = Credentials::new(parse(&bytes)?, server_url);
-    Ok((credentials.ok_or_else(|| io::Error::other("there is no server's URL for it"))?, mode))
-}
-
-/// The file's content and mode.
-fn read(path: &Path) -> io::Result<(Vec<u8>, u32)> {
     // Opening a FIFO mustn't block, nor a terminal become our controlling one.
     let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
@@ -252,14 +237,12 @@ fn read(path: &Path) -> io::Result<(Vec<u8>, u32)> {
     if file.take(LARGEST as u64).read_to_end(&mut bytes)? == LARGEST {
         return Err(io::Error::other("it is too large for a token"));
     }
-    Ok((bytes, stat.mode()))
-}
-
-/// Strips white space. Fails if the rest can't be in an HTTP header.
-fn parse(bytes: &[u8]) -> io::Result<&str> {
-    match std::str::from_utf8(bytes).map(str::trim) {
-        Ok("") => Err(io::Error::other("it is empty")),
-        Ok(token) if token.bytes().all(|byte| byte.is_ascii_graphic()) => Ok(token),
-        _ => Err(io::Error::other("it has something else in it")),
-    }
+    let token = match std::str::from_utf8(&bytes).map(str::trim) {
+        Ok("") => return Err(io::Error::other("it is empty")),
+        // As an HTTP header takes it.
+        Ok(token) if token.bytes().all(|byte| byte.is_ascii_graphic()) => token,
+        _ => return Err(io::Error::other("it has something else in it")),
+    };
+    let credentials = Credentials::new(token, server_url);
+    Ok((credentials.ok_or_else(|| io::Error::other("there is no server's URL for it"))?, stat.mode()))
 }
