@@ -48,13 +48,8 @@ pub(crate) struct Logger {
 /// Installs the logger. Lines are queued until [`Logger::start`]. Call it once.
 pub(crate) fn init(level: LevelFilter) -> &'static Logger {
     let mut config = ConfigBuilder::new();
-    config
-        .set_time_level(LevelFilter::Off)
-        .set_level_padding(simplelog::LevelPadding::Off)
-        .set_max_level(LevelFilter::Off)
-        .set_target_level(LevelFilter::Off)
-        .set_location_level(LevelFilter::Off)
-        .set_thread_level(LevelFilter::Off);
+    // The queue's lines have time and level.
+    config.set_time_level(LevelFilter::Off).set_max_level(LevelFilter::Off);
     let sink = WriteLogger::new(LevelFilter::Trace, config.build(), LineWriter::new(io::stderr()));
     let (queue, journal, started) = (Queue::new(), stderr_is_journal(), AtomicBool::new(false));
     let logger: &'static Logger = Box::leak(Box::new(Logger { queue, sink, journal, started }));

@@ -307,7 +307,7 @@ impl Manager {
                     return;
                 }
                 match message.read2::<&str, &str>() {
-                    Ok((token, url)) => self.events.push(AuthEvent::Changed(Credentials::new(token, url))),
+                    Ok((token, url)) => announce(&mut self.events, Credentials::new(token, url)),
                     Err(e) => warn!("ignoring a JwtTokenStateChange signal with unexpected types: {e}"),
                 }
             }
@@ -328,6 +328,14 @@ impl Manager {
     }
 }
 
+/// A token supersedes one announced just before. Revocations are kept.
+fn announce(events: &mut Vec<AuthEvent>, token: Option<Credentials>) {
+    if token.is_some() {
+        events.pop_if(|last| matches!(last, AuthEvent::Changed(Some(_))));
+    }
+    events.push(AuthEvent::Changed(token));
+}
+
 fn describe(error: &dbus::Error) -> String {
     match (error.message(), error.name()) {
         (Some(message), _) if !message.is_empty() => message.to_owned(),
@@ -342,5 +350,20 @@ fn refusal(error: &dbus::Error) -> Refusal {
         Some("ServiceUnknown" | "NameHasNoOwner") => Refusal::Absent(why),
         Some("NoReply" | "Timeout" | "TimedOut") => Refusal::Silent(why),
         _ => Refusal::Failed(why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_of_piled_up_tokens_counts() {
+        let token = |name| Credentials::new(name, "http://x");
+        let mut events = Vec::new();
+        for announced in [token("a"), token("b"), None, token("c"), token("d")] {
+            announce(&mut events, announced);
+        }
+        assert_eq!(events, [token("b"), None, token("d")].map(AuthEvent::Changed));
     }
 }

@@ -80,6 +80,10 @@ impl Machine {
         self.credentials.as_ref().map_or_else(String::new, Credentials::shown_server_url)
     }
 
+    pub(crate) fn token_length(&self) -> Option<usize> {
+        self.credentials.as_ref().map(|credentials| credentials.token.len())
+    }
+
     /// For `status`.
     pub(crate) fn connection(&self, last_error: Option<&(String, Instant)>, now: Instant) -> Value {
         json!({

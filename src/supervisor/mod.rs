@@ -13,11 +13,10 @@ use crossbeam_channel::{Receiver, Sender};
 use log::{debug, error, info, warn};
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
-use thiserror::Error;
 
 use self::machine::{Action, Event, Machine};
 use self::systemd::Service;
-use crate::auth::{self, AuthEvent, Source, SourceError};
+use crate::auth::{self, Source};
 use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::stats::seconds;
@@ -26,21 +25,15 @@ use crate::status::{self, State, document};
 use crate::sys::privilege::{self, Needs};
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
-use crate::sys::{PollSet, clock};
+use crate::sys::{PollSet, clock, reason};
 
 /// Limit of the sessions' clean-up at the end. The init system is promised two seconds.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
 
-#[derive(Debug, Error)]
-pub(crate) enum Error {
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    #[error("the new one takes privileges that were given up at the start; restart to use it")]
-    Privileges,
-    #[error("out of resources: {}", crate::sys::reason(.0))]
-    System(#[from] io::Error),
+type Error = Box<dyn std::error::Error>;
+
+fn out_of_resources(e: io::Error) -> Error {
+    format!("out of resources: {}", reason(&e)).into()
 }
 
 /// The privileges that a daemon with this configuration needs.
@@ -82,7 +75,7 @@ pub(crate) fn run(
     load: impl Fn() -> Result<Config, ConfigError> + 'static,
     signals: &Signals,
 ) -> Result<(), Error> {
-    let (wake, now) = (Arc::new(Wake::new()?), Instant::now());
+    let (wake, now) = (Arc::new(Wake::new().map_err(out_of_resources)?), Instant::now());
     // At most two reports a link, and links are made one after another.
     let (reporter, reports) = crossbeam_channel::unbounded();
     let supervisor = Supervisor {
@@ -108,7 +101,7 @@ pub(crate) fn run(
 impl Supervisor {
     fn run(mut self, signals: &Signals) -> Result<(), Error> {
         while self.machine.state != State::Stopping {
-            self.wait(signals)?;
+            self.wait(signals).map_err(out_of_resources)?;
             while let Some(signal) = signals.next() {
                 self.handle_signal(signal, signals.lost_terminal());
             }
@@ -118,9 +111,7 @@ impl Supervisor {
             if !auth.is_empty() && !self.service.ready {
                 self.service.ready();
             }
-            for event in latest(auth) {
-                self.step(Event::Auth(event));
-            }
+            auth.into_iter().for_each(|event| self.step(Event::Auth(event)));
             while let Ok((epoch, event)) = self.reports.try_recv() {
                 if epoch == self.epoch {
                     self.handle_link(event);
@@ -128,14 +119,18 @@ impl Supervisor {
             }
             self.step(Event::Tick);
             let now = Instant::now();
-            let link = &mut self.link;
-            self.service.feed(now, || link.as_mut().is_none_or(|link| link.makes_progress(now)));
+            self.service.feed(now, || self.link.as_ref().is_none_or(|link| link.makes_progress(now)));
             let stale = if self.outdated { "; the configuration was not reloaded, see the log" } else { "" };
             self.service.status(self.machine.describe(None) + stale);
             self.status.answer(now, || {
                 let connection = self.machine.connection(self.last_error.as_ref(), now);
-                let token_length = self.machine.credentials.as_ref().map(|c| c.token.len());
-                document(connection, token_length, seconds(self.started, now), &self.context, now)
+                document(
+                    connection,
+                    self.machine.token_length(),
+                    seconds(self.started, now),
+                    &self.context,
+                    now,
+                )
             });
         }
         self.service.stopping();
@@ -175,23 +170,24 @@ impl Supervisor {
                 self.reload();
                 self.step(Event::RetryNow);
             }
-            Signal::SIGUSR1 => self.log_status(),
+            Signal::SIGUSR1 => {
+                info!("mender-connect daemon v{}", env!("CARGO_PKG_VERSION"));
+                info!(" status: {}", self.machine.describe(Some(Instant::now())));
+                self.context.log_status();
+            }
             _ => {}
         }
     }
 
     /// Reloads the configuration: all of it or, with the reason in the log, nothing.
     fn reload(&mut self) {
-        let ready = self.service.ready;
-        if ready {
-            self.service.reloading();
-        }
+        self.service.reloading();
         let result = (self.load)().map_err(Error::from).and_then(|config| self.adopt(config));
         self.outdated = result.is_err();
         if let Err(e) = result {
             error!("the old configuration stays: {e}");
         }
-        if ready {
+        if self.service.ready {
             self.service.ready();
         }
     }
@@ -203,7 +199,9 @@ impl Supervisor {
             return Ok(());
         }
         if !privilege::suffices_for(needs(&config)) {
-            return Err(Error::Privileges);
+            return Err(
+                "the new one takes privileges that were given up at the start; restart to use it".into()
+            );
         }
         if config.auth != old.auth {
             self.source = auth::source(&config.auth, &self.wake, false)?;
@@ -222,14 +220,10 @@ impl Supervisor {
             }
             LinkEvent::Lost(reason) => {
                 self.last_error = Some((reason.to_string(), Instant::now()));
-                let (server, token) = (self.machine.server(), self.machine.credentials.as_ref());
+                let (server, length) = (self.machine.server(), self.machine.token_length().unwrap_or(0));
                 if self.machine.state == State::Dialling {
-                    error!(
-                        "connection manager failed to connect to {}{}: {reason}; len(token)={}",
-                        server.trim_end_matches('/'),
-                        link::PATH,
-                        token.map_or(0, |c| c.token.len())
-                    );
+                    let url = format!("{}{}", server.trim_end_matches('/'), link::PATH);
+                    error!("connection manager failed to connect to {url}: {reason}; len(token)={length}");
                 } else {
                     warn!("connection with {server} lost: {reason}");
                 }
@@ -276,9 +270,9 @@ impl Supervisor {
     fn dial(&mut self) {
         self.close();
         let Some(credentials) = self.machine.credentials.clone() else { return };
-        let (epoch, reports, wake) = (self.epoch, self.reporter.clone(), Arc::clone(&self.wake));
+        let (epoch, reporter, wake) = (self.epoch, self.reporter.clone(), Arc::clone(&self.wake));
         let report = move |event| {
-            let _ = reports.send((epoch, event));
+            let _ = reporter.send((epoch, event));
             wake.notify();
         };
         let context = Arc::clone(&self.context);
@@ -295,12 +289,6 @@ impl Supervisor {
         }
     }
 
-    fn log_status(&self) {
-        info!("mender-connect daemon v{}", env!("CARGO_PKG_VERSION"));
-        info!(" status: {}", self.machine.describe(Some(Instant::now())));
-        self.context.log_status();
-    }
-
     /// Ends and reaps every session's processes, as far as that is possible in time.
     fn stop(self) {
         let deadline = Instant::now() + STOP_LIMIT;
@@ -313,35 +301,9 @@ impl Supervisor {
     }
 }
 
-/// Drops queued token announcements that a later one supersedes. Revocations are kept.
-fn latest(mut events: Vec<AuthEvent>) -> Vec<AuthEvent> {
-    let is_token = |event: &AuthEvent| matches!(event, AuthEvent::Changed(Some(_)));
-    events.dedup_by(|later, kept| {
-        let superseded = is_token(later) && is_token(kept);
-        if superseded {
-            std::mem::swap(later, kept);
-        }
-        superseded
-    });
-    events
-}
-
 /// A uniform number from the system's random source.
 fn random() -> u64 {
     // Early in a boot there may be no randomness yet: the clock has to do.
     getrandom::u64()
         .unwrap_or_else(|_| u64::from(clock::now().subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_last_of_piled_up_tokens_counts() {
-        let token = |name| AuthEvent::Changed(auth::Credentials::new(name, "http://x"));
-        let none = AuthEvent::Changed(None);
-        let events = vec![token("a"), token("b"), none.clone(), token("c"), token("d")];
-        assert_eq!(latest(events), vec![token("b"), none, token("d")]);
-    }
 }

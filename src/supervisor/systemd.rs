@@ -52,9 +52,11 @@ impl Service {
         self.send("READY=1");
     }
 
-    /// Reports a reload, until the next [`Service::ready`].
+    /// Reports a reload, until the next [`Service::ready`]. During the start there is nothing to report.
     pub(crate) fn reloading(&self) {
-        if let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) {
+        if self.ready
+            && let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC)
+        {
             self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", Duration::from(now).as_micros()));
         }
     }
