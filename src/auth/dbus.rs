@@ -1,10 +1,7 @@
 //! The authentication manager on the system bus (`io.mender.AuthenticationManager`).
 //!
-//! Runs in the supervisor's thread and never blocks it: it sends calls and recognises their answers later
-//! by serial number. Only connecting to the bus blocks, and so has a thread of its own.
-//!
-//! The manager may come, go and be replaced at any time, and so may the bus. Its signals are taken only
-//! from the owner of its name.
+//! Calls are sent without waiting, and their answers recognised by serial number. Only connecting to the bus blocks, and
+//! so has a thread of its own. The manager may come, go and be replaced at any time, and so may the bus.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -13,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Receiver;
 use dbus::Message;
 use dbus::channel::{BusType, Channel, default_reply};
-use dbus::message::{MatchRule, MessageType};
+use dbus::message::MessageType;
 use log::{debug, info, trace, warn};
 use nix::poll::PollFlags;
 
@@ -58,10 +55,9 @@ pub(crate) struct Manager {
 }
 
 enum Bus {
-    Down {
-        until: Instant,
-    },
-    Connecting(Receiver<Result<(Channel, OwnedFd), String>>),
+    /// Until this time.
+    Down(Instant),
+    Connecting(Receiver<Result<Bus, String>>),
     /// The descriptor duplicates the channel's, to poll.
     Up(Channel, OwnedFd),
 }
@@ -79,7 +75,7 @@ impl Manager {
     pub(crate) fn new(wake: Arc<Wake>, required: bool) -> Self {
         Manager {
             wake,
-            bus: Bus::Down { until: Instant::now() },
+            bus: Bus::Down(Instant::now()),
             fatal: required,
             retry_delay: FIRST_RETRY,
             owner: None,
@@ -104,31 +100,24 @@ impl Source for Manager {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let retry = match self.bus {
-            Bus::Down { until } => Some(until),
-            _ => None,
-        };
+        let retry = if let Bus::Down(until) = self.bus { Some(until) } else { None };
         retry.into_iter().chain(self.timer.map(|(at, _)| at)).min()
     }
 
     fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, SourceError> {
-        let failed = match &self.bus {
-            Bus::Down { until } if now >= *until => self.connect().err(),
-            Bus::Connecting(result) => match result.try_recv() {
-                Ok(Ok((channel, socket))) => {
-                    self.came_up(channel, socket, now);
-                    None
-                }
-                Ok(Err(why)) => Some(why),
-                Err(_) => None,
-            },
-            Bus::Down { .. } | Bus::Up(..) => None,
+        let changed = match &self.bus {
+            Bus::Down(until) if now >= *until => Some(Bus::connect(&self.wake)),
+            Bus::Connecting(result) => result.try_recv().ok(),
+            Bus::Down(_) | Bus::Up(..) => None,
         };
-        match failed {
-            Some(why) if self.fatal => return Err(SourceError::Bus(why)),
-            Some(why) => self.went_down(now, &why),
-            None => self.receive(now),
+        match changed {
+            None => {}
+            Some(Ok(bus @ Bus::Up(..))) => self.came_up(bus, now),
+            Some(Ok(bus)) => self.bus = bus,
+            Some(Err(why)) if self.fatal => return Err(SourceError::Bus(why)),
+            Some(Err(why)) => self.went_down(now, &why),
         }
+        self.receive(now);
         match self.timer {
             Some((at, Timer::Unanswered)) if now >= at => {
                 self.unanswered(Refusal::Silent("no answer".to_owned()), now);
@@ -158,19 +147,15 @@ impl Source for Manager {
 
 impl Manager {
     fn channel(&self) -> Option<&Channel> {
-        match &self.bus {
-            Bus::Up(channel, _) => Some(channel),
-            _ => None,
-        }
+        if let Bus::Up(channel, _) = &self.bus { Some(channel) } else { None }
     }
 
-    /// Our unique name on the bus; `None` while there is no connection.
+    /// Ours on the bus; `None` while there is no connection.
     pub(crate) fn name(&self) -> Option<&str> {
         self.channel()?.unique_name()
     }
 
-    /// Waits until [`Source::process`] is due, at most until `limit`, and calls it. For doctor, which has nothing else
-    /// to wait for.
+    /// Waits until [`Source::process`] is due, at most until `limit`, and calls it. For doctor.
     pub(crate) fn wait(&mut self, limit: Instant) -> Result<Vec<AuthEvent>, SourceError> {
         let mut set = PollSet::new();
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
@@ -183,32 +168,16 @@ impl Manager {
         self.process(Instant::now())
     }
 
-    /// Starts to connect, in a thread: it may block.
-    fn connect(&mut self) -> Result<(), String> {
-        let (sender, receiver) = crossbeam_channel::bounded(1);
-        let wake = Arc::clone(&self.wake);
-        let body = move || {
-            let channel = Channel::get_private(BusType::System).map_err(|e| describe(&e));
-            let _ = sender.send(channel.and_then(|mut channel| {
-                channel.set_watch_enabled(true);
-                let socket = duplicate_socket(&mut channel).map_err(|e| reason(&e))?;
-                Ok((channel, socket))
-            }));
-            wake.notify();
-        };
-        thread::spawn("bus-connect", thread::LARGE_STACK, body).map_err(|e| reason(&e))?;
-        self.bus = Bus::Connecting(receiver);
-        Ok(())
-    }
-
-    fn came_up(&mut self, channel: Channel, socket: OwnedFd, now: Instant) {
+    fn came_up(&mut self, bus: Bus, now: Instant) {
         debug!("connected to the system bus");
-        self.bus = Bus::Up(channel, socket);
+        self.bus = bus;
         (self.fatal, self.retry_delay) = (false, FIRST_RETRY);
-        let announcements = MatchRule::new_signal(INTERFACE, "JwtTokenStateChange").with_sender(MANAGER);
-        let owners =
-            format!("{},arg0='{MANAGER}'", MatchRule::new_signal(BUS, "NameOwnerChanged").match_str());
-        for rule in [announcements.match_str(), owners] {
+        for rule in [
+            format!("type='signal',sender='{MANAGER}',interface='{INTERFACE}',member='JwtTokenStateChange'"),
+            format!(
+                "type='signal',sender='{BUS}',interface='{BUS}',member='NameOwnerChanged',arg0='{MANAGER}'"
+            ),
+        ] {
             self.call(TO_BUS, "AddMatch", &[&rule]);
         }
         self.owner_query = self.call(TO_BUS, "GetNameOwner", &[MANAGER]);
@@ -217,7 +186,7 @@ impl Manager {
 
     fn went_down(&mut self, now: Instant, why: &str) {
         warn!("no system bus: {why}; trying again in {:.1} s", self.retry_delay.as_secs_f32());
-        self.bus = Bus::Down { until: now + self.retry_delay };
+        self.bus = Bus::Down(now + self.retry_delay);
         self.retry_delay = (self.retry_delay * 2).min(LAST_RETRY);
         self.owner = None;
         if let Some((at, Timer::Unanswered)) = &mut self.timer {
@@ -328,6 +297,24 @@ impl Manager {
     }
 }
 
+impl Bus {
+    fn connect(wake: &Arc<Wake>) -> Result<Self, String> {
+        let (sender, result) = crossbeam_channel::bounded(1);
+        let wake = Arc::clone(wake);
+        let body = move || {
+            let channel = Channel::get_private(BusType::System).map_err(|e| describe(&e));
+            let _ = sender.send(channel.and_then(|mut channel| {
+                channel.set_watch_enabled(true);
+                let socket = duplicate_socket(&mut channel).map_err(|e| reason(&e))?;
+                Ok(Bus::Up(channel, socket))
+            }));
+            wake.notify();
+        };
+        thread::spawn("bus-connect", thread::LARGE_STACK, body).map_err(|e| reason(&e))?;
+        Ok(Bus::Connecting(result))
+    }
+}
+
 /// A token supersedes one announced just before. Revocations are kept.
 fn announce(events: &mut Vec<AuthEvent>, token: Option<Credentials>) {
     if token.is_some() {
@@ -337,10 +324,8 @@ fn announce(events: &mut Vec<AuthEvent>, token: Option<Credentials>) {
 }
 
 fn describe(error: &dbus::Error) -> String {
-    match (error.message(), error.name()) {
-        (Some(message), _) if !message.is_empty() => message.to_owned(),
-        (_, name) => name.unwrap_or("unknown error").to_owned(),
-    }
+    let message = error.message().filter(|message| !message.is_empty());
+    message.or(error.name()).unwrap_or("unknown error").to_owned()
 }
 
 fn refusal(error: &dbus::Error) -> Refusal {

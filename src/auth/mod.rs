@@ -17,6 +17,7 @@ use crate::sys::wake::Wake;
 
 #[cfg(feature = "dbus")]
 pub(crate) use dbus::{ANSWER_LIMIT, Manager};
+use token_file::TokenFile;
 pub(crate) use token_file::look_into;
 
 /// A device's JSON web token. Debug shows only its length.
@@ -62,11 +63,10 @@ impl Credentials {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum AuthEvent {
-    /// The source reports a change by itself.
+    /// By itself.
     Changed(Option<Credentials>),
-    /// The answer to [`Source::ask`].
+    /// To [`Source::ask`].
     Answered(Option<Credentials>),
-    /// There was no answer to [`Source::ask`].
     #[cfg_attr(not(feature = "dbus"), allow(dead_code, reason = "a file always answers"))]
     Unanswered(Refusal),
 }
@@ -78,10 +78,9 @@ pub(crate) enum Refusal {
     /// The bus's policy denies the call.
     #[error("{0}")]
     Denied(String),
-    /// Nobody owns the manager's name, and the bus can't start anybody.
+    /// Nobody owns the manager's name, and the bus can't start it.
     #[error("{0}")]
     Absent(String),
-    /// No answer in time.
     #[error("{0}")]
     Silent(String),
     #[error("{0}")]
@@ -90,17 +89,15 @@ pub(crate) enum Refusal {
 
 /// A source of credentials. Runs in the supervisor's thread and never blocks it.
 pub(crate) trait Source {
-    /// The descriptor to poll, and for what.
     fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)>;
 
-    /// When to call [`Source::process`] without an event.
     fn deadline(&self) -> Option<Instant>;
 
-    /// Does what is due. To be called after an event on the descriptor, after a wake-up and at the deadline. Fails
-    /// only until the source is up for the first time.
+    /// To be called after an event on the descriptor, after a wake-up and at the deadline. Fails only until the source
+    /// is up for the first time.
     fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, SourceError>;
 
-    /// Asks for the token. [`AuthEvent::Answered`] or [`AuthEvent::Unanswered`] follows.
+    /// [`AuthEvent::Answered`] or [`AuthEvent::Unanswered`] follows.
     fn ask(&mut self, now: Instant);
 
     /// Has the source fetch a new token from the server, unless it did so recently.
@@ -109,11 +106,9 @@ pub(crate) trait Source {
 
 #[derive(Debug, Error)]
 pub(crate) enum SourceError {
-    /// The bus is missing or refuses us, or there is no thread to connect in.
     #[error("mender-connect dbus failed to connect, error: {0}")]
     #[cfg(feature = "dbus")]
     Bus(String),
-    /// mender-auth is configured, but D-Bus support isn't compiled in.
     #[error("built without D-Bus, a token can only come from a file: Auth.Source must be \"file\"")]
     #[cfg(not(feature = "dbus"))]
     LeftOut,
@@ -127,9 +122,7 @@ pub(crate) fn source(
     required: bool,
 ) -> Result<Box<dyn Source>, SourceError> {
     match auth {
-        config::Auth::File { token, server_url } => {
-            Ok(Box::new(token_file::TokenFile::new(token, server_url)))
-        }
+        config::Auth::File { token, server_url } => Ok(Box::new(TokenFile::new(token, server_url))),
         #[cfg(feature = "dbus")]
         config::Auth::Dbus => Ok(Box::new(dbus::Manager::new(Arc::clone(wake), required))),
         #[cfg(not(feature = "dbus"))]

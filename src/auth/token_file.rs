@@ -62,7 +62,6 @@ pub(crate) struct TokenFile {
 }
 
 impl TokenFile {
-    /// Reads the file at the first `process`.
     pub(crate) fn new(path: &Path, server_url: &str) -> Self {
         let (path, server_url) = (path.to_owned(), server_url.to_owned());
         TokenFile { path, server_url, asked: true, ..TokenFile::default() }
@@ -76,8 +75,7 @@ impl Source for TokenFile {
 
     fn deadline(&self) -> Option<Instant> {
         // An answer is due at once.
-        let answer = self.asked.then(Instant::now);
-        answer.or(self.settles).or(self.read.map(|at| at + INTERVAL))
+        self.asked.then(Instant::now).or(self.settles).or(self.read.map(|at| at + INTERVAL))
     }
 
     fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, super::SourceError> {
@@ -91,14 +89,9 @@ impl Source for TokenFile {
         if complete || due {
             self.look(now, due && self.settles.is_some());
         }
-        let mut events = Vec::new();
-        if before != self.current {
-            events.push(AuthEvent::Changed(self.current.clone()));
-        }
-        if mem::take(&mut self.asked) {
-            events.push(AuthEvent::Answered(self.current.clone()));
-        }
-        Ok(events)
+        let changed = (before != self.current).then(|| AuthEvent::Changed(self.current.clone()));
+        let answered = mem::take(&mut self.asked).then(|| AuthEvent::Answered(self.current.clone()));
+        Ok(changed.into_iter().chain(answered).collect())
     }
 
     fn ask(&mut self, _: Instant) {
@@ -126,13 +119,12 @@ impl TokenFile {
         };
         // A link beside the file may have been swapped, as Kubernetes does with secrets: any name may be the file's.
         let moved = fs::canonicalize(&self.path).ok() != self.real;
-        let paths = [Some(&self.path), self.real.as_ref()].into_iter().flatten();
-        let names: Vec<_> = paths.filter_map(|path| path.file_name()).collect();
-        let mut complete = false;
+        let (paths, mut complete) = ([Some(&self.path), self.real.as_ref()], false);
         for InotifyEvent { wd, mask, name, .. } in events {
-            // An event without a name is the file's own, or that its watch or a directory's has ended.
-            let ours = moved || name.is_none_or(|name| names.contains(&&*name));
             let overflow = mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
+            // An event without a name is the file's own, or that a watch has ended.
+            let named = |name| paths.iter().flatten().any(|path| path.file_name() == Some(name));
+            let ours = moved || name.as_deref().is_none_or(named);
             if !(overflow || ours && self.watches.contains(&wd)) {
                 continue;
             }
@@ -160,12 +152,11 @@ impl TokenFile {
                 } else {
                     complain(&mut self.exposed, format!("{shown} can be read by others than its owner"));
                 }
-                let credentials = Some(credentials);
-                if self.current != credentials {
+                if self.current.as_ref() != Some(&credentials) {
                     debug!("a token from {shown}");
                     self.told_to_wait = false;
+                    self.current = Some(credentials);
                 }
-                self.current = credentials;
             }
             Err(_) if !settled && self.current.is_some() => self.settles = Some(now + SETTLING),
             Err(why) => {
@@ -195,10 +186,9 @@ impl TokenFile {
             none => none.insert(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?),
         };
         let (mut watches, mut refused) = (Vec::new(), Ok(()));
-        let directories =
-            [Some(&self.path), self.real.as_ref()].into_iter().flatten().map(|path| path.parent());
+        let paths = [Some(&*self.path), self.real.as_deref()].into_iter().flatten();
         // The file may be a mount of its own, or in a directory that may be passed but not read.
-        for path in directories.chain([Some(&*self.path)]).flatten() {
+        for path in paths.filter_map(Path::parent).chain([&*self.path]) {
             match inotify.add_watch(path, WATCHED) {
                 Ok(watch) => watches.push(watch),
                 Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}

@@ -1,7 +1,7 @@
 //! The daemon's side: a socket in the supervisor's poll loop, and a thread for each answer, so that a client that
 //! doesn't read can't block it. Failures are warnings: the daemon works without the socket.
 
-use std::fs::{self, DirBuilder, Metadata};
+use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
@@ -45,20 +45,20 @@ pub(crate) struct Server {
 struct Socket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode.
     id: (u64, u64),
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if fs::symlink_metadata(&self.path).is_ok_and(|found| id(&found) == self.id) {
+        if id(&self.path).is_ok_and(|id| id == self.id) {
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-fn id(metadata: &Metadata) -> (u64, u64) {
-    (metadata.dev(), metadata.ino())
+/// Device and inode.
+fn id(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
 impl Server {
@@ -85,7 +85,6 @@ impl Server {
         }
     }
 
-    /// When to call [`Server::answer`] without an event.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.pause
     }
@@ -147,8 +146,7 @@ impl Socket {
         // bind(2) creates the socket with these permissions: no chmod(2) leaves a gap.
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
         bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-        let id = id(&fs::symlink_metadata(path)?);
-        let made = Socket { listener: socket.into(), path: path.to_owned(), id };
+        let made = Socket { listener: socket.into(), path: path.to_owned(), id: id(path)? };
         listen(&made.listener, Backlog::new(QUEUE)?)?;
         Ok(made)
     }

@@ -15,12 +15,9 @@ pub(crate) enum Event {
     Connected,
     /// The link has ended, or the attempt failed.
     Lost {
-        /// The server rejects the token.
         unauthorized: bool,
-        /// From the server: no attempt before this has passed.
         retry_after: Option<Duration>,
     },
-    /// Time has passed, possibly a deadline.
     Tick,
     /// By the operator: look at the token and, unless there is a link or an attempt, try now.
     RetryNow,
@@ -40,14 +37,12 @@ pub(crate) enum Action {
     Fetch,
     LogWait(Duration),
     LogUnauthorized,
-    /// Log that the link is lost and can't be made again, for this reason.
     LogNoReconnect(String),
 }
 
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) state: State,
-    /// Start of the state.
     since: Instant,
     /// Time of the next attempt, in [`State::Waiting`].
     until: Instant,
@@ -64,13 +59,12 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Starts unauthorised, with the manager already asked.
+    /// The manager is asked already.
     pub(crate) fn new(base: Duration, random: fn() -> u64, now: Instant) -> Self {
         let state = State::Unauthorized;
         Machine { state, since: now, until: now, credentials: None, attempt: 0, failed: 0, base, random }
     }
 
-    /// When [`Event::Tick`] is due.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         (self.state == State::Waiting).then_some(self.until)
     }
@@ -100,19 +94,16 @@ impl Machine {
     /// For the log with the times as of `now`, for systemd without, so that the text changes with the state only.
     pub(crate) fn describe(&self, now: Option<Instant>) -> String {
         let server = self.server();
-        let times = |text: &dyn Fn(Instant) -> String| now.map_or_else(String::new, text);
+        let (left, age) = now.map_or_else(Default::default, |now| {
+            let (left, age) = (seconds(now, self.until), seconds(self.since, now) as u64);
+            (format!(" in {left:.0} s"), format!(" for {age} s"))
+        });
         match self.state {
             State::Unauthorized => "waiting for a token".to_owned(),
-            State::Waiting => {
-                let left = times(&|now| format!(" in {:.0} s", seconds(now, self.until)));
-                format!("next attempt to connect to {server}{left}, {} failed", self.attempt)
-            }
+            State::Waiting => format!("next attempt to connect to {server}{left}, {} failed", self.attempt),
             State::Asking => "asking for a token".to_owned(),
             State::Dialling => format!("connecting to {server}"),
-            State::Connected => {
-                let age = times(&|now| format!(" for {} s", seconds(self.since, now) as u64));
-                format!("connected to {server}{age}")
-            }
+            State::Connected => format!("connected to {server}{age}"),
             State::Stopping => "ending".to_owned(),
         }
     }
@@ -193,12 +184,9 @@ impl Machine {
             wait = wait.max(wish + backoff::delay(0, self.base, (self.random)()));
         }
         self.attempt = self.attempt.saturating_add(1);
-        let mut actions = vec![Action::Close, Action::LogWait(wait)];
-        if unauthorized {
-            actions.push(Action::Fetch);
-        }
         self.until = now + wait;
-        actions
+        let fetch = unauthorized.then_some(Action::Fetch);
+        [Action::Close, Action::LogWait(wait)].into_iter().chain(fetch).collect()
     }
 
     /// True if the credentials are new; the attempts so far then say nothing about them.

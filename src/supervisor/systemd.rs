@@ -11,13 +11,11 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::sys::process::SERVICE_VARIABLES;
 
-/// The daemon as a systemd service.
 #[derive(Debug)]
 pub(crate) struct Service {
     socket: Option<UnixDatagram>,
-    /// The manager knows that the start is done.
     pub(crate) ready: bool,
-    /// The last status sent.
+    /// The last one sent.
     status: String,
     /// The interval of signs of life, and when the next one is due.
     watchdog: Option<(Duration, Instant)>,
@@ -29,14 +27,11 @@ impl Service {
         let [socket, micros, pid] = SERVICE_VARIABLES.map(std::env::var_os);
         let number = |text: &Option<OsString>| text.as_ref()?.to_str()?.parse::<u64>().ok();
         let ours = pid.is_none() || number(&pid) == Some(std::process::id().into());
-        let limit = number(&micros).filter(|micros| ours && *micros > 0).map(Duration::from_micros);
-        Service {
-            socket: socket.and_then(|name| connect(&name)),
-            ready: false,
-            status: String::new(),
-            // Twice as often as required, as sd_watchdog_enabled(3) recommends.
-            watchdog: limit.map(|limit| (limit / 2, now)),
-        }
+        let limit = number(&micros).filter(|micros| ours && *micros > 0);
+        // Twice as often as required, as sd_watchdog_enabled(3) recommends.
+        let watchdog = limit.map(|micros| (Duration::from_micros(micros) / 2, now));
+        let socket = socket.and_then(|name| connect(&name));
+        Service { socket, ready: false, status: String::new(), watchdog }
     }
 
     fn send(&self, state: &str) {
@@ -46,7 +41,7 @@ impl Service {
         }
     }
 
-    /// Reports that the start or a reload is done.
+    /// Ends the start or a reload.
     pub(crate) fn ready(&mut self) {
         self.ready = true;
         self.send("READY=1");
@@ -73,7 +68,6 @@ impl Service {
         }
     }
 
-    /// When [`Service::feed`] is due.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.watchdog.map(|(_, at)| at)
     }
@@ -91,7 +85,6 @@ impl Service {
     }
 }
 
-/// `None` if there is no manager to be reached.
 fn connect(name: &OsStr) -> Option<UnixDatagram> {
     let address = match name.as_bytes() {
         [] => return None,
