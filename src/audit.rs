@@ -1,7 +1,6 @@
 //! The audit log: a line for each session, shell, transfer, forward and command, of the form `event=… key=value …`.
-//!
-//! The README describes each event's keys, their order and meaning, which are stable. Texts are quoted
-//! and escaped, numbers are bare, times are seconds. It has nothing of what was typed, shown or transferred.
+//! Its keys and their order, which the README describes, are stable. Nothing that was typed, shown or transferred is in
+//! it.
 
 use std::fmt::{Display, Write};
 use std::path::Path;

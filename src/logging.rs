@@ -33,15 +33,13 @@ const MAX_MESSAGE: usize = 4000;
 /// Stack of the log thread in bytes. Small, since lines arrive formatted.
 const STACK: usize = 64 * 1024;
 
-/// Upper bound for writing the last lines at exit. Sessions may have used 1.7 s of the 2 s in which SIGTERM ends
-/// everything.
+/// Limit for writing the last lines. Sessions may have used 1.7 s of the 2 s in which SIGTERM ends everything.
 const LAST_LINES: Duration = Duration::from_millis(250);
 
 pub(crate) struct Logger {
     queue: Queue,
     sink: Box<WriteLogger<LineWriter<Stderr>>>,
     journal: bool,
-    /// The log thread has been started.
     started: AtomicBool,
 }
 
@@ -73,8 +71,7 @@ fn time() -> String {
 }
 
 impl Logger {
-    /// Starts the log thread if it isn't running. Call it after reducing privileges: a thread inherits its creator's
-    /// capabilities.
+    /// Starts the log thread once. To be called with reduced privileges, which a thread inherits.
     pub(crate) fn start(&'static self) -> io::Result<()> {
         if !self.started.load(Ordering::Relaxed) {
             thread::spawn("log", STACK, || self.queue.entries.iter().for_each(|entry| self.write(entry)))?;

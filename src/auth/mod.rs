@@ -71,7 +71,6 @@ pub(crate) enum AuthEvent {
     Unanswered(Refusal),
 }
 
-/// Why the authentication manager gives no answer.
 #[cfg_attr(not(feature = "dbus"), allow(dead_code, reason = "a file always answers"))]
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum Refusal {

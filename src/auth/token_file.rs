@@ -1,8 +1,8 @@
 //! A token in a file that another program keeps up to date, watched with inotify.
 //!
-//! Runs in the supervisor's thread. It watches the file, the directory of its path and, where that leads through
-//! symbolic links, the directory that the file really is in. What happens elsewhere (a directory further up is replaced,
-//! a file system is mounted, another machine writes) gives no event, so the file is also read at an interval.
+//! It watches the file, the directory of its path and, where that leads through symbolic links, the directory that the
+//! file really is in. What happens elsewhere (a directory further up is replaced, a file system is mounted, another
+//! machine writes) gives no event, so the file is also read at an interval.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
@@ -27,7 +27,6 @@ const LARGEST: usize = 16 * 1024;
 const SETTLING: Duration = Duration::from_secs(1);
 /// A writer is expected to write more, or to close the file, within this time.
 const WRITING: Duration = Duration::from_secs(10);
-/// Between reads without an event.
 const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Events after which new content is complete.
@@ -48,10 +47,8 @@ pub(crate) struct TokenFile {
     /// The path without symbolic links when it was watched; `None` if it led nowhere.
     real: Option<PathBuf>,
     current: Option<Credentials>,
-    /// The supervisor waits for an answer.
     asked: bool,
-    /// When the file was read last.
-    read: Option<Instant>,
+    last_read: Option<Instant>,
     /// Something has changed: when to read the file, unless an event comes first.
     settles: Option<Instant>,
     /// The last complaint of each kind that still holds: about watching, the file, its mode.
@@ -75,7 +72,7 @@ impl Source for TokenFile {
 
     fn deadline(&self) -> Option<Instant> {
         // An answer is due at once.
-        self.asked.then(Instant::now).or(self.settles).or(self.read.map(|at| at + INTERVAL))
+        self.asked.then(Instant::now).or(self.settles).or(self.last_read.map(|at| at + INTERVAL))
     }
 
     fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, super::SourceError> {
@@ -84,7 +81,7 @@ impl Source for TokenFile {
         let due = match self.settles {
             // A question reads the file, but not while another program writes it.
             Some(at) => now >= at,
-            None => self.asked || self.read.is_none_or(|at| now >= at + INTERVAL),
+            None => self.asked || self.last_read.is_none_or(|at| now >= at + INTERVAL),
         };
         if complete || due {
             self.look(now, due && self.settles.is_some());
@@ -140,7 +137,7 @@ impl TokenFile {
 
     /// Reads the file. A missing token revokes the current one only once that has `settled`.
     fn look(&mut self, now: Instant, settled: bool) {
-        (self.settles, self.read) = (None, Some(now));
+        (self.settles, self.last_read) = (None, Some(now));
         // Watch before reading, so that no change in between is missed.
         self.watch_all();
         let shown = self.path.display().to_string();
@@ -206,7 +203,7 @@ impl TokenFile {
     }
 }
 
-/// Logs a complaint unless it repeats the last one of its kind.
+/// Repetitions are not logged.
 fn complain(last: &mut String, text: String) {
     if *last != text {
         warn!("{text}");

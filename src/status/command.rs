@@ -13,8 +13,7 @@ use crate::sys::{poll_one, reason};
 
 /// In bytes; the daemon's own bounds are far lower.
 const LARGEST_ANSWER: u64 = 16 << 20;
-/// Interval of `--watch`.
-const INTERVAL: Duration = Duration::from_secs(1);
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// Forwards shown per session.
 const MAX_FORWARDS: usize = 16;
 /// Characters shown of a path or a target: its end.
@@ -23,7 +22,6 @@ const MAX_NAME: usize = 40;
 const ADVICE: &str = "Is the daemon running, and are you root or the daemon's user? \
     If it couldn't make this socket, its log says so.";
 
-/// Asks the daemon.
 pub(crate) fn fetch() -> io::Result<Value> {
     let stream = connect(&socket_path(), SockFlag::empty())?;
     stream.set_read_timeout(Some(ANSWER_LIMIT))?;
@@ -39,11 +37,11 @@ pub(crate) fn fetch() -> io::Result<Value> {
     }
 }
 
-/// Prints the daemon's state, once or every second. False if the daemon can't be asked.
+/// False if the daemon can't be asked.
 pub(crate) fn show(json: bool, watch: bool) -> bool {
     let mut out = io::stdout();
     loop {
-        let next = Instant::now() + INTERVAL;
+        let next = Instant::now() + WATCH_INTERVAL;
         let text = match fetch() {
             Ok(status) if json => line(&status),
             Ok(status) => describe(&status),

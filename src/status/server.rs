@@ -3,7 +3,7 @@
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use super::{ANSWER_LIMIT, connect, socket_path};
 use crate::sys::wake::Wake;
-use crate::sys::{PollSet, reason, thread};
+use crate::sys::{reason, thread};
 
 /// Answers in progress at a time. Further clients wait in the socket's queue.
 const MAX_ANSWERS: usize = 4;
@@ -34,7 +34,6 @@ pub(crate) struct Server {
     socket: Option<Socket>,
     /// Each answer in progress holds a clone.
     answers: Arc<()>,
-    /// Called when another answer may begin.
     wake: Arc<Wake>,
     pause: Option<Instant>,
     warned: bool,
@@ -62,7 +61,7 @@ fn id(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl Server {
-    /// Creates the socket, if possible. Calls `wake` when [`Server::answer`] should be called.
+    /// Calls `wake` when another answer may begin.
     pub(crate) fn open(wake: &Arc<Wake>) -> Self {
         let path = socket_path();
         let socket =
@@ -71,30 +70,24 @@ impl Server {
         Server { socket: socket.ok(), answers, wake, pause: None, warned: false }
     }
 
-    fn is_busy(&self) -> bool {
-        Arc::strong_count(&self.answers) > MAX_ANSWERS
+    /// The socket, if another answer may begin.
+    fn ready(&self) -> Option<&UnixListener> {
+        let busy = Arc::strong_count(&self.answers) > MAX_ANSWERS;
+        self.socket.as_ref().filter(|_| !busy && self.pause.is_none()).map(|socket| &socket.listener)
     }
 
-    /// Adds the socket, if another answer may begin.
-    pub(crate) fn watch<'a>(&'a self, set: &mut PollSet<'a>) {
-        if let Some(socket) = &self.socket
-            && self.pause.is_none()
-            && !self.is_busy()
-        {
-            set.add(socket.listener.as_fd(), PollFlags::POLLIN);
-        }
+    pub(crate) fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        self.ready().map(|socket| (socket.as_fd(), PollFlags::POLLIN))
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.pause
     }
 
-    /// Answers waiting clients.
     pub(crate) fn answer(&mut self, now: Instant, document: impl Fn() -> Value) {
         self.pause = self.pause.filter(|until| now < *until);
-        let Some(socket) = self.socket.as_ref().filter(|_| self.pause.is_none()) else { return };
-        while !self.is_busy() {
-            let started = match socket.listener.accept() {
+        while let Some(socket) = self.ready() {
+            let started = match socket.accept() {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
                 accepted => accepted.and_then(|(stream, _)| self.start(stream, document())),
             };
@@ -104,7 +97,6 @@ impl Server {
                 if !std::mem::replace(&mut self.warned, true) {
                     warn!("status can't be told: {}", reason(&e));
                 }
-                return;
             }
         }
     }

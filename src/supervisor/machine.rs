@@ -29,9 +29,7 @@ pub(crate) enum Event {
 pub(crate) enum Action {
     /// End the link or the attempt, with all its sessions.
     Close,
-    /// Start an attempt with the current credentials.
     Dial,
-    /// Ask the manager for the token.
     Ask,
     /// Have the manager fetch a new token.
     Fetch,
@@ -54,7 +52,7 @@ pub(crate) struct Machine {
     failed: u64,
     /// ReconnectIntervalSeconds.
     pub(crate) base: Duration,
-    /// A source of uniform 64-bit numbers.
+    /// Uniform.
     random: fn() -> u64,
 }
 
@@ -78,7 +76,6 @@ impl Machine {
         self.credentials.as_ref().map(|credentials| credentials.token.len())
     }
 
-    /// For `status`.
     pub(crate) fn connection(&self, last_error: Option<&(String, Instant)>, now: Instant) -> Value {
         json!({
             "failed_attempts": self.failed,
@@ -116,7 +113,6 @@ impl Machine {
         actions
     }
 
-    /// The table.
     fn decide(&mut self, event: Event, now: Instant) -> (State, Vec<Action>) {
         use Action::{Ask, Close, Dial, Fetch, LogNoReconnect, LogUnauthorized};
         use AuthEvent::{Answered, Changed, Unanswered};

@@ -1,5 +1,4 @@
-//! The main thread: it waits for the authentication manager, signals, the link and deadlines in one
-//! poll(2), lets the [`machine`] decide, and takes the actions.
+//! The main thread: one poll(2) for all that may happen, [`machine`] to decide, and the actions.
 
 pub(crate) mod machine;
 mod systemd;
@@ -36,7 +35,6 @@ fn out_of_resources(e: io::Error) -> Error {
     format!("out of resources: {}", reason(&e)).into()
 }
 
-/// The privileges that a daemon with this configuration needs.
 pub(crate) fn needs(config: &Config) -> Needs {
     let privileged_shells = config.terminal.enabled && !config.shell.no_new_privileges;
     Needs {
@@ -68,8 +66,8 @@ struct Supervisor {
     status: status::Server,
 }
 
-/// Runs the daemon until SIGTERM or SIGINT. On SIGHUP `load` reads the configuration again. A bus that is lost later
-/// is waited for; one that is missing at the start is an error.
+/// Runs the daemon until SIGTERM or SIGINT. On SIGHUP `load` reads the configuration again. A bus that is missing at
+/// the start is an error.
 pub(crate) fn run(
     config: Config,
     load: impl Fn() -> Result<Config, ConfigError> + 'static,
@@ -142,10 +140,9 @@ impl Supervisor {
         let mut set = PollSet::new();
         set.add(signals.as_fd(), PollFlags::POLLIN);
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
-        if let Some((fd, events)) = self.source.watch() {
+        for (fd, events) in self.source.watch().into_iter().chain(self.status.watch()) {
             set.add(fd, events);
         }
-        self.status.watch(&mut set);
         let deadlines = [
             self.machine.deadline(),
             self.source.deadline(),
@@ -301,7 +298,7 @@ impl Supervisor {
     }
 }
 
-/// A uniform number from the system's random source.
+/// Uniform.
 fn random() -> u64 {
     // Early in a boot there may be no randomness yet: the clock has to do.
     getrandom::u64()

@@ -28,10 +28,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 pub(crate) use self::errno::reason;
 
-/// renameat2(2) with RENAME_NOREPLACE, within a directory. nix has it for glibc only.
-///
-/// Fails with EEXIST if `to` exists; EINVAL if the file system, ENOSYS if the kernel (before 3.15) doesn't support
-/// it.
+/// renameat2(2) with RENAME_NOREPLACE, within a directory. nix has it for glibc only. EINVAL: the file system, ENOSYS:
+/// the kernel (before 3.15) doesn't support it.
 #[allow(unsafe_code)]
 pub(crate) fn rename_noreplace(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> nix::Result<()> {
     let dir = dir.as_raw_fd();
@@ -82,8 +80,7 @@ impl<'a> PollSet<'a> {
     }
 }
 
-/// What a poll(2) has found, by descriptor. It borrows none of them; one that was opened since may have the number of one
-/// that was closed, so that its events are only a hint.
+/// What a poll(2) has found. Only a hint: a descriptor that was opened since may have the number of one that was closed.
 #[derive(Debug, Default)]
 pub(crate) struct Events(Vec<(RawFd, PollFlags)>);
 
