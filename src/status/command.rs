@@ -83,25 +83,17 @@ fn describe(status: &Value) -> String {
     let (version, pid) = (text(&status["version"]), count(&status["pid"]));
     let mut out = format!("mender-connect {version}, pid {pid}, up {}\n", time(&status["uptime"]));
     out += State::of(status).map_or("in an unknown state", State::name);
-    if connection["server"].is_string() {
-        out += &format!(" ({})", text(&connection["server"]));
-    }
+    out.extend(connection["server"].as_str().map(|server| format!(" ({})", server.escape_debug())));
     out += &format!(" for {}", time(&connection["for"]));
-    if connection["next_attempt_in"].is_number() {
-        out += &format!(", next attempt in {}", time(&connection["next_attempt_in"]));
-    }
-    if count(&connection["failed_attempts"]) > 0 {
-        out += &format!(", {} failed", count(&connection["failed_attempts"]));
-    }
-    let source = text(&token["source"]);
-    out += &match token["length"].as_u64() {
-        Some(length) => format!("\ntoken of {length} bytes from {source}\n"),
-        None => format!("\nno token from {source}\n"),
-    };
-    if connection["last_error"].is_string() {
-        let (age, error) = (time(&connection["last_error_age"]), text(&connection["last_error"]));
-        out += &format!("last error {age} ago: {error}\n");
-    }
+    let next = &connection["next_attempt_in"];
+    out.extend(next.is_number().then(|| format!(", next attempt in {}", time(next))));
+    let failed = connection["failed_attempts"].as_u64().filter(|failed| *failed > 0);
+    out.extend(failed.map(|failed| format!(", {failed} failed")));
+    let length = token["length"].as_u64().map(|length| format!("token of {length} bytes"));
+    let length = length.as_deref().unwrap_or("no token");
+    out += &format!("\n{length} from {}\n", text(&token["source"]));
+    let (age, error) = (time(&connection["last_error_age"]), connection["last_error"].as_str());
+    out.extend(error.map(|error| format!("last error {age} ago: {}\n", error.escape_debug())));
     let (running, max) = (count(&status["shells"]["running"]), count(&status["shells"]["max"]));
     out += &format!("shells {running} of {max}, files {}\n", bytes(&status["transferred"]));
     out + &list(&status["sessions"]).iter().map(describe_session).collect::<String>()
