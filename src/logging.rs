@@ -23,6 +23,9 @@ use crate::sys::{clock, thread};
 const TIME: &[BorrowedFormatItem<'static>] =
     format_description!("time=\"[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z\"");
 
+/// From [`Level::Error`] on, as logrus and syslog(3) have them.
+const LEVELS: [(&str, u8); 5] = [("error", 3), ("warning", 4), ("info", 6), ("debug", 7), ("trace", 7)];
+
 /// Log lines of other crates are dropped: tungstenite would log keystrokes at trace level.
 const OURS: &str = env!("CARGO_CRATE_NAME");
 
@@ -108,13 +111,7 @@ impl Logger {
     }
 
     fn line(&self, level: Level, message: &str) -> String {
-        let (name, priority) = match level {
-            Level::Error => ("error", 3),
-            Level::Warn => ("warning", 4),
-            Level::Info => ("info", 6),
-            Level::Debug => ("debug", 7),
-            Level::Trace => ("trace", 7),
-        };
+        let (name, priority) = LEVELS[level as usize - 1];
         if self.journal {
             format!("<{priority}>level={name} msg={message}")
         } else {

@@ -57,10 +57,7 @@ pub(crate) fn document(
     now: Instant,
 ) -> Value {
     let mut room = MAX_FORWARDS;
-    let source = match device.config().auth {
-        Auth::Dbus => "dbus",
-        Auth::File { .. } => "file",
-    };
+    let source = if device.config().auth == Auth::Dbus { "dbus" } else { "file" };
     let sessions = device.sessions();
     let received = device.transferred.figures(Direction::Received, now);
     let sent = device.transferred.figures(Direction::Sent, now);

@@ -29,6 +29,7 @@ pub(crate) enum Event {
 pub(crate) enum Action {
     /// End the link or the attempt, with all its sessions.
     Close,
+    /// Replaces a link or an attempt.
     Dial,
     Ask,
     /// Have the manager fetch a new token.
@@ -122,15 +123,19 @@ impl Machine {
             (Stopping, _) => (Stopping, vec![]),
             (_, Event::Stop) => (Stopping, vec![Close]),
 
-            (Dialling | Connected, Event::Auth(Changed(Some(new)) | Answered(Some(new)))) => {
-                if self.learn(new) { (Dialling, vec![Close, Dial]) } else { (state, vec![]) }
-            }
             // An announcement is worth an attempt at once, even with the token we know; an answer isn't.
-            (Waiting, Event::Auth(Answered(Some(new)))) if self.credentials.as_ref() == Some(&new) => {
-                (Waiting, vec![])
+            (Dialling | Connected, Event::Auth(Changed(Some(new)) | Answered(Some(new))))
+            | (Waiting, Event::Auth(Answered(Some(new))))
+                if self.credentials.as_ref() == Some(&new) =>
+            {
+                (state, vec![])
             }
             (_, Event::Auth(Changed(Some(new)) | Answered(Some(new)))) => {
-                self.learn(new);
+                if self.credentials.as_ref() != Some(&new) {
+                    // The attempts so far say nothing about it.
+                    self.attempt = 0;
+                    self.credentials = Some(new);
+                }
                 (Dialling, vec![Dial])
             }
             (_, Event::Auth(Changed(None))) => {
@@ -148,7 +153,6 @@ impl Machine {
             (Asking, Event::Auth(Unanswered(reason))) => {
                 (Unauthorized, vec![LogNoReconnect(reason.to_string())])
             }
-            (_, Event::Auth(Unanswered(_))) => (state, vec![]),
 
             (Dialling, Event::Connected) => {
                 self.failed = 0;
@@ -157,14 +161,16 @@ impl Machine {
             (Dialling | Connected, Event::Lost { unauthorized, retry_after }) => {
                 (Waiting, self.lost(now, unauthorized, retry_after))
             }
-            (_, Event::Connected | Event::Lost { .. }) => (state, vec![]),
 
             (Waiting, Event::Tick) if now >= self.until => (Asking, vec![Ask]),
-            (_, Event::Tick) => (state, vec![]),
 
-            (Asking, Event::RetryNow) => (Asking, vec![]),
+            (Asking, Event::RetryNow) => (state, vec![]),
             (Dialling | Connected, Event::RetryNow) => (state, vec![Ask]),
             (_, Event::RetryNow) => (Asking, vec![Ask]),
+
+            (_, Event::Auth(Unanswered(_)) | Event::Connected | Event::Lost { .. } | Event::Tick) => {
+                (state, vec![])
+            }
         }
     }
 
@@ -183,16 +189,6 @@ impl Machine {
         self.until = now + wait;
         let fetch = unauthorized.then_some(Action::Fetch);
         [Action::Close, Action::LogWait(wait)].into_iter().chain(fetch).collect()
-    }
-
-    /// True if the credentials are new; the attempts so far then say nothing about them.
-    fn learn(&mut self, new: Credentials) -> bool {
-        let changed = self.credentials.as_ref() != Some(&new);
-        if changed {
-            self.attempt = 0;
-            self.credentials = Some(new);
-        }
-        changed
     }
 }
 
@@ -256,11 +252,11 @@ mod tests {
             (Asking, changed("b"), Dialling, vec![Dial]),
             (Asking, answered("a"), Dialling, vec![Dial]),
             (Dialling, changed("a"), Dialling, vec![]),
-            (Dialling, changed("b"), Dialling, vec![Close, Dial]),
+            (Dialling, changed("b"), Dialling, vec![Dial]),
             (Connected, changed("a"), Connected, vec![]),
             (Connected, answered("a"), Connected, vec![]),
-            (Connected, changed("b"), Dialling, vec![Close, Dial]),
-            (Connected, answered("b"), Dialling, vec![Close, Dial]),
+            (Connected, changed("b"), Dialling, vec![Dial]),
+            (Connected, answered("b"), Dialling, vec![Dial]),
             // No token.
             (Unauthorized, nothing(), Unauthorized, vec![Fetch]),
             (Asking, nothing(), Unauthorized, vec![no_token()]),
