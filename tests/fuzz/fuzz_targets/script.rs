@@ -447,7 +447,8 @@ impl Link {
 
     fn check_woken(&self) {
         for session in self.sessions.values().filter(|session| session.unheard) {
-            let events = poll_one(&*session.peer.wake, PollFlags::POLLIN, Some(Instant::now())).expect("poll");
+            let events =
+                poll_one(&*session.peer.wake, PollFlags::POLLIN, Some(Instant::now())).expect("poll");
             assert!(events.contains(PollFlags::POLLIN), "{} wasn't woken", session.peer.id);
         }
     }
