@@ -73,16 +73,13 @@ pub(crate) enum AuthEvent {
 
 #[cfg_attr(not(feature = "dbus"), allow(dead_code, reason = "a file always answers"))]
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{0}")]
 pub(crate) enum Refusal {
     /// The bus's policy denies the call.
-    #[error("{0}")]
     Denied(String),
     /// Nobody owns the manager's name, and the bus can't start it.
-    #[error("{0}")]
     Absent(String),
-    #[error("{0}")]
     Silent(String),
-    #[error("{0}")]
     Failed(String),
 }
 
