@@ -3,15 +3,109 @@
 
 use std::time::Instant;
 
-use serde_json::{Value, json};
+// Not serde: what it derives for these types makes a release build for x86_64 40 KiB larger.
+use miniserde::{Deserialize, Serialize};
 
 use crate::config::Auth;
 use crate::proto::{FILE_TRANSFER, MAX_TEXT, PORT_FORWARD, SHELL, SessionId, clipped};
-use crate::session::stats::{Figures, Info, Traffic};
+use crate::session::stats::{Figures, Info};
 use crate::session::{Device, Direction, MAX_SHELLS};
 
 /// Forwards listed, of all sessions together.
 const MAX_FORWARDS: usize = 1024;
+
+/// A daemon of another version may write it: fields that a later version adds are `Option`s.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Status {
+    pub(crate) connection: Connection,
+    pub(crate) pid: u32,
+    pub(crate) sessions: Vec<Session>,
+    pub(crate) shells: Shells,
+    pub(crate) token: Token,
+    pub(crate) transferred: Transferred,
+    pub(crate) uptime: f64,
+    pub(crate) version: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Connection {
+    pub(crate) failed_attempts: u64,
+    pub(crate) r#for: f64,
+    pub(crate) last_error: Option<String>,
+    pub(crate) last_error_age: Option<f64>,
+    pub(crate) next_attempt_in: Option<f64>,
+    pub(crate) server: Option<String>,
+    /// A name of a [`State`].
+    pub(crate) state: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Token {
+    pub(crate) length: Option<usize>,
+    pub(crate) source: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Shells {
+    pub(crate) max: usize,
+    pub(crate) running: usize,
+}
+
+/// All files since the daemon's start. The averages are what the limits are about.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Transferred {
+    pub(crate) average_in: f64,
+    pub(crate) average_out: f64,
+    pub(crate) bytes_in: u64,
+    pub(crate) bytes_out: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Session {
+    pub(crate) age: f64,
+    pub(crate) bytes_in: u64,
+    pub(crate) bytes_out: u64,
+    pub(crate) forwards: Vec<Forward>,
+    /// Including those not listed.
+    pub(crate) forwards_open: usize,
+    pub(crate) id: String,
+    pub(crate) idle: f64,
+    pub(crate) kinds: Vec<String>,
+    pub(crate) shell: Option<Shell>,
+    /// At most one.
+    pub(crate) transfers: Vec<Transfer>,
+    pub(crate) user: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Shell {
+    pub(crate) age: f64,
+    pub(crate) bytes_in: u64,
+    pub(crate) bytes_out: u64,
+    pub(crate) idle: f64,
+    pub(crate) pid: i32,
+    pub(crate) user: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Transfer {
+    pub(crate) age: f64,
+    pub(crate) bytes: u64,
+    pub(crate) direction: String,
+    pub(crate) path: String,
+    pub(crate) size: Option<u64>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Forward {
+    pub(crate) address: Option<String>,
+    pub(crate) age: f64,
+    pub(crate) bytes_in: u64,
+    pub(crate) bytes_out: u64,
+    pub(crate) idle: f64,
+    pub(crate) protocol: String,
+    pub(crate) target: String,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
@@ -40,85 +134,82 @@ impl State {
         State::NAMES.iter().find(|(state, _)| *state == self).map_or("", |(_, name)| name)
     }
 
-    /// `None` if the daemon is of another version, and in a state that this one doesn't know.
-    pub(crate) fn of(status: &Value) -> Option<State> {
-        let found = &status["connection"]["state"];
+    /// `None` if the daemon is of another version and in a state that this one doesn't know.
+    pub(crate) fn of(status: &Status) -> Option<State> {
+        let found = &status.connection.state;
         State::NAMES.iter().find(|(_, name)| found == name).map(|(state, _)| *state)
     }
 }
 
-/// The supervisor's part, and what the device's sessions do.
-// Not serde's traits for structs: what they derive makes a release build for x86_64 40 KiB larger.
-pub(crate) fn document(
-    connection: Value,
-    token_length: Option<usize>,
-    uptime: f64,
-    device: &Device,
-    now: Instant,
-) -> Value {
-    let mut room = MAX_FORWARDS;
-    let source = if device.config().auth == Auth::Dbus { "dbus" } else { "file" };
-    let sessions = device.sessions();
-    let received = device.transferred.figures(Direction::Received, now);
-    let sent = device.transferred.figures(Direction::Sent, now);
-    json!({
-        "connection": connection,
-        "pid": std::process::id(),
-        "sessions": sessions.iter().map(|(id, info)| session(id, info, &mut room, now)).collect::<Value>(),
-        "shells": { "max": MAX_SHELLS, "running": device.shells.running() },
-        "token": { "length": token_length, "source": source },
-        // All files since the daemon's start. The averages are what the limits are about.
-        "transferred": {
-            "average_in": received.average,
-            "average_out": sent.average,
-            "bytes_in": received.total,
-            "bytes_out": sent.total,
-        },
-        "uptime": uptime,
-        "version": env!("CARGO_PKG_VERSION"),
-    })
+impl Status {
+    /// The supervisor's part, and what the device's sessions do.
+    pub(crate) fn new(
+        connection: Connection,
+        token_length: Option<usize>,
+        uptime: f64,
+        device: &Device,
+        now: Instant,
+    ) -> Self {
+        let mut room = MAX_FORWARDS;
+        let source = if device.config().auth == Auth::Dbus { "dbus" } else { "file" };
+        let sessions = device.sessions();
+        let received = device.transferred.figures(Direction::Received, now);
+        let sent = device.transferred.figures(Direction::Sent, now);
+        Status {
+            connection,
+            pid: std::process::id(),
+            sessions: sessions.iter().map(|(id, info)| Session::new(id, info, &mut room, now)).collect(),
+            shells: Shells { max: MAX_SHELLS, running: device.shells.running() },
+            token: Token { length: token_length, source: source.to_owned() },
+            transferred: Transferred {
+                average_in: received.average,
+                average_out: sent.average,
+                bytes_in: received.total,
+                bytes_out: sent.total,
+            },
+            uptime,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
 }
 
-/// Lists at most `room` forwards and takes their number off `room`.
-fn session(id: &SessionId, info: &Info, room: &mut usize, now: Instant) -> Value {
-    let shell = info.shell().map(|shell| {
-        let fields = json!({ "pid": shell.pid, "user": shell.user.as_str() });
-        with_figures(fields, &shell.traffic, now)
-    });
-    let transfer = info.transfer().map(|transfer| {
-        let Figures { age, bytes_in, bytes_out, .. } = transfer.traffic.figures(now);
-        let direction = if transfer.direction == Direction::Sent { "download" } else { "upload" };
-        let (path, size) = (&transfer.path, transfer.size);
-        json!({ "age": age, "bytes": bytes_in + bytes_out, "direction": direction, "path": path, "size": size })
-    });
-    let (forwards_open, forwards) = info.forwards(*room);
-    *room -= forwards.len();
-    let forwards = forwards.iter().map(|forward| {
-        let fields = json!({
-            "address": forward.address.get().map(ToString::to_string),
-            "protocol": forward.target.transport.name(),
-            "target": format!("{}:{}", clipped(&forward.target.host, MAX_TEXT), forward.target.port),
+impl Session {
+    /// Lists at most `room` forwards and takes their number off `room`.
+    fn new(id: &SessionId, info: &Info, room: &mut usize, now: Instant) -> Self {
+        let shell = info.shell().map(|shell| {
+            let Figures { age, idle, bytes_in, bytes_out } = shell.traffic.figures(now);
+            Shell { age, bytes_in, bytes_out, idle, pid: shell.pid, user: shell.user.as_str().to_owned() }
         });
-        with_figures(fields, &forward.traffic, now)
-    });
-    let kinds = [(SHELL, "terminal"), (FILE_TRANSFER, "files"), (PORT_FORWARD, "forwards")];
-    let kinds = kinds.into_iter().filter(|(protocol, _)| info.spoke(*protocol));
-    let fields = json!({
-        "forwards": forwards.collect::<Value>(),
-        // Including those not listed.
-        "forwards_open": forwards_open,
-        "id": id.as_str(),
-        "kinds": kinds.map(|(_, kind)| kind).collect::<Value>(),
-        "shell": shell,
-        "transfers": transfer.into_iter().collect::<Value>(),
-        "user": info.user.as_str(),
-    });
-    with_figures(fields, &info.traffic, now)
-}
-
-fn with_figures(mut fields: Value, traffic: &Traffic, now: Instant) -> Value {
-    let Figures { age, idle, bytes_in, bytes_out } = traffic.figures(now);
-    (fields["age"], fields["idle"]) = (age.into(), idle.into());
-    (fields["bytes_in"], fields["bytes_out"]) = (bytes_in.into(), bytes_out.into());
-    fields
+        let transfer = info.transfer().map(|transfer| {
+            let Figures { age, bytes_in, bytes_out, .. } = transfer.traffic.figures(now);
+            let direction = if transfer.direction == Direction::Sent { "download" } else { "upload" };
+            let (direction, path) = (direction.to_owned(), transfer.path.clone());
+            Transfer { age, bytes: bytes_in + bytes_out, direction, path, size: transfer.size }
+        });
+        let (forwards_open, forwards) = info.forwards(*room);
+        *room -= forwards.len();
+        let forwards = forwards.iter().map(|forward| {
+            let Figures { age, idle, bytes_in, bytes_out } = forward.traffic.figures(now);
+            let address = forward.address.get().map(ToString::to_string);
+            let protocol = forward.target.transport.name().to_owned();
+            let target = format!("{}:{}", clipped(&forward.target.host, MAX_TEXT), forward.target.port);
+            Forward { address, age, bytes_in, bytes_out, idle, protocol, target }
+        });
+        let kinds = [(SHELL, "terminal"), (FILE_TRANSFER, "files"), (PORT_FORWARD, "forwards")];
+        let kinds = kinds.into_iter().filter(|(protocol, _)| info.spoke(*protocol));
+        let Figures { age, idle, bytes_in, bytes_out } = info.traffic.figures(now);
+        Session {
+            age,
+            bytes_in,
+            bytes_out,
+            forwards: forwards.collect(),
+            forwards_open,
+            id: id.as_str().to_owned(),
+            idle,
+            kinds: kinds.map(|(_, kind)| kind.to_owned()).collect(),
+            shell,
+            transfers: transfer.into_iter().collect(),
+            user: info.user.as_str().to_owned(),
+        }
+    }
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 
 pub(crate) use self::command::{fetch, show};
-pub(crate) use self::document::{State, document};
+pub(crate) use self::document::{Connection, State, Status};
 pub(crate) use self::server::Server;
 
 /// Limit of a whole answer, on either side.

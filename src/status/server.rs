@@ -14,8 +14,8 @@ use log::warn;
 use nix::poll::PollFlags;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::{Mode, fchmod};
-use serde_json::Value;
 
+use super::document::Status;
 use super::{ANSWER_LIMIT, connect, socket_path};
 use crate::sys::wake::Wake;
 use crate::sys::{reason, thread};
@@ -84,12 +84,12 @@ impl Server {
         self.pause
     }
 
-    pub(crate) fn answer(&mut self, now: Instant, document: impl Fn() -> Value) {
+    pub(crate) fn answer(&mut self, now: Instant, status: impl Fn() -> Status) {
         self.pause = self.pause.filter(|until| now < *until);
         while let Some(socket) = self.ready() {
             let started = match socket.accept() {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                accepted => accepted.and_then(|(stream, _)| self.start(stream, document())),
+                accepted => accepted.and_then(|(stream, _)| self.start(stream, status())),
             };
             if let Err(e) = started {
                 // Clients not accepted yet keep the socket readable.
@@ -101,11 +101,11 @@ impl Server {
         }
     }
 
-    fn start(&self, stream: UnixStream, document: Value) -> io::Result<()> {
+    fn start(&self, stream: UnixStream, status: Status) -> io::Result<()> {
         let (answer, wake) = (Arc::clone(&self.answers), Arc::clone(&self.wake));
         let body = move || {
             // Fails if the client has gone or doesn't read.
-            let _ = write(stream, &format!("{document}\n"));
+            let _ = write(stream, &(miniserde::json::to_string(&status) + "\n"));
             drop(answer);
             wake.notify();
         };

@@ -2,12 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-
 use crate::auth::{AuthEvent, Credentials};
 use crate::backoff;
 use crate::session::stats::seconds;
-use crate::status::State;
+use crate::status::{Connection, State};
 
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
@@ -77,16 +75,16 @@ impl Machine {
         self.credentials.as_ref().map(|credentials| credentials.token.len())
     }
 
-    pub(crate) fn connection(&self, last_error: Option<&(String, Instant)>, now: Instant) -> Value {
-        json!({
-            "failed_attempts": self.failed,
-            "for": seconds(self.since, now),
-            "last_error": last_error.map(|(reason, _)| reason),
-            "last_error_age": last_error.map(|(_, at)| seconds(*at, now)),
-            "next_attempt_in": self.deadline().map(|at| seconds(now, at)),
-            "server": self.credentials.as_ref().map(Credentials::shown_server_url),
-            "state": self.state.name(),
-        })
+    pub(crate) fn connection(&self, last_error: Option<&(String, Instant)>, now: Instant) -> Connection {
+        Connection {
+            failed_attempts: self.failed,
+            r#for: seconds(self.since, now),
+            last_error: last_error.map(|(reason, _)| reason.clone()),
+            last_error_age: last_error.map(|(_, at)| seconds(*at, now)),
+            next_attempt_in: self.deadline().map(|at| seconds(now, at)),
+            server: self.credentials.as_ref().map(Credentials::shown_server_url),
+            state: self.state.name().to_owned(),
+        }
     }
 
     /// For the log with the times as of `now`, for systemd without, so that the text changes with the state only.

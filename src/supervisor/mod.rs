@@ -20,7 +20,7 @@ use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::stats::seconds;
 use crate::session::{Device, Router};
-use crate::status::{self, State, document};
+use crate::status::{self, State, Status};
 use crate::sys::privilege::{self, Needs};
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
@@ -122,7 +122,7 @@ impl Supervisor {
             self.service.status(self.machine.describe(None) + stale);
             self.status.answer(now, || {
                 let connection = self.machine.connection(self.last_error.as_ref(), now);
-                document(
+                Status::new(
                     connection,
                     self.machine.token_length(),
                     seconds(self.started, now),

@@ -290,7 +290,7 @@ fn a_daemon_that_does_not_answer_is_not_waited_for() {
     drop(silent.join());
     for (answer, why) in [
         (vec![b' '; 1 << 20], "the answer has no end"),
-        (b"{".to_vec(), "the answer is no JSON document"),
+        (b"{".to_vec(), "the answer is no status document"),
         (b"".to_vec(), "the daemon hung up without an answer"),
     ] {
         let listener = listener.try_clone().expect("clone");

@@ -105,7 +105,17 @@ impl Office {
 
     /// A daemon in this state says so to whoever asks, once.
     pub fn tells(&self, state: &str) {
-        self.says(json!({ "connection": { "state": state } }).to_string());
+        let status = json!({
+            "connection": { "failed_attempts": 0, "for": 1.5, "state": state },
+            "pid": 1,
+            "sessions": [],
+            "shells": { "max": 16, "running": 0 },
+            "token": { "length": null, "source": "dbus" },
+            "transferred": { "average_in": 0.0, "average_out": 0.0, "bytes_in": 0, "bytes_out": 0 },
+            "uptime": 2.5,
+            "version": "1",
+        });
+        self.says(status.to_string());
     }
 
     /// What comes from the daemon's socket, once.
