@@ -1,5 +1,6 @@
 //! Ends a dial or a link from another thread, whatever it waits for, and tells whether the reader reads.
 
+use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +8,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::error::LinkError;
 use crate::sys::net;
 
 #[derive(Debug)]
@@ -51,11 +51,11 @@ impl Cancel {
         self.lock().alive.is_none()
     }
 
-    /// From here on `socket` is the one to shut down.
-    pub(super) fn register(&self, socket: &Arc<TcpStream>) -> Result<(), LinkError> {
+    /// From here on `socket` is the one to shut down. Fails once cancelled.
+    pub(super) fn register(&self, socket: &Arc<TcpStream>) -> io::Result<()> {
         let mut state = self.lock();
         state.socket = Some(Arc::clone(socket));
-        if state.alive.is_none() { Err(LinkError::Cancelled) } else { Ok(()) }
+        if state.alive.is_none() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 
     pub(super) fn establish(&self) {

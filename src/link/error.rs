@@ -7,7 +7,7 @@ use log::debug;
 use thiserror::Error;
 use tungstenite::error::ProtocolError;
 
-use super::deadline::SILENCE_LIMIT;
+use super::socket::SILENCE_LIMIT;
 
 /// The largest inbound message in bytes: the server sends a pasted text of up to 1 MiB as one.
 pub(super) const MAX_MESSAGE: usize = (1 << 20) + (1 << 10);

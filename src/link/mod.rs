@@ -5,7 +5,6 @@
 //! only one that writes to it.
 
 mod cancel;
-mod deadline;
 mod dial;
 mod endpoint;
 mod error;
@@ -14,6 +13,7 @@ mod http;
 mod pace;
 mod proxy;
 mod reader;
+mod socket;
 #[cfg(feature = "tls")]
 mod tls;
 #[cfg(not(feature = "tls"))]
@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use log::debug;
 
 use self::cancel::Cancel;
-use self::deadline::{ATTEMPT_LIMIT, FAREWELL_LIMIT};
+use self::socket::{ATTEMPT_LIMIT, FAREWELL_LIMIT};
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
 use crate::proto::Frame;
@@ -104,14 +104,22 @@ fn run<F: FnMut(Frame)>(
     events: &impl Fn(LinkEvent),
 ) -> LinkError {
     let (outbox, queue) = Outbox::new();
-    let (mut socket, write_half) = match dial::dial(credentials, proxies, cancel, &outbox) {
+    let dialled = dial::dial(credentials, proxies, cancel, &mut |_| {}).and_then(|mut socket| {
+        let write_half = socket.get_mut().open(&outbox)?;
+        Ok((socket, write_half))
+    });
+    let (mut socket, write_half) = match dialled {
         Ok(halves) => halves,
         Err(_) if cancel.is_cancelled() => return LinkError::Cancelled,
         Err(e) => return e,
     };
     let (report, ended) = crossbeam_channel::bounded(1);
+    let theirs = Arc::clone(cancel);
     let writer = thread::spawn("link-writer", thread::LARGE_STACK, move || {
-        let _ = report.send(writer::run(write_half, queue));
+        let result = writer::run(write_half, queue);
+        // The reader ends, too.
+        theirs.shut_down();
+        let _ = report.send(result);
     });
     if let Err(e) = writer {
         return e.into();

@@ -8,45 +8,37 @@ use rustls::pki_types::{ServerName, UnixTime};
 use rustls::time_provider::TimeProvider;
 use rustls::{CertificateError, ClientConfig, ClientConnection, Error, InvalidMessage, RootCertStore};
 
-use super::deadline::Deadline;
 use super::endpoint::Endpoint;
 use super::error::{LinkError, TlsFault};
-use super::halves::Tls;
+use super::halves::{Handshake, Tls};
+use super::socket::Socket;
 use crate::sys::clock;
 
-pub(super) struct Client {
-    name: ServerName<'static>,
+/// Asks nothing of the network yet. Fails for a name that no certificate can be for.
+pub(super) fn client(server: &Endpoint) -> Result<Handshake, LinkError> {
+    let name = ServerName::try_from(server.host.clone()).map_err(failed)?;
+    Ok(Box::new(|socket| handshake(name, socket)))
 }
 
-impl Client {
-    /// Asks nothing of the network yet.
-    ///
-    /// # Errors
-    /// For a name that no certificate can be for.
-    pub(super) fn new(server: &Endpoint) -> Result<Self, LinkError> {
-        let name = ServerName::try_from(server.host.clone()).map_err(failed)?;
-        Ok(Client { name })
+/// The server has to prove its name by a certificate of the system's store (SSL_CERT_FILE and SSL_CERT_DIR are
+/// honoured). The store is read anew each time: it may have been repaired since, and costs memory while loaded.
+fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn Tls>, String), LinkError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
+        .with_safe_default_protocol_versions()
+        .map_err(failed)?
+        .with_root_certificates(roots()?)
+        .with_no_client_auth();
+    let mut connection = ClientConnection::new(Arc::new(config), name).map_err(failed)?;
+    while connection.is_handshaking() {
+        connection.complete_io(socket).map_err(|e| match e.kind() {
+            io::ErrorKind::TimedOut => LinkError::TimedOut("the TLS handshake"),
+            io::ErrorKind::UnexpectedEof => failed("the server closed the connection"),
+            _ => LinkError::Tls(e.to_string(), fault(&e)),
+        })?;
     }
-
-    /// The server has to prove its name by a certificate of the system's store (SSL_CERT_FILE and SSL_CERT_DIR are
-    /// honoured). The store is read anew each time: it may have been repaired since, and costs memory while loaded.
-    pub(super) fn handshake(self, mut socket: Deadline<'_>) -> Result<Arc<dyn Tls>, LinkError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
-            .with_safe_default_protocol_versions()
-            .map_err(failed)?
-            .with_root_certificates(roots()?)
-            .with_no_client_auth();
-        let mut connection = ClientConnection::new(Arc::new(config), self.name).map_err(failed)?;
-        while connection.is_handshaking() {
-            connection.complete_io(&mut socket).map_err(|e| match e.kind() {
-                io::ErrorKind::TimedOut => LinkError::TimedOut("the TLS handshake"),
-                io::ErrorKind::UnexpectedEof => failed("the server closed the connection"),
-                _ => LinkError::Tls(e.to_string(), fault(&e)),
-            })?;
-        }
-        Ok(Arc::new(Mutex::new(connection)))
-    }
+    let version = connection.protocol_version().map_or_else(String::new, |version| format!("{version:?}"));
+    Ok((Arc::new(Mutex::new(connection)), version))
 }
 
 fn failed(reason: impl ToString) -> LinkError {
@@ -123,9 +115,5 @@ impl Tls for Mutex<ClientConnection> {
 
     fn wants_write(&self) -> bool {
         lock(self).wants_write()
-    }
-
-    fn version(&self) -> String {
-        lock(self).protocol_version().map_or_else(String::new, |version| format!("{version:?}"))
     }
 }

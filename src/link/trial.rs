@@ -1,6 +1,7 @@
 //! `doctor`'s trial connection: the daemon's dial, step by step. Runs in the caller's thread.
 
 use std::io;
+use std::sync::Arc;
 
 use tungstenite::protocol::CloseFrame;
 use tungstenite::{Bytes, Error, Message, WebSocket};
@@ -23,10 +24,11 @@ pub(crate) fn trial(
     upgrade: bool,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<(), LinkError> {
-    let (request, stream) = dial::reach(credentials, proxies, &Cancel::new(), progress)?;
+    let cancel = Arc::new(Cancel::new());
     if upgrade {
-        return ping(dial::upgrade(&request, stream, progress)?);
+        return ping(dial::dial(credentials, proxies, &cancel, progress)?);
     }
+    let (request, stream) = dial::reach(credentials, proxies, &cancel, progress)?;
     let answer = request.ask(stream, None)?;
     progress(Progress::Answered(&answer));
     Err(answer.refusal())

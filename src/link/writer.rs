@@ -1,16 +1,16 @@
 //! The thread that writes to the websocket, the only one that does.
 
-use std::io;
+use std::io::{self, Write};
 use std::time::Instant;
 
 use bytes::Bytes;
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Error, Message, WebSocket};
 
-use super::deadline::{PING_INTERVAL, WRITE_LIMIT};
 use super::error::LinkError;
 use super::halves::WriteHalf;
 use super::pace::Pace;
+use super::socket::{PING_INTERVAL, WRITE_LIMIT};
 use crate::outbox::{Class, Queue, Signal, Work};
 
 /// As Mender's agent sends it.
@@ -18,17 +18,15 @@ const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
 /// Bytes batched into one write.
 const BATCH: usize = 16 * 1024;
 
-/// Writes until asked to close or until writing fails, and then shuts the connection down, so that the reader ends, too.
+/// Writes until asked to close or until writing fails.
 pub(super) fn run(half: WriteHalf, mut queue: Queue) -> Result<(), LinkError> {
     let mut writer = Writer { websocket: websocket(half), pace: Pace::default() };
-    let result = writer.write(&mut queue).map_err(|e| match e {
+    writer.write(&mut queue).map_err(|e| match e {
         Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
             LinkError::Broken(format!("the server took nothing for {} s", WRITE_LIMIT.as_secs()))
         }
         e => e.into(),
-    });
-    writer.websocket.get_ref().shut_down();
-    result
+    })
 }
 
 struct Writer {
@@ -72,7 +70,7 @@ impl Writer {
                 Some(Work::Message(message, class)) => self.message(message, class)?,
                 Some(Work::Signal(Signal::Answered(probe, when))) => self.pace.answered(probe, when),
                 Some(Work::Signal(Signal::Pong(payload))) => self.websocket.write(Message::Pong(payload))?,
-                Some(Work::Signal(Signal::FlushTls)) => self.websocket.get_mut().flush_tls()?,
+                Some(Work::Signal(Signal::FlushTls)) => _ = self.websocket.get_mut().write(&[])?,
                 Some(Work::Signal(Signal::Close(code))) => {
                     return self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }));
                 }
@@ -100,6 +98,7 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
+    use super::super::socket::Socket;
     use super::*;
     use crate::outbox::{Outbox, Sink};
     use crate::proto::Frame;
@@ -118,7 +117,7 @@ mod tests {
         let mut server = WebSocket::from_raw_socket(server, Role::Server, None);
         let (outbox, mut queue) = Outbox::new();
         let pace = super::super::pace::tests::without_credit_or_probe(Instant::now());
-        let mut writer = Writer { websocket: websocket(WriteHalf::plain(ours)), pace };
+        let mut writer = Writer { websocket: websocket(WriteHalf::new(Socket::of(ours), None)), pace };
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
             writer.write(&mut queue)
         })

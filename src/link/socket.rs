@@ -1,0 +1,121 @@
+//! How long a link may wait for what, and its socket, whose operations end in time.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{SockFlag, SockType};
+
+use super::cancel::Cancel;
+use crate::sys::net;
+
+/// A link without an inbound byte for this long is dead, as for the server and Mender's agent.
+pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// The released server closes a link without a ping within 60 s.
+pub(super) const PING_INTERVAL: Duration = Duration::from_secs(25);
+/// A link on which a write makes no progress for this long is dead.
+pub(super) const WRITE_LIMIT: Duration = Duration::from_secs(10);
+/// For the close frame and what was queued before it.
+pub(super) const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
+/// For all steps of a dial together, as in Mender's agent. No step has a shorter limit: on a slow link TLS alone may
+/// need half of it.
+pub(super) const ATTEMPT_LIMIT: Duration = Duration::from_secs(45);
+
+/// TCP_NOTSENT_LOWAT in bytes. Small, so that an echo doesn't queue behind a download.
+const UNSENT_LIMIT: u16 = 16 * 1024;
+
+/// A blocking socket that tells `cancel` of each read.
+#[derive(Clone)]
+pub(super) struct Socket {
+    stream: Arc<TcpStream>,
+    cancel: Arc<Cancel>,
+    /// Each read and write ends by then; without a deadline, within the socket's time-outs.
+    deadline: Option<Instant>,
+    /// A server on this machine, mender-auth's forwarder, writes with Nagle's algorithm on: a delayed acknowledgement
+    /// would cost 40 ms a keystroke.
+    quick_ack: bool,
+}
+
+impl Socket {
+    /// Connects within `limit`. All that follows has to end by `deadline`.
+    pub(super) fn connect(
+        address: SocketAddr,
+        limit: Duration,
+        deadline: Instant,
+        cancel: &Arc<Cancel>,
+    ) -> io::Result<Self> {
+        let stream =
+            Arc::new(TcpStream::from(net::socket_for(address, SockType::Stream, SockFlag::empty())?));
+        // On Linux the limit for sending is the one for connecting, too. Zero is an error.
+        stream.set_write_timeout(Some(limit.max(Duration::from_millis(1))))?;
+        stream.set_nodelay(true)?;
+        net::set_unsent_limit(stream.as_fd(), UNSENT_LIMIT)?;
+        cancel.register(&stream)?;
+        net::connect_to(stream.as_fd(), address).map_err(|e| match e {
+            Errno::EINPROGRESS | Errno::EAGAIN => Errno::ETIMEDOUT,
+            other => other,
+        })?;
+        let (cancel, quick_ack) = (Arc::clone(cancel), address.ip().is_loopback());
+        Ok(Socket { stream, cancel, deadline: Some(deadline), quick_ack })
+    }
+
+    #[cfg(test)]
+    pub(super) fn of(stream: TcpStream) -> Self {
+        let cancel = Arc::new(Cancel::new());
+        Socket { stream: Arc::new(stream), cancel, deadline: None, quick_ack: false }
+    }
+
+    /// The same socket for the time after the handshakes.
+    pub(super) fn without_deadline(&self) -> io::Result<Self> {
+        self.stream.set_read_timeout(Some(SILENCE_LIMIT))?;
+        self.stream.set_write_timeout(Some(WRITE_LIMIT))?;
+        Ok(Socket { deadline: None, ..self.clone() })
+    }
+
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+    }
+}
+
+/// The kernel calls a time-out "again". A process that is stopped and continued finds its waits interrupted.
+fn uninterrupted(mut operation: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match operation() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+            other => return other,
+        }
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(left) = self.left()? {
+            self.stream.set_read_timeout(Some(left))?;
+        }
+        let n = uninterrupted(|| (&*self.stream).read(buffer))?;
+        self.cancel.heard();
+        if self.quick_ack {
+            // Only a hint; a socket that can't do it still works.
+            let _ = net::rearm_quick_ack(self.stream.as_fd());
+        }
+        Ok(n)
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(left) = self.left()? {
+            self.stream.set_write_timeout(Some(left))?;
+        }
+        uninterrupted(|| (&*self.stream).write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
