@@ -89,7 +89,7 @@ pub mod internals {
     pub use crate::link::LinkError;
     #[cfg(fuzzing)]
     pub use crate::link::read;
-    pub use crate::outbox::{Class, Outbox, Queue, Sendable, Signal, Sink, Work};
+    pub use crate::outbox::{Class, Outbox, Queue, Sendable, Sink, Work};
     pub use crate::proto::{
         CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, PORT_FORWARD, SHELL, SessionId, control, file,
         forward, shell,

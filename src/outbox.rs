@@ -36,9 +36,10 @@ pub enum Class {
     Bulk,
 }
 
-/// Takes precedence over every message.
+/// What the writer has to do. All but messages are signals, which go first.
 #[derive(Debug)]
-pub enum Signal {
+pub enum Work {
+    Message(Bytes, Class),
     /// Send a close frame with this code, and end.
     Close(u16),
     /// Answer a ping.
@@ -50,13 +51,7 @@ pub enum Signal {
 }
 
 /// The writer closes the websocket when every [`Outbox`] has been dropped.
-const ABANDONED: Signal = Signal::Close(1000);
-
-#[derive(Debug)]
-pub enum Work {
-    Signal(Signal),
-    Message(Bytes, Class),
-}
+const ABANDONED: Work = Work::Close(1000);
 
 /// The classes whose messages the window has credit for.
 #[derive(Debug, Clone, Copy)]
@@ -70,24 +65,27 @@ pub(crate) type Discard = Arc<AtomicBool>;
 
 #[derive(Debug, Clone)]
 pub struct Outbox {
-    // Boxed, so that the channels of an idle link are small.
-    interactive: Sender<Box<Item>>,
-    bulk: Sender<Box<Item>>,
-    signals: Sender<Signal>,
-    piece: Arc<AtomicUsize>,
-    pool: Pool,
+    /// By class. Boxed, so that the channels of an idle link are small.
+    messages: [Sender<Box<Item>>; 2],
+    signals: Sender<Work>,
+    shared: Arc<Shared>,
 }
 
 /// The writer's end.
 #[derive(Debug)]
 pub struct Queue {
-    interactive: Receiver<Box<Item>>,
-    bulk: Receiver<Box<Item>>,
-    signals: Receiver<Signal>,
-    piece: Arc<AtomicUsize>,
-    pool: Pool,
+    messages: [Receiver<Box<Item>>; 2],
+    signals: Receiver<Work>,
+    shared: Arc<Shared>,
     /// Interactive messages that left in a row while bulk waited.
     favoured: u32,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// See [`Sink::piece`].
+    piece: AtomicUsize,
+    pool: Pool,
 }
 
 #[derive(Debug)]
@@ -103,36 +101,35 @@ impl Outbox {
         let (interactive, interactive_queue) = bounded(MAX_INTERACTIVE);
         let (bulk, bulk_queue) = bounded(MAX_BULK);
         let (signals, signal_queue) = bounded(MAX_SIGNALS);
-        let (piece, pool) = (Arc::default(), Pool::new(MAX_BUFFERS));
-        let queue = Queue {
-            interactive: interactive_queue,
-            bulk: bulk_queue,
-            signals: signal_queue,
-            piece: Arc::clone(&piece),
-            pool: pool.clone(),
-            favoured: 0,
-        };
-        (Outbox { interactive, bulk, signals, piece, pool }, queue)
+        let shared = Arc::new(Shared { piece: AtomicUsize::new(0), pool: Pool::new(MAX_BUFFERS) });
+        let messages = [interactive_queue, bulk_queue];
+        let queue = Queue { messages, signals: signal_queue, shared: Arc::clone(&shared), favoured: 0 };
+        (Outbox { messages: [interactive, bulk], signals, shared }, queue)
     }
 
     /// For the reader: never waits, drops the signal while too many wait.
-    pub(crate) fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Work) {
         let _ = self.signals.try_send(signal);
     }
 
     /// Asks the writer to close the websocket. Waits until `deadline` if too many signals wait.
     pub(crate) fn close(&self, code: u16, deadline: Instant) {
-        let _ = self.signals.send_deadline(Signal::Close(code), deadline);
+        let _ = self.signals.send_deadline(Work::Close(code), deadline);
     }
 
     /// Queues an answer, waiting for its place.
     pub fn reply(&self, frame: &Frame) {
-        let _ = self.interactive.send(Item::of(frame, Class::Interactive));
+        self.put(Item::of(frame, Class::Interactive));
     }
 
     /// For the reader: never waits, returns false if there is no place for the answer.
     pub(crate) fn try_reply(&self, frame: &Frame) -> bool {
-        self.interactive.try_send(Item::of(frame, Class::Interactive)).is_ok()
+        self.messages[Class::Interactive as usize].try_send(Item::of(frame, Class::Interactive)).is_ok()
+    }
+
+    fn put(&self, item: Box<Item>) {
+        // Fails when the writer has ended.
+        let _ = self.messages[item.class as usize].send(item);
     }
 }
 
@@ -151,19 +148,19 @@ impl Item {
 impl Queue {
     /// Sets what [`Sink::piece`] returns.
     pub(crate) fn set_piece(&self, bytes: usize) {
-        self.piece.store(bytes, Ordering::Relaxed);
+        self.shared.piece.store(bytes, Ordering::Relaxed);
     }
 
     /// Frees pooled buffers.
     pub(crate) fn shrink(&self) {
-        self.pool.clear();
+        self.shared.pool.clear();
     }
 
     /// What to do next, `None` if there is nothing.
     pub fn try_next(&mut self, sendable: Sendable) -> Option<Work> {
         match self.signals.try_recv() {
-            Ok(signal) => return Some(Work::Signal(signal)),
-            Err(TryRecvError::Disconnected) => return Some(Work::Signal(ABANDONED)),
+            Ok(signal) => return Some(signal),
+            Err(TryRecvError::Disconnected) => return Some(ABANDONED),
             Err(TryRecvError::Empty) => {}
         }
         std::iter::from_fn(|| self.pop(sendable)).find_map(|item| item.work())
@@ -176,11 +173,12 @@ impl Queue {
             if let Some(work) = self.try_next(sendable) {
                 return Some(work);
             }
+            let [interactive, bulk] = &self.messages;
             // Not `Select::ready`, which spins and yields before it waits: 10 µs a message on a single core.
             let item = select! {
-                recv(self.signals) -> signal => return Some(Work::Signal(signal.unwrap_or(ABANDONED))),
-                recv(if sendable.interactive { &self.interactive } else { &never }) -> item => item,
-                recv(if sendable.bulk { &self.bulk } else { &never }) -> item => item,
+                recv(self.signals) -> signal => return Some(signal.unwrap_or(ABANDONED)),
+                recv(if sendable.interactive { interactive } else { &never }) -> item => item,
+                recv(if sendable.bulk { bulk } else { &never }) -> item => item,
                 default(deadline.saturating_duration_since(Instant::now())) => return None,
             };
             if let Some(work) = item.ok().and_then(|item| item.work()) {
@@ -191,16 +189,17 @@ impl Queue {
 
     /// Interactive messages go first, but a terminal that never stops writing doesn't stop a transfer.
     fn pop(&mut self, sendable: Sendable) -> Option<Box<Item>> {
-        let bulk = sendable.bulk && !self.bulk.is_empty();
+        let [interactive, bulk] = &self.messages;
+        let bulk_waits = sendable.bulk && !bulk.is_empty();
         if sendable.interactive
-            && !(bulk && self.favoured >= MAX_FAVOURED)
-            && let Ok(item) = self.interactive.try_recv()
+            && !(bulk_waits && self.favoured >= MAX_FAVOURED)
+            && let Ok(item) = interactive.try_recv()
         {
-            self.favoured += u32::from(bulk);
+            self.favoured += u32::from(bulk_waits);
             return Some(item);
         }
         self.favoured = 0;
-        if bulk { self.bulk.try_recv().ok() } else { None }
+        if bulk_waits { bulk.try_recv().ok() } else { None }
     }
 }
 
@@ -243,7 +242,7 @@ impl Sink {
 
     /// How many bytes a data message should have, so that an echo doesn't wait long behind it.
     pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
-        self.outbox.piece.load(Ordering::Relaxed).clamp(least, most)
+        self.outbox.shared.piece.load(Ordering::Relaxed).clamp(least, most)
     }
 
     /// Encodes `frame` with a body of up to `most` bytes into a pooled buffer, see [`Frame::encode_with`].
@@ -254,9 +253,9 @@ impl Sink {
         read: impl FnOnce(&mut [u8]) -> (usize, T),
     ) -> (Bytes, T) {
         let size = frame.head_room() + most;
-        let mut buffer = self.outbox.pool.take(size);
+        let mut buffer = self.outbox.shared.pool.take(size);
         let (part, result) = frame.encode_with(&mut buffer[..size], read);
-        (self.outbox.pool.freeze(buffer, part), result)
+        (self.outbox.shared.pool.freeze(buffer, part), result)
     }
 
     /// True if there is a place for data. If not, the session is woken when there is.
@@ -275,12 +274,7 @@ impl Sink {
     pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>) {
         self.account.queued[class as usize].fetch_add(1, Ordering::SeqCst);
         let counted = Some(Counted(Arc::clone(&self.account), class));
-        let item = Item { message, class, discard: discard.cloned(), _counted: counted };
-        let channel = match class {
-            Class::Interactive => &self.outbox.interactive,
-            Class::Bulk => &self.outbox.bulk,
-        };
-        let _ = channel.send(Box::new(item));
+        self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), _counted: counted }));
     }
 
     pub fn reply(&self, frame: &Frame) {
@@ -289,7 +283,7 @@ impl Sink {
 
     /// Queues an answer behind the session's bulk data, waiting for its place.
     pub(crate) fn reply_behind_bulk(&self, frame: &Frame) {
-        let _ = self.outbox.bulk.send(Item::of(frame, Class::Bulk));
+        self.outbox.put(Item::of(frame, Class::Bulk));
     }
 }
 

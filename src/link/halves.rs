@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::error::LinkError;
 use super::socket::Socket;
-use crate::outbox::{Outbox, Signal};
+use crate::outbox::{Outbox, Work};
 
 /// Read buffer of a plain connection in bytes: many small messages cost one system call.
 const BUFFER: usize = 32 * 1024;
@@ -70,7 +70,7 @@ impl Read for ReadHalf {
                 && taken > 0
                 && tls.wants_write()
             {
-                outbox.signal(Signal::FlushTls);
+                outbox.signal(Work::FlushTls);
             }
             match result {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}

@@ -1,10 +1,8 @@
 //! How much may be on the way to the server. Pure.
 //!
-//! What a slow connection doesn't carry away waits somewhere: in modems, in the kernel, in mender-auth's forwarder.
-//! A keystroke's echo waits behind it. So the writer counts what the server hasn't got yet, and keeps no more than
-//! the connection needs to be busy. What the server has got it tells by pongs: a ping that is written between
-//! messages is a probe, and its pong says that everything before it has arrived, and how long it took.
-//!
+//! Bytes that a slow connection doesn't carry away wait in modems, in the kernel, in mender-auth's forwarder, and a
+//! keystroke's echo waits behind them. So the writer keeps no more bytes on the way than keep the connection busy. A
+//! ping between messages is a probe: its pong proves that everything before it has arrived, and how long that took.
 //! A server that answers no pings gets everything as fast as it takes it.
 
 use std::collections::VecDeque;
@@ -38,47 +36,34 @@ const MOST_SLACK: Duration = Duration::from_millis(50);
 const STEP: u64 = 4;
 
 /// The bytes on the way and how many there may be.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Pace {
     window: u64,
     /// Of this link, since its start.
     written: u64,
     arrived: u64,
     probes: VecDeque<Sent>,
+    /// The minimum RTT and when it was measured; `None` before the first answer.
     quickest: Option<(Duration, Instant)>,
     /// A piece that takes [`PIECE_TIME`].
     quick_piece: u64,
     /// Probes up to here were sent before the window was changed.
     changed: u64,
-    /// Whether a probe was ever answered.
-    answers: bool,
 }
 
 #[derive(Debug)]
 struct Sent {
-    /// Bytes written before it.
+    /// Bytes written before it, and those of them that were on the way.
     at: u64,
-    /// Of these, those on the way.
     behind: u64,
     when: Instant,
 }
 
-impl Default for Pace {
-    fn default() -> Self {
-        Pace {
-            window: FIRST_WINDOW,
-            written: 0,
-            arrived: 0,
-            probes: VecDeque::new(),
-            quickest: None,
-            quick_piece: 0,
-            changed: 0,
-            answers: false,
-        }
-    }
-}
-
 impl Pace {
+    pub(super) fn new() -> Self {
+        Pace { window: FIRST_WINDOW, ..Pace::default() }
+    }
+
     pub(super) fn wrote(&mut self, bytes: usize) {
         self.written += bytes as u64;
     }
@@ -100,7 +85,7 @@ impl Pace {
 
     /// When the window opens although no answer came.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let patience = if self.answers { LOST } else { FIRST_ANSWER };
+        let patience = if self.quickest.is_some() { LOST } else { FIRST_ANSWER };
         self.probes.front().map(|probe| probe.when + patience)
     }
 
@@ -125,21 +110,14 @@ impl Pace {
         // Any other ping isn't a probe.
         let Some(place) = self.probes.iter().position(|probe| probe.at == at) else { return };
         let Some(probe) = self.probes.drain(..=place).next_back() else { return };
-        self.answers = true;
         self.arrived = at;
-        self.learn(&probe, now);
-    }
-
-    fn learn(&mut self, probe: &Sent, now: Instant) {
         let took = now.saturating_duration_since(probe.when);
         let stale = self.is_stale(now) && probe.behind <= self.window / STEP + self.window / PROBES;
-        let quickest = match self.quickest {
-            Some((quickest, _)) if quickest < took && !stale => quickest,
-            _ => {
-                self.quickest = Some((took, now));
-                took
-            }
-        };
+        let known = self.quickest.map(|(quickest, _)| quickest).filter(|quickest| *quickest < took && !stale);
+        let quickest = known.unwrap_or(took);
+        if known.is_none() {
+            self.quickest = Some((took, now));
+        }
         // Only a probe sent with a full window says anything about the window.
         if probe.at <= self.changed || probe.behind < self.window / 8 * 7 {
             return;
@@ -183,7 +161,7 @@ pub(super) mod tests {
     /// behind the last probe.
     pub(crate) fn without_credit_or_probe(now: Instant) -> Pace {
         let start = now - QUICKEST_HOLDS - Duration::from_secs(1);
-        let mut pace = Pace::default();
+        let mut pace = Pace::new();
         let first = pace.probe(true, start).unwrap();
         pace.answered(first, start + Duration::from_millis(1));
         let mut last = first;
@@ -215,7 +193,7 @@ pub(super) mod tests {
     impl Simulation {
         fn new(rate: f64, delay: Duration) -> Self {
             Simulation {
-                pace: Pace::default(),
+                pace: Pace::new(),
                 start: Instant::now(),
                 now: Duration::ZERO,
                 busy_until: Duration::ZERO,
@@ -308,7 +286,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_server_without_answers_is_no_obstacle() {
-        let (mut pace, now) = (Pace::default(), Instant::now());
+        let (mut pace, now) = (Pace::new(), Instant::now());
         assert!(pace.probe(true, now).is_some());
         while pace.sendable(now).bulk {
             pace.wrote(4096);
@@ -327,7 +305,7 @@ pub(super) mod tests {
 
     #[test]
     fn other_pings_are_no_probes() {
-        let (mut pace, now) = (Pace::default(), Instant::now());
+        let (mut pace, now) = (Pace::new(), Instant::now());
         pace.wrote(100);
         let probe = pace.probe(true, now).unwrap();
         pace.answered(*b"12345678", now);

@@ -4,12 +4,12 @@ use std::io::{Read, Write};
 use std::time::Instant;
 
 use bytes::Bytes;
-use log::{debug, warn};
+use log::{Level, log};
 use tungstenite::{Message, WebSocket};
 
 use super::cancel::Cancel;
 use super::error::LinkError;
-use crate::outbox::{Outbox, Pool, Signal};
+use crate::outbox::{Outbox, Pool, Work};
 use crate::proto::Frame;
 
 /// Messages up to this size, in bytes, share a read buffer with others.
@@ -44,7 +44,7 @@ pub(super) fn run(
             Message::Binary(bytes) => bytes,
             Message::Text(text) => text.into(),
             Message::Ping(payload) => {
-                outbox.signal(Signal::Pong(payload));
+                outbox.signal(Work::Pong(payload));
                 continue;
             }
             Message::Close(frame) => {
@@ -55,7 +55,7 @@ pub(super) fn run(
             Message::Pong(payload) => {
                 match payload.as_ref().try_into() {
                     // Only a probe's has this length.
-                    Ok(probe) => outbox.signal(Signal::Answered(probe, Instant::now())),
+                    Ok(probe) => outbox.signal(Work::Answered(probe, Instant::now())),
                     // The answer to the writer's own ping, once in a while.
                     Err(_) => pool.clear(),
                 }
@@ -77,13 +77,9 @@ pub(super) fn run(
             Ok(frame) => inbound(frame),
             Err(e) => {
                 malformed += 1;
-                match malformed {
-                    1..WARNINGS => warn!("ignoring a malformed message of {} bytes: {e}", bytes.len()),
-                    WARNINGS => {
-                        warn!("ignoring a malformed message: {e}; no more warnings on this connection")
-                    }
-                    _ => debug!("ignoring a malformed message of {} bytes: {e}", bytes.len()),
-                }
+                let level = if malformed <= WARNINGS { Level::Warn } else { Level::Debug };
+                let last = if malformed == WARNINGS { "; no more warnings on this connection" } else { "" };
+                log!(level, "ignoring a malformed message of {} bytes: {e}{last}", bytes.len());
             }
         }
     }

@@ -11,7 +11,7 @@ use super::error::LinkError;
 use super::halves::WriteHalf;
 use super::pace::Pace;
 use super::socket::{PING_INTERVAL, WRITE_LIMIT};
-use crate::outbox::{Class, Queue, Signal, Work};
+use crate::outbox::{Class, Queue, Work};
 
 /// As Mender's agent sends it.
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
@@ -20,7 +20,7 @@ const BATCH: usize = 16 * 1024;
 
 /// Writes until asked to close or until writing fails.
 pub(super) fn run(half: WriteHalf, mut queue: Queue) -> Result<(), LinkError> {
-    let mut writer = Writer { websocket: websocket(half), pace: Pace::default() };
+    let mut writer = Writer { websocket: websocket(half), pace: Pace::new() };
     writer.write(&mut queue).map_err(|e| match e {
         Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
             LinkError::Broken(format!("the server took nothing for {} s", WRITE_LIMIT.as_secs()))
@@ -68,10 +68,10 @@ impl Writer {
             match work {
                 None => {}
                 Some(Work::Message(message, class)) => self.message(message, class)?,
-                Some(Work::Signal(Signal::Answered(probe, when))) => self.pace.answered(probe, when),
-                Some(Work::Signal(Signal::Pong(payload))) => self.websocket.write(Message::Pong(payload))?,
-                Some(Work::Signal(Signal::FlushTls)) => _ = self.websocket.get_mut().write(&[])?,
-                Some(Work::Signal(Signal::Close(code))) => {
+                Some(Work::Answered(probe, when)) => self.pace.answered(probe, when),
+                Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
+                Some(Work::FlushTls) => _ = self.websocket.get_mut().write(&[])?,
+                Some(Work::Close(code)) => {
                     return self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }));
                 }
             }
@@ -126,7 +126,7 @@ mod tests {
         let message = Bytes::from(Frame::new(2, "file_chunk", None).encode());
         sink.send(message.clone(), Class::Bulk, None);
         let Message::Ping(probe) = server.read().unwrap() else { panic!("no probe") };
-        outbox.signal(Signal::Answered(probe.as_ref().try_into().unwrap(), Instant::now()));
+        outbox.signal(Work::Answered(probe.as_ref().try_into().unwrap(), Instant::now()));
         // A probe goes in front of a transfer's first message.
         assert!(server.read().unwrap().is_ping());
         assert_eq!(server.read().unwrap(), Message::Binary(message));

@@ -33,7 +33,7 @@ impl Sink {
 fn typ(work: Work) -> String {
     match work {
         Work::Message(message, _) => Frame::decode(&message).unwrap().typ,
-        other @ Work::Signal(_) => panic!("{other:?}"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -46,12 +46,12 @@ fn messages_leave_in_order_and_signals_first() {
     let (outbox, mut queue, sink) = sink();
     sink.output("a");
     sink.reply(&frame("b"));
-    outbox.signal(Signal::FlushTls);
-    outbox.signal(Signal::Pong(Bytes::from_static(b"1")));
+    outbox.signal(Work::FlushTls);
+    outbox.signal(Work::Pong(Bytes::from_static(b"1")));
     outbox.close(1009, Instant::now());
-    assert!(matches!(queue.try_next(ALL), Some(Work::Signal(Signal::FlushTls))));
-    assert!(matches!(queue.try_next(ALL), Some(Work::Signal(Signal::Pong(p))) if p == "1"));
-    assert!(matches!(queue.try_next(ALL), Some(Work::Signal(Signal::Close(1009)))));
+    assert!(matches!(queue.try_next(ALL), Some(Work::FlushTls)));
+    assert!(matches!(queue.try_next(ALL), Some(Work::Pong(p)) if p == "1"));
+    assert!(matches!(queue.try_next(ALL), Some(Work::Close(1009))));
     assert_eq!(rest(&mut queue), ["a", "b"]);
     assert!(queue.next(ALL, Instant::now()).is_none());
 }
@@ -110,8 +110,8 @@ fn what_the_window_has_no_credit_for_stays() {
     assert!(queue.next(none, Instant::now()).is_none());
     let bulk = Sendable { bulk: true, interactive: false };
     assert!(matches!(queue.try_next(bulk), Some(Work::Message(_, Class::Bulk))));
-    outbox.signal(Signal::Answered([0; 8], Instant::now()));
-    assert!(matches!(queue.next(none, soon()), Some(Work::Signal(Signal::Answered(..)))));
+    outbox.signal(Work::Answered([0; 8], Instant::now()));
+    assert!(matches!(queue.next(none, soon()), Some(Work::Answered(..))));
     assert_eq!(rest(&mut queue), ["echo"]);
 }
 
@@ -132,7 +132,7 @@ fn the_writer_is_woken_by_whatever_is_queued() {
     assert_eq!(written(), "output");
     sink.chunk("bulk");
     assert_eq!(written(), "bulk");
-    outbox.signal(Signal::Pong(Bytes::new()));
+    outbox.signal(Work::Pong(Bytes::new()));
     writer.unwrap().join().unwrap();
 }
 
@@ -142,7 +142,7 @@ fn full_channels_hold_up_sessions_and_never_the_reader() {
     let (outbox, queue, sink) = sink();
     while outbox.try_reply(&frame("answer")) {}
     for _ in 0..2 * MAX_SIGNALS {
-        outbox.signal(Signal::FlushTls);
+        outbox.signal(Work::FlushTls);
     }
     outbox.close(1000, Instant::now());
     let (started, waits) = crossbeam_channel::bounded(0);

@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use libfuzzer_sys::fuzz_target;
-use mender_connect::internals::{Frame, LinkError, Outbox, Sendable, Signal, Work, read};
+use mender_connect::internals::{Frame, LinkError, Outbox, Sendable, Work, read};
 
 /// As in the agent.
 const LARGEST: usize = (1 << 20) + (1 << 10);
@@ -46,10 +46,10 @@ fuzz_target!(|data: &[u8]| {
     let all = Sendable { bulk: true, interactive: true };
     for expected in expected.controls.iter().take(SIGNALS) {
         match (queue.try_next(all), expected) {
-            (Some(Work::Signal(Signal::Pong(payload))), Control::Ping(expected)) => {
+            (Some(Work::Pong(payload)), Control::Ping(expected)) => {
                 assert_eq!(payload, expected)
             }
-            (Some(Work::Signal(Signal::Answered(probe, _))), Control::Pong(expected)) => {
+            (Some(Work::Answered(probe, _)), Control::Pong(expected)) => {
                 assert_eq!(probe, *expected);
             }
             (work, expected) => panic!("{work:?}, expected {expected:?}"),
