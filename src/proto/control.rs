@@ -80,9 +80,7 @@ pub fn error_about(sid: &SessionId, cause: &Frame, text: &str, close: bool) -> F
     if cause.proto != 0 {
         body = body.with("msgproto", |out| encode::write_u16(out, cause.proto));
     }
-    let body = body
-        .with_str("msgtype", Some(cause.typ.as_str()).filter(|t| !t.is_empty()))
-        .with_str("msgid", cause.props.str("msgid"));
+    let body = body.with_cause(&cause.typ, cause.props.str("msgid"));
     frame(sid, ERROR).with_body(body.finish())
 }
 

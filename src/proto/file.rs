@@ -68,7 +68,7 @@ impl Request {
                 Value::Blob(b"uid") => request.uid = cursor.int("uid")?,
                 Value::Blob(b"gid") => request.gid = cursor.int("gid")?,
                 Value::Blob(b"mode") => request.mode = cursor.int("mode")?,
-                _ => cursor.skip()?,
+                _ => cursor.skip(1)?,
             }
         }
         Ok(request)
@@ -114,22 +114,13 @@ pub(crate) fn go_mode(mode: u32) -> u32 {
 
 /// msgpack's timestamp extension, in the shortest of its three forms.
 fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<(), encode::ValueWriteError> {
-    const TYPE: i8 = -1;
-    match u64::try_from(seconds) {
-        Ok(s) if nanoseconds == 0 && s <= u64::from(u32::MAX) => {
-            encode::write_ext_meta(out, 4, TYPE)?;
-            out.extend_from_slice(&(s as u32).to_be_bytes());
-        }
-        Ok(s) if s < 1 << 34 => {
-            encode::write_ext_meta(out, 8, TYPE)?;
-            out.extend_from_slice(&(u64::from(nanoseconds) << 34 | s).to_be_bytes());
-        }
-        _ => {
-            encode::write_ext_meta(out, 12, TYPE)?;
-            out.extend_from_slice(&nanoseconds.to_be_bytes());
-            out.extend_from_slice(&seconds.to_be_bytes());
-        }
-    }
+    let bytes = match u64::try_from(seconds) {
+        Ok(s) if nanoseconds == 0 && s <= u64::from(u32::MAX) => (s as u32).to_be_bytes().to_vec(),
+        Ok(s) if s < 1 << 34 => (u64::from(nanoseconds) << 34 | s).to_be_bytes().to_vec(),
+        _ => [&nanoseconds.to_be_bytes()[..], &seconds.to_be_bytes()].concat(),
+    };
+    encode::write_ext_meta(out, bytes.len() as u32, -1)?;
+    out.extend(bytes);
     Ok(())
 }
 
@@ -162,10 +153,7 @@ pub fn ack(sid: &SessionId, offset: u64, user: Option<&str>) -> Frame {
 /// Refuses `cause`. Repeats its properties as far as the server can read them: it closes the whole link for a message
 /// that it can't read. `code` is an HTTP status, for clients that asked the server over HTTP.
 pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> Frame {
-    let mut body = Map::new()
-        .with_str("err", text)
-        .with_str("msgtype", Some(cause.typ.as_str()).filter(|t| !t.is_empty()))
-        .with_str("msgid", cause.props.str("msgid"));
+    let mut body = Map::new().with_str("err", text).with_cause(&cause.typ, cause.props.str("msgid"));
     if let Some(code) = code {
         body = body.with_int("code", code.into());
     }

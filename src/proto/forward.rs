@@ -94,8 +94,7 @@ pub fn about(sid: &SessionId, typ: &str, connection: &ConnectionId) -> Frame {
 
 /// Reports that a message of type `typ` failed.
 pub(crate) fn error(sid: &SessionId, typ: &str, text: &str) -> Frame {
-    let body =
-        Map::new().with_str("err", text).with_str("msgtype", Some(typ).filter(|t| !t.is_empty())).finish();
+    let body = Map::new().with_str("err", text).with_cause(typ, None).finish();
     Frame::new(PORT_FORWARD, ERROR, Some(sid)).with_body(body)
 }
 

@@ -132,7 +132,7 @@ impl Frame {
                     }
                 }
                 Value::Blob(b"body") => body = cursor.blob("body")?.unwrap_or_default(),
-                _ => cursor.skip()?,
+                _ => cursor.skip(1)?,
             }
         }
         // A slice keeps the whole message in memory, but `held` counts only the body.
@@ -153,7 +153,7 @@ impl Frame {
                 Value::Blob(b"typ") => frame.typ = text(cursor, "typ")?,
                 Value::Blob(b"sid") => frame.sid = SessionId::new(&text(cursor, "sid")?),
                 Value::Blob(b"props") => frame.props = Map::decode(cursor, "props")?,
-                _ => cursor.skip()?,
+                _ => cursor.skip(1)?,
             }
         }
         Ok(Some(frame))
@@ -191,21 +191,17 @@ impl Frame {
     /// Encodes all but the body, for one of `length` bytes.
     fn encode_head(&self, length: usize, out: &mut Vec<u8>) {
         let sid = self.sid.as_ref().map_or("", SessionId::as_str);
-        let fields =
-            1 + u8::from(!self.typ.is_empty()) + u8::from(!sid.is_empty()) + u8::from(!self.props.is_empty());
+        let texts = [("typ", &*self.typ), ("sid", sid)].into_iter().filter(|(_, text)| !text.is_empty());
+        let fields = 1 + texts.clone().count() + usize::from(!self.props.is_empty());
         out.push(if length == 0 { 0x81 } else { 0x82 });
         // Writing to a Vec doesn't fail.
         let _ = encode::write_str(out, "hdr");
-        out.push(0x80 | fields);
+        out.push(0x80 | fields as u8);
         let _ = encode::write_str(out, "proto");
         let _ = encode::write_u16(out, self.proto);
-        if !self.typ.is_empty() {
-            let _ = encode::write_str(out, "typ");
-            let _ = encode::write_str(out, &self.typ);
-        }
-        if !sid.is_empty() {
-            let _ = encode::write_str(out, "sid");
-            let _ = encode::write_str(out, sid);
+        for (key, text) in texts {
+            let _ = encode::write_str(out, key);
+            let _ = encode::write_str(out, text);
         }
         if !self.props.is_empty() {
             let _ = encode::write_str(out, "props");

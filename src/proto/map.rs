@@ -68,6 +68,12 @@ impl Map {
         }
     }
 
+    /// Adds type and id of the message that an error is about, as far as it has them.
+    #[must_use]
+    pub(crate) fn with_cause(self, typ: &str, id: Option<&str>) -> Self {
+        self.with_str("msgtype", Some(typ).filter(|typ| !typ.is_empty())).with_str("msgid", id)
+    }
+
     /// Appends the map to `out`.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         let _ = encode::write_map_len(out, self.pairs);

@@ -63,43 +63,34 @@ impl<'a> Cursor<'a> {
 
     /// Reads a marker and its own bytes. Also returns the number of values nested in it, which are still unread.
     fn element(&mut self) -> Result<(Marker, &'a [u8], u64), DecodeError> {
+        use Marker::*;
         let marker = Marker::from_u8(self.take(1)?[0]);
-        let (bytes, inner) = match marker {
-            Marker::Null | Marker::True | Marker::False | Marker::FixPos(_) | Marker::FixNeg(_) => (0, 0),
-            Marker::U8 | Marker::I8 => (1, 0),
-            Marker::U16 | Marker::I16 => (2, 0),
-            Marker::U32 | Marker::I32 | Marker::F32 => (4, 0),
-            Marker::U64 | Marker::I64 | Marker::F64 => (8, 0),
-            Marker::FixStr(n) => (n.into(), 0),
-            Marker::Str8 | Marker::Bin8 => (self.length(1)?, 0),
-            Marker::Str16 | Marker::Bin16 => (self.length(2)?, 0),
-            Marker::Str32 | Marker::Bin32 => (self.length(4)?, 0),
-            // An extension has one byte of type besides its data.
-            Marker::FixExt1 => (2, 0),
-            Marker::FixExt2 => (3, 0),
-            Marker::FixExt4 => (5, 0),
-            Marker::FixExt8 => (9, 0),
-            Marker::FixExt16 => (17, 0),
-            Marker::Ext8 => (self.length(1)?.saturating_add(1), 0),
-            Marker::Ext16 => (self.length(2)?.saturating_add(1), 0),
-            Marker::Ext32 => (self.length(4)?.saturating_add(1), 0),
-            Marker::FixArray(n) => (0, n.into()),
-            Marker::Array16 => (0, self.length(2)? as u64),
-            Marker::Array32 => (0, self.length(4)? as u64),
-            Marker::FixMap(n) => (0, 2 * u64::from(n)),
-            Marker::Map16 => (0, 2 * self.length(2)? as u64),
-            Marker::Map32 => (0, 2 * self.length(4)? as u64),
-            Marker::Reserved => return Err(DecodeError::Type("a value")),
+        let length = match marker {
+            Reserved => return Err(DecodeError::Type("a value")),
+            Null | True | False | FixPos(_) | FixNeg(_) => 0,
+            U8 | I8 | FixExt1 => 1,
+            U16 | I16 | FixExt2 => 2,
+            U32 | I32 | F32 | FixExt4 => 4,
+            U64 | I64 | F64 | FixExt8 => 8,
+            FixExt16 => 16,
+            FixStr(n) | FixArray(n) | FixMap(n) => n.into(),
+            Str8 | Bin8 | Ext8 => number(self.take(1)?),
+            Str16 | Bin16 | Ext16 | Array16 | Map16 => number(self.take(2)?),
+            Str32 | Bin32 | Ext32 | Array32 | Map32 => number(self.take(4)?),
         };
+        let (bytes, inner) = match marker {
+            FixArray(_) | Array16 | Array32 => (0, length),
+            FixMap(_) | Map16 | Map32 => (0, 2 * length),
+            // An extension has one byte of type besides its data.
+            FixExt1 | FixExt2 | FixExt4 | FixExt8 | FixExt16 | Ext8 | Ext16 | Ext32 => (length + 1, 0),
+            _ => (length, 0),
+        };
+        let bytes = usize::try_from(bytes).map_err(|_| DecodeError::Truncated)?;
         Ok((marker, self.take(bytes)?, inner))
     }
 
-    fn length(&mut self, width: usize) -> Result<usize, DecodeError> {
-        // At most four bytes; usize has 32 bits at least on every target.
-        Ok(number(self.take(width)?) as usize)
-    }
-
-    fn skip_values(&mut self, mut count: u64) -> Result<(), DecodeError> {
+    /// Skips the next `count` values, however deep.
+    pub(crate) fn skip(&mut self, mut count: u64) -> Result<(), DecodeError> {
         // Each value takes a byte at least, so a message's end bounds the loop whatever it claims.
         while count > 0 {
             let (_, _, inner) = self.element()?;
@@ -108,15 +99,10 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 
-    /// Skips the next value, however deep.
-    pub(crate) fn skip(&mut self) -> Result<(), DecodeError> {
-        self.skip_values(1)
-    }
-
     /// Skips the next `count` values and returns their bytes.
     pub(crate) fn raw(&mut self, count: u64) -> Result<&'a [u8], DecodeError> {
         let start = self.rest;
-        self.skip_values(count)?;
+        self.skip(count)?;
         Ok(&start[..start.len() - self.rest.len()])
     }
 
@@ -132,17 +118,17 @@ impl<'a> Cursor<'a> {
     /// Reads the next value, and skips the contents of maps and arrays.
     pub(crate) fn value(&mut self) -> Result<Value<'a>, DecodeError> {
         let (marker, bytes, inner) = self.element()?;
-        self.skip_values(inner)?;
+        self.skip(inner)?;
         Ok(match marker {
             Marker::Null => Value::Nil,
             Marker::True | Marker::False => Value::Bool,
             Marker::FixPos(n) => Value::Int(n.into()),
             Marker::FixNeg(n) => Value::Int(n.into()),
             Marker::U8 | Marker::U16 | Marker::U32 | Marker::U64 => Value::Int(number(bytes).into()),
-            Marker::I8 => Value::Int((number(bytes) as i8).into()),
-            Marker::I16 => Value::Int((number(bytes) as i16).into()),
-            Marker::I32 => Value::Int((number(bytes) as i32).into()),
-            Marker::I64 => Value::Int((number(bytes) as i64).into()),
+            Marker::I8 | Marker::I16 | Marker::I32 | Marker::I64 => {
+                let unused = 64 - 8 * bytes.len();
+                Value::Int(((number(bytes) << unused) as i64 >> unused).into())
+            }
             Marker::F32 => Value::Float(f32::from_bits(number(bytes) as u32).into()),
             Marker::F64 => Value::Float(f64::from_bits(number(bytes))),
             Marker::FixStr(_) | Marker::Str8 | Marker::Str16 | Marker::Str32 => Value::Blob(bytes),
@@ -206,14 +192,14 @@ mod tests {
         let mut deep = vec![0x91; if cfg!(miri) { 1000 } else { 100_000 }];
         deep.push(0xc0);
         let mut cursor = Cursor::new(&deep);
-        assert_eq!(cursor.skip(), Ok(()));
+        assert_eq!(cursor.skip(1), Ok(()));
         assert!(cursor.rest().is_empty());
         for claim in
             [&[0xdd, 255, 255, 255, 255][..], &[0xdf, 255, 255, 255, 255], &[0xc6, 255, 255, 255, 255]]
         {
-            assert_eq!(Cursor::new(claim).skip(), Err(DecodeError::Truncated));
+            assert_eq!(Cursor::new(claim).skip(1), Err(DecodeError::Truncated));
             assert!(Cursor::new(claim).value().is_err());
         }
-        assert!(matches!(Cursor::new(&[0xc1]).skip(), Err(DecodeError::Type(_))));
+        assert!(matches!(Cursor::new(&[0xc1]).skip(1), Err(DecodeError::Type(_))));
     }
 }
