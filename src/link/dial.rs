@@ -1,5 +1,6 @@
 //! From credentials to an open websocket.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,21 +26,17 @@ const BUFFER: usize = 16 * 1024;
 
 /// A step that was made; in this order, as far as they are needed.
 pub(crate) enum Progress<'a> {
-    /// The URL is valid.
     Server(&'a Endpoint),
-    /// The proxy that leads to the server, if any.
     Proxy(Option<&'a Endpoint>),
     /// The addresses of the proxy, or else of the server.
     Resolved(&'a [SocketAddr]),
-    /// One of the addresses can't be connected to.
+    /// For one of the addresses.
     Failed(&'a LinkError),
     Connected(SocketAddr),
-    /// The proxy leads to the server.
     Tunnel,
-    /// The connection is ready for the request; the version of TLS, if that is spoken.
+    /// With the version of TLS, if that is spoken.
     Secured(Option<String>),
     Answered(&'a Answer),
-    /// The answer opens a websocket.
     Opened,
 }
 
@@ -124,14 +121,10 @@ fn resolve(target: &Endpoint, deadline: Instant, cancel: &Cancel) -> Result<Vec<
     if let Some(address) = target.address() {
         return Ok(vec![SocketAddr::new(address, target.port)]);
     }
-    let failed = |reason| LinkError::Resolve { host: target.host.clone(), reason };
+    let failed = |e: io::Error| LinkError::Resolve { host: target.host.clone(), reason: e.to_string() };
     let answered = names::look_up(&target.host, target.port, (), || {})?;
     select! {
-        recv(answered) -> addresses => match addresses {
-            Ok(Ok(addresses)) => Ok(addresses),
-            Ok(Err(e)) => Err(failed(e.to_string())),
-            Err(_) => Err(failed("the resolver failed".to_owned())),
-        },
+        recv(answered) -> answer => answer.map_err(io::Error::other).and_then(|answer| answer).map_err(failed),
         recv(cancel.cancelled) -> _ => Err(LinkError::Cancelled),
         default(deadline.saturating_duration_since(Instant::now())) => Err(LinkError::TimedOut("the name look-up")),
     }

@@ -20,7 +20,7 @@ pub enum LinkError {
     Token,
     #[error("lookup {host}: {reason}")]
     Resolve { host: String, reason: String },
-    /// No address accepted a connection; this is about the last one.
+    /// Of the last address; the others didn't accept a connection either.
     #[error("dial tcp {address}: connect: {reason}")]
     Connect { address: String, reason: String },
     #[error("proxy: {0}")]
@@ -30,7 +30,6 @@ pub enum LinkError {
     /// The server answered the upgrade with another status than 101; 401 means that it doesn't accept the token.
     #[error("websocket: bad handshake: HTTP status {status}")]
     Refused { status: u16, retry_after: Option<Duration> },
-    /// The server did not answer the upgrade with HTTP.
     #[error("connection lost: {0}")]
     NoAnswer(AnswerFault),
     /// The named step of a dial took too long.
@@ -41,33 +40,25 @@ pub enum LinkError {
     /// The server closed the websocket with this code (RFC 6455, 7.4), or 1005 if it sent none.
     #[error("closed by the server: {code} {reason:?}")]
     Closed { code: u16, reason: String },
-    /// The server sent more than `MAX_MESSAGE` bytes at once.
     #[error("connection lost: the server sent a message that is too large")]
     TooLarge,
-    /// The connection ended without a close frame.
     #[error("connection lost: {0}")]
     Broken(String),
-    /// The agent closed the link.
     #[error("closed")]
     Cancelled,
-    /// The system refused a thread or a descriptor.
     #[error("out of resources: {}", crate::sys::reason(.0))]
     Resources(#[from] io::Error),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TlsFault {
-    /// Built without TLS.
     LeftOut,
-    /// The system has no trusted certificates.
     NoRoots,
     /// No trusted certificate vouches for the server's.
     Issuer,
-    /// The certificate is for another name.
     Name,
     /// The certificate isn't valid yet, or any more, by the system's clock.
     Dates,
-    /// The server doesn't speak TLS on that port.
     NotTls,
     Other,
 }
@@ -82,13 +73,6 @@ pub enum AnswerFault {
     TooLong,
     #[error("{}", crate::sys::reason(.0))]
     Io(#[from] io::Error),
-}
-
-impl LinkError {
-    /// The close code to send to the server.
-    pub(super) fn close_code(&self) -> u16 {
-        if matches!(self, LinkError::TooLarge) { 1009 } else { 1000 }
-    }
 }
 
 /// For an open websocket, where only reading times out after [`SILENCE_LIMIT`].

@@ -1,8 +1,7 @@
 //! One websocket's life: dial, read until it ends, say how it ended.
 //!
-//! A link has two threads. The first dials and then becomes the reader; it blocks in read and hands
-//! each frame on without waiting. The second, the writer, starts when the websocket is open and is the
-//! only one that writes to it.
+//! A link has two threads. The first dials and then becomes the reader, which hands each frame on without waiting. The
+//! second, the writer, starts when the websocket is open and is the only one that writes to it.
 
 mod cancel;
 mod dial;
@@ -130,7 +129,7 @@ fn run<F: FnMut(Frame)>(
     // Drops `inbound`, so that the sessions end here, even if the server takes no close frame any more.
     let mut lost = reader::run(&mut socket, &outbox, inbound, cancel);
     let farewell = Instant::now() + FAREWELL_LIMIT;
-    outbox.close(lost.close_code(), farewell);
+    outbox.close(if matches!(lost, LinkError::TooLarge) { 1009 } else { 1000 }, farewell);
     if let Ok(Err(reason)) = ended.recv_deadline(farewell) {
         // A writer that failed is why the reader did.
         lost = reason;

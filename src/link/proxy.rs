@@ -23,11 +23,10 @@ pub(crate) struct ProxySettings {
     exceptions: String,
 }
 
-#[derive(PartialEq, Eq)]
 pub(super) struct Proxy {
     pub(super) endpoint: Endpoint,
-    /// The value of Proxy-Authorization.
-    credentials: Option<String>,
+    /// The header Proxy-Authorization with its line's end, or nothing.
+    authorization: String,
 }
 
 impl ProxySettings {
@@ -45,14 +44,9 @@ impl ProxySettings {
     /// The proxy for `server`; none for the device itself, where mender-auth's forwarder listens.
     pub(super) fn proxy_for(&self, server: &Endpoint) -> Result<Option<Proxy>, LinkError> {
         let setting = if server.tls { &self.https } else { &self.http };
-        match setting {
-            Some(url) if !server.is_loopback() && !self.is_exception(server) => Proxy::parse(url).map(Some),
-            _ => Ok(None),
-        }
-    }
-
-    fn is_exception(&self, server: &Endpoint) -> bool {
-        self.exceptions.split(',').map(str::trim).filter(|e| !e.is_empty()).any(|e| covers(e, server))
+        let mut exceptions = self.exceptions.split(',').map(str::trim).filter(|entry| !entry.is_empty());
+        let direct = server.is_loopback() || exceptions.any(|entry| covers(entry, server));
+        setting.as_deref().filter(|_| !direct).map(Proxy::parse).transpose()
     }
 }
 
@@ -63,10 +57,8 @@ fn covers(entry: &str, server: &Endpoint) -> bool {
         return true;
     }
     if let (Some((network, prefix)), Some(address)) = (entry.split_once('/'), server.address()) {
-        return match (network.parse(), prefix.parse()) {
-            (Ok(network), Ok(prefix)) => contains(network, prefix, address),
-            _ => false,
-        };
+        let network = network.parse().ok().zip(prefix.parse().ok());
+        return network.is_some_and(|(network, prefix)| contains(network, prefix, address));
     }
     let (name, port) = match entry.rsplit_once(':') {
         Some((name, port)) if !name.contains(':') || name.ends_with(']') => (name, Some(port)),
@@ -95,25 +87,23 @@ impl Proxy {
             return Err(bad("a scheme other than http"));
         }
         let endpoint = Endpoint::parse(&url).map_err(|_| bad("a wrong form"))?;
-        let credentials = uri.authority().and_then(|a| a.as_str().rsplit_once('@')).map(|(login, _)| {
+        let login = uri.authority().and_then(|a| a.as_str().rsplit_once('@'));
+        let authorization = login.map_or_else(String::new, |(login, _)| {
             let (user, word) = login.split_once(':').unwrap_or((login, ""));
-            let mut plain = percent_decode_str(user).collect::<Vec<u8>>();
-            plain.push(b':');
-            plain.extend(percent_decode_str(word));
-            format!("Basic {}", BASE64.encode(&plain))
+            let plain: Vec<u8> =
+                percent_decode_str(user).chain(*b":").chain(percent_decode_str(word)).collect();
+            format!("Proxy-Authorization: Basic {}\r\n", BASE64.encode(&plain))
         });
-        Ok(Proxy { endpoint, credentials })
+        Ok(Proxy { endpoint, authorization })
     }
 
     /// Asks the proxy on `stream` for a tunnel to `server` (RFC 9110, 9.3.6).
     pub(super) fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
         let target = server.authority();
-        let mut request =
-            format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {USER_AGENT}\r\n");
-        if let Some(credentials) = &self.credentials {
-            request.push_str(&format!("Proxy-Authorization: {credentials}\r\n"));
-        }
-        request.push_str("\r\n");
+        let request = format!(
+            "CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {USER_AGENT}\r\n{}\r\n",
+            self.authorization
+        );
         match http::ask(stream, &request) {
             Ok(answer) if matches!(answer.status, 200..=299) => Ok(()),
             Ok(answer) => Err(LinkError::Proxy(format!("answered with HTTP status {}", answer.status))),

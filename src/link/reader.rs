@@ -31,38 +31,7 @@ pub(super) fn run(
 ) -> LinkError {
     let pool = Pool::new(MAX_BUFFERS);
     let mut malformed = 0;
-    loop {
-        let message = match socket.read() {
-            Ok(message) => message,
-            Err(e) => return e.into(),
-        };
-        if cancel.is_cancelled() {
-            return LinkError::Cancelled;
-        }
-        let bytes: Bytes = match message {
-            // The peers don't tell the two apart.
-            Message::Binary(bytes) => bytes,
-            Message::Text(text) => text.into(),
-            Message::Ping(payload) => {
-                outbox.signal(Work::Pong(payload));
-                continue;
-            }
-            Message::Close(frame) => {
-                let (code, reason) =
-                    frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
-                return LinkError::Closed { code, reason };
-            }
-            Message::Pong(payload) => {
-                match payload.as_ref().try_into() {
-                    // Only a probe's has this length.
-                    Ok(probe) => outbox.signal(Work::Answered(probe, Instant::now())),
-                    // The answer to the writer's own ping, once in a while.
-                    Err(_) => pool.clear(),
-                }
-                continue;
-            }
-            Message::Frame(_) => continue,
-        };
+    let mut receive = |bytes: Bytes| {
         // A piece of the read buffer would keep all of it, and have another one allocated.
         let bytes = match bytes.len() {
             ..TINY => Bytes::copy_from_slice(&bytes),
@@ -81,6 +50,28 @@ pub(super) fn run(
                 let last = if malformed == WARNINGS { "; no more warnings on this connection" } else { "" };
                 log!(level, "ignoring a malformed message of {} bytes: {e}{last}", bytes.len());
             }
+        }
+    };
+    loop {
+        match socket.read() {
+            Err(e) => return e.into(),
+            Ok(_) if cancel.is_cancelled() => return LinkError::Cancelled,
+            // The peers don't tell the two apart.
+            Ok(Message::Binary(bytes)) => receive(bytes),
+            Ok(Message::Text(text)) => receive(text.into()),
+            Ok(Message::Ping(payload)) => outbox.signal(Work::Pong(payload)),
+            Ok(Message::Pong(payload)) => match payload.as_ref().try_into() {
+                // Only a probe's has this length.
+                Ok(probe) => outbox.signal(Work::Answered(probe, Instant::now())),
+                // The answer to the writer's own ping, once in a while.
+                Err(_) => pool.clear(),
+            },
+            Ok(Message::Close(frame)) => {
+                let (code, reason) =
+                    frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
+                return LinkError::Closed { code, reason };
+            }
+            Ok(Message::Frame(_)) => {}
         }
     }
 }

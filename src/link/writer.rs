@@ -53,21 +53,26 @@ impl Writer {
             }
             queue.set_piece(self.pace.piece(now));
             let sendable = self.pace.sendable(now);
-            let work = match queue.try_next(sendable) {
-                Some(work) => Some(work),
-                None => {
-                    // The window may have shrunk below what was written since the last probe, and without another one
-                    // no answer would open it again.
-                    self.probe(false)?;
-                    // The batch goes out before the writer waits, and only then.
-                    self.websocket.flush()?;
-                    let patience = self.pace.deadline().filter(|deadline| *deadline > now);
-                    queue.next(sendable, patience.map_or(next_ping, |at| at.min(next_ping)))
-                }
-            };
+            let mut work = queue.try_next(sendable);
+            if work.is_none() {
+                // The window may have shrunk below what was written since the last probe, and without another one no
+                // answer would open it again.
+                self.probe(false)?;
+                // The batch goes out before the writer waits, and only then.
+                self.websocket.flush()?;
+                let patience = self.pace.deadline().filter(|deadline| *deadline > now);
+                work = queue.next(sendable, patience.map_or(next_ping, |at| at.min(next_ping)));
+            }
             match work {
                 None => {}
-                Some(Work::Message(message, class)) => self.message(message, class)?,
+                Some(Work::Message(message, class)) => {
+                    if class == Class::Bulk {
+                        self.probe(true)?;
+                    }
+                    self.pace.wrote(message.len());
+                    self.websocket.write(Message::Binary(message))?;
+                    self.probe(false)?;
+                }
                 Some(Work::Answered(probe, when)) => self.pace.answered(probe, when),
                 Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
                 Some(Work::FlushTls) => _ = self.websocket.get_mut().write(&[])?,
@@ -76,15 +81,6 @@ impl Writer {
                 }
             }
         }
-    }
-
-    fn message(&mut self, message: Bytes, class: Class) -> Result<(), Error> {
-        if class == Class::Bulk {
-            self.probe(true)?;
-        }
-        self.pace.wrote(message.len());
-        self.websocket.write(Message::Binary(message))?;
-        self.probe(false)
     }
 
     /// Sends a probe if one is due; `bulk` if a bulk message follows.

@@ -6,7 +6,7 @@ use serde::Deserialize;
 pub use super::msgpack::parse;
 use super::{CONTROL, Frame, Map, SessionId};
 
-/// Opens a session. Body: [`Open`].
+/// Body: [`Open`].
 pub const OPEN: &str = "open";
 /// The answer to `open`. Body: [`Accept`].
 pub const ACCEPT: &str = "accept";
@@ -16,7 +16,7 @@ pub(crate) const CLOSE: &str = "close";
 /// Body: [`Error`].
 pub(crate) const ERROR: &str = "error";
 
-/// The version of session control that this program speaks.
+/// Of session control.
 pub const VERSION: i64 = 1;
 
 #[derive(Debug, PartialEq, Eq, Deserialize)]
@@ -28,7 +28,6 @@ pub struct Open {
 pub struct Accept {
     #[serde(default)]
     pub version: i64,
-    /// Protocols available in the session.
     pub protocols: Option<Vec<u16>>,
 }
 
@@ -47,10 +46,6 @@ pub struct Error {
     pub id: Option<String>,
 }
 
-fn frame(sid: &SessionId, typ: &str) -> Frame {
-    Frame::new(CONTROL, typ, Some(sid))
-}
-
 pub fn accept(sid: &SessionId, protocols: &[u16]) -> Frame {
     let list = |out: &mut Vec<u8>| {
         encode::write_array_len(out, u32::try_from(protocols.len()).unwrap_or(0))?;
@@ -58,15 +53,15 @@ pub fn accept(sid: &SessionId, protocols: &[u16]) -> Frame {
         protocols.iter().try_for_each(|protocol| encode::write_u16(out, *protocol))
     };
     let body = Map::new().with_int("version", VERSION).with("protocols", list).finish();
-    frame(sid, ACCEPT).with_body(body)
+    Frame::new(CONTROL, ACCEPT, Some(sid)).with_body(body)
 }
 
 pub(crate) fn ping(sid: &SessionId) -> Frame {
-    frame(sid, PING)
+    Frame::new(CONTROL, PING, Some(sid))
 }
 
 pub(crate) fn pong(sid: &SessionId) -> Frame {
-    frame(sid, PONG)
+    Frame::new(CONTROL, PONG, Some(sid))
 }
 
 /// Reports an error that no message of the client's caused. With `close` the session is over.
@@ -80,8 +75,8 @@ pub fn error_about(sid: &SessionId, cause: &Frame, text: &str, close: bool) -> F
     if cause.proto != 0 {
         body = body.with("msgproto", |out| encode::write_u16(out, cause.proto));
     }
-    let body = body.with_cause(&cause.typ, cause.props.str("msgid"));
-    frame(sid, ERROR).with_body(body.finish())
+    let body = body.with_cause(&cause.typ, cause.props.str("msgid")).finish();
+    Frame::new(CONTROL, ERROR, Some(sid)).with_body(body)
 }
 
 #[cfg(test)]

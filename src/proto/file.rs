@@ -44,17 +44,16 @@ impl Request {
     /// The error is the text for the client.
     pub fn decode(body: &[u8]) -> Result<Self, String> {
         let request = Self::parse(body).map_err(|e| format!("malformed request parameters: {e}"))?;
-        if request.path.as_os_str().is_empty() {
-            return Err("invalid request parameters: path: cannot be blank.".to_owned());
-        }
-        for (what, path) in [("path", Some(&request.path)), ("src_path", request.src_path.as_ref())] {
-            if path.is_some_and(|path| path.as_os_str().len() >= PATH_MAX) {
-                return Err(format!(
-                    "invalid request parameters: {what}: the length must be below {PATH_MAX}."
-                ));
+        let too_long = |path: &PathBuf| path.as_os_str().len() >= PATH_MAX;
+        let fault = match &request {
+            Request { path, .. } if path.as_os_str().is_empty() => "path: cannot be blank",
+            Request { path, .. } if too_long(path) => "path: the length must be below 4096",
+            Request { src_path: Some(path), .. } if too_long(path) => {
+                "src_path: the length must be below 4096"
             }
-        }
-        Ok(request)
+            _ => return Ok(request),
+        };
+        Err(format!("invalid request parameters: {fault}."))
     }
 
     fn parse(body: &[u8]) -> Result<Self, DecodeError> {

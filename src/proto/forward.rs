@@ -8,12 +8,11 @@ use serde::Deserialize;
 use super::msgpack::parse;
 use super::{Frame, MAX_TEXT, Map, PORT_FORWARD, SessionId, clipped};
 
-/// Asks for a connection to a target, and answers that.
+/// The request for a connection and its answer.
 pub const NEW: &str = "new";
 pub(crate) const FORWARD: &str = "forward";
 /// Acknowledges one `FORWARD`.
 pub const ACK: &str = "ack";
-/// Ends the connection.
 pub(crate) const STOP: &str = "stop";
 pub(crate) const ERROR: &str = "error";
 
@@ -76,12 +75,12 @@ impl Target {
         if host.len() > MAX_HOST {
             return Err(format!("invalid port-forward message: remote_host is longer than {MAX_HOST} bytes"));
         }
-        let transport = match new.protocol.as_deref() {
+        let transport = match new.protocol.as_deref().unwrap_or_default() {
+            "" => return Err(INCOMPLETE.to_owned()),
             _ if host.is_empty() || port == 0 => return Err(INCOMPLETE.to_owned()),
-            None | Some("") => return Err(INCOMPLETE.to_owned()),
-            Some("tcp") => Transport::Tcp,
-            Some("udp") => Transport::Udp,
-            Some(other) => return Err(format!("unknown protocol: {}", clipped(other, MAX_TEXT))),
+            "tcp" => Transport::Tcp,
+            "udp" => Transport::Udp,
+            other => return Err(format!("unknown protocol: {}", clipped(other, MAX_TEXT))),
         };
         Ok(Target { host, port, transport })
     }
@@ -92,7 +91,7 @@ pub fn about(sid: &SessionId, typ: &str, connection: &ConnectionId) -> Frame {
     Frame::new(PORT_FORWARD, typ, Some(sid)).with_props(Map::new().with_str(CONNECTION_ID, &*connection.0))
 }
 
-/// Reports that a message of type `typ` failed.
+/// For a message of type `typ`.
 pub(crate) fn error(sid: &SessionId, typ: &str, text: &str) -> Frame {
     let body = Map::new().with_str("err", text).with_cause(typ, None).finish();
     Frame::new(PORT_FORWARD, ERROR, Some(sid)).with_body(body)

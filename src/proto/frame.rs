@@ -17,8 +17,7 @@ use super::map::Map;
 pub(crate) use super::msgpack::DecodeError;
 use super::msgpack::{Cursor, Value};
 
-/// Limit of a header in bytes: as much as the reference agent accepts for a message. Answers and log lines repeat
-/// parts of it.
+/// In bytes, as much as the reference agent accepts for a message. Answers and log lines repeat parts of it.
 const MAX_HEADER: usize = 8 * 1024;
 
 /// A session's name, chosen by the server; never empty.
@@ -43,7 +42,7 @@ impl fmt::Display for SessionId {
     }
 }
 
-/// The user whom the server names as a message's sender; empty if it names none.
+/// The user whom the server names as a message's sender by the property `user_id`; empty if it names none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct UserId(Arc<str>);
 
@@ -67,9 +66,7 @@ impl fmt::Display for UserId {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
-    /// [`super::SHELL`] or one of its siblings.
     pub proto: u16,
-    /// The message type within its protocol.
     pub typ: String,
     /// `None` for commands to the device as a whole.
     pub sid: Option<SessionId>,
@@ -93,17 +90,16 @@ impl Frame {
         Frame { body: body.into(), ..self }
     }
 
-    /// From the property `user_id`, which the server sets.
     pub fn user(&self) -> UserId {
         self.props.str("user_id").unwrap_or_default().into()
     }
 
-    /// Names the first identifier that is longer than [`MAX_ID`]. Answers and log lines repeat identifiers.
+    /// The first identifier that is longer than [`MAX_ID`]. Answers and log lines repeat identifiers.
     pub(crate) fn too_long(&self) -> Option<&'static str> {
         let ids = ["user_id", "connection_id", "msgid"].map(|key| (key, self.props.str(key)));
         let sid = self.sid.as_ref().map(SessionId::as_str);
         let mut all = [("sid", sid), ("typ", Some(&self.typ))].into_iter().chain(ids);
-        all.find(|(_, id)| id.is_some_and(|id| id.len() > MAX_ID)).map(|(what, _)| what)
+        Some(all.find(|(_, id)| id.is_some_and(|id| id.len() > MAX_ID))?.0)
     }
 
     /// What an answer needs of its request.

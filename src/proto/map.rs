@@ -33,7 +33,7 @@ impl Map {
         self.pairs == 0
     }
 
-    /// In bytes, without the map's header.
+    /// In bytes, without the header.
     pub(crate) fn len(&self) -> usize {
         self.bytes.len()
     }
@@ -47,13 +47,13 @@ impl Map {
         self
     }
 
-    /// Adds an integer in its shortest form.
+    /// In its shortest form.
     #[must_use]
     pub(crate) fn with_int(self, key: &str, value: i64) -> Self {
         self.with(key, |out| encode::write_sint(out, value).map(drop))
     }
 
-    /// Adds an integer in its 64-bit form.
+    /// In its 64-bit form.
     #[must_use]
     pub fn with_i64(self, key: &str, value: i64) -> Self {
         self.with(key, |out| encode::write_i64(out, value))
@@ -89,25 +89,20 @@ impl Map {
     /// The part that every client can read: scalars with names, limited in length and number.
     #[must_use]
     pub(crate) fn readable(&self) -> Self {
+        let short = |value: &Value<'_>| !matches!(value, Value::Blob(text) if text.len() > MAX_ID);
         let mut kept = Map::new();
-        for (name, value) in self.pairs() {
-            let good = match Cursor::new(value).value() {
-                Ok(Value::Other) => false,
-                Ok(Value::Blob(text)) => text.len() <= MAX_ID,
-                _ => true,
-            };
-            if let (Value::Blob(name), true) = (name, good)
-                && let Ok(name) = std::str::from_utf8(name)
-                && name.len() <= MAX_ID
+        for (name, encoded) in self.pairs() {
+            if let (Value::Blob(bytes), Ok(value)) = (name, Cursor::new(encoded).value())
+                && let Ok(text) = std::str::from_utf8(bytes)
+                && (short(&name) && short(&value) && value != Value::Other)
                 && kept.len() <= MAX_READABLE
             {
-                kept = kept.with(name, |out| out.write_all(value));
+                kept = kept.with(text, |out| out.write_all(encoded));
             }
         }
         kept
     }
 
-    /// Names and encoded values.
     fn pairs(&self) -> impl Iterator<Item = (Value<'_>, &[u8])> {
         let mut cursor = Cursor::new(&self.bytes);
         (0..self.pairs).map_while(move |_| Some((cursor.value().ok()?, cursor.raw(1).ok()?)))

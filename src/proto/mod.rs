@@ -1,14 +1,8 @@
-//! The language spoken through the websocket. Does no I/O.
+//! The language spoken through the websocket. Does no I/O. One websocket message carries one [`Frame`], a msgpack map:
+//! `{ "hdr": { "proto": u16, "typ": str?, "sid": str?, "props": { str: any }? }, "body": bin? }`
 //!
-//! One websocket message carries one [`Frame`], a msgpack map:
-//!
-//! ```text
-//! { "hdr": { "proto": u16, "typ": str?, "sid": str?, "props": { str: any }? }, "body": bin? }
-//! ```
-//!
-//! Decoding accepts any form that a client may send: integers of any width, bodies as str or bin,
-//! nil for absent values, unknown keys. Encoding produces exactly the form that the other decoders
-//! insist on; [`frame`] says where that matters.
+//! Decoding accepts any form that a client may send: integers of any width, bodies as str or bin, nil for absent values,
+//! unknown keys. Encoding produces exactly the form that the other decoders insist on; [`frame`] says where that matters.
 
 pub mod control;
 pub mod file;
@@ -34,9 +28,8 @@ pub const PORT_FORWARD: u16 = 3;
 pub const MENDER_CLIENT: u16 = 4;
 pub const CONTROL: u16 = 0xffff;
 
-/// The first `limit` characters of `text`.
-pub(crate) fn clipped(text: &str, limit: usize) -> String {
-    text.chars().take(limit).collect()
+pub(crate) fn clipped(text: &str, characters: usize) -> String {
+    text.chars().take(characters).collect()
 }
 
 #[cfg(test)]

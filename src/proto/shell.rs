@@ -4,16 +4,15 @@ use bytes::Bytes;
 
 use super::{Frame, Map, SHELL, SessionId};
 
-/// Starts a shell, and answers that.
+/// The request for a shell and its answer.
 pub(crate) const NEW: &str = "new";
 /// Keystrokes or output.
 pub(crate) const DATA: &str = "shell";
 pub(crate) const RESIZE: &str = "resize";
 /// Ends the shell, or reports that it has ended.
 pub(crate) const STOP: &str = "stop";
-/// From the device: is the client there?
+/// From the device.
 pub(crate) const PING: &str = "ping";
-/// The client's answer to `ping`.
 pub(crate) const PONG: &str = "pong";
 
 const NORMAL: i64 = 1;
