@@ -7,22 +7,23 @@ use std::time::Instant;
 
 use crossbeam_channel::select;
 use log::debug;
-use tungstenite::WebSocket;
 use tungstenite::handshake::client::generate_key;
-use tungstenite::protocol::{Role, WebSocketConfig};
+use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tungstenite::{Bytes, Error, Message, WebSocket};
 
-use super::cancel::Cancel;
 use super::endpoint::Endpoint;
 use super::error::{LinkError, MAX_MESSAGE};
-use super::halves::ReadHalf;
+use super::halves::Half;
 use super::http::{Answer, Request};
 use super::proxy::ProxySettings;
-use super::socket::{ATTEMPT_LIMIT, Socket};
-use super::tls;
+use super::socket::{ATTEMPT_LIMIT, Cancel, Socket};
+#[cfg(feature = "tls")]
+use super::tls::client as tls_client;
 use crate::auth::Credentials;
 use crate::sys::{names, net, reason};
 
 const BUFFER: usize = 16 * 1024;
+const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
 
 /// A step that was made; in this order, as far as they are needed.
 pub(crate) enum Progress<'a> {
@@ -46,7 +47,7 @@ pub(super) fn dial(
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
     progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<WebSocket<ReadHalf>, LinkError> {
+) -> Result<WebSocket<Half>, LinkError> {
     let (request, mut stream) = reach(credentials, proxies, cancel, progress)?;
     let key = generate_key();
     let answer = request.ask(&mut stream, Some(&key))?;
@@ -62,10 +63,10 @@ pub(super) fn reach(
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
     progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<(Request, ReadHalf), LinkError> {
+) -> Result<(Request, Half), LinkError> {
     let deadline = Instant::now() + ATTEMPT_LIMIT;
     let server = Endpoint::parse(&credentials.server_url)?;
-    let handshake = if server.tls { Some(tls::client(&server)?) } else { None };
+    let handshake = if server.tls { Some(tls_client(&server)?) } else { None };
     let request = Request::new(&server, &credentials.token)?;
     progress(Progress::Server(&server));
 
@@ -80,7 +81,54 @@ pub(super) fn reach(
     }
     let (tls, version) = handshake.map(|handshake| handshake(&mut socket)).transpose()?.unzip();
     progress(Progress::Secured(version));
-    Ok((request, ReadHalf::new(socket, tls)))
+    Ok((request, Half::new(socket, tls)))
+}
+
+#[cfg(not(feature = "tls"))]
+fn tls_client(_: &Endpoint) -> Result<super::halves::Handshake, LinkError> {
+    let reason = "built without TLS, only http servers can be reached".to_owned();
+    Err(LinkError::Tls(reason, super::error::TlsFault::LeftOut))
+}
+
+/// `doctor`'s trial connection, in the caller's thread. With `upgrade` it opens a websocket, sends a ping through
+/// it and closes it, which ends the one that the device may have. Without, it asks the server the same question without
+/// wanting a websocket, and any answer is [`LinkError::Refused`].
+pub(crate) fn trial(
+    credentials: &Credentials,
+    proxies: &ProxySettings,
+    upgrade: bool,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<(), LinkError> {
+    let cancel = Arc::new(Cancel::new());
+    if upgrade {
+        return ping(dial(credentials, proxies, &cancel, progress)?);
+    }
+    let (request, stream) = reach(credentials, proxies, &cancel, progress)?;
+    let answer = request.ask(stream, None)?;
+    progress(Progress::Answered(&answer));
+    Err(answer.refusal())
+}
+
+fn ping(mut websocket: WebSocket<Half>) -> Result<(), LinkError> {
+    websocket.send(Message::Ping(PING_PAYLOAD)).map_err(LinkError::from)?;
+    loop {
+        match websocket.read() {
+            Ok(Message::Pong(payload)) if payload == PING_PAYLOAD => break,
+            Ok(Message::Close(frame)) => {
+                let code = frame.map_or(1005, |f| f.code.into());
+                return Err(LinkError::Closed { code, reason: String::new() });
+            }
+            Ok(_) => {}
+            Err(Error::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
+                return Err(LinkError::TimedOut("the answer to a ping"));
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    // The trial has succeeded, whether or not the server receives the close frame.
+    let _ = websocket.close(Some(CloseFrame { code: 1000.into(), reason: "".into() }));
+    let _ = websocket.flush();
+    Ok(())
 }
 
 pub(super) fn websocket_config(max_message: usize) -> WebSocketConfig {

@@ -1,7 +1,7 @@
 //! The two halves of a connection, plain or TLS.
 //!
-//! During the handshakes the read half is the whole connection. Afterwards it only reads: tungstenite answers pings and
-//! closes on the half that it reads from, so what it writes there is dropped, and the writer thread sends those answers.
+//! During the handshakes one half is the whole connection. Afterwards it only reads: tungstenite answers pings and closes
+//! on the half that it reads from, so what it writes there is dropped, and the writer thread sends those answers.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::Arc;
@@ -32,34 +32,37 @@ pub(super) trait Tls: Send + Sync {
 /// Also returns the version of TLS.
 pub(super) type Handshake = Box<dyn FnOnce(&mut Socket) -> Result<(Arc<dyn Tls>, String), LinkError>>;
 
-/// The half that tungstenite's handshake gets and the reader keeps.
-pub(super) struct ReadHalf {
+pub(super) struct Half {
     source: BufReader<Socket>,
-    /// For the handshakes.
-    write_half: WriteHalf,
-    /// Of the open websocket.
+    tls: Option<Arc<dyn Tls>>,
+    ciphertext: Vec<u8>,
+    /// Of the half that only reads.
     outbox: Option<Outbox>,
 }
 
-impl ReadHalf {
+impl Half {
     pub(super) fn new(socket: Socket, tls: Option<Arc<dyn Tls>>) -> Self {
         let capacity = if tls.is_some() { RECORD } else { BUFFER };
-        let source = BufReader::with_capacity(capacity, socket.clone());
-        ReadHalf { source, write_half: WriteHalf::new(socket, tls), outbox: None }
+        Half { source: BufReader::with_capacity(capacity, socket), tls, ciphertext: Vec::new(), outbox: None }
     }
 
-    /// Ends the handshakes: from now on this half only reads, and has no deadline.
-    pub(super) fn open(&mut self, outbox: &Outbox) -> io::Result<WriteHalf> {
-        let socket = self.write_half.socket.without_deadline()?;
-        *self.source.get_mut() = socket.clone();
+    /// Ends the handshakes: from now on this half only reads, and neither half has a deadline. Returns the writer's.
+    pub(super) fn open(&mut self, outbox: &Outbox) -> io::Result<Half> {
+        *self.source.get_mut() = self.source.get_ref().without_deadline()?;
         self.outbox = Some(outbox.clone());
-        Ok(WriteHalf::new(socket, self.write_half.tls.clone()))
+        Ok(self.writing())
+    }
+
+    /// A half that only writes, and has no read buffer.
+    pub(super) fn writing(&self) -> Half {
+        let source = BufReader::with_capacity(0, self.source.get_ref().clone());
+        Half { source, tls: self.tls.clone(), ciphertext: Vec::new(), outbox: None }
     }
 }
 
-impl Read for ReadHalf {
+impl Read for Half {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(tls) = &self.write_half.tls else { return self.source.read(buffer) };
+        let Some(tls) = &self.tls else { return self.source.read(buffer) };
         loop {
             let mut ciphertext = self.source.buffer();
             let before = ciphertext.len();
@@ -83,45 +86,18 @@ impl Read for ReadHalf {
     }
 }
 
-impl Write for ReadHalf {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.outbox.is_some() { Ok(bytes.len()) } else { self.write_half.write(bytes) }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// The writer's half.
-#[derive(Clone)]
-pub(super) struct WriteHalf {
-    socket: Socket,
-    tls: Option<Arc<dyn Tls>>,
-    ciphertext: Vec<u8>,
-}
-
-impl WriteHalf {
-    pub(super) fn new(socket: Socket, tls: Option<Arc<dyn Tls>>) -> Self {
-        WriteHalf { socket, tls, ciphertext: Vec::new() }
-    }
-}
-
-/// tungstenite requires it of a stream, but never calls it on a websocket that only writes.
-impl Read for WriteHalf {
-    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
-
-impl Write for WriteHalf {
+impl Write for Half {
     /// Writes some of `bytes`, with TLS all of them and what TLS has to say itself.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(tls) = &self.tls else { return self.socket.write(bytes) };
+        if self.outbox.is_some() {
+            return Ok(bytes.len());
+        }
+        let socket = self.source.get_mut();
+        let Some(tls) = &self.tls else { return socket.write(bytes) };
         let mut written = 0;
         loop {
             written += tls.encrypt(&bytes[written..], &mut self.ciphertext)?;
-            self.socket.write_all(&self.ciphertext)?;
+            socket.write_all(&self.ciphertext)?;
             self.ciphertext.clear();
             if written == bytes.len() {
                 // One large message doesn't keep its memory.

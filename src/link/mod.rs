@@ -3,7 +3,6 @@
 //! A link has two threads. The first dials and then becomes the reader, which hands each frame on without waiting. The
 //! second, the writer, starts when the websocket is open and is the only one that writes to it.
 
-mod cancel;
 mod dial;
 mod endpoint;
 mod error;
@@ -15,10 +14,6 @@ mod reader;
 mod socket;
 #[cfg(feature = "tls")]
 mod tls;
-#[cfg(not(feature = "tls"))]
-#[path = "no_tls.rs"]
-mod tls;
-mod trial;
 mod writer;
 
 use std::io;
@@ -27,21 +22,19 @@ use std::time::{Duration, Instant};
 
 use log::debug;
 
-use self::cancel::Cancel;
-use self::socket::{ATTEMPT_LIMIT, FAREWELL_LIMIT};
+use self::socket::{ATTEMPT_LIMIT, Cancel, FAREWELL_LIMIT};
 use crate::auth::Credentials;
 use crate::outbox::Outbox;
 use crate::proto::Frame;
 use crate::sys::thread;
 
-pub(crate) use dial::Progress;
+pub(crate) use dial::{Progress, trial};
 pub(crate) use endpoint::{Endpoint, PATH};
 pub use error::LinkError;
 pub(crate) use error::{AnswerFault, TlsFault};
 pub(crate) use proxy::{PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;
-pub(crate) use trial::trial;
 
 /// A dial that takes longer hangs. Above [`ATTEMPT_LIMIT`], for devices that are overloaded or read trusted certificates
 /// from slow storage.

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use log::{Level, log};
 use tungstenite::{Message, WebSocket};
 
-use super::cancel::Cancel;
 use super::error::LinkError;
+use super::socket::Cancel;
 use crate::outbox::{Outbox, Pool, Work};
 use crate::proto::Frame;
 

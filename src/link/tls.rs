@@ -1,5 +1,4 @@
-//! TLS towards the server, when mender-auth's local forwarder isn't in between. Without the feature `tls` its
-//! place is taken by `no_tls.rs`.
+//! TLS towards the server, when mender-auth's local forwarder isn't in between.
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -8,7 +8,7 @@ use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Error, Message, WebSocket};
 
 use super::error::LinkError;
-use super::halves::WriteHalf;
+use super::halves::Half;
 use super::pace::Pace;
 use super::socket::{PING_INTERVAL, WRITE_LIMIT};
 use crate::outbox::{Class, Queue, Work};
@@ -19,7 +19,7 @@ const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
 const BATCH: usize = 16 * 1024;
 
 /// Writes until asked to close or until writing fails.
-pub(super) fn run(half: WriteHalf, mut queue: Queue) -> Result<(), LinkError> {
+pub(super) fn run(half: Half, mut queue: Queue) -> Result<(), LinkError> {
     let mut writer = Writer { websocket: websocket(half), pace: Pace::new() };
     writer.write(&mut queue).map_err(|e| match e {
         Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
@@ -30,11 +30,11 @@ pub(super) fn run(half: WriteHalf, mut queue: Queue) -> Result<(), LinkError> {
 }
 
 struct Writer {
-    websocket: WebSocket<WriteHalf>,
+    websocket: WebSocket<Half>,
     pace: Pace,
 }
 
-fn websocket(half: WriteHalf) -> WebSocket<WriteHalf> {
+fn websocket(half: Half) -> WebSocket<Half> {
     let config = WebSocketConfig::default().read_buffer_size(0).write_buffer_size(BATCH);
     WebSocket::from_raw_socket(half, Role::Client, Some(config))
 }
@@ -49,7 +49,7 @@ impl Writer {
                 next_ping = now + PING_INTERVAL;
                 queue.shrink();
                 // tungstenite's buffer has grown to the largest message, and never shrinks.
-                self.websocket = websocket(self.websocket.get_ref().clone());
+                self.websocket = websocket(self.websocket.get_ref().writing());
             }
             queue.set_piece(self.pace.piece(now));
             let sendable = self.pace.sendable(now);
@@ -113,7 +113,7 @@ mod tests {
         let mut server = WebSocket::from_raw_socket(server, Role::Server, None);
         let (outbox, mut queue) = Outbox::new();
         let pace = super::super::pace::tests::without_credit_or_probe(Instant::now());
-        let mut writer = Writer { websocket: websocket(WriteHalf::new(Socket::of(ours), None)), pace };
+        let mut writer = Writer { websocket: websocket(Half::new(Socket::of(ours), None)), pace };
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
             writer.write(&mut queue)
         })
