@@ -42,7 +42,6 @@ pub enum Work {
     Message(Bytes, Class),
     /// Send a close frame with this code, and end.
     Close(u16),
-    /// Answer a ping.
     Pong(Bytes),
     /// The TLS layer has something of its own to send.
     FlushTls,
@@ -71,7 +70,6 @@ pub struct Outbox {
     shared: Arc<Shared>,
 }
 
-/// The writer's end.
 #[derive(Debug)]
 pub struct Queue {
     messages: [Receiver<Box<Item>>; 2],
@@ -151,8 +149,7 @@ impl Queue {
         self.shared.piece.store(bytes, Ordering::Relaxed);
     }
 
-    /// Frees pooled buffers.
-    pub(crate) fn shrink(&self) {
+    pub(crate) fn free_buffers(&self) {
         self.shared.pool.clear();
     }
 

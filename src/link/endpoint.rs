@@ -21,7 +21,6 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
-    /// Reads a server URL: `http` and `ws` are plain, `https` and `wss` are secure.
     pub(super) fn parse(url: &str) -> Result<Self, LinkError> {
         let uri: Uri = url.trim().parse().map_err(|e| LinkError::Url(format!("{e}")))?;
         let (tls, default_port) = match uri.scheme_str() {
@@ -38,7 +37,6 @@ impl Endpoint {
         Ok(Endpoint { tls, host: host.to_owned(), port: uri.port_u16().unwrap_or(default_port) })
     }
 
-    /// Host and port, an IPv6 address in brackets.
     pub(crate) fn authority(&self) -> String {
         format!("{}:{}", self.bracketed(), self.port)
     }
@@ -47,7 +45,6 @@ impl Endpoint {
         if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() }
     }
 
-    /// The value of the Host header: without the port if it is the scheme's own.
     pub(super) fn host_header(&self) -> String {
         let default_port = if self.tls { 443 } else { 80 };
         if self.port == default_port { self.bracketed() } else { self.authority() }
@@ -57,7 +54,6 @@ impl Endpoint {
         self.host.parse().ok()
     }
 
-    /// Whether this is the machine itself, by name or address.
     pub(crate) fn is_loopback(&self) -> bool {
         self.host.eq_ignore_ascii_case("localhost") || self.address().is_some_and(|a| a.is_loopback())
     }

@@ -32,7 +32,6 @@ pub enum LinkError {
     Refused { status: u16, retry_after: Option<Duration> },
     #[error("connection lost: {0}")]
     NoAnswer(AnswerFault),
-    /// The named step of a dial took too long.
     #[error("{0} timed out")]
     TimedOut(&'static str),
     #[error("nothing heard from the server for {} s", SILENCE_LIMIT.as_secs())]

@@ -48,7 +48,7 @@ impl Half {
 
     /// Ends the handshakes: from now on this half only reads, and neither half has a deadline. Returns the writer's.
     pub(super) fn open(&mut self, outbox: &Outbox) -> io::Result<Half> {
-        *self.source.get_mut() = self.source.get_ref().without_deadline()?;
+        self.source.get_mut().establish()?;
         self.outbox = Some(outbox.clone());
         Ok(self.writing())
     }

@@ -13,11 +13,10 @@ use super::error::{AnswerFault, LinkError};
 use crate::auth::Token;
 use crate::sys::{clock, reason};
 
-/// Upper bound of an answer's head, in bytes.
+/// In bytes.
 const MAX_HEAD: usize = 16 * 1024;
 /// In bytes: `HTTP/1.1`.
 const VERSION: usize = 8;
-/// Upper bound for Retry-After.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 /// The headers that ask for a websocket, up to the key.
@@ -79,7 +78,6 @@ fn since_1970(date: &str) -> Option<Duration> {
     httpdate::parse_http_date(date).ok()?.duration_since(UNIX_EPOCH).ok()
 }
 
-/// Reads Retry-After, which is in seconds or a date.
 fn retry_after(value: &str) -> Option<Duration> {
     let wait = match value.trim().parse() {
         Ok(seconds) => Duration::from_secs(seconds),

@@ -117,7 +117,6 @@ fn run<F: FnMut(Frame)>(
         return e.into();
     }
     let inbound = accept(&outbox);
-    cancel.establish();
     events(LinkEvent::Connected);
     // Drops `inbound`, so that the sessions end here, even if the server takes no close frame any more.
     let mut lost = reader::run(&mut socket, &outbox, inbound, cancel);

@@ -35,11 +35,9 @@ const MOST_SLACK: Duration = Duration::from_millis(50);
 /// Steps in which the window changes at most.
 const STEP: u64 = 4;
 
-/// The bytes on the way and how many there may be.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     window: u64,
-    /// Of this link, since its start.
     written: u64,
     arrived: u64,
     probes: VecDeque<Sent>,

@@ -1,9 +1,9 @@
 //! How long a link may wait for what, and its socket, whose operations end in time or when another thread ends the link.
 
 use std::io::{self, Read, Write};
+use std::mem;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -69,16 +69,22 @@ impl Socket {
         Socket { stream: Arc::new(stream), cancel, deadline: None, quick_ack: false }
     }
 
-    /// The same socket for the time after the handshakes.
-    pub(super) fn without_deadline(&self) -> io::Result<Self> {
+    /// Ends the time of the handshakes.
+    pub(super) fn establish(&mut self) -> io::Result<()> {
         self.stream.set_read_timeout(Some(SILENCE_LIMIT))?;
         self.stream.set_write_timeout(Some(WRITE_LIMIT))?;
-        Ok(Socket { deadline: None, ..self.clone() })
+        self.deadline = None;
+        self.cancel.lock().established = true;
+        Ok(())
     }
 
-    fn left(&self) -> io::Result<Option<Duration>> {
-        let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
-        if left.is_some_and(|left| left.is_zero()) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+    /// Lets the next operation end by the deadline.
+    fn set_time_outs(&self) -> io::Result<()> {
+        let Some(deadline) = self.deadline else { return Ok(()) };
+        let left = Some(deadline.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero());
+        let left = left.ok_or(io::ErrorKind::TimedOut)?;
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.set_write_timeout(Some(left))
     }
 }
 
@@ -95,11 +101,9 @@ fn uninterrupted(mut operation: impl FnMut() -> io::Result<usize>) -> io::Result
 
 impl Read for Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if let Some(left) = self.left()? {
-            self.stream.set_read_timeout(Some(left))?;
-        }
+        self.set_time_outs()?;
         let n = uninterrupted(|| (&*self.stream).read(buffer))?;
-        self.cancel.heard();
+        self.cancel.lock().heard = true;
         if self.quick_ack {
             // Only a hint; a socket that can't do it still works.
             let _ = net::rearm_quick_ack(self.stream.as_fd());
@@ -110,9 +114,7 @@ impl Read for Socket {
 
 impl Write for Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(left) = self.left()? {
-            self.stream.set_write_timeout(Some(left))?;
-        }
+        self.set_time_outs()?;
         uninterrupted(|| (&*self.stream).write(bytes))
     }
 
@@ -125,27 +127,26 @@ impl Write for Socket {
 #[derive(Debug)]
 pub(super) struct Cancel {
     state: Mutex<State>,
-    /// Disconnected by [`Cancel::cancel`]; for whoever waits on channels.
+    /// Disconnected by [`Cancel::cancel`].
     pub(super) cancelled: Receiver<()>,
-    /// The reader has read since [`Cancel::reads`] was called last.
-    heard: AtomicBool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
     /// `None` once cancelled.
     alive: Option<Sender<()>>,
     established: bool,
     socket: Option<Arc<TcpStream>>,
-    /// Something waited to be read at the last call of [`Cancel::reads`].
+    /// The reader has read since [`Cancel::reads`] was called last, when something waited to be read.
+    heard: bool,
     had_unread: bool,
 }
 
 impl Cancel {
     pub(super) fn new() -> Self {
         let (alive, cancelled) = bounded(0);
-        let state = State { alive: Some(alive), established: false, socket: None, had_unread: false };
-        Cancel { state: Mutex::new(state), cancelled, heard: AtomicBool::new(false) }
+        let state = Mutex::new(State { alive: Some(alive), ..State::default() });
+        Cancel { state, cancelled }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -170,27 +171,18 @@ impl Cancel {
         if state.alive.is_none() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 
-    pub(super) fn establish(&self) {
-        self.lock().established = true;
-    }
-
     pub(super) fn shut_down(&self) {
         self.lock().shut_down(Shutdown::Both);
-    }
-
-    /// To be called whenever the reader has read.
-    pub(super) fn heard(&self) {
-        self.heard.store(true, Ordering::Relaxed);
     }
 
     /// False if the reader hasn't read since the last call, though something waited to be read then and now. `None`
     /// until the link is established.
     pub(super) fn reads(&self) -> Option<bool> {
-        let heard = self.heard.swap(false, Ordering::Relaxed);
         let mut state = self.lock();
+        let heard = mem::take(&mut state.heard);
         let socket = state.socket.as_ref().filter(|_| state.established)?;
         let unread = net::is_readable(socket.as_fd());
-        let had_unread = std::mem::replace(&mut state.had_unread, unread);
+        let had_unread = mem::replace(&mut state.had_unread, unread);
         Some(heard || !had_unread || !unread)
     }
 }

@@ -47,7 +47,7 @@ impl Writer {
             if now >= next_ping {
                 self.websocket.send(Message::Ping(PING_PAYLOAD))?;
                 next_ping = now + PING_INTERVAL;
-                queue.shrink();
+                queue.free_buffers();
                 // tungstenite's buffer has grown to the largest message, and never shrinks.
                 self.websocket = websocket(self.websocket.get_ref().writing());
             }

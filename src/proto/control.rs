@@ -6,14 +6,11 @@ use serde::Deserialize;
 pub use super::msgpack::parse;
 use super::{CONTROL, Frame, Map, SessionId};
 
-/// Body: [`Open`].
 pub const OPEN: &str = "open";
-/// The answer to `open`. Body: [`Accept`].
 pub const ACCEPT: &str = "accept";
 pub(crate) const PING: &str = "ping";
 pub(crate) const PONG: &str = "pong";
 pub(crate) const CLOSE: &str = "close";
-/// Body: [`Error`].
 pub(crate) const ERROR: &str = "error";
 
 /// Of session control.
@@ -35,7 +32,6 @@ pub struct Accept {
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Error {
     pub err: Option<String>,
-    /// Whether the error ends the session.
     pub close: Option<bool>,
     /// Of the message at fault, as are `typ` and `id`.
     #[serde(rename = "msgproto")]

@@ -59,7 +59,6 @@ pub struct Target {
     pub transport: Transport,
 }
 
-/// The body of `new`.
 #[derive(Debug, Deserialize)]
 struct New {
     remote_host: Option<String>,
@@ -91,7 +90,6 @@ pub fn about(sid: &SessionId, typ: &str, connection: &ConnectionId) -> Frame {
     Frame::new(PORT_FORWARD, typ, Some(sid)).with_props(Map::new().with_str(CONNECTION_ID, &*connection.0))
 }
 
-/// For a message of type `typ`.
 pub(crate) fn error(sid: &SessionId, typ: &str, text: &str) -> Frame {
     let body = Map::new().with_str("err", text).with_cause(typ, None).finish();
     Frame::new(PORT_FORWARD, ERROR, Some(sid)).with_body(body)

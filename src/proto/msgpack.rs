@@ -1,7 +1,6 @@
 //! Msgpack: a reader for the envelope, which accepts any width and order and copies nothing, and one for typed bodies.
 //!
-//! No recursion without bound, so that nesting can't exhaust a stack, and no allocation by a length that a message
-//! claims.
+//! Nesting can't exhaust a stack, and no length that a message only claims is allocated.
 
 use rmp::Marker;
 use serde::Deserialize;

@@ -6,12 +6,10 @@ use super::{Frame, Map, SHELL, SessionId};
 
 /// The request for a shell and its answer.
 pub(crate) const NEW: &str = "new";
-/// Keystrokes or output.
 pub(crate) const DATA: &str = "shell";
 pub(crate) const RESIZE: &str = "resize";
 /// Ends the shell, or reports that it has ended.
 pub(crate) const STOP: &str = "stop";
-/// From the device.
 pub(crate) const PING: &str = "ping";
 pub(crate) const PONG: &str = "pong";
 
@@ -33,7 +31,6 @@ pub fn output(sid: &SessionId) -> Frame {
     Frame::new(SHELL, DATA, Some(sid)).with_props(status(NORMAL))
 }
 
-/// Confirms `stop`.
 pub(crate) fn stopped(sid: &SessionId) -> Frame {
     Frame::new(SHELL, STOP, Some(sid)).with_props(status(NORMAL))
 }
