@@ -1,13 +1,11 @@
-//! File transfer's frames: `stat` → `file_info`; `get_file` and `put_file`, then `file_chunk` one way and `ack` the
-//! other; `error`, which ends a transfer.
-//!
-//! Offsets are 64-bit integers whatever their value: the server asserts that type. A chunk without a body is the
-//! end of the file.
+//! File transfer's frames: `stat` → `file_info`; `get_file` and `put_file`, then `file_chunk` one way, without a body at
+//! the end of the file, and `ack` the other; `error`, which ends a transfer.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use nix::sys::stat::FileStat;
 use rmp::encode;
 
 use super::msgpack::{Cursor, DecodeError, Value};
@@ -32,7 +30,6 @@ pub struct Request {
     pub path: PathBuf,
     /// The name at the source, used when `path` is a directory.
     pub src_path: Option<PathBuf>,
-    /// In bytes.
     pub size: Option<u64>,
     pub uid: Option<u32>,
     pub gid: Option<u32>,
@@ -79,20 +76,6 @@ fn path(cursor: &mut Cursor<'_>, what: &'static str) -> Result<Option<PathBuf>, 
     Ok(cursor.blob(what)?.map(|bytes| OsString::from_vec(bytes.to_vec()).into()))
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct FileInfo {
-    /// As the client asked for it.
-    pub(crate) path: String,
-    /// In bytes.
-    pub(crate) size: i64,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    /// The kernel's `st_mode`; sent in Go's form.
-    pub(crate) mode: u32,
-    /// Time of last modification: seconds since 1970 and nanoseconds.
-    pub(crate) modified: (i64, u32),
-}
-
 /// Converts `st_mode` to Go's `os.FileMode`, by which clients recognise regular files.
 pub(crate) fn go_mode(mode: u32) -> u32 {
     const DEVICE: u32 = 1 << 26;
@@ -111,7 +94,7 @@ pub(crate) fn go_mode(mode: u32) -> u32 {
     bits.iter().filter(|(bit, _)| mode & bit != 0).fold(kind | mode & 0o777, |all, (_, bit)| all | bit)
 }
 
-/// msgpack's timestamp extension, in the shortest of its three forms.
+/// Seconds since 1970 and nanoseconds as msgpack's timestamp extension, in the shortest of its three forms.
 fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<(), encode::ValueWriteError> {
     let bytes = match u64::try_from(seconds) {
         Ok(s) if nanoseconds == 0 && s <= u64::from(u32::MAX) => (s as u32).to_be_bytes().to_vec(),
@@ -123,14 +106,16 @@ fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<()
     Ok(())
 }
 
-pub(crate) fn file_info(sid: &SessionId, info: &FileInfo) -> Frame {
+#[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
+pub(crate) fn file_info(sid: &SessionId, path: &Path, stat: &FileStat) -> Frame {
+    let modified = (stat.st_mtime.into(), u32::try_from(stat.st_mtime_nsec).unwrap_or(0));
     let body = Map::new()
-        .with_str("path", info.path.as_str())
-        .with_i64("size", info.size)
-        .with("uid", |out| encode::write_u32(out, info.uid))
-        .with("gid", |out| encode::write_u32(out, info.gid))
-        .with("mode", |out| encode::write_u32(out, go_mode(info.mode)))
-        .with("modtime", |out| timestamp(out, info.modified))
+        .with_str("path", &*path.to_string_lossy())
+        .with_i64("size", stat.st_size.into())
+        .with("uid", |out| encode::write_u32(out, stat.st_uid))
+        .with("gid", |out| encode::write_u32(out, stat.st_gid))
+        .with("mode", |out| encode::write_u32(out, go_mode(stat.st_mode)))
+        .with("modtime", |out| timestamp(out, modified))
         .finish();
     Frame::new(FILE_TRANSFER, FILE_INFO, Some(sid)).with_body(body)
 }
@@ -161,10 +146,7 @@ pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> F
 
 /// The offset of a chunk or an ack: `None` if absent, an error if it isn't a number of bytes.
 pub fn offset(frame: &Frame) -> Option<Result<u64, ()>> {
-    if !frame.props.has(OFFSET) {
-        return None;
-    }
-    Some(frame.props.int(OFFSET).and_then(|n| u64::try_from(n).ok()).ok_or(()))
+    frame.props.has(OFFSET).then(|| frame.props.int(OFFSET).and_then(|n| u64::try_from(n).ok()).ok_or(()))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use super::peer::Peer;
 use super::stats::TransferInfo;
 use crate::audit::Record;
 use crate::proto::control;
-use crate::proto::file::{self, FileInfo, Request};
+use crate::proto::file::{self, Request};
 use crate::proto::{Frame, MAX_TEXT, UserId, clipped};
 
 /// Error code for violated limits: the server passes it on as the HTTP status.
@@ -186,7 +186,6 @@ impl FileTransfer {
         }
     }
 
-    #[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
     fn stat(&mut self, peer: &mut Peer, frame: &Frame) {
         let config = peer.device.config();
         let limits = config.limits.as_ref();
@@ -195,16 +194,8 @@ impl FileTransfer {
             .and_then(|request| Ok((place::stat(limits, &request.path)?, request.path)));
         match found {
             Ok((stat, path)) => {
-                let info = FileInfo {
-                    path: path.to_string_lossy().into_owned(),
-                    size: stat.st_size.into(),
-                    uid: stat.st_uid,
-                    gid: stat.st_gid,
-                    mode: stat.st_mode,
-                    modified: (stat.st_mtime.into(), u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
-                };
+                peer.reply(&file::file_info(&peer.id, &path, &stat));
                 self.known = Some((path, stat));
-                peer.reply(&file::file_info(&peer.id, &info));
             }
             Err(failure) => refuse(peer, frame, &failure),
         }
