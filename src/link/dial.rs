@@ -1,6 +1,6 @@
 //! From credentials to an open websocket.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -54,10 +54,10 @@ pub(super) fn dial(
     progress(Progress::Answered(&answer));
     answer.accepts(&key)?;
     progress(Progress::Opened);
-    Ok(WebSocket::from_raw_socket(stream, Role::Client, Some(websocket_config(MAX_MESSAGE))))
+    Ok(websocket(stream, MAX_MESSAGE))
 }
 
-/// The way to the server, up to what is to be asked of it. `progress` hears of each step that was made.
+/// Connects to the server, up to the request that is to be sent. Tells `progress` of each step that was made.
 pub(super) fn reach(
     credentials: &Credentials,
     proxies: &ProxySettings,
@@ -131,11 +131,11 @@ fn ping(mut websocket: WebSocket<Half>) -> Result<(), LinkError> {
     Ok(())
 }
 
-pub(super) fn websocket_config(max_message: usize) -> WebSocketConfig {
-    WebSocketConfig::default()
-        .read_buffer_size(BUFFER)
-        .max_message_size(Some(max_message))
-        .max_frame_size(Some(max_message))
+/// `most` is the largest inbound message in bytes.
+pub(super) fn websocket<S: Read + Write>(stream: S, most: usize) -> WebSocket<S> {
+    let config = WebSocketConfig::default().read_buffer_size(BUFFER);
+    let config = config.max_message_size(Some(most)).max_frame_size(Some(most));
+    WebSocket::from_raw_socket(stream, Role::Client, Some(config))
 }
 
 fn open_socket(

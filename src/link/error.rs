@@ -20,7 +20,7 @@ pub enum LinkError {
     Token,
     #[error("lookup {host}: {reason}")]
     Resolve { host: String, reason: String },
-    /// Of the last address; the others didn't accept a connection either.
+    /// The last address; the others didn't accept a connection either.
     #[error("dial tcp {address}: connect: {reason}")]
     Connect { address: String, reason: String },
     #[error("proxy: {0}")]

@@ -84,8 +84,5 @@ pub fn read(
     outbox: &Outbox,
     inbound: impl FnMut(Frame),
 ) -> LinkError {
-    let config = Some(super::dial::websocket_config(most));
-    let role = tungstenite::protocol::Role::Client;
-    let mut socket = WebSocket::from_raw_socket(stream, role, config);
-    run(&mut socket, outbox, inbound, &Cancel::new())
+    run(&mut super::dial::websocket(stream, most), outbox, inbound, &Cancel::new())
 }

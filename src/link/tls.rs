@@ -74,14 +74,15 @@ fn roots() -> Result<RootCertStore, LinkError> {
     let found = rustls_native_certs::load_native_certs();
     let mut store = RootCertStore::empty();
     let (usable, _) = store.add_parsable_certificates(found.certs);
-    if usable == 0 {
-        let reason = found.errors.first().map_or_else(String::new, |e| format!(": {e}"));
-        let text = format!(
-            "no trusted certificates on this system (install ca-certificates or set SSL_CERT_FILE){reason}"
-        );
-        return Err(LinkError::Tls(text, TlsFault::NoRoots));
+    if usable > 0 {
+        return Ok(store);
     }
-    Ok(store)
+    let mut text =
+        "no trusted certificates on this system (install ca-certificates or set SSL_CERT_FILE)".to_owned();
+    if let Some(e) = found.errors.first() {
+        text += &format!(": {e}");
+    }
+    Err(LinkError::Tls(text, TlsFault::NoRoots))
 }
 
 fn lock(connection: &Mutex<ClientConnection>) -> MutexGuard<'_, ClientConnection> {

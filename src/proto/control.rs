@@ -13,7 +13,6 @@ pub(crate) const PONG: &str = "pong";
 pub(crate) const CLOSE: &str = "close";
 pub(crate) const ERROR: &str = "error";
 
-/// Of session control.
 pub const VERSION: i64 = 1;
 
 #[derive(Debug, PartialEq, Eq, Deserialize)]
@@ -33,7 +32,7 @@ pub struct Accept {
 pub struct Error {
     pub err: Option<String>,
     pub close: Option<bool>,
-    /// Of the message at fault, as are `typ` and `id`.
+    /// The message at fault's, as are `typ` and `id`.
     #[serde(rename = "msgproto")]
     pub proto: Option<u16>,
     #[serde(rename = "msgtype")]

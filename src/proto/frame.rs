@@ -80,12 +80,10 @@ impl Frame {
         Frame { proto, typ: typ.to_owned(), sid: sid.cloned(), props: Map::new(), body: Bytes::new() }
     }
 
-    #[must_use]
     pub fn with_props(self, props: Map) -> Self {
         Frame { props, ..self }
     }
 
-    #[must_use]
     pub fn with_body(self, body: impl Into<Bytes>) -> Self {
         Frame { body: body.into(), ..self }
     }

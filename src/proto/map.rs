@@ -39,7 +39,6 @@ impl Map {
     }
 
     /// Adds a pair whose value `write` writes. Writing to a Vec doesn't fail.
-    #[must_use]
     pub(crate) fn with<E>(mut self, key: &str, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Self {
         self.pairs += 1;
         let _ = encode::write_str(&mut self.bytes, key);
@@ -48,19 +47,16 @@ impl Map {
     }
 
     /// In its shortest form.
-    #[must_use]
     pub(crate) fn with_int(self, key: &str, value: i64) -> Self {
         self.with(key, |out| encode::write_sint(out, value).map(drop))
     }
 
     /// In its 64-bit form.
-    #[must_use]
     pub fn with_i64(self, key: &str, value: i64) -> Self {
         self.with(key, |out| encode::write_i64(out, value))
     }
 
     /// Leaves out `None`.
-    #[must_use]
     pub fn with_str<'a>(self, key: &str, value: impl Into<Option<&'a str>>) -> Self {
         match value.into() {
             Some(value) => self.with(key, |out| encode::write_str(out, value)),
@@ -69,7 +65,6 @@ impl Map {
     }
 
     /// Adds type and id of the message that an error is about, as far as it has them.
-    #[must_use]
     pub(crate) fn with_cause(self, typ: &str, id: Option<&str>) -> Self {
         self.with_str("msgtype", Some(typ).filter(|typ| !typ.is_empty())).with_str("msgid", id)
     }
@@ -87,7 +82,6 @@ impl Map {
     }
 
     /// The part that every client can read: scalars with names, limited in length and number.
-    #[must_use]
     pub(crate) fn readable(&self) -> Self {
         let short = |value: &Value<'_>| !matches!(value, Value::Blob(text) if text.len() > MAX_ID);
         let mut kept = Map::new();
