@@ -83,13 +83,13 @@ impl Map {
 
     /// The part that every client can read: scalars with names, limited in length and number.
     pub(crate) fn readable(&self) -> Self {
-        let short = |value: &Value<'_>| !matches!(value, Value::Blob(text) if text.len() > MAX_ID);
         let mut kept = Map::new();
         for (name, encoded) in self.pairs() {
             if let (Value::Blob(bytes), Ok(value)) = (name, Cursor::new(encoded).value())
                 && let Ok(text) = std::str::from_utf8(bytes)
-                && (short(&name) && short(&value) && value != Value::Other)
-                && kept.len() <= MAX_READABLE
+                && (text.len() <= MAX_ID && kept.len() <= MAX_READABLE)
+                && !matches!(value, Value::Map | Value::Other)
+                && !matches!(value, Value::Blob(text) if text.len() > MAX_ID)
             {
                 kept = kept.with(text, |out| out.write_all(encoded));
             }

@@ -41,7 +41,8 @@ pub(crate) enum Value<'a> {
     Float(f64),
     /// str or bin.
     Blob(&'a [u8]),
-    /// A map, an array or an extension.
+    Map,
+    /// An array or an extension.
     Other,
 }
 
@@ -54,14 +55,15 @@ impl<'a> Cursor<'a> {
         self.rest
     }
 
-    fn take(&mut self, n: usize) -> Result<&'a [u8], DecodeError> {
+    fn take(&mut self, n: u64) -> Result<&'a [u8], DecodeError> {
+        let n = usize::try_from(n).unwrap_or(usize::MAX);
         let (taken, rest) = self.rest.split_at_checked(n).ok_or(DecodeError::Truncated)?;
         self.rest = rest;
         Ok(taken)
     }
 
-    /// Reads a marker and its own bytes. Also returns the number of values nested in it, which are still unread.
-    fn element(&mut self) -> Result<(Marker, &'a [u8], u64), DecodeError> {
+    /// Reads a value, without those nested in it. Returns their number, too.
+    fn element(&mut self) -> Result<(Value<'a>, u64), DecodeError> {
         use Marker::*;
         let marker = Marker::from_u8(self.take(1)?[0]);
         let length = match marker {
@@ -77,22 +79,32 @@ impl<'a> Cursor<'a> {
             Str16 | Bin16 | Ext16 | Array16 | Map16 => number(self.take(2)?),
             Str32 | Bin32 | Ext32 | Array32 | Map32 => number(self.take(4)?),
         };
-        let (bytes, inner) = match marker {
-            FixArray(_) | Array16 | Array32 => (0, length),
-            FixMap(_) | Map16 | Map32 => (0, 2 * length),
+        let value = match marker {
+            FixArray(_) | Array16 | Array32 => return Ok((Value::Other, length)),
+            FixMap(_) | Map16 | Map32 => return Ok((Value::Map, 2 * length)),
+            Null => Value::Nil,
+            True | False => Value::Bool,
+            FixPos(n) => Value::Int(n.into()),
+            FixNeg(n) => Value::Int(n.into()),
+            U8 | U16 | U32 | U64 => Value::Int(number(self.take(length)?).into()),
+            I8 | I16 | I32 | I64 => {
+                let unused = 64 - 8 * length;
+                Value::Int(((number(self.take(length)?) << unused) as i64 >> unused).into())
+            }
+            F32 => Value::Float(f32::from_bits(number(self.take(length)?) as u32).into()),
+            F64 => Value::Float(f64::from_bits(number(self.take(length)?))),
+            FixStr(_) | Str8 | Str16 | Str32 | Bin8 | Bin16 | Bin32 => Value::Blob(self.take(length)?),
             // An extension has one byte of type besides its data.
-            FixExt1 | FixExt2 | FixExt4 | FixExt8 | FixExt16 | Ext8 | Ext16 | Ext32 => (length + 1, 0),
-            _ => (length, 0),
+            _ => self.take(length + 1).map(|_| Value::Other)?,
         };
-        let bytes = usize::try_from(bytes).map_err(|_| DecodeError::Truncated)?;
-        Ok((marker, self.take(bytes)?, inner))
+        Ok((value, 0))
     }
 
     /// Skips the next `count` values, however deep.
     pub(crate) fn skip(&mut self, mut count: u64) -> Result<(), DecodeError> {
         // Each value takes a byte at least, so a message's end bounds the loop whatever it claims.
         while count > 0 {
-            let (_, _, inner) = self.element()?;
+            let (_, inner) = self.element()?;
             count = (count - 1).saturating_add(inner);
         }
         Ok(())
@@ -108,32 +120,17 @@ impl<'a> Cursor<'a> {
     /// Reads a map's header and returns the number of pairs; `None` for nil.
     pub(crate) fn map(&mut self, what: &'static str) -> Result<Option<u32>, DecodeError> {
         match self.element()? {
-            (Marker::Null, ..) => Ok(None),
-            (Marker::FixMap(_) | Marker::Map16 | Marker::Map32, _, inner) => Ok(Some((inner / 2) as u32)),
+            (Value::Nil, _) => Ok(None),
+            (Value::Map, inner) => Ok(Some((inner / 2) as u32)),
             _ => Err(DecodeError::Type(what)),
         }
     }
 
     /// Reads the next value, and skips the contents of maps and arrays.
     pub(crate) fn value(&mut self) -> Result<Value<'a>, DecodeError> {
-        let (marker, bytes, inner) = self.element()?;
+        let (value, inner) = self.element()?;
         self.skip(inner)?;
-        Ok(match marker {
-            Marker::Null => Value::Nil,
-            Marker::True | Marker::False => Value::Bool,
-            Marker::FixPos(n) => Value::Int(n.into()),
-            Marker::FixNeg(n) => Value::Int(n.into()),
-            Marker::U8 | Marker::U16 | Marker::U32 | Marker::U64 => Value::Int(number(bytes).into()),
-            Marker::I8 | Marker::I16 | Marker::I32 | Marker::I64 => {
-                let unused = 64 - 8 * bytes.len();
-                Value::Int(((number(bytes) << unused) as i64 >> unused).into())
-            }
-            Marker::F32 => Value::Float(f32::from_bits(number(bytes) as u32).into()),
-            Marker::F64 => Value::Float(f64::from_bits(number(bytes))),
-            Marker::FixStr(_) | Marker::Str8 | Marker::Str16 | Marker::Str32 => Value::Blob(bytes),
-            Marker::Bin8 | Marker::Bin16 | Marker::Bin32 => Value::Blob(bytes),
-            _ => Value::Other,
-        })
+        Ok(value)
     }
 
     /// Reads a str or bin; `None` for nil.
