@@ -1,6 +1,5 @@
-//! From the sessions and the reader to the link's writer: two bounded channels of messages, interactive before bulk, and
-//! one of signals. Sessions wait while a channel is full, the reader never does; when the writer has ended, whatever is
-//! put here is dropped.
+//! From the sessions and the reader to the link's writer: two bounded channels of messages, interactive before bulk,
+//! and one of signals. Sessions wait while a channel is full, the reader never does; nobody waits for an ended writer.
 
 mod pool;
 
@@ -266,8 +265,7 @@ impl Sink {
         queued.load(Ordering::SeqCst) < MAX_DATA
     }
 
-    /// Queues data, waiting if many sessions have some. Never refused: ask [`Sink::takes_data`] before reading it from
-    /// its source.
+    /// Queues data, waiting if many sessions have some. Ask [`Sink::takes_data`] before reading it from its source.
     pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>) {
         self.account.queued[class as usize].fetch_add(1, Ordering::SeqCst);
         let counted = Some(Counted(Arc::clone(&self.account), class));

@@ -90,9 +90,8 @@ fn tls_client(_: &Endpoint) -> Result<super::halves::Handshake, LinkError> {
     Err(LinkError::Tls(reason, super::error::TlsFault::LeftOut))
 }
 
-/// `doctor`'s trial connection, in the caller's thread. With `upgrade` it opens a websocket, sends a ping through
-/// it and closes it, which ends the one that the device may have. Without, it asks the server the same question without
-/// wanting a websocket, and any answer is [`LinkError::Refused`].
+/// `doctor`'s trial. With `upgrade` it opens a websocket, sends a ping through it and closes it, which ends the one
+/// that the device may have. Without, it asks for no websocket, and any answer is [`LinkError::Refused`].
 pub(crate) fn trial(
     credentials: &Credentials,
     proxies: &ProxySettings,

@@ -1,7 +1,7 @@
 //! The two halves of a connection, plain or TLS.
 //!
-//! During the handshakes one half is the whole connection. Afterwards it only reads: tungstenite answers pings and closes
-//! on the half that it reads from, so what it writes there is dropped, and the writer thread sends those answers.
+//! During the handshakes one half is the whole connection. Afterwards it only reads: tungstenite answers pings and
+//! closes on the half that it reads from, so what it writes there is dropped, and the writer thread sends those answers.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::Arc;

@@ -1,5 +1,4 @@
-//! HTTP/1.1 as a link needs it: one request, and the head of its answer. The same for the proxy's tunnel, the
-//! websocket's upgrade and `doctor`.
+//! One HTTP/1.1 request and the head of its answer, for the proxy's tunnel, the websocket's upgrade and `doctor`.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, UNIX_EPOCH};
@@ -23,8 +22,7 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 const UPGRADE: &str =
     "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ";
 
-/// The parts of an answer's head that the agent uses. It shows none of the head's texts, since the server may echo
-/// anything, the token included.
+/// The parts of an answer's head that the agent uses. None of its texts is shown: the server may echo the token.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Answer {
     pub(super) status: u16,
@@ -125,8 +123,7 @@ impl Request {
         )))
     }
 
-    /// Asks for a websocket with this key. Without one, asks the same but for the websocket: the server judges the
-    /// token, and then refuses.
+    /// Asks for a websocket with this key. Without one it asks for none: the server judges the token, then refuses.
     pub(super) fn ask(&self, stream: impl Read + Write, key: Option<&str>) -> Result<Answer, LinkError> {
         let (what, headers) = match key {
             Some(key) => ("the websocket handshake", format!("{UPGRADE}{key}")),

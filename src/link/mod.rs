@@ -36,8 +36,8 @@ pub(crate) use proxy::{PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;
 
-/// A dial that takes longer hangs. Above [`ATTEMPT_LIMIT`], for devices that are overloaded or read trusted certificates
-/// from slow storage.
+/// A dial that takes longer hangs. Above [`ATTEMPT_LIMIT`], for devices that are overloaded or read their trusted
+/// certificates from slow storage.
 const DIAL_LIMIT: Duration = ATTEMPT_LIMIT.saturating_mul(4);
 
 #[derive(Debug)]
@@ -47,8 +47,7 @@ pub(crate) enum LinkEvent {
     Lost(LinkError),
 }
 
-/// A link as its owner holds it. Dropping it ends the link: at once where it still dials, else with a short goodbye
-/// that nobody waits for.
+/// Dropping it ends the link: at once while it dials, else with a short goodbye that nobody waits for.
 #[derive(Debug)]
 pub(crate) struct Link {
     cancel: Arc<Cancel>,
@@ -56,9 +55,8 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Starts dialling. `accept` is called when the websocket is open, and returns what is called with each frame, must
-    /// not wait, and is dropped when the link ends. `events` hears of the link's fate, last of all [`LinkEvent::Lost`],
-    /// whatever happens.
+    /// Starts dialling. `accept` is called when the websocket is open. It returns what takes each frame, must not wait,
+    /// and is dropped when the link ends. `events` hears of the link's fate, last of all always [`LinkEvent::Lost`].
     pub(crate) fn dial<F: FnMut(Frame)>(
         credentials: Credentials,
         proxies: Arc<ProxySettings>,
@@ -75,8 +73,8 @@ impl Link {
         Ok(Link { cancel, since: Instant::now() })
     }
 
-    /// Whether the link makes progress: `false` if its thread hasn't read in the whole time since this was asked last,
-    /// though there was something to read, or has dialled for longer than any dial can take.
+    /// False if the thread hasn't read since the last call, though there was something to read, or has dialled for
+    /// longer than any dial can take.
     pub(crate) fn makes_progress(&self, now: Instant) -> bool {
         self.cancel.reads().unwrap_or_else(|| now.saturating_duration_since(self.since) < DIAL_LIMIT)
     }

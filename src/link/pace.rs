@@ -15,8 +15,7 @@ const FIRST_WINDOW: u64 = 32 * 1024;
 const LARGEST_WINDOW: u64 = 4 * 1024 * 1024;
 /// Messages of bulk in a window: a keystroke's echo can go ahead of those that aren't written yet.
 const PIECES: u64 = 8;
-/// A message may always be as large as what the link carries in this time, up to [`LARGEST_QUICK_PIECE`]: the server has
-/// a fixed cost per message.
+/// A message may always have what the link carries in this time, up to [`LARGEST_QUICK_PIECE`]: each costs the server.
 const PIECE_TIME: Duration = Duration::from_millis(8);
 const LARGEST_QUICK_PIECE: u64 = 64 * 1024;
 /// Parts of a window between probes.
@@ -27,8 +26,7 @@ const FIRST_ANSWER: Duration = Duration::from_millis(300);
 const LOST: Duration = Duration::from_secs(10);
 /// The minimum RTT is measured anew after this time, since routes change.
 const QUICKEST_HOLDS: Duration = Duration::from_secs(10);
-/// Allowed queueing delay: `SLACK` × minimum RTT within these bounds, so that the link stays busy although its speed
-/// varies.
+/// Allowed queueing delay: `SLACK` × minimum RTT within these bounds, so that a link of varying speed stays busy.
 const SLACK: u32 = 16;
 const LEAST_SLACK: Duration = Duration::from_millis(1);
 const MOST_SLACK: Duration = Duration::from_millis(50);
@@ -155,8 +153,8 @@ impl Pace {
 pub(super) mod tests {
     use super::*;
 
-    /// Of a connection that was quick long ago and has become so slow that the window shrank below what was written
-    /// behind the last probe.
+    /// The pace of a connection that was quick long ago and has become so slow that the window shrank below what was
+    /// written behind the last probe.
     pub(crate) fn without_credit_or_probe(now: Instant) -> Pace {
         let start = now - QUICKEST_HOLDS - Duration::from_secs(1);
         let mut pace = Pace::new();

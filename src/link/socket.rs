@@ -1,4 +1,4 @@
-//! How long a link may wait for what, and its socket, whose operations end in time or when another thread ends the link.
+//! How long a link may wait for what, and its socket, whose operations end in time or when another thread cancels them.
 
 use std::io::{self, Read, Write};
 use std::mem;
@@ -21,8 +21,7 @@ pub(super) const PING_INTERVAL: Duration = Duration::from_secs(25);
 pub(super) const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// For the close frame and what was queued before it.
 pub(super) const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
-/// For all steps of a dial together, as in Mender's agent. No step has a shorter limit: on a slow link TLS alone may
-/// need half of it.
+/// For all steps of a dial together, as in Mender's agent: on a slow link TLS alone may need half of it.
 pub(super) const ATTEMPT_LIMIT: Duration = Duration::from_secs(45);
 
 /// TCP_NOTSENT_LOWAT in bytes. Small, so that an echo doesn't queue behind a download.
@@ -175,8 +174,7 @@ impl Cancel {
         self.lock().shut_down(Shutdown::Both);
     }
 
-    /// False if the reader hasn't read since the last call, though something waited to be read then and now. `None`
-    /// until the link is established.
+    /// False if the reader hasn't read since the last call though something waited then and now. `None` while dialling.
     pub(super) fn reads(&self) -> Option<bool> {
         let mut state = self.lock();
         let heard = mem::take(&mut state.heard);

@@ -1,5 +1,4 @@
-//! Buffers that are used again: musl's allocator maps and unmaps the pages of each one, which costs downloads half of
-//! their speed and uploads a third.
+//! Reuses buffers: musl maps and unmaps the pages of each one, half of a download's time and a third of an upload's.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

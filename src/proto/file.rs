@@ -1,5 +1,5 @@
-//! File transfer's frames: `stat` → `file_info`; `get_file` and `put_file`, then `file_chunk` one way, without a body at
-//! the end of the file, and `ack` the other; `error`, which ends a transfer.
+//! File transfer's frames: `stat` → `file_info`; `get_file` and `put_file`, then `file_chunk` one way, without a body
+//! at the end of the file, and `ack` the other; `error`, which ends a transfer.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -134,8 +134,8 @@ pub fn ack(sid: &SessionId, offset: u64, user: Option<&str>) -> Frame {
     Frame::new(FILE_TRANSFER, ACK, Some(sid)).with_props(at(offset).with_str("user_id", user))
 }
 
-/// Refuses `cause`. Repeats its properties as far as the server can read them: it closes the whole link for a message
-/// that it can't read. `code` is an HTTP status, for clients that asked the server over HTTP.
+/// Repeats the properties of `cause` that the server can read: it closes the link for a message that it can't read.
+/// `code` is an HTTP status, for clients that asked the server over HTTP.
 pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> Frame {
     let mut body = Map::new().with_str("err", text).with_cause(&cause.typ, cause.props.str("msgid"));
     if let Some(code) = code {

@@ -110,8 +110,7 @@ impl Frame {
         size_of::<Frame>() + self.typ.len() + self.props.len() + self.body.len()
     }
 
-    /// Decodes a websocket message. A body that makes up most of it shares the message's memory. Bytes after the
-    /// document are ignored.
+    /// A body that makes up most of the message shares its memory. Bytes after the document are ignored.
     pub fn decode(message: &Bytes) -> Result<Self, DecodeError> {
         let mut cursor = Cursor::new(message);
         let mut header = None;
@@ -160,8 +159,8 @@ impl Frame {
         out
     }
 
-    /// Encodes the frame with another body. `read` puts it into the part of `buffer` behind [`Frame::head_room`], and
-    /// returns its length and a result to hand on. Returns the message's place in `buffer`.
+    /// Encodes the frame with a body that `read` puts behind [`Frame::head_room`] in `buffer`; `read` returns its length
+    /// and a result to hand on. Returns the message's place in `buffer`.
     pub fn encode_with<T>(
         &self,
         buffer: &mut [u8],

@@ -1,8 +1,8 @@
 //! The language spoken through the websocket. Does no I/O. One websocket message carries one [`Frame`], a msgpack map:
 //! `{ "hdr": { "proto": u16, "typ": str?, "sid": str?, "props": { str: any }? }, "body": bin? }`
 //!
-//! Decoding accepts any form that a client may send: integers of any width, bodies as str or bin, nil for absent values,
-//! unknown keys. Encoding produces exactly the form that the other decoders insist on; [`frame`] says where that matters.
+//! Decoding accepts any form that a client may send: integers of any width, bodies as str or bin, nil for absent
+//! values, unknown keys. Encoding produces the form that the other decoders insist on; [`frame`] says where it matters.
 
 pub mod control;
 pub mod file;

@@ -46,8 +46,7 @@ pub(crate) fn ping(sid: &SessionId, timeout: u16) -> Frame {
     Frame::new(SHELL, PING, Some(sid)).with_props(status(CONTROL).with_int("timeout", timeout.into()))
 }
 
-/// Columns and rows in `new` and `resize`, if both are positive. Values beyond 16 bits lose their upper bits, as in
-/// Go.
+/// Columns and rows in `new` and `resize`, if both are positive. They lose bits beyond 16, as in Go.
 pub fn window_size(frame: &Frame) -> Option<(u16, u16)> {
     let dimension = |key| frame.props.int(key).filter(|n| *n > 0).map(|n| n as u16);
     Some((dimension("terminal_width")?, dimension("terminal_height")?))
