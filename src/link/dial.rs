@@ -3,7 +3,6 @@
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
 
 use crossbeam_channel::select;
 use log::debug;
@@ -16,7 +15,7 @@ use super::error::{LinkError, MAX_MESSAGE};
 use super::halves::Half;
 use super::http::{Answer, Request};
 use super::proxy::ProxySettings;
-use super::socket::{ATTEMPT_LIMIT, Cancel, Socket};
+use super::socket::{Cancel, Socket};
 #[cfg(feature = "tls")]
 use super::tls::client as tls_client;
 use crate::auth::Credentials;
@@ -41,12 +40,14 @@ pub(crate) enum Progress<'a> {
     Opened,
 }
 
+pub(super) type Observer<'a> = &'a mut dyn FnMut(Progress<'_>);
+
 /// Opens a websocket to the server that `credentials` name.
 pub(super) fn dial(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
-    progress: &mut dyn FnMut(Progress<'_>),
+    progress: Observer<'_>,
 ) -> Result<WebSocket<Half>, LinkError> {
     let (request, mut stream) = reach(credentials, proxies, cancel, progress)?;
     let key = generate_key();
@@ -62,9 +63,8 @@ pub(super) fn reach(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
-    progress: &mut dyn FnMut(Progress<'_>),
+    progress: Observer<'_>,
 ) -> Result<(Request, Half), LinkError> {
-    let deadline = Instant::now() + ATTEMPT_LIMIT;
     let server = Endpoint::parse(&credentials.server_url)?;
     let handshake = if server.tls { Some(tls_client(&server)?) } else { None };
     let request = Request::new(&server, &credentials.token)?;
@@ -73,7 +73,7 @@ pub(super) fn reach(
     let proxy = proxies.proxy_for(&server)?;
     let first = proxy.as_ref().map_or(&server, |p| &p.endpoint);
     progress(Progress::Proxy(proxy.as_ref().map(|p| &p.endpoint)));
-    let mut socket = open_socket(first, deadline, cancel, progress)?;
+    let mut socket = open_socket(first, cancel, progress)?;
     if let Some(proxy) = &proxy {
         debug!("asking the proxy {} for {}", proxy.endpoint.authority(), server.authority());
         proxy.tunnel(&mut socket, &server)?;
@@ -96,7 +96,7 @@ pub(crate) fn trial(
     credentials: &Credentials,
     proxies: &ProxySettings,
     upgrade: bool,
-    progress: &mut dyn FnMut(Progress<'_>),
+    progress: Observer<'_>,
 ) -> Result<(), LinkError> {
     let cancel = Arc::new(Cancel::new());
     if upgrade {
@@ -137,19 +137,12 @@ pub(super) fn websocket<S: Read + Write>(stream: S, most: usize) -> WebSocket<S>
     WebSocket::from_raw_socket(stream, Role::Client, Some(config))
 }
 
-fn open_socket(
-    target: &Endpoint,
-    deadline: Instant,
-    cancel: &Arc<Cancel>,
-    progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<Socket, LinkError> {
+fn open_socket(target: &Endpoint, cancel: &Arc<Cancel>, progress: Observer<'_>) -> Result<Socket, LinkError> {
     let mut last = LinkError::Resolve { host: target.host.clone(), reason: "no addresses".to_owned() };
-    let addresses = resolve(target, deadline, cancel)?;
+    let addresses = resolve(target, cancel)?;
     progress(Progress::Resolved(&addresses));
     for (at, &address) in addresses.iter().enumerate() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let limit = net::connect_limit(left, addresses.len() - at);
-        match Socket::connect(address, limit, deadline, cancel) {
+        match Socket::connect(address, net::connect_limit(cancel.left(), addresses.len() - at), cancel) {
             Ok(socket) => {
                 progress(Progress::Connected(address));
                 return Ok(socket);
@@ -164,7 +157,7 @@ fn open_socket(
     Err(last)
 }
 
-fn resolve(target: &Endpoint, deadline: Instant, cancel: &Cancel) -> Result<Vec<SocketAddr>, LinkError> {
+fn resolve(target: &Endpoint, cancel: &Cancel) -> Result<Vec<SocketAddr>, LinkError> {
     if let Some(address) = target.address() {
         return Ok(vec![SocketAddr::new(address, target.port)]);
     }
@@ -173,6 +166,6 @@ fn resolve(target: &Endpoint, deadline: Instant, cancel: &Cancel) -> Result<Vec<
     select! {
         recv(answered) -> answer => answer.map_err(io::Error::other).and_then(|answer| answer).map_err(failed),
         recv(cancel.cancelled) -> _ => Err(LinkError::Cancelled),
-        default(deadline.saturating_duration_since(Instant::now())) => Err(LinkError::TimedOut("the name look-up")),
+        default(cancel.left()) => Err(LinkError::TimedOut("the name look-up")),
     }
 }

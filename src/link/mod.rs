@@ -36,9 +36,9 @@ pub(crate) use proxy::{PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;
 
-/// A dial that takes longer hangs. Above [`ATTEMPT_LIMIT`], for devices that are overloaded or read their trusted
+/// A dial that goes on after its deadline for so long hangs. Devices may be overloaded, or read their trusted
 /// certificates from slow storage.
-const DIAL_LIMIT: Duration = ATTEMPT_LIMIT.saturating_mul(4);
+const OVERTIME: Duration = ATTEMPT_LIMIT.saturating_mul(3);
 
 #[derive(Debug)]
 pub(crate) enum LinkEvent {
@@ -51,7 +51,6 @@ pub(crate) enum LinkEvent {
 #[derive(Debug)]
 pub(crate) struct Link {
     cancel: Arc<Cancel>,
-    since: Instant,
 }
 
 impl Link {
@@ -70,13 +69,13 @@ impl Link {
             debug!("the link has ended: {lost}");
             events(LinkEvent::Lost(lost));
         })?;
-        Ok(Link { cancel, since: Instant::now() })
+        Ok(Link { cancel })
     }
 
     /// False if the thread hasn't read since the last call, though there was something to read, or has dialled for
     /// longer than any dial can take.
     pub(crate) fn makes_progress(&self, now: Instant) -> bool {
-        self.cancel.reads().unwrap_or_else(|| now.saturating_duration_since(self.since) < DIAL_LIMIT)
+        self.cancel.reads().unwrap_or_else(|| now < self.cancel.deadline + OVERTIME)
     }
 }
 

@@ -32,21 +32,16 @@ const UNSENT_LIMIT: u16 = 16 * 1024;
 pub(super) struct Socket {
     stream: Arc<TcpStream>,
     cancel: Arc<Cancel>,
-    /// Each read and write ends by then; without a deadline, within the socket's time-outs.
-    deadline: Option<Instant>,
+    /// Each read and write ends by the deadline of `cancel`, else within the socket's time-outs.
+    dialling: bool,
     /// A server on this machine, mender-auth's forwarder, writes with Nagle's algorithm on: a delayed acknowledgement
     /// would cost 40 ms a keystroke.
     quick_ack: bool,
 }
 
 impl Socket {
-    /// Connects within `limit`. All that follows has to end by `deadline`.
-    pub(super) fn connect(
-        address: SocketAddr,
-        limit: Duration,
-        deadline: Instant,
-        cancel: &Arc<Cancel>,
-    ) -> io::Result<Self> {
+    /// Connects within `limit`.
+    pub(super) fn connect(address: SocketAddr, limit: Duration, cancel: &Arc<Cancel>) -> io::Result<Self> {
         let stream =
             Arc::new(TcpStream::from(net::socket_for(address, SockType::Stream, SockFlag::empty())?));
         // On Linux the limit for sending is the one for connecting, too. Zero is an error.
@@ -59,31 +54,33 @@ impl Socket {
             other => other,
         })?;
         let (cancel, quick_ack) = (Arc::clone(cancel), address.ip().is_loopback());
-        Ok(Socket { stream, cancel, deadline: Some(deadline), quick_ack })
+        Ok(Socket { stream, cancel, dialling: true, quick_ack })
     }
 
     #[cfg(test)]
     pub(super) fn of(stream: TcpStream) -> Self {
         let cancel = Arc::new(Cancel::new());
-        Socket { stream: Arc::new(stream), cancel, deadline: None, quick_ack: false }
+        Socket { stream: Arc::new(stream), cancel, dialling: false, quick_ack: false }
     }
 
     /// Ends the time of the handshakes.
     pub(super) fn establish(&mut self) -> io::Result<()> {
         self.stream.set_read_timeout(Some(SILENCE_LIMIT))?;
         self.stream.set_write_timeout(Some(WRITE_LIMIT))?;
-        self.deadline = None;
+        self.dialling = false;
         self.cancel.lock().established = true;
         Ok(())
     }
 
     /// Lets the next operation end by the deadline.
     fn set_time_outs(&self) -> io::Result<()> {
-        let Some(deadline) = self.deadline else { return Ok(()) };
-        let left = Some(deadline.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero());
-        let left = left.ok_or(io::ErrorKind::TimedOut)?;
-        self.stream.set_read_timeout(Some(left))?;
-        self.stream.set_write_timeout(Some(left))
+        if !self.dialling {
+            return Ok(());
+        }
+        let left = Some(self.cancel.left()).filter(|left| !left.is_zero());
+        left.ok_or(io::ErrorKind::TimedOut)?;
+        self.stream.set_read_timeout(left)?;
+        self.stream.set_write_timeout(left)
     }
 }
 
@@ -122,10 +119,12 @@ impl Write for Socket {
     }
 }
 
-/// Ends a dial or a link from another thread, whatever it waits for, and tells whether the reader reads.
+/// Ends a dial in time, and a dial or a link from another thread, whatever it waits for. Tells whether the reader reads.
 #[derive(Debug)]
 pub(super) struct Cancel {
     state: Mutex<State>,
+    /// The dial's.
+    pub(super) deadline: Instant,
     /// Disconnected by [`Cancel::cancel`].
     pub(super) cancelled: Receiver<()>,
 }
@@ -145,7 +144,12 @@ impl Cancel {
     pub(super) fn new() -> Self {
         let (alive, cancelled) = bounded(0);
         let state = Mutex::new(State { alive: Some(alive), ..State::default() });
-        Cancel { state, cancelled }
+        Cancel { state, deadline: Instant::now() + ATTEMPT_LIMIT, cancelled }
+    }
+
+    /// The dial's time.
+    pub(super) fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
