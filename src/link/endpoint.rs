@@ -38,16 +38,14 @@ impl Endpoint {
     }
 
     pub(crate) fn authority(&self) -> String {
-        format!("{}:{}", self.bracketed(), self.port)
-    }
-
-    fn bracketed(&self) -> String {
-        if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() }
+        let Endpoint { host, port, .. } = self;
+        if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
     }
 
     pub(super) fn host_header(&self) -> String {
-        let default_port = if self.tls { 443 } else { 80 };
-        if self.port == default_port { self.bracketed() } else { self.authority() }
+        let authority = self.authority();
+        let default_port = if self.tls { ":443" } else { ":80" };
+        authority.strip_suffix(default_port).unwrap_or(&authority).to_owned()
     }
 
     pub(crate) fn address(&self) -> Option<IpAddr> {

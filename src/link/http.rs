@@ -14,13 +14,7 @@ use crate::sys::{clock, reason};
 
 /// In bytes.
 const MAX_HEAD: usize = 16 * 1024;
-/// In bytes: `HTTP/1.1`.
-const VERSION: usize = 8;
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
-
-/// The headers that ask for a websocket, up to the key.
-const UPGRADE: &str =
-    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ";
 
 /// The parts of an answer's head that the agent uses. None of its texts is shown: the server may echo the token.
 #[derive(Debug, PartialEq, Eq)]
@@ -95,7 +89,7 @@ pub(super) fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer
         }
         head.push(byte[0]);
         // Another protocol is recognised at its first bytes, since it may send no more of them.
-        if byte == *b"\n" || head.len() == VERSION {
+        if byte == *b"\n" || head.len() == "HTTP/1.1".len() {
             let mut headers = [httparse::EMPTY_HEADER; 64];
             let mut response = httparse::Response::new(&mut headers);
             match response.parse(&head) {
@@ -126,7 +120,12 @@ impl Request {
     /// Asks for a websocket with this key. Without one it asks for none: the server judges the token, then refuses.
     pub(super) fn ask(&self, stream: impl Read + Write, key: Option<&str>) -> Result<Answer, LinkError> {
         let (what, headers) = match key {
-            Some(key) => ("the websocket handshake", format!("{UPGRADE}{key}")),
+            Some(key) => (
+                "the websocket handshake",
+                format!(
+                    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}"
+                ),
+            ),
             None => ("the answer", "Connection: close".to_owned()),
         };
         ask(stream, &format!("{}{headers}\r\n\r\n", self.0)).map_err(|fault| match fault {

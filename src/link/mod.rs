@@ -16,6 +16,7 @@ mod socket;
 mod tls;
 mod writer;
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -65,7 +66,8 @@ impl Link {
         let cancel = Arc::new(Cancel::new());
         let theirs = Arc::clone(&cancel);
         thread::spawn("link", thread::LARGE_STACK, move || {
-            let lost = run(&credentials, &proxies, &theirs, accept, &events);
+            let Err(lost) = run(&credentials, &proxies, &theirs, accept, &events);
+            let lost = if theirs.is_cancelled() { LinkError::Cancelled } else { lost };
             debug!("the link has ended: {lost}");
             events(LinkEvent::Lost(lost));
         })?;
@@ -91,32 +93,22 @@ fn run<F: FnMut(Frame)>(
     cancel: &Arc<Cancel>,
     accept: impl FnOnce(&Outbox) -> F,
     events: &impl Fn(LinkEvent),
-) -> LinkError {
+) -> Result<Infallible, LinkError> {
     let (outbox, queue) = Outbox::new();
-    let dialled = dial::dial(credentials, proxies, cancel, &mut |_| {}).and_then(|mut socket| {
-        let write_half = socket.get_mut().open(&outbox)?;
-        Ok((socket, write_half))
-    });
-    let (mut socket, write_half) = match dialled {
-        Ok(halves) => halves,
-        Err(_) if cancel.is_cancelled() => return LinkError::Cancelled,
-        Err(e) => return e,
-    };
+    let mut socket = dial::dial(credentials, proxies, cancel, &mut |_| {})?;
+    let write_half = socket.get_mut().open(&outbox)?;
     let (report, ended) = crossbeam_channel::bounded(1);
     let theirs = Arc::clone(cancel);
-    let writer = thread::spawn("link-writer", thread::LARGE_STACK, move || {
+    thread::spawn("link-writer", thread::LARGE_STACK, move || {
         let result = writer::run(write_half, queue);
         // The reader ends, too.
         theirs.shut_down();
         let _ = report.send(result);
-    });
-    if let Err(e) = writer {
-        return e.into();
-    }
+    })?;
     let inbound = accept(&outbox);
     events(LinkEvent::Connected);
     // Drops `inbound`, so that the sessions end here, even if the server takes no close frame any more.
-    let mut lost = reader::run(&mut socket, &outbox, inbound, cancel);
+    let Err(mut lost) = reader::run(&mut socket, &outbox, inbound, cancel);
     let farewell = Instant::now() + FAREWELL_LIMIT;
     outbox.close(if matches!(lost, LinkError::TooLarge) { 1009 } else { 1000 }, farewell);
     if let Ok(Err(reason)) = ended.recv_deadline(farewell) {
@@ -124,5 +116,5 @@ fn run<F: FnMut(Frame)>(
         lost = reason;
     }
     cancel.shut_down();
-    if cancel.is_cancelled() { LinkError::Cancelled } else { lost }
+    Err(lost)
 }

@@ -1,5 +1,6 @@
 //! The link thread after the websocket is open: message by message, frame by frame, to its session.
 
+use std::convert::Infallible;
 use std::io::{Read, Write};
 use std::time::Instant;
 
@@ -22,13 +23,13 @@ const MAX_BUFFERS: usize = 24;
 /// Malformed messages per link that are warned about.
 const WARNINGS: u32 = 5;
 
-/// Reads until the link ends; returns why it did.
+/// Reads until the link ends.
 pub(super) fn run(
     socket: &mut WebSocket<impl Read + Write>,
     outbox: &Outbox,
     mut inbound: impl FnMut(Frame),
     cancel: &Cancel,
-) -> LinkError {
+) -> Result<Infallible, LinkError> {
     let pool = Pool::new(MAX_BUFFERS);
     let mut malformed = 0;
     let mut receive = |bytes: Bytes| {
@@ -53,25 +54,24 @@ pub(super) fn run(
         }
     };
     loop {
-        match socket.read() {
-            Err(e) => return e.into(),
-            Ok(_) if cancel.is_cancelled() => return LinkError::Cancelled,
+        match socket.read()? {
+            _ if cancel.is_cancelled() => return Err(LinkError::Cancelled),
             // The peers don't tell the two apart.
-            Ok(Message::Binary(bytes)) => receive(bytes),
-            Ok(Message::Text(text)) => receive(text.into()),
-            Ok(Message::Ping(payload)) => outbox.signal(Work::Pong(payload)),
-            Ok(Message::Pong(payload)) => match payload.as_ref().try_into() {
+            Message::Binary(bytes) => receive(bytes),
+            Message::Text(text) => receive(text.into()),
+            Message::Ping(payload) => outbox.signal(Work::Pong(payload)),
+            Message::Pong(payload) => match payload.as_ref().try_into() {
                 // Only a probe's has this length.
                 Ok(probe) => outbox.signal(Work::Answered(probe, Instant::now())),
                 // The answer to the writer's own ping, once in a while.
                 Err(_) => pool.clear(),
             },
-            Ok(Message::Close(frame)) => {
+            Message::Close(frame) => {
                 let (code, reason) =
                     frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
-                return LinkError::Closed { code, reason };
+                return Err(LinkError::Closed { code, reason });
             }
-            Ok(Message::Frame(_)) => {}
+            Message::Frame(_) => {}
         }
     }
 }
@@ -84,5 +84,6 @@ pub fn read(
     outbox: &Outbox,
     inbound: impl FnMut(Frame),
 ) -> LinkError {
-    run(&mut super::dial::websocket(stream, most), outbox, inbound, &Cancel::new())
+    let Err(lost) = run(&mut super::dial::websocket(stream, most), outbox, inbound, &Cancel::new());
+    lost
 }

@@ -1,7 +1,7 @@
 //! TLS towards the server, when mender-auth's local forwarder isn't in between.
 
 use std::io::{self, Read, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::pki_types::{ServerName, UnixTime};
 use rustls::time_provider::TimeProvider;
@@ -85,13 +85,9 @@ fn roots() -> Result<RootCertStore, LinkError> {
     Err(LinkError::Tls(text, TlsFault::NoRoots))
 }
 
-fn lock(connection: &Mutex<ClientConnection>) -> MutexGuard<'_, ClientConnection> {
-    connection.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Tls for Mutex<ClientConnection> {
     fn decrypt(&self, ciphertext: &mut &[u8], plaintext: &mut [u8]) -> io::Result<usize> {
-        let mut connection = lock(self);
+        let mut connection = self.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             match connection.reader().read(plaintext) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock && !ciphertext.is_empty() => {}
@@ -105,7 +101,7 @@ impl Tls for Mutex<ClientConnection> {
     }
 
     fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<usize> {
-        let mut connection = lock(self);
+        let mut connection = self.lock().unwrap_or_else(PoisonError::into_inner);
         let n = connection.writer().write(plaintext)?;
         while connection.wants_write() {
             connection.write_tls(ciphertext)?;
@@ -114,6 +110,6 @@ impl Tls for Mutex<ClientConnection> {
     }
 
     fn wants_write(&self) -> bool {
-        lock(self).wants_write()
+        self.lock().unwrap_or_else(PoisonError::into_inner).wants_write()
     }
 }

@@ -14,8 +14,7 @@ use rmp::encode;
 
 use super::MAX_ID;
 use super::map::Map;
-pub(crate) use super::msgpack::DecodeError;
-use super::msgpack::{Cursor, Value};
+use super::msgpack::{Cursor, DecodeError, Value};
 
 /// In bytes, as much as the reference agent accepts for a message. Answers and log lines repeat parts of it.
 const MAX_HEADER: usize = 8 * 1024;
@@ -118,9 +117,9 @@ impl Frame {
         for _ in 0..cursor.map("the message")?.unwrap_or(0) {
             match cursor.value()? {
                 Value::Blob(b"hdr") => {
-                    let before = cursor.rest().len();
+                    let before = cursor.rest.len();
                     header = Frame::decode_header(&mut cursor)?;
-                    if before - cursor.rest().len() > MAX_HEADER {
+                    if before - cursor.rest.len() > MAX_HEADER {
                         return Err(DecodeError::Range("the header's length"));
                     }
                 }

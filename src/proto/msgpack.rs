@@ -30,7 +30,7 @@ pub enum DecodeError {
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cursor<'a> {
-    rest: &'a [u8],
+    pub(crate) rest: &'a [u8],
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,10 +49,6 @@ pub(crate) enum Value<'a> {
 impl<'a> Cursor<'a> {
     pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Cursor { rest: bytes }
-    }
-
-    pub(crate) fn rest(&self) -> &'a [u8] {
-        self.rest
     }
 
     fn take(&mut self, n: u64) -> Result<&'a [u8], DecodeError> {
@@ -178,7 +174,7 @@ mod tests {
         for (bytes, number) in forms {
             let mut cursor = Cursor::new(bytes);
             assert_eq!(cursor.value(), Ok(Value::Int(number)));
-            assert!(cursor.rest().is_empty());
+            assert!(cursor.rest.is_empty());
         }
     }
 
@@ -189,7 +185,7 @@ mod tests {
         deep.push(0xc0);
         let mut cursor = Cursor::new(&deep);
         assert_eq!(cursor.skip(1), Ok(()));
-        assert!(cursor.rest().is_empty());
+        assert!(cursor.rest.is_empty());
         for claim in
             [&[0xdd, 255, 255, 255, 255][..], &[0xdf, 255, 255, 255, 255], &[0xc6, 255, 255, 255, 255]]
         {
