@@ -36,7 +36,7 @@ pub(super) struct Half {
     source: BufReader<Socket>,
     tls: Option<Arc<dyn Tls>>,
     ciphertext: Vec<u8>,
-    /// Of the half that only reads.
+    /// Set in the half that only reads.
     outbox: Option<Outbox>,
 }
 

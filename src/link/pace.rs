@@ -71,12 +71,10 @@ impl Pace {
     }
 
     pub(super) fn sendable(&self, now: Instant) -> Sendable {
-        let (open, window) = (self.is_unanswered(now), self.current_window(now));
+        let (window, unanswered) = (self.current_window(now), self.is_unanswered(now));
+        let fits = |window| unanswered || self.on_the_way() < window;
         // Twice the window, so that a transfer which has used it up doesn't hold up an echo.
-        Sendable {
-            bulk: open || self.on_the_way() < window,
-            interactive: open || self.on_the_way() < 2 * window,
-        }
+        Sendable { bulk: fits(window), interactive: fits(2 * window) }
     }
 
     /// When the window opens although no answer came.

@@ -42,17 +42,16 @@ pub(super) struct Socket {
 impl Socket {
     /// Connects within `limit`.
     pub(super) fn connect(address: SocketAddr, limit: Duration, cancel: &Arc<Cancel>) -> io::Result<Self> {
-        let stream =
-            Arc::new(TcpStream::from(net::socket_for(address, SockType::Stream, SockFlag::empty())?));
+        let fd = net::socket_for(address, SockType::Stream, SockFlag::empty())?;
+        let stream = Arc::new(TcpStream::from(fd));
         // On Linux the limit for sending is the one for connecting, too. Zero is an error.
         stream.set_write_timeout(Some(limit.max(Duration::from_millis(1))))?;
         stream.set_nodelay(true)?;
         net::set_unsent_limit(stream.as_fd(), UNSENT_LIMIT)?;
         cancel.register(&stream)?;
-        net::connect_to(stream.as_fd(), address).map_err(|e| match e {
-            Errno::EINPROGRESS | Errno::EAGAIN => Errno::ETIMEDOUT,
-            other => other,
-        })?;
+        let timed_out = |e| matches!(e, Errno::EINPROGRESS | Errno::EAGAIN);
+        net::connect_to(stream.as_fd(), address)
+            .map_err(|e| if timed_out(e) { Errno::ETIMEDOUT } else { e })?;
         let (cancel, quick_ack) = (Arc::clone(cancel), address.ip().is_loopback());
         Ok(Socket { stream, cancel, dialling: true, quick_ack })
     }
@@ -160,7 +159,8 @@ impl Cancel {
         let mut state = self.lock();
         state.alive = None;
         // An open websocket is shut for reading alone: the reader then ends, and the writer sends a close frame.
-        state.shut_down(if state.established { Shutdown::Read } else { Shutdown::Both });
+        let how = if state.established { Shutdown::Read } else { Shutdown::Both };
+        let _ = state.socket.as_ref().map(|socket| socket.shutdown(how));
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
@@ -175,7 +175,8 @@ impl Cancel {
     }
 
     pub(super) fn shut_down(&self) {
-        self.lock().shut_down(Shutdown::Both);
+        // Fails when it has ended already.
+        let _ = self.lock().socket.as_ref().map(|socket| socket.shutdown(Shutdown::Both));
     }
 
     /// False if the reader hasn't read since the last call though something waited then and now. `None` while dialling.
@@ -186,14 +187,5 @@ impl Cancel {
         let unread = net::is_readable(socket.as_fd());
         let had_unread = mem::replace(&mut state.had_unread, unread);
         Some(heard || !had_unread || !unread)
-    }
-}
-
-impl State {
-    fn shut_down(&self, how: Shutdown) {
-        if let Some(socket) = &self.socket {
-            // Fails when it has ended already.
-            let _ = socket.shutdown(how);
-        }
     }
 }
