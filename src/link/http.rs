@@ -16,6 +16,10 @@ use crate::sys::{clock, reason};
 const MAX_HEAD: usize = 16 * 1024;
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
+/// The headers that ask for a websocket, up to the key.
+const UPGRADE: &str =
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ";
+
 /// The parts of an answer's head that the agent uses. None of its texts is shown: the server may echo the token.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Answer {
@@ -120,12 +124,7 @@ impl Request {
     /// Asks for a websocket with this key. Without one it asks for none: the server judges the token, then refuses.
     pub(super) fn ask(&self, stream: impl Read + Write, key: Option<&str>) -> Result<Answer, LinkError> {
         let (what, headers) = match key {
-            Some(key) => (
-                "the websocket handshake",
-                format!(
-                    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}"
-                ),
-            ),
+            Some(key) => ("the websocket handshake", format!("{UPGRADE}{key}")),
             None => ("the answer", "Connection: close".to_owned()),
         };
         ask(stream, &format!("{}{headers}\r\n\r\n", self.0)).map_err(|fault| match fault {
