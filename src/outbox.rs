@@ -3,6 +3,7 @@
 
 mod pool;
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
@@ -90,7 +91,8 @@ struct Item {
     message: Bytes,
     class: Class,
     discard: Option<Discard>,
-    _counted: Option<Counted>,
+    /// Counts the message while it is data in a channel.
+    account: Option<Arc<Account>>,
 }
 
 impl Outbox {
@@ -132,13 +134,23 @@ impl Outbox {
 
 impl Item {
     fn of(frame: &Frame, class: Class) -> Box<Self> {
-        Box::new(Item { message: frame.encode().into(), class, discard: None, _counted: None })
+        Box::new(Item { message: frame.encode().into(), class, discard: None, account: None })
     }
 
     /// `None` if it is to be discarded.
-    fn work(self) -> Option<Work> {
-        let discarded = self.discard.is_some_and(|discard| discard.load(Ordering::SeqCst));
-        (!discarded).then_some(Work::Message(self.message, self.class))
+    fn work(mut self) -> Option<Work> {
+        let discarded = self.discard.as_ref().is_some_and(|discard| discard.load(Ordering::SeqCst));
+        (!discarded).then(|| Work::Message(mem::take(&mut self.message), self.class))
+    }
+}
+
+impl Drop for Item {
+    fn drop(&mut self) {
+        let Some(account) = &self.account else { return };
+        account.queued[self.class as usize].fetch_sub(1, Ordering::SeqCst);
+        if account.starved.swap(false, Ordering::SeqCst) {
+            account.wake.notify();
+        }
     }
 }
 
@@ -215,20 +227,6 @@ struct Account {
     wake: Arc<Wake>,
 }
 
-/// A data message's place in the account, given back when the message has left its channel.
-#[derive(Debug)]
-struct Counted(Arc<Account>, Class);
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        let Counted(account, class) = self;
-        account.queued[*class as usize].fetch_sub(1, Ordering::SeqCst);
-        if account.starved.swap(false, Ordering::SeqCst) {
-            account.wake.notify();
-        }
-    }
-}
-
 impl Sink {
     /// `wake` tells the session that there is a place for data again, after [`Sink::takes_data`] found none.
     pub fn new(outbox: &Outbox, wake: Arc<Wake>) -> Self {
@@ -268,8 +266,8 @@ impl Sink {
     /// Queues data, waiting if many sessions have some. Ask [`Sink::takes_data`] before reading it from its source.
     pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>) {
         self.account.queued[class as usize].fetch_add(1, Ordering::SeqCst);
-        let counted = Some(Counted(Arc::clone(&self.account), class));
-        self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), _counted: counted }));
+        let account = Some(Arc::clone(&self.account));
+        self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), account }));
     }
 
     pub fn reply(&self, frame: &Frame) {
