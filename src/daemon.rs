@@ -15,7 +15,7 @@ use crate::sys::signals::Signals;
 
 /// Runs until a signal ends it. False if it couldn't start or go on, which has been logged.
 pub(crate) fn run(options: Options) -> bool {
-    let log = logging::init(options.level);
+    let log = logging::init(options.level());
     // A panic in any thread ends the process, also in builds that unwind: the init system starts a sound one.
     std::panic::set_hook(Box::new(|panic| {
         error!("panic: {panic}");

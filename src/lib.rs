@@ -110,16 +110,16 @@ pub fn run() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
-        Invocation::Refuse { text, code } => {
+        Invocation::Refuse(text, code) => {
             let _ = std::io::stderr().write_all(text.as_bytes());
             ExitCode::from(code)
         }
         Invocation::Daemon(options) => finish(daemon::run(options)),
         Invocation::Check(options) => finish(check::run(&options.config, &options.fallback_config)),
-        Invocation::Doctor { options, json } => {
-            finish(doctor::run(&options.config, &options.fallback_config, json))
+        Invocation::Doctor(options) => {
+            finish(doctor::run(&options.config, &options.fallback_config, options.json))
         }
-        Invocation::Status { json, watch } => finish(status::show(json, watch)),
+        Invocation::Status(options) => finish(status::show(options.json.unwrap_or(false), options.watch)),
     }
 }
 
