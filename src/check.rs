@@ -1,6 +1,5 @@
 //! The command `check`: what the daemon would make of its configuration, without running it.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
@@ -71,7 +70,8 @@ impl<'a> Survey<'a> {
                 let text = "built without D-Bus, a token can only come from a file: it must be \"file\"";
                 advice.push((Level::Error, Key::AuthSource, text.to_owned()));
             }
-            advice.extend(ineffective(&raw, &values));
+            let given = Key::current().filter(|key| raw.origin(*key) != Origin::Default);
+            advice.extend(given.filter_map(|key| ineffective(key, &raw, &values)));
             advice.extend(unusable(&values));
         }
         findings.extend(advice.into_iter().map(|(level, key, text)| {
@@ -88,16 +88,15 @@ impl<'a> Survey<'a> {
     }
 
     fn report(&self) -> String {
-        let mut text = String::new();
+        let mut lines = Vec::new();
         for (level, word) in [(Level::Error, "error"), (Level::Warn, "warning"), (Level::Info, "note")] {
-            for finding in self.findings.iter().filter(|finding| finding.level == level) {
-                let colon = if finding.path.is_empty() { "" } else { ": " };
-                let (file, path) = (finding.file.display(), &finding.path);
-                let _ = writeln!(text, "{word}: {file}: {path}{colon}{}", finding.text);
+            for Finding { file, path, text, .. } in self.findings.iter().filter(|f| f.level == level) {
+                let colon = if path.is_empty() { "" } else { ": " };
+                lines.push(format!("{word}: {}: {path}{colon}{text}", file.display()));
             }
         }
-        if !text.is_empty() {
-            text.push('\n');
+        if !lines.is_empty() {
+            lines.push(String::new());
         }
         for (name, (file, state)) in [("main", self.main), ("fallback", self.fallback)] {
             let state = match state {
@@ -105,23 +104,23 @@ impl<'a> Survey<'a> {
                 State::Read => "",
                 State::Broken => " (can't be read: not counted in)",
             };
-            let _ = writeln!(text, "{name:8}  {}{state}", file.display());
+            lines.push(format!("{name:8}  {}{state}", file.display()));
         }
-        text.push('\n');
+        lines.push(String::new());
         let rows: Vec<_> = Key::current().map(|key| (key, shown(key, self.values.get(key)))).collect();
-        let width = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or_default();
-        let keys = width(&mut rows.iter().map(|(key, _)| key.name().len()));
+        let name_width = rows.iter().map(|(key, _)| key.name().len()).max().unwrap_or_default();
         // Values longer than this may stick out of their column.
-        let wide = width(&mut rows.iter().map(|(_, value)| value.chars().count()).filter(|n| *n <= 24));
+        let widths = rows.iter().map(|(_, value)| value.chars().count()).filter(|width| *width <= 24);
+        let width = widths.max().unwrap_or_default();
         for (key, value) in rows {
             let origin = match self.values.origin(key) {
                 Origin::Default => "default",
                 Origin::Fallback => "fallback",
                 Origin::Main => "main",
             };
-            let _ = writeln!(text, "{:keys$}  {value:wide$}  {origin}", key.name());
+            lines.push(format!("{:name_width$}  {value:width$}  {origin}", key.name()));
         }
-        text
+        lines.join("\n") + "\n"
     }
 }
 
@@ -181,50 +180,45 @@ fn read<'a>(
 }
 
 /// Tells who else can write the configuration file, and so control the daemon.
-fn writers(file: &Path) -> Vec<String> {
-    let Some(metadata) = fs::metadata(file).ok().filter(fs::Metadata::is_file) else { return Vec::new() };
-    let (owner, group, mode) = (metadata.uid(), metadata.gid(), metadata.mode());
-    [
-        (![0, geteuid().as_raw()].contains(&owner))
-            .then(|| format!("may be written by its owner, user {owner}")),
-        (mode & 0o020 != 0 && group != 0).then(|| format!("may be written by its group, {group}")),
-        (mode & 0o002 != 0).then(|| "may be written by everybody".to_owned()),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+fn writers(file: &Path) -> impl Iterator<Item = String> {
+    let metadata = fs::metadata(file).ok().filter(fs::Metadata::is_file);
+    let writers = metadata.map(|file| {
+        let (owner, group, mode) = (file.uid(), file.gid(), file.mode());
+        let by_owner = ![0, geteuid().as_raw()].contains(&owner);
+        let by_group = mode & 0o020 != 0 && group != 0;
+        [
+            by_owner.then(|| format!("may be written by its owner, user {owner}")),
+            by_group.then(|| format!("may be written by its group, {group}")),
+            (mode & 0o002 != 0).then(|| "may be written by everybody".to_owned()),
+        ]
+    });
+    writers.into_iter().flatten().flatten()
 }
 
 /// The errors that keep the daemon from starting, the user's last.
 fn errors(values: &Values, shells: &Path) -> Vec<Advice> {
-    let errors = config::validate(values, config::user_of_shell(values, shells)).err();
-    let errors = errors.into_iter().flatten().filter_map(|error| {
+    let errors = config::validate(values, config::user_of_shell(values, shells)).err().unwrap_or_default();
+    let advice = errors.iter().filter_map(|error| {
         let (key, text) = (error.key()?, error.to_string());
-        let text = text.strip_prefix(key.name()).and_then(|text| text.strip_prefix(": ")).unwrap_or(&text);
-        Some((Level::Error, key, text.to_owned()))
+        let text = text.strip_prefix(&format!("{}: ", key.name())).unwrap_or(&text).to_owned();
+        Some((Level::Error, key, text))
     });
-    let (user, mut errors): (Vec<_>, Vec<_>) = errors.partition(|(_, key, _)| *key == Key::User);
-    errors.extend(user);
-    errors
+    let mut advice: Vec<_> = advice.collect();
+    advice.sort_by_key(|(_, key, _)| *key == Key::User);
+    advice
 }
 
-/// Finds settings that have no effect or are replaced.
-fn ineffective(raw: &Values, values: &Values) -> Vec<Advice> {
-    let given = Key::current().filter(|key| raw.origin(*key) != Origin::Default);
-    let advice = given.filter_map(|key| {
-        let (given, used) = (raw.get(key), values.get(key));
-        Some(match idle(key, values) {
-            Some((level, why)) if !config::is_unset(given) => {
-                (level, key, format!("without effect, because {why}"))
-            }
-            _ if given == used => return None,
-            _ if config::is_unset(given) => {
-                (Level::Info, key, format!("{given} stands for the default, {used}"))
-            }
-            _ => (Level::Warn, key, format!("{given} can't be used, {used} is used instead")),
-        })
-    });
-    advice.collect()
+/// What is to be said of a `key` that a file gives: whether it has no effect or is replaced.
+fn ineffective(key: Key, raw: &Values, values: &Values) -> Option<Advice> {
+    let (given, used) = (raw.get(key), values.get(key));
+    Some(match idle(key, values) {
+        Some((level, why)) if !config::is_unset(given) => {
+            (level, key, format!("without effect, because {why}"))
+        }
+        _ if given == used => return None,
+        _ if config::is_unset(given) => (Level::Info, key, format!("{given} stands for the default, {used}")),
+        _ => (Level::Warn, key, format!("{given} can't be used, {used} is used instead")),
+    })
 }
 
 /// Why `key` has no effect. Warnings are for what suggests a misunderstanding.
@@ -317,13 +311,12 @@ fn shown(key: Key, value: &Value) -> String {
 
 /// The key of the same name elsewhere, if there is just one; otherwise the most similar one.
 fn suggest(unknown: &str) -> Option<&'static str> {
-    let names = || Key::current().map(Key::name);
-    // Sections are keys, too.
-    let sections = names().flat_map(|name| name.match_indices('.').map(|(at, _)| &name[..at]));
-    let names: Vec<&str> = names().chain(sections).collect();
     fn last(name: &str) -> &str {
         name.rsplit('.').next().unwrap_or(name)
     }
+    let keys = || Key::current().map(Key::name);
+    let sections = keys().flat_map(|name| name.match_indices('.').map(|(at, _)| &name[..at]));
+    let names: Vec<&str> = keys().chain(sections).collect();
     let mut same = names.iter().filter(|name| last(name).eq_ignore_ascii_case(last(unknown)));
     if let (Some(name), None) = (same.next(), same.next()) {
         return Some(name);
@@ -332,10 +325,8 @@ fn suggest(unknown: &str) -> Option<&'static str> {
     // Two letters have at most 8 bytes. Bounds the work for a very long key.
     let near = names.into_iter().filter(|name| unknown.len() <= name.len() + 8);
     let slips = |name: &str| osa_distance(&unknown.to_ascii_lowercase(), &name.to_ascii_lowercase());
-    near.map(|name| (slips(name), name))
-        .filter(|(slips, _)| *slips <= most)
-        .min_by_key(|(slips, _)| *slips)
-        .map(|(_, name)| name)
+    let near = near.map(|name| (slips(name), name)).filter(|(slips, _)| *slips <= most);
+    near.min_by_key(|(slips, _)| *slips).map(|(_, name)| name)
 }
 
 #[cfg(test)]
