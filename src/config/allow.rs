@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use thiserror::Error;
-
+use super::error::ConfigError;
+use super::keys::Key;
 use crate::sys::net::contains;
 
 /// One entry, such as `tcp/192.168.1.0/24:80-443`.
@@ -24,19 +24,13 @@ enum Host {
     Name(String),
 }
 
-/// An entry of `PortForward.Allow` that can't be parsed.
-#[derive(Debug, Error, PartialEq, Eq)]
-#[error("PortForward.Allow: {entry:?}: {why}")]
-pub struct AllowError {
-    entry: String,
-    why: String,
-}
-
 impl Allowed {
     /// Reads `tcp/HOST:PORTS` or `udp/HOST:PORTS`. HOST is an address, `[…]` around it for IPv6, a network
     /// (`address/bits`), a name, or `*`; PORTS is a port, a range, or `*`.
-    pub fn parse(entry: &str) -> Result<Self, AllowError> {
-        Self::try_parse(entry).map_err(|why| AllowError { entry: entry.to_owned(), why })
+    pub fn parse(entry: &str) -> Result<Self, ConfigError> {
+        let unusable =
+            |why| ConfigError::Unusable(Key::Allow, format!("PortForward.Allow: {entry:?}: {why}"));
+        Self::try_parse(entry).map_err(unusable)
     }
 
     fn try_parse(entry: &str) -> Result<Self, String> {
@@ -48,7 +42,7 @@ impl Allowed {
         if host.contains(':') && !host.starts_with('[') {
             return Err("an IPv6 address is written in brackets".to_owned());
         }
-        Ok(Allowed { transport: transport.to_owned(), host: Host::parse(host)?, ports: parse_ports(ports)? })
+        Ok(Allowed { transport: transport.to_owned(), host: parse_host(host)?, ports: parse_ports(ports)? })
     }
 
     /// True if this entry permits `address`, which `name` resolved to.
@@ -65,44 +59,27 @@ impl Allowed {
     }
 }
 
-impl Host {
-    fn parse(host: &str) -> Result<Self, String> {
-        if host == "*" {
-            return Ok(Host::Any);
-        }
-        let (name, bits) = match host.rsplit_once('/') {
-            Some((name, bits)) => (name, Some(bits)),
-            None => (host, None),
-        };
-        let bare = name.strip_prefix('[').and_then(|n| n.strip_suffix(']')).unwrap_or(name);
-        match (bare.parse::<IpAddr>(), bits) {
-            (Ok(address), bits) => {
-                let most = if address.is_ipv4() { 32 } else { 128 };
-                let bits = bits.map_or(Some(most), |bits| number(bits).filter(|b| *b <= most));
-                let bits = bits.ok_or_else(|| format!("a network of {address} has 0 to {most} bits"))?;
-                Ok(Host::network(address, bits))
-            }
-            (Err(_), Some(_)) => Err(format!("{name:?} is no address")),
-            (Err(_), None) => {
-                let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-                // Digits and dots that aren't an address are a typing error, not a name.
-                let numeric = name.chars().all(|c| c.is_ascii_digit() || c == '.');
-                if name.is_empty() || numeric || !name.chars().all(plain) {
-                    return Err(format!("{name:?} is neither an address nor a name"));
-                }
-                Ok(Host::Name(name.trim_end_matches('.').to_ascii_lowercase()))
-            }
-        }
+fn parse_host(host: &str) -> Result<Host, String> {
+    let (name, bits) = host.rsplit_once('/').map_or((host, None), |(name, bits)| (name, Some(bits)));
+    let bare = name.strip_prefix('[').and_then(|n| n.strip_suffix(']')).unwrap_or(name);
+    if let Ok(address) = bare.parse::<IpAddr>() {
+        let most = if address.is_ipv4() { 32 } else { 128 };
+        let bits = bits.map_or(Some(most), number).filter(|bits| *bits <= most);
+        let bits = bits.ok_or_else(|| format!("a network of {address} has 0 to {most} bits"))?;
+        // `Allowed::permits` compares IPv4-mapped IPv6 addresses as IPv4.
+        return Ok(match address.to_canonical() {
+            plain if plain != address && bits >= 96 => Host::Network(plain, bits - 96),
+            _ => Host::Network(address, bits),
+        });
     }
-
-    /// Turns IPv4-mapped IPv6 addresses into IPv4, as [`Allowed::permits`] does.
-    fn network(address: IpAddr, bits: u32) -> Self {
-        let plain = address.to_canonical();
-        if plain != address && bits >= 96 {
-            Host::Network(plain, bits - 96)
-        } else {
-            Host::Network(address, bits)
-        }
+    // Digits and dots that aren't an address are a typing error, not a name.
+    let numeric = name.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+    match bits {
+        Some(_) => Err(format!("{name:?} is no address")),
+        None if host == "*" => Ok(Host::Any),
+        None if numeric || !plain => Err(format!("{name:?} is neither an address nor a name")),
+        None => Ok(Host::Name(name.trim_end_matches('.').to_ascii_lowercase())),
     }
 }
 
@@ -115,10 +92,9 @@ fn parse_ports(ports: &str) -> Result<RangeInclusive<u16>, String> {
     if ports == "*" {
         return Ok(1..=u16::MAX);
     }
-    let port = |text: &str| {
-        number(text)
-            .filter(|port: &u16| *port > 0)
-            .ok_or_else(|| format!("{text:?} is no port, expected 1 to 65535"))
+    let port = |text| {
+        let port = number(text).filter(|port| *port > 0);
+        port.ok_or_else(|| format!("{text:?} is no port, expected 1 to 65535"))
     };
     let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
     let range = port(first)?..=port(last)?;

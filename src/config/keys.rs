@@ -113,14 +113,11 @@ impl Key {
     /// The key or section that is called `member`, in any case, directly below `section`; the top's name is empty.
     pub(super) fn find(section: &str, member: &str) -> Option<(&'static str, Option<Key>)> {
         let path = join(section, member);
-        Key::all().find_map(|key| {
-            let (name, rest) = key.name().split_at_checked(path.len())?;
-            let found = name.eq_ignore_ascii_case(&path) && !member.contains('.');
-            match rest.as_bytes().first() {
-                None if found => Some((name, Some(key))),
-                Some(b'.') if found => Some((name, None)),
-                _ => None,
-            }
+        let mut keys = Key::all().filter(|_| !member.contains('.'));
+        keys.find_map(|key| match key.name().split_at_checked(path.len())? {
+            (name, "") if name.eq_ignore_ascii_case(&path) => Some((name, Some(key))),
+            (name, rest) if name.eq_ignore_ascii_case(&path) && rest.starts_with('.') => Some((name, None)),
+            _ => None,
         })
     }
 }

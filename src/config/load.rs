@@ -12,20 +12,22 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::iter;
 use std::path::Path;
 
 use log::Level;
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
-use serde_json::Value;
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
+use serde_json::{Number, Value};
 
 use super::error::{ConfigError, Misfit};
-use super::keys::{Key, Kind, SHELL, join};
+use super::keys::{Key, Kind, join};
 
 /// Log lines, kept apart from the logger so that tests can look at them.
 pub(crate) type Notes = Vec<(Level, String)>;
 
-/// Replaces a umask that can't be read: only the owner gets access.
+/// Replaces a umask that can't be read: only the owner gets access. An error would keep the terminal away that is needed
+/// to correct it.
 const STRICT_UMASK: u32 = 0o077;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,13 +79,13 @@ impl Values {
     /// With defaults for values that are missing or can't be used.
     pub(crate) fn filled(&self, notes: &mut Notes) -> Values {
         let mut filled = self.clone();
-        for (key, default) in [(Key::ShellCommand, SHELL), (Key::ShellArguments, "[--login]")] {
-            if is_unset(self.get(key)) {
-                notes.push((Level::Warn, format!("{} is empty, defaulting to {default}", key.name())));
-            }
-        }
         for key in Key::all().filter(|key| is_unset(self.get(*key))) {
-            filled.set(key, key.kind().default());
+            let default = key.kind().default();
+            if matches!(key, Key::ShellCommand | Key::ShellArguments) {
+                let shown = default.to_string().replace('"', "");
+                notes.push((Level::Warn, format!("{} is empty, defaulting to {shown}", key.name())));
+            }
+            filled.set(key, default);
         }
         filled.fill_expiry(self, notes);
         let seconds = self.get(Key::ReconnectInterval).as_i64().unwrap_or_default();
@@ -97,8 +99,16 @@ impl Values {
         if seconds > u32::MAX.into() {
             filled.set(Key::ReconnectInterval, u32::MAX.into());
         }
-        if self.flag(Key::Limits) && !self.text(Key::Umask).is_empty() {
-            filled.fill_umask(notes);
+        let umask = self.text(Key::Umask);
+        if self.flag(Key::Limits) && !umask.is_empty() {
+            let used = self.umask().unwrap_or(STRICT_UMASK) & 0o777;
+            if self.umask().is_none() {
+                let text = format!("{umask:?} is not an octal number, using {used:03o} instead");
+                notes.push((Level::Error, format!("{} {text}", Key::Umask.name())));
+            }
+            if self.umask() != Some(used) {
+                filled.set(Key::Umask, format!("{used:03o}").into());
+            }
         }
         for (filled, raw) in filled.0.iter_mut().zip(&self.0) {
             if filled.0 != raw.0 {
@@ -123,22 +133,6 @@ impl Values {
                 notes.push((Level::Warn, text.to_owned()));
                 self.set(Key::ExpireAfter, 0.into());
             }
-        }
-    }
-
-    /// A umask that can't be read isn't fatal: otherwise nobody could correct it over the remote terminal.
-    fn fill_umask(&mut self, notes: &mut Notes) {
-        let bits = self.umask();
-        if bits.is_none() {
-            let text = format!(
-                "{:?} is not an octal number, using {STRICT_UMASK:03o} instead",
-                self.text(Key::Umask)
-            );
-            notes.push((Level::Error, format!("{} {text}", Key::Umask.name())));
-        }
-        let used = bits.unwrap_or(STRICT_UMASK) & 0o777;
-        if bits != Some(used) {
-            self.set(Key::Umask, format!("{used:03o}").into());
         }
     }
 
@@ -186,27 +180,26 @@ pub(crate) fn is_unset(value: &Value) -> bool {
 /// Reads both files, if they exist. Values in `main` win over `fallback`.
 pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Result<Values, ConfigError> {
     let mut values = Values::default();
+    let mut note = |level, text: String| notes.push((level, text));
     let mut any = false;
     for (file, origin) in [(fallback, Origin::Fallback), (main, Origin::Main)] {
         let name = file.display();
-        let walk = values.read(file, origin).and_then(|walk| walk.map(Walk::fit).transpose()).inspect_err(
-            |error| {
-                notes
-                    .push((Level::Error, format!("Error loading configuration from file: {name} ({error})")));
-            },
-        )?;
+        let walk = values.read(file, origin).and_then(|walk| walk.map(Walk::fit).transpose());
+        let walk = walk.inspect_err(|error| {
+            note(Level::Error, format!("Error loading configuration from file: {name} ({error})"));
+        })?;
         let Some(walk) = walk else { continue };
         for path in &walk.unknown {
-            notes.push((Level::Warn, format!("{name}: ignoring unknown key {path}")));
+            note(Level::Warn, format!("{name}: ignoring unknown key {path}"));
         }
         for name in walk.deprecated() {
-            notes.push((Level::Warn, format!("{name} field is deprecated, ignoring.")));
+            note(Level::Warn, format!("{name} field is deprecated, ignoring."));
         }
-        notes.push((Level::Info, format!("Loaded configuration file: {name}")));
+        note(Level::Info, format!("Loaded configuration file: {name}"));
         any = true;
     }
     if !any {
-        notes.push((Level::Info, "No configuration files present. Using defaults".to_owned()));
+        note(Level::Info, "No configuration files present. Using defaults".to_owned());
     }
     Ok(values)
 }
@@ -232,8 +225,8 @@ impl Walk {
 
     /// Deprecated keys that have a value, as upstream's warnings name them.
     fn deprecated(&self) -> Vec<&'static str> {
-        let last = |key: &Key| self.given.iter().rfind(|(given, _)| given == key).map(|(_, value)| value);
-        let used = |key: &Key| last(key).is_some_and(|value| *value != key.kind().default());
+        let last = |key: &Key| self.given.iter().rfind(|(given, _)| given == key);
+        let used = |key: &Key| last(key).is_some_and(|(_, value)| *value != key.kind().default());
         let mut names: Vec<_> = Key::all().filter(used).filter_map(Key::deprecated).collect();
         names.dedup();
         names
@@ -243,8 +236,7 @@ impl Walk {
         let found = match found {
             // Debug keeps the ".0" that shows why it isn't an integer.
             Value::Number(number) if number.is_f64() => format!("{:?}", number.as_f64().unwrap_or_default()),
-            Value::Number(number) => number.to_string(),
-            Value::Null => "null".to_owned(),
+            Value::Number(_) | Value::Null => found.to_string(),
             Value::Bool(_) => "a boolean".to_owned(),
             Value::String(_) => "a string".to_owned(),
             Value::Array(_) => "an array".to_owned(),
@@ -256,16 +248,17 @@ impl Walk {
     /// `section` in our spelling, `path` in the file's.
     fn object(&mut self, section: &str, path: &str, text: &RawValue) -> serde_json::Result<()> {
         let members = match serde_json::from_str(text.get())? {
-            Value::Null => Members::default(),
-            Value::Object(_) => serde_json::from_str(text.get())?,
+            Value::Object(_) => serde_json::Deserializer::from_str(text.get()).deserialize_map(Members)?,
+            Value::Null => Vec::new(),
             other => {
                 self.misfit(None, path, "an object", &other);
-                Members::default()
+                Vec::new()
             }
         };
-        for (member, text) in members.0 {
+        for (member, text) in members {
             let path = join(path, &member);
-            match Key::find(section, &fold(&member)) {
+            // Go folds two letters beyond ASCII into the keys'.
+            match Key::find(section, &member.replace('\u{17f}', "s").replace('\u{212a}', "k")) {
                 Some((_, Some(key))) => {
                     let misfits = self.misfits.len();
                     let value = self.value(key, &path, text)?;
@@ -284,26 +277,18 @@ impl Walk {
     /// `None` if the value doesn't fit, or is a `null` that leaves it as it is.
     fn value(&mut self, key: Key, path: &str, text: &RawValue) -> serde_json::Result<Option<Value>> {
         let value: Value = serde_json::from_str(text.get())?;
-        let (kind, element) = (key.kind(), |index| format!("{path}[{index}]"));
-        let expected = match (kind, &value) {
-            (Kind::List(_) | Kind::Objects, Value::Null) => return Ok(Some(kind.unset())),
+        let element = |index| format!("{path}[{index}]");
+        let (fits, expected) = match (key.kind(), &value) {
+            (kind @ (Kind::List(_) | Kind::Objects), Value::Null) => return Ok(Some(kind.unset())),
             (_, Value::Null) => return Ok(None),
-            (Kind::Flag(_), Value::Bool(_)) | (Kind::Text(_), Value::String(_)) => return Ok(Some(value)),
-            (Kind::Number(range, _), Value::Number(number))
-                if number.as_i128().is_some_and(|number| range.contains(&number)) =>
-            {
-                return Ok(Some(value));
-            }
             (Kind::List(_), Value::Array(elements)) => {
-                let mut texts = Vec::new();
-                for (index, value) in elements.iter().enumerate() {
-                    match value {
-                        Value::Null => texts.push(""),
-                        Value::String(text) => texts.push(text),
-                        other => self.misfit(Some(key), &element(index), "a string", other),
-                    }
+                for (index, other) in
+                    elements.iter().enumerate().filter(|(_, e)| !e.is_string() && !e.is_null())
+                {
+                    self.misfit(Some(key), &element(index), "a string", other);
                 }
-                return Ok(Some(texts.into()));
+                let texts = elements.iter().map(|text| text.as_str().unwrap_or_default());
+                return Ok(Some(texts.collect()));
             }
             (Kind::Objects, Value::Array(_)) => {
                 // The elements are checked, but have no effect.
@@ -315,39 +300,29 @@ impl Walk {
                 self.given.truncate(given);
                 return Ok(Some(value));
             }
-            (Kind::Flag(_), _) => "a boolean",
-            (Kind::Number(range, _), _) => &format!("an integer from {} to {}", range.start(), range.end()),
-            (Kind::Text(_), _) => "a string",
-            (Kind::List(_) | Kind::Objects, _) => "an array",
+            (Kind::Flag(_), value) => (value.is_boolean(), "a boolean"),
+            (Kind::Number(range, _), value) => (
+                value.as_number().and_then(Number::as_i128).is_some_and(|number| range.contains(&number)),
+                &*format!("an integer from {} to {}", range.start(), range.end()),
+            ),
+            (Kind::Text(_), value) => (value.is_string(), "a string"),
+            (Kind::List(_) | Kind::Objects, _) => (false, "an array"),
         };
-        self.misfit(Some(key), path, expected, &value);
-        Ok(None)
-    }
-}
-
-/// Folds a key as Go does beyond ASCII: two letters that fold into it.
-fn fold(key: &str) -> String {
-    key.replace('\u{17f}', "s").replace('\u{212a}', "k")
-}
-
-/// An object with the order of its keys, and with their duplicates.
-#[derive(Default)]
-struct Members<'a>(Vec<(String, &'a RawValue)>);
-
-impl<'de> Deserialize<'de> for Members<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Members::default())
-    }
-}
-
-impl<'de> Visitor<'de> for Members<'de> {
-    type Value = Self;
-
-    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
-        while let Some(member) = map.next_entry()? {
-            self.0.push(member);
+        if !fits {
+            self.misfit(Some(key), path, expected, &value);
         }
-        Ok(self)
+        Ok(fits.then_some(value))
+    }
+}
+
+/// Reads an object's members in their order, with duplicates.
+struct Members;
+
+impl<'de> Visitor<'de> for Members {
+    type Value = Vec<(String, &'de RawValue)>;
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        iter::from_fn(|| map.next_entry().transpose()).collect()
     }
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -43,7 +43,6 @@ pub struct Config {
     pub reconnect_interval: Duration,
 }
 
-/// The source of token and server URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Auth {
     /// mender-auth on the system bus.
@@ -69,9 +68,8 @@ pub struct Shell {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Terminal {
     pub enabled: bool,
-    /// Columns if the client names no size, above zero.
+    /// Columns and rows if the client names no size, above zero.
     pub width: u16,
-    /// Rows if the client names no size, above zero.
     pub height: u16,
 }
 
@@ -93,7 +91,7 @@ pub enum Expiry {
     Age(Duration),
 }
 
-/// The section `Limits.FileTransfer`. A client puts files on the device and gets files from it.
+/// A client puts files on the device and gets files from it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileLimits {
     /// As written: it may contain links.
@@ -102,17 +100,15 @@ pub struct FileLimits {
     pub(crate) allow_overwrite: bool,
     pub owner_put: Option<String>,
     pub group_put: Option<String>,
-    /// Names; empty: any.
+    /// Names; empty: any. `group_get` as well.
     pub(crate) owner_get: Vec<String>,
-    /// Names; empty: any.
     pub(crate) group_get: Vec<String>,
     /// If set, a put file's permissions are 0o777 without these bits, whatever the client asked for; at most 0o777.
     pub umask: Option<u32>,
     /// In bytes.
     pub(crate) max_file_size: Option<NonZeroU64>,
-    /// Over all sessions.
+    /// Over all sessions, as the next.
     pub(crate) max_tx_bytes_per_minute: Option<NonZeroU64>,
-    /// Over all sessions.
     pub(crate) max_rx_bytes_per_minute: Option<NonZeroU64>,
     pub(crate) allow_suid: bool,
     pub(crate) regular_files_only: bool,
@@ -138,16 +134,13 @@ pub fn load(main: &Path, fallback: &Path) -> Result<Config, ConfigError> {
 
 fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> Result<Config, ConfigError> {
     let values = load::read_both(main, fallback, notes)?.filled(notes);
-    let config = validate(&values, user_of_shell(&values, shells)).map_err(first);
+    // The daemon stops at the first error.
+    let config =
+        validate(&values, user_of_shell(&values, shells)).map_err(|mut errors| errors.swap_remove(0));
     if let Err(error @ ConfigError::ShellNotListed(_)) = &config {
         notes.push((Level::Error, error.to_string()));
     }
     config
-}
-
-/// The error that the daemon stops at.
-fn first(mut errors: Vec<ConfigError>) -> ConfigError {
-    errors.swap_remove(0)
 }
 
 /// Returns all errors, in upstream's order, but for those that follow from others. `values` have their defaults.
@@ -157,74 +150,14 @@ pub(crate) fn validate(
 ) -> Result<Config, Vec<ConfigError>> {
     let mut errors = Vec::new();
     let forward_targets = values.list(Key::Allow).map(|entries| {
-        let parse = |entry: &String| Allowed::parse(entry).map_err(|error| errors.push(error.into())).ok();
-        entries.iter().filter_map(parse).collect()
+        entries.iter().filter_map(|entry| Allowed::parse(entry).map_err(|e| errors.push(e)).ok()).collect()
     });
     let auth = auth(values, &mut errors);
-    let user = match user {
-        Ok(user) if errors.is_empty() => user,
-        user => {
-            errors.extend(user.err().into_iter().flatten());
-            return Err(errors);
-        }
-    };
-    Ok(Config {
-        shell: Shell {
-            command: values.text(Key::ShellCommand).into(),
-            arguments: values.list(Key::ShellArguments).unwrap_or_default(),
-            user,
-            no_new_privileges: values.flag(Key::NoNewPrivileges),
-        },
-        terminal: Terminal {
-            enabled: !values.flag(Key::DisableTerminal),
-            width: values.number(Key::Width),
-            height: values.number(Key::Height),
-        },
-        sessions: Sessions {
-            expiry: expiry(values),
-            max_per_user: values.number(Key::MaxPerUser),
-            idle_includes_output: values.flag(Key::IdleIncludesOutput),
-        },
-        file_transfer: !values.flag(Key::DisableFileTransfer),
-        port_forward: !values.flag(Key::DisablePortForward),
-        forward_targets,
-        mender_client: !values.flag(Key::DisableMenderClient),
-        limits: values.flag(Key::Limits).then(|| limits(values)),
-        auth,
-        reconnect_interval: Duration::from_secs(values.number(Key::ReconnectInterval)),
-    })
-}
-
-fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
-    let token = values.text(Key::TokenFile);
-    match values.text(Key::AuthSource) {
-        "dbus" => return Auth::Dbus,
-        "file" => {
-            let missing =
-                [Key::TokenFile, Key::AuthServerUrl].into_iter().filter(|key| values.text(*key).is_empty());
-            errors.extend(missing.map(ConfigError::AuthMissing));
-            if !token.is_empty() && !token.starts_with('/') {
-                errors.push(ConfigError::TokenFileNotAbsolute(token.to_owned()));
-            }
-        }
-        other => errors.push(ConfigError::AuthSource(other.to_owned())),
-    }
-    Auth::File { token: token.into(), server_url: values.text(Key::AuthServerUrl).to_owned() }
-}
-
-fn expiry(values: &Values) -> Expiry {
-    let seconds = |key| Duration::from_secs(values.number(key));
-    match (seconds(Key::ExpireAfterIdle), seconds(Key::ExpireAfter)) {
-        (Duration::ZERO, Duration::ZERO) => Expiry::Never,
-        (Duration::ZERO, age) => Expiry::Age(age),
-        (idle, _) => Expiry::Idle(idle),
-    }
-}
-
-fn limits(values: &Values) -> FileLimits {
+    let user = user.map_err(|more| errors.extend(more)).ok();
+    let Some(user) = user.filter(|_| errors.is_empty()) else { return Err(errors) };
     let given = |key| Some(values.text(key)).filter(|text| !text.is_empty()).map(str::to_owned);
     let above_zero = |key| NonZeroU64::new(values.number(key));
-    FileLimits {
+    let limits = || FileLimits {
         chroot: given(Key::Chroot).map(PathBuf::from),
         follow_symlinks: values.flag(Key::FollowSymLinks),
         allow_overwrite: values.flag(Key::AllowOverwrite),
@@ -240,44 +173,86 @@ fn limits(values: &Values) -> FileLimits {
         regular_files_only: values.flag(Key::RegularFilesOnly),
         preserve_mode: values.flag(Key::PreserveMode),
         preserve_owner: values.flag(Key::PreserveOwner),
+    };
+    let seconds = |key| Duration::from_secs(values.number(key));
+    Ok(Config {
+        shell: Shell {
+            command: values.text(Key::ShellCommand).into(),
+            arguments: values.list(Key::ShellArguments).unwrap_or_default(),
+            user,
+            no_new_privileges: values.flag(Key::NoNewPrivileges),
+        },
+        terminal: Terminal {
+            enabled: !values.flag(Key::DisableTerminal),
+            width: values.number(Key::Width),
+            height: values.number(Key::Height),
+        },
+        sessions: Sessions {
+            expiry: match (seconds(Key::ExpireAfterIdle), seconds(Key::ExpireAfter)) {
+                (Duration::ZERO, Duration::ZERO) => Expiry::Never,
+                (Duration::ZERO, age) => Expiry::Age(age),
+                (idle, _) => Expiry::Idle(idle),
+            },
+            max_per_user: values.number(Key::MaxPerUser),
+            idle_includes_output: values.flag(Key::IdleIncludesOutput),
+        },
+        file_transfer: !values.flag(Key::DisableFileTransfer),
+        port_forward: !values.flag(Key::DisablePortForward),
+        forward_targets,
+        mender_client: !values.flag(Key::DisableMenderClient),
+        limits: values.flag(Key::Limits).then(limits),
+        auth,
+        reconnect_interval: seconds(Key::ReconnectInterval),
+    })
+}
+
+fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
+    let (token, server_url) = (values.text(Key::TokenFile), values.text(Key::AuthServerUrl));
+    let mut unusable = |key, why| errors.push(ConfigError::Unusable(key, why));
+    match values.text(Key::AuthSource) {
+        "dbus" => return Auth::Dbus,
+        "file" => {
+            for key in
+                [Key::TokenFile, Key::AuthServerUrl].into_iter().filter(|key| values.text(*key).is_empty())
+            {
+                unusable(key, format!("{} is needed where Auth.Source is \"file\"", key.name()));
+            }
+            if !token.is_empty() && !token.starts_with('/') {
+                unusable(Key::TokenFile, format!("Auth.TokenFile ({token}) is not an absolute path"));
+            }
+        }
+        other => unusable(
+            Key::AuthSource,
+            format!("Auth.Source {other:?} is not known, only \"dbus\" and \"file\" are"),
+        ),
     }
+    Auth::File { token: token.into(), server_url: server_url.to_owned() }
 }
 
 /// Checks the shell and its user on this device. Returns the errors in upstream's order.
 pub(crate) fn user_of_shell(values: &Values, shells: &Path) -> Result<User, Vec<ConfigError>> {
-    let command = values.text(Key::ShellCommand);
-    let executable = executable(command);
-    let listed = if executable.is_ok() { listed(command, shells) } else { Ok(()) };
-    match (executable, user(values.text(Key::User)), listed) {
-        (Ok(()), Ok(user), Ok(())) => Ok(user),
-        (executable, user, listed) => {
-            Err([executable.err(), user.err(), listed.err()].into_iter().flatten().collect())
-        }
-    }
-}
-
-fn executable(command: &str) -> Result<(), ConfigError> {
-    if !Path::new(command).is_absolute() {
-        return Err(ConfigError::ShellNotAbsolute(command.to_owned()));
-    }
-    if !fs::metadata(command).is_ok_and(|metadata| metadata.permissions().mode() & 0o111 != 0) {
-        return Err(ConfigError::ShellNotExecutable(command.to_owned()));
-    }
-    Ok(())
-}
-
-fn user(name: &str) -> Result<User, ConfigError> {
-    if name.is_empty() { Err(ConfigError::NoUser) } else { Ok(users::lookup(name)?) }
-}
-
-/// Checks that `shells` has the line `command`. Small images have no /etc/shells: then only /bin/sh counts as listed.
-fn listed(command: &str, shells: &Path) -> Result<(), ConfigError> {
+    let (command, name) = (values.text(Key::ShellCommand), values.text(Key::User));
+    let wrong = match fs::metadata(command) {
+        _ if !Path::new(command).is_absolute() => Some("an absolute path"),
+        Ok(metadata) if metadata.permissions().mode() & 0o111 != 0 => None,
+        _ => Some("executable"),
+    };
+    let text = |what| format!("given shell ({command}) is not {what}");
+    let mut errors = Vec::from_iter(wrong.map(|what| ConfigError::Unusable(Key::ShellCommand, text(what))));
+    let user = match name {
+        "" => Err("please provide a user to run the shell as".to_owned()),
+        name => users::lookup(name).map_err(|error| error.to_string()),
+    };
+    let user = user.map_err(|why| errors.push(ConfigError::Unusable(Key::User, why))).ok();
     match fs::read(shells) {
-        Ok(text) if String::from_utf8_lossy(&text).lines().any(|line| line == command) => Ok(()),
-        Ok(_) => Err(ConfigError::ShellNotListed(command.to_owned())),
-        Err(_) if command == keys::SHELL => Ok(()),
-        Err(error) => Err(ConfigError::Open { file: shells.to_owned(), error }),
+        _ if wrong.is_some() => {}
+        Ok(text) if String::from_utf8_lossy(&text).lines().any(|line| line == command) => {}
+        Ok(_) => errors.push(ConfigError::ShellNotListed(command.to_owned())),
+        // Small images have no /etc/shells: then only /bin/sh counts as listed.
+        Err(_) if command == keys::SHELL => {}
+        Err(error) => errors.push(ConfigError::Open { file: shells.to_owned(), error }),
     }
+    user.filter(|_| errors.is_empty()).ok_or(errors)
 }
 
 /// dash ends at once if started with --login.
@@ -296,7 +271,7 @@ pub fn of_texts(main: &[u8], fallback: &[u8], user: &User) -> Result<Config, Con
     }
     let values = values.filled(&mut Notes::new());
     let user = User { name: values.text(Key::User).to_owned(), ..user.clone() };
-    validate(&values, Ok(user)).map_err(first)
+    validate(&values, Ok(user)).map_err(|mut errors| errors.swap_remove(0))
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use nix::unistd::geteuid;
 use super::token::{expiry, span};
 use super::{Break, Report, bus};
 use crate::auth::{self, Credentials};
-use crate::config::{self, Auth, Config, ConfigError};
+use crate::config::{self, Auth, Config, ConfigError, Key};
 use crate::link::PROXY_VARIABLES;
 use crate::status;
 use crate::sys::pty::{Pty, WindowSize};
@@ -90,16 +90,14 @@ pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -
         Ok(config) => config,
         Err(e) => {
             let (step, advice) = match e {
-                ConfigError::ShellNotAbsolute(_)
-                | ConfigError::ShellNotExecutable(_)
-                | ConfigError::ShellNotListed(_) => {
+                ConfigError::Unusable(Key::ShellCommand, _) | ConfigError::ShellNotListed(_) => {
                     ("shell", "Set ShellCommand to the absolute path of a program that /etc/shells lists.")
                 }
-                ConfigError::NoUser | ConfigError::User(_) if cfg!(target_env = "musl") => (
+                ConfigError::Unusable(Key::User, _) if cfg!(target_env = "musl") => (
                     "user",
                     "Set User to a name of /etc/passwd: this executable asks no other user database.",
                 ),
-                ConfigError::NoUser | ConfigError::User(_) => {
+                ConfigError::Unusable(Key::User, _) => {
                     ("user", "Set User to the name of one of this device's users.")
                 }
                 _ => ("configuration", "Correct the file; `mender-connect check` says whether it is right."),
