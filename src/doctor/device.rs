@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::unistd::geteuid;
 
 use super::token::{expiry, span};
-use super::{Break, Report, bus};
+use super::{Break, Report};
 use crate::auth::{self, Credentials};
 use crate::config::{self, Auth, Config, ConfigError, Key};
 use crate::link::PROXY_VARIABLES;
@@ -26,11 +26,10 @@ const SOON: u64 = 3600;
 pub(crate) fn daemon(report: &mut Report) -> bool {
     let processes = daemons();
     for pid in &processes {
-        let others = differing(pid);
+        let others = differing(pid).join(", ");
         if !others.is_empty() {
             report.warn(format!(
-                "process {pid} has other values than this shell of: {}. What it finds may differ",
-                others.join(", ")
+                "process {pid} has other values than this shell of: {others}. What it finds may differ"
             ));
         }
     }
@@ -86,28 +85,24 @@ pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -
         [file] => file.display().to_string(),
         _ => format!("{} over {}", main.display(), fallback.display()),
     };
-    let config = match config::load(main, fallback) {
-        Ok(config) => config,
-        Err(e) => {
-            let (step, advice) = match e {
-                ConfigError::Unusable(Key::ShellCommand, _) | ConfigError::ShellNotListed(_) => {
-                    ("shell", "Set ShellCommand to the absolute path of a program that /etc/shells lists.")
-                }
-                ConfigError::Unusable(Key::User, _) if cfg!(target_env = "musl") => (
-                    "user",
-                    "Set User to a name of /etc/passwd: this executable asks no other user database.",
-                ),
-                ConfigError::Unusable(Key::User, _) => {
-                    ("user", "Set User to the name of one of this device's users.")
-                }
-                _ => ("configuration", "Correct the file; `mender-connect check` says whether it is right."),
-            };
-            if step != "configuration" {
-                report.good("configuration", &files);
+    let config = config::load(main, fallback).map_err(|e| {
+        let (step, advice) = match e {
+            ConfigError::Unusable(Key::ShellCommand, _) | ConfigError::ShellNotListed(_) => {
+                ("shell", "Set ShellCommand to the absolute path of a program that /etc/shells lists.")
             }
-            return Err(report.bad(step, &e.to_string(), advice));
+            ConfigError::Unusable(Key::User, _) if cfg!(target_env = "musl") => {
+                ("user", "Set User to a name of /etc/passwd: this executable asks no other user database.")
+            }
+            ConfigError::Unusable(Key::User, _) => {
+                ("user", "Set User to the name of one of this device's users.")
+            }
+            _ => ("configuration", "Correct the file; `mender-connect check` says whether it is right."),
+        };
+        if step != "configuration" {
+            report.good("configuration", &files);
         }
-    };
+        report.bad(step, &e.to_string(), advice)
+    })?;
     report.good("configuration", &files);
 
     let shell = &config.shell;
@@ -134,46 +129,46 @@ pub(crate) fn terminal(report: &mut Report, config: &Config) -> Result<(), Break
         return Ok(());
     }
     let owner = geteuid().is_root().then_some(config.shell.user.uid);
-    match Pty::open(WindowSize { width, height }, owner) {
-        Ok(_) => {
-            report.good("pty", "can be opened");
-            Ok(())
-        }
-        Err(e) => {
-            let advice = match e.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::ENOSPC) => {
-                    "All PTYs are in use: end some of their programs or raise the sysctl kernel.pty.max."
-                }
-                _ => {
-                    "A file system of type devpts has to be mounted on /dev/pts, and /dev/ptmx has to exist."
-                }
-            };
-            Err(report.bad("pty", &reason(&e), advice))
-        }
-    }
+    Pty::open(WindowSize { width, height }, owner).map_err(|e| {
+        let advice = match e.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::ENOSPC) => {
+                "All PTYs are in use: end some of their programs or raise the sysctl kernel.pty.max."
+            }
+            _ => "A file system of type devpts has to be mounted on /dev/pts, and /dev/ptmx has to exist.",
+        };
+        report.bad("pty", &reason(&e), advice)
+    })?;
+    report.good("pty", "can be opened");
+    Ok(())
 }
 
 /// Gets token and server URL from the configured source.
 pub(crate) fn credentials(report: &mut Report, config: &Config) -> Result<Credentials, Break> {
     let credentials = match &config.auth {
-        Auth::Dbus => bus::credentials(report)?,
+        #[cfg(feature = "dbus")]
+        Auth::Dbus => super::bus::credentials(report)?,
+        #[cfg(not(feature = "dbus"))]
+        Auth::Dbus => {
+            let why = "built without D-Bus, there is nothing to get a token from";
+            return Err(report.bad("bus", why, "Use an executable with it, or set Auth.Source to \"file\"."));
+        }
         Auth::File { token, server_url } => from_file(report, token, server_url)?,
     };
-    let length = credentials.token.len();
-    let found = match (expiry(credentials.token.reveal()), clock::now().as_secs()) {
-        (None, _) => format!("{length} bytes, no expiry to be read"),
-        (Some(at), now) if at <= now => {
+    let now = clock::now().as_secs();
+    let end = match expiry(credentials.token.reveal()) {
+        None => "no expiry to be read".to_owned(),
+        Some(at) if at <= now => {
             report.warn("the server will hardly accept it, unless this device's clock is wrong");
-            format!("{length} bytes, expired {} ago", span(now - at))
+            format!("expired {} ago", span(now - at))
         }
-        (Some(at), now) => {
+        Some(at) => {
             if at - now < SOON {
                 report.warn("it expires soon; mender-auth has to fetch the next one");
             }
-            format!("{length} bytes, expires in {}", span(at - now))
+            format!("expires in {}", span(at - now))
         }
     };
-    report.good("token", &found);
+    report.good("token", &format!("{} bytes, {end}", credentials.token.len()));
     Ok(credentials)
 }
 

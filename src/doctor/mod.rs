@@ -5,9 +5,6 @@
 
 #[cfg(feature = "dbus")]
 mod bus;
-#[cfg(not(feature = "dbus"))]
-#[path = "no_bus.rs"]
-mod bus;
 mod device;
 mod server;
 mod token;
@@ -85,18 +82,11 @@ impl Report {
             }));
         } else {
             let mark = if advice.is_none() { '✓' } else { '✗' };
-            let mut text = format!("{mark} {step}: {found}");
             // Slow steps show their duration.
-            if seconds >= 0.001 {
-                text.push_str(&format!(" ({:.0} ms)", seconds * 1e3));
-            }
-            text.push('\n');
-            for warning in warnings {
-                text.push_str(&format!("  ! {warning}\n"));
-            }
-            for line in advice.iter().flat_map(|advice| advice.lines()) {
-                text.push_str(&format!("  {line}\n"));
-            }
+            let took = if seconds < 0.001 { String::new() } else { format!(" ({:.0} ms)", seconds * 1e3) };
+            let mut text = format!("{mark} {step}: {found}{took}\n");
+            text.extend(warnings.iter().map(|warning| format!("  ! {warning}\n")));
+            text.extend(advice.iter().flat_map(|advice| advice.lines()).map(|line| format!("  {line}\n")));
             print(&text);
         }
         self.since = Instant::now();
@@ -110,17 +100,13 @@ fn print(text: &str) {
     let _ = out.flush();
 }
 
-/// Removes characters that move a terminal's cursor or reverse its text: some texts come from outside.
+/// Escapes characters that move a terminal's cursor or reverse its text: some texts come from outside.
 fn clean(text: &str) -> String {
-    let mut clean = String::with_capacity(text.len());
-    for c in text.chars() {
-        if matches!(c, '\n' | '"' | '\'' | '\\') {
-            clean.push(c);
-        } else {
-            clean.extend(c.escape_debug());
-        }
-    }
-    clean
+    let escape = |c: char| match c {
+        '\n' | '"' | '\'' | '\\' => c.to_string(),
+        c => c.escape_debug().to_string(),
+    };
+    text.chars().map(escape).collect()
 }
 
 #[cfg(test)]

@@ -13,8 +13,6 @@ use crate::sys::clock;
 /// A clock that is further off is worth a warning.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
-const FORWARDER: &str = "mender-auth's forwarder";
-
 /// The progress of the dial.
 struct Walk<'a> {
     report: &'a mut Report,
@@ -30,7 +28,7 @@ struct Walk<'a> {
 pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
     let mut walk = Walk { report, server: None, proxy: None, step: "server", to_https: false };
     let proxies = ProxySettings::from_environment();
-    let outcome = trial(credentials, &proxies, upgrade, &mut |progress| walk.note(&progress));
+    let outcome = trial(credentials, &proxies, upgrade, &mut |progress| walk.note(progress));
     match outcome {
         Ok(()) => walk.report.good("round-trip", "a ping came back, the websocket was closed"),
         // A server checks the token before it complains about missing headers.
@@ -49,34 +47,33 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
 }
 
 impl Walk<'_> {
-    fn note(&mut self, progress: &Progress<'_>) {
-        match progress {
+    fn note(&mut self, progress: Progress<'_>) {
+        let (found, next) = match progress {
             Progress::Server(server) => {
-                let scheme = if server.tls { "https" } else { "http" };
                 if !server.tls && !server.is_loopback() {
                     self.report.warn("http: whoever is in between can read the token and all else");
                 }
-                let forwarder = if is_forwarder(server) { ", mender-auth's forwarder" } else { "" };
-                self.report.good("server", &format!("{scheme}://{}{forwarder}", server.authority()));
-                self.server = Some((*server).clone());
-                self.step = "dns";
+                self.server = Some(server.clone());
+                let scheme = if server.tls { "https" } else { "http" };
+                let forwarder = if self.is_forwarder() { ", mender-auth's forwarder" } else { "" };
+                (format!("{scheme}://{}{forwarder}", server.authority()), "dns")
             }
-            Progress::Proxy(proxy) => self.proxy = proxy.cloned(),
+            Progress::Proxy(proxy) => {
+                self.proxy = proxy.cloned();
+                return;
+            }
             Progress::Resolved(addresses) => {
                 let target = self.proxy.as_ref().or(self.server.as_ref());
                 let (host, literal) = target.map_or(("", false), |t| (&t.host, t.address().is_some()));
                 let what = if self.proxy.is_some() { "the proxy, " } else { "" };
                 let addresses: Vec<_> = addresses.iter().map(|a| a.ip().to_string()).collect();
-                let found = match literal {
-                    true => format!("{what}{host} is an address"),
-                    false => format!("{what}{host} is {}", addresses.join(", ")),
-                };
-                self.report.good("dns", &found);
-                self.step = "tcp";
+                let is = if literal { "an address" } else { &addresses.join(", ") };
+                (format!("{what}{host} is {is}"), "tcp")
             }
-            Progress::Failed(e) => self.report.warn(e.to_string()),
+            Progress::Failed(e) => return self.report.warn(e.to_string()),
             Progress::Connected(address) => {
                 self.report.good("tcp", &format!("connected to {address}"));
+                self.step = "tls";
                 if self.proxy.is_none() {
                     let names = PROXY_VARIABLES.as_flattened().iter().copied();
                     let set: Vec<_> = names.filter(|name| std::env::var_os(name).is_some()).collect();
@@ -86,172 +83,167 @@ impl Walk<'_> {
                     };
                     self.report.good("proxy", &found);
                 }
-                self.step = "tls";
+                return;
             }
             Progress::Tunnel => {
                 let proxy = self.proxy.as_ref().map(Endpoint::authority).unwrap_or_default();
-                self.report.good("proxy", &format!("{proxy} leads to the server"));
+                return self.report.good("proxy", &format!("{proxy} leads to the server"));
             }
             Progress::Secured(version) => {
-                let found = match (version, &self.server) {
-                    (Some(version), _) => {
-                        format!("{version}; the certificate's issuer, name and dates are right")
-                    }
-                    (None, Some(server)) if is_forwarder(server) => {
+                let found = match version {
+                    Some(version) => format!("{version}; the certificate's issuer, name and dates are right"),
+                    None if self.is_forwarder() => {
                         "none here: from its forwarder on, names and TLS are mender-auth's".to_owned()
                     }
-                    (None, _) => "none, by http".to_owned(),
+                    None => "none, by http".to_owned(),
                 };
-                self.report.good("tls", &found);
-                self.step = "upgrade";
+                (found, "upgrade")
             }
             Progress::Answered(answer) => {
                 self.to_https = answer.redirects_to_https;
-                if let Some(off) = answer.date.map(|date| date.abs_diff(clock::now()))
-                    && off > CLOCK_TOLERANCE
-                {
-                    let text =
-                        format!("this device's clock is off by {}: it says {}", span(off.as_secs()), now());
-                    self.report.warn(text);
+                let off = answer.date.map(|date| date.abs_diff(clock::now()));
+                if let Some(off) = off.filter(|off| *off > CLOCK_TOLERANCE) {
+                    let off = span(off.as_secs());
+                    self.report.warn(format!("this device's clock is off by {off}: it says {}", now()));
                 }
+                return;
             }
-            Progress::Opened => {
-                self.report.good("upgrade", "a websocket was opened, HTTP status 101");
-                self.step = "round-trip";
-            }
-        }
+            Progress::Opened => ("a websocket was opened, HTTP status 101".to_owned(), "round-trip"),
+        };
+        self.report.good(self.step, &found);
+        self.step = next;
+    }
+
+    fn is_forwarder(&self) -> bool {
+        self.server.as_ref().is_some_and(|server| server.is_loopback() && !server.tls)
     }
 
     fn fail(&mut self, error: &LinkError, credentials: &Credentials) -> Break {
-        let step = match error {
-            LinkError::Token => "token",
-            LinkError::Proxy(_) => "proxy",
-            LinkError::Tls(..) => "tls",
-            _ => self.step,
-        };
-        let local = self.server.as_ref().is_some_and(is_forwarder);
-        let host = |target: Option<&Endpoint>| target.map_or_else(String::new, |t| t.host.clone());
-        let host = match step {
-            "dns" => host(self.proxy.as_ref().or(self.server.as_ref())),
-            _ => host(self.server.as_ref()),
-        };
-        if matches!(error, LinkError::Connect { .. }) {
+        match error {
+            LinkError::Token => self.step = "token",
+            LinkError::Proxy(_) => self.step = "proxy",
+            LinkError::Tls(..) => self.step = "tls",
             // Reported as the step's error below, so not as a warning too.
-            self.report.warnings.pop();
+            LinkError::Connect { .. } => drop(self.report.warnings.pop()),
+            _ => {}
         }
-        let advice = match error {
+        let server = self.server.as_ref().map_or("", |server| &server.host);
+        let host = if let LinkError::Resolve { host, .. } = error { host } else { server };
+        let mut advice = self.advice(error).replace("{now}", &now()).replace("{host}", host);
+        let expired = expiry(credentials.token.reveal()).is_some_and(|at| at <= clock::now().as_secs());
+        if expired && matches!(error, LinkError::Refused { status: 401, .. }) {
+            advice += &format!("\nThe token has expired by this device's clock, which says {}", now());
+        }
+        self.report.bad(self.step, &error.to_string(), &advice)
+    }
+
+    /// In the texts `{host}` stands for the name that was looked up, or else the server's; `{now}` for this device's time.
+    fn advice(&self, error: &LinkError) -> &'static str {
+        let (step, local) = (self.step, self.is_forwarder());
+        match error {
             LinkError::Url(_) => {
-                "The URL comes from mender-auth's configuration, or from Auth.ServerURL: https://NAME is its usual form."
-                    .to_owned()
+                "The URL comes from mender-auth's configuration, or from Auth.ServerURL: https://NAME is its \
+                 usual form."
             }
-            LinkError::Token => "It isn't one: whoever fetches it has to be asked.".to_owned(),
-            LinkError::Resolve { .. } => format!(
-                "Is there a network, is a name server in /etc/resolv.conf, and does {host} exist (getent hosts {host})?"
-            ),
+            LinkError::Token => "It isn't one: whoever fetches it has to be asked.",
+            LinkError::Resolve { .. } => {
+                "Is there a network, is a name server in /etc/resolv.conf, and does {host} exist (getent \
+                 hosts {host})?"
+            }
             LinkError::TimedOut(_) if step == "dns" => {
-                "The name servers in /etc/resolv.conf don't answer: is there a network, and does a firewall let DNS through?"
-                    .to_owned()
+                "The name servers in /etc/resolv.conf don't answer: is there a network, and does a firewall \
+                 let DNS through?"
             }
-            LinkError::Connect { .. } if local => "Nothing listens there. mender-auth takes a new port whenever it \
-                gets a token: is it running? systemctl status mender-authd"
-                .to_owned(),
-            LinkError::Connect { .. } => "Is there a route (ip route), and do firewalls let this connection through? \
-                If there is a proxy, HTTPS_PROXY or HTTP_PROXY has to name it, for the daemon and in this shell."
-                .to_owned(),
-            LinkError::Proxy(_) => "HTTP_PROXY (http), HTTPS_PROXY (https) and NO_PROXY say which proxy counts; it \
-                has to be http://[USER:PASSWORD@]HOST:PORT, and to allow CONNECT to the server."
-                .to_owned(),
-            LinkError::Tls(_, fault) => tls_advice(*fault, &host),
+            LinkError::Connect { .. } if local => {
+                "Nothing listens there. mender-auth takes a new port whenever it gets a token: is it \
+                 running? systemctl status mender-authd"
+            }
+            LinkError::Connect { .. } => {
+                "Is there a route (ip route), and do firewalls let this connection through? If there is a \
+                 proxy, HTTPS_PROXY or HTTP_PROXY has to name it, for the daemon and in this shell."
+            }
+            LinkError::Proxy(_) => {
+                "HTTP_PROXY (http), HTTPS_PROXY (https) and NO_PROXY say which proxy counts; it has to be \
+                 http://[USER:PASSWORD@]HOST:PORT, and to allow CONNECT to the server."
+            }
+            LinkError::Tls(_, fault) => tls_advice(*fault),
             LinkError::TimedOut(_) if step == "tls" => {
-                "Something accepts connections there but speaks no TLS, or a firewall drops what is said.".to_owned()
+                "Something accepts connections there but speaks no TLS, or a firewall drops what is said."
             }
-            LinkError::Refused { status, .. } => self.refused(*status, credentials),
-            LinkError::NoAnswer(AnswerFault::Closed) if local => format!(
-                "{FORWARDER} does that when it can't reach its server: its log says why, journalctl -u mender-authd"
-            ),
+            LinkError::Refused { status, .. } => status_advice(*status, self.to_https),
+            LinkError::NoAnswer(AnswerFault::Closed) if local => {
+                "mender-auth's forwarder does that when it can't reach its server: its log says why, \
+                 journalctl -u mender-authd"
+            }
             LinkError::NoAnswer(AnswerFault::NotHttp) => {
-                "Something else listens on that port: is it the right one in the server's URL?".to_owned()
+                "Something else listens on that port: is it the right one in the server's URL?"
             }
-            LinkError::Broken(_) | LinkError::Closed { .. } | LinkError::TimedOut(_) if step == "round-trip" => {
-                "A websocket is opened but nothing goes through it: does something in between (proxy, load balancer) \
-                 know websockets?"
-                    .to_owned()
+            LinkError::Broken(_) | LinkError::Closed { .. } | LinkError::TimedOut(_)
+                if step == "round-trip" =>
+            {
+                "A websocket is opened but nothing goes through it: does something in between (proxy, load \
+                 balancer) know websockets?"
             }
             LinkError::TimedOut(_) if local => {
-                format!("{FORWARDER} waits for its server: its log says more, journalctl -u mender-authd")
+                "mender-auth's forwarder waits for its server: its log says more, journalctl -u mender-authd"
             }
             LinkError::NoAnswer(_) | LinkError::Broken(_) | LinkError::TimedOut(_) => {
-                "The server, or something in between (firewall, proxy, load balancer), doesn't answer the request. \
-                 Is it a Mender server?"
-                    .to_owned()
+                "The server, or something in between (firewall, proxy, load balancer), doesn't answer the \
+                 request. Is it a Mender server?"
             }
-            _ => "Try again when the device has more room.".to_owned(),
-        };
-        self.report.bad(step, &error.to_string(), &advice)
-    }
-
-    /// Advice about a status other than 101.
-    fn refused(&self, status: u16, credentials: &Credentials) -> String {
-        let advice = match status {
-            401 => {
-                "The server doesn't accept the token: is the device accepted there, neither rejected nor decommissioned, \
-                 and is this its server? mender-auth fetches a new one: systemctl restart mender-authd"
-            }
-            400 => {
-                "Does something in between (proxy, load balancer) take away the headers of a websocket (Upgrade, \
-                 Connection)?"
-            }
-            300..=399 if self.to_https => {
-                "It leads to https, and redirects aren't followed: the server's URL has to begin with https://"
-            }
-            300..=399 => "Redirects aren't followed: the server's URL has to be what it leads to.",
-            403 => "Something forbids it: the server's plan or settings, or a firewall in between.",
-            200..=299 | 404 => "Is it a Mender server? A network's login page may answer in its place.",
-            413 => "The request is too large for something in between: the token is in its header.",
-            429 => "The server has too much to do; the daemon tries again later.",
-            500..=599 => {
-                "The server, or what is before it, has a problem: see its log. The daemon tries again later."
-            }
-            _ => "Is it a Mender server?",
-        };
-        let expired = expiry(credentials.token.reveal()).is_some_and(|at| at <= clock::now().as_secs());
-        if status == 401 && expired {
-            format!("{advice}\nThe token has expired by this device's clock, which says {}", now())
-        } else {
-            advice.to_owned()
+            _ => "Try again when the device has more room.",
         }
     }
 }
 
-fn is_forwarder(server: &Endpoint) -> bool {
-    server.is_loopback() && !server.tls
-}
-
-fn tls_advice(fault: TlsFault, host: &str) -> String {
+fn tls_advice(fault: TlsFault) -> &'static str {
     match fault {
-        TlsFault::LeftOut => {
-            "Use an executable that was built with TLS, or mender-auth's forwarder.".to_owned()
-        }
-        TlsFault::NoRoots => "Install ca-certificates, or set SSL_CERT_FILE for the daemon.".to_owned(),
+        TlsFault::LeftOut => "Use an executable that was built with TLS, or mender-auth's forwarder.",
+        TlsFault::NoRoots => "Install ca-certificates, or set SSL_CERT_FILE for the daemon.",
         TlsFault::Issuer => {
             "The certificate's issuer has to be among the system's trusted ones (ca-certificates; \
-            update-ca-certificates takes /usr/local/share/ca-certificates/*.crt) or in SSL_CERT_FILE.\n\
-            Something in between that opens TLS, such as a proxy, would show a certificate of its own."
-                .to_owned()
+             update-ca-certificates takes /usr/local/share/ca-certificates/*.crt) or in \
+             SSL_CERT_FILE.\nSomething in between that opens TLS, such as a proxy, would show a certificate \
+             of its own."
         }
         TlsFault::Name => {
-            format!("The server's URL has to have a name that the certificate is for; {host} isn't one.")
+            "The server's URL has to have a name that the certificate is for; {host} isn't one."
         }
-        TlsFault::Dates => format!(
-            "This device's clock says {}. If that is wrong, set it (timedatectl, NTP); else the server needs a new \
-             certificate.",
-            now()
-        ),
+        TlsFault::Dates => {
+            "This device's clock says {now}. If that is wrong, set it (timedatectl, NTP); else the server \
+             needs a new certificate."
+        }
         TlsFault::NotTls => {
             "No TLS is spoken on that port: is it the right one, or has the URL to begin with http://?"
-                .to_owned()
         }
-        TlsFault::Other => "The server has to speak TLS 1.2 or newer on that port.".to_owned(),
+        TlsFault::Other => "The server has to speak TLS 1.2 or newer on that port.",
+    }
+}
+
+/// About a status other than 101.
+fn status_advice(status: u16, to_https: bool) -> &'static str {
+    match status {
+        401 => {
+            "The server doesn't accept the token: is the device accepted there, neither rejected nor \
+             decommissioned, and is this its server? mender-auth fetches a new one: systemctl restart \
+             mender-authd"
+        }
+        400 => {
+            "Does something in between (proxy, load balancer) take away the headers of a websocket (Upgrade, \
+             Connection)?"
+        }
+        300..=399 if to_https => {
+            "It leads to https, and redirects aren't followed: the server's URL has to begin with https://"
+        }
+        300..=399 => "Redirects aren't followed: the server's URL has to be what it leads to.",
+        403 => "Something forbids it: the server's plan or settings, or a firewall in between.",
+        200..=299 | 404 => "Is it a Mender server? A network's login page may answer in its place.",
+        413 => "The request is too large for something in between: the token is in its header.",
+        429 => "The server has too much to do; the daemon tries again later.",
+        500..=599 => {
+            "The server, or what is before it, has a problem: see its log. The daemon tries again later."
+        }
+        _ => "Is it a Mender server?",
     }
 }
 
