@@ -10,7 +10,7 @@ use nix::unistd::{Group, User, geteuid};
 use serde_json::Value;
 use strsim::osa_distance;
 
-use crate::config::{self, ConfigError, Key, Notes, Origin, Values, Walk};
+use crate::config::{self, ConfigError, Key, Misfit, Notes, Origin, Values, Walk};
 
 /// Prints what the daemon would make of the files. True if it would start with them.
 pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
@@ -20,6 +20,7 @@ pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
     survey.is_good()
 }
 
+/// In the order of [`Survey::report`]'s texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Absent,
@@ -29,15 +30,9 @@ enum State {
     Broken,
 }
 
-#[derive(Debug)]
-struct Finding<'a> {
-    /// Error: the daemon doesn't start. Warn: probably not what was meant. Info: good to know.
-    level: Level,
-    file: &'a Path,
-    /// Path in the file; empty if it is about the whole file.
-    path: String,
-    text: String,
-}
+/// Error: the daemon doesn't start. Warn: probably not what was meant. Info: good to know. The text begins with the path
+/// in the file, unless it is about the whole file.
+type Finding<'a> = (Level, &'a Path, String);
 
 /// A finding about a key, wherever it is set.
 type Advice = (Level, Key, String);
@@ -63,8 +58,8 @@ impl<'a> Survey<'a> {
 
         let mut advice = errors(&values, shells);
         // Findings that may only follow from another error, or that an unreadable file may settle, are left out.
-        advice
-            .retain(|(_, key, _)| !misfits.contains(key) && (!broken || raw.origin(*key) != Origin::Default));
+        let settled = |key| !broken || raw.origin(key) != Origin::Default;
+        advice.retain(|(_, key, _)| settled(*key) && !misfits.iter().any(|misfit| misfit.key == Some(*key)));
         if !broken {
             if values.text(Key::AuthSource) == "dbus" && !cfg!(feature = "dbus") {
                 let text = "built without D-Bus, a token can only come from a file: it must be \"file\"";
@@ -77,33 +72,27 @@ impl<'a> Survey<'a> {
         findings.extend(advice.into_iter().map(|(level, key, text)| {
             // If no file sets the key, the main one should.
             let file = if raw.origin(key) == Origin::Fallback { fallback } else { main };
-            Finding { level, file, path: key.name().to_owned(), text }
+            (level, file, format!("{}: {text}", key.name()))
         }));
         Survey { main: (main, main_state), fallback: (fallback, fallback_state), findings, values }
     }
 
     /// Whether the daemon would start.
     fn is_good(&self) -> bool {
-        !self.findings.iter().any(|finding| finding.level == Level::Error)
+        !self.findings.iter().any(|(level, ..)| *level == Level::Error)
     }
 
     fn report(&self) -> String {
         let mut lines = Vec::new();
         for (level, word) in [(Level::Error, "error"), (Level::Warn, "warning"), (Level::Info, "note")] {
-            for Finding { file, path, text, .. } in self.findings.iter().filter(|f| f.level == level) {
-                let colon = if path.is_empty() { "" } else { ": " };
-                lines.push(format!("{word}: {}: {path}{colon}{text}", file.display()));
-            }
+            let findings = self.findings.iter().filter(|finding| finding.0 == level);
+            lines.extend(findings.map(|(_, file, text)| format!("{word}: {}: {text}", file.display())));
         }
         if !lines.is_empty() {
             lines.push(String::new());
         }
         for (name, (file, state)) in [("main", self.main), ("fallback", self.fallback)] {
-            let state = match state {
-                State::Absent => " (absent)",
-                State::Read => "",
-                State::Broken => " (can't be read: not counted in)",
-            };
+            let state = [" (absent)", "", " (can't be read: not counted in)"][state as usize];
             lines.push(format!("{name:8}  {}{state}", file.display()));
         }
         lines.push(String::new());
@@ -113,27 +102,21 @@ impl<'a> Survey<'a> {
         let widths = rows.iter().map(|(_, value)| value.chars().count()).filter(|width| *width <= 24);
         let width = widths.max().unwrap_or_default();
         for (key, value) in rows {
-            let origin = match self.values.origin(key) {
-                Origin::Default => "default",
-                Origin::Fallback => "fallback",
-                Origin::Main => "main",
-            };
+            let origin = ["default", "fallback", "main"][self.values.origin(key) as usize];
             lines.push(format!("{:name_width$}  {value:width$}  {origin}", key.name()));
         }
         lines.join("\n") + "\n"
     }
 }
 
-/// Returns the keys whose values don't fit, too.
 fn read<'a>(
     file: &'a Path,
     origin: Origin,
     raw: &mut Values,
     findings: &mut Vec<Finding<'a>>,
-) -> (State, Vec<Key>) {
-    let mut push = |level, path: &str, text| {
-        findings.push(Finding { level, file, path: path.to_owned(), text });
-    };
+) -> (State, Vec<Misfit>) {
+    let mut push = |level, text| findings.push((level, file, text));
+    let place = |path: &str| if path.is_empty() { String::new() } else { format!("{path}: ") };
     let (mut state, walk) = match raw.read(file, origin) {
         Ok(Some(walk)) => (State::Read, walk),
         Ok(None) => (State::Absent, Walk::default()),
@@ -143,40 +126,36 @@ fn read<'a>(
                 ConfigError::Syntax(error) => error.to_string(),
                 other => other.to_string(),
             };
-            push(Level::Error, "", text);
+            push(Level::Error, text);
             (State::Broken, Walk::default())
         }
     };
     for text in writers(file) {
-        push(Level::Warn, "", text);
+        push(Level::Warn, text);
     }
-    for misfit in &walk.misfits {
-        if misfit.path.is_empty() {
+    for Misfit { path, expected, found, .. } in &walk.misfits {
+        if path.is_empty() {
             state = State::Broken;
         }
-        push(Level::Error, &misfit.path, format!("expected {}, found {}", misfit.expected, misfit.found));
+        push(Level::Error, format!("{}expected {expected}, found {found}", place(path)));
     }
     for path in &walk.unknown {
-        let text = match suggest(path) {
-            Some(other) => format!("unknown and ignored; is {other} meant?"),
-            None => "unknown and ignored".to_owned(),
-        };
+        let meant = suggest(path).map(|other| format!("; is {other} meant?")).unwrap_or_default();
         // Unknown keys are untrusted text: escape them.
-        push(Level::Warn, &path.escape_debug().to_string(), text);
+        let place = place(&path.escape_debug().to_string());
+        push(Level::Warn, format!("{place}unknown and ignored{meant}"));
     }
     for (index, (key, _)) in walk.given.iter().enumerate() {
+        let (before, after) = (&walk.given[..index], &walk.given[index + 1..]);
         let given = |part: &[(Key, Value)]| part.iter().any(|(other, _)| other == key);
-        if given(&walk.given[..index]) {
-            continue;
+        if !given(before) && given(after) {
+            push(Level::Warn, format!("{}: given more than once, the last counts", key.name()));
         }
-        if given(&walk.given[index + 1..]) {
-            push(Level::Warn, key.name(), "given more than once, the last counts".to_owned());
-        }
-        if key.deprecated().is_some() {
-            push(Level::Warn, key.name(), "deprecated and ignored".to_owned());
+        if !given(before) && key.deprecated().is_some() {
+            push(Level::Warn, format!("{}: deprecated and ignored", key.name()));
         }
     }
-    (state, walk.misfits.into_iter().filter_map(|misfit| misfit.key).collect())
+    (state, walk.misfits)
 }
 
 /// Tells who else can write the configuration file, and so control the daemon.

@@ -14,7 +14,7 @@ fn survey(device: &Device) -> Survey<'static> {
         "the daemon is of another opinion: {survey:?}"
     );
     // As they are printed.
-    survey.findings.sort_by_key(|finding| finding.level);
+    survey.findings.sort_by_key(|(level, ..)| *level);
     survey
 }
 
@@ -32,10 +32,8 @@ fn look(main: Option<&str>, fallback: Option<&str>) -> Survey<'static> {
 /// The findings, with the file's name alone: `Warn main User: text`. What is said in every build without D-Bus isn't
 /// among them.
 fn lines(survey: &Survey<'_>) -> Vec<String> {
-    let line = |finding: &Finding| {
-        let Finding { level, file, path, text } = finding;
-        format!("{level:?} {} {path}: {text}", file.file_name().unwrap().display())
-    };
+    let line =
+        |(level, file, text): &Finding| format!("{level:?} {} {text}", file.file_name().unwrap().display());
     survey.findings.iter().map(line).filter(|line| !line.contains("built without D-Bus")).collect()
 }
 
@@ -107,7 +105,7 @@ fn of_a_broken_file_the_other_is_looked_at() {
     assert_eq!(
         lines(&survey),
         [
-            "Error main : trailing comma at line 3 column 1",
+            "Error main trailing comma at line 3 column 1",
             // But nothing of a User that the main file may have.
             "Error fallback ShellCommand: given shell (/no/such) is not executable",
             "Warn fallback Usr: unknown and ignored; is User meant?",
@@ -115,7 +113,7 @@ fn of_a_broken_file_the_other_is_looked_at() {
     );
     let survey = look(Some(&format!("{{{WORKING}}}")), Some("[]"));
     assert_eq!((survey.main.1, survey.fallback.1), (State::Read, State::Broken));
-    assert_eq!(lines(&survey), ["Error fallback : expected an object, found an array"]);
+    assert_eq!(lines(&survey), ["Error fallback expected an object, found an array"]);
     assert_eq!(value(&survey, "User"), (r#""root""#.to_owned(), Origin::Main));
     let survey = look(None, None);
     assert_eq!((survey.main.1, survey.fallback.1), (State::Absent, State::Absent));
@@ -328,15 +326,15 @@ fn a_file_that_others_may_write_is_told() {
         lines(&survey(&device))
     };
     assert_eq!(with_mode(0o644), [""; 0]);
-    assert_eq!(with_mode(0o646), ["Warn main : may be written by everybody"]);
+    assert_eq!(with_mode(0o646), ["Warn main may be written by everybody"]);
     if nix::unistd::geteuid().is_root() {
         assert_eq!(with_mode(0o664), [""; 0]);
         nix::unistd::chown(Path::new(&main), Some(54_321.into()), Some(54_320.into())).unwrap();
         assert_eq!(
             with_mode(0o664),
             [
-                "Warn main : may be written by its owner, user 54321",
-                "Warn main : may be written by its group, 54320",
+                "Warn main may be written by its owner, user 54321",
+                "Warn main may be written by its group, 54320",
             ]
         );
     }

@@ -14,7 +14,7 @@ use log::Level;
 use crate::sys::users::{self, User};
 
 pub use allow::Allowed;
-pub(crate) use error::ConfigError;
+pub(crate) use error::{ConfigError, Misfit};
 pub(crate) use keys::Key;
 pub(crate) use load::{Notes, Origin, Values, Walk, is_unset};
 pub(crate) use url::without_password;
