@@ -133,11 +133,11 @@ fn read<'a>(
     for text in writers(file) {
         push(Level::Warn, text);
     }
-    for Misfit { path, expected, found, .. } in &walk.misfits {
+    for Misfit { path, text, .. } in &walk.misfits {
         if path.is_empty() {
             state = State::Broken;
         }
-        push(Level::Error, format!("{}expected {expected}, found {found}", place(path)));
+        push(Level::Error, place(path) + text);
     }
     for path in &walk.unknown {
         let meant = suggest(path).map(|other| format!("; is {other} meant?")).unwrap_or_default();
@@ -265,14 +265,12 @@ fn unusable(values: &Values) -> Vec<Advice> {
     for key in [Key::OwnerPut, Key::OwnerGet, Key::GroupPut, Key::GroupGet] {
         let names = values.list(key).unwrap_or_else(|| vec![values.text(key).to_owned()]);
         for name in names.iter().filter(|name| !name.is_empty()) {
-            let (what, found) = match key {
-                Key::OwnerPut | Key::OwnerGet => ("user", User::from_name(name).map(|user| user.is_some())),
-                _ => ("group", Group::from_name(name).map(|group| group.is_some())),
+            // An error isn't told: the user database may only be unavailable for now.
+            let unknown = match key {
+                Key::OwnerPut | Key::OwnerGet => matches!(User::from_name(name), Ok(None)).then_some("user"),
+                _ => matches!(Group::from_name(name), Ok(None)).then_some("group"),
             };
-            // The user database may only be unavailable for now.
-            if found == Ok(false) {
-                warn(key, format!("unknown {what} {name:?}"));
-            }
+            unknown.into_iter().for_each(|what| warn(key, format!("unknown {what} {name:?}")));
         }
     }
     advice

@@ -17,28 +17,14 @@
 //!                 └─────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! | module | what it is |
-//! |---|---|
-//! | `cli`, `config` | what the operator says |
-//! | `logging`, `audit` | what the operator is told; a thread of its own writes it |
-//! | `check`, `doctor` | commands: what the configuration means, how far the way to the server leads |
-//! | `daemon` | the process: signals, log, panics, privileges |
-//! | `supervisor` | when to connect; signals, reload, what systemd is told |
-//! | `status` | what the daemon tells about itself, over a socket; the command that asks |
-//! | `auth` | token and server URL, from mender-auth over D-Bus (feature `dbus`) or from a file |
-//! | `link` | one websocket's life: dial, read, write; TLS (feature `tls`) |
-//! | `session` | from a frame to the thread that owns what it is about; terminals, files, ports, commands |
-//! | `outbox` | from sessions to the writer: order, bounds, back-pressure |
-//! | `proto` | the messages; no I/O |
-//! | `backoff` | how long to wait; pure |
-//! | `sys` | kernel and libc; the only `unsafe` |
-//!
-//! Words, each for one thing: a *message* is the websocket's; a *frame* is our decoded unit; a *session* is one
-//! session id's life; a *link* is one websocket's life; a *permit* is a counted right held by a guard.
+//! Beside the daemon run `check`, `doctor` and the command `status`. `logging` and `audit` have a thread of their own to
+//! write in. `sys` is kernel and libc, and has the only `unsafe`; `proto` and `backoff` do no I/O.
 //!
 //! Arrows point one way: `run → daemon → supervisor → { auth, link, status → session } → { outbox, audit, config,
-//! proto, permits, backoff, sys }`, and beside the daemon `check` and `doctor`. `link` and `session` don't know each
-//! other; the supervisor joins them.
+//! proto, permits, backoff, sys }`. `link` and `session` don't know each other; the supervisor joins them.
+//!
+//! A *message* is the websocket's; a *frame* is our decoded unit; a *session* is one session id's life; a *link* is one
+//! websocket's life; a *permit* is a counted right held by a guard.
 //!
 //! The reader waits for nobody: inboxes are bounded. A session waits only for its place in the outbox. Only the reader
 //! reads from the websocket, only the writer writes to it, and only the session touches its terminal. When the link is

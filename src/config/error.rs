@@ -36,16 +36,12 @@ impl ConfigError {
 
 /// A value of the wrong type or out of range.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error(
-    "Error parsing config file: {}: expected {expected}, found {found}",
-    if path.is_empty() { "top level" } else { path }
-)]
+#[error("Error parsing config file: {}: {text}", if path.is_empty() { "top level" } else { path })]
 pub struct Misfit {
     /// `None` for a section or the whole file.
     pub(crate) key: Option<Key>,
     /// In the file's own spelling: `Terminal.width`, `Servers[0].ServerURL`; empty for the whole file.
     pub(crate) path: String,
-    pub(crate) expected: String,
-    /// A number itself; of other values the type.
-    pub(crate) found: String,
+    /// What was expected, and what was found.
+    pub(crate) text: String,
 }

@@ -14,6 +14,7 @@ use std::fs;
 use std::io;
 use std::iter;
 use std::path::Path;
+use std::str::Utf8Chunk;
 
 use log::Level;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -87,7 +88,22 @@ impl Values {
             }
             filled.set(key, default);
         }
-        filled.fill_expiry(self, notes);
+        let stop = self.flag(Key::StopExpired);
+        let [idle, age] = [Key::ExpireAfterIdle, Key::ExpireAfter].map(|key| self.number::<u32>(key) > 0);
+        if stop && !idle && !age {
+            notes.push((Level::Info, "Defaulting ExpireAfterIdle to 10m0s".to_owned()));
+        }
+        if stop && idle && age {
+            let text = "ExpireAfter and ExpireAfterIdle are mutually exclusive, ignoring ExpireAfter";
+            notes.push((Level::Warn, text.to_owned()));
+        }
+        // At most one of the two limits stays above zero.
+        if !stop || (age && !idle) {
+            filled.set(Key::ExpireAfterIdle, 0.into());
+        }
+        if !stop || idle {
+            filled.set(Key::ExpireAfter, 0.into());
+        }
         let seconds = self.get(Key::ReconnectInterval).as_i64().unwrap_or_default();
         if seconds < 0 {
             let default = Key::ReconnectInterval.kind().default();
@@ -118,24 +134,6 @@ impl Values {
         filled
     }
 
-    /// Leaves at most one of the two limits above zero.
-    fn fill_expiry(&mut self, raw: &Values, notes: &mut Notes) {
-        match (raw.number::<u32>(Key::ExpireAfterIdle), raw.number::<u32>(Key::ExpireAfter)) {
-            _ if !raw.flag(Key::StopExpired) => {
-                self.set(Key::ExpireAfterIdle, 0.into());
-                self.set(Key::ExpireAfter, 0.into());
-            }
-            (0, 0) => notes.push((Level::Info, "Defaulting ExpireAfterIdle to 10m0s".to_owned())),
-            (0, _) => self.set(Key::ExpireAfterIdle, 0.into()),
-            (_, 0) => {}
-            (_, _) => {
-                let text = "ExpireAfter and ExpireAfterIdle are mutually exclusive, ignoring ExpireAfter";
-                notes.push((Level::Warn, text.to_owned()));
-                self.set(Key::ExpireAfter, 0.into());
-            }
-        }
-    }
-
     pub(super) fn umask(&self) -> Option<u32> {
         u32::from_str_radix(self.text(Key::Umask), 8).ok()
     }
@@ -155,11 +153,9 @@ impl Values {
 
     /// Applies what fits in the JSON `text`; [`Walk::misfits`] has the rest. Fails if it isn't JSON.
     pub(super) fn lay(&mut self, text: &[u8], origin: Origin) -> Result<Walk, ConfigError> {
-        let mut clean = String::with_capacity(text.len());
-        for chunk in text.utf8_chunks() {
-            clean.push_str(chunk.valid());
-            clean.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
-        }
+        let clean =
+            |chunk: Utf8Chunk<'_>| chunk.valid().to_owned() + &"\u{fffd}".repeat(chunk.invalid().len());
+        let clean: String = text.utf8_chunks().map(clean).collect();
         let mut walk = Walk::default();
         // The whole text first: what is wrong later in it has precedence, and its place is right.
         serde_json::from_str::<Value>(&clean)
@@ -242,7 +238,8 @@ impl Walk {
             Value::Array(_) => "an array".to_owned(),
             Value::Object(_) => "an object".to_owned(),
         };
-        self.misfits.push(Misfit { key, path: path.to_owned(), expected: expected.to_owned(), found });
+        let text = format!("expected {expected}, found {found}");
+        self.misfits.push(Misfit { key, path: path.to_owned(), text });
     }
 
     /// `section` in our spelling, `path` in the file's.

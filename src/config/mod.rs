@@ -25,7 +25,6 @@ mod keys;
 mod load;
 mod url;
 
-/// The daemon's settings, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     pub shell: Shell,
@@ -45,10 +44,9 @@ pub struct Config {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Auth {
-    /// mender-auth on the system bus.
     Dbus,
+    /// `token` is an absolute path.
     File {
-        /// Absolute path.
         token: PathBuf,
         server_url: String,
     },
@@ -85,7 +83,6 @@ pub struct Sessions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expiry {
     Never,
-    /// Since the last activity.
     Idle(Duration),
     /// Since the session's start.
     Age(Duration),
@@ -112,17 +109,14 @@ pub struct FileLimits {
     pub(crate) max_rx_bytes_per_minute: Option<NonZeroU64>,
     pub(crate) allow_suid: bool,
     pub(crate) regular_files_only: bool,
-    /// The mode is the one that the client sent, or `umask`'s.
+    /// Mode, owner and group are those that the client sent; a `umask` wins over the mode.
     pub(crate) preserve_mode: bool,
-    /// Owner and group are those that the client sent.
     pub(crate) preserve_owner: bool,
 }
 
 pub(crate) const SHELLS: &str = "/etc/shells";
 
-/// Reads `fallback`, then `main` over it, fills in defaults and checks the result.
-///
-/// Either file may be missing. What was defaulted, ignored or wrong is logged.
+/// Reads `fallback`, then `main` over it; either may be missing. Logs what was defaulted, ignored or wrong.
 pub fn load(main: &Path, fallback: &Path) -> Result<Config, ConfigError> {
     let mut notes = Notes::new();
     let config = load_with(main, fallback, Path::new(SHELLS), &mut notes);
@@ -261,8 +255,7 @@ pub(crate) fn knows_no_login(command: &Path, arguments: &[String]) -> bool {
         && fs::canonicalize(command).is_ok_and(|program| program.ends_with("dash"))
 }
 
-/// As [`load`], from texts instead of files, on a device where every shell exists and every user is `user`. For the
-/// fuzz target.
+/// [`load`] for the fuzz target: of texts, on a device where every shell exists and every user is `user`.
 #[cfg(fuzzing)]
 pub fn of_texts(main: &[u8], fallback: &[u8], user: &User) -> Result<Config, ConfigError> {
     let mut values = Values::default();

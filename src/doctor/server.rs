@@ -13,186 +13,166 @@ use crate::sys::clock;
 /// A clock that is further off is worth a warning.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
-/// The progress of the dial.
-struct Walk<'a> {
-    report: &'a mut Report,
-    server: Option<Endpoint>,
-    proxy: Option<Endpoint>,
-    /// The step under way.
-    step: &'static str,
-    /// The server's answer redirects to https.
-    to_https: bool,
-}
-
 /// Connects to the server, with `upgrade` up to a websocket.
 pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
-    let mut walk = Walk { report, server: None, proxy: None, step: "server", to_https: false };
-    let proxies = ProxySettings::from_environment();
-    let outcome = trial(credentials, &proxies, upgrade, &mut |progress| walk.note(progress));
-    match outcome {
-        Ok(()) => walk.report.good("round-trip", "a ping came back, the websocket was closed"),
-        // A server checks the token before it complains about missing headers.
-        Err(LinkError::Refused { status: status @ (400 | 426), .. }) if !upgrade => {
-            let found = format!(
-                "the token is accepted. No websocket was asked for, it would end the agent's: HTTP status {status}"
-            );
-            let took = walk.report.since.elapsed();
-            walk.report.good("upgrade", &found);
-            walk.report.since -= took;
-            walk.report.good("round-trip", "of that request");
-        }
-        Err(e) => return Err(walk.fail(&e, credentials)),
-    }
-    Ok(())
-}
-
-impl Walk<'_> {
-    fn note(&mut self, progress: Progress<'_>) {
+    let (mut server, mut proxy) = (None::<Endpoint>, None::<Endpoint>);
+    let (mut step, mut to_https) = ("server", false);
+    let outcome = trial(credentials, &ProxySettings::from_environment(), upgrade, &mut |progress| {
         let (found, next) = match progress {
-            Progress::Server(server) => {
-                if !server.tls && !server.is_loopback() {
-                    self.report.warn("http: whoever is in between can read the token and all else");
+            Progress::Server(endpoint) => {
+                if !endpoint.tls && !endpoint.is_loopback() {
+                    report.warn("http: whoever is in between can read the token and all else");
                 }
-                self.server = Some(server.clone());
-                let scheme = if server.tls { "https" } else { "http" };
-                let forwarder = if self.is_forwarder() { ", mender-auth's forwarder" } else { "" };
-                (format!("{scheme}://{}{forwarder}", server.authority()), "dns")
+                server = Some(endpoint.clone());
+                let scheme = if endpoint.tls { "https" } else { "http" };
+                let forwarder = if is_forwarder(&server) { ", mender-auth's forwarder" } else { "" };
+                (format!("{scheme}://{}{forwarder}", endpoint.authority()), "dns")
             }
-            Progress::Proxy(proxy) => {
-                self.proxy = proxy.cloned();
+            Progress::Proxy(endpoint) => {
+                proxy = endpoint.cloned();
                 return;
             }
             Progress::Resolved(addresses) => {
-                let target = self.proxy.as_ref().or(self.server.as_ref());
+                let target = proxy.as_ref().or(server.as_ref());
                 let (host, literal) = target.map_or(("", false), |t| (&t.host, t.address().is_some()));
-                let what = if self.proxy.is_some() { "the proxy, " } else { "" };
+                let what = if proxy.is_some() { "the proxy, " } else { "" };
                 let addresses: Vec<_> = addresses.iter().map(|a| a.ip().to_string()).collect();
                 let is = if literal { "an address" } else { &addresses.join(", ") };
                 (format!("{what}{host} is {is}"), "tcp")
             }
-            Progress::Failed(e) => return self.report.warn(e.to_string()),
+            Progress::Failed(e) => return report.warn(e.to_string()),
             Progress::Connected(address) => {
-                self.report.good("tcp", &format!("connected to {address}"));
-                self.step = "tls";
-                if self.proxy.is_none() {
+                report.good("tcp", &format!("connected to {address}"));
+                step = "tls";
+                if proxy.is_none() {
                     let names = PROXY_VARIABLES.as_flattened().iter().copied();
                     let set: Vec<_> = names.filter(|name| std::env::var_os(name).is_some()).collect();
                     let found = match &set[..] {
                         [] => "none, no variable names one".to_owned(),
                         _ => format!("none for this server, {} notwithstanding", set.join(", ")),
                     };
-                    self.report.good("proxy", &found);
+                    report.good("proxy", &found);
                 }
                 return;
             }
             Progress::Tunnel => {
-                let proxy = self.proxy.as_ref().map(Endpoint::authority).unwrap_or_default();
-                return self.report.good("proxy", &format!("{proxy} leads to the server"));
+                let proxy = proxy.as_ref().map(Endpoint::authority).unwrap_or_default();
+                return report.good("proxy", &format!("{proxy} leads to the server"));
             }
-            Progress::Secured(version) => {
-                let found = match version {
-                    Some(version) => format!("{version}; the certificate's issuer, name and dates are right"),
-                    None if self.is_forwarder() => {
-                        "none here: from its forwarder on, names and TLS are mender-auth's".to_owned()
-                    }
-                    None => "none, by http".to_owned(),
-                };
-                (found, "upgrade")
+            Progress::Secured(Some(version)) => {
+                (format!("{version}; the certificate's issuer, name and dates are right"), "upgrade")
             }
+            Progress::Secured(None) if is_forwarder(&server) => {
+                ("none here: from its forwarder on, names and TLS are mender-auth's".to_owned(), "upgrade")
+            }
+            Progress::Secured(None) => ("none, by http".to_owned(), "upgrade"),
             Progress::Answered(answer) => {
-                self.to_https = answer.redirects_to_https;
+                to_https = answer.redirects_to_https;
                 let off = answer.date.map(|date| date.abs_diff(clock::now()));
                 if let Some(off) = off.filter(|off| *off > CLOCK_TOLERANCE) {
                     let off = span(off.as_secs());
-                    self.report.warn(format!("this device's clock is off by {off}: it says {}", now()));
+                    report.warn(format!("this device's clock is off by {off}: it says {}", now()));
                 }
                 return;
             }
             Progress::Opened => ("a websocket was opened, HTTP status 101".to_owned(), "round-trip"),
         };
-        self.report.good(self.step, &found);
-        self.step = next;
-    }
+        report.good(step, &found);
+        step = next;
+    });
 
-    fn is_forwarder(&self) -> bool {
-        self.server.as_ref().is_some_and(|server| server.is_loopback() && !server.tls)
+    let error = match outcome {
+        Ok(()) => {
+            report.good("round-trip", "a ping came back, the websocket was closed");
+            return Ok(());
+        }
+        // A server checks the token before it complains about missing headers.
+        Err(LinkError::Refused { status: status @ (400 | 426), .. }) if !upgrade => {
+            let found = "the token is accepted. No websocket was asked for, it would end the agent's";
+            let took = report.since.elapsed();
+            report.good("upgrade", &format!("{found}: HTTP status {status}"));
+            report.since -= took;
+            report.good("round-trip", "of that request");
+            return Ok(());
+        }
+        Err(error) => error,
+    };
+    match error {
+        LinkError::Token => step = "token",
+        LinkError::Proxy(_) => step = "proxy",
+        LinkError::Tls(..) => step = "tls",
+        // Reported as the step's error below, so not as a warning too.
+        LinkError::Connect { .. } => drop(report.warnings.pop()),
+        _ => {}
     }
-
-    fn fail(&mut self, error: &LinkError, credentials: &Credentials) -> Break {
-        match error {
-            LinkError::Token => self.step = "token",
-            LinkError::Proxy(_) => self.step = "proxy",
-            LinkError::Tls(..) => self.step = "tls",
-            // Reported as the step's error below, so not as a warning too.
-            LinkError::Connect { .. } => drop(self.report.warnings.pop()),
-            _ => {}
-        }
-        let server = self.server.as_ref().map_or("", |server| &server.host);
-        let host = if let LinkError::Resolve { host, .. } = error { host } else { server };
-        let mut advice = self.advice(error).replace("{now}", &now()).replace("{host}", host);
-        let expired = expiry(credentials.token.reveal()).is_some_and(|at| at <= clock::now().as_secs());
-        if expired && matches!(error, LinkError::Refused { status: 401, .. }) {
-            advice += &format!("\nThe token has expired by this device's clock, which says {}", now());
-        }
-        self.report.bad(self.step, &error.to_string(), &advice)
+    let name = server.as_ref().map_or("", |server| &server.host);
+    let host = if let LinkError::Resolve { host, .. } = &error { host } else { name };
+    let advice = advice(&error, step, is_forwarder(&server), to_https);
+    let mut advice = advice.replace("{now}", &now()).replace("{host}", host);
+    let expired = expiry(credentials.token.reveal()).is_some_and(|at| at <= clock::now().as_secs());
+    if expired && matches!(error, LinkError::Refused { status: 401, .. }) {
+        advice += &format!("\nThe token has expired by this device's clock, which says {}", now());
     }
+    Err(report.bad(step, &error.to_string(), &advice))
+}
 
-    /// In the texts `{host}` stands for the name that was looked up, or else the server's; `{now}` for this device's time.
-    fn advice(&self, error: &LinkError) -> &'static str {
-        let (step, local) = (self.step, self.is_forwarder());
-        match error {
-            LinkError::Url(_) => {
-                "The URL comes from mender-auth's configuration, or from Auth.ServerURL: https://NAME is its \
-                 usual form."
-            }
-            LinkError::Token => "It isn't one: whoever fetches it has to be asked.",
-            LinkError::Resolve { .. } => {
-                "Is there a network, is a name server in /etc/resolv.conf, and does {host} exist (getent \
-                 hosts {host})?"
-            }
-            LinkError::TimedOut(_) if step == "dns" => {
-                "The name servers in /etc/resolv.conf don't answer: is there a network, and does a firewall \
-                 let DNS through?"
-            }
-            LinkError::Connect { .. } if local => {
-                "Nothing listens there. mender-auth takes a new port whenever it gets a token: is it \
-                 running? systemctl status mender-authd"
-            }
-            LinkError::Connect { .. } => {
-                "Is there a route (ip route), and do firewalls let this connection through? If there is a \
-                 proxy, HTTPS_PROXY or HTTP_PROXY has to name it, for the daemon and in this shell."
-            }
-            LinkError::Proxy(_) => {
-                "HTTP_PROXY (http), HTTPS_PROXY (https) and NO_PROXY say which proxy counts; it has to be \
-                 http://[USER:PASSWORD@]HOST:PORT, and to allow CONNECT to the server."
-            }
-            LinkError::Tls(_, fault) => tls_advice(*fault),
-            LinkError::TimedOut(_) if step == "tls" => {
-                "Something accepts connections there but speaks no TLS, or a firewall drops what is said."
-            }
-            LinkError::Refused { status, .. } => status_advice(*status, self.to_https),
-            LinkError::NoAnswer(AnswerFault::Closed) if local => {
-                "mender-auth's forwarder does that when it can't reach its server: its log says why, \
-                 journalctl -u mender-authd"
-            }
-            LinkError::NoAnswer(AnswerFault::NotHttp) => {
-                "Something else listens on that port: is it the right one in the server's URL?"
-            }
-            LinkError::Broken(_) | LinkError::Closed { .. } | LinkError::TimedOut(_)
-                if step == "round-trip" =>
-            {
-                "A websocket is opened but nothing goes through it: does something in between (proxy, load \
-                 balancer) know websockets?"
-            }
-            LinkError::TimedOut(_) if local => {
-                "mender-auth's forwarder waits for its server: its log says more, journalctl -u mender-authd"
-            }
-            LinkError::NoAnswer(_) | LinkError::Broken(_) | LinkError::TimedOut(_) => {
-                "The server, or something in between (firewall, proxy, load balancer), doesn't answer the \
-                 request. Is it a Mender server?"
-            }
-            _ => "Try again when the device has more room.",
+fn is_forwarder(server: &Option<Endpoint>) -> bool {
+    server.as_ref().is_some_and(|server| server.is_loopback() && !server.tls)
+}
+
+/// `{host}` stands for the name that was looked up, or else the server's; `{now}` for this device's time. `local`: the
+/// server is mender-auth's forwarder.
+fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'static str {
+    match error {
+        LinkError::Url(_) => {
+            "The URL comes from mender-auth's configuration, or from Auth.ServerURL: https://NAME is its \
+             usual form."
         }
+        LinkError::Token => "It isn't one: whoever fetches it has to be asked.",
+        LinkError::Resolve { .. } => {
+            "Is there a network, is a name server in /etc/resolv.conf, and does {host} exist (getent hosts \
+             {host})?"
+        }
+        LinkError::TimedOut(_) if step == "dns" => {
+            "The name servers in /etc/resolv.conf don't answer: is there a network, and does a firewall let \
+             DNS through?"
+        }
+        LinkError::Connect { .. } if local => {
+            "Nothing listens there. mender-auth takes a new port whenever it gets a token: is it running? \
+             systemctl status mender-authd"
+        }
+        LinkError::Connect { .. } => {
+            "Is there a route (ip route), and do firewalls let this connection through? If there is a proxy, \
+             HTTPS_PROXY or HTTP_PROXY has to name it, for the daemon and in this shell."
+        }
+        LinkError::Proxy(_) => {
+            "HTTP_PROXY (http), HTTPS_PROXY (https) and NO_PROXY say which proxy counts; it has to be \
+             http://[USER:PASSWORD@]HOST:PORT, and to allow CONNECT to the server."
+        }
+        LinkError::Tls(_, fault) => tls_advice(*fault),
+        LinkError::TimedOut(_) if step == "tls" => {
+            "Something accepts connections there but speaks no TLS, or a firewall drops what is said."
+        }
+        LinkError::Refused { status, .. } => status_advice(*status, to_https),
+        LinkError::NoAnswer(AnswerFault::Closed) if local => {
+            "mender-auth's forwarder does that when it can't reach its server: its log says why, journalctl \
+             -u mender-authd"
+        }
+        LinkError::NoAnswer(AnswerFault::NotHttp) => {
+            "Something else listens on that port: is it the right one in the server's URL?"
+        }
+        LinkError::Broken(_) | LinkError::Closed { .. } | LinkError::TimedOut(_) if step == "round-trip" => {
+            "A websocket is opened but nothing goes through it: does something in between (proxy, load \
+             balancer) know websockets?"
+        }
+        LinkError::TimedOut(_) if local => {
+            "mender-auth's forwarder waits for its server: its log says more, journalctl -u mender-authd"
+        }
+        LinkError::NoAnswer(_) | LinkError::Broken(_) | LinkError::TimedOut(_) => {
+            "The server, or something in between (firewall, proxy, load balancer), doesn't answer the \
+             request. Is it a Mender server?"
+        }
+        _ => "Try again when the device has more room.",
     }
 }
 
