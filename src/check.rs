@@ -56,7 +56,14 @@ impl<'a> Survey<'a> {
         let broken = [main_state, fallback_state].contains(&State::Broken);
         let values = raw.filled(&mut Notes::new());
 
-        let mut advice = errors(&values, shells);
+        let errors = config::validate(&values, config::user_of_shell(&values, shells)).err();
+        let advice = errors.iter().flatten().filter_map(|error| {
+            let (key, text) = (error.key()?, error.to_string());
+            let text = text.strip_prefix(&format!("{}: ", key.name())).unwrap_or(&text).to_owned();
+            Some((Level::Error, key, text))
+        });
+        let mut advice: Vec<Advice> = advice.collect();
+        advice.sort_by_key(|(_, key, _)| *key == Key::User);
         // Findings that may only follow from another error, or that an unreadable file may settle, are left out.
         let settled = |key| !broken || raw.origin(key) != Origin::Default;
         advice.retain(|(_, key, _)| settled(*key) && !misfits.iter().any(|misfit| misfit.key == Some(*key)));
@@ -96,7 +103,11 @@ impl<'a> Survey<'a> {
             lines.push(format!("{name:8}  {}{state}", file.display()));
         }
         lines.push(String::new());
-        let rows: Vec<_> = Key::current().map(|key| (key, shown(key, self.values.get(key)))).collect();
+        let shown = |key| match key {
+            Key::AuthServerUrl => config::without_password(self.values.text(key)).into(),
+            key => self.values.get(key).clone(),
+        };
+        let rows: Vec<_> = Key::current().map(|key| (key, shown(key).to_string())).collect();
         let name_width = rows.iter().map(|(key, _)| key.name().len()).max().unwrap_or_default();
         // Values longer than this may stick out of their column.
         let widths = rows.iter().map(|(_, value)| value.chars().count()).filter(|width| *width <= 24);
@@ -130,8 +141,18 @@ fn read<'a>(
             (State::Broken, Walk::default())
         }
     };
-    for text in writers(file) {
-        push(Level::Warn, text);
+    // Others who can write the file control the daemon.
+    if let Some(metadata) = fs::metadata(file).ok().filter(fs::Metadata::is_file) {
+        let (owner, group, mode) = (metadata.uid(), metadata.gid(), metadata.mode());
+        if ![0, geteuid().as_raw()].contains(&owner) {
+            push(Level::Warn, format!("may be written by its owner, user {owner}"));
+        }
+        if mode & 0o020 != 0 && group != 0 {
+            push(Level::Warn, format!("may be written by its group, {group}"));
+        }
+        if mode & 0o002 != 0 {
+            push(Level::Warn, "may be written by everybody".to_owned());
+        }
     }
     for Misfit { path, text, .. } in &walk.misfits {
         if path.is_empty() {
@@ -158,35 +179,6 @@ fn read<'a>(
     (state, walk.misfits)
 }
 
-/// Tells who else can write the configuration file, and so control the daemon.
-fn writers(file: &Path) -> impl Iterator<Item = String> {
-    let metadata = fs::metadata(file).ok().filter(fs::Metadata::is_file);
-    let writers = metadata.map(|file| {
-        let (owner, group, mode) = (file.uid(), file.gid(), file.mode());
-        let by_owner = ![0, geteuid().as_raw()].contains(&owner);
-        let by_group = mode & 0o020 != 0 && group != 0;
-        [
-            by_owner.then(|| format!("may be written by its owner, user {owner}")),
-            by_group.then(|| format!("may be written by its group, {group}")),
-            (mode & 0o002 != 0).then(|| "may be written by everybody".to_owned()),
-        ]
-    });
-    writers.into_iter().flatten().flatten()
-}
-
-/// The errors that keep the daemon from starting, the user's last.
-fn errors(values: &Values, shells: &Path) -> Vec<Advice> {
-    let errors = config::validate(values, config::user_of_shell(values, shells)).err().unwrap_or_default();
-    let advice = errors.iter().filter_map(|error| {
-        let (key, text) = (error.key()?, error.to_string());
-        let text = text.strip_prefix(&format!("{}: ", key.name())).unwrap_or(&text).to_owned();
-        Some((Level::Error, key, text))
-    });
-    let mut advice: Vec<_> = advice.collect();
-    advice.sort_by_key(|(_, key, _)| *key == Key::User);
-    advice
-}
-
 /// What is to be said of a `key` that a file gives: whether it has no effect or is replaced.
 fn ineffective(key: Key, raw: &Values, values: &Values) -> Option<Advice> {
     let (given, used) = (raw.get(key), values.get(key));
@@ -204,14 +196,12 @@ fn ineffective(key: Key, raw: &Values, values: &Values) -> Option<Advice> {
 fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
     let below = |section: &str| key.name().starts_with(section);
     let (on, given) = (|key| values.flag(key), |key| !config::is_unset(values.get(key)));
+    let (no_terminal, dbus) = (on(Key::DisableTerminal), values.text(Key::AuthSource) == "dbus");
     let why = match key {
-        Key::ShellCommand if on(Key::DisableTerminal) => {
-            "Terminal.Disable is true; it is checked nevertheless"
-        }
-        Key::ShellArguments | Key::Width | Key::Height | Key::NoNewPrivileges if on(Key::DisableTerminal) => {
-            "Terminal.Disable is true"
-        }
-        _ if on(Key::DisableTerminal) && below("Sessions.") => "Terminal.Disable is true",
+        Key::ShellCommand if no_terminal => "Terminal.Disable is true; it is checked nevertheless",
+        Key::DisableTerminal => return None,
+        Key::ShellArguments if no_terminal => "Terminal.Disable is true",
+        _ if no_terminal && (below("Terminal.") || below("Sessions.")) => "Terminal.Disable is true",
         Key::ExpireAfter | Key::ExpireAfterIdle | Key::IdleIncludesOutput if !on(Key::StopExpired) => {
             "Sessions.StopExpired is false"
         }
@@ -229,9 +219,7 @@ fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
         Key::PreserveOwner if given(Key::OwnerPut) && given(Key::GroupPut) => {
             "Limits.FileTransfer.OwnerPut and GroupPut are set"
         }
-        Key::TokenFile | Key::AuthServerUrl if values.text(Key::AuthSource) == "dbus" => {
-            "Auth.Source is \"dbus\""
-        }
+        Key::TokenFile | Key::AuthServerUrl if dbus => "Auth.Source is \"dbus\"",
         _ => return None,
     };
     Some((Level::Info, why))
@@ -274,16 +262,6 @@ fn unusable(values: &Values) -> Vec<Advice> {
         }
     }
     advice
-}
-
-/// A value as JSON, the server's URL without user and password.
-fn shown(key: Key, value: &Value) -> String {
-    match value {
-        Value::String(url) if key == Key::AuthServerUrl => {
-            Value::from(config::without_password(url)).to_string()
-        }
-        value => value.to_string(),
-    }
 }
 
 /// The key of the same name elsewhere, if there is just one; otherwise the most similar one.

@@ -164,6 +164,7 @@ fn help() -> String {
 
 fn help_of((names, summary, flags, _): &Command) -> String {
     let (name, arguments) = match names.split_once(", ") {
+        // Only `help` has a short name.
         Some((name, _)) => (name, " [command]"),
         None => (*names, ""),
     };

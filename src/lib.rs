@@ -91,25 +91,20 @@ pub mod internals {
 /// The whole program: runs what the command line asks for.
 pub fn run() -> ExitCode {
     // A reader that closed its end of the pipe is no reason to fail.
-    match cli::parse(std::env::args_os().skip(1)) {
+    let good = match cli::parse(std::env::args_os().skip(1)) {
         Invocation::Print(text) => {
             let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::SUCCESS
+            true
         }
         Invocation::Refuse(text, code) => {
             let _ = std::io::stderr().write_all(text.as_bytes());
-            ExitCode::from(code)
+            return ExitCode::from(code);
         }
-        Invocation::Daemon(options) => finish(daemon::run(options)),
-        Invocation::Check(options) => finish(check::run(&options.config, &options.fallback_config)),
-        Invocation::Doctor(options) => {
-            finish(doctor::run(&options.config, &options.fallback_config, options.json))
-        }
-        Invocation::Status(options) => finish(status::show(options.json.unwrap_or(false), options.watch)),
-    }
-}
-
-/// Exit code of a command that has told its failure.
-fn finish(good: bool) -> ExitCode {
+        // A command that fails has told why.
+        Invocation::Daemon(options) => daemon::run(options),
+        Invocation::Check(options) => check::run(&options.config, &options.fallback_config),
+        Invocation::Doctor(options) => doctor::run(&options.config, &options.fallback_config, options.json),
+        Invocation::Status(options) => status::show(options.json.unwrap_or(false), options.watch),
+    };
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

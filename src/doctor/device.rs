@@ -41,10 +41,9 @@ pub(crate) fn daemon(report: &mut Report) -> bool {
             (format!("running, {}", state.map_or("in an unknown state", status::State::name)), !free)
         }
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-            match processes.first() {
-                Some(pid) => (format!("process {pid} runs, and doesn't tell its state"), true),
-                None => ("not running".to_owned(), false),
-            }
+            let running = |pid| format!("process {pid} runs, and doesn't tell its state");
+            let found = processes.first().map_or_else(|| "not running".to_owned(), running);
+            (found, !processes.is_empty())
         }
         Err(e) => (format!("running, but its state can't be had: {}", reason(&e)), true),
     };
@@ -79,12 +78,10 @@ fn differing(pid: &str) -> Vec<&'static str> {
 
 /// Checks the configuration with the shell and its user.
 pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -> Result<Config, Break> {
-    let files: Vec<_> = [fallback, main].into_iter().filter(|file| file.exists()).collect();
-    let files = match files[..] {
-        [] => "no file, defaults".to_owned(),
-        [file] => file.display().to_string(),
-        _ => format!("{} over {}", main.display(), fallback.display()),
-    };
+    let files = [main, fallback].into_iter().filter(|file| file.exists());
+    let files =
+        files.map(|file| file.display().to_string()).reduce(|main, other| format!("{main} over {other}"));
+    let files = files.unwrap_or_else(|| "no file, defaults".to_owned());
     let config = config::load(main, fallback).map_err(|e| {
         let (step, advice) = match e {
             ConfigError::Unusable(Key::ShellCommand, _) | ConfigError::ShellNotListed(_) => {
