@@ -19,7 +19,7 @@ use std::str::Utf8Chunk;
 use log::Level;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
-use serde_json::{Number, Value};
+use serde_json::{Error, Number, Value};
 
 use super::error::{ConfigError, Misfit};
 use super::keys::{Key, Kind, join};
@@ -243,7 +243,7 @@ impl Walk {
     }
 
     /// `section` in our spelling, `path` in the file's.
-    fn object(&mut self, section: &str, path: &str, text: &RawValue) -> serde_json::Result<()> {
+    fn object(&mut self, section: &str, path: &str, text: &RawValue) -> Result<(), Error> {
         let members = match serde_json::from_str(text.get())? {
             Value::Object(_) => serde_json::Deserializer::from_str(text.get()).deserialize_map(Members)?,
             Value::Null => Vec::new(),
@@ -272,18 +272,16 @@ impl Walk {
     }
 
     /// `None` if the value doesn't fit, or is a `null` that leaves it as it is.
-    fn value(&mut self, key: Key, path: &str, text: &RawValue) -> serde_json::Result<Option<Value>> {
+    fn value(&mut self, key: Key, path: &str, text: &RawValue) -> Result<Option<Value>, Error> {
         let value: Value = serde_json::from_str(text.get())?;
         let element = |index| format!("{path}[{index}]");
         let (fits, expected) = match (key.kind(), &value) {
             (kind @ (Kind::List(_) | Kind::Objects), Value::Null) => return Ok(Some(kind.unset())),
             (_, Value::Null) => return Ok(None),
             (Kind::List(_), Value::Array(elements)) => {
-                for (index, other) in
-                    elements.iter().enumerate().filter(|(_, e)| !e.is_string() && !e.is_null())
-                {
-                    self.misfit(Some(key), &element(index), "a string", other);
-                }
+                let wrong =
+                    elements.iter().enumerate().filter(|(_, text)| !text.is_string() && !text.is_null());
+                wrong.for_each(|(index, other)| self.misfit(Some(key), &element(index), "a string", other));
                 let texts = elements.iter().map(|text| text.as_str().unwrap_or_default());
                 return Ok(Some(texts.collect()));
             }

@@ -206,19 +206,19 @@ fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
     match values.text(Key::AuthSource) {
         "dbus" => return Auth::Dbus,
         "file" => {
-            for key in
-                [Key::TokenFile, Key::AuthServerUrl].into_iter().filter(|key| values.text(*key).is_empty())
-            {
-                unusable(key, format!("{} is needed where Auth.Source is \"file\"", key.name()));
+            for (key, text) in [(Key::TokenFile, token), (Key::AuthServerUrl, server_url)] {
+                if text.is_empty() {
+                    unusable(key, format!("{} is needed where Auth.Source is \"file\"", key.name()));
+                }
             }
             if !token.is_empty() && !token.starts_with('/') {
                 unusable(Key::TokenFile, format!("Auth.TokenFile ({token}) is not an absolute path"));
             }
         }
-        other => unusable(
-            Key::AuthSource,
-            format!("Auth.Source {other:?} is not known, only \"dbus\" and \"file\" are"),
-        ),
+        other => {
+            let why = format!("Auth.Source {other:?} is not known, only \"dbus\" and \"file\" are");
+            unusable(Key::AuthSource, why);
+        }
     }
     Auth::File { token: token.into(), server_url: server_url.to_owned() }
 }
