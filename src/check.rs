@@ -62,8 +62,8 @@ impl<'a> Survey<'a> {
             let text = text.strip_prefix(&format!("{}: ", key.name())).unwrap_or(&text).to_owned();
             Some((Level::Error, key, text))
         });
-        let mut advice: Vec<Advice> = advice.collect();
-        advice.sort_by_key(|(_, key, _)| *key == Key::User);
+        let (user, mut advice): (Vec<Advice>, Vec<_>) = advice.partition(|(_, key, _)| *key == Key::User);
+        advice.extend(user);
         // Findings that may only follow from another error, or that an unreadable file may settle, are left out.
         let settled = |key| !broken || raw.origin(key) != Origin::Default;
         advice.retain(|(_, key, _)| settled(*key) && !misfits.iter().any(|misfit| misfit.key == Some(*key)));
