@@ -84,7 +84,7 @@ impl<'a> Survey<'a> {
         Survey { main: (main, main_state), fallback: (fallback, fallback_state), findings, values }
     }
 
-    /// Whether the daemon would start.
+    /// True if the daemon would start.
     fn is_good(&self) -> bool {
         !self.findings.iter().any(|(level, ..)| *level == Level::Error)
     }
@@ -179,7 +179,7 @@ fn read<'a>(
     (state, walk.misfits)
 }
 
-/// What is to be said of a `key` that a file gives: whether it has no effect or is replaced.
+/// Tells if a `key` that a file gives has no effect or is replaced.
 fn ineffective(key: Key, raw: &Values, values: &Values) -> Option<Advice> {
     let (given, used) = (raw.get(key), values.get(key));
     Some(match idle(key, values) {

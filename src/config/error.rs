@@ -42,6 +42,6 @@ pub struct Misfit {
     pub(crate) key: Option<Key>,
     /// In the file's own spelling: `Terminal.width`, `Servers[0].ServerURL`; empty for the whole file.
     pub(crate) path: String,
-    /// What was expected, and what was found.
+    /// Names the expected and the found type or number.
     pub(crate) text: String,
 }

@@ -46,14 +46,13 @@ struct Break;
 struct Report {
     json: bool,
     steps: Vec<Value>,
-    /// Of the current step.
+    /// For the step that is reported next.
     warnings: Vec<String>,
     /// End of the last step.
     since: Instant,
 }
 
 impl Report {
-    /// Adds a warning to the step that is reported next.
     fn warn(&mut self, text: impl Into<String>) {
         self.warnings.push(clean(&text.into()));
     }
