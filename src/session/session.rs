@@ -149,7 +149,7 @@ impl Session {
             self.read_inbox();
             let now = Instant::now();
             self.end_disabled(now);
-            self.files.acknowledge(&mut self.peer);
+            self.files.acknowledge(&self.peer);
             self.check_idle(now);
             self.files.proceed(&mut self.peer, now);
             self.forwards.answer(&mut self.peer, now);

@@ -182,8 +182,7 @@ impl Session {
         });
         let transfer = info.transfer().map(|transfer| {
             let Figures { age, bytes_in, bytes_out, .. } = transfer.traffic.figures(now);
-            let direction = if transfer.direction == Direction::Sent { "download" } else { "upload" };
-            let (direction, path) = (direction.to_owned(), transfer.path.clone());
+            let (direction, path) = (transfer.direction.name().to_owned(), transfer.path.clone());
             Transfer { age, bytes: bytes_in + bytes_out, direction, path, size: transfer.size }
         });
         let (forwards_open, forwards) = info.forwards(*room);

@@ -7,14 +7,14 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
 use std::num::NonZeroU64;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nix::sys::stat::FileStat;
-use sha2::{Digest, Sha256};
 
-use super::place::{self, Failure, Source};
+use super::About;
+use super::place::{self, Failure};
 use super::rate::{Counters, Direction, EXHAUSTED};
 use crate::config::FileLimits;
 use crate::outbox::{Class, Discard};
@@ -28,33 +28,30 @@ const LARGEST_CHUNK: usize = 256 * 1024;
 
 pub(crate) struct Download {
     file: File,
-    path: PathBuf,
     /// Bytes to send: the file's size when the transfer began, `None` if unknown.
-    size: Option<u64>,
+    pub(super) size: Option<u64>,
     /// MaxFileSize. Checked against `size` at the start and, if that is unknown, on the way.
     max_size: Option<NonZeroU64>,
-    sent: u64,
     acked: u64,
     /// The chunks in flight: their end offsets and their numbers among the session's messages.
     in_flight: VecDeque<(u64, u64)>,
     at_end: bool,
     max_rate: Option<NonZeroU64>,
-    digest: Sha256,
     /// For the chunks that are still queued.
     discard: Discard,
 }
 
 impl Download {
     /// Opens the file. If the client was told its metadata before, as `known`, and the file has grown since, it is
-    /// sent only up to that size, which the client expects. The error is the text for the client.
-    pub(crate) fn start(
+    /// sent only up to that size, which the client expects.
+    pub(super) fn start(
         limits: Option<&FileLimits>,
         counters: &Counters,
         path: &Path,
         known: Option<&FileStat>,
         now: Instant,
     ) -> Result<Self, Failure> {
-        let Source { file, stat } = place::source(limits, path)?;
+        let (file, stat) = place::source(limits, path)?;
         let max_rate = limits.and_then(|l| l.max_tx_bytes_per_minute);
         if counters.exhausted(Direction::Sent, max_rate, now) {
             return Err(Failure { text: EXHAUSTED.to_owned(), denied: true });
@@ -65,42 +62,45 @@ impl Download {
         let size = size.map(|size| told.map_or(size, |k| size.min(k.st_size as u64)));
         Ok(Download {
             file: file.into(),
-            path: path.to_owned(),
             size,
             max_size: limits.and_then(|l| l.max_file_size),
-            sent: 0,
             acked: 0,
             in_flight: VecDeque::new(),
             at_end: false,
             max_rate,
-            digest: Sha256::new(),
             discard: Discard::default(),
         })
     }
 
     /// Sends what may be sent now. An error is for the client and ends the download.
-    pub(crate) fn proceed(&mut self, peer: &mut Peer, now: Instant) -> Result<(), Failure> {
+    pub(super) fn proceed(
+        &mut self,
+        about: &mut About,
+        peer: &mut Peer,
+        now: Instant,
+    ) -> Result<(), Failure> {
         // What the client acknowledges for certain is never presumed to be delivered.
         while !self.at_end && self.in_flight.len() < credit::LIMIT && peer.sink.takes_data(Class::Bulk) {
             if peer.device.transferred.exhausted(Direction::Sent, self.max_rate, now) {
                 return Err(Failure::system(EXHAUSTED));
             }
             let end = self.size.or(self.max_size.map(NonZeroU64::get));
-            let left = end.map_or(u64::MAX, |end| end - self.sent);
+            let left = end.map_or(u64::MAX, |end| end - about.bytes);
             // Without a size only another byte, which isn't sent, tells whether the limit is the file's end.
-            if left == 0 && self.size.is_none() && self.read(&mut [0]).map_err(Failure::system)? > 0 {
+            if left == 0 && self.size.is_none() && self.read(&mut [0], about).map_err(Failure::system)? > 0 {
                 return Err(Failure::too_large());
             }
             let most = peer.sink.piece(SMALLEST_CHUNK, LARGEST_CHUNK);
             let most = usize::try_from(left).unwrap_or(usize::MAX).min(most);
-            let (message, read) = peer.sink.compose(&file::chunk(&peer.id, self.sent), most, |place| {
-                let read = self.read(place);
+            let chunk = file::chunk(&peer.id, about.bytes);
+            let (message, read) = peer.sink.compose(&chunk, most, |place| {
+                let read = self.read(place, about);
+                about.count(&place[..*read.as_ref().unwrap_or(&0)]);
                 (*read.as_ref().unwrap_or(&0), read)
             });
             let read = read.map_err(Failure::system)?;
             peer.device.transferred.add(Direction::Sent, read as u64, now);
-            self.sent += read as u64;
-            self.in_flight.push_back((self.sent, peer.credit.sent(read, now)));
+            self.in_flight.push_back((about.bytes, peer.credit.sent(read, now)));
             // An empty chunk is the end.
             self.at_end = read == 0;
             peer.sink.send(message, Class::Bulk, Some(&self.discard));
@@ -109,12 +109,12 @@ impl Download {
     }
 
     /// Fills `place`, or up to the end.
-    fn read(&mut self, place: &mut [u8]) -> Result<usize, String> {
+    fn read(&mut self, place: &mut [u8], about: &About) -> Result<usize, String> {
         let mut filled = 0;
         while filled < place.len() {
             match self.file.read(&mut place[filled..]) {
                 Ok(0) => {
-                    self.check_end(filled)?;
+                    self.check_end(about, filled)?;
                     break;
                 }
                 Ok(n) => filled += n,
@@ -122,34 +122,33 @@ impl Download {
                 Err(e) => {
                     return Err(format!(
                         "failed to read file: read {}: {}",
-                        place::shown(&self.path),
+                        place::shown(&about.path),
                         reason(&e)
                     ));
                 }
             }
         }
-        self.digest.update(&place[..filled]);
         Ok(filled)
     }
 
     /// Handles a file that gave fewer bytes than its size. Some, as in procfs, always do; one that has shrunk isn't
     /// the file that was asked for.
-    fn check_end(&self, read: usize) -> Result<(), String> {
+    fn check_end(&self, about: &About, read: usize) -> Result<(), String> {
         let Some(size) = self.size else { return Ok(()) };
-        let now = self.file.metadata().map(|m| m.len()).map_err(|e: io::Error| reason(&e))?;
+        let now = self.file.metadata().map_err(|e| reason(&e))?.len();
         if now < size {
             return Err(format!(
                 "failed to read file: {} has shrunk from {size} to {now} bytes while it was read, {} were sent",
-                place::shown(&self.path),
-                self.sent + read as u64
+                place::shown(&about.path),
+                about.bytes + read as u64
             ));
         }
         Ok(())
     }
 
     /// All bytes before `offset` have arrived.
-    pub(crate) fn ack(&mut self, peer: &mut Peer, offset: u64) {
-        self.acked = self.acked.max(offset.min(self.sent));
+    pub(super) fn ack(&mut self, peer: &mut Peer, offset: u64) {
+        self.acked = self.acked.max(offset);
         while let Some(&(_, number)) = self.in_flight.front().filter(|(end, _)| *end <= self.acked) {
             peer.credit.prove(number);
             self.in_flight.pop_front();
@@ -157,30 +156,12 @@ impl Download {
     }
 
     /// Drops the chunks that are still queued.
-    pub(crate) fn discard(&self) {
+    pub(super) fn discard(&self) {
         self.discard.store(true, Ordering::SeqCst);
     }
 
-    /// True if the client has acknowledged everything.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.at_end && self.acked >= self.sent
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Bytes to send, if known.
-    pub(crate) fn size(&self) -> Option<u64> {
-        self.size
-    }
-
-    pub(crate) fn sent(&self) -> u64 {
-        self.sent
-    }
-
-    /// The checksum of the bytes sent.
-    pub(crate) fn digest(self) -> Sha256 {
-        self.digest
+    /// True if the client has acknowledged all of the `sent` bytes, and they are the whole file.
+    pub(super) fn is_complete(&self, sent: u64) -> bool {
+        self.at_end && self.acked >= sent
     }
 }

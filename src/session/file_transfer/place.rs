@@ -4,13 +4,13 @@
 //! nothing can be exchanged between a check and what it was for.
 
 use std::ffi::{OsStr, OsString};
-use std::io;
+use std::fmt::Display;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open};
+use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{Gid, Group, Uid, User};
 
@@ -29,51 +29,60 @@ const OVER_DIRECTORY: &str = "conflicting file path: cannot overwrite directory"
 const SET_ID: u32 = 0o6000 | 1 << 23 | 1 << 22;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Failure {
+pub(super) struct Failure {
     /// For the client.
-    pub(crate) text: String,
+    pub(super) text: String,
     /// Denied by the limits, not by the system.
-    pub(crate) denied: bool,
+    pub(super) denied: bool,
 }
 
 impl Failure {
-    pub(crate) fn system(text: impl Into<String>) -> Self {
+    pub(super) fn system(text: impl Into<String>) -> Self {
         Failure { text: text.into(), denied: false }
+    }
+
+    pub(super) fn errno(what: impl Display, e: Errno) -> Self {
+        Self::system(format!("{what}: {}", reason(&e.into())))
     }
 
     fn denied(limit: &str) -> Self {
         Failure { text: format!("access denied: {limit}"), denied: true }
     }
 
-    pub(crate) fn too_large() -> Self {
+    pub(super) fn too_large() -> Self {
         Self::denied("the file size is over the limit")
     }
 
-    pub(crate) fn overwrite() -> Self {
+    pub(super) fn overwrite() -> Self {
         Self::denied("forbidden to overwrite the file")
     }
 
     /// The `result` field of the audit log.
-    pub(crate) fn result(&self) -> &'static str {
+    pub(super) fn result(&self) -> &'static str {
         if self.denied { "denied" } else { "failed" }
     }
 }
 
-/// A file that may be read.
-#[derive(Debug)]
-pub(crate) struct Source {
-    pub(crate) file: OwnedFd,
-    /// The metadata that the limits were checked against.
-    pub(crate) stat: FileStat,
-}
-
 /// A place that may be written: `name` in `dir`.
 #[derive(Debug)]
-pub(crate) struct Target {
-    pub(crate) dir: OwnedFd,
-    pub(crate) name: OsString,
+pub(super) struct Target {
+    pub(super) dir: OwnedFd,
+    pub(super) name: OsString,
     /// The whole path, for messages.
-    pub(crate) path: PathBuf,
+    pub(super) path: PathBuf,
+}
+
+impl Target {
+    pub(super) fn lstat(&self) -> Result<Option<FileStat>, Failure> {
+        match fstatat(&self.dir, self.name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(e) => {
+                let what = format!("error checking file location: lstat {}", shown(&self.path));
+                Err(Failure::errno(what, e))
+            }
+        }
+    }
 }
 
 fn kind(stat: &FileStat) -> SFlag {
@@ -110,25 +119,21 @@ fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<nix
     }
 }
 
-/// A file's metadata; follows a link if the limits allow it. The error is the text for the client.
-pub(crate) fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failure> {
-    let failed = |e: Errno| {
+/// Follows a link if the limits allow it.
+pub(super) fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failure> {
+    let failed = |e| {
         let path = shown(path);
-        Failure::system(format!(
-            "failed to get file info from path '{path}': stat {path}: {}",
-            reason(&e.into())
-        ))
+        Failure::errno(format!("failed to get file info from path '{path}': stat {path}"), e)
     };
     let fd = resolve(limits, path, OFlag::O_PATH)?.map_err(failed)?;
     fstat(&fd).map_err(failed)
 }
 
-/// Opens a file to be sent. Only regular files: others have no content with a known end. The error is the text for
-/// the client.
-pub(crate) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source, Failure> {
-    let system =
-        |why: &str| Failure::system(format!("failed to open file for reading: open {}: {why}", shown(path)));
-    let failed = |e: Errno| system(&reason(&e.into()));
+/// Opens a file to be sent, and returns it with the metadata that the limits were checked against. Only regular files:
+/// others have no content with a known end.
+pub(super) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<(OwnedFd, FileStat), Failure> {
+    let what = || format!("failed to open file for reading: open {}", shown(path));
+    let failed = |e| Failure::errno(what(), e);
     if limits.is_some_and(|l| l.regular_files_only) {
         // A link is not a regular file here, wherever it leads.
         let itself = resolve(limits, path, OFlag::O_PATH | OFlag::O_NOFOLLOW)?.map_err(failed)?;
@@ -144,13 +149,13 @@ pub(crate) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<Source,
     }
     match kind(&stat) {
         SFlag::S_IFREG => {}
-        SFlag::S_IFDIR => return Err(system("is a directory")),
-        _ => return Err(system("not a regular file")),
+        SFlag::S_IFDIR => return Err(failed(Errno::EISDIR)),
+        _ => return Err(Failure::system(format!("{}: not a regular file", what()))),
     }
     // O_NONBLOCK would fail with EAGAIN on a file that smbd or knfsd holds a lease on. Without it open(2) waits for the
     // holder to give way, for at most /proc/sys/fs/lease-break-time, and holds up this session's thread only.
     let file = beneath::reopen(found.as_fd(), OFlag::O_RDONLY).map_err(failed)?;
-    Ok(Source { file, stat })
+    Ok((file, stat))
 }
 
 fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
@@ -170,15 +175,15 @@ fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Finds the place for a file to be received. The error is the text for the client.
-pub(crate) fn target(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
+/// Finds the place for a file to be received.
+pub(super) fn target(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
     if let (Some(size), Some(max)) = (request.size, limits.and_then(|l| l.max_file_size))
         && size > max.get()
     {
         return Err(Failure::too_large());
     }
     let target = locate(limits, request)?;
-    let existing = lstat(&target.dir, &target.name, &target.path)?;
+    let existing = target.lstat()?;
     if let Some(stat) = &existing {
         Replaces::new(limits)?.check(stat)?;
     }
@@ -207,14 +212,14 @@ fn locate(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Fail
     };
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
     let dir = open_directory(limits, parent, path)?;
-    match lstat(&dir, name, path)? {
+    let target = Target { dir, name: name.to_owned(), path: path.clone() };
+    match target.lstat()? {
         Some(stat) if kind(&stat) == SFlag::S_IFDIR && source.is_some() => {
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let inner = nix::fcntl::openat(&dir, name, flags, Mode::empty())
-                .map_err(|e| cannot_create(path, &e.into()))?;
-            inside(inner, path, source)
+            let inner = openat(&target.dir, name, flags, Mode::empty());
+            inside(inner.map_err(|e| cannot_create(path, e))?, path, source)
         }
-        _ => Ok(Target { dir, name: name.to_owned(), path: path.clone() }),
+        _ => Ok(target),
     }
 }
 
@@ -230,58 +235,40 @@ fn open_directory(limits: Option<&FileLimits>, dir: &Path, path: &Path) -> Resul
         Err(Errno::EACCES) => resolve(limits, dir, OFlag::O_PATH | flags)?,
         other => other,
     }
-    .map_err(|e| cannot_create(path, &e.into()))
+    .map_err(|e| cannot_create(path, e))
 }
 
 /// A path in an answer, which repeats at most [`MAX_TEXT`] characters of a client's text.
-pub(crate) fn shown(path: &Path) -> String {
+pub(super) fn shown(path: &Path) -> String {
     clipped(&path.to_string_lossy(), MAX_TEXT)
 }
 
-pub(crate) fn cannot_create(path: &Path, e: &io::Error) -> Failure {
-    Failure::system(format!(
-        "failed to create target file: failed to create file: open {}: {}",
-        shown(path),
-        reason(e)
-    ))
-}
-
-/// `path` is for the error.
-pub(crate) fn lstat(dir: &OwnedFd, name: &OsStr, path: &Path) -> Result<Option<FileStat>, Failure> {
-    match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
-        Ok(stat) => Ok(Some(stat)),
-        Err(Errno::ENOENT) => Ok(None),
-        Err(e) => {
-            let why = reason(&e.into());
-            Err(Failure::system(format!("error checking file location: lstat {}: {why}", shown(path))))
-        }
-    }
+pub(super) fn cannot_create(path: &Path, e: Errno) -> Failure {
+    Failure::errno(format!("failed to create target file: failed to create file: open {}", shown(path)), e)
 }
 
 /// Owner and mode of a received file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Attributes {
-    pub(crate) uid: Uid,
-    pub(crate) gid: Gid,
-    /// The request or OwnerPut named `uid`. Otherwise the agent's own is only a preference.
-    pub(crate) uid_asked: bool,
-    /// As `uid_asked`, for `gid` and GroupPut.
-    pub(crate) gid_asked: bool,
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Attributes {
+    /// Named by the request or OwnerPut. Otherwise the agent's own is preferred.
+    pub(super) uid: Option<Uid>,
+    /// As `uid`, with GroupPut.
+    pub(super) gid: Option<Gid>,
     /// Permissions, at most 0o4777.
-    pub(crate) mode: u32,
-    pub(crate) replaces: Replaces,
+    pub(super) mode: u32,
+    pub(super) replaces: Replaces,
 }
 
 /// What the limits let an upload replace; by default everything. Checked before the first byte and again at the commit:
 /// the client decides how long after that it comes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Replaces {
+pub(super) struct Replaces {
     /// AllowOverwrite is off.
-    pub(crate) nothing: bool,
+    pub(super) nothing: bool,
     /// OwnerPut.
-    pub(crate) owner: Option<Uid>,
+    pub(super) owner: Option<Uid>,
     /// GroupPut.
-    pub(crate) group: Option<Gid>,
+    pub(super) group: Option<Gid>,
 }
 
 impl Replaces {
@@ -299,7 +286,7 @@ impl Replaces {
         })
     }
 
-    pub(crate) fn check(&self, existing: &FileStat) -> Result<(), Failure> {
+    pub(super) fn check(&self, existing: &FileStat) -> Result<(), Failure> {
         if self.nothing {
             return Err(Failure::overwrite());
         }
@@ -317,21 +304,17 @@ const DEFAULT_MODE: u32 = 0o644;
 
 impl Attributes {
     /// Combines the request with the limits. Fails if OwnerPut or GroupPut is unknown.
-    pub(crate) fn new(limits: Option<&FileLimits>, request: &Request) -> Result<Self, Failure> {
+    pub(super) fn new(limits: Option<&FileLimits>, request: &Request) -> Result<Self, Failure> {
         let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
         let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
         let replaces = Replaces::new(limits)?;
-        let uid = replaces.owner.or(request.uid.filter(|_| preserve_owner).map(Uid::from_raw));
-        let gid = replaces.group.or(request.gid.filter(|_| preserve_owner).map(Gid::from_raw));
         let wanted = request.mode.filter(|_| preserve_mode).unwrap_or(DEFAULT_MODE);
         let plain = limits.and_then(|l| l.umask).map_or(wanted, |umask| !umask) & 0o777;
         // Set-gid and sticky never survive, set-uid only where limits are on and allow it.
         let set_uid = if limits.is_some_and(|l| l.allow_suid) { wanted & 0o4000 } else { 0 };
         Ok(Attributes {
-            uid: uid.unwrap_or_else(nix::unistd::getuid),
-            gid: gid.unwrap_or_else(nix::unistd::getgid),
-            uid_asked: uid.is_some(),
-            gid_asked: gid.is_some(),
+            uid: replaces.owner.or(request.uid.filter(|_| preserve_owner).map(Uid::from_raw)),
+            gid: replaces.group.or(request.gid.filter(|_| preserve_owner).map(Gid::from_raw)),
             mode: plain | set_uid,
             replaces,
         })

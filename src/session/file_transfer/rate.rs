@@ -27,17 +27,21 @@ pub(crate) enum Direction {
     Received,
 }
 
+impl Direction {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Direction::Sent => "download",
+            Direction::Received => "upload",
+        }
+    }
+}
+
 #[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct Figures {
+pub(crate) struct Counter {
     /// Bytes since the start.
     pub(crate) total: u64,
     /// The moving average of bytes in five seconds.
     pub(crate) average: f64,
-}
-
-#[derive(Debug, Default)]
-struct Counter {
-    figures: Figures,
     /// The end of the last tick; the first one begins with the first look.
     ticked: Option<Instant>,
     /// Bytes since then.
@@ -52,9 +56,8 @@ impl Counter {
             return;
         }
         let keep = 1.0 - weight();
-        let average = weight() * self.fresh as f64 + keep * self.figures.average;
         // The ticks after the first one brought nothing.
-        self.figures.average = average * keep.powf((ticks - 1) as f64);
+        self.average = (weight() * self.fresh as f64 + keep * self.average) * keep.powf((ticks - 1) as f64);
         self.fresh = 0;
         self.ticked = ticked.checked_add(TICK.saturating_mul(u32::try_from(ticks).unwrap_or(u32::MAX)));
     }
@@ -63,13 +66,13 @@ impl Counter {
 impl Counters {
     pub(crate) fn add(&self, direction: Direction, bytes: u64, now: Instant) {
         self.with(direction, now, |counter| {
-            counter.figures.total = counter.figures.total.saturating_add(bytes);
+            counter.total = counter.total.saturating_add(bytes);
             counter.fresh = counter.fresh.saturating_add(bytes);
         });
     }
 
-    pub(crate) fn figures(&self, direction: Direction, now: Instant) -> Figures {
-        self.with(direction, now, |counter| counter.figures)
+    pub(crate) fn figures(&self, direction: Direction, now: Instant) -> Counter {
+        self.with(direction, now, |counter| *counter)
     }
 
     /// True if the average has reached `limit`, in bytes in five seconds.

@@ -12,11 +12,11 @@ use std::time::Instant;
 use crossbeam_channel::Receiver;
 use nix::errno::Errno;
 use nix::sys::statvfs::fstatvfs;
-use sha2::{Digest, Sha256};
 
+use super::About;
 use super::place::{self, Attributes, Failure};
 use super::rate::{Counters, Direction, EXHAUSTED};
-use super::temporary::{CommitError, Remover, Temporary};
+use super::temporary::Temporary;
 use crate::config::FileLimits;
 use crate::proto::Frame;
 use crate::proto::file::{self, Request};
@@ -27,25 +27,18 @@ use crate::sys::{reason, thread};
 const MAX_ACKS: usize = 24;
 
 pub(crate) struct Upload {
-    temporary: Temporary,
+    temporary: Arc<Temporary>,
     attributes: Attributes,
-    path: PathBuf,
     max_size: Option<NonZeroU64>,
     max_rate: Option<NonZeroU64>,
-    received: u64,
-    /// Offsets to acknowledge.
-    due: Vec<u64>,
-    digest: Sha256,
-}
-
-pub(crate) enum Progress {
-    More,
-    End,
+    /// Offsets to acknowledge. One for each chunk: the server sends one for each ack that it waits for, and so keeps one
+    /// more in flight than with cumulative acks.
+    pub(super) due_acks: Vec<u64>,
 }
 
 impl Upload {
-    /// Creates the file. The error is the text for the client.
-    pub(crate) fn start(
+    /// Creates the file.
+    pub(super) fn start(
         limits: Option<&FileLimits>,
         counters: &Counters,
         request: &Request,
@@ -60,144 +53,84 @@ impl Upload {
         if let Some(size) = request.size {
             enough_space(&target, size)?;
         }
-        let temporary = Temporary::create(&target).map_err(|e| place::cannot_create(&target.path, &e))?;
-        Ok(Upload {
-            temporary,
-            attributes,
-            path: target.path,
-            max_size: limits.and_then(|l| l.max_file_size),
-            max_rate,
-            received: 0,
-            due: Vec::new(),
-            digest: Sha256::new(),
-        })
-    }
-
-    /// Writes a chunk. The error is the text for the client and ends the upload.
-    pub(crate) fn chunk(
-        &mut self,
-        frame: &Frame,
-        counters: &Counters,
-        now: Instant,
-    ) -> Result<Progress, String> {
-        match file::offset(frame) {
-            None => return Err("invalid file chunk message: missing offset property".to_owned()),
-            Some(offset) if offset != Ok(self.received) => {
-                return Err("received unexpected chunk offset".to_owned());
-            }
-            Some(_) => {}
-        }
-        if frame.body.is_empty() {
-            return Ok(Progress::End);
-        }
-        let failed = |why: &str| format!("failed to write file chunk: {why}");
-        self.temporary
-            .file()
-            .write_all(&frame.body)
-            .map_err(|e| failed(&format!("write {}: {}", place::shown(&self.path), reason(&e))))?;
-        self.digest.update(&frame.body);
-        self.received += frame.body.len() as u64;
-        counters.add(Direction::Received, frame.body.len() as u64, now);
-        let too_large = self.max_size.is_some_and(|max| self.received >= max.get());
-        if too_large || counters.exhausted(Direction::Received, self.max_rate, now) {
-            return Err(failed(EXHAUSTED));
-        }
-        if self.due.len() == MAX_ACKS {
-            self.due.pop();
-        }
-        // A chunk of one byte at the start has none.
-        self.due.extend(Some(self.received - 1).filter(|offset| *offset > 0));
-        Ok(Progress::More)
-    }
-
-    /// The offsets to acknowledge now. One for each chunk: the server sends one for each ack that it waits for, and
-    /// so keeps one more in flight than with cumulative acks.
-    pub(crate) fn due_acks(&mut self) -> std::vec::Drain<'_, u64> {
-        self.due.drain(..)
-    }
-
-    /// Completes the file in a thread of its own: a device may take half a minute to write back its cache, and the
-    /// session has other requests to answer meanwhile. The error is the text for the client.
-    pub(crate) fn commit(self, wake: &Arc<Wake>) -> Result<Commit, String> {
-        let Upload { temporary, attributes, path, received, digest, .. } = self;
-        let failed = |e: std::io::Error| {
-            format!("failed to commit uploaded file: {}: {}", place::shown(&path), reason(&e))
-        };
-        let remover = temporary.remover().map_err(failed)?;
-        let (report, result) = crossbeam_channel::bounded(1);
-        let (wake, shown) = (Arc::clone(wake), place::shown(&path));
-        thread::spawn("commit", thread::SMALL_STACK, move || {
-            let result = temporary.commit(attributes).map_err(|e| commit_error(&shown, e, attributes));
-            let _ = report.send(result);
-            wake.notify();
-        })
-        .map_err(failed)?;
-        Ok(Commit { result, remover, path, size: received, digest })
+        let temporary = Arc::new(Temporary::create(target)?);
+        let max_size = limits.and_then(|l| l.max_file_size);
+        Ok(Upload { temporary, attributes, max_size, max_rate, due_acks: Vec::new() })
     }
 
     /// The target's path.
-    pub(crate) fn path(&self) -> &std::path::Path {
-        &self.path
+    pub(super) fn path(&self) -> &PathBuf {
+        &self.temporary.target.path
     }
 
-    /// Bytes so far.
-    pub(crate) fn received(&self) -> u64 {
-        self.received
+    /// Writes a chunk. The error is the text for the client and ends the upload.
+    pub(super) fn chunk(
+        &mut self,
+        about: &mut About,
+        frame: &Frame,
+        counters: &Counters,
+        now: Instant,
+    ) -> Result<(), String> {
+        match file::offset(frame) {
+            None => return Err("invalid file chunk message: missing offset property".to_owned()),
+            Some(offset) if offset != Ok(about.bytes) => {
+                return Err("received unexpected chunk offset".to_owned());
+            }
+            Some(_) if frame.body.is_empty() => return Ok(()),
+            Some(_) => {}
+        }
+        let failed = |why: &str| format!("failed to write file chunk: {why}");
+        (&self.temporary.file)
+            .write_all(&frame.body)
+            .map_err(|e| failed(&format!("write {}: {}", place::shown(&about.path), reason(&e))))?;
+        about.count(&frame.body);
+        counters.add(Direction::Received, frame.body.len() as u64, now);
+        let too_large = self.max_size.is_some_and(|max| about.bytes >= max.get());
+        if too_large || counters.exhausted(Direction::Received, self.max_rate, now) {
+            return Err(failed(EXHAUSTED));
+        }
+        self.due_acks.truncate(MAX_ACKS - 1);
+        // A chunk of one byte at the start has none.
+        self.due_acks.extend(Some(about.bytes - 1).filter(|offset| *offset > 0));
+        Ok(())
+    }
+
+    /// Completes the file in a thread of its own: a device may take half a minute to write back its cache, and the
+    /// session has other requests to answer meanwhile.
+    pub(super) fn commit(&self, wake: &Arc<Wake>) -> Result<Commit, String> {
+        let (report, result) = crossbeam_channel::bounded(1);
+        let (temporary, attributes, wake) = (Arc::clone(&self.temporary), self.attributes, Arc::clone(wake));
+        let body = move || {
+            let result = temporary.commit(attributes);
+            drop(temporary);
+            let _ = report.send(result);
+            wake.notify();
+        };
+        thread::spawn("commit", thread::SMALL_STACK, body).map_err(|e| {
+            format!("failed to commit uploaded file: {}: {}", place::shown(self.path()), reason(&e))
+        })?;
+        Ok(Commit { result, temporary: Arc::clone(&self.temporary), give_up: None })
     }
 }
 
 /// A commit in progress.
 pub(crate) struct Commit {
     result: Receiver<Result<(), Failure>>,
-    remover: Remover,
-    /// The target's path.
-    pub(crate) path: PathBuf,
-    /// In bytes.
-    pub(crate) size: u64,
-    digest: Sha256,
+    temporary: Arc<Temporary>,
+    /// Set when the link is gone: a deadline for the commit, whose answer nobody waits for.
+    pub(super) give_up: Option<Instant>,
 }
 
 impl Commit {
     /// The result, if the commit has ended.
-    pub(crate) fn try_result(&self) -> Option<Result<(), Failure>> {
-        match self.result.try_recv() {
-            Ok(result) => Some(result),
-            Err(crossbeam_channel::TryRecvError::Empty) => None,
-            Err(crossbeam_channel::TryRecvError::Disconnected) => {
-                let path = place::shown(&self.path);
-                Some(Err(Failure::system(format!("failed to commit uploaded file: {path}: internal error"))))
-            }
-        }
+    pub(super) fn try_result(&self) -> Option<Result<(), Failure>> {
+        self.result.try_recv().ok()
     }
 
     /// Gives up: the target stays as it is, unless the commit has replaced it already.
-    pub(crate) fn abandon(&self) {
-        self.remover.remove();
+    pub(super) fn abandon(&self) {
+        self.temporary.give_up();
     }
-
-    /// The checksum of the bytes received.
-    pub(crate) fn digest(self) -> Sha256 {
-        self.digest
-    }
-}
-
-fn commit_error(path: &str, error: CommitError, attributes: Attributes) -> Failure {
-    let why = |errno: Errno| reason(&std::io::Error::from(errno));
-    Failure::system(match error {
-        CommitError::Denied(failure) => return failure,
-        CommitError::Owner(e) => {
-            format!(
-                "failed to set file owner: chown {path} to {}:{}: {}",
-                attributes.uid,
-                attributes.gid,
-                why(e)
-            )
-        }
-        CommitError::Permissions(e) => {
-            format!("failed to set file permissions: chmod {path} to {:o}: {}", attributes.mode, why(e))
-        }
-        CommitError::Commit(e) => format!("failed to commit uploaded file: {path}: {}", why(e)),
-    })
 }
 
 /// Checks whether a file of `size` bytes fits, as far as that can be known before.
@@ -210,6 +143,6 @@ fn enough_space(target: &place::Target, size: u64) -> Result<(), Failure> {
     if size <= free || stat.blocks() == 0 {
         return Ok(());
     }
-    let failure = place::cannot_create(&target.path, &Errno::ENOSPC.into());
+    let failure = place::cannot_create(&target.path, Errno::ENOSPC);
     Err(Failure { text: format!("{} ({size} bytes needed, {free} free)", failure.text), ..failure })
 }
