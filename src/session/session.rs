@@ -127,7 +127,7 @@ impl Session {
         self.peer.reply(&control::error(&self.peer.id, reason, true));
         // What has begun ends in the audit log, too.
         self.terminal.abandon(&self.peer);
-        self.files.abandon(&self.peer);
+        self.files.abort(&self.peer, "failed", "the session failed");
     }
 
     fn hang_up(&mut self) {

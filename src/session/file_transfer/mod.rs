@@ -8,6 +8,7 @@ mod upload;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use data_encoding::HEXLOWER;
@@ -16,7 +17,7 @@ use nix::sys::stat::FileStat;
 use sha2::{Digest, Sha256};
 
 use self::download::Download;
-use self::place::Failure;
+use self::place::{Failure, Result};
 use self::rate::Direction;
 use self::upload::{Commit, Upload};
 use super::peer::Peer;
@@ -60,6 +61,8 @@ struct About {
     request: Frame,
     started: Instant,
     path: PathBuf,
+    /// In bytes, if known: when it began, the size of a file to be sent.
+    size: Option<u64>,
     /// Payload so far.
     bytes: u64,
     digest: Sha256,
@@ -78,7 +81,7 @@ impl About {
     }
 
     /// Writes the transfer's line in the audit log. An error is the `result` field and the reason.
-    fn log(&self, peer: &Peer, outcome: Result<(), (&str, &str)>) {
+    fn log(&self, peer: &Peer, outcome: std::result::Result<(), (&str, &str)>) {
         let record = Record::new("transfer", Some(&peer.id), &self.request.user())
             .with("direction", self.direction.name())
             .path("path", &self.path)
@@ -106,30 +109,28 @@ impl FileTransfer {
             // The client, which waits for each answer, has read the last one.
             peer.credit.prove_all();
         }
-        let stage = self.transfer.as_deref().map(|transfer| &transfer.stage);
-        let refusal = match (stage, frame.typ.as_str()) {
-            (_, file::STAT) => return self.stat(peer, &frame),
-            (None, file::GET_FILE) => return self.start(peer, &frame, Direction::Sent, now),
-            (None, file::PUT_FILE) => return self.start(peer, &frame, Direction::Received, now),
-            (_, file::GET_FILE | file::PUT_FILE) => "another file transfer is in progress".to_owned(),
-            (Some(Stage::Sending(_)), file::ACK) => return self.take_ack(peer, &frame),
-            (Some(Stage::Receiving(_)), file::FILE_CHUNK) => return self.take_chunk(peer, &frame, now),
+        let result = match (self.transfer.as_deref().map(|transfer| &transfer.stage), frame.typ.as_str()) {
+            (_, file::STAT) => self.stat(peer, &frame),
+            (None, file::GET_FILE | file::PUT_FILE) => self.start(peer, &frame, now),
+            (_, file::GET_FILE | file::PUT_FILE) => Err("another file transfer is in progress".into()),
+            (Some(Stage::Sending(_)), file::ACK) => self.take_ack(peer, &frame),
+            (Some(Stage::Receiving(_)), file::FILE_CHUNK) => self.take_chunk(peer, &frame, now),
             (_, file::ERROR) => return self.take_error(peer, &frame),
-            (Some(Stage::Sending(_)), other @ file::FILE_CHUNK) => {
-                let text = format!("received unexpected message type '{other}'; expected 'ack'");
-                return self.fail(peer, &frame, &Failure::system(text));
+            (Some(Stage::Sending(_)), file::FILE_CHUNK) => {
+                self.fail(peer, "received unexpected message type 'file_chunk'; expected 'ack'")
             }
-            (Some(Stage::Receiving(_)), other @ file::ACK) => {
-                let text = format!("received unexpected message type '{other}' during file upload");
-                return self.fail(peer, &frame, &Failure::system(text));
+            (Some(Stage::Receiving(_)), file::ACK) => {
+                self.fail(peer, "received unexpected message type 'ack' during file upload")
             }
             // On the way when their transfer ended.
             (_, file::ACK) if self.stray_acks => return,
             (_, file::FILE_CHUNK) if self.stray_chunks => return,
-            (_, file::FILE_CHUNK | file::ACK) => "no file transfer in progress".to_owned(),
-            (_, other) => format!("session: filetransfer message type '{other}' not supported"),
+            (_, file::FILE_CHUNK | file::ACK) => Err("no file transfer in progress".into()),
+            (_, other) => Err(format!("session: filetransfer message type '{other}' not supported").into()),
         };
-        refuse(peer, &frame, &Failure::system(refusal));
+        if let Err(failure) = result {
+            refuse(peer, &frame, &failure);
+        }
     }
 
     /// Does what is possible now.
@@ -141,21 +142,20 @@ impl FileTransfer {
                 let before = about.bytes;
                 let result = download.proceed(about, peer, now);
                 shown.traffic.add_out((about.bytes - before) as usize);
-                match result {
-                    Ok(()) => self.finish_sending(peer),
-                    Err(failure) => {
-                        let request = about.request.clone();
-                        self.fail(peer, &request, &failure);
-                    }
+                if let Err(failure) = result {
+                    let request = about.request.clone();
+                    self.abort(peer, failure.result(), &failure.text);
+                    return refuse(peer, &request, &failure);
                 }
+                self.finish_sending(peer);
             }
-            Stage::Committing(commit) => match commit.try_result() {
-                Some(result) => self.finish_receiving(peer, result),
-                None if commit.give_up.is_some_and(|at| now >= at) => {
+            Stage::Committing(commit) => {
+                if let Ok(result) = commit.result.try_recv() {
+                    self.finish_receiving(peer, result);
+                } else if commit.give_up.is_some_and(|at| now >= at) {
                     self.abort(peer, "failed", "the connection was lost");
                 }
-                None => {}
-            },
+            }
         }
     }
 
@@ -179,125 +179,98 @@ impl FileTransfer {
 
     /// Ends the session: aborts a transfer in progress, but still commits a complete file.
     pub(crate) fn close(&mut self, peer: &Peer) {
-        if self.committing().is_none() {
+        if !matches!(self.stage(), Some(Stage::Committing(_))) {
             self.abort(peer, "failed", "the session was closed");
         }
     }
 
-    /// Ends a transfer of a session that can't go on.
-    pub(crate) fn abandon(&mut self, peer: &Peer) {
-        self.abort(peer, "failed", "the session failed");
-    }
-
     pub(crate) fn hang_up(&mut self, peer: &Peer, now: Instant) {
-        match self.committing() {
-            Some(commit) => commit.give_up = Some(now + HANG_UP_GRACE),
-            None => self.abort(peer, "failed", "the connection was lost"),
+        match self.stage() {
+            Some(Stage::Committing(commit)) => commit.give_up = Some(now + HANG_UP_GRACE),
+            _ => self.abort(peer, "failed", "the connection was lost"),
         }
     }
 
-    fn committing(&mut self) -> Option<&mut Commit> {
-        match &mut self.transfer.as_deref_mut()?.stage {
-            Stage::Committing(commit) => Some(commit),
-            _ => None,
-        }
+    fn stage(&mut self) -> Option<&mut Stage> {
+        self.transfer.as_deref_mut().map(|transfer| &mut transfer.stage)
     }
 
-    fn stat(&mut self, peer: &mut Peer, frame: &Frame) {
-        let config = peer.device.config();
-        let found = Request::decode(&frame.body)
-            .map_err(Failure::system)
-            .and_then(|request| Ok((place::stat(config.limits.as_ref(), &request.path)?, request.path)));
-        match found {
-            Ok((stat, path)) => {
-                peer.reply(&file::file_info(&peer.id, &path, &stat));
-                self.known = Some((path, stat));
-            }
-            Err(failure) => refuse(peer, frame, &failure),
-        }
+    fn stat(&mut self, peer: &mut Peer, frame: &Frame) -> Result<()> {
+        let path = Request::decode(&frame.body)?.path;
+        let stat = place::stat(peer.device.config().limits.as_ref(), &path)?;
+        peer.reply(&file::file_info(&peer.id, &path, &stat));
+        self.known = Some((path, stat));
+        Ok(())
     }
 
-    fn start(&mut self, peer: &mut Peer, frame: &Frame, direction: Direction, now: Instant) {
-        let (request, path, digest) = (frame.without_body(), PathBuf::new(), Sha256::new());
-        let mut about = About { direction, request, started: now, path, bytes: 0, digest };
-        self.stray_chunks |= direction == Direction::Received;
-        match self.begin(peer, &frame.body, &mut about) {
-            Ok((stage, size)) => {
-                debug!("session {}: {} of {:?}", peer.id, direction.name(), about.path);
-                let shown = peer.info.set_transfer(direction, &about.path, size, now);
-                self.transfer = Some(Box::new(Transfer { about, stage, shown }));
-                match direction {
-                    Direction::Sent => self.stray_acks = true,
-                    Direction::Received => peer.reply(&file::ack(&peer.id, 0, None)),
-                }
-            }
-            Err(failure) => {
-                about.log(peer, Err((failure.result(), &failure.text)));
-                refuse(peer, frame, &failure);
-            }
-        }
-    }
-
-    /// The transfer's first stage, and its size if that is known.
-    fn begin(&self, peer: &Peer, body: &[u8], about: &mut About) -> Result<(Stage, Option<u64>), Failure> {
-        let config = peer.device.config();
-        let (limits, counters) = (config.limits.as_ref(), &peer.device.transferred);
-        let request = Request::decode(body).map_err(Failure::system)?;
-        about.path.clone_from(&request.path);
-        match about.direction {
-            Direction::Sent => {
-                let known = self.known.as_ref().filter(|(path, _)| *path == request.path);
-                let known = known.map(|(_, stat)| stat);
-                let download = Download::start(limits, counters, &request.path, known, about.started)?;
-                let size = download.size;
-                Ok((Stage::Sending(download), size))
-            }
-            Direction::Received => {
-                let upload = Upload::start(limits, counters, &request, about.started)?;
-                about.path.clone_from(upload.path());
-                Ok((Stage::Receiving(upload), request.size))
-            }
-        }
-    }
-
-    fn take_ack(&mut self, peer: &mut Peer, frame: &Frame) {
-        let Some(Transfer { about, stage: Stage::Sending(download), .. }) = self.transfer.as_deref_mut()
-        else {
-            return;
+    fn start(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> Result<()> {
+        let receives = frame.typ == file::PUT_FILE;
+        let mut about = About {
+            direction: if receives { Direction::Received } else { Direction::Sent },
+            request: frame.without_body(),
+            started: now,
+            path: PathBuf::new(),
+            size: None,
+            bytes: 0,
+            digest: Sha256::new(),
         };
+        self.stray_chunks |= receives;
+        let stage = self
+            .begin(peer, &frame.body, &mut about)
+            .inspect_err(|failure| about.log(peer, Err((failure.result(), &failure.text))))?;
+        debug!("session {}: {} of {:?}", peer.id, about.direction.name(), about.path);
+        let shown = peer.info.set_transfer(about.direction, &about.path, about.size, now);
+        self.transfer = Some(Box::new(Transfer { about, stage, shown }));
+        self.stray_acks |= !receives;
+        if receives {
+            peer.reply(&file::ack(&peer.id, 0, None));
+        }
+        Ok(())
+    }
+
+    fn begin(&self, peer: &Peer, body: &[u8], about: &mut About) -> Result<Stage> {
+        let request = Request::decode(body)?;
+        about.path.clone_from(&request.path);
+        Ok(match about.direction {
+            Direction::Sent => Stage::Sending(Download::start(peer, self.known.as_ref(), about)?),
+            Direction::Received => Stage::Receiving(Upload::start(peer, &request, about)?),
+        })
+    }
+
+    fn take_ack(&mut self, peer: &mut Peer, frame: &Frame) -> Result<()> {
+        let Some(Stage::Sending(download)) = self.stage() else { return Ok(()) };
         let why = match file::offset(frame) {
             Some(Ok(offset)) => {
-                download.ack(peer, offset.min(about.bytes));
-                return self.finish_sending(peer);
+                download.ack(peer, offset);
+                self.finish_sending(peer);
+                return Ok(());
             }
             Some(Err(())) => "invalid offset data type: require int64",
             None => "ack message: offset property cannot be blank",
         };
-        self.fail(peer, frame, &Failure::system(why));
+        self.fail(peer, why)
     }
 
     fn finish_sending(&mut self, peer: &Peer) {
-        let complete = |transfer: &mut Box<Transfer>| matches!(&transfer.stage, Stage::Sending(download) if download.is_complete(transfer.about.bytes));
-        if let Some(transfer) = self.transfer.take_if(complete) {
+        let done = |stage: &Stage| matches!(stage, Stage::Sending(download) if download.is_complete());
+        if let Some(transfer) = self.transfer.take_if(|transfer| done(&transfer.stage)) {
             transfer.about.log(peer, Ok(()));
         }
     }
 
-    fn take_chunk(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) {
-        let Some(Transfer { about, stage, shown }) = self.transfer.as_deref_mut() else { return };
-        let Stage::Receiving(upload) = stage else { return };
+    fn take_chunk(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> Result<()> {
+        let Some(Transfer { about, stage, shown }) = self.transfer.as_deref_mut() else { return Ok(()) };
+        let Stage::Receiving(upload) = stage else { return Ok(()) };
         let before = about.bytes;
         let mut result = upload.chunk(about, frame, &peer.device.transferred, now);
         shown.traffic.add_in((about.bytes - before) as usize, now);
         if result.is_ok() && frame.body.is_empty() {
             result = upload.commit(&peer.wake).map(|commit| *stage = Stage::Committing(commit));
         }
-        if let Err(text) = result {
-            self.fail(peer, frame, &Failure::system(text));
-        }
+        result.or_else(|failure| self.fail(peer, failure))
     }
 
-    fn finish_receiving(&mut self, peer: &mut Peer, result: Result<(), Failure>) {
+    fn finish_receiving(&mut self, peer: &mut Peer, result: Result<()>) {
         let Some(transfer) = self.transfer.take() else { return };
         let Transfer { about, stage, .. } = *transfer;
         // First: as long as the file is open for writing it can't be executed.
@@ -321,23 +294,25 @@ impl FileTransfer {
         self.close(peer);
     }
 
-    /// Ends the transfer in progress because of `cause`, and reports that.
-    fn fail(&mut self, peer: &mut Peer, cause: &Frame, failure: &Failure) {
+    /// Ends the transfer in progress and returns the reason.
+    fn fail(&mut self, peer: &Peer, failure: impl Into<Failure>) -> Result<()> {
+        let failure = failure.into();
         self.abort(peer, failure.result(), &failure.text);
-        refuse(peer, cause, failure);
+        Err(failure)
     }
 
     /// Ends an incomplete transfer, with `result` in the audit log.
-    fn abort(&mut self, peer: &Peer, result: &str, why: &str) {
+    pub(crate) fn abort(&mut self, peer: &Peer, result: &str, why: &str) {
         let Some(transfer) = self.transfer.take() else { return };
         let result = match &transfer.stage {
             Stage::Sending(download) => {
-                download.discard();
+                download.discard.store(true, Ordering::SeqCst);
                 result
             }
             Stage::Receiving(_) => result,
             Stage::Committing(commit) => {
-                commit.abandon();
+                // The target stays as it is, unless the commit has replaced it already.
+                commit.temporary.give_up();
                 "abandoned"
             }
         };

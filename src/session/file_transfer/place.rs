@@ -5,6 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -25,8 +26,12 @@ const OWNER: &str = "the file owner does not match";
 const GROUP: &str = "the file group does not match";
 const OVER_DIRECTORY: &str = "conflicting file path: cannot overwrite directory";
 
+const DEFAULT_MODE: u32 = 0o644;
 /// Set-uid and set-gid in a requested mode: as chmod(2) has them, and as Go does.
 const SET_ID: u32 = 0o6000 | 1 << 23 | 1 << 22;
+
+pub(super) type Limits<'a> = Option<&'a FileLimits>;
+pub(super) type Result<T> = std::result::Result<T, Failure>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Failure {
@@ -36,13 +41,15 @@ pub(super) struct Failure {
     pub(super) denied: bool,
 }
 
-impl Failure {
-    pub(super) fn system(text: impl Into<String>) -> Self {
+impl<T: Into<String>> From<T> for Failure {
+    fn from(text: T) -> Self {
         Failure { text: text.into(), denied: false }
     }
+}
 
-    pub(super) fn errno(what: impl Display, e: Errno) -> Self {
-        Self::system(format!("{what}: {}", reason(&e.into())))
+impl Failure {
+    pub(super) fn io(what: impl Display, e: impl Into<io::Error>) -> Self {
+        format!("{what}: {}", reason(&e.into())).into()
     }
 
     fn denied(limit: &str) -> Self {
@@ -73,13 +80,13 @@ pub(super) struct Target {
 }
 
 impl Target {
-    pub(super) fn lstat(&self) -> Result<Option<FileStat>, Failure> {
+    pub(super) fn lstat(&self) -> Result<Option<FileStat>> {
         match fstatat(&self.dir, self.name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(stat)),
             Err(Errno::ENOENT) => Ok(None),
             Err(e) => {
                 let what = format!("error checking file location: lstat {}", shown(&self.path));
-                Err(Failure::errno(what, e))
+                Err(Failure::io(what, e))
             }
         }
     }
@@ -89,15 +96,15 @@ fn kind(stat: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
 }
 
-/// Opens `path` as the limits allow. A violated limit is a [`Failure`], a failed system call the inner error.
-fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<nix::Result<OwnedFd>, Failure> {
+/// Opens `path` as the limits allow; `what` is for errors.
+fn resolve(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<OwnedFd> {
+    let failed = |e| Failure::io(what, e);
     let Some(limits) = limits else {
-        return Ok(open(path, flags | OFlag::O_CLOEXEC, Mode::empty()));
+        return open(path, flags | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed);
     };
     let beneath = limits.chroot.is_some();
     // Before Linux 5.6 links below a chroot are refused.
     let follow_links = limits.follow_symlinks && (!beneath || beneath::follows_links());
-    let rules = Rules { beneath, follow_links };
     let (start, rest) = match &limits.chroot {
         // By components: a sibling whose name begins like the chroot's is outside. Its own path may hold links.
         Some(chroot) => (chroot.as_path(), path.strip_prefix(chroot).map_err(|_| Failure::denied(OUTSIDE))?),
@@ -108,57 +115,55 @@ fn resolve(limits: Option<&FileLimits>, path: &Path, flags: OFlag) -> Result<nix
     if path.as_os_str().as_bytes().ends_with(b"/") {
         rest.push("/");
     }
-    let start = match open(start, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()) {
-        Ok(start) => start,
-        failed => return Ok(failed),
-    };
-    match beneath::open(start.as_fd(), Path::new(&rest), flags, rules) {
-        Err(Errno::EXDEV) => Err(Failure::denied(OUTSIDE)),
-        Err(Errno::ELOOP) if !follow_links => Err(Failure::denied("forbidden to follow the link")),
-        other => Ok(other),
-    }
+    let start_flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let start = open(start, start_flags, Mode::empty()).map_err(failed)?;
+    let rules = Rules { beneath, follow_links };
+    beneath::open(start.as_fd(), Path::new(&rest), flags, rules).map_err(|e| match e {
+        Errno::EXDEV => Failure::denied(OUTSIDE),
+        Errno::ELOOP if !follow_links => Failure::denied("forbidden to follow the link"),
+        other => failed(other),
+    })
+}
+
+/// Finds a file without opening it, which has no effect on a device or a FIFO, and doesn't wait for one.
+fn find(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<(OwnedFd, FileStat)> {
+    let fd = resolve(limits, path, OFlag::O_PATH | flags, what)?;
+    let stat = fstat(&fd).map_err(|e| Failure::io(what, e))?;
+    Ok((fd, stat))
 }
 
 /// Follows a link if the limits allow it.
-pub(super) fn stat(limits: Option<&FileLimits>, path: &Path) -> Result<FileStat, Failure> {
-    let failed = |e| {
-        let path = shown(path);
-        Failure::errno(format!("failed to get file info from path '{path}': stat {path}"), e)
-    };
-    let fd = resolve(limits, path, OFlag::O_PATH)?.map_err(failed)?;
-    fstat(&fd).map_err(failed)
+pub(super) fn stat(limits: Limits<'_>, path: &Path) -> Result<FileStat> {
+    let what = format!("failed to get file info from path '{0}': stat {0}", shown(path));
+    Ok(find(limits, path, OFlag::empty(), &what)?.1)
 }
 
 /// Opens a file to be sent, and returns it with the metadata that the limits were checked against. Only regular files:
 /// others have no content with a known end.
-pub(super) fn source(limits: Option<&FileLimits>, path: &Path) -> Result<(OwnedFd, FileStat), Failure> {
-    let what = || format!("failed to open file for reading: open {}", shown(path));
-    let failed = |e| Failure::errno(what(), e);
-    if limits.is_some_and(|l| l.regular_files_only) {
-        // A link is not a regular file here, wherever it leads.
-        let itself = resolve(limits, path, OFlag::O_PATH | OFlag::O_NOFOLLOW)?.map_err(failed)?;
-        if kind(&fstat(&itself).map_err(failed)?) != SFlag::S_IFREG {
-            return Err(Failure::denied("only regular files are allowed"));
-        }
+pub(super) fn source(limits: Limits<'_>, path: &Path) -> Result<(OwnedFd, FileStat)> {
+    let what = format!("failed to open file for reading: open {}", shown(path));
+    // A link is not a regular file here, wherever it leads.
+    if limits.is_some_and(|l| l.regular_files_only)
+        && kind(&find(limits, path, OFlag::O_NOFOLLOW, &what)?.1) != SFlag::S_IFREG
+    {
+        return Err(Failure::denied("only regular files are allowed"));
     }
-    // Opening by path alone has no effect on a device or a FIFO, and doesn't wait for one.
-    let found = resolve(limits, path, OFlag::O_PATH)?.map_err(failed)?;
-    let stat = fstat(&found).map_err(failed)?;
+    let (found, stat) = find(limits, path, OFlag::empty(), &what)?;
     if let Some(limits) = limits {
         may_get(limits, &stat)?;
     }
     match kind(&stat) {
         SFlag::S_IFREG => {}
-        SFlag::S_IFDIR => return Err(failed(Errno::EISDIR)),
-        _ => return Err(Failure::system(format!("{}: not a regular file", what()))),
+        SFlag::S_IFDIR => return Err(Failure::io(what, Errno::EISDIR)),
+        _ => return Err((what + ": not a regular file").into()),
     }
     // O_NONBLOCK would fail with EAGAIN on a file that smbd or knfsd holds a lease on. Without it open(2) waits for the
     // holder to give way, for at most /proc/sys/fs/lease-break-time, and holds up this session's thread only.
-    let file = beneath::reopen(found.as_fd(), OFlag::O_RDONLY).map_err(failed)?;
+    let file = beneath::reopen(found.as_fd(), OFlag::O_RDONLY).map_err(|e| Failure::io(what, e))?;
     Ok((file, stat))
 }
 
-fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
+fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<()> {
     // An owner without a name matches none.
     let owner = || User::from_uid(Uid::from_raw(stat.st_uid)).ok().flatten().map(|user| user.name);
     if !limits.owner_get.is_empty() && !owner().is_some_and(|name| limits.owner_get.contains(&name)) {
@@ -176,29 +181,29 @@ fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<(), Failure> {
 }
 
 /// Finds the place for a file to be received.
-pub(super) fn target(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
-    if let (Some(size), Some(max)) = (request.size, limits.and_then(|l| l.max_file_size))
-        && size > max.get()
-    {
+pub(super) fn target(limits: Limits<'_>, request: &Request) -> Result<(Target, Attributes)> {
+    let max = limits.and_then(|l| l.max_file_size);
+    if request.size.zip(max).is_some_and(|(size, max)| size > max.get()) {
         return Err(Failure::too_large());
     }
     let target = locate(limits, request)?;
     let existing = target.lstat()?;
+    let attributes = Attributes::new(limits, request)?;
     if let Some(stat) = &existing {
-        Replaces::new(limits)?.check(stat)?;
+        attributes.may_replace(stat)?;
     }
     if limits.is_some_and(|l| !l.allow_suid) && request.mode.is_some_and(|mode| mode & SET_ID != 0) {
         return Err(Failure::denied("the set uid mode is forbidden"));
     }
     match existing.as_ref().map(kind) {
-        Some(SFlag::S_IFDIR) => Err(Failure::system(OVER_DIRECTORY)),
-        Some(SFlag::S_IFREG) | None => Ok(target),
-        Some(_) => Err(Failure::system("conflicting file path: cannot overwrite irregular file")),
+        Some(SFlag::S_IFDIR) => Err(OVER_DIRECTORY.into()),
+        Some(SFlag::S_IFREG) | None => Ok((target, attributes)),
+        Some(_) => Err("conflicting file path: cannot overwrite irregular file".into()),
     }
 }
 
 /// The directory and the name in it: those of the path or, if the path is a directory, the source's name in it.
-fn locate(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Failure> {
+fn locate(limits: Limits<'_>, request: &Request) -> Result<Target> {
     let path = &request.path;
     let source = request.src_path.as_deref().and_then(Path::file_name);
     // The chroot itself is a directory whose parent is none of our business.
@@ -217,25 +222,21 @@ fn locate(limits: Option<&FileLimits>, request: &Request) -> Result<Target, Fail
         Some(stat) if kind(&stat) == SFlag::S_IFDIR && source.is_some() => {
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let inner = openat(&target.dir, name, flags, Mode::empty());
-            inside(inner.map_err(|e| cannot_create(path, e))?, path, source)
+            inside(inner.map_err(|e| Failure::io(creating(path), e))?, path, source)
         }
         _ => Ok(target),
     }
 }
 
-fn inside(dir: OwnedFd, path: &Path, source: Option<&OsStr>) -> Result<Target, Failure> {
-    let name = source.ok_or_else(|| Failure::system(OVER_DIRECTORY))?;
+fn inside(dir: OwnedFd, path: &Path, source: Option<&OsStr>) -> Result<Target> {
+    let name = source.ok_or(OVER_DIRECTORY)?;
     Ok(Target { dir, name: name.to_owned(), path: path.join(name) })
 }
 
-fn open_directory(limits: Option<&FileLimits>, dir: &Path, path: &Path) -> Result<OwnedFd, Failure> {
-    let flags = OFlag::O_DIRECTORY;
-    match resolve(limits, dir, OFlag::O_RDONLY | flags)? {
-        // A directory that may be written but not listed serves as well, only its own fsync(2) can't be had.
-        Err(Errno::EACCES) => resolve(limits, dir, OFlag::O_PATH | flags)?,
-        other => other,
-    }
-    .map_err(|e| cannot_create(path, e))
+fn open_directory(limits: Limits<'_>, dir: &Path, path: &Path) -> Result<OwnedFd> {
+    let open = |flags| resolve(limits, dir, flags | OFlag::O_DIRECTORY, &creating(path));
+    // A directory that may be written but not listed serves as well, only its own fsync(2) can't be had.
+    open(OFlag::O_RDONLY).or_else(|_| open(OFlag::O_PATH))
 }
 
 /// A path in an answer, which repeats at most [`MAX_TEXT`] characters of a client's text.
@@ -243,12 +244,14 @@ pub(super) fn shown(path: &Path) -> String {
     clipped(&path.to_string_lossy(), MAX_TEXT)
 }
 
-pub(super) fn cannot_create(path: &Path, e: Errno) -> Failure {
-    Failure::errno(format!("failed to create target file: failed to create file: open {}", shown(path)), e)
+/// The beginning of the error when `path` can't be created.
+pub(super) fn creating(path: &Path) -> String {
+    format!("failed to create target file: failed to create file: open {}", shown(path))
 }
 
-/// Owner and mode of a received file.
-#[derive(Debug, Clone, Copy)]
+/// Owner and mode of a received file, and what it may replace. The latter is checked before the first byte and again at
+/// the commit: the client decides how long after that it comes.
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Attributes {
     /// Named by the request or OwnerPut. Otherwise the agent's own is preferred.
     pub(super) uid: Option<Uid>,
@@ -256,74 +259,55 @@ pub(super) struct Attributes {
     pub(super) gid: Option<Gid>,
     /// Permissions, at most 0o4777.
     pub(super) mode: u32,
-    pub(super) replaces: Replaces,
-}
-
-/// What the limits let an upload replace; by default everything. Checked before the first byte and again at the commit:
-/// the client decides how long after that it comes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Replaces {
     /// AllowOverwrite is off.
-    pub(super) nothing: bool,
-    /// OwnerPut.
-    pub(super) owner: Option<Uid>,
-    /// GroupPut.
-    pub(super) group: Option<Gid>,
+    pub(super) replaces_nothing: bool,
+    pub(super) owner_put: Option<Uid>,
+    pub(super) group_put: Option<Gid>,
 }
 
-impl Replaces {
-    /// Fails if OwnerPut or GroupPut is unknown.
-    fn new(limits: Option<&FileLimits>) -> Result<Self, Failure> {
-        let Some(limits) = limits else { return Ok(Self::default()) };
-        let (owner, group) = (limits.owner_put.as_deref(), limits.group_put.as_deref());
-        let uid = |name| named("owner", name, User::from_name(name).map(|user| user.map(|user| user.uid)));
-        let gid =
-            |name| named("group", name, Group::from_name(name).map(|group| group.map(|group| group.gid)));
-        Ok(Replaces {
-            nothing: !limits.allow_overwrite,
-            owner: owner.map(uid).transpose()?,
-            group: group.map(gid).transpose()?,
+impl Attributes {
+    /// Combines the request with the limits. Fails if OwnerPut or GroupPut is unknown.
+    fn new(limits: Limits<'_>, request: &Request) -> Result<Self> {
+        let owner_put = limits.and_then(|l| l.owner_put.as_deref());
+        let owner_put = owner_put.map(|name| named("owner", name, User::from_name(name))).transpose()?;
+        let group_put = limits.and_then(|l| l.group_put.as_deref());
+        let group_put = group_put.map(|name| named("group", name, Group::from_name(name))).transpose()?;
+        let (owner_put, group_put) = (owner_put.map(|user| user.uid), group_put.map(|group| group.gid));
+        let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
+        let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
+        let wanted = request.mode.filter(|_| preserve_mode).unwrap_or(DEFAULT_MODE);
+        let plain = limits.and_then(|l| l.umask).map_or(wanted, |umask| !umask) & 0o777;
+        // Set-gid and sticky never survive, set-uid only where limits are on and allow it.
+        let set_uid = if limits.is_some_and(|l| l.allow_suid) { wanted & 0o4000 } else { 0 };
+        Ok(Attributes {
+            uid: owner_put.or(request.uid.filter(|_| preserve_owner).map(Uid::from_raw)),
+            gid: group_put.or(request.gid.filter(|_| preserve_owner).map(Gid::from_raw)),
+            mode: plain | set_uid,
+            replaces_nothing: limits.is_some_and(|l| !l.allow_overwrite),
+            owner_put,
+            group_put,
         })
     }
 
-    pub(super) fn check(&self, existing: &FileStat) -> Result<(), Failure> {
-        if self.nothing {
+    pub(super) fn may_replace(&self, existing: &FileStat) -> Result<()> {
+        if self.replaces_nothing {
             return Err(Failure::overwrite());
         }
-        if self.owner.is_some_and(|uid| uid.as_raw() != existing.st_uid) {
+        if self.owner_put.is_some_and(|uid| uid.as_raw() != existing.st_uid) {
             return Err(Failure::denied(OWNER));
         }
-        if self.group.is_some_and(|gid| gid.as_raw() != existing.st_gid) {
+        if self.group_put.is_some_and(|gid| gid.as_raw() != existing.st_gid) {
             return Err(Failure::denied(GROUP));
         }
         Ok(())
     }
 }
 
-const DEFAULT_MODE: u32 = 0o644;
-
-impl Attributes {
-    /// Combines the request with the limits. Fails if OwnerPut or GroupPut is unknown.
-    pub(super) fn new(limits: Option<&FileLimits>, request: &Request) -> Result<Self, Failure> {
-        let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
-        let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
-        let replaces = Replaces::new(limits)?;
-        let wanted = request.mode.filter(|_| preserve_mode).unwrap_or(DEFAULT_MODE);
-        let plain = limits.and_then(|l| l.umask).map_or(wanted, |umask| !umask) & 0o777;
-        // Set-gid and sticky never survive, set-uid only where limits are on and allow it.
-        let set_uid = if limits.is_some_and(|l| l.allow_suid) { wanted & 0o4000 } else { 0 };
-        Ok(Attributes {
-            uid: replaces.owner.or(request.uid.filter(|_| preserve_owner).map(Uid::from_raw)),
-            gid: replaces.group.or(request.gid.filter(|_| preserve_owner).map(Gid::from_raw)),
-            mode: plain | set_uid,
-            replaces,
-        })
+fn named<T>(what: &str, name: &str, found: nix::Result<Option<T>>) -> Result<T> {
+    let what = format!("failed to preserve file owner/group: {what} {name}");
+    match found {
+        Ok(Some(id)) => Ok(id),
+        Ok(None) => Err((what + ": unknown name").into()),
+        Err(e) => Err(Failure::io(what, e)),
     }
-}
-
-fn named<T>(what: &str, name: &str, found: nix::Result<Option<T>>) -> Result<T, Failure> {
-    found
-        .map_err(|e| reason(&e.into()))
-        .and_then(|id| id.ok_or_else(|| "unknown name".to_owned()))
-        .map_err(|why| Failure::system(format!("failed to preserve file owner/group: {what} {name}: {why}")))
 }

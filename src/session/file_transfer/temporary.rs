@@ -6,6 +6,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::OnceLock;
@@ -20,7 +21,7 @@ use nix::sys::stat::{Mode, fchmod, fstat};
 use nix::unistd::{UnlinkatFlags, fchown, fsync, getgid, getuid, linkat, unlinkat};
 use sha2::{Digest, Sha256};
 
-use super::place::{self, Attributes, Failure, Replaces, Target};
+use super::place::{self, Attributes, Failure, Result, Target};
 use crate::sys::rename_noreplace;
 
 /// No read permission: nobody may read an incomplete file.
@@ -32,6 +33,7 @@ pub(super) struct Temporary {
     /// For writing.
     pub(super) file: File,
     pub(super) target: Target,
+    attributes: Attributes,
     /// The temporary name, if it has one.
     name: OnceLock<OsString>,
     given_up: AtomicBool,
@@ -56,37 +58,38 @@ fn fresh_name(target: &OsStr) -> OsString {
 
 impl Temporary {
     /// Creates the file for `target`, after removing the remains of other processes' uploads to it.
-    pub(super) fn create(target: Target) -> Result<Self, Failure> {
+    pub(super) fn create(target: Target, attributes: Attributes) -> Result<Self> {
         remove_left_over(&target);
-        let Some(file) = nameless(&target.dir) else { return Self::with_name(target) };
-        Ok(Temporary { file, target, name: OnceLock::new(), given_up: AtomicBool::new(false) })
+        let Some(file) = nameless(&target.dir) else { return Self::with_name(target, attributes) };
+        Ok(Temporary { file, target, attributes, name: OnceLock::new(), given_up: AtomicBool::new(false) })
     }
 
-    fn with_name(target: Target) -> Result<Self, Failure> {
+    fn with_name(target: Target, attributes: Attributes) -> Result<Self> {
         let name = fresh_name(&target.name);
         let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
         let file = openat(&target.dir, name.as_os_str(), flags, MODE)
-            .map_err(|e| place::cannot_create(&target.path, e))?;
-        Ok(Temporary { file: file.into(), target, name: name.into(), given_up: AtomicBool::new(false) })
+            .map_err(|e| Failure::io(place::creating(&target.path), e))?
+            .into();
+        Ok(Temporary { file, target, attributes, name: name.into(), given_up: AtomicBool::new(false) })
     }
 
     /// Sets owner and mode, syncs the file, and gives it its target's name. After an error the target is as before.
-    pub(super) fn commit(&self, attributes: Attributes) -> Result<(), Failure> {
-        let result = self.complete(attributes);
+    pub(super) fn commit(&self) -> Result<()> {
+        let result = self.complete();
         self.remove();
         result
     }
 
-    fn complete(&self, attributes: Attributes) -> Result<(), Failure> {
+    fn complete(&self) -> Result<()> {
         // First the owner: changing it takes the set-uid bit away.
-        self.give_to_owner(&attributes)?;
-        let mode = attributes.mode;
+        self.give_to_owner()?;
+        let mode = self.attributes.mode;
         fchmod(&self.file, Mode::from_bits_truncate(mode)).map_err(|e| {
             let path = place::shown(&self.target.path);
-            Failure::errno(format!("failed to set file permissions: chmod {path} to {mode:o}"), e)
+            Failure::io(format!("failed to set file permissions: chmod {path} to {mode:o}"), e)
         })?;
         fsync(&self.file).map_err(|e| self.not_committed(e))?;
-        self.take_name(&attributes.replaces)?;
+        self.take_name()?;
         match fsync(&self.target.dir) {
             // Some file systems can't, and a directory opened by path alone can't either.
             Ok(()) | Err(Errno::EINVAL | Errno::EBADF | Errno::ENOTSUP) => Ok(()),
@@ -94,17 +97,18 @@ impl Temporary {
         }
     }
 
-    fn not_committed(&self, e: Errno) -> Failure {
-        Failure::errno(format!("failed to commit uploaded file: {}", place::shown(&self.target.path)), e)
+    pub(super) fn not_committed(&self, e: impl Into<io::Error>) -> Failure {
+        Failure::io(format!("failed to commit uploaded file: {}", place::shown(&self.target.path)), e)
     }
 
     /// Changes only the ids that differ, and ignores a failure if the client didn't ask for the id: FAT, exFAT, NTFS
     /// and CIFS keep no owners and answer EPERM.
-    fn give_to_owner(&self, wanted: &Attributes) -> Result<(), Failure> {
+    fn give_to_owner(&self) -> Result<()> {
+        let wanted = &self.attributes;
         let (uid, gid) = (wanted.uid.unwrap_or_else(getuid), wanted.gid.unwrap_or_else(getgid));
         let failed = |e| {
             let path = place::shown(&self.target.path);
-            Failure::errno(format!("failed to set file owner: chown {path} to {uid}:{gid}"), e)
+            Failure::io(format!("failed to set file owner: chown {path} to {uid}:{gid}"), e)
         };
         let now = fstat(&self.file).map_err(failed)?;
         // The group first: without CAP_CHOWN only the owner may change it.
@@ -124,7 +128,7 @@ impl Temporary {
     }
 
     /// Takes the target's name. Of the ways that the limits allow the best one that the file system supports.
-    fn take_name(&self, replaces: &Replaces) -> Result<(), Failure> {
+    fn take_name(&self) -> Result<()> {
         let Target { dir, name: target, .. } = &self.target;
         let failed = |e| self.not_committed(e);
         if self.given_up.load(Ordering::SeqCst) {
@@ -133,7 +137,7 @@ impl Temporary {
         // A link replaces nothing, and no kill can come in between.
         let name = match (link(&self.file, dir, target), self.name.get()) {
             (Ok(()), _) => return Ok(()),
-            (Err(Errno::EEXIST), _) if replaces.nothing => return Err(Failure::overwrite()),
+            (Err(Errno::EEXIST), _) if self.attributes.replaces_nothing => return Err(Failure::overwrite()),
             (Err(_), Some(name)) => name,
             (Err(Errno::EEXIST), None) => {
                 let name = fresh_name(target);
@@ -142,7 +146,7 @@ impl Temporary {
             }
             (Err(e), None) => return Err(failed(e)),
         };
-        if replaces.nothing {
+        if self.attributes.replaces_nothing {
             // FAT and exFAT have no hard links. By FUSE they don't know RENAME_NOREPLACE either, nor do old kernels.
             match rename_noreplace(dir.as_fd(), name, target) {
                 Err(Errno::EEXIST) => return Err(Failure::overwrite()),
@@ -152,7 +156,7 @@ impl Temporary {
         }
         // Between the check and rename(2) another program may still create the file.
         if let Some(existing) = self.target.lstat()? {
-            replaces.check(&existing)?;
+            self.attributes.may_replace(&existing)?;
         }
         renameat(dir, name.as_os_str(), dir, target.as_os_str()).map_err(failed)
     }
@@ -238,11 +242,11 @@ mod tests {
     }
 
     fn attributes(mode: u32) -> Attributes {
-        Attributes { uid: Some(getuid()), gid: Some(getgid()), mode, replaces: Replaces::default() }
+        Attributes { uid: Some(getuid()), gid: Some(getgid()), mode, ..Attributes::default() }
     }
 
     /// Both ways: unnamed, if the file system supports it, and named.
-    const WAYS: [fn(Target) -> Result<Temporary, Failure>; 2] = [Temporary::create, Temporary::with_name];
+    const WAYS: [fn(Target, Attributes) -> Result<Temporary>; 2] = [Temporary::create, Temporary::with_name];
 
     #[test]
     fn a_commit_replaces_the_target_and_a_drop_does_not() {
@@ -250,15 +254,15 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let place = || target(dir.path(), "t");
             fs::write(dir.path().join("t"), "old").unwrap();
-            let mut dropped = create(place()).unwrap();
+            let mut dropped = create(place(), attributes(0o600)).unwrap();
             dropped.file.write_all(b"half").unwrap();
             assert_eq!(names(dir.path()).len(), 1 + usize::from(dropped.name.get().is_some()));
             drop(dropped);
             assert_eq!(names(dir.path()), ["t"]);
             assert_eq!(fs::read_to_string(dir.path().join("t")).unwrap(), "old");
-            let mut committed = create(place()).unwrap();
+            let mut committed = create(place(), attributes(0o640)).unwrap();
             committed.file.write_all(b"new").unwrap();
-            committed.commit(attributes(0o640)).unwrap();
+            committed.commit().unwrap();
             assert_eq!(names(dir.path()), ["t"]);
             assert_eq!(fs::read_to_string(dir.path().join("t")).unwrap(), "new");
             assert_eq!(dir.path().join("t").metadata().unwrap().permissions().mode() & 0o7777, 0o640);
@@ -270,9 +274,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let flags = OFlag::O_TMPFILE | OFlag::O_WRONLY;
         let can = nix::fcntl::open(dir.path(), flags, MODE).is_ok();
-        let temporary = Temporary::create(target(dir.path(), "t")).unwrap();
+        let temporary = Temporary::create(target(dir.path(), "t"), attributes(0o600)).unwrap();
         assert_eq!(names(dir.path()).is_empty(), can);
-        temporary.commit(attributes(0o600)).unwrap();
+        temporary.commit().unwrap();
         assert_eq!(names(dir.path()), ["t"]);
     }
 
@@ -280,10 +284,10 @@ mod tests {
     fn a_commit_that_fails_leaves_the_target_alone() {
         for create in WAYS {
             let dir = tempfile::tempdir().unwrap();
-            let temporary = create(target(dir.path(), "t")).unwrap();
+            let temporary = create(target(dir.path(), "t"), attributes(0o600)).unwrap();
             // Nothing can replace a directory.
             fs::create_dir(dir.path().join("t")).unwrap();
-            let failure = temporary.commit(attributes(0o600)).unwrap_err();
+            let failure = temporary.commit().unwrap_err();
             assert!(!failure.denied && failure.text.ends_with("/t: is a directory"), "{failure:?}");
             assert_eq!(names(dir.path()), ["t"]);
         }
@@ -293,12 +297,9 @@ mod tests {
     fn a_commit_that_may_replace_nothing_does_not() {
         for create in WAYS {
             let dir = tempfile::tempdir().unwrap();
-            let attributes = Attributes {
-                replaces: Replaces { nothing: true, ..Replaces::default() },
-                ..attributes(0o600)
-            };
-            let commits = [(); 2].map(|()| create(target(dir.path(), "t")).unwrap());
-            let [first, second] = commits.map(|temporary| temporary.commit(attributes));
+            let attributes = Attributes { replaces_nothing: true, ..attributes(0o600) };
+            let commits = [(); 2].map(|()| create(target(dir.path(), "t"), attributes).unwrap());
+            let [first, second] = commits.map(|temporary| temporary.commit());
             assert_eq!((first, second), (Ok(()), Err(Failure::overwrite())));
             assert_eq!(names(dir.path()), ["t"]);
         }
@@ -308,7 +309,7 @@ mod tests {
     fn only_what_another_process_has_left_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let place = || target(dir.path(), "t");
-        let under_way = Temporary::with_name(place()).unwrap();
+        let under_way = Temporary::with_name(place(), attributes(0o600)).unwrap();
         let ours = prefix(OsStr::new("t"));
         let path = |name: &str| dir.path().join(name);
         fs::write(path(&format!("{ours}dead-0")), "left over").unwrap();
@@ -317,12 +318,12 @@ mod tests {
         fs::create_dir(path(&format!("{ours}dir"))).unwrap();
         fs::write(path(&format!("{}dead-0", prefix(OsStr::new("other")))), "another target's").unwrap();
         let before = names(dir.path());
-        drop(Temporary::create(place()).unwrap());
+        drop(Temporary::create(place(), attributes(0o600)).unwrap());
         let mut gone: Vec<String> = before.into_iter().filter(|n| !names(dir.path()).contains(n)).collect();
         gone.sort();
         assert_eq!(gone, [format!("{ours}dead-0"), format!("{ours}link")]);
         assert_eq!(fs::read_to_string(path("someone")).unwrap(), "else's");
-        under_way.commit(attributes(0o600)).unwrap();
+        under_way.commit().unwrap();
         assert!(path("t").exists());
     }
 
@@ -330,9 +331,9 @@ mod tests {
     fn a_removed_file_is_not_committed() {
         for create in WAYS {
             let dir = tempfile::tempdir().unwrap();
-            let temporary = create(target(dir.path(), "t")).unwrap();
+            let temporary = create(target(dir.path(), "t"), attributes(0o600)).unwrap();
             temporary.give_up();
-            let failure = temporary.commit(attributes(0o600)).unwrap_err();
+            let failure = temporary.commit().unwrap_err();
             assert!(failure.text.ends_with("/t: operation canceled"), "{failure:?}");
             assert!(names(dir.path()).is_empty());
         }
@@ -345,7 +346,7 @@ mod tests {
             let name = "n".repeat(255);
             // The second replaces the first, by way of the temporary name.
             for _ in 0..2 {
-                create(target(dir.path(), &name)).unwrap().commit(attributes(0o600)).unwrap();
+                create(target(dir.path(), &name), attributes(0o600)).unwrap().commit().unwrap();
                 assert_eq!(names(dir.path()), [name.as_str()]);
             }
         }

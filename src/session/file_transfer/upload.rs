@@ -5,7 +5,6 @@
 
 use std::io::Write;
 use std::num::NonZeroU64;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,21 +13,20 @@ use nix::errno::Errno;
 use nix::sys::statvfs::fstatvfs;
 
 use super::About;
-use super::place::{self, Attributes, Failure};
+use super::place::{self, Failure, Result};
 use super::rate::{Counters, Direction, EXHAUSTED};
 use super::temporary::Temporary;
-use crate::config::FileLimits;
 use crate::proto::Frame;
 use crate::proto::file::{self, Request};
+use crate::session::peer::Peer;
+use crate::sys::thread;
 use crate::sys::wake::Wake;
-use crate::sys::{reason, thread};
 
 /// Acks at a time; a further one covers the previous ones. The server has fewer chunks in flight.
 const MAX_ACKS: usize = 24;
 
-pub(crate) struct Upload {
+pub(super) struct Upload {
     temporary: Arc<Temporary>,
-    attributes: Attributes,
     max_size: Option<NonZeroU64>,
     max_rate: Option<NonZeroU64>,
     /// Offsets to acknowledge. One for each chunk: the server sends one for each ack that it waits for, and so keeps one
@@ -38,56 +36,48 @@ pub(crate) struct Upload {
 
 impl Upload {
     /// Creates the file.
-    pub(super) fn start(
-        limits: Option<&FileLimits>,
-        counters: &Counters,
-        request: &Request,
-        now: Instant,
-    ) -> Result<Self, Failure> {
-        let target = place::target(limits, request)?;
+    pub(super) fn start(peer: &Peer, request: &Request, about: &mut About) -> Result<Self> {
+        let config = peer.device.config();
+        let limits = config.limits.as_ref();
+        let (target, attributes) = place::target(limits, request)?;
         let max_rate = limits.and_then(|l| l.max_rx_bytes_per_minute);
-        if counters.exhausted(Direction::Received, max_rate, now) {
-            return Err(Failure::system(EXHAUSTED));
+        if peer.device.transferred.exhausted(Direction::Received, max_rate, about.started) {
+            return Err(EXHAUSTED.into());
         }
-        let attributes = Attributes::new(limits, request)?;
-        if let Some(size) = request.size {
-            enough_space(&target, size)?;
-        }
-        let temporary = Arc::new(Temporary::create(target)?);
+        enough_space(&target, request.size)?;
+        let temporary = Arc::new(Temporary::create(target, attributes)?);
+        about.size = request.size;
+        about.path.clone_from(&temporary.target.path);
         let max_size = limits.and_then(|l| l.max_file_size);
-        Ok(Upload { temporary, attributes, max_size, max_rate, due_acks: Vec::new() })
+        Ok(Upload { temporary, max_size, max_rate, due_acks: Vec::new() })
     }
 
-    /// The target's path.
-    pub(super) fn path(&self) -> &PathBuf {
-        &self.temporary.target.path
-    }
-
-    /// Writes a chunk. The error is the text for the client and ends the upload.
+    /// Writes a chunk. An error ends the upload.
     pub(super) fn chunk(
         &mut self,
         about: &mut About,
         frame: &Frame,
         counters: &Counters,
         now: Instant,
-    ) -> Result<(), String> {
+    ) -> Result<()> {
         match file::offset(frame) {
-            None => return Err("invalid file chunk message: missing offset property".to_owned()),
+            None => return Err("invalid file chunk message: missing offset property".into()),
             Some(offset) if offset != Ok(about.bytes) => {
-                return Err("received unexpected chunk offset".to_owned());
+                return Err("received unexpected chunk offset".into());
             }
-            Some(_) if frame.body.is_empty() => return Ok(()),
             Some(_) => {}
         }
-        let failed = |why: &str| format!("failed to write file chunk: {why}");
-        (&self.temporary.file)
-            .write_all(&frame.body)
-            .map_err(|e| failed(&format!("write {}: {}", place::shown(&about.path), reason(&e))))?;
+        if frame.body.is_empty() {
+            return Ok(());
+        }
+        let failed =
+            |e| Failure::io(format!("failed to write file chunk: write {}", place::shown(&about.path)), e);
+        (&self.temporary.file).write_all(&frame.body).map_err(failed)?;
         about.count(&frame.body);
         counters.add(Direction::Received, frame.body.len() as u64, now);
         let too_large = self.max_size.is_some_and(|max| about.bytes >= max.get());
         if too_large || counters.exhausted(Direction::Received, self.max_rate, now) {
-            return Err(failed(EXHAUSTED));
+            return Err(format!("failed to write file chunk: {EXHAUSTED}").into());
         }
         self.due_acks.truncate(MAX_ACKS - 1);
         // A chunk of one byte at the start has none.
@@ -97,45 +87,32 @@ impl Upload {
 
     /// Completes the file in a thread of its own: a device may take half a minute to write back its cache, and the
     /// session has other requests to answer meanwhile.
-    pub(super) fn commit(&self, wake: &Arc<Wake>) -> Result<Commit, String> {
+    pub(super) fn commit(&self, wake: &Arc<Wake>) -> Result<Commit> {
         let (report, result) = crossbeam_channel::bounded(1);
-        let (temporary, attributes, wake) = (Arc::clone(&self.temporary), self.attributes, Arc::clone(wake));
+        let (temporary, wake) = (Arc::clone(&self.temporary), Arc::clone(wake));
         let body = move || {
-            let result = temporary.commit(attributes);
+            let result = temporary.commit();
             drop(temporary);
             let _ = report.send(result);
             wake.notify();
         };
-        thread::spawn("commit", thread::SMALL_STACK, body).map_err(|e| {
-            format!("failed to commit uploaded file: {}: {}", place::shown(self.path()), reason(&e))
-        })?;
+        thread::spawn("commit", thread::SMALL_STACK, body).map_err(|e| self.temporary.not_committed(e))?;
         Ok(Commit { result, temporary: Arc::clone(&self.temporary), give_up: None })
     }
 }
 
-/// A commit in progress.
-pub(crate) struct Commit {
-    result: Receiver<Result<(), Failure>>,
-    temporary: Arc<Temporary>,
+pub(super) struct Commit {
+    /// Received when the commit has ended.
+    pub(super) result: Receiver<Result<()>>,
+    pub(super) temporary: Arc<Temporary>,
     /// Set when the link is gone: a deadline for the commit, whose answer nobody waits for.
     pub(super) give_up: Option<Instant>,
 }
 
-impl Commit {
-    /// The result, if the commit has ended.
-    pub(super) fn try_result(&self) -> Option<Result<(), Failure>> {
-        self.result.try_recv().ok()
-    }
-
-    /// Gives up: the target stays as it is, unless the commit has replaced it already.
-    pub(super) fn abandon(&self) {
-        self.temporary.give_up();
-    }
-}
-
 /// Checks whether a file of `size` bytes fits, as far as that can be known before.
 #[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
-fn enough_space(target: &place::Target, size: u64) -> Result<(), Failure> {
+fn enough_space(target: &place::Target, size: Option<u64>) -> Result<()> {
+    let Some(size) = size else { return Ok(()) };
     let Ok(stat) = fstatvfs(&target.dir) else { return Ok(()) };
     let blocks = if nix::unistd::geteuid().is_root() { stat.blocks_free() } else { stat.blocks_available() };
     let free = u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
@@ -143,6 +120,6 @@ fn enough_space(target: &place::Target, size: u64) -> Result<(), Failure> {
     if size <= free || stat.blocks() == 0 {
         return Ok(());
     }
-    let failure = place::cannot_create(&target.path, Errno::ENOSPC);
-    Err(Failure { text: format!("{} ({size} bytes needed, {free} free)", failure.text), ..failure })
+    let Failure { text, .. } = Failure::io(place::creating(&target.path), Errno::ENOSPC);
+    Err(format!("{text} ({size} bytes needed, {free} free)").into())
 }
