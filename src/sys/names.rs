@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use std::{mem, ptr};
 
@@ -20,22 +20,8 @@ const GRACE: Duration = Duration::from_millis(50);
 
 type Answer = io::Result<Vec<SocketAddr>>;
 
-struct LookUp<P> {
-    state: Mutex<State>,
-    answered: Condvar,
-    /// Dropped by the thread that ends last.
-    _permit: P,
-}
-
-struct State {
-    /// For IPv4 and for IPv6.
-    answers: [Option<Answer>; 2],
-    /// Taken by the thread that reports the result.
-    report: Option<Box<dyn FnOnce(Answer) + Send>>,
-}
-
 /// Resolves `host` in threads, because getaddrinfo(3) can't be interrupted: it may go on after the caller has given
-/// up. Drops `permit` when it has ended. Calls `done` when the result can be received. Fails if no thread can be
+/// up. The one that ends last drops `permit`. Calls `done` when the result can be received. Fails if no thread can be
 /// started.
 pub(crate) fn look_up(
     host: &str,
@@ -43,66 +29,50 @@ pub(crate) fn look_up(
     permit: impl Send + Sync + 'static,
     done: impl FnOnce() + Send + 'static,
 ) -> io::Result<Receiver<Answer>> {
-    let (sender, result) = crossbeam_channel::bounded(1);
-    let report = Box::new(move |answer| {
-        // Fails when the caller has given up.
-        let _ = sender.send(answer);
-        done();
-    });
-    let state = Mutex::new(State { answers: [None, None], report: Some(report) });
-    let look_up = Arc::new(LookUp { state, answered: Condvar::new(), _permit: permit });
+    let (report, result) = crossbeam_channel::bounded(1);
+    let (sender, answers) = crossbeam_channel::bounded(2);
+    let (turn, turns) = crossbeam_channel::bounded(1);
+    let _ = turn.send((report, done));
+    let (name, permit) = (host.to_owned(), Arc::new(permit));
+    let query = move |place: usize, family| {
+        let _ = sender.send((place, resolve(&name, port, family)));
+        drop(sender);
+        // The first one to get an answer waits for the other's.
+        if let Ok((report, done)) = turns.try_recv() {
+            // Fails when the caller has given up.
+            let _ = report.send(gather(&answers));
+            done();
+        }
+        drop(permit);
+    };
     let host = host.to_owned();
     thread::spawn("resolver", thread::LARGE_STACK, move || {
         if is_in_hosts_file(&host) {
             // An entry for one family overrides DNS for both; two queries would find the other family's in DNS.
-            look_up.set(1, Ok(Vec::new()));
-            return look_up.set(0, resolve(&host, port, libc::AF_UNSPEC));
+            return query(0, libc::AF_UNSPEC);
         }
-        let (theirs, name) = (Arc::clone(&look_up), host.clone());
-        let other = thread::spawn("resolver", thread::LARGE_STACK, move || {
-            theirs.set(1, resolve(&name, port, libc::AF_INET6));
-        });
-        if let Err(e) = other {
-            look_up.set(1, Err(e));
-        }
-        look_up.set(0, resolve(&host, port, libc::AF_INET));
+        let other = query.clone();
+        // Where there is no thread for it IPv4's answer has to do.
+        let _ = thread::spawn("resolver", thread::LARGE_STACK, move || other(1, libc::AF_INET6));
+        query(0, libc::AF_INET);
     })?;
     Ok(result)
 }
 
-impl<P> LookUp<P> {
-    /// Stores one family's answer, and reports the result unless the other family may still bring a better one.
-    fn set(&self, family: usize, answer: Answer) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let usable = answer.as_ref().is_ok_and(|addresses| !addresses.is_empty());
-        state.answers[family] = Some(answer);
-        self.answered.notify_all();
-        let pending = |state: &mut State| state.answers.iter().any(Option::is_none);
-        if usable {
-            let waited = self.answered.wait_timeout_while(state, GRACE, pending);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        } else if pending(&mut state) {
-            return;
-        }
-        let (report, answers) = (state.report.take(), mem::take(&mut state.answers));
-        drop(state);
-        if let Some(report) = report {
-            report(merge(answers));
+/// The addresses of all answers in the order to try them; if there are none, the first error, so IPv4's. Waits for the
+/// last answer, but only shortly once there is an address.
+fn gather(answers: &Receiver<(usize, Answer)>) -> Answer {
+    let (mut addresses, mut errors) = (Vec::new(), [None, None]);
+    loop {
+        let limit = if addresses.is_empty() { Duration::MAX } else { GRACE };
+        match answers.recv_timeout(limit) {
+            Ok((_, Ok(found))) => addresses.extend(found),
+            Ok((place, Err(e))) => errors[place] = Some(e),
+            Err(_) => break,
         }
     }
-}
-
-/// The addresses of both families in the order to try them; if there are none, the first error, so IPv4's.
-fn merge(answers: [Option<Answer>; 2]) -> Answer {
-    let (mut addresses, mut error) = (Vec::new(), None);
-    for answer in answers.into_iter().flatten() {
-        match answer {
-            Ok(found) => addresses.extend(found),
-            Err(e) => error = error.or(Some(e)),
-        }
-    }
-    addresses.sort_by_cached_key(rank);
-    match error {
+    addresses.sort_by_cached_key(|address| (rank(address), address.is_ipv6()));
+    match errors.into_iter().flatten().next() {
         Some(e) if addresses.is_empty() => Err(e),
         _ => Ok(addresses),
     }
@@ -136,10 +106,9 @@ fn is_in_hosts_file(host: &str) -> bool {
 fn resolve(host: &str, port: u16, family: libc::c_int) -> Answer {
     let host = CString::new(host)?;
     // SAFETY: addrinfo consists of integers and pointers, for which zero is a valid value.
-    let mut hints: libc::addrinfo = unsafe { mem::zeroed() };
-    hints.ai_family = family;
-    // Else there is an entry per address and type.
-    hints.ai_socktype = libc::SOCK_STREAM;
+    let zero: libc::addrinfo = unsafe { mem::zeroed() };
+    // A type, else there is an entry per address and type.
+    let hints = libc::addrinfo { ai_family: family, ai_socktype: libc::SOCK_STREAM, ..zero };
     let mut list = ptr::null_mut();
     // SAFETY: the name ends with NUL, no service is named, and all three pointers are valid during the call.
     let code = unsafe { libc::getaddrinfo(host.as_ptr(), ptr::null(), &raw const hints, &raw mut list) };
@@ -193,34 +162,35 @@ mod tests {
 
     #[test]
     fn one_good_answer_is_enough() {
+        let gathered = |all: [Answer; 2]| {
+            let (sender, answers) = crossbeam_channel::bounded(2);
+            // The second one comes first.
+            all.into_iter().enumerate().rev().for_each(|answer| sender.send(answer).unwrap());
+            drop(sender);
+            texts(gather(&answers))
+        };
         let found = |address: &str| Ok(vec![address.to_owned()]);
-        assert_eq!(texts(merge([Some(v4()), Some(failed("6"))])), found("127.0.0.1:1"));
-        assert_eq!(texts(merge([Some(v4()), None])), found("127.0.0.1:1"));
-        assert_eq!(texts(merge([Some(failed("4")), Some(v6())])), found("[::1]:1"));
-        assert_eq!(texts(merge([Some(failed("4")), Some(failed("6"))])), Err("4".to_owned()));
-        assert_eq!(texts(merge([Some(failed("4")), Some(Ok(Vec::new()))])), Err("4".to_owned()));
+        assert_eq!(gathered([v4(), failed("6")]), found("127.0.0.1:1"));
+        assert_eq!(gathered([failed("4"), v6()]), found("[::1]:1"));
+        assert_eq!(gathered([failed("4"), failed("6")]), Err("4".to_owned()));
+        assert_eq!(gathered([failed("4"), Ok(Vec::new())]), Err("4".to_owned()));
+        assert_eq!(gathered([v4(), v6()]).map(|all| all.len()), Ok(2));
     }
 
     #[test]
     fn a_good_answer_waits_shortly_and_an_error_until_the_other_comes() {
-        let look_up = |family, answer| {
-            let (sender, result) = crossbeam_channel::bounded(1);
-            let report: Box<dyn FnOnce(Answer) + Send> = Box::new(move |answer| sender.send(answer).unwrap());
-            let state = Mutex::new(State { answers: [None, None], report: Some(report) });
-            let look_up = LookUp { state, answered: Condvar::new(), _permit: () };
-            look_up.set(family, answer);
-            (look_up, result)
-        };
+        let (sender, answers) = crossbeam_channel::bounded(2);
         let start = Instant::now();
-        let (late, result) = look_up(0, v4());
+        sender.send((0, v4())).unwrap();
+        assert_eq!(texts(gather(&answers)), texts(v4()));
         assert!(start.elapsed() >= GRACE);
-        assert_eq!(texts(result.try_recv().unwrap()), texts(v4()));
-        late.set(1, v6());
-        assert!(result.try_recv().is_err(), "reported once");
-        let (late, result) = look_up(1, failed("6"));
-        assert!(result.try_recv().is_err());
-        late.set(0, v4());
-        assert_eq!(texts(result.try_recv().unwrap()), texts(v4()));
+        sender.send((1, failed("6"))).unwrap();
+        let late = thread::spawn("late", thread::SMALL_STACK, move || {
+            std::thread::park_timeout(GRACE * 2);
+            sender.send((0, v4())).unwrap();
+        });
+        assert_eq!(texts(gather(&answers)), texts(v4()));
+        late.unwrap().join().unwrap();
     }
 
     #[test]
