@@ -35,23 +35,7 @@ unsafe impl GlobalAlloc for Wiping {
         unsafe { System.dealloc(block, layout) }
     }
 
-    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        if layout.size() > LARGEST {
-            // SAFETY: as the caller promises.
-            return unsafe { System.realloc(block, layout, size) };
-        }
-        // The system's would leave the old block as it is.
-        // SAFETY: the caller promises that the size fits the alignment.
-        let new = unsafe { self.alloc(Layout::from_size_align_unchecked(size, layout.align())) };
-        if !new.is_null() {
-            // SAFETY: two blocks, each at least as large as what is copied; the old one is given up.
-            unsafe {
-                new.copy_from_nonoverlapping(block, layout.size().min(size));
-                self.dealloc(block, layout);
-            }
-        }
-        new
-    }
+    // The default `realloc` moves a block by the functions above; the system's would leave the old one as it is.
 }
 
 /// Wipes the texts of a processed message: libdbus keeps freed messages for reuse.
