@@ -88,11 +88,10 @@ fn walk(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Re
         }
     }
     let mut here = openat(dir, ".", DIRECTORY, Mode::empty())?;
-    let mut names = names.into_iter();
-    while let Some(name) = names.next() {
+    for (at, name) in names.iter().enumerate() {
         let entry = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        here = openat(&here, name, entry, Mode::empty())?;
-        let itself = names.len() == 0 && flags.contains(OFlag::O_NOFOLLOW);
+        here = openat(&here, *name, entry, Mode::empty())?;
+        let itself = at + 1 == names.len() && flags.contains(OFlag::O_NOFOLLOW);
         if !itself && SFlag::from_bits_truncate(fstat(&here)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFLNK {
             return Err(Errno::ELOOP);
         }

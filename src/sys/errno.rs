@@ -19,15 +19,13 @@ const WORDS: [(Errno, &str); 9] = [
 
 /// Go's text for an error: lower case, without the number.
 pub(crate) fn reason(error: &io::Error) -> String {
-    match error.raw_os_error().map(Errno::from_raw) {
-        Some(errno) => {
-            let known = WORDS.iter().find(|(known, _)| *known == errno);
-            let text = known.map_or(errno.desc(), |(_, words)| words);
-            let mut chars = text.chars();
-            chars.next().map_or_else(String::new, |c| c.to_lowercase().chain(chars).collect())
-        }
-        None => error.to_string(),
+    let Some(errno) = error.raw_os_error().map(Errno::from_raw) else { return error.to_string() };
+    let known = WORDS.iter().find(|(known, _)| *known == errno);
+    let mut text = known.map_or(errno.desc(), |(_, words)| words).to_owned();
+    if let Some(first) = text.get_mut(..1) {
+        first.make_ascii_lowercase();
     }
+    text
 }
 
 #[cfg(test)]

@@ -21,12 +21,11 @@ const KILL: u64 = 1 << 5;
 const SETGID: u64 = 1 << 6;
 const SETUID: u64 = 1 << 7;
 
-/// The process's umask and limits at its start.
-#[derive(Debug)]
+/// The process's umask and limits, soft and hard, at its start.
 struct Inherited {
     umask: Mode,
-    /// Soft and hard; `None` if the kernel wouldn't say.
-    limits: [(Resource, Option<(rlim_t, rlim_t)>); 2],
+    core: (rlim_t, rlim_t),
+    files: (rlim_t, rlim_t),
 }
 
 static INHERITED: OnceLock<Inherited> = OnceLock::new();
@@ -35,12 +34,10 @@ static INHERITED: OnceLock<Inherited> = OnceLock::new();
 /// are for the user alone. Raises the limit on descriptors to the hard one: systemd's soft limit, 1024, is for
 /// programs that use select(2), and one session's forwards could use it up.
 pub(crate) fn keep_to_oneself() -> io::Result<()> {
-    let limits = [Resource::RLIMIT_CORE, Resource::RLIMIT_NOFILE].map(|r| (r, getrlimit(r).ok()));
-    let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), limits });
-    if let [(core, Some((_, most_core))), (files, Some((_, most_files)))] = limits {
-        setrlimit(core, 0, most_core)?;
-        setrlimit(files, most_files, most_files)?;
-    }
+    let (core, files) = (getrlimit(Resource::RLIMIT_CORE)?, getrlimit(Resource::RLIMIT_NOFILE)?);
+    let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), core, files });
+    setrlimit(Resource::RLIMIT_CORE, 0, core.1)?;
+    setrlimit(Resource::RLIMIT_NOFILE, files.1, files.1)?;
     // The limit doesn't count where core files are piped to a program.
     Ok(prctl::set_dumpable(false)?)
 }
@@ -48,17 +45,13 @@ pub(crate) fn keep_to_oneself() -> io::Result<()> {
 /// Gives a program the umask and limits that the daemon was started with. Async-signal-safe, for use between fork and
 /// exec.
 pub(crate) fn restore() -> io::Result<()> {
-    let Some(Inherited { umask: mask, limits }) = INHERITED.get() else { return Ok(()) };
-    umask(*mask);
-    for (resource, limit) in limits {
-        if let Some((soft, hard)) = limit {
-            setrlimit(*resource, *soft, *hard)?;
-        }
-    }
-    Ok(())
+    let Some(inherited) = INHERITED.get() else { return Ok(()) };
+    umask(inherited.umask);
+    setrlimit(Resource::RLIMIT_CORE, inherited.core.0, inherited.core.1)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, inherited.files.0, inherited.files.1)?)
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Needs {
     pub(crate) shells: bool,
     /// Shells of root, with all privileges.
@@ -85,8 +78,8 @@ static HELD: OnceLock<Needs> = OnceLock::new();
 pub(crate) fn suffices_for(needs: Needs) -> bool {
     let Some(held) = HELD.get() else { return true };
     let programs = held.privileged_programs || !needs.privileged_programs;
-    let capabilities = needs.capabilities() & !held.capabilities() == 0;
     let root_shells = held.root_shells || !needs.root_shells;
+    let capabilities = needs.capabilities() & !held.capabilities() == 0;
     programs && (!geteuid().is_root() || capabilities && root_shells)
 }
 

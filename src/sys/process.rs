@@ -17,7 +17,7 @@ use nix::poll::PollFlags;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
-use nix::unistd::{Pid, chdir, geteuid, getpid, getppid, setgid, setgroups, setsid, setuid};
+use nix::unistd::{Pid, chdir, geteuid, getpid, getppid, getsid, setgid, setgroups, setsid, setuid};
 
 use super::poll_one;
 use super::privilege;
@@ -51,8 +51,7 @@ impl SessionLeader {
     ///
     /// The environment is HOME and TERM and nothing else. Signals have their default effect, umask and limits are
     /// those that this process was started with, and no descriptor of ours but the terminal is open. With
-    /// `no_new_privileges` no program can become more than the user is. When the thread that starts it ends, as in a
-    /// kill of the daemon, it gets SIGTERM besides its terminal's hang-up, which it might ignore.
+    /// `no_new_privileges` no program can become more than the user is.
     pub(crate) fn spawn(
         command: &Path,
         arguments: &[String],
@@ -73,9 +72,11 @@ impl SessionLeader {
             .stderr(Stdio::from(tty));
         let parent = getpid();
         let prepare = move || {
-            lead_session()?;
-            default_signals()?;
-            privilege::restore()?;
+            setsid()?;
+            // SAFETY: takes an integer; standard input is the terminal by now.
+            #[allow(unsafe_code)]
+            unsafe { set_controlling_terminal(libc::STDIN_FILENO, 0) }?;
+            give_back_defaults()?;
             if no_new_privileges {
                 prctl::set_no_new_privs()?;
             }
@@ -88,7 +89,12 @@ impl SessionLeader {
             // As the user, not before: root may not enter every home (NFS with root_squash), and may enter directories
             // that the user may not.
             chdir(home.as_c_str()).or_else(|_| chdir(c"/"))?;
-            end_with(parent)
+            // The kernel sends this when the thread that forked it ends, as in a kill of the daemon, besides the
+            // terminal's hang-up, which the shell might ignore. Changing the user would undo it. Not SIGKILL: an
+            // interactive shell, which ignores SIGTERM, passes the hang-up on to its jobs.
+            prctl::set_pdeathsig(Signal::SIGTERM)?;
+            // The parent may have ended before.
+            if getppid() == parent { Ok(()) } else { Err(Errno::ESRCH.into()) }
         };
         // SAFETY: between fork and exec another thread may hold any lock for ever. `prepare` neither locks nor allocates:
         // it makes system calls on values made above and, in `privilege::restore`, on a static that is only read.
@@ -126,13 +132,12 @@ impl SessionLeader {
         // As long as the leader isn't reaped its id, and so the session's and the group's, can't be anyone else's.
         let mut told = HashSet::new();
         for _ in 0..HANG_UP_ROUNDS {
-            let new: Vec<Pid> =
-                session_members(self.pid).into_iter().filter(|pid| told.insert(*pid)).collect();
-            for pid in &new {
-                let _ = kill(*pid, Signal::SIGHUP);
-                let _ = kill(*pid, Signal::SIGCONT);
+            let before = told.len();
+            for pid in session_members(self.pid).into_iter().filter(|pid| told.insert(*pid)) {
+                let _ = kill(pid, Signal::SIGHUP);
+                let _ = kill(pid, Signal::SIGCONT);
             }
-            if new.is_empty() {
+            if told.len() == before {
                 break;
             }
         }
@@ -172,14 +177,10 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     for ours in SERVICE_VARIABLES {
         command.env_remove(ours);
     }
-    let prepare = || {
-        default_signals()?;
-        privilege::restore()
-    };
     // SAFETY: as for a shell; the calls are on constants and that static.
     #[allow(unsafe_code)]
     unsafe {
-        command.pre_exec(prepare)
+        command.pre_exec(give_back_defaults)
     };
     let mut child = command.spawn().map_err(failed)?;
     let ended = watch_exit(pid_of(&child)).and_then(|exit| {
@@ -196,9 +197,8 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
         let _ = child.kill();
     }
     let status = child.wait().map_err(failed)?;
-    match (ended, status.code(), status.signal()) {
-        (Err(e), ..) => Err(failed(e)),
-        (Ok(false), ..) => Err(format!("timed out after {} s", limit.as_secs())),
+    match (ended.map_err(failed)?, status.code(), status.signal()) {
+        (false, ..) => Err(format!("timed out after {} s", limit.as_secs())),
         (_, Some(0), _) => Ok(()),
         (_, Some(code), _) => Err(format!("exit status {code}")),
         (.., Some(9)) => Err("signal: killed".to_owned()),
@@ -210,59 +210,38 @@ fn pid_of(child: &Child) -> Pid {
     Pid::from_raw(child.id().cast_signed())
 }
 
-#[allow(unsafe_code)]
-fn lead_session() -> io::Result<()> {
-    setsid()?;
-    // SAFETY: takes an integer; standard input is the terminal by now.
-    unsafe { set_controlling_terminal(libc::STDIN_FILENO, 0) }?;
-    Ok(())
-}
-
-/// The daemon may have been started with signals ignored or blocked; a shell must not inherit that.
+/// Gives a program default signals, whatever the daemon was started with, and the daemon's own umask and limits.
 ///
 /// By number and past libc, which keeps some real-time signals to itself.
 #[allow(unsafe_code)]
-fn default_signals() -> io::Result<()> {
+fn give_back_defaults() -> io::Result<()> {
     // The kernel's `struct sigaction` is no larger than this on any architecture, and all zeroes say
     // "default action, no flags, empty mask" in each one's layout.
-    let default = [0_u64; 8];
+    let (default, none) = ([0_u64; 8], std::ptr::null::<u64>());
     for signal in 1..=KERNEL_SIGNALS {
-        // SAFETY: reads one kernel sigaction from memory that is at least as large; the default action
-        // installs no handler. SIGKILL and SIGSTOP answer with an error, which changes nothing.
-        unsafe {
-            libc::syscall(
-                libc::SYS_rt_sigaction,
-                signal,
-                default.as_ptr(),
-                std::ptr::null::<u64>(),
-                KERNEL_SIGNALS / 8,
-            )
-        };
+        // SAFETY: reads one kernel sigaction from memory that is at least as large; the default action installs no
+        // handler. SIGKILL and SIGSTOP answer with an error, which changes nothing.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, KERNEL_SIGNALS / 8) };
     }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
-    Ok(())
+    privilege::restore()
 }
 
 /// Marks every descriptor but the standard ones close-on-exec. The daemon's own always are; this is for inherited
 /// ones. To be called at the start.
 #[allow(unsafe_code)]
 pub(crate) fn keep_descriptors_private() {
-    let Ok(entries) = fs::read_dir("/proc/self/fd") else { return };
-    let inherited: Vec<i32> =
-        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    for fd in inherited.into_iter().filter(|fd| *fd > libc::STDERR_FILENO) {
-        // SAFETY: sets a flag of the descriptor and touches no memory; one that is closed by now (the
-        // directory's own) answers with an error.
+    for fd in numbers_in("/proc/self/fd").into_iter().filter(|fd| *fd > libc::STDERR_FILENO) {
+        // SAFETY: sets a flag of the descriptor and touches no memory; one that is closed by now (the directory's own)
+        // answers with an error.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
 }
 
-/// Has the kernel end this process when the thread that forked it, one of `parent`'s, ends. Changing the user would
-/// undo that. Not by SIGKILL: an interactive shell, which ignores SIGTERM, passes the hang-up on to its jobs.
-fn end_with(parent: Pid) -> io::Result<()> {
-    prctl::set_pdeathsig(Signal::SIGTERM)?;
-    // It may have ended before.
-    if getppid() == parent { Ok(()) } else { Err(Errno::ESRCH.into()) }
+/// The entries of a directory of procfs whose names are numbers.
+fn numbers_in(path: &str) -> Vec<i32> {
+    let entries = fs::read_dir(path).into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
 }
 
 /// A descriptor that becomes readable when the child has ended.
@@ -292,15 +271,10 @@ fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// The processes of the session that `leader` leads, itself included.
+/// The processes of the session that `leader` leads, itself included even where there is no /proc.
 fn session_members(leader: Pid) -> Vec<Pid> {
-    let Ok(entries) = fs::read_dir("/proc") else { return vec![leader] };
-    let members: Vec<Pid> = entries
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .map(Pid::from_raw)
-        .filter(|pid| nix::unistd::getsid(Some(*pid)) == Ok(leader))
-        .collect();
-    if members.is_empty() { vec![leader] } else { members }
+    let all = numbers_in("/proc").into_iter().map(Pid::from_raw);
+    all.filter(|pid| getsid(Some(*pid)) == Ok(leader)).chain([leader]).collect()
 }
 
 #[cfg(test)]

@@ -23,36 +23,30 @@ pub struct User {
 
 #[derive(Debug, thiserror::Error)]
 pub enum UserError {
-    /// The user database has no such name.
     #[error("user: unknown user {0}")]
     Unknown(String),
     /// The user database couldn't be asked: trying again later may help.
     #[error("user: cannot look up {name}: {errno}")]
-    Database {
-        name: String,
-        /// Of getpwnam_r(3) or getgrouplist(3).
-        errno: Errno,
-    },
+    Database { name: String, errno: Errno },
 }
 
 pub fn lookup(name: &str) -> Result<User, UserError> {
-    let unknown = || {
+    let database = |errno| UserError::Database { name: name.to_owned(), errno };
+    let entry = match unistd::User::from_name(name) {
+        Ok(entry) => entry,
+        // getpwnam_r(3): some databases say "no such name" with an error.
+        Err(Errno::ENOENT | Errno::ESRCH) => None,
+        Err(errno) => return Err(database(errno)),
+    };
+    let Some(unistd::User { name, uid, gid, dir: home, .. }) = entry else {
         if cfg!(target_env = "musl") {
             log::info!("users are looked up in /etc/passwd only: this build has no NSS");
         }
-        UserError::Unknown(name.to_owned())
+        return Err(UserError::Unknown(name.to_owned()));
     };
-    let database = |errno| UserError::Database { name: name.to_owned(), errno };
-
-    let entry = match unistd::User::from_name(name) {
-        Ok(Some(entry)) => entry,
-        // getpwnam_r(3): some databases say "no such name" with an error.
-        Ok(None) | Err(Errno::ENOENT | Errno::ESRCH) => return Err(unknown()),
-        Err(errno) => return Err(database(errno)),
-    };
-    let c_name = CString::new(entry.name.as_str()).map_err(|_| unknown())?;
-    let groups = unistd::getgrouplist(&c_name, entry.gid).map_err(database)?;
-    Ok(User { name: entry.name, uid: entry.uid, gid: entry.gid, groups, home: entry.dir })
+    let c_name = CString::new(name.as_str()).map_err(|_| database(Errno::EINVAL))?;
+    let groups = unistd::getgrouplist(&c_name, gid).map_err(database)?;
+    Ok(User { name, uid, gid, groups, home })
 }
 
 #[cfg(test)]
