@@ -41,9 +41,8 @@ pub(crate) fn follows_links() -> bool {
     })
 }
 
-/// Opens `path`, from `dir` if it is relative, with O_PATH or as a directory; O_CLOEXEC is always added.
-///
-/// Fails with EXDEV for a way out, ELOOP for a link that isn't to be followed, else as open(2).
+/// Opens `path`, from `dir` if it is relative, with O_PATH or as a directory; O_CLOEXEC is always added. Fails with EXDEV
+/// for a way out, ELOOP for a link that isn't to be followed, else as open(2).
 pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {
     let flags = flags | OFlag::O_CLOEXEC;
     if !follows_links() {
@@ -55,14 +54,11 @@ pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules)
     answer.unwrap_or(Err(Errno::EAGAIN))
 }
 
-/// Opens the very file that `fd` (O_PATH) refers to, for reading or whatever `flags` say; O_CLOEXEC and O_LARGEFILE
-/// are always added. So what was checked on `fd` holds for what is opened here.
-///
-/// Needs procfs on `/proc`, which only root can change, else ENOENT. A link is ELOOP.
+/// Opens the very file that `fd` (O_PATH) refers to, so that the checks on `fd` hold for it; O_CLOEXEC and O_LARGEFILE are
+/// always added. Needs procfs on `/proc`, which only root can change, else ENOENT. A link is ELOOP.
 pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> nix::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_LARGEFILE;
-    openat(AT_FDCWD, path.as_str(), flags, Mode::empty())
+    openat(AT_FDCWD, path.as_str(), flags | OFlag::O_CLOEXEC | OFlag::O_LARGEFILE, Mode::empty())
 }
 
 fn ask_kernel(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {

@@ -14,7 +14,7 @@ pub(crate) mod users;
 pub(crate) mod wake;
 pub(crate) mod wipe;
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
 use std::io;
 #[cfg(feature = "dbus")]
 use std::os::fd::OwnedFd;
@@ -32,14 +32,12 @@ pub(crate) use self::errno::reason;
 /// the kernel (before 3.15) doesn't support it.
 #[allow(unsafe_code)]
 pub(crate) fn rename_noreplace(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> nix::Result<()> {
-    let dir = dir.as_raw_fd();
-    let result = from.with_nix_path(|from| {
-        to.with_nix_path(|to| {
-            let (from, to) = (from.as_ptr(), to.as_ptr());
-            // SAFETY: both names end in NUL and outlive the call, which only reads them.
-            unsafe { libc::syscall(libc::SYS_renameat2, dir, from, dir, to, libc::RENAME_NOREPLACE) }
-        })
-    })??;
+    let (dir, flags) = (dir.as_raw_fd(), libc::RENAME_NOREPLACE);
+    let rename = |from: &CStr, to: &CStr| {
+        // SAFETY: both names end in NUL and outlive the call, which only reads them.
+        unsafe { libc::syscall(libc::SYS_renameat2, dir, from.as_ptr(), dir, to.as_ptr(), flags) }
+    };
+    let result = from.with_nix_path(|from| to.with_nix_path(|to| rename(from, to)))??;
     Errno::result(result).map(drop)
 }
 

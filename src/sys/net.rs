@@ -20,13 +20,13 @@ nix::setsockopt_impl!(QuickAck, libc::IPPROTO_TCP, libc::TCP_QUICKACK, bool, Set
 struct UnsentLimit;
 nix::setsockopt_impl!(UnsentLimit, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, u32, SetStruct<u32>);
 
-/// Acknowledges what has come at once. The kernel forgets it after a while, hence "re-arm".
+/// Acknowledges received bytes at once. The kernel forgets it after a while, hence "re-arm".
 pub(crate) fn rearm_quick_ack(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(setsockopt(&socket, QuickAck, &true)?)
 }
 
-/// A write waits while more than `bytes` have not been sent yet, so that what is queued behind it in this program can
-/// still be reordered.
+/// A write waits while more than `bytes` have not been sent yet, so that the messages queued behind it in this program
+/// can still be reordered.
 pub(crate) fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result<()> {
     Ok(setsockopt(&socket, UnsentLimit, &bytes.into())?)
 }
@@ -48,14 +48,12 @@ pub(crate) fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
     }
 }
 
-/// The time limit for connecting to the first of `addresses`, where `left` is what there is for all of them: a dead one
-/// must leave time for the others. As in Go's net.Dialer an equal share of at least 2 s, but of at most 10 s.
+/// The time limit for connecting to the first of `addresses`, when `left` remains for all of them: a dead one must leave
+/// time for the others. As in Go's net.Dialer an equal share of at least 2 s, but of at most 10 s.
 pub(crate) fn connect_limit(left: Duration, addresses: usize) -> Duration {
-    if addresses <= 1 {
-        return left;
-    }
-    let share = left / u32::try_from(addresses).unwrap_or(u32::MAX);
-    share.clamp(Duration::from_secs(2), Duration::from_secs(10)).min(left)
+    let share = left / u32::try_from(addresses).unwrap_or(u32::MAX).max(1);
+    let share = share.clamp(Duration::from_secs(2), Duration::from_secs(10)).min(left);
+    if addresses <= 1 { left } else { share }
 }
 
 pub(crate) fn socket_for(address: SocketAddr, kind: SockType, flags: SockFlag) -> io::Result<OwnedFd> {

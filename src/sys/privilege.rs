@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
 
-// As sets; the numbers are those of capabilities(7).
+// Sets of one capability, by the numbers of capabilities(7).
 const CHOWN: u64 = 1 << 0;
 const DAC_OVERRIDE: u64 = 1 << 1;
 const DAC_READ_SEARCH: u64 = 1 << 2;
@@ -126,17 +126,14 @@ fn limit(kept: u64, permitted: bool) -> io::Result<()> {
     let mut sets = [[0_u32; 3]; 2];
     // SAFETY: the kernel reads one header and writes two sets, which is what version 3 is defined to have; both
     // live until the call returns.
-    let result = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) };
-    Errno::result(result)?;
+    Errno::result(unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) })?;
     for ([effective, allowed, _], kept) in sets.iter_mut().zip([kept as u32, (kept >> 32) as u32]) {
         *effective &= kept;
-        if !permitted {
-            *allowed &= kept;
-        }
+        *allowed &= if permitted { u32::MAX } else { kept };
     }
     // SAFETY: as above, only that the sets are read.
-    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()) };
-    Errno::result(result).map(drop).map_err(Into::into)
+    Errno::result(unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()) })?;
+    Ok(())
 }
 
 #[cfg(test)]

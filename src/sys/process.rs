@@ -19,11 +19,9 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, chdir, geteuid, getpid, getppid, getsid, setgid, setgroups, setsid, setuid};
 
-use super::poll_one;
-use super::privilege;
-use super::thread;
 use super::users::User;
 use super::wake::Wake;
+use super::{poll_one, privilege, thread};
 
 nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 
@@ -117,9 +115,7 @@ impl SessionLeader {
 
     /// Reaps the process if it has ended. To be called when the descriptor is readable.
     pub(crate) fn try_wait(&mut self) -> Option<ExitStatus> {
-        if self.status.is_none() {
-            self.status = self.child.try_wait().ok().flatten();
-        }
+        self.status = self.child.try_wait().ok().flatten();
         self.status
     }
 
@@ -144,11 +140,10 @@ impl SessionLeader {
         let _ = killpg(self.pid, Signal::SIGTERM);
     }
 
-    /// Sends SIGKILL to the shell and its group.
+    /// Sends SIGKILL to the shell's own group, which it can't leave.
     pub(crate) fn kill(&self) {
         if self.status.is_none() {
             let _ = killpg(self.pid, Signal::SIGKILL);
-            let _ = kill(self.pid, Signal::SIGKILL);
         }
     }
 }
@@ -161,10 +156,8 @@ impl AsFd for SessionLeader {
 
 impl Drop for SessionLeader {
     fn drop(&mut self) {
-        if self.status.is_none() {
-            self.kill();
-            let _ = self.child.wait();
-        }
+        self.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -210,11 +203,10 @@ fn pid_of(child: &Child) -> Pid {
     Pid::from_raw(child.id().cast_signed())
 }
 
-/// Gives a program default signals, whatever the daemon was started with, and the daemon's own umask and limits.
-///
-/// By number and past libc, which keeps some real-time signals to itself.
+/// Gives a program default signals and the umask and limits that the daemon was started with.
 #[allow(unsafe_code)]
 fn give_back_defaults() -> io::Result<()> {
+    // By number and past libc, which keeps some real-time signals to itself.
     // The kernel's `struct sigaction` is no larger than this on any architecture, and all zeroes say
     // "default action, no flags, empty mask" in each one's layout.
     let (default, none) = ([0_u64; 8], std::ptr::null::<u64>());

@@ -22,15 +22,11 @@ pub(crate) struct WindowSize {
 
 /// The master side of a PTY. Non-blocking; closed on exec; closing it hangs the terminal up.
 #[derive(Debug)]
-pub(crate) struct Pty {
-    master: PtyMaster,
-}
+pub(crate) struct Pty(PtyMaster);
 
 impl Pty {
     /// Opens a pair. The second value is the shell's side; it belongs to `owner`, as after a login, since some programs
-    /// open their terminal by its name.
-    ///
-    /// ENOSPC means that the system has no more PTYs (`kernel.pty.max`).
+    /// open their terminal by its name. ENOSPC: the system has no more PTYs (`kernel.pty.max`).
     pub(crate) fn open(size: WindowSize, owner: Option<Uid>) -> io::Result<(Self, OwnedFd)> {
         let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         grantpt(&master)?;
@@ -44,7 +40,7 @@ impl Pty {
         let mut modes = tcgetattr(&slave)?;
         modes.input_flags.insert(InputFlags::IUTF8);
         tcsetattr(&slave, SetArg::TCSANOW, &modes)?;
-        let pty = Pty { master };
+        let pty = Pty(master);
         pty.resize(size)?;
         Ok((pty, slave))
     }
@@ -54,13 +50,13 @@ impl Pty {
     pub(crate) fn resize(&self, size: WindowSize) -> io::Result<()> {
         let size = libc::winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: the kernel reads one winsize before the call returns; the descriptor is open as long as `self` lives.
-        unsafe { set_window_size(self.master.as_raw_fd(), &raw const size) }?;
+        unsafe { set_window_size(self.0.as_raw_fd(), &raw const size) }?;
         Ok(())
     }
 
     /// Reads output. `Ok(0)` is the end: no process holds the other side any more (the kernel says EIO).
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match nix::unistd::read(&self.master, buffer) {
+        match nix::unistd::read(&self.0, buffer) {
             Err(Errno::EIO) => Ok(0),
             other => other.map_err(Into::into),
         }
@@ -68,13 +64,13 @@ impl Pty {
 
     /// Writes input, as much of it as the terminal takes now. EIO means that no process holds the other side.
     pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        nix::unistd::write(&self.master, bytes).map_err(Into::into)
+        nix::unistd::write(&self.0, bytes).map_err(Into::into)
     }
 }
 
 impl AsFd for Pty {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.master.as_fd()
+        self.0.as_fd()
     }
 }
 

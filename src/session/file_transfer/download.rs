@@ -55,14 +55,9 @@ impl Download {
                 && known.st_size > 0
         });
         about.size = size.map(|size| told.map_or(size, |(_, known)| size.min(known.st_size as u64)));
-        Ok(Download {
-            file: file.into(),
-            max_size: limits.and_then(|l| l.max_file_size),
-            in_flight: VecDeque::new(),
-            at_end: false,
-            max_rate,
-            discard: Discard::default(),
-        })
+        let max_size = limits.and_then(|l| l.max_file_size);
+        let (in_flight, discard) = (VecDeque::new(), Discard::default());
+        Ok(Download { file: file.into(), max_size, in_flight, at_end: false, max_rate, discard })
     }
 
     /// Sends what may be sent now. An error is for the client and ends the download.

@@ -287,7 +287,6 @@ impl FileTransfer {
         }
     }
 
-    /// Handles the client's error, which ends the transfer.
     fn take_error(&mut self, peer: &Peer, frame: &Frame) {
         let text = control::parse::<control::Error>(&frame.body).ok().and_then(|e| e.err).unwrap_or_default();
         info!("session {}: error from the client: {:?}", peer.id, clipped(&text, MAX_TEXT));

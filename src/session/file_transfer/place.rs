@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open, openat};
+use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{Gid, Group, Uid, User};
 
@@ -196,8 +196,8 @@ pub(super) fn target(limits: Limits<'_>, request: &Request) -> Result<(Target, A
         return Err(Failure::denied("the set uid mode is forbidden"));
     }
     match existing.as_ref().map(kind) {
-        Some(SFlag::S_IFDIR) => Err(OVER_DIRECTORY.into()),
         Some(SFlag::S_IFREG) | None => Ok((target, attributes)),
+        Some(SFlag::S_IFDIR) => Err(OVER_DIRECTORY.into()),
         Some(_) => Err("conflicting file path: cannot overwrite irregular file".into()),
     }
 }
@@ -213,22 +213,17 @@ fn locate(limits: Limits<'_>, request: &Request) -> Result<Target> {
     let (parent, name) = match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) if !names_directory => (parent, name),
         // A path that can only be a directory.
-        _ => return inside(open_directory(limits, path, path)?, path, source),
+        _ => return inside(limits, path, source),
     };
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
     let dir = open_directory(limits, parent, path)?;
     let target = Target { dir, name: name.to_owned(), path: path.clone() };
-    match target.lstat()? {
-        Some(stat) if kind(&stat) == SFlag::S_IFDIR && source.is_some() => {
-            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let inner = openat(&target.dir, name, flags, Mode::empty());
-            inside(inner.map_err(|e| Failure::io(creating(path), e))?, path, source)
-        }
-        _ => Ok(target),
-    }
+    let is_directory = target.lstat()?.is_some_and(|stat| kind(&stat) == SFlag::S_IFDIR);
+    if is_directory && source.is_some() { inside(limits, path, source) } else { Ok(target) }
 }
 
-fn inside(dir: OwnedFd, path: &Path, source: Option<&OsStr>) -> Result<Target> {
+fn inside(limits: Limits<'_>, path: &Path, source: Option<&OsStr>) -> Result<Target> {
+    let dir = open_directory(limits, path, path)?;
     let name = source.ok_or(OVER_DIRECTORY)?;
     Ok(Target { dir, name: name.to_owned(), path: path.join(name) })
 }
@@ -268,11 +263,11 @@ pub(super) struct Attributes {
 impl Attributes {
     /// Combines the request with the limits. Fails if OwnerPut or GroupPut is unknown.
     fn new(limits: Limits<'_>, request: &Request) -> Result<Self> {
-        let owner_put = limits.and_then(|l| l.owner_put.as_deref());
-        let owner_put = owner_put.map(|name| named("owner", name, User::from_name(name))).transpose()?;
-        let group_put = limits.and_then(|l| l.group_put.as_deref());
-        let group_put = group_put.map(|name| named("group", name, Group::from_name(name))).transpose()?;
-        let (owner_put, group_put) = (owner_put.map(|user| user.uid), group_put.map(|group| group.gid));
+        let owner = limits.and_then(|l| l.owner_put.as_deref());
+        let owner = owner.map(|name| named("owner", name, User::from_name(name))).transpose()?;
+        let group = limits.and_then(|l| l.group_put.as_deref());
+        let group = group.map(|name| named("group", name, Group::from_name(name))).transpose()?;
+        let (owner_put, group_put) = (owner.map(|user| user.uid), group.map(|group| group.gid));
         let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
         let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
         let wanted = request.mode.filter(|_| preserve_mode).unwrap_or(DEFAULT_MODE);

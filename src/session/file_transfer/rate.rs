@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_secs(5);
 
 /// The text for either limit: "transmitted" also for received bytes, as upstream has it.
-pub(crate) const EXHAUSTED: &str = "transmitted bytes limit exhausted";
+pub(super) const EXHAUSTED: &str = "transmitted bytes limit exhausted";
 
 /// The weight of the newest five seconds.
 fn weight() -> f64 {
@@ -29,10 +29,7 @@ pub(crate) enum Direction {
 
 impl Direction {
     pub(crate) fn name(self) -> &'static str {
-        match self {
-            Direction::Sent => "download",
-            Direction::Received => "upload",
-        }
+        if self == Direction::Sent { "download" } else { "upload" }
     }
 }
 
@@ -52,14 +49,14 @@ impl Counter {
     fn advance(&mut self, now: Instant) {
         let ticked = *self.ticked.get_or_insert(now);
         let ticks = now.saturating_duration_since(ticked).as_secs() / TICK.as_secs();
-        if ticks == 0 {
-            return;
+        if ticks > 0 {
+            let keep = 1.0 - weight();
+            // The ticks after the first one brought nothing.
+            let silence = keep.powf((ticks - 1) as f64);
+            self.average = (weight() * self.fresh as f64 + keep * self.average) * silence;
+            self.fresh = 0;
+            self.ticked = ticked.checked_add(TICK.saturating_mul(u32::try_from(ticks).unwrap_or(u32::MAX)));
         }
-        let keep = 1.0 - weight();
-        // The ticks after the first one brought nothing.
-        self.average = (weight() * self.fresh as f64 + keep * self.average) * keep.powf((ticks - 1) as f64);
-        self.fresh = 0;
-        self.ticked = ticked.checked_add(TICK.saturating_mul(u32::try_from(ticks).unwrap_or(u32::MAX)));
     }
 }
 

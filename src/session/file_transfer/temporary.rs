@@ -83,9 +83,8 @@ impl Temporary {
     fn complete(&self) -> Result<()> {
         // First the owner: changing it takes the set-uid bit away.
         self.give_to_owner()?;
-        let mode = self.attributes.mode;
+        let (mode, path) = (self.attributes.mode, place::shown(&self.target.path));
         fchmod(&self.file, Mode::from_bits_truncate(mode)).map_err(|e| {
-            let path = place::shown(&self.target.path);
             Failure::io(format!("failed to set file permissions: chmod {path} to {mode:o}"), e)
         })?;
         fsync(&self.file).map_err(|e| self.not_committed(e))?;
