@@ -50,7 +50,7 @@ pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Resu
         return Err(io::Error::other("the connection was lost"));
     }
     // SAFETY: libdbus keeps the socket of a connected channel open between calls on the channel, and the exclusive
-    // borrow rules out that anybody makes one before the duplicate exists.
+    // borrow rules out such a call before the duplicate exists.
     unsafe { BorrowedFd::borrow_raw(channel.watch().fd) }.try_clone_to_owned()
 }
 

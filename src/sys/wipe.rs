@@ -10,8 +10,8 @@ const LARGEST: usize = 16 * 1024;
 #[derive(Debug)]
 pub struct Wiping;
 
-// SAFETY: memory comes from the system's allocator and goes back to it with the same layout. What is written to lies
-// within a block that nobody uses any more.
+// SAFETY: memory comes from the system's allocator and goes back to it with the same layout. Writes stay
+// within a block that its owner has given up.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Wiping {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

@@ -62,7 +62,7 @@ impl Download {
 
     /// Sends what may be sent now. An error is for the client and ends the download.
     pub(super) fn proceed(&mut self, about: &mut About, peer: &mut Peer, now: Instant) -> Result<()> {
-        // What the client acknowledges for certain is never presumed to be delivered.
+        // The client acknowledges chunks for certain, so none is presumed to be delivered.
         while !self.at_end && self.in_flight.len() < credit::LIMIT && peer.sink.takes_data(Class::Bulk) {
             if peer.device.transferred.exhausted(Direction::Sent, self.max_rate, now) {
                 return Err(EXHAUSTED.into());

@@ -126,7 +126,7 @@ impl Temporary {
         Ok(())
     }
 
-    /// Takes the target's name. Of the ways that the limits allow the best one that the file system supports.
+    /// Takes the target's name, in the best way that the limits and the file system allow.
     fn take_name(&self) -> Result<()> {
         let Target { dir, name: target, .. } = &self.target;
         let failed = |e| self.not_committed(e);
