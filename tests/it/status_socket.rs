@@ -234,15 +234,16 @@ fn clients_that_go_away_leave_nothing() {
     let (rig, device) = Rig::connected();
     make_it_long(&rig, &device);
     let (pid, path) = (rig.daemon.pid(), socket(&rig));
-    let rest = (proc::threads(pid), proc::descriptors(pid));
+    let (threads, descriptors) = (proc::threads(pid), proc::descriptors(pid));
     for n in 0..300 {
         let mut client = UnixStream::connect(&path).expect("connect");
         if n % 2 == 0 {
             let _ = client.read(&mut [0; 100]);
         }
     }
+    // Fewer, if the forwards' look-ups weren't quite over.
     eventually(SOON, "everything to be as before", || {
-        ((proc::threads(pid), proc::descriptors(pid)) == rest).then_some(())
+        (proc::threads(pid) <= threads && proc::descriptors(pid) <= descriptors).then_some(())
     });
     assert_eq!(rig.status()["pid"], pid);
 }
