@@ -87,12 +87,9 @@ impl Manager {
     pub fn appear(&mut self) {
         self.vanish();
         let channel = open(&self.address);
-        // The bus may not have noticed yet that the owner before us is gone.
-        eventually(SOON, "the name to be free", || {
-            let request = bus_call("RequestName").append2(NAME, 4u32);
-            let reply = channel.send_with_reply_and_block(request, SOON).expect("request the name");
-            (reply.get1::<u32>() == Some(1)).then_some(())
-        });
+        let request = bus_call("RequestName").append2(NAME, 4u32);
+        let reply = channel.send_with_reply_and_block(request, SOON).expect("request the name");
+        assert_eq!(reply.get1::<u32>(), Some(1), "the name is free");
         let unique = channel.unique_name().expect("a registered connection").to_owned();
         let state = Arc::clone(&self.state);
         state.update(|s| s.quit = false);
@@ -100,13 +97,18 @@ impl Manager {
         self.serving = Some(Serving { unique, remote: open(&self.address), thread });
     }
 
-    /// Leaves the bus, as a crash would. No-op when not there.
+    /// Leaves the bus, as a crash would, and waits until the bus has noticed. No-op when not there.
     pub fn vanish(&mut self) {
         self.state.update(|s| s.quit = true);
         self.wake();
-        if let Some(serving) = self.serving.take() {
-            drop(serving.remote);
-            let _ = serving.thread.join();
+        if let Some(Serving { unique, remote, thread }) = self.serving.take() {
+            let _ = thread.join();
+            eventually(SOON, "the bus to have noticed", || {
+                let question = bus_call("NameHasOwner").append1(&unique);
+                // There may be no bus any more.
+                let Ok(answer) = remote.send_with_reply_and_block(question, SOON) else { return Some(()) };
+                (answer.get1::<bool>() == Some(false)).then_some(())
+            });
         }
         self.state.update(|s| s.outbox.clear());
     }
