@@ -96,8 +96,8 @@ pub(crate) fn start(peer: Peer) -> io::Result<()> {
 
 impl Session {
     fn new(peer: Peer) -> Self {
-        let (terminal, files, forwards) =
-            (Terminal::new(&peer), FileTransfer::default(), PortForward::new(&peer));
+        let terminal = Terminal::new(&peer);
+        let (files, forwards) = (FileTransfer::default(), PortForward::default());
         Session { peer, terminal, files, forwards, idle: None, end: End::Done }
     }
 
@@ -135,7 +135,7 @@ impl Session {
         self.idle = None;
         self.terminal.hang_up(now);
         self.files.hang_up(&self.peer, now);
-        self.forwards.hang_up();
+        self.forwards = PortForward::default();
     }
 
     fn serve(&mut self) -> io::Result<()> {

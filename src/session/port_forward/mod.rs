@@ -4,17 +4,20 @@
 //! Towards the client all share the session's credit.
 
 mod connection;
+mod opening;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 use nix::poll::PollFlags;
 
-use self::connection::{Connection, Input, Step};
+use self::connection::{CLOSED, Connection};
+use self::opening::{End, FAILED};
 use super::peer::Peer;
 use crate::outbox::Class;
-use crate::permits::Permit;
+use crate::permits::Permits;
 use crate::proto::Frame;
 use crate::proto::forward::{self, ConnectionId, Target};
 use crate::sys::{Events, PollSet};
@@ -23,8 +26,6 @@ use crate::sys::{Events, PollSet};
 const MAX_CONNECTIONS: usize = 512;
 /// Look-ups of a session at a time.
 const MAX_LOOK_UPS: usize = 4;
-/// Bytes that a session's targets have not taken. Only a client that doesn't wait for acks gets here.
-const MAX_WAITING: usize = 4 << 20;
 /// Answers that wait for credit; only a client that never reads gets there.
 const MAX_ANSWERS: usize = 1024;
 /// A forward without traffic in either direction is closed after this time.
@@ -40,73 +41,69 @@ pub(crate) struct PortForward {
     connections: BTreeMap<ConnectionId, Connection>,
     /// Without a client any more, but with data for the target, until this deadline.
     finishing: Vec<(Connection, Instant)>,
-    /// Forwards whose data is to be acknowledged when the target and the credit allow it.
+    /// Forwards whose data is to be acknowledged when the target and the credit allow it, once per frame.
     owing: VecDeque<ConnectionId>,
     /// Answers that wait for credit. No data is sent meanwhile, since it would overtake them.
     answers: VecDeque<Frame>,
-    /// For what the targets have not taken.
-    memory: Permit,
+    look_ups: Arc<Permits>,
     /// Start of the next round of reading, so that no forward is always first.
     turn: usize,
 }
 
-impl PortForward {
-    pub(crate) fn new(peer: &Peer) -> Self {
+impl Default for PortForward {
+    fn default() -> Self {
         PortForward {
             connections: BTreeMap::new(),
             finishing: Vec::new(),
             owing: VecDeque::new(),
             answers: VecDeque::new(),
-            memory: peer.device.memory.none(),
+            look_ups: Permits::new(MAX_LOOK_UPS),
             turn: 0,
         }
     }
+}
 
+impl PortForward {
     /// True if nothing is left to do.
     pub(crate) fn is_idle(&self) -> bool {
         self.connections.is_empty() && self.finishing.is_empty() && self.answers.is_empty()
     }
 
-    /// Handles a frame of the port forwarding protocol. False if the client asks for more than it reads.
-    pub(crate) fn handle(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> bool {
-        self.obey(peer, frame, now);
-        self.answers.len() < MAX_ANSWERS
+    fn all(&self) -> impl Iterator<Item = &Connection> {
+        self.connections.values().chain(self.finishing.iter().map(|(connection, _)| connection))
     }
 
-    fn obey(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) {
-        let id = match ConnectionId::of(frame) {
-            Ok(id) => id,
-            Err(text) => {
-                let known = [forward::FORWARD, forward::ACK, forward::STOP];
-                let text = match frame.typ.as_str() {
-                    forward::NEW => text.as_str(),
-                    typ if known.contains(&typ) => UNKNOWN,
-                    _ => UNKNOWN_TYPE,
-                };
-                return self.refuse(peer, frame, text);
-            }
-        };
-        match frame.typ.as_str() {
-            forward::NEW => self.open(peer, frame, id, now),
-            forward::FORWARD => self.take_data(peer, frame, &id, now),
+    fn ids(&self, which: impl Fn(&Connection) -> bool) -> Vec<ConnectionId> {
+        self.connections
+            .iter()
+            .filter(|(_, connection)| which(connection))
+            .map(|(id, _)| id.clone())
+            .collect()
+    }
+
+    /// Handles a frame of the port forwarding protocol. False if the client asks for more than it reads.
+    pub(crate) fn handle(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> bool {
+        match (frame.typ.as_str(), ConnectionId::of(frame)) {
+            (forward::NEW, Ok(id)) => self.open(peer, frame, id, now),
+            (forward::NEW, Err(text)) => self.refuse(peer, frame, &text),
+            (forward::FORWARD, Ok(id)) => self.take_data(peer, frame, &id, now),
             // Acks of a forward that is gone were in flight: ignored.
-            forward::ACK => {
-                if let Some(number) = self.connections.get_mut(&id).and_then(Connection::acknowledged) {
+            (forward::ACK, Ok(id)) => {
+                let connection = self.connections.get_mut(&id);
+                if let Some(number) = connection.and_then(|c| c.unacknowledged.pop_front()) {
                     peer.credit.prove(number);
                 }
             }
-            forward::STOP => match self.take(&id) {
-                Some(mut connection) => {
-                    connection.closed_by("client");
-                    // Before the answer: whoever has that may ask for the status at once.
-                    self.let_go(connection, now);
-                    self.answers.push_back(forward::about(&peer.id, forward::STOP, &id));
-                }
-                None => self.refuse(peer, frame, UNKNOWN),
-            },
-            forward::ERROR => debug!("session {}: error from the client about {id:?}", peer.id),
+            (forward::STOP, Ok(id)) if self.connections.contains_key(&id) => {
+                // Before the answer: the client may ask for the status as soon as it has that.
+                self.let_go(&id, (CLOSED, "client".to_owned()), now);
+                self.answers.push_back(forward::about(&peer.id, forward::STOP, &id));
+            }
+            (forward::FORWARD | forward::ACK | forward::STOP, _) => self.refuse(peer, frame, UNKNOWN),
+            (forward::ERROR, Ok(id)) => debug!("session {}: error from the client about {id:?}", peer.id),
             _ => self.refuse(peer, frame, UNKNOWN_TYPE),
         }
+        self.answers.len() < MAX_ANSWERS
     }
 
     fn refuse(&mut self, peer: &Peer, cause: &Frame, text: &str) {
@@ -137,87 +134,72 @@ impl PortForward {
     }
 
     /// Continues opening a connection.
-    fn advance(&mut self, peer: &mut Peer, id: &ConnectionId, now: Instant) {
-        let looking_up = self.connections.values().filter(|c| c.is_looking_up()).count();
+    fn advance(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
         let Some(connection) = self.connections.get_mut(id) else { return };
-        let was_looking_up = connection.is_looking_up();
-        let step = advance(connection, looking_up, peer, now);
-        if was_looking_up && !connection.is_looking_up() {
-            // Another one may have waited for that.
-            peer.wake.notify();
-        }
-        match step {
-            Step::Pending => {}
-            Step::Opened => {
+        match connection.advance(peer, &self.look_ups, now) {
+            Ok(false) => {}
+            Ok(true) => {
                 debug!("session {}: forwarding to {:?}", peer.id, connection.target());
                 self.answers.push_back(forward::about(&peer.id, forward::NEW, id));
                 self.flush(peer, id, now);
             }
-            Step::Failed(text) => {
-                connection.broke(&text);
+            Err(text) => {
                 self.answers.push_back(forward::error(&peer.id, forward::NEW, &text));
-                // The client's data is acknowledged all the same: it waits for that.
-                if let Some(connection) = self.take(id) {
-                    self.acknowledge_all(peer, id, &connection);
-                }
+                self.connections.remove(id);
+                self.acknowledge_all(peer, id);
             }
         }
     }
 
-    fn take_data(&mut self, peer: &mut Peer, frame: &Frame, id: &ConnectionId, now: Instant) {
+    fn take_data(&mut self, peer: &Peer, frame: &Frame, id: &ConnectionId, now: Instant) {
+        let waiting = self.all().map(Connection::waiting).sum();
         let Some(connection) = self.connections.get_mut(id) else {
             return self.refuse(peer, frame, UNKNOWN);
         };
-        connection.owed += 1;
-        let waiting = self.memory.count() + Connection::cost(&frame.body);
-        let room = waiting <= MAX_WAITING && self.memory.resize(waiting);
-        let queued = if room { connection.queue(frame.body.clone(), now) } else { Err(connection.deaf()) };
-        if let Err(text) = queued {
-            return self.fail(peer, id, &text, now);
-        }
         self.owing.push_back(id.clone());
-        self.flush(peer, id, now);
-    }
-
-    /// Writes queued data to the target, and acknowledges it.
-    fn flush(&mut self, peer: &mut Peer, id: &ConnectionId, now: Instant) {
-        let Some(connection) = self.connections.get_mut(id) else { return };
-        let before = connection.waiting();
-        let result = connection.flush(now);
-        let written = before - connection.waiting();
-        self.memory.resize(self.memory.count().saturating_sub(written));
-        if let Err(text) = result {
-            self.fail(peer, id, &text, now);
+        match connection.queue(frame.body.clone(), waiting, now) {
+            Ok(()) => self.flush(peer, id, now),
+            Err(text) => self.fail(peer, id, text, now),
         }
     }
 
-    fn fail(&mut self, peer: &Peer, id: &ConnectionId, text: &str, now: Instant) {
-        if let Some(connection) = self.connections.get_mut(id) {
-            connection.broke(text);
+    /// Writes queued data to the target.
+    fn flush(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
+        if let Some(Err(text)) = self.connections.get_mut(id).map(|connection| connection.flush(now)) {
+            self.fail(peer, id, text, now);
         }
-        self.stop(peer, id, Some(text), now);
     }
 
-    /// Ends a forward from this side: acknowledges everything, since clients wait for that, and then stops it.
-    fn stop(&mut self, peer: &Peer, id: &ConnectionId, error: Option<&str>, now: Instant) {
-        let Some(connection) = self.take(id) else { return };
-        self.acknowledge_all(peer, id, &connection);
-        if let Some(text) = error {
-            self.answers.push_back(forward::error(&peer.id, forward::FORWARD, text));
-        }
-        self.let_go(connection, now);
+    fn fail(&mut self, peer: &Peer, id: &ConnectionId, text: String, now: Instant) {
+        self.acknowledge_all(peer, id);
+        self.answers.push_back(forward::error(&peer.id, forward::FORWARD, &text));
+        self.stop(peer, id, (FAILED, text), now);
+    }
+
+    /// Ends a forward from this side.
+    fn stop(&mut self, peer: &Peer, id: &ConnectionId, end: End, now: Instant) {
+        self.acknowledge_all(peer, id);
+        self.let_go(id, end, now);
         self.answers.push_back(forward::about(&peer.id, forward::STOP, id));
     }
 
-    /// Removes a forward and the acks that it is owed: the client may reuse its id at once.
-    fn take(&mut self, id: &ConnectionId) -> Option<Connection> {
+    /// Acknowledges even what no target has taken: clients wait for that, also when a forward ends.
+    fn acknowledge_all(&mut self, peer: &Peer, id: &ConnectionId) {
+        let before = self.owing.len();
         self.owing.retain(|owing| owing != id);
-        self.connections.remove(id)
+        let ack = || forward::about(&peer.id, forward::ACK, id);
+        self.answers.extend(std::iter::repeat_with(ack).take(before - self.owing.len()));
     }
 
-    fn acknowledge_all(&mut self, peer: &Peer, id: &ConnectionId, connection: &Connection) {
-        let ack = || forward::about(&peer.id, forward::ACK, id);
-        self.answers.extend(std::iter::repeat_with(ack).take(connection.owed));
+    /// Ends a forward, whose id the client may reuse at once. The client's data still reaches the target.
+    fn let_go(&mut self, id: &ConnectionId, end: End, now: Instant) {
+        self.owing.retain(|owing| owing != id);
+        let Some(mut connection) = self.connections.remove(id) else { return };
+        connection.leave_status();
+        connection.end = end;
+        if connection.finish(now) {
+            self.finishing.push((connection, now + FINISH_LIMIT));
+        }
     }
 
     /// Sends the answers and acks for which there is credit, and asks for more. To be called before each wait.
@@ -247,38 +229,21 @@ impl PortForward {
     fn acknowledge(&mut self, peer: &mut Peer, now: Instant) {
         for _ in 0..self.owing.len() {
             let Some(id) = self.owing.pop_front() else { return };
-            match self.connections.get_mut(&id) {
-                Some(connection) if connection.may_acknowledge() && peer.credit.takes_answer(now) => {
-                    connection.owed -= 1;
-                    peer.reply(&forward::about(&peer.id, forward::ACK, &id));
-                }
-                _ => self.owing.push_back(id),
+            let room = self.connections.get(&id).is_some_and(Connection::may_acknowledge);
+            if room && peer.credit.takes_answer(now) {
+                peer.reply(&forward::about(&peer.id, forward::ACK, &id));
+            } else {
+                self.owing.push_back(id);
             }
-        }
-    }
-
-    /// The client is done with the forward. Its data still reaches the target.
-    fn let_go(&mut self, mut connection: Connection, now: Instant) {
-        connection.leave_status();
-        if connection.finish(now) {
-            self.finishing.push((connection, now + FINISH_LIMIT));
         }
     }
 
     /// Ends the session. The client's data still reaches its targets, everything else ends.
     pub(crate) fn close(&mut self, now: Instant) {
-        self.owing.clear();
         self.answers.clear();
-        for connection in std::mem::take(&mut self.connections).into_values() {
-            self.let_go(connection, now);
+        for id in self.ids(|_| true) {
+            self.let_go(&id, (CLOSED, "session".to_owned()), now);
         }
-    }
-
-    pub(crate) fn hang_up(&mut self) {
-        self.owing.clear();
-        self.answers.clear();
-        self.connections.clear();
-        self.finishing.clear();
     }
 
     /// When to call [`PortForward::proceed`] without an event.
@@ -286,11 +251,9 @@ impl PortForward {
         if self.is_idle() {
             return None;
         }
-        let connections = self.connections.values();
-        let steps = connections.clone().filter_map(Connection::deadline);
-        let idle = connections.map(|c| c.last_traffic + IDLE_LIMIT);
+        let steps = self.all().filter_map(Connection::deadline);
+        let idle = self.connections.values().map(|c| c.last_traffic + IDLE_LIMIT);
         let finishing = self.finishing.iter().map(|(_, until)| *until);
-        let finishing = finishing.chain(self.finishing.iter().filter_map(|(c, _)| c.deadline()));
         steps.chain(idle).chain(finishing).chain(peer.credit.deadline(now)).min()
     }
 
@@ -305,12 +268,8 @@ impl PortForward {
             return;
         }
         let reading = self.takes_data(peer, now);
-        let connections = self.connections.values().map(|c| (c, reading && c.takes_data()));
-        for (connection, reading) in connections.chain(self.finishing.iter().map(|(c, _)| (c, true))) {
-            if let Some((fd, events)) = connection.watch(reading) {
-                set.add(fd, events);
-            }
-        }
+        self.connections.values().for_each(|c| c.watch(reading && c.takes_data(), set));
+        self.finishing.iter().for_each(|(c, _)| c.watch(true, set));
     }
 
     /// Does what is possible now.
@@ -318,13 +277,11 @@ impl PortForward {
         if self.is_idle() {
             return;
         }
-        self.step_unopened(peer, now);
-        let ready: Vec<(ConnectionId, PollFlags)> = self
-            .connections
-            .iter()
-            .map(|(id, c)| (id.clone(), c.events(events)))
-            .filter(|(_, e)| !e.is_empty())
-            .collect();
+        for id in self.ids(|c| !c.is_open()) {
+            self.advance(peer, &id, now);
+        }
+        let ready = self.connections.iter().map(|(id, c)| (id.clone(), c.events(events)));
+        let ready: Vec<_> = ready.filter(|(_, events)| !events.is_empty()).collect();
         let ended = PollFlags::POLLERR | PollFlags::POLLHUP;
         for (id, _) in ready.iter().filter(|(_, events)| events.intersects(PollFlags::POLLOUT | ended)) {
             self.flush(peer, id, now);
@@ -338,32 +295,18 @@ impl PortForward {
             }
         }
         self.finish(peer, now);
-        self.close_idle(peer, now);
-        let all = self.connections.values().chain(self.finishing.iter().map(|(c, _)| c));
-        self.memory.resize(all.map(Connection::waiting).sum());
-    }
-
-    fn step_unopened(&mut self, peer: &mut Peer, now: Instant) {
-        let unopened: Vec<ConnectionId> =
-            self.connections.iter().filter(|(_, c)| !c.is_open()).map(|(id, _)| id.clone()).collect();
-        for id in unopened {
-            self.advance(peer, &id, now);
+        for id in self.ids(|c| now >= c.last_traffic + IDLE_LIMIT) {
+            self.stop(peer, &id, (CLOSED, "idle".to_owned()), now);
         }
     }
 
     /// Continues the forwards that only deliver their client's remaining data.
     fn finish(&mut self, peer: &Peer, now: Instant) {
-        let looking_up = self.finishing.iter().filter(|(c, _)| c.is_looking_up()).count();
         self.finishing.retain_mut(|(connection, until)| {
-            let more = match advance(connection, looking_up, peer, now) {
-                Step::Failed(text) => {
-                    connection.broke(&text);
-                    false
-                }
-                _ => connection.finish(now),
-            };
+            let more = connection.advance(peer, &self.look_ups, now).is_ok() && connection.finish(now);
             if more && now >= *until && connection.has_output() {
-                connection.broke("the target did not take all that the client sent");
+                let text = "the target did not take all that the client sent";
+                connection.end = (FAILED, text.to_owned());
             }
             more && now < *until
         });
@@ -376,48 +319,20 @@ impl PortForward {
         }
         let Some(connection) = self.connections.get_mut(id).filter(|c| c.takes_data()) else { return true };
         let frame = forward::about(&peer.id, forward::FORWARD, id);
-        let (message, input) = peer.sink.compose(&frame, connection.largest_read(&peer.sink), |place| {
-            let input = connection.read(place, now);
-            (if let Input::Data(length) = input { length } else { 0 }, input)
+        let (message, read) = peer.sink.compose(&frame, connection.largest_read(&peer.sink), |place| {
+            let read = connection.read(place, now);
+            (if let Ok(Some(length)) = read { length } else { 0 }, read)
         });
-        match input {
-            Input::Nothing => {}
-            Input::Data(length) => {
+        match read {
+            Ok(None) => {}
+            Ok(Some(length)) => {
                 connection.unacknowledged.push_back(peer.credit.sent(length, now));
                 peer.sink.send(message, Class::Bulk, None);
             }
-            Input::End(why) => {
-                match why {
-                    None => connection.closed_by("target"),
-                    Some(why) => connection.broke(&format!("read: {why}")),
-                }
-                self.stop(peer, id, None, now);
-            }
+            Err(end) => self.stop(peer, id, end, now),
         }
         true
     }
-
-    fn close_idle(&mut self, peer: &Peer, now: Instant) {
-        let idle: Vec<ConnectionId> = self
-            .connections
-            .iter()
-            .filter(|(_, c)| now >= c.last_traffic + IDLE_LIMIT)
-            .map(|(id, _)| id.clone())
-            .collect();
-        for id in idle {
-            if let Some(connection) = self.connections.get_mut(&id) {
-                connection.closed_by("idle");
-            }
-            self.stop(peer, &id, None, now);
-        }
-    }
-}
-
-/// Lets a connection continue opening.
-fn advance(connection: &mut Connection, looking_up: usize, peer: &Peer, now: Instant) -> Step {
-    let (device, wake) = (&peer.device, &peer.wake);
-    let permit = || if looking_up < MAX_LOOK_UPS { device.look_ups.acquire_or_wake(wake) } else { None };
-    connection.advance(permit, device.config().forward_targets.as_deref(), wake, now)
 }
 
 #[cfg(test)]
@@ -451,7 +366,7 @@ mod tests {
         let first = Frame::new(PORT_FORWARD, forward::STOP, SessionId::new("s").as_ref());
         Router::with(&device, &outbox, start).route(first);
         let peer = peer.unwrap();
-        Scene { forwarder: PortForward::new(&peer), peer, queue }
+        Scene { forwarder: PortForward::default(), peer, queue }
     }
 
     impl Scene {
@@ -543,7 +458,7 @@ mod tests {
                 assert!(typ == "new" || typ == "ack", "{typ}");
             }
         }
-        assert_eq!((scene.forwarder.connections.len(), scene.forwarder.memory.count()), (1, 0));
+        assert_eq!((scene.forwarder.connections.len(), scene.peer.device.memory.taken()), (1, 0));
     }
 
     /// `stop` left the connection's id among those that are owed an ack. A new connection of the same id was then owed
