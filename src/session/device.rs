@@ -1,20 +1,21 @@
 //! What all sessions of the device share, beyond the life of a link.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use log::info;
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::file_transfer::rate::Counters;
-use super::inbox::{HangUp, Inbox};
+use super::inbox::Inbox;
 use super::shells::{MAX_SHELLS, Shells};
 use super::stats::{Figures, Info};
 use crate::commands::Commands;
 use crate::config::Config;
 use crate::permits::Permits;
 use crate::proto::SessionId;
+use crate::sys::lock;
 
 /// Session threads, those of earlier links included. Beyond [`super::router::MAX_SESSIONS`] they are for shells, and
 /// for sessions that make room for others.
@@ -57,7 +58,7 @@ pub(crate) struct Entry {
 
 impl Table {
     pub(crate) fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Removes the session with this inbox; another may have its id by now.
@@ -74,15 +75,12 @@ impl Table {
         // One that was hung up before ends anyway.
         let may_end = |entry: &Entry| !entry.info.is_busy() && entry.inbox.hung_up().is_none();
         let idle = sessions.iter().filter(|(_, entry)| may_end(entry));
-        let Some(id) =
-            idle.min_by_key(|(_, entry)| entry.info.traffic.last_activity()).map(|(id, _)| id.clone())
-        else {
-            return false;
-        };
-        if let Some(entry) = sessions.remove(&id) {
-            entry.inbox.hang_up(HangUp::MakesRoom);
-        }
-        true
+        let longest = idle.min_by_key(|(_, entry)| entry.info.traffic.last_activity());
+        let Some(id) = longest.map(|(id, _)| id.clone()) else { return false };
+        sessions.remove(&id).is_some_and(|entry| {
+            entry.inbox.hang_up("too many sessions");
+            true
+        })
     }
 }
 
@@ -104,26 +102,26 @@ impl Device {
     }
 
     pub fn config(&self) -> Arc<Config> {
-        Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&lock(&self.config))
     }
 
     /// What has begun goes on as it was, but shells expire by the new configuration, and what it disables ends.
     pub(crate) fn reconfigure(&self, config: Config) {
-        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+        *lock(&self.config) = Arc::new(config);
         for entry in self.table().lock().values() {
-            entry.inbox.wake();
+            entry.inbox.wake.notify();
         }
     }
 
     /// An empty table for a new link. The one before keeps its own, until its sessions have ended.
     pub(crate) fn new_table(&self) -> Arc<Table> {
         let table = Arc::default();
-        *self.table.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&table);
+        *lock(&self.table) = Arc::clone(&table);
         table
     }
 
     pub(crate) fn table(&self) -> Arc<Table> {
-        Arc::clone(&self.table.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&lock(&self.table))
     }
 
     /// How many sessions and shells there are.

@@ -2,10 +2,11 @@
 //! session's problem alone.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::permits::{Permit, Permits};
-use crate::proto::Frame;
+use crate::proto::{Frame, SHELL, shell};
+use crate::sys::lock;
 use crate::sys::wake::Wake;
 
 /// A session empties its inbox each time it wakes; only a busy one lets it grow.
@@ -18,7 +19,7 @@ const RESERVED: usize = 16 << 10;
 #[derive(Debug)]
 pub struct Inbox {
     state: Mutex<State>,
-    wake: Arc<Wake>,
+    pub(crate) wake: Arc<Wake>,
 }
 
 #[derive(Debug)]
@@ -27,20 +28,11 @@ struct State {
     bytes: usize,
     /// For the bytes beyond [`RESERVED`].
     memory: Permit,
-    hung_up: Option<HangUp>,
-    /// The session is gone: nothing more will be read.
+    /// Why the session has to end now, as the audit log has it.
+    hung_up: Option<&'static str>,
+    /// Nothing more will be read.
     closed: bool,
     overflowed: bool,
-}
-
-/// Why a session has to end now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HangUp {
-    LinkLost,
-    /// Its client was told already.
-    Overflow,
-    /// It was idle, and there are too many sessions.
-    MakesRoom,
 }
 
 /// Why a frame wasn't taken. It is handed back.
@@ -68,6 +60,10 @@ impl State {
     }
 }
 
+fn is_resize(frame: &Frame) -> bool {
+    (frame.proto, frame.typ.as_str()) == (SHELL, shell::RESIZE)
+}
+
 impl Inbox {
     /// Calls `wake` whenever there is news.
     pub(crate) fn new(wake: Arc<Wake>, memory: &Arc<Permits>) -> Self {
@@ -83,45 +79,31 @@ impl Inbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
-    /// Takes a frame and wakes the session.
+    /// Takes a frame and wakes the session. Coalesces resizes, so that dragging a window can't fill the inbox; but only
+    /// the last frame is replaced: a resize must not overtake others, such as a `stop` and a `new`.
     pub(crate) fn push(&self, frame: Frame) -> Result<(), Rejected> {
         let mut state = self.lock();
         if state.closed {
             return Err(Rejected::Closed(frame));
         }
-        let bytes = state.bytes + frame.held();
-        let full = state.frames.len() >= MAX_FRAMES || bytes > MAX_BYTES;
-        if (full && !state.frames.is_empty()) || !state.count(bytes) {
+        let last = state.frames.back().filter(|last| is_resize(last) && is_resize(&frame));
+        let (replaces, old) = (last.is_some(), last.map_or(0, Frame::held));
+        let bytes = state.bytes - old + frame.held();
+        let full = !state.frames.is_empty() && (state.frames.len() >= MAX_FRAMES || bytes > MAX_BYTES);
+        if (full && !replaces) || !state.count(bytes) {
             let first = !std::mem::replace(&mut state.overflowed, true);
             return Err(Rejected::Full(frame, first));
+        }
+        if replaces {
+            state.frames.pop_back();
         }
         state.frames.push_back(frame);
         drop(state);
         self.wake.notify();
         Ok(())
-    }
-
-    /// Tells the session that there is news.
-    pub(crate) fn wake(&self) {
-        self.wake.notify();
-    }
-
-    /// Puts the frame in the place of the last one that waits, if that is of the same kind; otherwise gives it back. An
-    /// earlier one isn't replaced: the frame would overtake those between them, such as a `stop` and a `new`.
-    pub(crate) fn supersede(&self, frame: Frame) -> Option<Frame> {
-        let mut state = self.lock();
-        let same = |last: &&Frame| (last.proto, &last.typ) == (frame.proto, &frame.typ);
-        let Some(old) = state.frames.back().filter(same).map(Frame::held) else { return Some(frame) };
-        let bytes = state.bytes - old + frame.held();
-        if !state.count(bytes) {
-            return Some(frame);
-        }
-        state.frames.pop_back();
-        state.frames.push_back(frame);
-        None
     }
 
     pub fn pop(&self) -> Option<Frame> {
@@ -133,7 +115,7 @@ impl Inbox {
     }
 
     /// Ends the session. Nothing is taken from now on: what began later would outlive the link.
-    pub(crate) fn hang_up(&self, why: HangUp) {
+    pub(crate) fn hang_up(&self, why: &'static str) {
         let mut state = self.lock();
         state.hung_up.get_or_insert(why);
         state.closed = true;
@@ -142,18 +124,18 @@ impl Inbox {
         self.wake.notify();
     }
 
-    pub fn hung_up(&self) -> Option<HangUp> {
+    pub fn hung_up(&self) -> Option<&'static str> {
         self.lock().hung_up
     }
 
-    /// Ends the taking of frames, unless one has come that wants to be read first.
+    /// Takes no more frames, unless one has come that is to be read first.
     pub fn close_if_empty(&self) -> bool {
         let mut state = self.lock();
         state.closed = state.frames.is_empty();
         state.closed
     }
 
-    /// Ends the taking of frames; those that are there are lost.
+    /// Takes no more frames, and drops those that wait.
     pub fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
@@ -199,7 +181,7 @@ mod tests {
         greedy.push(frame(3 << 20)).unwrap();
         assert!(matches!(other.push(frame(2 * RESERVED)), Err(Rejected::Full(..))));
         other.push(frame(1)).unwrap();
-        greedy.hang_up(HangUp::Overflow);
+        greedy.hang_up("test");
         assert_eq!(memory.taken(), 0);
         other.push(frame(2 * RESERVED)).unwrap();
         other.pop().unwrap();
@@ -208,18 +190,15 @@ mod tests {
     }
 
     #[test]
-    fn the_last_frame_can_be_replaced_by_one_of_its_kind() {
+    fn a_resize_replaces_the_one_before() {
         let inbox = inbox();
         let resize = |body: &'static str| Frame::new(1, "resize", None).with_body(body);
-        assert!(inbox.supersede(resize("")).is_some());
-        inbox.push(frame(3)).unwrap();
-        inbox.push(resize("")).unwrap();
-        for size in ["a", "bb", "c"] {
-            assert!(inbox.supersede(resize(size)).is_none());
+        for frame in [frame(3), resize(""), resize("a"), resize("bb"), resize("c"), frame(3), frame(3)] {
+            inbox.push(frame).unwrap();
         }
-        assert!(inbox.supersede(Frame::new(1, "other", None)).is_some());
-        assert_eq!(inbox.pop(), Some(frame(3)));
-        assert_eq!(inbox.pop(), Some(resize("c")));
+        for left in [frame(3), resize("c"), frame(3), frame(3)] {
+            assert_eq!(inbox.pop(), Some(left));
+        }
         assert!(inbox.pop().is_none() && inbox.lock().bytes == 0);
     }
 
@@ -230,9 +209,7 @@ mod tests {
         let of = |typ, body: &'static str| Frame::new(1, typ, None).with_body(body);
         let sent = [of("resize", "old"), of("stop", ""), of("new", ""), of("resize", "new")];
         for frame in sent.clone() {
-            if let Some(frame) = inbox.supersede(frame) {
-                inbox.push(frame).unwrap();
-            }
+            inbox.push(frame).unwrap();
         }
         let read: Vec<Frame> = std::iter::from_fn(|| inbox.pop()).collect();
         assert_eq!(read, sent);

@@ -7,8 +7,8 @@ use std::time::Instant;
 use log::{debug, info, warn};
 
 use super::credit::Credit;
-use super::device::{Device, Entry, MAX_THREADS, Table};
-use super::inbox::{HangUp, Inbox, Rejected};
+use super::device::{Device, Entry, Table};
+use super::inbox::{Inbox, Rejected};
 use super::peer::Peer;
 use super::shells::ShellPermit;
 use super::stats::Info;
@@ -74,13 +74,14 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         };
         let Some(frame) = self.deliver(&id, frame) else { return };
         match (frame.proto, frame.typ.as_str()) {
-            (SHELL, shell::NEW) if self.device.config().terminal.enabled => self.create_shell(&id, frame),
-            (SHELL, _) if self.device.config().terminal.enabled => {
+            (SHELL, _) if !self.device.config().terminal.enabled => {
+                self.answer(&terminal::unknown(&id, &frame));
+            }
+            (SHELL, typ) if typ != shell::NEW => {
                 if let Some(answer) = terminal::answer_without_shell(&id, &frame) {
                     self.answer(&answer);
                 }
             }
-            (SHELL, _) => self.answer(&terminal::unknown(&id, &frame)),
             // These are about a session that isn't there.
             (CONTROL, control::CLOSE | control::PONG | control::ERROR) => {}
             _ => self.create(&id, frame),
@@ -91,12 +92,6 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
     fn deliver(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
         let inbox = self.table.lock().get(id).map(|entry| Arc::clone(&entry.inbox));
         let Some(inbox) = inbox else { return Some(frame) };
-        // Coalesces resizes, so that dragging a window can't fill the inbox.
-        let frame = if (frame.proto, frame.typ.as_str()) == (SHELL, shell::RESIZE) {
-            inbox.supersede(frame)?
-        } else {
-            frame
-        };
         match inbox.push(frame) {
             Ok(()) => None,
             Err(Rejected::Closed(frame)) => Some(frame),
@@ -104,70 +99,49 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
                 if first {
                     warn!("session {id}: inbox full, refusing {}/{:?}", frame.proto, frame.typ);
                 }
-                self.overflow(id, &inbox, frame);
+                self.overflow(id, &inbox, &frame);
                 None
             }
         }
     }
 
-    /// A session that doesn't keep up. Keystrokes may be refused, but in anything else a gap would corrupt
-    /// data.
-    fn overflow(&mut self, id: &SessionId, inbox: &Inbox, frame: Frame) {
+    /// Keystrokes may be refused, but in anything else a gap would corrupt data.
+    fn overflow(&mut self, id: &SessionId, inbox: &Inbox, frame: &Frame) {
         match (frame.proto, frame.typ.as_str()) {
             (SHELL, shell::RESIZE | shell::PONG) => {}
             (SHELL, typ) => self.answer(&shell::failure(id, typ, "inbox full: the message was dropped")),
             _ => {
-                self.answer(&control::error_about(id, &frame, "inbox full: the session is closed", true));
-                inbox.hang_up(HangUp::Overflow);
+                self.answer(&control::error_about(id, frame, "inbox full: the session is closed", true));
+                inbox.hang_up("inbox full");
             }
         }
     }
 
-    /// Without a permit there will be no shell, and a refusal needs no thread.
-    fn create_shell(&mut self, id: &SessionId, frame: Frame) {
-        let user = frame.user();
-        match self.device.shells.acquire(&user, self.device.config().sessions.max_per_user) {
-            Err(refusal) => self.answer(&terminal::refusal(id, &user, refusal.to_string())),
-            Ok(permit) => {
-                let typ = frame.typ.clone();
-                if let Err(reason) = self.try_create(id, frame, Some(permit)) {
-                    let text = format!("failed to start shell: {reason}");
-                    self.answer(&shell::failure(id, &typ, text));
-                }
-            }
-        }
-    }
-
-    fn create(&mut self, id: &SessionId, frame: Frame) {
-        let cause = frame.without_body();
-        if let Err(reason) = self.try_create(id, frame, None) {
-            self.answer(&control::error_about(id, &cause, &reason, true));
-        }
-    }
-
-    fn try_create(
-        &mut self,
-        id: &SessionId,
-        first: Frame,
-        shell_permit: Option<ShellPermit>,
-    ) -> Result<(), String> {
-        let started = self
-            .thread_permit(shell_permit.is_some())
-            .and_then(|permit| self.spawn(id, first, permit, shell_permit).map_err(|e| reason(&e)));
-        started.inspect_err(|reason| debug!("session {id}: {reason}"))
+    /// Starts a session. Without a permit there will be no shell, and a refusal needs no thread.
+    fn create(&mut self, id: &SessionId, first: Frame) {
+        let (cause, user, is_shell) = (first.without_body(), first.user(), first.proto == SHELL);
+        let max_per_user = self.device.config().sessions.max_per_user;
+        let shell_permit = is_shell.then(|| self.device.shells.acquire(&user, max_per_user)).transpose();
+        let shell_permit = match shell_permit {
+            Ok(permit) => permit,
+            Err(refusal) => return self.answer(&terminal::refusal(id, &user, refusal)),
+        };
+        let spawned = self
+            .thread_permit(is_shell)
+            .and_then(|thread| self.spawn(id, first, thread, shell_permit).map_err(|e| reason(&e)));
+        let Err(reason) = spawned else { return };
+        debug!("session {id}: {reason}");
+        self.answer(&match is_shell {
+            true => shell::failure(id, &cause.typ, format!("failed to start shell: {reason}")),
+            false => control::error_about(id, &cause, &reason, true),
+        });
     }
 
     fn thread_permit(&self, shell: bool) -> Result<Permit, String> {
         let taken = self.device.threads.taken();
-        let limit = match shell {
-            true => MAX_THREADS,
-            false if taken < MAX_SESSIONS => MAX_SESSIONS,
-            false if taken < MAX_SESSIONS + MAKING_ROOM && self.table.make_room() => {
-                MAX_SESSIONS + MAKING_ROOM
-            }
-            false => 0,
-        };
-        let permit = if taken < limit { self.device.threads.acquire() } else { None };
+        let room =
+            shell || taken < MAX_SESSIONS || (taken < MAX_SESSIONS + MAKING_ROOM && self.table.make_room());
+        let permit = room.then(|| self.device.threads.acquire()).flatten();
         permit.ok_or_else(|| "too many sessions".to_owned())
     }
 
@@ -232,7 +206,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 impl<S> Drop for Router<S> {
     fn drop(&mut self) {
         for (_, entry) in self.table.lock().drain() {
-            entry.inbox.hang_up(HangUp::LinkLost);
+            entry.inbox.hang_up("link lost");
         }
     }
 }

@@ -8,14 +8,12 @@ use log::{error, info};
 use nix::poll::PollFlags;
 
 use super::file_transfer::FileTransfer;
-use super::inbox::HangUp;
 use super::peer::Peer;
 use super::port_forward::PortForward;
 use super::terminal::Terminal;
 use crate::audit::Record;
-use crate::proto::{
-    CONTROL, FILE_TRANSFER, Frame, MAX_TEXT, MENDER_CLIENT, PORT_FORWARD, SHELL, clipped, control,
-};
+use crate::proto::control::{self, VERSION};
+use crate::proto::{CONTROL, FILE_TRANSFER, Frame, MAX_TEXT, MENDER_CLIENT, PORT_FORWARD, SHELL, clipped};
 use crate::sys::{PollSet, reason, thread};
 
 /// Silence after which the client is asked whether it is there, and after which the session is over.
@@ -28,53 +26,17 @@ struct Session {
     terminal: Terminal,
     files: FileTransfer,
     forwards: PortForward,
-    /// Runs once another protocol than the terminal's was spoken: terminal clients don't answer these pings.
-    idle: Option<Idle>,
-    end: End,
+    /// When the client is asked whether it is there, and when its silence ends the session. Set once another protocol
+    /// than the terminal's was spoken: terminal clients don't answer these pings.
+    ping_at: Option<Instant>,
+    close_at: Option<Instant>,
+    /// Why the session ends, as the audit log has it.
+    end: &'static str,
 }
 
-/// Why a session ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    Done,
-    Closed,
-    Disabled,
-    Idle,
-    HungUp(HangUp),
-    Failed,
-}
-
-impl End {
-    /// As the audit log has it.
-    fn name(self) -> &'static str {
-        match self {
-            End::Done => "done",
-            End::Closed => "closed",
-            End::Disabled => "disabled",
-            End::Idle => "idle",
-            End::HungUp(HangUp::LinkLost) => "link lost",
-            End::HungUp(HangUp::Overflow) => "inbox full",
-            End::HungUp(HangUp::MakesRoom) => "too many sessions",
-            End::Failed => "failed",
-        }
-    }
-}
-
-/// The time since something came in.
-struct Idle {
-    since: Instant,
-    pinged: bool,
-}
-
-impl Idle {
-    fn deadline(&self) -> Instant {
-        self.since + if self.pinged { CLOSE_AFTER } else { PING_AFTER }
-    }
-}
-
-/// Why a body can't be read. The text may hold some of the body.
-fn clipped_reason(error: &impl std::fmt::Display) -> String {
-    clipped(&error.to_string(), MAX_TEXT)
+/// For a text that may hold some of a client's body.
+fn clip(text: &impl ToString) -> String {
+    clipped(&text.to_string(), MAX_TEXT)
 }
 
 /// Whether a frame starts the idle timer of a session. Those that the router ignores without a session don't: a `pong`
@@ -98,21 +60,22 @@ impl Session {
     fn new(peer: Peer) -> Self {
         let terminal = Terminal::new(&peer);
         let (files, forwards) = (FileTransfer::default(), PortForward::default());
-        Session { peer, terminal, files, forwards, idle: None, end: End::Done }
+        Session { peer, terminal, files, forwards, ping_at: None, close_at: None, end: "done" }
     }
 
     fn run(mut self) {
         let started = Instant::now();
         self.record("session-start").log(true);
-        if let Err(e) = self.serve() {
-            self.fail(&reason(&e));
+        let served = self.serve();
+        if let Err(e) = &served {
+            self.fail(&reason(e));
         }
-        let record = self.record("session-end").since(started, Instant::now());
-        let Session { peer, terminal, files, forwards, end, .. } = self;
+        let record = self.record("session-end").since(started, Instant::now()).text("reason", self.end);
+        let Session { peer, terminal, files, forwards, .. } = self;
         // Forwards log their own lines before.
         drop((terminal, files, forwards));
-        record.text("reason", end.name()).log(end != End::Failed);
-        // Who waits for the sessions' ends waits for their last lines, too.
+        record.log(served.is_ok());
+        // The daemon ends when no session is left, and must not miss their last lines.
         drop(peer);
     }
 
@@ -121,7 +84,7 @@ impl Session {
     }
 
     fn fail(&mut self, reason: &str) {
-        self.end = End::Failed;
+        self.end = "failed";
         error!("session {}: {reason}", self.peer.id);
         self.peer.inbox.close();
         self.peer.reply(&control::error(&self.peer.id, reason, true));
@@ -130,21 +93,16 @@ impl Session {
         self.files.abort(&self.peer, "failed", "the session failed");
     }
 
-    fn hang_up(&mut self) {
-        let now = Instant::now();
-        self.idle = None;
-        self.terminal.hang_up(now);
-        self.files.hang_up(&self.peer, now);
-        self.forwards = PortForward::default();
-    }
-
     fn serve(&mut self) -> io::Result<()> {
         let mut hung_up = false;
         loop {
-            if let Some(why) = self.peer.inbox.hung_up().filter(|_| !hung_up) {
-                hung_up = true;
-                self.end = End::HungUp(why);
-                self.hang_up();
+            if !hung_up && let Some(why) = self.peer.inbox.hung_up() {
+                let now = Instant::now();
+                (hung_up, self.end) = (true, why);
+                (self.ping_at, self.close_at) = (None, None);
+                self.terminal.hang_up(now);
+                self.files.hang_up(&self.peer, now);
+                self.forwards = PortForward::default();
             }
             self.read_inbox();
             let now = Instant::now();
@@ -161,7 +119,7 @@ impl Session {
             self.terminal.watch(&self.peer, &mut set, now);
             self.forwards.watch(&self.peer, &mut set, now);
             let events = set.wait(self.deadline(now))?;
-            // Before anything is looked at: not all who wake the session do so through the inbox.
+            // Before anything is looked at: the session is also woken by others than its inbox.
             self.peer.wake.clear();
             self.terminal.proceed(&mut self.peer, &events, Instant::now());
             self.forwards.proceed(&mut self.peer, &events, Instant::now());
@@ -169,13 +127,14 @@ impl Session {
     }
 
     fn deadline(&self, now: Instant) -> Option<Instant> {
-        let idle = self.idle.as_ref().map(Idle::deadline);
-        let handlers = [
+        let deadlines = [
             self.terminal.deadline(&self.peer, now),
             self.files.deadline(),
             self.forwards.deadline(&self.peer, now),
+            self.ping_at,
+            self.close_at,
         ];
-        handlers.into_iter().flatten().chain(idle).min()
+        deadlines.into_iter().flatten().min()
     }
 
     /// What the configuration doesn't allow any more ends.
@@ -186,15 +145,34 @@ impl Session {
         }
         let files = !config.file_transfer && !self.files.is_idle();
         let forwards = !config.port_forward && !self.forwards.is_idle();
-        if self.idle.is_some() && (files || forwards) {
-            self.end = End::Disabled;
-            self.peer.reply(&control::error(&self.peer.id, "disabled by the configuration", true));
-            self.close();
+        if self.close_at.is_some() && (files || forwards) {
+            self.end_because("disabled", "disabled by the configuration");
         }
     }
 
+    fn check_idle(&mut self, now: Instant) {
+        if self.close_at.is_some_and(|at| now >= at) {
+            self.end_because("idle", "session timeout");
+        } else if self.ping_at.take_if(|at| now >= *at).is_some() {
+            self.peer.ping(now);
+        }
+    }
+
+    fn end_because(&mut self, end: &'static str, text: &str) {
+        self.end = end;
+        self.peer.reply(&control::error(&self.peer.id, text, true));
+        self.close();
+    }
+
+    /// Ends everything but a shell, which session control doesn't govern.
+    fn close(&mut self) {
+        (self.ping_at, self.close_at) = (None, None);
+        self.files.close(&self.peer);
+        self.forwards.close(Instant::now());
+    }
+
     fn is_over(&self) -> bool {
-        self.idle.is_none() && self.terminal.is_idle() && self.files.is_idle() && self.forwards.is_idle()
+        self.close_at.is_none() && self.terminal.is_idle() && self.files.is_idle() && self.forwards.is_idle()
     }
 
     fn read_inbox(&mut self) {
@@ -206,8 +184,8 @@ impl Session {
 
     fn handle(&mut self, frame: Frame, now: Instant) {
         self.peer.info.heard(frame.proto, now);
-        if self.idle.is_some() || starts_idling(&frame) {
-            self.idle = Some(Idle { since: now, pinged: false });
+        if self.close_at.is_some() || starts_idling(&frame) {
+            (self.ping_at, self.close_at) = (Some(now + PING_AFTER), Some(now + CLOSE_AFTER));
         }
         let config = self.peer.device.config();
         match frame.proto {
@@ -218,7 +196,7 @@ impl Session {
                 if !self.forwards.handle(&mut self.peer, &frame, now) {
                     let text = "too many answers wait: the session is closed";
                     self.peer.reply(&control::error_about(&self.peer.id, &frame, text, true));
-                    self.peer.inbox.hang_up(HangUp::Overflow);
+                    self.peer.inbox.hang_up("inbox full");
                 }
             }
             other => {
@@ -229,65 +207,53 @@ impl Session {
     }
 
     fn handle_control(&mut self, frame: &Frame) {
-        match self.answer_control(frame) {
-            Ok(None) => {}
-            Ok(Some(answer)) => self.peer.reply(&answer),
-            Err(refusal) => {
-                if let Some(text) = refusal {
-                    self.peer.reply(&control::error_about(&self.peer.id, frame, &text, true));
-                }
-                self.close();
-            }
-        }
-    }
-
-    /// The answer, if there is one. An error ends the session; its text is for the client.
-    fn answer_control(&mut self, frame: &Frame) -> Result<Option<Frame>, Option<String>> {
         let id = &self.peer.id;
-        match frame.typ.as_str() {
+        let answer = match frame.typ.as_str() {
             control::OPEN => match control::parse::<control::Open>(&frame.body) {
-                Ok(open) if open.versions.iter().flatten().any(|v| *v == control::VERSION) => {
-                    Ok(Some(control::accept(id, &self.protocols())))
+                Ok(open) if open.versions.iter().flatten().any(|v| *v == VERSION) => {
+                    control::accept(id, &self.protocols())
                 }
-                Ok(_) => Err(Some(format!("handshake rejected: require version {}", control::VERSION))),
-                Err(e) => Err(Some(format!("failed to decode handshake request: {}", clipped_reason(&e)))),
+                Ok(_) => {
+                    return self.refuse(frame, &format!("handshake rejected: require version {VERSION}"));
+                }
+                Err(e) => {
+                    return self.refuse(frame, &format!("failed to decode handshake request: {}", clip(&e)));
+                }
             },
             control::ACCEPT => match control::parse::<control::Accept>(&frame.body) {
-                Ok(accept) if accept.version == control::VERSION => Ok(None),
-                Ok(accept) => Err(Some(format!(
-                    "unsupported protocol version {}: require version {}",
-                    accept.version,
-                    control::VERSION
-                ))),
-                Err(e) => Err(Some(format!("malformed handshake response: {}", clipped_reason(&e)))),
+                Ok(accept) if accept.version == VERSION => return,
+                Ok(control::Accept { version, .. }) => {
+                    let text = format!("unsupported protocol version {version}: require version {VERSION}");
+                    return self.refuse(frame, &text);
+                }
+                Err(e) => return self.refuse(frame, &format!("malformed handshake response: {}", clip(&e))),
             },
-            control::PING => Ok(Some(control::pong(id))),
-            control::PONG => {
-                self.peer.credit.answered();
-                Ok(None)
-            }
+            control::PING => control::pong(id),
+            control::PONG => return self.peer.credit.answered(),
             control::CLOSE => {
-                self.end = End::Closed;
-                Err(None)
+                self.end = "closed";
+                return self.close();
             }
             control::ERROR => {
                 let error = control::parse::<control::Error>(&frame.body).unwrap_or_default();
-                let text = error.err.unwrap_or_default();
-                info!("session {id}: error from the client: {:?}", clipped(&text, MAX_TEXT));
-                if error.close.unwrap_or(false) { Err(None) } else { Ok(None) }
+                info!("session {id}: error from the client: {:?}", clip(&error.err.unwrap_or_default()));
+                if error.close == Some(true) {
+                    self.close();
+                }
+                return;
             }
             other => {
                 let text = format!("session: control type message not understood: '{other}'");
-                Ok(Some(control::error_about(id, frame, &text, false)))
+                control::error_about(id, frame, &text, false)
             }
-        }
+        };
+        self.peer.reply(&answer);
     }
 
-    /// Ends everything but a shell, which session control doesn't govern.
-    fn close(&mut self) {
-        self.idle = None;
-        self.files.close(&self.peer);
-        self.forwards.close(Instant::now());
+    /// Ends the session for a handshake that can't be agreed on.
+    fn refuse(&mut self, cause: &Frame, text: &str) {
+        self.peer.reply(&control::error_about(&self.peer.id, cause, text, true));
+        self.close();
     }
 
     /// The protocols that a session may speak.
@@ -300,20 +266,5 @@ impl Session {
             (MENDER_CLIENT, config.mender_client),
         ];
         enabled.into_iter().filter_map(|(protocol, enabled)| enabled.then_some(protocol)).collect()
-    }
-
-    fn check_idle(&mut self, now: Instant) {
-        match &mut self.idle {
-            Some(idle) if now >= idle.since + CLOSE_AFTER => {
-                self.end = End::Idle;
-                self.peer.reply(&control::error(&self.peer.id, "session timeout", true));
-                self.close();
-            }
-            Some(idle) if !idle.pinged && now >= idle.since + PING_AFTER => {
-                idle.pinged = true;
-                self.peer.ping(now);
-            }
-            _ => {}
-        }
     }
 }

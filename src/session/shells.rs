@@ -1,23 +1,16 @@
 //! The limits on shells.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use thiserror::Error;
+use std::sync::{Arc, Mutex};
 
 use crate::proto::UserId;
+use crate::sys::lock;
 
 /// Shells on the device at a time.
 pub(crate) const MAX_SHELLS: usize = 16;
 
 /// Why there can't be another shell. Clients know the texts.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    #[error("too many shells spawned")]
-    Device,
-    /// The user has Sessions.MaxPerUser shells.
-    #[error("user has too many open sessions")]
-    User,
-}
+pub(crate) const TOO_MANY: &str = "too many shells spawned";
+const TOO_MANY_OF_USER: &str = "user has too many open sessions";
 
 /// Whose shells the device has.
 #[derive(Debug, Default)]
@@ -31,27 +24,23 @@ pub(crate) struct ShellPermit {
 }
 
 impl Shells {
-    fn lock(&self) -> MutexGuard<'_, Vec<UserId>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(crate) fn running(&self) -> usize {
-        self.lock().len()
+        lock(&self.0).len()
     }
 
-    /// Takes a permit for a user who may have `max_per_user` shells. The device's limit is checked first.
+    /// For a user who may have `max_per_user` shells. The device's limit is checked first. The error is for the client.
     pub(crate) fn acquire(
         self: &Arc<Self>,
         user: &UserId,
         max_per_user: u32,
-    ) -> Result<ShellPermit, Refusal> {
-        let mut users = self.lock();
+    ) -> Result<ShellPermit, &'static str> {
+        let mut users = lock(&self.0);
         if users.len() >= MAX_SHELLS {
-            return Err(Refusal::Device);
+            return Err(TOO_MANY);
         }
         let of_user = users.iter().filter(|other| *other == user).count();
         if of_user >= usize::try_from(max_per_user).unwrap_or(usize::MAX) {
-            return Err(Refusal::User);
+            return Err(TOO_MANY_OF_USER);
         }
         users.push(user.clone());
         Ok(ShellPermit { shells: Arc::clone(self), user: user.clone() })
@@ -60,7 +49,7 @@ impl Shells {
 
 impl Drop for ShellPermit {
     fn drop(&mut self) {
-        let mut users = self.shells.lock();
+        let mut users = lock(&self.shells.0);
         if let Some(place) = users.iter().position(|user| *user == self.user) {
             users.swap_remove(place);
         }
@@ -77,14 +66,14 @@ mod tests {
         let (a, b) = (UserId::from("a"), UserId::from(""));
         let first = shells.acquire(&a, 2).unwrap();
         let _second = shells.acquire(&a, 2).unwrap();
-        assert_eq!(shells.acquire(&a, 2).unwrap_err(), Refusal::User);
+        assert_eq!(shells.acquire(&a, 2).unwrap_err(), TOO_MANY_OF_USER);
         let _other = shells.acquire(&b, 2).unwrap();
         drop(first);
         assert_eq!(shells.running(), 2);
         let _again = shells.acquire(&a, 2).unwrap();
         let many = Arc::<Shells>::default();
         let mut permits: Vec<_> = (0..MAX_SHELLS).map(|_| many.acquire(&a, 100).unwrap()).collect();
-        assert_eq!(many.acquire(&a, 100).unwrap_err(), Refusal::Device);
+        assert_eq!(many.acquire(&a, 100).unwrap_err(), TOO_MANY);
         permits.pop();
         assert!(many.acquire(&a, 100).is_ok());
     }

@@ -19,6 +19,7 @@ use std::io;
 #[cfg(feature = "dbus")]
 use std::os::fd::OwnedFd;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::NixPath;
@@ -27,6 +28,11 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 pub(crate) use self::errno::reason;
+
+/// Release builds abort on a panic, so that no lock is ever poisoned there.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// renameat2(2) with RENAME_NOREPLACE, within a directory. nix has it for glibc only. EINVAL: the file system, ENOSYS:
 /// the kernel (before 3.15) doesn't support it.

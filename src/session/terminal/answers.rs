@@ -7,9 +7,9 @@ use crate::proto::{Frame, SessionId, UserId};
 const NOT_FOUND: &str = "session not found";
 
 /// The answer to a `new` that gets no shell, which is put on record.
-pub(crate) fn refusal(id: &SessionId, user: &UserId, reason: String) -> Frame {
-    Record::new("shell-refused", Some(id), user).text("reason", &reason).log(false);
-    wire::failure(id, wire::NEW, reason)
+pub(crate) fn refusal(id: &SessionId, user: &UserId, reason: &str) -> Frame {
+    Record::new("shell-refused", Some(id), user).text("reason", reason).log(false);
+    wire::failure(id, wire::NEW, reason.to_owned())
 }
 
 /// The answer where the terminal is disabled, and to types that it does not know.

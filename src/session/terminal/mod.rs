@@ -25,7 +25,7 @@ pub(crate) use self::answers::{answer_without_shell, refusal, unknown};
 use self::clock::{Clock, Due};
 use self::shell::{Shell, Then};
 use super::peer::Peer;
-use super::shells::{MAX_SHELLS, Refusal, ShellPermit};
+use super::shells::{MAX_SHELLS, ShellPermit, TOO_MANY};
 use super::stats::ShellInfo;
 use crate::audit::Record;
 use crate::outbox::{Class, Discard};
@@ -144,7 +144,7 @@ impl Terminal {
             }
             (_, wire::NEW) => {
                 if let Err(reason) = self.try_start(peer, &frame, now) {
-                    peer.reply(&refusal(&peer.id, &frame.user(), reason));
+                    peer.reply(&refusal(&peer.id, &frame.user(), &reason));
                 }
             }
             _ => {
@@ -158,16 +158,15 @@ impl Terminal {
     fn try_start(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> Result<(), String> {
         let shells = &peer.device.shells;
         if matches!(self.state, State::Running(_)) {
-            return Err(match shells.running() {
-                MAX_SHELLS.. => Refusal::Device.to_string(),
-                _ => "failed to start shell: shell is already running".to_owned(),
-            });
+            let full = shells.running() >= MAX_SHELLS;
+            let reason = if full { TOO_MANY } else { "failed to start shell: shell is already running" };
+            return Err(reason.to_owned());
         }
         let user = frame.user();
         let config = peer.device.config();
         let permit = match peer.shell_permit.take() {
             Some(permit) => permit,
-            None => shells.acquire(&user, config.sessions.max_per_user).map_err(|e| e.to_string())?,
+            None => shells.acquire(&user, config.sessions.max_per_user)?,
         };
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
