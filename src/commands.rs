@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use log::info;
@@ -11,8 +11,7 @@ use log::info;
 use crate::audit::Record;
 use crate::outbox::Outbox;
 use crate::proto::{Frame, MENDER_CLIENT, Map};
-use crate::sys::process;
-use crate::sys::thread;
+use crate::sys::{lock, process, reason, thread};
 
 const COMMANDS: [&str; 2] = ["check-update", "send-inventory"];
 /// The first that exists is the client.
@@ -23,19 +22,13 @@ const MAX_WAITING: usize = 64;
 
 /// The running commands, with the frames that wait for each.
 #[derive(Debug, Default)]
-pub(crate) struct Commands(Mutex<HashMap<String, Vec<Waiting>>>);
+pub(crate) struct Commands(Mutex<HashMap<&'static str, Vec<Waiting>>>);
 
 #[derive(Debug)]
 struct Waiting {
     request: Frame,
     outbox: Outbox,
     since: Instant,
-}
-
-impl Commands {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Vec<Waiting>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Runs the command, or waits for the run in progress if there is one. The answer goes to `outbox`.
@@ -45,17 +38,16 @@ pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, outbox: &Outbox) {
         outbox.try_reply(&answer(frame, &Err("unknown message type".to_owned())));
         return;
     };
-    {
-        let one = Waiting { request: frame.without_body(), outbox: outbox.clone(), since: Instant::now() };
-        let mut running = commands.lock();
-        if let Some(waiting) = running.get_mut(command) {
-            if waiting.len() < MAX_WAITING {
-                waiting.push(one);
-            }
-            return;
-        }
-        running.insert(command.to_owned(), vec![one]);
+    let one = Waiting { request: frame.without_body(), outbox: outbox.clone(), since: Instant::now() };
+    let mut running = lock(&commands.0);
+    let waiting = running.entry(command).or_default();
+    if waiting.len() < MAX_WAITING {
+        waiting.push(one);
     }
+    if waiting.len() > 1 {
+        return;
+    }
+    drop(running);
     let theirs = Arc::clone(commands);
     let started = thread::spawn(command, thread::SMALL_STACK, move || {
         let result = run(command);
@@ -63,12 +55,12 @@ pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, outbox: &Outbox) {
     });
     if let Err(e) = started {
         let send = |outbox: &Outbox, answer: &Frame| _ = outbox.try_reply(answer);
-        finish(commands, command, &Err(crate::sys::reason(&e)), send);
+        finish(commands, command, &Err(reason(&e)), send);
     }
 }
 
 fn finish(commands: &Commands, command: &str, result: &Result<(), String>, send: impl Fn(&Outbox, &Frame)) {
-    let waiting = commands.lock().remove(command).unwrap_or_default();
+    let waiting = lock(&commands.0).remove(command).unwrap_or_default();
     for Waiting { request, outbox, since } in waiting {
         Record::new("command", request.sid.as_ref(), &request.user())
             .with("command", command)

@@ -55,27 +55,21 @@ impl Permits {
     /// A permit for one, if there is one; otherwise calls `wake` when there may be.
     pub(crate) fn acquire_or_wake(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<Permit> {
         let mut state = self.lock();
-        if state.taken < self.limit {
-            state.taken += 1;
-            return Some(Permit { permits: Arc::clone(self), count: 1 });
+        if state.taken >= self.limit {
+            if !state.refused.iter().any(|known| Arc::ptr_eq(known, wake)) {
+                state.refused.push(Arc::clone(wake));
+            }
+            return None;
         }
-        if !state.refused.iter().any(|known| Arc::ptr_eq(known, wake)) {
-            state.refused.push(Arc::clone(wake));
-        }
-        None
+        state.taken += 1;
+        Some(Permit { permits: Arc::clone(self), count: 1 })
     }
 
-    /// Waits until all permits are returned, at most until `deadline`. Tells whether that came first.
+    /// Waits until all permits are returned. False if `deadline` came first.
     pub(crate) fn wait_until_unused(&self, deadline: Instant) -> bool {
-        let mut state = self.lock();
-        while state.taken > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            state = self.returned.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited = self.returned.wait_timeout_while(self.lock(), left, |state| state.taken > 0);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 }
 
@@ -90,18 +84,17 @@ impl Permit {
             return true;
         }
         let mut state = self.permits.lock();
-        let taken = state.taken - self.count + count;
-        if count > self.count && taken > self.permits.limit {
+        let (grows, taken) = (count > self.count, state.taken - self.count + count);
+        if grows && taken > self.permits.limit {
             return false;
         }
-        state.taken = taken;
-        let refused = if count < self.count { std::mem::take(&mut state.refused) } else { Vec::new() };
-        drop(state);
-        if count < self.count {
+        (state.taken, self.count) = (taken, count);
+        if !grows {
+            let refused = std::mem::take(&mut state.refused);
+            drop(state);
             self.permits.returned.notify_all();
+            refused.iter().for_each(|wake| wake.notify());
         }
-        self.count = count;
-        refused.iter().for_each(|wake| wake.notify());
         true
     }
 }

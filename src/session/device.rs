@@ -1,7 +1,7 @@
 //! What all sessions of the device share, beyond the life of a link.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use log::info;
@@ -46,42 +46,13 @@ pub struct Device {
 }
 
 /// The sessions of one link.
-#[derive(Debug, Default)]
-pub(crate) struct Table(Mutex<HashMap<SessionId, Entry>>);
+pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
 
 /// A session as others see it.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) info: Arc<Info>,
-}
-
-impl Table {
-    pub(crate) fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Entry>> {
-        lock(&self.0)
-    }
-
-    /// Removes the session with this inbox; another may have its id by now.
-    pub(crate) fn remove(&self, id: &SessionId, inbox: &Arc<Inbox>) {
-        let mut sessions = self.lock();
-        if sessions.get(id).is_some_and(|entry| Arc::ptr_eq(&entry.inbox, inbox)) {
-            sessions.remove(id);
-        }
-    }
-
-    /// Ends the session that has been idle longest of those that have nothing open. False if there is none.
-    pub(crate) fn make_room(&self) -> bool {
-        let mut sessions = self.lock();
-        // One that was hung up before ends anyway.
-        let may_end = |entry: &Entry| !entry.info.is_busy() && entry.inbox.hung_up().is_none();
-        let idle = sessions.iter().filter(|(_, entry)| may_end(entry));
-        let longest = idle.min_by_key(|(_, entry)| entry.info.traffic.last_activity());
-        let Some(id) = longest.map(|(id, _)| id.clone()) else { return false };
-        sessions.remove(&id).is_some_and(|entry| {
-            entry.inbox.hang_up("too many sessions");
-            true
-        })
-    }
 }
 
 impl Device {
@@ -108,7 +79,7 @@ impl Device {
     /// What has begun goes on as it was, but shells expire by the new configuration, and what it disables ends.
     pub(crate) fn reconfigure(&self, config: Config) {
         *lock(&self.config) = Arc::new(config);
-        for entry in self.table().lock().values() {
+        for entry in lock(&self.table()).values() {
             entry.inbox.wake.notify();
         }
     }
@@ -126,13 +97,13 @@ impl Device {
 
     /// How many sessions and shells there are.
     pub fn counts(&self) -> (usize, usize) {
-        (self.table().lock().len(), self.shells.running())
+        (lock(&self.table()).len(), self.shells.running())
     }
 
     /// The sessions, the longest-lived first.
     pub(crate) fn sessions(&self) -> Vec<(SessionId, Arc<Info>)> {
         let mut sessions: Vec<_> =
-            self.table().lock().iter().map(|(id, entry)| (id.clone(), Arc::clone(&entry.info))).collect();
+            lock(&self.table()).iter().map(|(id, entry)| (id.clone(), Arc::clone(&entry.info))).collect();
         sessions.sort_by_key(|(_, info)| info.traffic.since);
         sessions
     }

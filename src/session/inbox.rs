@@ -55,7 +55,8 @@ impl State {
     }
 
     fn clear(&mut self) {
-        self.frames.clear();
+        // A cleared queue would keep its memory, which is no longer counted.
+        self.frames = VecDeque::new();
         self.count(0);
     }
 }

@@ -11,6 +11,7 @@ use super::stats::Info;
 use crate::outbox::Sink;
 use crate::permits::Permit;
 use crate::proto::{Frame, SessionId, control};
+use crate::sys::lock;
 use crate::sys::wake::Wake;
 
 /// When it is dropped the session is over, and its id free.
@@ -45,6 +46,10 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        self.table.remove(&self.id, &self.inbox);
+        let mut sessions = lock(&self.table);
+        // Another session may have the id by now.
+        if sessions.get(&self.id).is_some_and(|entry| Arc::ptr_eq(&entry.inbox, &self.inbox)) {
+            sessions.remove(&self.id);
+        }
     }
 }

@@ -17,8 +17,8 @@ use crate::commands;
 use crate::outbox::{Outbox, Sink};
 use crate::permits::Permit;
 use crate::proto::{CONTROL, Frame, MAX_ID, MENDER_CLIENT, SHELL, SessionId, control, shell};
-use crate::sys::reason;
 use crate::sys::wake::Wake;
+use crate::sys::{lock, reason};
 
 /// Session threads on the device, those of earlier links included, but for shells. A server has a handful; this only
 /// keeps a mad one from taking all memory.
@@ -90,7 +90,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 
     /// Hands the frame to its session; back if there is none.
     fn deliver(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
-        let inbox = self.table.lock().get(id).map(|entry| Arc::clone(&entry.inbox));
+        let inbox = lock(&self.table).get(id).map(|entry| Arc::clone(&entry.inbox));
         let Some(inbox) = inbox else { return Some(frame) };
         match inbox.push(frame) {
             Ok(()) => None,
@@ -139,10 +139,20 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 
     fn thread_permit(&self, shell: bool) -> Result<Permit, String> {
         let taken = self.device.threads.taken();
-        let room =
-            shell || taken < MAX_SESSIONS || (taken < MAX_SESSIONS + MAKING_ROOM && self.table.make_room());
+        let room = shell || taken < MAX_SESSIONS || (taken < MAX_SESSIONS + MAKING_ROOM && self.make_room());
         let permit = room.then(|| self.device.threads.acquire()).flatten();
         permit.ok_or_else(|| "too many sessions".to_owned())
+    }
+
+    /// Ends the session that has been idle longest of those that have nothing open. False if there is none.
+    fn make_room(&self) -> bool {
+        let mut sessions = lock(&self.table);
+        // One that was hung up before ends anyway.
+        let may_end = |entry: &Entry| !entry.info.is_busy() && entry.inbox.hung_up().is_none();
+        let idle = sessions.iter().filter(|(_, entry)| may_end(entry));
+        let longest = idle.min_by_key(|(_, entry)| entry.info.traffic.last_activity());
+        let longest = longest.map(|(id, _)| id.clone()).and_then(|id| sessions.remove(&id));
+        longest.inspect(|entry| entry.inbox.hang_up("too many sessions")).is_some()
     }
 
     fn spawn(
@@ -172,7 +182,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             _thread: thread,
         };
         // Before it runs, so that it finds itself there when it ends.
-        self.table.lock().insert(id.clone(), Entry { inbox, info });
+        lock(&self.table).insert(id.clone(), Entry { inbox, info });
         (self.start)(peer)
     }
 
@@ -181,9 +191,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         if user.as_str().is_empty() {
             return warn!("StopShellMessage: sessionId not given and userId empty");
         }
-        let shells: Vec<SessionId> = self
-            .table
-            .lock()
+        let shells: Vec<SessionId> = lock(&self.table)
             .iter()
             .filter(|(_, entry)| entry.info.shell().is_some_and(|shell| shell.user == user))
             .map(|(id, _)| id.clone())
@@ -205,7 +213,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 
 impl<S> Drop for Router<S> {
     fn drop(&mut self) {
-        for (_, entry) in self.table.lock().drain() {
+        for (_, entry) in lock(&self.table).drain() {
             entry.inbox.hang_up("link lost");
         }
     }
@@ -254,7 +262,7 @@ mod tests {
         let ping = Frame::new(CONTROL, control::PING, SessionId::new("s").as_ref());
         // More than any inbox holds, and then one more message.
         let mut sent = 0;
-        while device.table().lock().values().all(|entry| entry.inbox.hung_up().is_none()) {
+        while lock(&device.table()).values().all(|entry| entry.inbox.hung_up().is_none()) {
             router.route(ping.clone());
             sent += 1;
             assert!(sent < 100_000);

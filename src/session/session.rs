@@ -58,8 +58,7 @@ pub(crate) fn start(peer: Peer) -> io::Result<()> {
 
 impl Session {
     fn new(peer: Peer) -> Self {
-        let terminal = Terminal::new(&peer);
-        let (files, forwards) = (FileTransfer::default(), PortForward::default());
+        let (terminal, files, forwards) = Default::default();
         Session { peer, terminal, files, forwards, ping_at: None, close_at: None, end: "done" }
     }
 

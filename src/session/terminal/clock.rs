@@ -4,39 +4,48 @@ use std::time::{Duration, Instant};
 
 use crate::config::{Expiry, Sessions};
 
+/// How often the client is asked whether it is there.
 const PING_INTERVAL: Duration = Duration::from_secs(60);
-/// How much later than that a pong may come.
+/// How much later than that its answer may come.
 const PONG_GRACE: Duration = Duration::from_secs(5);
-/// An idle shell warns so long before it is closed, unless it is closed as early as that.
+
+/// How long before its end an idle shell warns its user. One with a shorter limit doesn't.
 const NOTICE: Duration = Duration::from_secs(60);
 
 /// What clients are told to expect: the seconds until the next ping.
 pub(crate) const PING_TIMEOUT: u16 = 65;
 
+/// The timers of one shell.
 #[derive(Debug)]
 pub(crate) struct Clock {
-    /// By which the shell expires. A reload changes it.
-    pub(crate) sessions: Sessions,
-    pub(crate) started: Instant,
+    expiry: Expiry,
+    output_counts: bool,
+    started: Instant,
     last_activity: Instant,
     warned: bool,
     next_ping: Instant,
     pong_limit: Instant,
 }
 
+/// What is due.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Due {
     Ping,
     /// Tell the user how soon the shell is closed.
     Warn(Duration),
-    /// End the shell: why, for the audit log and for the client.
-    End(&'static str, String),
+    /// End the shell: the audit log's word for it, and the text for the client.
+    End {
+        why: &'static str,
+        text: String,
+    },
 }
 
 impl Clock {
-    pub(crate) fn new(sessions: Sessions, now: Instant) -> Self {
+    /// For a shell that starts now.
+    pub(crate) fn new(sessions: &Sessions, now: Instant) -> Self {
         Clock {
-            sessions,
+            expiry: sessions.expiry,
+            output_counts: sessions.idle_includes_output,
             started: now,
             last_activity: now,
             warned: false,
@@ -53,25 +62,32 @@ impl Clock {
     }
 
     pub(crate) fn output(&mut self, now: Instant) {
-        if self.sessions.idle_includes_output {
+        if self.output_counts {
             self.input(now);
         }
+    }
+
+    /// From now on the shell expires by this.
+    pub(crate) fn follow(&mut self, sessions: &Sessions) {
+        (self.expiry, self.output_counts) = (sessions.expiry, sessions.idle_includes_output);
     }
 
     pub(crate) fn pong(&mut self, now: Instant) {
         self.pong_limit = now + PING_INTERVAL + PONG_GRACE;
     }
 
-    fn expires(&self) -> Option<Instant> {
-        match self.sessions.expiry {
-            Expiry::Never => None,
-            Expiry::Idle(limit) => self.last_activity.checked_add(limit),
-            Expiry::Age(limit) => self.started.checked_add(limit),
-        }
+    /// When the shell ends, and by which limit.
+    fn expires(&self) -> Option<(Instant, &'static str, Duration)> {
+        let (since, what, limit) = match self.expiry {
+            Expiry::Never => return None,
+            Expiry::Idle(limit) => (self.last_activity, "no input", limit),
+            Expiry::Age(limit) => (self.started, "open", limit),
+        };
+        Some((since.checked_add(limit)?, what, limit))
     }
 
     fn warns(&self) -> Option<Instant> {
-        match self.sessions.expiry {
+        match self.expiry {
             Expiry::Idle(limit) if limit > NOTICE && !self.warned => {
                 self.last_activity.checked_add(limit - NOTICE)
             }
@@ -82,25 +98,24 @@ impl Clock {
     /// When [`Clock::due`] has something to say.
     pub(crate) fn deadline(&self) -> Instant {
         let next = self.next_ping.min(self.pong_limit);
-        self.warns().or(self.expires()).map_or(next, |at| at.min(next))
+        self.warns().or(self.expires().map(|(at, ..)| at)).map_or(next, |at| at.min(next))
     }
 
     pub(crate) fn due(&mut self, now: Instant) -> Option<Due> {
-        if self.expires().is_some_and(|at| now >= at) {
-            let text = match self.sessions.expiry {
-                Expiry::Idle(limit) => format!("no input for {} s", limit.as_secs()),
-                Expiry::Age(limit) => format!("open for {} s", limit.as_secs()),
-                Expiry::Never => String::new(),
-            };
-            return Some(Due::End("expired", format!("session expired: {text}")));
+        let expires = self.expires();
+        if let Some((at, what, limit)) = expires
+            && now >= at
+        {
+            let text = format!("session expired: {what} for {} s", limit.as_secs());
+            return Some(Due::End { why: "expired", text });
         }
         if now >= self.pong_limit {
             let text = "health check failed: the client did not answer".to_owned();
-            return Some(Due::End("health check failed", text));
+            return Some(Due::End { why: "health check failed", text });
         }
         if self.warns().is_some_and(|at| now >= at) {
             self.warned = true;
-            return self.expires().map(|at| Due::Warn(at - now));
+            return expires.map(|(at, ..)| Due::Warn(at - now));
         }
         if now >= self.next_ping {
             // From now on, not from when it was due: a stopped process mustn't catch up.
@@ -123,7 +138,7 @@ mod tests {
 
     fn end(due: Option<Due>) -> String {
         match due {
-            Some(Due::End(_, text)) => text,
+            Some(Due::End { text, .. }) => text,
             other => panic!("{other:?}"),
         }
     }
@@ -131,7 +146,7 @@ mod tests {
     #[test]
     fn pings_each_minute_and_wants_answers() {
         let start = Instant::now();
-        let mut clock = Clock::new(sessions(Expiry::Never), start);
+        let mut clock = Clock::new(&sessions(Expiry::Never), start);
         assert_eq!(clock.due(start + 59 * SECOND), None);
         assert_eq!(clock.deadline(), start + 60 * SECOND);
         assert_eq!(clock.due(start + 60 * SECOND), Some(Due::Ping));
@@ -146,11 +161,11 @@ mod tests {
     #[test]
     fn idleness_counts_from_the_last_input_and_age_from_the_start() {
         let start = Instant::now();
-        let mut idle = Clock::new(sessions(Expiry::Idle(10 * SECOND)), start);
+        let mut idle = Clock::new(&sessions(Expiry::Idle(10 * SECOND)), start);
         idle.input(start + 5 * SECOND);
         assert_eq!(idle.due(start + 14 * SECOND), None);
         assert_eq!(end(idle.due(start + 15 * SECOND)), "session expired: no input for 10 s");
-        let mut age = Clock::new(sessions(Expiry::Age(10 * SECOND)), start);
+        let mut age = Clock::new(&sessions(Expiry::Age(10 * SECOND)), start);
         age.input(start + 5 * SECOND);
         assert_eq!(age.deadline(), start + 10 * SECOND);
         assert_eq!(end(age.due(start + 10 * SECOND)), "session expired: open for 10 s");
@@ -159,7 +174,7 @@ mod tests {
     #[test]
     fn the_idle_are_warned_a_minute_before() {
         let start = Instant::now();
-        let mut clock = Clock::new(sessions(Expiry::Idle(70 * SECOND)), start);
+        let mut clock = Clock::new(&sessions(Expiry::Idle(70 * SECOND)), start);
         clock.pong(start + 60 * SECOND);
         assert_eq!(clock.deadline(), start + 10 * SECOND);
         assert_eq!(clock.due(start + 9 * SECOND), None);
@@ -172,10 +187,10 @@ mod tests {
         assert_eq!(clock.deadline(), start + 30 * SECOND);
         assert_eq!(clock.due(start + 31 * SECOND), Some(Due::Warn(59 * SECOND)));
         // Another limit counts from the same moment.
-        clock.sessions = sessions(Expiry::Idle(12 * SECOND));
+        clock.follow(&sessions(Expiry::Idle(12 * SECOND)));
         assert_eq!(end(clock.due(start + 32 * SECOND)), "session expired: no input for 12 s");
         for expiry in [Expiry::Idle(60 * SECOND), Expiry::Age(70 * SECOND), Expiry::Never] {
-            let mut clock = Clock::new(sessions(expiry), start);
+            let mut clock = Clock::new(&sessions(expiry), start);
             assert_eq!(clock.due(start + 59 * SECOND), None, "{expiry:?}");
         }
     }

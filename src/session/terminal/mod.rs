@@ -11,7 +11,6 @@ mod answers;
 mod clock;
 mod shell;
 
-use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -29,37 +28,37 @@ use super::shells::{MAX_SHELLS, ShellPermit, TOO_MANY};
 use super::stats::ShellInfo;
 use crate::audit::Record;
 use crate::outbox::{Class, Discard};
-use crate::permits::Permit;
 use crate::proto::Frame;
 use crate::proto::shell as wire;
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, reason};
 
-/// How long a shell may take to end before it is killed, and after.
+/// How long a shell may take to end when its client stopped it, before it is killed, and after.
 const STOP_GRACE: Duration = Duration::from_secs(2);
-/// The same without a link: the daemon itself may have to end within two seconds.
+/// The same when the link is gone: the daemon itself may have to end within two seconds.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
-/// How long a shell's last output may take to come through the terminal.
+/// How long after a shell's end its last output may take to come through the terminal.
 const DRAIN_LIMIT: Duration = Duration::from_millis(500);
-/// Bounds of a frame's output, in bytes; what a terminal gives in one read fits.
+/// Bytes of output in a frame at most, as the link allows. What a terminal gives in one read fits.
 const SMALLEST_OUTPUT: usize = 4 * 1024;
 const LARGEST_OUTPUT: usize = 32 * 1024;
 /// Frames that wait while a shell ends, and the bytes they hold, but for the last one.
 const MAX_DEFERRED: usize = 64;
 const MAX_DEFERRED_BYTES: usize = 64 * 1024;
 
-/// What clients expect to read when a shell has ended by itself.
+/// Clients expect this text when a shell has ended by itself.
 const ENDED: &str = "read /dev/ptmx: input/output error";
 
+#[derive(Default)]
 pub(crate) struct Terminal {
     state: State,
-    deferred: VecDeque<Frame>,
-    /// For what was typed and no program has read.
-    memory: Permit,
+    deferred: Vec<Frame>,
 }
 
+#[derive(Default)]
 enum State {
+    #[default]
     Nothing,
     Running(Box<Running>),
     Ending(Ending),
@@ -70,13 +69,13 @@ struct Running {
     info: Arc<ShellInfo>,
     _permit: ShellPermit,
     clock: Clock,
-    /// For its output that is still queued.
+    /// For its queued output.
     discard: Discard,
-    /// The process is reaped; its last output may still be on the way.
+    /// Set when the process is reaped. Its last output may still be on the way.
     exit: Option<ExitStatus>,
-    /// The terminal's other side is closed.
+    /// Set when the terminal's other side is closed.
     at_end: bool,
-    /// When the shell stops waiting for the other of the two.
+    /// When not to wait any longer for the other of the two.
     give_up: Option<Instant>,
 }
 
@@ -91,15 +90,11 @@ struct Ending {
 }
 
 impl Terminal {
-    pub(crate) fn new(peer: &Peer) -> Self {
-        Terminal { state: State::Nothing, deferred: VecDeque::new(), memory: peer.device.memory.none() }
-    }
-
     pub(crate) fn is_idle(&self) -> bool {
         matches!(self.state, State::Nothing)
     }
 
-    /// False while too many frames wait for a shell's end.
+    /// False while many frames wait for a shell's end already.
     pub(crate) fn takes_frames(&self) -> bool {
         self.deferred.len() < MAX_DEFERRED
             && self.deferred.iter().map(Frame::held).sum::<usize>() < MAX_DEFERRED_BYTES
@@ -117,11 +112,11 @@ impl Terminal {
             return;
         }
         match (&mut self.state, frame.typ.as_str()) {
-            // A frame that comes while a shell ends is for the next one.
-            (State::Ending(_), _) => self.deferred.push_back(frame),
+            // Frames that come while a shell ends are for the next one.
+            (State::Ending(_), _) => self.deferred.push(frame),
             (State::Running(running), wire::DATA) => {
                 running.clock.input(now);
-                let typed = running.shell.type_in(&frame.body, &mut self.memory);
+                let typed = running.shell.type_in(&frame.body);
                 running.info.traffic.add_in(if typed.is_ok() { frame.body.len() } else { 0 }, now);
                 if let Err(reason) = typed {
                     let id = peer.id.as_str();
@@ -138,9 +133,9 @@ impl Terminal {
                 }
             }
             (State::Running(running), wire::STOP) => {
-                // Clients expect no output after the answer, and need none before it.
+                // No output may follow the answer, and none needs to precede it.
                 running.discard.store(true, Ordering::SeqCst);
-                self.end("stopped", true, STOP_GRACE, now);
+                self.end("stopped", true, now);
             }
             (_, wire::NEW) => {
                 if let Err(reason) = self.try_start(peer, &frame, now) {
@@ -170,28 +165,30 @@ impl Terminal {
         };
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
-        let shell = Shell::start(&config.shell, size).map_err(|e| format!("failed to start shell: {e}"))?;
+        let shell = Shell::start(&config.shell, size, peer.device.memory.none())
+            .map_err(|e| format!("failed to start shell: {e}"))?;
         let pid = shell.process.pid();
         Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);
         let info = peer.info.set_shell(user, pid, now);
         peer.reply(&wire::started(&peer.id));
-        self.state = State::Running(Box::new(Running {
+        let running = Running {
             shell,
             info,
             _permit: permit,
-            clock: Clock::new(config.sessions.clone(), now),
+            clock: Clock::new(&config.sessions, now),
             discard: Discard::default(),
             exit: None,
             at_end: false,
             give_up: None,
-        }));
+        };
+        self.state = State::Running(Box::new(running));
         Ok(())
     }
 
-    /// Ends the shell of a link that is gone, without an answer.
+    /// Ends the shell without an answer: the link is gone.
     pub(crate) fn hang_up(&mut self, now: Instant) {
         self.deferred.clear();
-        self.end("link lost", false, HANG_UP_GRACE, now);
+        self.end("link lost", false, now);
         if let State::Ending(ending) = &mut self.state {
             ending.answer = false;
             ending.deadline = ending.deadline.map(|at| at.min(now + HANG_UP_GRACE));
@@ -209,35 +206,34 @@ impl Terminal {
         }
     }
 
-    /// Closes the terminal, which hangs it up, and signals the processes. The permit is free at once: nobody can type
-    /// into this shell any more, however long it takes to end.
-    fn end(&mut self, why: &'static str, answer: bool, grace: Duration, now: Instant) {
-        match std::mem::replace(&mut self.state, State::Nothing) {
+    /// From running to ending: the terminal is closed, which hangs it up, and the processes are told. The permit is
+    /// free at once: nobody can type into this shell any more, however long it takes to end.
+    fn end(&mut self, why: &'static str, answer: bool, now: Instant) {
+        self.state = match std::mem::take(&mut self.state) {
             State::Running(running) => {
                 let Running { shell: Shell { process, .. }, .. } = *running;
                 process.hang_up();
-                self.memory.resize(0);
-                let deadline = Some(now + grace);
-                self.state = State::Ending(Ending { process, why, answer, killed: false, deadline });
+                let deadline = Some(now + STOP_GRACE);
+                State::Ending(Ending { process, why, answer, killed: false, deadline })
             }
-            other => self.state = other,
-        }
+            other => other,
+        };
     }
 
-    /// Ends the shell and tells its client why, behind the output that is queued.
+    /// Ends the shell from this side. The client is told the reason behind the output that is on its way.
     fn end_because(&mut self, peer: &mut Peer, why: &'static str, reason: String, now: Instant) {
         info!("session {}: {reason}", peer.id);
         peer.reply(&wire::failure(&peer.id, wire::STOP, reason));
-        self.end(why, false, STOP_GRACE, now);
+        self.end(why, false, now);
     }
 
-    /// When [`Terminal::proceed`] is due without an event.
+    /// When to call [`Terminal::proceed`] without an event.
     pub(crate) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
         match &self.state {
             State::Nothing => None,
             State::Running(running) => {
-                let deadlines = [running.give_up, peer.credit.deadline(now)];
-                deadlines.into_iter().flatten().chain([running.clock.deadline()]).min()
+                let deadlines = [running.give_up, peer.credit.deadline(now), Some(running.clock.deadline())];
+                deadlines.into_iter().flatten().min()
             }
             State::Ending(ending) => ending.deadline,
         }
@@ -265,11 +261,8 @@ impl Terminal {
     }
 
     pub(crate) fn proceed(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
-        match &mut self.state {
-            State::Nothing => {}
-            State::Running(_) => self.run(peer, events, now),
-            State::Ending(_) => self.wait_for_end(peer, events, now),
-        }
+        self.run(peer, events, now);
+        self.wait_for_end(peer, events, now);
         if !matches!(self.state, State::Ending(_)) {
             for frame in std::mem::take(&mut self.deferred) {
                 self.handle(peer, frame, now);
@@ -279,10 +272,10 @@ impl Terminal {
 
     fn run(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
-        running.clock.sessions.clone_from(&peer.device.config().sessions);
+        running.clock.follow(&peer.device.config().sessions);
         let pty = events.of(&running.shell.pty);
         if pty.contains(PollFlags::POLLOUT)
-            && let Err(e) = running.shell.pass_input(&mut self.memory)
+            && let Err(e) = running.shell.pass_input()
         {
             debug!("session {}: input lost: {}", peer.id, reason(&e));
         }
@@ -297,14 +290,13 @@ impl Terminal {
         if let (Some(status), true) = (running.exit, running.at_end) {
             return self.ended_by_itself(peer, status, now);
         }
-        if give_up {
-            match running.exit {
-                // A background job has kept the terminal. What the shell wrote is out.
-                Some(status) if takes_output(peer, now) => return self.ended_by_itself(peer, status, now),
-                // The last output still waits for the link or the client.
-                Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
-                None => return self.end_because(peer, "hung up", ENDED.to_owned(), now),
-            }
+        match running.exit {
+            _ if !give_up => {}
+            // A background job has kept the terminal. What the shell wrote is out.
+            Some(status) if takes_output(peer, now) => return self.ended_by_itself(peer, status, now),
+            // The last output still waits for the link or the client.
+            Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
+            None => return self.end_because(peer, "hung up", ENDED.to_owned(), now),
         }
         match running.clock.due(now) {
             Some(Due::Ping) => ping(peer, now),
@@ -315,16 +307,15 @@ impl Terminal {
                 );
                 peer.reply(&wire::output(&peer.id).with_body(text));
             }
-            Some(Due::End(why, text)) => self.end_because(peer, why, text, now),
+            Some(Due::End { why, text }) => self.end_because(peer, why, text, now),
             None if peer.credit.wants_probe(now) => ping(peer, now),
             None => {}
         }
     }
 
     fn ended_by_itself(&mut self, peer: &mut Peer, status: ExitStatus, now: Instant) {
-        let State::Running(running) = std::mem::replace(&mut self.state, State::Nothing) else { return };
-        let age = now.saturating_duration_since(running.clock.started);
-        self.memory.resize(0);
+        let State::Running(running) = std::mem::take(&mut self.state) else { return };
+        let age = now.saturating_duration_since(running.info.traffic.since);
         log_end(peer, &status.to_string(), "exited", now);
         if status.code() == Some(2) && age < Duration::from_secs(1) {
             warn!(
@@ -333,7 +324,7 @@ impl Terminal {
                 peer.device.config().shell.arguments
             );
         }
-        // The slot is free before the client can know.
+        // The client may ask for the next shell as soon as it knows.
         drop(running);
         peer.reply(&wire::failure(&peer.id, wire::STOP, ENDED));
     }
@@ -374,8 +365,8 @@ impl Running {
         while takes_output(peer, now) && !self.at_end {
             let most = peer.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
             let (message, (length, then)) = peer.sink.compose(&wire::output(&peer.id), most, |place| {
-                let read = self.shell.read_output(place);
-                (read.0, read)
+                let (length, then) = self.shell.read_output(place);
+                (length, (length, then))
             });
             if length > 0 {
                 self.info.traffic.add_out(length);
@@ -398,13 +389,12 @@ impl Running {
     }
 }
 
-/// Asks whether the client is there and how far it has read.
 fn ping(peer: &mut Peer, now: Instant) {
     peer.credit.probed(now);
     peer.sink.reply(&wire::ping(&peer.id, clock::PING_TIMEOUT));
 }
 
-/// Output for which the link or the client has no credit stays in the terminal, whose programs then wait.
+/// True if the link and the client have room for output. Otherwise it stays in the terminal, and programs wait.
 fn takes_output(peer: &Peer, now: Instant) -> bool {
     peer.credit.takes(now) && peer.sink.takes_data(Class::Interactive)
 }

@@ -7,20 +7,24 @@ use crate::config;
 use crate::permits::Permit;
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::{Pty, WindowSize};
+use crate::sys::reason;
 
-/// Input that waits for a program to read it.
+/// Bytes of input that may wait for a program to read them.
 const MAX_INPUT: usize = 1 << 20;
-/// Room for what is typed by hand.
+/// Bytes of input that need no permit: what is typed by hand.
 const SMALL_INPUT: usize = 4096;
 
+/// A shell on its terminal.
 #[derive(Debug)]
 pub(crate) struct Shell {
     pub(crate) process: SessionLeader,
     pub(crate) pty: Pty,
     input: VecDeque<u8>,
+    /// For the input beyond [`SMALL_INPUT`].
+    memory: Permit,
 }
 
-/// Whether there may be more output at once, none for now or none ever again.
+/// Whether there may be more output at once, none for now, or none ever again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Then {
     More,
@@ -29,25 +33,25 @@ pub(crate) enum Then {
 }
 
 impl Shell {
-    /// The error is the text that follows "failed to start shell: ".
-    pub(crate) fn start(shell: &config::Shell, size: WindowSize) -> Result<Self, String> {
-        let words = |e: io::Error| crate::sys::reason(&e);
+    /// Starts the configured shell on a terminal of `size`. The error follows "failed to start shell: ".
+    pub(crate) fn start(shell: &config::Shell, size: WindowSize, memory: Permit) -> Result<Self, String> {
         let owner = nix::unistd::geteuid().is_root().then_some(shell.user.uid);
-        let (pty, tty) = Pty::open(size, owner).map_err(words)?;
+        let (pty, tty) = Pty::open(size, owner).map_err(|e| reason(&e))?;
         let config::Shell { command, arguments, user, no_new_privileges } = shell;
         let process = SessionLeader::spawn(command, arguments, user, *no_new_privileges, tty)
-            .map_err(|e| format!("fork/exec {}: {}", command.display(), words(e)))?;
-        Ok(Shell { process, pty, input: VecDeque::new() })
+            .map_err(|e| format!("fork/exec {}: {}", command.display(), reason(&e)))?;
+        Ok(Shell { process, pty, input: VecDeque::new(), memory })
     }
 
+    /// Whether input waits for a program to read it.
     pub(crate) fn has_input(&self) -> bool {
         !self.input.is_empty()
     }
 
-    /// Types `bytes`, all or, when too much waits already, nothing. `memory` is for what waits beyond [`SMALL_INPUT`].
-    pub(crate) fn type_in(&mut self, bytes: &[u8], memory: &mut Permit) -> Result<(), String> {
+    /// Types `bytes`, all or, when too much waits already, nothing.
+    pub(crate) fn type_in(&mut self, bytes: &[u8]) -> Result<(), String> {
         let waiting = self.input.len() + bytes.len();
-        if waiting > MAX_INPUT || !memory.resize(waiting.saturating_sub(SMALL_INPUT)) {
+        if waiting > MAX_INPUT || !self.memory.resize(waiting.saturating_sub(SMALL_INPUT)) {
             return Err(format!(
                 "input queue full: the program does not read, {} bytes wait, {} were dropped",
                 self.input.len(),
@@ -55,33 +59,31 @@ impl Shell {
             ));
         }
         self.input.extend(bytes);
-        self.pass_input(memory).map_err(|e| crate::sys::reason(&e))
+        self.pass_input().map_err(|e| reason(&e))
     }
 
     /// Passes on what the terminal takes. Fails when it never will again; the input is gone then.
-    pub(crate) fn pass_input(&mut self, memory: &mut Permit) -> io::Result<()> {
-        let result = self.write_input();
-        memory.resize(self.input.len().saturating_sub(SMALL_INPUT));
-        result
-    }
-
-    fn write_input(&mut self) -> io::Result<()> {
+    pub(crate) fn pass_input(&mut self) -> io::Result<()> {
+        let mut result = Ok(());
         while !self.input.is_empty() {
             match self.pty.write(self.input.as_slices().0) {
                 Ok(n) => drop(self.input.drain(..n)),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => {
-                    self.input = VecDeque::new();
-                    return Err(e);
+                    self.input.clear();
+                    result = Err(e);
                 }
             }
         }
-        // A pasted megabyte shouldn't cost memory for ever.
-        self.input.shrink_to(SMALL_INPUT);
-        Ok(())
+        if self.input.is_empty() {
+            // A pasted megabyte shouldn't cost memory for ever.
+            self.input.shrink_to(SMALL_INPUT);
+        }
+        self.memory.resize(self.input.len().saturating_sub(SMALL_INPUT));
+        result
     }
 
-    /// Fills `place` as far as there is output; returns the number of bytes and what to expect then.
+    /// Reads what there is, up to what `place` takes: how many bytes, and what is to be expected then.
     pub(crate) fn read_output(&self, place: &mut [u8]) -> (usize, Then) {
         let mut filled = 0;
         let then = loop {
