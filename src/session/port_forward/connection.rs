@@ -1,7 +1,6 @@
 //! One forward: what waits to be written to its target, and its line in the audit log.
 
 use std::collections::VecDeque;
-use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,8 +20,6 @@ use crate::session::peer::Peer;
 use crate::session::stats::{ForwardInfo, Info};
 use crate::sys::{Events, PollSet, reason};
 
-/// Bytes queued for the target up to which further data is acknowledged at once.
-const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
 /// Data frames that the client hasn't acknowledged, of one forward. One that isn't read leaves half of the session's
 /// credit to the others, and mender-cli stops reading all of them at twenty.
 const MAX_UNACKNOWLEDGED: usize = 8;
@@ -35,7 +32,6 @@ const MAX_WAITING: usize = 4 << 20;
 /// Bytes of a read from a stream, and so of a body, if the link allows no more.
 const SMALLEST_READ: usize = 2 * 1024;
 const LARGEST_READ: usize = 64 * 1024;
-/// The largest datagram in bytes.
 const DATAGRAM: usize = 65_535;
 /// Bytes read and discarded at a time from a target whose client has gone, and reads per turn.
 const DISCARD: usize = 4096;
@@ -47,23 +43,22 @@ pub(super) const CLOSED: &str = "closed";
 #[derive(Debug)]
 pub(super) struct Connection {
     state: State,
-    to_target: VecDeque<Bytes>,
+    pub(super) to_target: VecDeque<Bytes>,
     /// Bytes in `to_target`.
-    queued: usize,
+    pub(super) queued: usize,
     /// For `to_target`.
-    memory: Permit,
+    pub(super) memory: Permit,
     /// The numbers, among the session's messages, of the data that the client hasn't acknowledged.
     pub(super) unacknowledged: VecDeque<u64>,
     /// Time of the last data in either direction.
     pub(super) last_traffic: Instant,
-    /// We have shut down writing to the target; the target has ended its side.
-    shut_down: bool,
+    /// The target has ended its side.
     ended: bool,
     _descriptor: Permit,
     session: SessionId,
     user: UserId,
     info: Arc<Info>,
-    shown: Arc<ForwardInfo>,
+    pub(super) shown: Arc<ForwardInfo>,
     /// For the audit log.
     pub(super) end: End,
 }
@@ -93,28 +88,24 @@ impl Drop for Connection {
 }
 
 impl Connection {
-    /// Doesn't begin to connect yet. `descriptor` is for its socket.
+    /// `descriptor` is for the socket.
     pub(super) fn new(target: Target, peer: &Peer, user: UserId, descriptor: Permit, now: Instant) -> Self {
+        let shown = peer.info.add_forward(target, now);
         Connection {
-            state: State::Opening(Opening::new(now)),
+            state: State::Opening(Opening::new(&shown, now)),
             to_target: VecDeque::new(),
             queued: 0,
             memory: peer.device.memory.none(),
             unacknowledged: VecDeque::new(),
             last_traffic: now,
-            shut_down: false,
             ended: false,
             _descriptor: descriptor,
             session: peer.id.clone(),
             user,
-            shown: peer.info.add_forward(target, now),
+            shown,
             info: Arc::clone(&peer.info),
             end: (CLOSED, "session".to_owned()),
         }
-    }
-
-    pub(super) fn target(&self) -> &Target {
-        &self.shown.target
     }
 
     /// Hides the forward from `status`: its client has gone.
@@ -122,12 +113,15 @@ impl Connection {
         self.info.remove_forward(&self.shown);
     }
 
+    fn transport(&self) -> Transport {
+        self.shown.target.transport
+    }
+
     pub(super) fn is_open(&self) -> bool {
         matches!(self.state, State::Open(_))
     }
 
-    /// Continues opening, with the session's `look_ups`. True if it is open now and was not before. The error is the
-    /// text for the client.
+    /// Continues opening. True if that is done now. The error is the text for the client.
     pub(super) fn advance(
         &mut self,
         peer: &Peer,
@@ -135,7 +129,7 @@ impl Connection {
         now: Instant,
     ) -> Result<bool, String> {
         let State::Opening(opening) = &mut self.state else { return Ok(false) };
-        match opening.advance(&self.shown.target, peer, look_ups, now) {
+        match opening.advance(peer, look_ups, now) {
             Ok(None) => Ok(false),
             Ok(Some((socket, address))) => {
                 // Only a matter of speed; a datagram socket has no such option.
@@ -163,14 +157,13 @@ impl Connection {
     pub(super) fn watch<'a>(&'a self, reading: bool, set: &mut PollSet<'a>) {
         let mut events = PollFlags::empty();
         events.set(PollFlags::POLLIN, reading && self.is_open() && !self.ended);
-        events.set(PollFlags::POLLOUT, !self.is_open() || self.has_output());
+        events.set(PollFlags::POLLOUT, !self.is_open() || !self.to_target.is_empty());
         // A dead socket is always "ready": one that isn't to be used now isn't watched at all.
         if let Some(socket) = self.socket().filter(|_| !events.is_empty()) {
             set.add(socket.as_fd(), events);
         }
     }
 
-    /// What poll(2) has found.
     pub(super) fn events(&self, events: &Events) -> PollFlags {
         self.socket().map_or(PollFlags::empty(), |socket| events.of(socket))
     }
@@ -183,13 +176,8 @@ impl Connection {
         }
     }
 
-    /// Bytes of memory that wait for the target, roughly.
-    pub(super) fn waiting(&self) -> usize {
-        self.memory.count()
-    }
-
-    /// Queues data of the client for the target. `waiting` is the sum of all forwards of the session. Fails if far more
-    /// is queued than was acknowledged.
+    /// Queues data of the client for the target; `waiting` counts all of the session's. Fails if far more is queued than
+    /// was acknowledged.
     pub(super) fn queue(&mut self, data: Bytes, waiting: usize, now: Instant) -> Result<(), String> {
         let (queued, cost) = (self.queued + data.len(), data.len() + size_of::<Bytes>());
         if queued > QUEUE_HARD_LIMIT
@@ -210,16 +198,6 @@ impl Connection {
         self.unacknowledged.len() < MAX_UNACKNOWLEDGED
     }
 
-    /// True if the client's data may be acknowledged.
-    pub(super) fn may_acknowledge(&self) -> bool {
-        self.queued <= QUEUE_SOFT_LIMIT
-    }
-
-    /// True if data is queued for the target.
-    pub(super) fn has_output(&self) -> bool {
-        !self.to_target.is_empty()
-    }
-
     /// Writes what the target takes. Fails if it never will again.
     pub(super) fn flush(&mut self, now: Instant) -> Result<(), String> {
         let result = self.write(now);
@@ -227,7 +205,7 @@ impl Connection {
             (self.to_target, self.queued) = (VecDeque::new(), 0);
         }
         self.memory.resize(self.queued + self.to_target.len() * size_of::<Bytes>());
-        result.map_err(|e| format!("write {}: {}", self.target().transport.name(), reason(&e.into())))
+        result.map_err(|e| format!("write {}: {}", self.transport().name(), reason(&e.into())))
     }
 
     fn write(&mut self, now: Instant) -> nix::Result<()> {
@@ -252,9 +230,8 @@ impl Connection {
         Ok(())
     }
 
-    /// The room that [`Connection::read`] needs.
     pub(super) fn largest_read(&self, sink: &Sink) -> usize {
-        match self.target().transport {
+        match self.transport() {
             Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
             Transport::Udp => DATAGRAM,
         }
@@ -263,7 +240,7 @@ impl Connection {
     /// Reads data, or a datagram, of so many bytes, if there is any. The error is the target's end.
     pub(super) fn read(&mut self, place: &mut [u8], now: Instant) -> Result<Option<usize>, End> {
         let State::Open(socket) = &self.state else { return Ok(None) };
-        let udp = self.target().transport == Transport::Udp;
+        let udp = self.transport() == Transport::Udp;
         match recv(socket.as_raw_fd(), place, MsgFlags::empty()) {
             Ok(0) if !udp => Err((CLOSED, "target".to_owned())),
             Ok(n) => {
@@ -288,14 +265,14 @@ impl Connection {
             self.end = (FAILED, text);
             return false;
         }
-        let done = !self.has_output();
+        let done = self.to_target.is_empty();
         let State::Open(socket) = &self.state else { return !done };
-        if self.target().transport == Transport::Udp {
+        if self.transport() == Transport::Udp {
             return !done;
         }
         let socket = socket.as_raw_fd();
         // The target may be gone already.
-        if done && !mem::replace(&mut self.shut_down, true) && shutdown(socket, Shutdown::Write).is_err() {
+        if done && shutdown(socket, Shutdown::Write).is_err() {
             return false;
         }
         // A target that writes without end must not keep the session from its other work.

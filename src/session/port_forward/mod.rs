@@ -33,10 +33,12 @@ const IDLE_LIMIT: Duration = Duration::from_secs(600);
 /// Limit for delivering a client's remaining data after it has gone.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
 
+/// Bytes queued for a target up to which further data is acknowledged at once.
+const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
+
 const UNKNOWN: &str = "unknown connection";
 const UNKNOWN_TYPE: &str = "unknown message type";
 
-/// The forwards of a session.
 pub(crate) struct PortForward {
     connections: BTreeMap<ConnectionId, Connection>,
     /// Without a client any more, but with data for the target, until this deadline.
@@ -64,7 +66,6 @@ impl Default for PortForward {
 }
 
 impl PortForward {
-    /// True if nothing is left to do.
     pub(crate) fn is_idle(&self) -> bool {
         self.connections.is_empty() && self.finishing.is_empty() && self.answers.is_empty()
     }
@@ -81,7 +82,7 @@ impl PortForward {
             .collect()
     }
 
-    /// Handles a frame of the port forwarding protocol. False if the client asks for more than it reads.
+    /// False if the client asks for more than it reads.
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> bool {
         match (frame.typ.as_str(), ConnectionId::of(frame)) {
             (forward::NEW, Ok(id)) => self.open(peer, frame, id, now),
@@ -133,13 +134,12 @@ impl PortForward {
         self.advance(peer, &id, now);
     }
 
-    /// Continues opening a connection.
     fn advance(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
         let Some(connection) = self.connections.get_mut(id) else { return };
         match connection.advance(peer, &self.look_ups, now) {
             Ok(false) => {}
             Ok(true) => {
-                debug!("session {}: forwarding to {:?}", peer.id, connection.target());
+                debug!("session {}: forwarding to {:?}", peer.id, connection.shown.target);
                 self.answers.push_back(forward::about(&peer.id, forward::NEW, id));
                 self.flush(peer, id, now);
             }
@@ -152,7 +152,7 @@ impl PortForward {
     }
 
     fn take_data(&mut self, peer: &Peer, frame: &Frame, id: &ConnectionId, now: Instant) {
-        let waiting = self.all().map(Connection::waiting).sum();
+        let waiting = self.all().map(|c| c.memory.count()).sum();
         let Some(connection) = self.connections.get_mut(id) else {
             return self.refuse(peer, frame, UNKNOWN);
         };
@@ -163,7 +163,6 @@ impl PortForward {
         }
     }
 
-    /// Writes queued data to the target.
     fn flush(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
         if let Some(Err(text)) = self.connections.get_mut(id).map(|connection| connection.flush(now)) {
             self.fail(peer, id, text, now);
@@ -176,14 +175,13 @@ impl PortForward {
         self.stop(peer, id, (FAILED, text), now);
     }
 
-    /// Ends a forward from this side.
     fn stop(&mut self, peer: &Peer, id: &ConnectionId, end: End, now: Instant) {
         self.acknowledge_all(peer, id);
         self.let_go(id, end, now);
         self.answers.push_back(forward::about(&peer.id, forward::STOP, id));
     }
 
-    /// Acknowledges even what no target has taken: clients wait for that, also when a forward ends.
+    /// Acknowledges what no target has taken, too: clients wait for that, also when a forward ends.
     fn acknowledge_all(&mut self, peer: &Peer, id: &ConnectionId) {
         let before = self.owing.len();
         self.owing.retain(|owing| owing != id);
@@ -218,23 +216,17 @@ impl PortForward {
             }
         }
         if self.answers.is_empty() {
-            self.acknowledge(peer, now);
+            self.owing.retain(|id| {
+                let room = self.connections.get(id).is_some_and(|c| c.queued <= QUEUE_SOFT_LIMIT);
+                let acknowledged = room && peer.credit.takes_answer(now);
+                if acknowledged {
+                    peer.reply(&forward::about(&peer.id, forward::ACK, id));
+                }
+                !acknowledged
+            });
         }
         if peer.credit.wants_probe(now) {
             peer.ping(now);
-        }
-    }
-
-    /// Sends acks, in turn.
-    fn acknowledge(&mut self, peer: &mut Peer, now: Instant) {
-        for _ in 0..self.owing.len() {
-            let Some(id) = self.owing.pop_front() else { return };
-            let room = self.connections.get(&id).is_some_and(Connection::may_acknowledge);
-            if room && peer.credit.takes_answer(now) {
-                peer.reply(&forward::about(&peer.id, forward::ACK, &id));
-            } else {
-                self.owing.push_back(id);
-            }
         }
     }
 
@@ -257,12 +249,10 @@ impl PortForward {
         steps.chain(idle).chain(finishing).chain(peer.credit.deadline(now)).min()
     }
 
-    /// Whether data may go to the client.
     fn takes_data(&self, peer: &Peer, now: Instant) -> bool {
         self.answers.is_empty() && peer.credit.takes(now) && peer.sink.takes_data(Class::Bulk)
     }
 
-    /// Adds what the forwards wait for.
     pub(crate) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
         if self.is_idle() {
             return;
@@ -272,11 +262,7 @@ impl PortForward {
         self.finishing.iter().for_each(|(c, _)| c.watch(true, set));
     }
 
-    /// Does what is possible now.
     pub(crate) fn proceed(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
-        if self.is_idle() {
-            return;
-        }
         for id in self.ids(|c| !c.is_open()) {
             self.advance(peer, &id, now);
         }
@@ -304,7 +290,7 @@ impl PortForward {
     fn finish(&mut self, peer: &Peer, now: Instant) {
         self.finishing.retain_mut(|(connection, until)| {
             let more = connection.advance(peer, &self.look_ups, now).is_ok() && connection.finish(now);
-            if more && now >= *until && connection.has_output() {
+            if more && now >= *until && !connection.to_target.is_empty() {
                 let text = "the target did not take all that the client sent";
                 connection.end = (FAILED, text.to_owned());
             }

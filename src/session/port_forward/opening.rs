@@ -16,6 +16,7 @@ use crate::config::Allowed;
 use crate::permits::{Permit, Permits};
 use crate::proto::forward::{Target, Transport};
 use crate::session::peer::Peer;
+use crate::session::stats::ForwardInfo;
 use crate::sys::{names, net, poll_one, reason};
 
 /// Limit of look-up and connect together. glibc's resolver alone may take 16 s before it succeeds.
@@ -26,10 +27,13 @@ pub(super) type End = (&'static str, String);
 pub(super) const FAILED: &str = "failed";
 const DENIED: &str = "denied";
 
+/// The connected socket, once there is one. The error's reason is the text for the client, too.
 type Opened = Result<Option<(OwnedFd, SocketAddr)>, End>;
+type Addresses = VecDeque<SocketAddr>;
 
 #[derive(Debug)]
 pub(super) struct Opening {
+    shown: Arc<ForwardInfo>,
     deadline: Instant,
     /// With the session's permit.
     look_up: Option<(Receiver<io::Result<Vec<SocketAddr>>>, Permit)>,
@@ -40,16 +44,16 @@ pub(super) struct Opening {
 struct Attempt {
     socket: OwnedFd,
     address: SocketAddr,
-    others: VecDeque<SocketAddr>,
+    others: Addresses,
     until: Instant,
 }
 
 impl Opening {
-    pub(super) fn new(now: Instant) -> Self {
-        Opening { deadline: now + OPEN_LIMIT, look_up: None, attempt: None }
+    pub(super) fn new(shown: &Arc<ForwardInfo>, now: Instant) -> Self {
+        Opening { shown: Arc::clone(shown), deadline: now + OPEN_LIMIT, look_up: None, attempt: None }
     }
 
-    /// The socket that becomes writable when the attempt to connect is decided.
+    /// Becomes writable when the attempt to connect is decided.
     pub(super) fn socket(&self) -> Option<&OwnedFd> {
         self.attempt.as_ref().map(|attempt| &attempt.socket)
     }
@@ -59,23 +63,15 @@ impl Opening {
         self.attempt.as_ref().map_or(self.deadline, |attempt| attempt.until)
     }
 
-    /// The connected socket, once there is one. `look_ups` are the session's. The error's reason is for the client, too.
-    pub(super) fn advance(
-        &mut self,
-        target: &Target,
-        peer: &Peer,
-        look_ups: &Arc<Permits>,
-        now: Instant,
-    ) -> Opened {
+    /// `look_ups` are the session's.
+    pub(super) fn advance(&mut self, peer: &Peer, look_ups: &Arc<Permits>, now: Instant) -> Opened {
         if self.attempt.is_none() {
-            let lookup = |what: &str| format!(": lookup {}: {what}", target.host);
-            let found = self.resolve(target, peer, look_ups, now);
-            let Some(addresses) = found.map_err(|what| failed(target, &lookup(&what)))? else {
-                return Ok(None);
-            };
-            let config = peer.device.config();
-            let addresses = permitted(target, addresses, config.forward_targets.as_deref())?;
-            return self.connect(target, addresses, lookup("no such host"), now);
+            let error = |this: &Self, what: &str| format!(": lookup {}: {what}", this.shown.target.host);
+            let found = self.resolve(peer, look_ups, now);
+            let found = found.map_err(|what| self.failed(&error(self, &what)))?;
+            let Some(addresses) = found else { return Ok(None) };
+            let addresses = self.permitted(addresses, peer.device.config().forward_targets.as_deref())?;
+            return self.connect(addresses, error(self, "no such host"), now);
         }
         let mut writable = false;
         let decided = |attempt: &mut Attempt| {
@@ -94,24 +90,24 @@ impl Opening {
             libc::ETIMEDOUT => "i/o timeout".to_owned(),
             _ => format!("connect: {}", reason(&io::Error::from_raw_os_error(errno))),
         };
-        self.connect(target, others, format!(" {address}: {error}"), now)
+        self.connect(others, format!(" {address}: {error}"), now)
     }
 
     /// The target's addresses, once they are known. The error is Go's text.
     fn resolve(
         &mut self,
-        target: &Target,
         peer: &Peer,
         look_ups: &Arc<Permits>,
         now: Instant,
-    ) -> Result<Option<VecDeque<SocketAddr>>, String> {
+    ) -> Result<Option<Addresses>, String> {
+        let Target { host, port, .. } = &self.shown.target;
         if let Some((answer, _)) = &self.look_up {
             if let Ok(found) = answer.try_recv() {
                 self.look_up = None;
                 return found.map(|addresses| Some(addresses.into())).map_err(|e| e.to_string());
             }
-        } else if let Some(addresses) = known_addresses(target) {
-            return Ok(Some(addresses));
+        } else if let Some(addresses) = known_addresses(host) {
+            return Ok(Some(addresses.into_iter().map(|address| SocketAddr::new(address, *port)).collect()));
         }
         if now >= self.deadline {
             return Err("i/o timeout".to_owned());
@@ -121,21 +117,30 @@ impl Opening {
             && let Some(permit) = peer.device.look_ups.acquire_or_wake(&peer.wake)
         {
             let wake = Arc::clone(&peer.wake);
-            let answer = names::look_up(&target.host, target.port, permit, move || wake.notify());
-            self.look_up = Some((answer.map_err(|e| reason(&e))?, ours));
+            let answer =
+                names::look_up(host, *port, permit, move || wake.notify()).map_err(|e| reason(&e))?;
+            self.look_up = Some((answer, ours));
         }
         Ok(None)
     }
 
+    /// Keeps the addresses that may be reached, and no others, whatever the name resolves to later.
+    fn permitted(&self, mut addresses: Addresses, allowed: Option<&[Allowed]>) -> Result<Addresses, End> {
+        let Target { host, port, transport } = &self.shown.target;
+        let (transport, any) = (transport.name(), !addresses.is_empty());
+        addresses.retain(|address| {
+            allowed.is_none_or(|all| all.iter().any(|a| a.permits(transport, host, address.ip(), *port)))
+        });
+        if any && addresses.is_empty() {
+            let text = format!("access denied: {transport}/{host}:{port} is not in PortForward.Allow");
+            return Err((DENIED, text));
+        }
+        Ok(addresses)
+    }
+
     /// Begins to connect to the first address that can be tried. `last` is the error if there is none.
-    fn connect(
-        &mut self,
-        target: &Target,
-        mut addresses: VecDeque<SocketAddr>,
-        mut last: String,
-        now: Instant,
-    ) -> Opened {
-        let kind = match target.transport {
+    fn connect(&mut self, mut addresses: Addresses, mut last: String, now: Instant) -> Opened {
+        let kind = match self.shown.target.transport {
             Transport::Tcp => SockType::Stream,
             Transport::Udp => SockType::Datagram,
         };
@@ -150,31 +155,13 @@ impl Opening {
                 Err(e) => last = format!(" {address}: connect: {}", reason(&e)),
             }
         }
-        Err(failed(target, &last))
+        Err(self.failed(&last))
     }
-}
 
-/// As Go words it: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
-fn failed(target: &Target, what: &str) -> End {
-    (FAILED, format!("dial {}{what}", target.transport.name()))
-}
-
-/// Keeps the addresses that may be reached, and no others, whatever the name resolves to later.
-fn permitted(
-    target: &Target,
-    mut addresses: VecDeque<SocketAddr>,
-    allowed: Option<&[Allowed]>,
-) -> Result<VecDeque<SocketAddr>, End> {
-    let Target { host, port, transport } = target;
-    let (transport, any) = (transport.name(), !addresses.is_empty());
-    addresses.retain(|address| {
-        allowed.is_none_or(|all| all.iter().any(|a| a.permits(transport, host, address.ip(), *port)))
-    });
-    if any && addresses.is_empty() {
-        let text = format!("access denied: {transport}/{host}:{port} is not in PortForward.Allow");
-        return Err((DENIED, text));
+    /// As Go words it: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
+    fn failed(&self, what: &str) -> End {
+        (FAILED, format!("dial {}{what}", self.shown.target.transport.name()))
     }
-    Ok(addresses)
 }
 
 /// True if a connect(2) in progress has succeeded or failed.
@@ -182,16 +169,14 @@ fn is_writable(socket: &OwnedFd) -> bool {
     poll_one(socket, PollFlags::POLLOUT, Some(Instant::now())).is_ok_and(|events| !events.is_empty())
 }
 
-/// The addresses of a target that need no look-up.
-fn known_addresses(target: &Target) -> Option<VecDeque<SocketAddr>> {
-    let bare = target.host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(&target.host);
-    let addresses: Vec<IpAddr> = match bare.parse() {
-        Ok(address) => vec![address],
+/// The addresses of a host that needs no look-up.
+fn known_addresses(host: &str) -> Option<Vec<IpAddr>> {
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    match bare.parse() {
+        Ok(address) => Some(vec![address]),
         // By definition (RFC 6761, 6.3).
-        Err(_) if bare.eq_ignore_ascii_case("localhost") => {
-            vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
-        }
-        Err(_) => return None,
-    };
-    Some(addresses.into_iter().map(|address| SocketAddr::new(address, target.port)).collect())
+        Err(_) => bare
+            .eq_ignore_ascii_case("localhost")
+            .then(|| vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]),
+    }
 }

@@ -15,7 +15,6 @@ const NOTICE: Duration = Duration::from_secs(60);
 /// What clients are told to expect: the seconds until the next ping.
 pub(crate) const PING_TIMEOUT: u16 = 65;
 
-/// The timers of one shell.
 #[derive(Debug)]
 pub(crate) struct Clock {
     expiry: Expiry,
@@ -27,21 +26,16 @@ pub(crate) struct Clock {
     pong_limit: Instant,
 }
 
-/// What is due.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Due {
     Ping,
     /// Tell the user how soon the shell is closed.
     Warn(Duration),
-    /// End the shell: the audit log's word for it, and the text for the client.
-    End {
-        why: &'static str,
-        text: String,
-    },
+    /// End the shell: why, for the audit log and for the client.
+    End(&'static str, String),
 }
 
 impl Clock {
-    /// For a shell that starts now.
     pub(crate) fn new(sessions: &Sessions, now: Instant) -> Self {
         Clock {
             expiry: sessions.expiry,
@@ -107,11 +101,11 @@ impl Clock {
             && now >= at
         {
             let text = format!("session expired: {what} for {} s", limit.as_secs());
-            return Some(Due::End { why: "expired", text });
+            return Some(Due::End("expired", text));
         }
         if now >= self.pong_limit {
             let text = "health check failed: the client did not answer".to_owned();
-            return Some(Due::End { why: "health check failed", text });
+            return Some(Due::End("health check failed", text));
         }
         if self.warns().is_some_and(|at| now >= at) {
             self.warned = true;
@@ -138,7 +132,7 @@ mod tests {
 
     fn end(due: Option<Due>) -> String {
         match due {
-            Some(Due::End { text, .. }) => text,
+            Some(Due::End(_, text)) => text,
             other => panic!("{other:?}"),
         }
     }

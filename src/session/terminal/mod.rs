@@ -7,7 +7,6 @@
 //!     └───────────────┘
 //! ```
 
-mod answers;
 mod clock;
 mod shell;
 
@@ -20,7 +19,6 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use nix::poll::PollFlags;
 
-pub(crate) use self::answers::{answer_without_shell, refusal, unknown};
 use self::clock::{Clock, Due};
 use self::shell::{Shell, Then};
 use super::peer::Peer;
@@ -28,8 +26,8 @@ use super::shells::{MAX_SHELLS, ShellPermit, TOO_MANY};
 use super::stats::ShellInfo;
 use crate::audit::Record;
 use crate::outbox::{Class, Discard};
-use crate::proto::Frame;
 use crate::proto::shell as wire;
+use crate::proto::{Frame, SessionId, UserId};
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, reason};
@@ -287,13 +285,12 @@ impl Terminal {
         if give_up || pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
             running.pass_output(peer, now);
         }
-        if let (Some(status), true) = (running.exit, running.at_end) {
-            return self.ended_by_itself(peer, status, now);
-        }
         match running.exit {
+            // Without the end of the output a background job has kept the terminal; what the shell wrote is out.
+            Some(status) if running.at_end || (give_up && takes_output(peer, now)) => {
+                return self.ended_by_itself(peer, status, now);
+            }
             _ if !give_up => {}
-            // A background job has kept the terminal. What the shell wrote is out.
-            Some(status) if takes_output(peer, now) => return self.ended_by_itself(peer, status, now),
             // The last output still waits for the link or the client.
             Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
             None => return self.end_because(peer, "hung up", ENDED.to_owned(), now),
@@ -307,7 +304,7 @@ impl Terminal {
                 );
                 peer.reply(&wire::output(&peer.id).with_body(text));
             }
-            Some(Due::End { why, text }) => self.end_because(peer, why, text, now),
+            Some(Due::End(why, text)) => self.end_because(peer, why, text, now),
             None if peer.credit.wants_probe(now) => ping(peer, now),
             None => {}
         }
@@ -342,20 +339,21 @@ impl Terminal {
             }
             return;
         }
-        if ending.deadline.is_some_and(|at| now >= at) {
-            if !ending.killed {
-                debug!("session {}: killing the shell", peer.id);
-                ending.process.kill();
-                (ending.killed, ending.deadline) = (true, Some(now + STOP_GRACE));
-                return;
-            }
-            let pid = ending.process.pid();
-            warn!("session {}: process {pid} does not end", peer.id);
-            ending.deadline = None;
-            if std::mem::take(&mut ending.answer) {
-                let text = format!("could not terminate shell: process {pid} does not end.");
-                peer.reply(&wire::failure(&peer.id, wire::STOP, text));
-            }
+        if ending.deadline.is_none_or(|at| now < at) {
+            return;
+        }
+        if !ending.killed {
+            debug!("session {}: killing the shell", peer.id);
+            ending.process.kill();
+            (ending.killed, ending.deadline) = (true, Some(now + STOP_GRACE));
+            return;
+        }
+        let pid = ending.process.pid();
+        warn!("session {}: process {pid} does not end", peer.id);
+        ending.deadline = None;
+        if std::mem::take(&mut ending.answer) {
+            let text = format!("could not terminate shell: process {pid} does not end.");
+            peer.reply(&wire::failure(&peer.id, wire::STOP, text));
         }
     }
 }
@@ -413,4 +411,27 @@ fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
 
 fn requested_size(frame: &Frame) -> Option<WindowSize> {
     wire::window_size(frame).map(|(width, height)| WindowSize { width, height })
+}
+
+/// The answer to a `new` that gets no shell, which is put on record.
+pub(crate) fn refusal(id: &SessionId, user: &UserId, reason: &str) -> Frame {
+    Record::new("shell-refused", Some(id), user).text("reason", reason).log(false);
+    wire::failure(id, wire::NEW, reason.to_owned())
+}
+
+/// The answer where the terminal is disabled, and to unknown types.
+pub(crate) fn unknown(id: &SessionId, frame: &Frame) -> Frame {
+    let text = format!("unknown message protocol and type: {}/{}", frame.proto, frame.typ);
+    wire::failure(id, &frame.typ, text)
+}
+
+/// The answer of a session without a shell to any frame but `new`.
+pub(crate) fn answer_without_shell(id: &SessionId, frame: &Frame) -> Option<Frame> {
+    let text = match frame.typ.as_str() {
+        wire::DATA => "session not found".to_owned(),
+        wire::STOP => format!("routeMessage: StopShellMessage: session not found for id {}", id.as_str()),
+        wire::RESIZE | wire::PONG => return None,
+        _ => return Some(unknown(id, frame)),
+    };
+    Some(wire::failure(id, &frame.typ, text))
 }
