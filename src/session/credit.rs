@@ -1,39 +1,38 @@
 //! How many messages may be on the way to a session's client. Pure.
 //!
-//! The released server keeps 25 messages for a session's client and silently drops what comes beyond. Messages keep
-//! their order, so whatever a client sends because of a message proves that all messages before that one were taken
-//! out of those 25 places: here the `pong` that answers a shell's `ping`.
+//! The released server keeps 25 messages for a session's client and silently drops further ones. Messages keep their
+//! order, so a client's answer to one, such as a `pong` or an `ack`, proves that all before it have left those places.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Messages with data that are not proved delivered, answers included. The rest of the 25 is for answers and probes.
+/// Messages that are not proved delivered. The rest of the 25 is for answers and probes.
 pub(crate) const LIMIT: usize = 16;
-/// Forwards' answers besides, which their clients wait for.
+/// Further answers of forwards, which their clients wait for.
 const ANSWERS: usize = 4;
 /// An older message has left the server's places, one way or the other.
 const PLACES: usize = 25;
-/// After so many messages one more asks for proof. A client that was never asked is not before it has to be: the test
-/// client of Mender's servers takes no ping between the lines of a short output.
+/// After so many messages a probe follows. The first one comes only when the credit is used up: the test client of
+/// Mender's servers takes no ping between the lines of a short output.
 const PROBE_EVERY: u64 = 6;
 /// Unanswered probes; more would take the places of messages.
 const MAX_PROBES: usize = 4;
-/// A probe or its answer may get lost: without any for so long, a session that can't go on asks again.
+/// A probe or its answer may get lost: a session that can't go on asks again after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
-/// The messages of a client that has never answered, since it may not know `ping`, are presumed delivered one after
-/// another: the first after this time, each of the others when the client can have read it at this speed.
+/// A client that has never answered may not know `ping`. Its messages are presumed delivered: the first after this time,
+/// each of the others when the client can have read it at this speed.
 const PATIENCE: Duration = Duration::from_millis(300);
 const BYTES_PER_SECOND: u32 = 1 << 20;
 /// Each message takes a client this long at least, however small it is.
 const SHORTEST: Duration = Duration::from_millis(2);
 
-/// The account of one session. Messages are numbered from the session's start.
+/// Messages are numbered from the session's start.
 #[derive(Debug)]
 pub(crate) struct Credit {
     sent: u64,
     /// How long the client may take to read each message that is not proved delivered.
     on_the_way: VecDeque<Duration>,
-    /// The number of each probe that was not answered.
+    /// The numbers of those that were not answered.
     probes: VecDeque<u64>,
     last_probe: Instant,
     /// The client has answered a probe.
@@ -49,12 +48,10 @@ impl Credit {
         Credit { sent: 0, on_the_way, probes, last_probe: now, answers: false, presume_at: now }
     }
 
-    /// Whether one more message may go.
     pub(crate) fn takes(&self, now: Instant) -> bool {
         self.unproved(now) < LIMIT
     }
 
-    /// Whether an answer may go that its client waits for.
     pub(crate) fn takes_answer(&self, now: Instant) -> bool {
         self.unproved(now) < LIMIT + ANSWERS
     }
@@ -64,8 +61,7 @@ impl Credit {
         self.on_the_way.len() - presumed
     }
 
-    /// How many messages have been delivered by now if the client is one that doesn't answer, and when the next one
-    /// will have been.
+    /// How many messages are presumed delivered if the client doesn't answer, and when the next one will be.
     fn presumed(&self, now: Instant) -> (usize, Instant) {
         let (mut count, mut next) = (0, self.presume_at);
         while now >= next && count < self.on_the_way.len() {
@@ -91,12 +87,11 @@ impl Credit {
         self.sent
     }
 
-    /// The number of the last message that is proved, or was presumed, to be delivered.
+    /// The number of the last message that was proved or presumed delivered.
     fn proved(&self) -> u64 {
         self.sent - self.on_the_way.len() as u64
     }
 
-    /// Whether to ask the client for proof now.
     pub(crate) fn wants_probe(&self, now: Instant) -> bool {
         let due = match self.probes.back() {
             None if !self.answers => !self.takes(now),
@@ -106,7 +101,6 @@ impl Credit {
         self.probes.len() < MAX_PROBES && (due || again)
     }
 
-    /// A probe was sent, a message itself.
     pub(crate) fn probed(&mut self, now: Instant) {
         let probe = self.sent(0, now);
         self.last_probe = now;
@@ -127,12 +121,12 @@ impl Credit {
         self.on_the_way.drain(..proved.min(self.on_the_way.len()));
     }
 
-    /// The client has acted upon the last message, as one that asks and waits for the answer does.
+    /// The client has acted upon the last message: it asks and waits for the answer.
     pub(crate) fn prove_all(&mut self) {
         self.on_the_way.clear();
     }
 
-    /// When a session that may not send now may send or ask again, though nothing happened.
+    /// When a session that may not send now may send or ask again.
     pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
         match self.answers {
             _ if self.takes(now) => None,

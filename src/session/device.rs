@@ -17,16 +17,14 @@ use crate::permits::Permits;
 use crate::proto::SessionId;
 use crate::sys::lock;
 
-/// Session threads, those of earlier links included. Beyond [`super::router::MAX_SESSIONS`] they are for shells, and
-/// for sessions that make room for others.
+/// Session threads. Beyond [`super::router::MAX_SESSIONS`] they are for shells, and for sessions that make room.
 pub(crate) const MAX_THREADS: usize = 272;
-/// Look-ups at a time. The resolver can't be interrupted, so a look-up that nobody waits for any more still counts until
-/// its threads end, up to two each: a silent name server mustn't fill the memory with them.
+/// Look-ups at a time, of up to two threads each. An abandoned one still counts, since the resolver can't be interrupted:
+/// a silent name server mustn't fill the memory with threads.
 const MAX_LOOK_UPS: usize = 16;
-/// Bytes that wait inside the agent, beyond a small share of each session: inboxes, input that no program reads, data
-/// that no target takes.
+/// Bytes that wait in inboxes, for programs and for forwards' targets, beyond a small share of each session.
 const MEMORY: usize = 16 << 20;
-/// Descriptors that forwards leave to others: one for each session, and for shells, files, `status` and the link.
+/// Descriptors that forwards leave to sessions, one each, and to shells, files, `status` and the link.
 const RESERVED_DESCRIPTORS: usize = MAX_THREADS + 64;
 
 #[derive(Debug)]
@@ -39,7 +37,7 @@ pub struct Device {
     /// Forwards' sockets.
     pub(crate) forwards: Arc<Permits>,
     pub(crate) memory: Arc<Permits>,
-    /// Session threads, also those that only clean up after their link is gone.
+    /// Session threads, those of earlier links included.
     pub(crate) threads: Arc<Permits>,
     /// The sessions of the current link.
     table: Mutex<Arc<Table>>,
@@ -76,7 +74,7 @@ impl Device {
         Arc::clone(&lock(&self.config))
     }
 
-    /// What has begun goes on as it was, but shells expire by the new configuration, and what it disables ends.
+    /// Running shells expire by the new configuration, disabled protocols end, all else goes on as it was.
     pub(crate) fn reconfigure(&self, config: Config) {
         *lock(&self.config) = Arc::new(config);
         for entry in lock(&self.table()).values() {
@@ -84,7 +82,7 @@ impl Device {
         }
     }
 
-    /// An empty table for a new link. The one before keeps its own, until its sessions have ended.
+    /// For a new link. The one before keeps its own until its sessions have ended.
     pub(crate) fn new_table(&self) -> Arc<Table> {
         let table = Arc::default();
         *lock(&self.table) = Arc::clone(&table);
@@ -95,7 +93,7 @@ impl Device {
         Arc::clone(&lock(&self.table))
     }
 
-    /// How many sessions and shells there are.
+    /// Sessions and shells.
     pub fn counts(&self) -> (usize, usize) {
         (lock(&self.table()).len(), self.shells.running())
     }
@@ -108,7 +106,6 @@ impl Device {
         sessions
     }
 
-    /// Logs the status of every session.
     pub(crate) fn log_status(&self) {
         let (now, config, sessions) = (Instant::now(), self.config(), self.sessions());
         info!("  shells: {}/{MAX_SHELLS}", self.shells.running());
@@ -134,7 +131,7 @@ impl Device {
         }
     }
 
-    /// Waits until no session thread is left, at most until `deadline`. Tells whether that came first.
+    /// Waits until no session thread is left. False if `deadline` came first.
     pub fn wait_until_quiet(&self, deadline: Instant) -> bool {
         self.threads.wait_until_unused(deadline)
     }

@@ -1,5 +1,4 @@
-//! What waits to be read by a session. Filled by the reader, which never waits: a full inbox is its
-//! session's problem alone.
+//! Frames that wait for a session. The link's reader fills it and never waits: a full inbox is its session's problem.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -13,7 +12,7 @@ use crate::sys::wake::Wake;
 const MAX_FRAMES: usize = 1024;
 /// The first frame is taken whatever its size.
 const MAX_BYTES: usize = 2 << 20;
-/// Bytes that need no permit of the device's memory, so that nobody who has used that up is in the way of a keystroke.
+/// Bytes that need no permit of the device's memory: a keystroke gets through when others have used that up.
 const RESERVED: usize = 16 << 10;
 
 #[derive(Debug)]
@@ -35,10 +34,10 @@ struct State {
     overflowed: bool,
 }
 
-/// Why a frame wasn't taken. It is handed back.
+/// Hands the frame back.
 #[derive(Debug)]
 pub(crate) enum Rejected {
-    /// There is no room; whether it is the first time.
+    /// There is no room; true the first time.
     Full(Frame, bool),
     /// The session has ended.
     Closed(Frame),
@@ -66,7 +65,6 @@ fn is_resize(frame: &Frame) -> bool {
 }
 
 impl Inbox {
-    /// Calls `wake` whenever there is news.
     pub(crate) fn new(wake: Arc<Wake>, memory: &Arc<Permits>) -> Self {
         let state = State {
             frames: VecDeque::new(),

@@ -12,7 +12,7 @@ pub(crate) const MAX_SHELLS: usize = 16;
 pub(crate) const TOO_MANY: &str = "too many shells spawned";
 const TOO_MANY_OF_USER: &str = "user has too many open sessions";
 
-/// Whose shells the device has.
+/// The user of each shell on the device.
 #[derive(Debug, Default)]
 pub(crate) struct Shells(Mutex<Vec<UserId>>);
 

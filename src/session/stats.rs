@@ -128,13 +128,11 @@ impl Info {
         }
     }
 
-    /// Notes an inbound frame.
     pub(crate) fn heard(&self, proto: u16, now: Instant) {
         self.traffic.touch(now);
         self.protocols.fetch_or(1_u32.checked_shl(proto.into()).unwrap_or(0), Relaxed);
     }
 
-    /// True if the client has used this protocol.
     pub(crate) fn spoke(&self, proto: u16) -> bool {
         self.protocols.load(Relaxed) & 1 << proto != 0
     }
