@@ -37,7 +37,7 @@ struct State {
 /// Hands the frame back.
 #[derive(Debug)]
 pub(crate) enum Rejected {
-    /// There is no room; true the first time.
+    /// There is no room, or the session was hung up; true the first time.
     Full(Frame, bool),
     /// The session has ended.
     Closed(Frame),
@@ -85,8 +85,12 @@ impl Inbox {
     /// the last frame is replaced: a resize must not overtake others, such as a `stop` and a `new`.
     pub(crate) fn push(&self, frame: Frame) -> Result<(), Rejected> {
         let mut state = self.lock();
-        if state.closed {
-            return Err(Rejected::Closed(frame));
+        match state.hung_up {
+            // The id stays taken until the thread has ended: with a second one for each overflow, clients that read
+            // nothing got 268 threads, 10 MiB.
+            Some(_) => return Err(Rejected::Full(frame, false)),
+            None if state.closed => return Err(Rejected::Closed(frame)),
+            None => {}
         }
         let last = state.frames.back().filter(|last| is_resize(last) && is_resize(&frame));
         let (replaces, old) = (last.is_some(), last.map_or(0, Frame::held));

@@ -379,7 +379,9 @@ impl Link {
     fn expect_delivery(&mut self, id: &SessionId, message: &Message) -> bool {
         let others: usize =
             self.sessions.iter().filter(|(other, _)| *other != id).map(|(_, s)| s.memory(0)).sum();
-        let Some(session) = self.sessions.get_mut(id).filter(|session| !session.closed) else { return false };
+        // One that was hung up keeps its name until it leaves.
+        let there = |session: &&mut Session| session.hung_up || !session.closed;
+        let Some(session) = self.sessions.get_mut(id).filter(there) else { return false };
         let is_size = matches!(message.kind, Kind::ShellResize);
         let latest = (self.sent, self.size, is_size);
         if let Some((_, old, true)) = session.pending.back().copied().filter(|_| is_size) {
@@ -391,7 +393,7 @@ impl Link {
             return true;
         }
         let (frames, full) = (session.pending.len(), session.bytes() + self.size > MAX_BYTES);
-        let memory = others + session.memory(self.size) <= MEMORY;
+        let memory = !session.hung_up && others + session.memory(self.size) <= MEMORY;
         if memory && (frames == 0 || (frames < MAX_FRAMES && !full)) {
             session.pending.push_back(latest);
             session.unheard = true;
