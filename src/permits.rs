@@ -1,6 +1,6 @@
 //! Counted rights: threads, look-ups, forwards, bytes of memory. A guard holds some of them and returns them on drop.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::sys::lock;
@@ -33,12 +33,8 @@ impl Permits {
         Arc::new(Permits { limit, state: Mutex::default(), returned: Condvar::new() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
-    }
-
     pub(crate) fn taken(&self) -> usize {
-        self.lock().taken
+        lock(&self.state).taken
     }
 
     /// A permit for nothing yet.
@@ -54,7 +50,7 @@ impl Permits {
 
     /// A permit for one, if there is one; otherwise calls `wake` when there may be.
     pub(crate) fn acquire_or_wake(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<Permit> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if state.taken >= self.limit {
             if !state.refused.iter().any(|known| Arc::ptr_eq(known, wake)) {
                 state.refused.push(Arc::clone(wake));
@@ -68,7 +64,7 @@ impl Permits {
     /// Waits until all permits are returned. False if `deadline` came first.
     pub(crate) fn wait_until_unused(&self, deadline: Instant) -> bool {
         let left = deadline.saturating_duration_since(Instant::now());
-        let waited = self.returned.wait_timeout_while(self.lock(), left, |state| state.taken > 0);
+        let waited = self.returned.wait_timeout_while(lock(&self.state), left, |state| state.taken > 0);
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 }
@@ -83,7 +79,7 @@ impl Permit {
         if count == self.count {
             return true;
         }
-        let mut state = self.permits.lock();
+        let mut state = lock(&self.permits.state);
         let (grows, taken) = (count > self.count, state.taken - self.count + count);
         if grows && taken > self.permits.limit {
             return false;
@@ -117,10 +113,10 @@ mod tests {
         let mut all: Vec<_> = (0..16).map(|_| permits.acquire_or_wake(&wake).unwrap()).collect();
         assert!(permits.acquire_or_wake(&wake).is_none() && permits.acquire_or_wake(&wake).is_none());
         assert!(permits.acquire().is_none());
-        assert_eq!(permits.lock().refused.len(), 1);
+        assert_eq!(lock(&permits.state).refused.len(), 1);
         assert_eq!(permits.taken(), 16);
         all.pop();
-        assert!(permits.lock().refused.is_empty());
+        assert!(lock(&permits.state).refused.is_empty());
         assert!(permits.acquire_or_wake(&wake).is_some());
     }
 

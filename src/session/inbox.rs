@@ -1,7 +1,7 @@
 //! Frames that wait for a session. The link's reader fills it and never waits: a full inbox is its session's problem.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use crate::permits::{Permit, Permits};
 use crate::proto::{Frame, SHELL, shell};
@@ -53,7 +53,8 @@ impl State {
         room
     }
 
-    fn clear(&mut self) {
+    fn close(&mut self) {
+        self.closed = true;
         // A cleared queue would keep its memory, which is no longer counted.
         self.frames = VecDeque::new();
         self.count(0);
@@ -77,14 +78,10 @@ impl Inbox {
         Inbox { state: Mutex::new(state), wake }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
-    }
-
     /// Takes a frame and wakes the session. Coalesces resizes, so that dragging a window can't fill the inbox; but only
     /// the last frame is replaced: a resize must not overtake others, such as a `stop` and a `new`.
     pub(crate) fn push(&self, frame: Frame) -> Result<(), Rejected> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         match state.hung_up {
             // The id stays taken until the thread has ended: with a second one for each overflow, clients that read
             // nothing got 268 threads, 10 MiB.
@@ -110,7 +107,7 @@ impl Inbox {
     }
 
     pub fn pop(&self) -> Option<Frame> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         let frame = state.frames.pop_front()?;
         let bytes = state.bytes - frame.held();
         state.count(bytes);
@@ -119,30 +116,27 @@ impl Inbox {
 
     /// Ends the session. Nothing is taken from now on: what began later would outlive the link.
     pub(crate) fn hang_up(&self, why: &'static str) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         state.hung_up.get_or_insert(why);
-        state.closed = true;
-        state.clear();
+        state.close();
         drop(state);
         self.wake.notify();
     }
 
     pub fn hung_up(&self) -> Option<&'static str> {
-        self.lock().hung_up
+        lock(&self.state).hung_up
     }
 
     /// Takes no more frames, unless one has come that is to be read first.
     pub fn close_if_empty(&self) -> bool {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         state.closed = state.frames.is_empty();
         state.closed
     }
 
     /// Takes no more frames, and drops those that wait.
     pub fn close(&self) {
-        let mut state = self.lock();
-        state.closed = true;
-        state.clear();
+        lock(&self.state).close();
     }
 }
 
@@ -189,7 +183,7 @@ mod tests {
         other.push(frame(2 * RESERVED)).unwrap();
         other.pop().unwrap();
         other.pop().unwrap();
-        assert_eq!((memory.taken(), other.lock().bytes), (0, 0));
+        assert_eq!((memory.taken(), lock(&other.state).bytes), (0, 0));
     }
 
     #[test]
@@ -202,7 +196,7 @@ mod tests {
         for left in [frame(3), resize("c"), frame(3), frame(3)] {
             assert_eq!(inbox.pop(), Some(left));
         }
-        assert!(inbox.pop().is_none() && inbox.lock().bytes == 0);
+        assert!(inbox.pop().is_none() && lock(&inbox.state).bytes == 0);
     }
 
     /// The size of a shell that was started after another was stopped went to that other.

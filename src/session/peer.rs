@@ -9,7 +9,7 @@ use super::inbox::Inbox;
 use super::shells::ShellPermit;
 use super::stats::Info;
 use crate::outbox::Sink;
-use crate::permits::Permit;
+use crate::permits::{Permit, Permits};
 use crate::proto::{Frame, SessionId, control};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
@@ -26,6 +26,8 @@ pub struct Peer {
     pub(crate) shell_permit: Option<ShellPermit>,
     pub sink: Sink,
     pub(crate) credit: Credit,
+    /// For its forwards.
+    pub(crate) look_ups: Arc<Permits>,
     pub(crate) table: Arc<Table>,
     pub(crate) _thread: Permit,
 }

@@ -15,7 +15,7 @@ use super::stats::Info;
 use super::{session, terminal};
 use crate::commands;
 use crate::outbox::{Outbox, Sink};
-use crate::permits::Permit;
+use crate::permits::{Permit, Permits};
 use crate::proto::{CONTROL, Frame, MAX_ID, MENDER_CLIENT, SHELL, SessionId, control, shell};
 use crate::sys::wake::Wake;
 use crate::sys::{lock, reason};
@@ -25,6 +25,9 @@ use crate::sys::{lock, reason};
 pub(crate) const MAX_SESSIONS: usize = 256;
 /// Sessions that may still be ending when others have taken their place.
 const MAKING_ROOM: usize = 8;
+
+/// Look-ups of a session at a time.
+const MAX_LOOK_UPS: usize = 4;
 
 /// Starts a session.
 pub type Start = fn(Peer) -> io::Result<()>;
@@ -92,29 +95,24 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
     fn deliver(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
         let inbox = lock(&self.table).get(id).map(|entry| Arc::clone(&entry.inbox));
         let Some(inbox) = inbox else { return Some(frame) };
-        match inbox.push(frame) {
-            Ok(()) => None,
-            Err(Rejected::Closed(frame)) => Some(frame),
-            Err(Rejected::Full(frame, first)) => {
-                if first {
-                    warn!("session {id}: inbox full, refusing {}/{:?}", frame.proto, frame.typ);
-                }
-                self.overflow(id, &inbox, &frame);
-                None
-            }
+        let (frame, first) = match inbox.push(frame) {
+            Ok(()) => return None,
+            Err(Rejected::Closed(frame)) => return Some(frame),
+            Err(Rejected::Full(frame, first)) => (frame, first),
+        };
+        if first {
+            warn!("session {id}: inbox full, refusing {}/{:?}", frame.proto, frame.typ);
         }
-    }
-
-    /// Keystrokes may be refused, but in anything else a gap would corrupt data.
-    fn overflow(&mut self, id: &SessionId, inbox: &Inbox, frame: &Frame) {
         match (frame.proto, frame.typ.as_str()) {
             (SHELL, shell::RESIZE | shell::PONG) => {}
             (SHELL, typ) => self.answer(&shell::failure(id, typ, "inbox full: the message was dropped")),
+            // Keystrokes may be refused, but in anything else a gap would corrupt data.
             _ => {
-                self.answer(&control::error_about(id, frame, "inbox full: the session is closed", true));
+                self.answer(&control::error_about(id, &frame, "inbox full: the session is closed", true));
                 inbox.hang_up("inbox full");
             }
         }
+        None
     }
 
     /// Starts a session. Without a permit there will be no shell, and a refusal needs no thread.
@@ -126,22 +124,19 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             Ok(permit) => permit,
             Err(refusal) => return self.answer(&terminal::refusal(id, &user, refusal)),
         };
-        let spawned = self
-            .thread_permit(is_shell)
-            .and_then(|thread| self.spawn(id, first, thread, shell_permit).map_err(|e| reason(&e)));
+        let taken = self.device.threads.taken();
+        let room =
+            is_shell || taken < MAX_SESSIONS || (taken < MAX_SESSIONS + MAKING_ROOM && self.make_room());
+        let spawned = match room.then(|| self.device.threads.acquire()).flatten() {
+            Some(thread) => self.spawn(id, first, thread, shell_permit).map_err(|e| reason(&e)),
+            None => Err("too many sessions".to_owned()),
+        };
         let Err(reason) = spawned else { return };
         debug!("session {id}: {reason}");
         self.answer(&match is_shell {
             true => shell::failure(id, &cause.typ, format!("failed to start shell: {reason}")),
             false => control::error_about(id, &cause, &reason, true),
         });
-    }
-
-    fn thread_permit(&self, shell: bool) -> Result<Permit, String> {
-        let taken = self.device.threads.taken();
-        let room = shell || taken < MAX_SESSIONS || (taken < MAX_SESSIONS + MAKING_ROOM && self.make_room());
-        let permit = room.then(|| self.device.threads.acquire()).flatten();
-        permit.ok_or_else(|| "too many sessions".to_owned())
     }
 
     /// Ends the session that has been idle longest of those that have nothing open. False if there is none.
@@ -178,6 +173,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             info: Arc::clone(&info),
             shell_permit,
             credit: Credit::new(now),
+            look_ups: Permits::new(MAX_LOOK_UPS),
             table: Arc::clone(&self.table),
             _thread: thread,
         };

@@ -20,7 +20,6 @@ use crate::sys::{PollSet, reason, thread};
 const PING_AFTER: Duration = Duration::from_secs(48);
 const CLOSE_AFTER: Duration = Duration::from_secs(60);
 
-/// One session id, while there is something to do for it.
 struct Session {
     peer: Peer,
     terminal: Terminal,
@@ -53,43 +52,36 @@ fn starts_idling(frame: &Frame) -> bool {
 pub(crate) fn start(peer: Peer) -> io::Result<()> {
     let name = format!("s-{}", peer.id.as_str());
     // File transfers look up owners and groups.
-    thread::spawn(&name, thread::LOOKUP_STACK, move || Session::new(peer).run()).map(drop)
+    let run = move || {
+        let (terminal, files, forwards) = Default::default();
+        Session { peer, terminal, files, forwards, ping_at: None, close_at: None, end: "done" }.run();
+    };
+    thread::spawn(&name, thread::LOOKUP_STACK, run).map(drop)
 }
 
 impl Session {
-    fn new(peer: Peer) -> Self {
-        let (terminal, files, forwards) = Default::default();
-        Session { peer, terminal, files, forwards, ping_at: None, close_at: None, end: "done" }
-    }
-
     fn run(mut self) {
         let started = Instant::now();
-        self.record("session-start").log(true);
+        let record = |event, peer: &Peer| Record::new(event, Some(&peer.id), &peer.info.user);
+        record("session-start", &self.peer).log(true);
         let served = self.serve();
         if let Err(e) = &served {
-            self.fail(&reason(e));
+            let reason = reason(e);
+            self.end = "failed";
+            error!("session {}: {reason}", self.peer.id);
+            self.peer.inbox.close();
+            self.peer.reply(&control::error(&self.peer.id, &reason, true));
+            // What has begun ends in the audit log, too.
+            self.terminal.abandon(&self.peer);
+            self.files.abort(&self.peer, "failed", "the session failed");
         }
-        let record = self.record("session-end").since(started, Instant::now()).text("reason", self.end);
-        let Session { peer, terminal, files, forwards, .. } = self;
+        let Session { peer, terminal, files, forwards, end, .. } = self;
+        let record = record("session-end", &peer).since(started, Instant::now()).text("reason", end);
         // Forwards log their own lines before.
         drop((terminal, files, forwards));
         record.log(served.is_ok());
         // The daemon ends when no session is left, and must not miss their last lines.
         drop(peer);
-    }
-
-    fn record(&self, event: &str) -> Record {
-        Record::new(event, Some(&self.peer.id), &self.peer.info.user)
-    }
-
-    fn fail(&mut self, reason: &str) {
-        self.end = "failed";
-        error!("session {}: {reason}", self.peer.id);
-        self.peer.inbox.close();
-        self.peer.reply(&control::error(&self.peer.id, reason, true));
-        // What has begun ends in the audit log, too.
-        self.terminal.abandon(&self.peer);
-        self.files.abort(&self.peer, "failed", "the session failed");
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -103,7 +95,11 @@ impl Session {
                 self.files.hang_up(&self.peer, now);
                 self.forwards = PortForward::default();
             }
-            self.read_inbox();
+            while self.terminal.takes_frames()
+                && let Some(frame) = self.peer.inbox.pop()
+            {
+                self.handle(frame, Instant::now());
+            }
             let now = Instant::now();
             self.end_disabled(now);
             self.files.acknowledge(&self.peer);
@@ -172,13 +168,6 @@ impl Session {
 
     fn is_over(&self) -> bool {
         self.close_at.is_none() && self.terminal.is_idle() && self.files.is_idle() && self.forwards.is_idle()
-    }
-
-    fn read_inbox(&mut self) {
-        while self.terminal.takes_frames() {
-            let Some(frame) = self.peer.inbox.pop() else { return };
-            self.handle(frame, Instant::now());
-        }
     }
 
     fn handle(&mut self, frame: Frame, now: Instant) {

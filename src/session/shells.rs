@@ -28,18 +28,14 @@ impl Shells {
         lock(&self.0).len()
     }
 
-    /// For a user who may have `max_per_user` shells. The device's limit is checked first. The error is for the client.
-    pub(crate) fn acquire(
-        self: &Arc<Self>,
-        user: &UserId,
-        max_per_user: u32,
-    ) -> Result<ShellPermit, &'static str> {
+    /// For a user who may have `most` shells. The device's limit is checked first. The error is for the client.
+    pub(crate) fn acquire(self: &Arc<Self>, user: &UserId, most: u32) -> Result<ShellPermit, &'static str> {
         let mut users = lock(&self.0);
         if users.len() >= MAX_SHELLS {
             return Err(TOO_MANY);
         }
         let of_user = users.iter().filter(|other| *other == user).count();
-        if of_user >= usize::try_from(max_per_user).unwrap_or(usize::MAX) {
+        if of_user >= usize::try_from(most).unwrap_or(usize::MAX) {
             return Err(TOO_MANY_OF_USER);
         }
         users.push(user.clone());

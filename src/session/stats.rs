@@ -85,9 +85,9 @@ pub struct Info {
     pub(crate) traffic: Arc<Traffic>,
     /// A bit for each protocol that the client has used.
     protocols: AtomicU32,
-    shell: Mutex<Option<Arc<ShellInfo>>>,
+    pub(crate) shell: Mutex<Option<Arc<ShellInfo>>>,
     transfer: Mutex<Weak<TransferInfo>>,
-    forwards: Mutex<Vec<Arc<ForwardInfo>>>,
+    pub(crate) forwards: Mutex<Vec<Arc<ForwardInfo>>>,
 }
 
 /// Input is activity.
@@ -143,10 +143,6 @@ impl Info {
         shell
     }
 
-    pub(crate) fn take_shell(&self) -> Option<Arc<ShellInfo>> {
-        lock(&self.shell).take()
-    }
-
     pub(crate) fn shell(&self) -> Option<Arc<ShellInfo>> {
         lock(&self.shell).clone()
     }
@@ -180,10 +176,6 @@ impl Info {
         let forward = Arc::new(ForwardInfo { target, address: OnceLock::new(), traffic });
         lock(&self.forwards).push(Arc::clone(&forward));
         forward
-    }
-
-    pub(crate) fn remove_forward(&self, forward: &Arc<ForwardInfo>) {
-        lock(&self.forwards).retain(|other| !Arc::ptr_eq(other, forward));
     }
 
     /// The number of forwards, and the first `most` of them.

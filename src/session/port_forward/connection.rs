@@ -13,12 +13,12 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, send, setsockopt, shutdown, soc
 use super::opening::{End, FAILED, Opening};
 use crate::audit::Record;
 use crate::outbox::Sink;
-use crate::permits::{Permit, Permits};
+use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
 use crate::proto::{SessionId, UserId};
 use crate::session::peer::Peer;
 use crate::session::stats::{ForwardInfo, Info};
-use crate::sys::{Events, PollSet, reason};
+use crate::sys::{Events, PollSet, lock, reason};
 
 /// Data frames that the client hasn't acknowledged, of one forward. One that isn't read leaves half of the session's
 /// credit to the others, and mender-cli stops reading all of them at twenty.
@@ -110,11 +110,7 @@ impl Connection {
 
     /// Hides the forward from `status`: its client has gone.
     pub(super) fn leave_status(&self) {
-        self.info.remove_forward(&self.shown);
-    }
-
-    fn transport(&self) -> Transport {
-        self.shown.target.transport
+        lock(&self.info.forwards).retain(|other| !Arc::ptr_eq(other, &self.shown));
     }
 
     pub(super) fn is_open(&self) -> bool {
@@ -122,14 +118,9 @@ impl Connection {
     }
 
     /// Continues opening. True if that is done now. The error is the text for the client.
-    pub(super) fn advance(
-        &mut self,
-        peer: &Peer,
-        look_ups: &Arc<Permits>,
-        now: Instant,
-    ) -> Result<bool, String> {
+    pub(super) fn advance(&mut self, peer: &Peer, now: Instant) -> Result<bool, String> {
         let State::Opening(opening) = &mut self.state else { return Ok(false) };
-        match opening.advance(peer, look_ups, now) {
+        match opening.advance(peer, now) {
             Ok(None) => Ok(false),
             Ok(Some((socket, address))) => {
                 // Only a matter of speed; a datagram socket has no such option.
@@ -205,7 +196,7 @@ impl Connection {
             (self.to_target, self.queued) = (VecDeque::new(), 0);
         }
         self.memory.resize(self.queued + self.to_target.len() * size_of::<Bytes>());
-        result.map_err(|e| format!("write {}: {}", self.transport().name(), reason(&e.into())))
+        result.map_err(|e| format!("write {}: {}", self.shown.target.transport.name(), reason(&e.into())))
     }
 
     fn write(&mut self, now: Instant) -> nix::Result<()> {
@@ -231,7 +222,7 @@ impl Connection {
     }
 
     pub(super) fn largest_read(&self, sink: &Sink) -> usize {
-        match self.transport() {
+        match self.shown.target.transport {
             Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
             Transport::Udp => DATAGRAM,
         }
@@ -240,7 +231,7 @@ impl Connection {
     /// Reads data, or a datagram, of so many bytes, if there is any. The error is the target's end.
     pub(super) fn read(&mut self, place: &mut [u8], now: Instant) -> Result<Option<usize>, End> {
         let State::Open(socket) = &self.state else { return Ok(None) };
-        let udp = self.transport() == Transport::Udp;
+        let udp = self.shown.target.transport == Transport::Udp;
         match recv(socket.as_raw_fd(), place, MsgFlags::empty()) {
             Ok(0) if !udp => Err((CLOSED, "target".to_owned())),
             Ok(n) => {
@@ -266,11 +257,10 @@ impl Connection {
             return false;
         }
         let done = self.to_target.is_empty();
-        let State::Open(socket) = &self.state else { return !done };
-        if self.transport() == Transport::Udp {
-            return !done;
-        }
-        let socket = socket.as_raw_fd();
+        let socket = match &self.state {
+            State::Open(socket) if self.shown.target.transport == Transport::Tcp => socket.as_raw_fd(),
+            _ => return !done,
+        };
         // The target may be gone already.
         if done && shutdown(socket, Shutdown::Write).is_err() {
             return false;

@@ -7,7 +7,6 @@ mod connection;
 mod opening;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
@@ -17,15 +16,12 @@ use self::connection::{CLOSED, Connection};
 use self::opening::{End, FAILED};
 use super::peer::Peer;
 use crate::outbox::Class;
-use crate::permits::Permits;
 use crate::proto::Frame;
 use crate::proto::forward::{self, ConnectionId, Target};
 use crate::sys::{Events, PollSet};
 
 /// Forwards of a session at a time; each takes a descriptor.
 const MAX_CONNECTIONS: usize = 512;
-/// Look-ups of a session at a time.
-const MAX_LOOK_UPS: usize = 4;
 /// Answers that wait for credit; only a client that never reads gets there.
 const MAX_ANSWERS: usize = 1024;
 /// A forward without traffic in either direction is closed after this time.
@@ -39,6 +35,7 @@ const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
 const UNKNOWN: &str = "unknown connection";
 const UNKNOWN_TYPE: &str = "unknown message type";
 
+#[derive(Default)]
 pub(crate) struct PortForward {
     connections: BTreeMap<ConnectionId, Connection>,
     /// Without a client any more, but with data for the target, until this deadline.
@@ -47,22 +44,8 @@ pub(crate) struct PortForward {
     owing: VecDeque<ConnectionId>,
     /// Answers that wait for credit. No data is sent meanwhile, since it would overtake them.
     answers: VecDeque<Frame>,
-    look_ups: Arc<Permits>,
     /// Start of the next round of reading, so that no forward is always first.
     turn: usize,
-}
-
-impl Default for PortForward {
-    fn default() -> Self {
-        PortForward {
-            connections: BTreeMap::new(),
-            finishing: Vec::new(),
-            owing: VecDeque::new(),
-            answers: VecDeque::new(),
-            look_ups: Permits::new(MAX_LOOK_UPS),
-            turn: 0,
-        }
-    }
 }
 
 impl PortForward {
@@ -136,7 +119,7 @@ impl PortForward {
 
     fn advance(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
         let Some(connection) = self.connections.get_mut(id) else { return };
-        match connection.advance(peer, &self.look_ups, now) {
+        match connection.advance(peer, now) {
             Ok(false) => {}
             Ok(true) => {
                 debug!("session {}: forwarding to {:?}", peer.id, connection.shown.target);
@@ -254,9 +237,6 @@ impl PortForward {
     }
 
     pub(crate) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
-        if self.is_idle() {
-            return;
-        }
         let reading = self.takes_data(peer, now);
         self.connections.values().for_each(|c| c.watch(reading && c.takes_data(), set));
         self.finishing.iter().for_each(|(c, _)| c.watch(true, set));
@@ -289,7 +269,7 @@ impl PortForward {
     /// Continues the forwards that only deliver their client's remaining data.
     fn finish(&mut self, peer: &Peer, now: Instant) {
         self.finishing.retain_mut(|(connection, until)| {
-            let more = connection.advance(peer, &self.look_ups, now).is_ok() && connection.finish(now);
+            let more = connection.advance(peer, now).is_ok() && connection.finish(now);
             if more && now >= *until && !connection.to_target.is_empty() {
                 let text = "the target did not take all that the client sent";
                 connection.end = (FAILED, text.to_owned());

@@ -13,7 +13,7 @@ use nix::poll::PollFlags;
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 
 use crate::config::Allowed;
-use crate::permits::{Permit, Permits};
+use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
 use crate::session::peer::Peer;
 use crate::session::stats::ForwardInfo;
@@ -63,11 +63,10 @@ impl Opening {
         self.attempt.as_ref().map_or(self.deadline, |attempt| attempt.until)
     }
 
-    /// `look_ups` are the session's.
-    pub(super) fn advance(&mut self, peer: &Peer, look_ups: &Arc<Permits>, now: Instant) -> Opened {
+    pub(super) fn advance(&mut self, peer: &Peer, now: Instant) -> Opened {
         if self.attempt.is_none() {
             let error = |this: &Self, what: &str| format!(": lookup {}: {what}", this.shown.target.host);
-            let found = self.resolve(peer, look_ups, now);
+            let found = self.resolve(peer, now);
             let found = found.map_err(|what| self.failed(&error(self, &what)))?;
             let Some(addresses) = found else { return Ok(None) };
             let addresses = self.permitted(addresses, peer.device.config().forward_targets.as_deref())?;
@@ -94,12 +93,7 @@ impl Opening {
     }
 
     /// The target's addresses, once they are known. The error is Go's text.
-    fn resolve(
-        &mut self,
-        peer: &Peer,
-        look_ups: &Arc<Permits>,
-        now: Instant,
-    ) -> Result<Option<Addresses>, String> {
+    fn resolve(&mut self, peer: &Peer, now: Instant) -> Result<Option<Addresses>, String> {
         let Target { host, port, .. } = &self.shown.target;
         if let Some((answer, _)) = &self.look_up {
             if let Ok(found) = answer.try_recv() {
@@ -113,7 +107,7 @@ impl Opening {
             return Err("i/o timeout".to_owned());
         }
         if self.look_up.is_none()
-            && let Some(ours) = look_ups.acquire_or_wake(&peer.wake)
+            && let Some(ours) = peer.look_ups.acquire_or_wake(&peer.wake)
             && let Some(permit) = peer.device.look_ups.acquire_or_wake(&peer.wake)
         {
             let wake = Arc::clone(&peer.wake);

@@ -17,8 +17,7 @@ pub(crate) const PING_TIMEOUT: u16 = 65;
 
 #[derive(Debug)]
 pub(crate) struct Clock {
-    expiry: Expiry,
-    output_counts: bool,
+    sessions: Sessions,
     started: Instant,
     last_activity: Instant,
     warned: bool,
@@ -38,8 +37,7 @@ pub(crate) enum Due {
 impl Clock {
     pub(crate) fn new(sessions: &Sessions, now: Instant) -> Self {
         Clock {
-            expiry: sessions.expiry,
-            output_counts: sessions.idle_includes_output,
+            sessions: sessions.clone(),
             started: now,
             last_activity: now,
             warned: false,
@@ -56,14 +54,14 @@ impl Clock {
     }
 
     pub(crate) fn output(&mut self, now: Instant) {
-        if self.output_counts {
+        if self.sessions.idle_includes_output {
             self.input(now);
         }
     }
 
     /// From now on the shell expires by this.
     pub(crate) fn follow(&mut self, sessions: &Sessions) {
-        (self.expiry, self.output_counts) = (sessions.expiry, sessions.idle_includes_output);
+        self.sessions.clone_from(sessions);
     }
 
     pub(crate) fn pong(&mut self, now: Instant) {
@@ -72,7 +70,7 @@ impl Clock {
 
     /// When the shell ends, and by which limit.
     fn expires(&self) -> Option<(Instant, &'static str, Duration)> {
-        let (since, what, limit) = match self.expiry {
+        let (since, what, limit) = match self.sessions.expiry {
             Expiry::Never => return None,
             Expiry::Idle(limit) => (self.last_activity, "no input", limit),
             Expiry::Age(limit) => (self.started, "open", limit),
@@ -81,7 +79,7 @@ impl Clock {
     }
 
     fn warns(&self) -> Option<Instant> {
-        match self.expiry {
+        match self.sessions.expiry {
             Expiry::Idle(limit) if limit > NOTICE && !self.warned => {
                 self.last_activity.checked_add(limit - NOTICE)
             }

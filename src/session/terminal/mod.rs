@@ -30,7 +30,7 @@ use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId, UserId};
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::WindowSize;
-use crate::sys::{Events, PollSet, reason};
+use crate::sys::{Events, PollSet, lock, reason};
 
 /// How long a shell may take to end when its client stopped it, before it is killed, and after.
 const STOP_GRACE: Duration = Duration::from_secs(2);
@@ -246,7 +246,7 @@ impl Terminal {
             State::Running(running) => {
                 let mut events = PollFlags::empty();
                 events.set(PollFlags::POLLIN, takes_output(peer, now));
-                events.set(PollFlags::POLLOUT, running.shell.has_input());
+                events.set(PollFlags::POLLOUT, !running.shell.input.is_empty());
                 // A closed terminal is always "ready", so one that can't be read isn't watched at all.
                 if !running.at_end && !events.is_empty() {
                     set.add(running.shell.pty.as_fd(), events);
@@ -398,7 +398,7 @@ fn takes_output(peer: &Peer, now: Instant) -> bool {
 }
 
 fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
-    let Some(shell) = peer.info.take_shell() else { return };
+    let Some(shell) = lock(&peer.info.shell).take() else { return };
     let figures = shell.traffic.figures(now);
     Record::new("shell-end", Some(&peer.id), &shell.user)
         .with("pid", shell.pid)

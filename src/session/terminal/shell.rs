@@ -19,7 +19,7 @@ const SMALL_INPUT: usize = 4096;
 pub(crate) struct Shell {
     pub(crate) process: SessionLeader,
     pub(crate) pty: Pty,
-    input: VecDeque<u8>,
+    pub(crate) input: VecDeque<u8>,
     /// For the input beyond [`SMALL_INPUT`].
     memory: Permit,
 }
@@ -41,11 +41,6 @@ impl Shell {
         let process = SessionLeader::spawn(command, arguments, user, *no_new_privileges, tty)
             .map_err(|e| format!("fork/exec {}: {}", command.display(), reason(&e)))?;
         Ok(Shell { process, pty, input: VecDeque::new(), memory })
-    }
-
-    /// Whether input waits for a program to read it.
-    pub(crate) fn has_input(&self) -> bool {
-        !self.input.is_empty()
     }
 
     /// Types `bytes`, all or, when too much waits already, nothing.
