@@ -34,7 +34,7 @@ struct State {
     overflowed: bool,
 }
 
-/// Hands the frame back.
+/// Why the inbox hands a frame back.
 #[derive(Debug)]
 pub(crate) enum Rejected {
     /// There is no room, or the session was hung up; true the first time.

@@ -54,15 +54,11 @@ impl PortForward {
     }
 
     fn all(&self) -> impl Iterator<Item = &Connection> {
-        self.connections.values().chain(self.finishing.iter().map(|(connection, _)| connection))
+        self.connections.values().chain(self.finishing.iter().map(|(c, _)| c))
     }
 
     fn ids(&self, which: impl Fn(&Connection) -> bool) -> Vec<ConnectionId> {
-        self.connections
-            .iter()
-            .filter(|(_, connection)| which(connection))
-            .map(|(id, _)| id.clone())
-            .collect()
+        self.connections.iter().filter(|(_, c)| which(c)).map(|(id, _)| id.clone()).collect()
     }
 
     /// False if the client asks for more than it reads.
@@ -147,7 +143,7 @@ impl PortForward {
     }
 
     fn flush(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
-        if let Some(Err(text)) = self.connections.get_mut(id).map(|connection| connection.flush(now)) {
+        if let Some(Err(text)) = self.connections.get_mut(id).map(|c| c.flush(now)) {
             self.fail(peer, id, text, now);
         }
     }
@@ -246,8 +242,9 @@ impl PortForward {
         for id in self.ids(|c| !c.is_open()) {
             self.advance(peer, &id, now);
         }
-        let ready = self.connections.iter().map(|(id, c)| (id.clone(), c.events(events)));
-        let ready: Vec<_> = ready.filter(|(_, events)| !events.is_empty()).collect();
+        let ready = self.connections.iter().map(|(id, c)| (id, c.events(events)));
+        let ready = ready.filter(|(_, events)| !events.is_empty());
+        let ready: Vec<_> = ready.map(|(id, events)| (id.clone(), events)).collect();
         let ended = PollFlags::POLLERR | PollFlags::POLLHUP;
         for (id, _) in ready.iter().filter(|(_, events)| events.intersects(PollFlags::POLLOUT | ended)) {
             self.flush(peer, id, now);
