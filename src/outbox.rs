@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
+use crossbeam_utils::sync::{Parker, Unparker};
 
 use crate::proto::Frame;
 use crate::sys::wake::Wake;
@@ -68,6 +69,18 @@ pub struct Outbox {
     messages: [Sender<Box<Item>>; 2],
     signals: Sender<Work>,
     shared: Arc<Shared>,
+    /// Behind the channels, which are dropped first.
+    writer: Waiting,
+}
+
+/// Wakes the writer, also when it is dropped: nobody may be left.
+#[derive(Debug, Clone)]
+struct Waiting(Unparker);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.unpark();
+    }
 }
 
 #[derive(Debug)]
@@ -75,6 +88,9 @@ pub struct Queue {
     messages: [Receiver<Box<Item>>; 2],
     signals: Receiver<Work>,
     shared: Arc<Shared>,
+    // Not `select!`: the channels wake the writer with a lock held for which it then waits, 4 context switches a message
+    // on a single core.
+    parker: Parker,
     /// Interactive messages that left in a row while bulk waited.
     favoured: u32,
 }
@@ -101,19 +117,23 @@ impl Outbox {
         let (bulk, bulk_queue) = bounded(MAX_BULK);
         let (signals, signal_queue) = bounded(MAX_SIGNALS);
         let shared = Arc::new(Shared { piece: AtomicUsize::new(0), pool: Pool::new(MAX_BUFFERS) });
-        let messages = [interactive_queue, bulk_queue];
-        let queue = Queue { messages, signals: signal_queue, shared: Arc::clone(&shared), favoured: 0 };
-        (Outbox { messages: [interactive, bulk], signals, shared }, queue)
+        let (parker, messages) = (Parker::new(), [interactive_queue, bulk_queue]);
+        let writer = Waiting(parker.unparker().clone());
+        let queue =
+            Queue { messages, signals: signal_queue, shared: Arc::clone(&shared), parker, favoured: 0 };
+        (Outbox { messages: [interactive, bulk], signals, shared, writer }, queue)
     }
 
     /// For the reader: never waits, drops the signal while too many wait.
     pub(crate) fn signal(&self, signal: Work) {
         let _ = self.signals.try_send(signal);
+        self.writer.0.unpark();
     }
 
     /// Asks the writer to close the websocket. Waits until `deadline` if too many signals wait.
     pub(crate) fn close(&self, code: u16, deadline: Instant) {
         let _ = self.signals.send_deadline(Work::Close(code), deadline);
+        self.writer.0.unpark();
     }
 
     /// Queues an answer, waiting for its place.
@@ -123,12 +143,16 @@ impl Outbox {
 
     /// For the reader: never waits, returns false if there is no place for the answer.
     pub(crate) fn try_reply(&self, frame: &Frame) -> bool {
-        self.messages[Class::Interactive as usize].try_send(Item::of(frame, Class::Interactive)).is_ok()
+        let item = Item::of(frame, Class::Interactive);
+        let sent = self.messages[item.class as usize].try_send(item).is_ok();
+        self.writer.0.unpark();
+        sent
     }
 
     fn put(&self, item: Box<Item>) {
         // Fails when the writer has ended.
         let _ = self.messages[item.class as usize].send(item);
+        self.writer.0.unpark();
     }
 }
 
@@ -176,22 +200,12 @@ impl Queue {
 
     /// As [`Queue::try_next`], but waits until `deadline`.
     pub fn next(&mut self, sendable: Sendable, deadline: Instant) -> Option<Work> {
-        let never = never();
         loop {
-            if let Some(work) = self.try_next(sendable) {
-                return Some(work);
+            let work = self.try_next(sendable);
+            if work.is_some() || Instant::now() >= deadline {
+                return work;
             }
-            let [interactive, bulk] = &self.messages;
-            // Not `Select::ready`, which spins and yields before it waits: 10 µs a message on a single core.
-            let item = select! {
-                recv(self.signals) -> signal => return Some(signal.unwrap_or(ABANDONED)),
-                recv(if sendable.interactive { interactive } else { &never }) -> item => item,
-                recv(if sendable.bulk { bulk } else { &never }) -> item => item,
-                default(deadline.saturating_duration_since(Instant::now())) => return None,
-            };
-            if let Some(work) = item.ok().and_then(|item| item.work()) {
-                return Some(work);
-            }
+            self.parker.park_deadline(deadline);
         }
     }
 

@@ -19,6 +19,8 @@ struct State {
     taken: usize,
     /// Called when a permit is returned.
     refused: Vec<Arc<Wake>>,
+    /// Somebody waits for the last one.
+    awaited: bool,
 }
 
 /// A number of rights, which may change.
@@ -64,7 +66,9 @@ impl Permits {
     /// Waits until all permits are returned. False if `deadline` came first.
     pub(crate) fn wait_until_unused(&self, deadline: Instant) -> bool {
         let left = deadline.saturating_duration_since(Instant::now());
-        let waited = self.returned.wait_timeout_while(lock(&self.state), left, |state| state.taken > 0);
+        let mut state = lock(&self.state);
+        state.awaited = true;
+        let waited = self.returned.wait_timeout_while(state, left, |state| state.taken > 0);
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 }
@@ -86,9 +90,12 @@ impl Permit {
         }
         (state.taken, self.count) = (taken, count);
         if !grows {
-            let refused = std::mem::take(&mut state.refused);
+            let (refused, awaited) = (std::mem::take(&mut state.refused), state.awaited);
             drop(state);
-            self.permits.returned.notify_all();
+            // A system call whether anybody waits or not, and memory is returned for each message.
+            if awaited {
+                self.permits.returned.notify_all();
+            }
             refused.iter().for_each(|wake| wake.notify());
         }
         true
