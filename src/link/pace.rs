@@ -27,8 +27,8 @@ const LOST: Duration = Duration::from_secs(10);
 /// The minimum RTT is measured anew after this time, since routes change.
 const QUICKEST_HOLDS: Duration = Duration::from_secs(10);
 /// Allowed queueing delay: `SLACK` × minimum RTT within these bounds, so that a link of varying speed stays busy.
-const SLACK: u32 = 16;
-const LEAST_SLACK: Duration = Duration::from_millis(1);
+const SLACK: u32 = 4;
+const LEAST_SLACK: Duration = Duration::from_micros(300);
 const MOST_SLACK: Duration = Duration::from_millis(50);
 /// Steps in which the window changes at most.
 const STEP: u64 = 4;
