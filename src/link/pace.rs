@@ -244,7 +244,8 @@ pub(super) mod tests {
             (1e6, millis(300), millis(400)),
             (10e6, millis(20), millis(100)),
             (40e6, millis(60), millis(150)),
-            (500e6, Duration::from_micros(100), millis(5)),
+            // A client with one thread for everything.
+            (500e6, Duration::from_micros(100), millis(1)),
         ] {
             let mut simulation = Simulation::new(rate, delay);
             simulation.run((delay * 30).max(millis(2000)));
