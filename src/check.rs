@@ -11,6 +11,7 @@ use serde_json::Value;
 use strsim::osa_distance;
 
 use crate::config::{self, ConfigError, Key, Misfit, Notes, Origin, Values, Walk};
+use crate::sys::reason;
 
 /// Prints what the daemon would make of the files. True if it would start with them.
 pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
@@ -20,15 +21,10 @@ pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
     survey.is_good()
 }
 
-/// In the order of [`Survey::report`]'s texts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    Absent,
-    /// Read, though single values may be wrong.
-    Read,
-    /// Unreadable as a whole.
-    Broken,
-}
+/// The state of a file, as the report shows it; empty if it was read, though single values may be wrong.
+type State = &'static str;
+const ABSENT: State = " (absent)";
+const BROKEN: State = " (can't be read: not counted in)";
 
 /// Error: the daemon doesn't start. Warn: probably not what was meant. Info: good to know. The text begins with the path
 /// in the file, unless it is about the whole file.
@@ -53,7 +49,7 @@ impl<'a> Survey<'a> {
         let (fallback_state, mut misfits) = read(fallback, Origin::Fallback, &mut raw, &mut findings);
         let (main_state, more) = read(main, Origin::Main, &mut raw, &mut findings);
         misfits.extend(more);
-        let broken = [main_state, fallback_state].contains(&State::Broken);
+        let broken = [main_state, fallback_state].contains(&BROKEN);
         let values = raw.filled(&mut Notes::new());
 
         let errors = config::validate(&values, config::user_of_shell(&values, shells)).err();
@@ -62,8 +58,8 @@ impl<'a> Survey<'a> {
             let text = text.strip_prefix(&format!("{}: ", key.name())).unwrap_or(&text).to_owned();
             Some((Level::Error, key, text))
         });
-        let (user, mut advice): (Vec<Advice>, Vec<_>) = advice.partition(|(_, key, _)| *key == Key::User);
-        advice.extend(user);
+        let mut advice: Vec<Advice> = advice.collect();
+        advice.sort_by_key(|(_, key, _)| *key == Key::User);
         // Findings that may only follow from another error, or that an unreadable file may settle, are left out.
         let settled = |key| !broken || raw.origin(key) != Origin::Default;
         advice.retain(|(_, key, _)| settled(*key) && !misfits.iter().any(|misfit| misfit.key == Some(*key)));
@@ -99,7 +95,6 @@ impl<'a> Survey<'a> {
             lines.push(String::new());
         }
         for (name, (file, state)) in [("main", self.main), ("fallback", self.fallback)] {
-            let state = [" (absent)", "", " (can't be read: not counted in)"][state as usize];
             lines.push(format!("{name:8}  {}{state}", file.display()));
         }
         lines.push(String::new());
@@ -129,16 +124,15 @@ fn read<'a>(
     let mut push = |level, text| findings.push((level, file, text));
     let place = |path: &str| if path.is_empty() { String::new() } else { format!("{path}: ") };
     let (mut state, walk) = match raw.read(file, origin) {
-        Ok(Some(walk)) => (State::Read, walk),
-        Ok(None) => (State::Absent, Walk::default()),
+        Ok(walk) => (if walk.is_some() { "" } else { ABSENT }, walk.unwrap_or_default()),
         Err(error) => {
             let text = match error {
-                ConfigError::Open { error, .. } => crate::sys::reason(&error),
+                ConfigError::Open { error, .. } => reason(&error),
                 ConfigError::Syntax(error) => error.to_string(),
                 other => other.to_string(),
             };
             push(Level::Error, text);
-            (State::Broken, Walk::default())
+            (BROKEN, Walk::default())
         }
     };
     // Others who can write the file control the daemon.
@@ -156,7 +150,7 @@ fn read<'a>(
     }
     for Misfit { path, text, .. } in &walk.misfits {
         if path.is_empty() {
-            state = State::Broken;
+            state = BROKEN;
         }
         push(Level::Error, place(path) + text);
     }
@@ -245,7 +239,7 @@ fn unusable(values: &Values) -> Vec<Advice> {
         _ if !Path::new(chroot).is_absolute() => Some("is not an absolute path".to_owned()),
         Ok(metadata) if metadata.is_dir() => None,
         Ok(_) => Some("is not a directory".to_owned()),
-        Err(error) => Some(format!("can't be used: {}", crate::sys::reason(&error))),
+        Err(error) => Some(format!("can't be used: {}", reason(&error))),
     };
     if let Some(why) = why {
         warn(Key::Chroot, format!("{chroot} {why}"));
@@ -266,17 +260,16 @@ fn unusable(values: &Values) -> Vec<Advice> {
 
 /// The key of the same name elsewhere, if there is just one; otherwise the most similar one.
 fn suggest(unknown: &str) -> Option<&'static str> {
-    fn last(name: &str) -> &str {
-        name.rsplit('.').next().unwrap_or(name)
-    }
+    let last = unknown.rsplit('.').next()?;
     let keys = || Key::current().map(Key::name);
     let sections = keys().flat_map(|name| name.match_indices('.').map(|(at, _)| &name[..at]));
     let names: Vec<&str> = keys().chain(sections).collect();
-    let mut same = names.iter().filter(|name| last(name).eq_ignore_ascii_case(last(unknown)));
+    let is_same = |name: &&&str| name.rsplit('.').next().is_some_and(|part| part.eq_ignore_ascii_case(last));
+    let mut same = names.iter().filter(is_same);
     if let (Some(name), None) = (same.next(), same.next()) {
         return Some(name);
     }
-    let most = if last(unknown).len() < 6 { 1 } else { 2 };
+    let most = if last.len() < 6 { 1 } else { 2 };
     // Two letters have at most 8 bytes. Bounds the work for a very long key.
     let near = names.into_iter().filter(|name| unknown.len() <= name.len() + 8);
     let slips = |name: &str| osa_distance(&unknown.to_ascii_lowercase(), &name.to_ascii_lowercase());

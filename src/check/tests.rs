@@ -101,7 +101,7 @@ fn all_that_is_wrong_is_told() {
 fn of_a_broken_file_the_other_is_looked_at() {
     let survey =
         look(Some("{\n  \"User\": \"root\",\n}"), Some(r#"{"Usr": "x", "ShellCommand": "/no/such"}"#));
-    assert_eq!((survey.main.1, survey.fallback.1), (State::Broken, State::Read));
+    assert_eq!((survey.main.1, survey.fallback.1), (BROKEN, ""));
     assert_eq!(
         lines(&survey),
         [
@@ -112,11 +112,11 @@ fn of_a_broken_file_the_other_is_looked_at() {
         ]
     );
     let survey = look(Some(&format!("{{{WORKING}}}")), Some("[]"));
-    assert_eq!((survey.main.1, survey.fallback.1), (State::Read, State::Broken));
+    assert_eq!((survey.main.1, survey.fallback.1), ("", BROKEN));
     assert_eq!(lines(&survey), ["Error fallback expected an object, found an array"]);
     assert_eq!(value(&survey, "User"), (r#""root""#.to_owned(), Origin::Main));
     let survey = look(None, None);
-    assert_eq!((survey.main.1, survey.fallback.1), (State::Absent, State::Absent));
+    assert_eq!((survey.main.1, survey.fallback.1), (ABSENT, ABSENT));
     let no_user = "Error main User: please provide a user to run the shell as";
     assert!(lines(&survey).iter().any(|line| line == no_user), "{survey:?}");
 }

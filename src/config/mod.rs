@@ -17,13 +17,11 @@ pub use allow::Allowed;
 pub(crate) use error::{ConfigError, Misfit};
 pub(crate) use keys::Key;
 pub(crate) use load::{Notes, Origin, Values, Walk, is_unset};
-pub(crate) use url::without_password;
 
 mod allow;
 mod error;
 mod keys;
 mod load;
-mod url;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -253,6 +251,16 @@ pub(crate) fn user_of_shell(values: &Values, shells: &Path) -> Result<User, Vec<
 pub(crate) fn knows_no_login(command: &Path, arguments: &[String]) -> bool {
     arguments.iter().any(|argument| argument == "--login")
         && fs::canonicalize(command).is_ok_and(|program| program.ends_with("dash"))
+}
+
+/// The URL for people: without user and password. `url` may be any text.
+pub(crate) fn without_password(url: &str) -> String {
+    let start = url.find("://").map_or(0, |at| at + 3);
+    let end = url[start..].find('/').map_or(url.len(), |at| start + at);
+    match url[start..end].rfind('@') {
+        Some(at) => format!("{}{}", &url[..start], &url[start + at + 1..]),
+        None => url.to_owned(),
+    }
 }
 
 /// [`load`] for the fuzz target: of texts, on a device where every shell exists and every user is `user`.

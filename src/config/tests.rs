@@ -334,3 +334,16 @@ fn the_token_comes_from_the_bus_or_a_file() {
         assert_eq!(fail(&format!(r#"{{"User": "root", "Auth": {auth}}}"#)), error);
     }
 }
+
+#[test]
+fn user_and_password_of_a_url_are_not_shown() {
+    for (url, shown) in [
+        ("https://a:b@host:1/p@th", "https://host:1/p@th"),
+        ("a:b@host", "host"),
+        ("https://a:b@c@host", "https://host"),
+        ("http://localhost:5000", "http://localhost:5000"),
+        ("", ""),
+    ] {
+        assert_eq!(without_password(url), shown);
+    }
+}

@@ -7,8 +7,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::unistd::geteuid;
 
-use super::token::{expiry, span};
-use super::{Break, Report};
+use super::{Break, Report, expiry, span};
 use crate::auth::{self, Credentials};
 use crate::config::{self, Auth, Config, ConfigError, Key};
 use crate::link::PROXY_VARIABLES;

@@ -2,8 +2,7 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::token::{expiry, span};
-use super::{Break, Report};
+use super::{Break, Report, expiry, span};
 use crate::auth::Credentials;
 use crate::link::{
     AnswerFault, Endpoint, LinkError, PROXY_VARIABLES, Progress, ProxySettings, TlsFault, trial,
@@ -149,11 +148,52 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
             "HTTP_PROXY (http), HTTPS_PROXY (https) and NO_PROXY say which proxy counts; it has to be \
              http://[USER:PASSWORD@]HOST:PORT, and to allow CONNECT to the server."
         }
-        LinkError::Tls(_, fault) => tls_advice(*fault),
+        LinkError::Tls(_, fault) => match fault {
+            TlsFault::LeftOut => "Use an executable that was built with TLS, or mender-auth's forwarder.",
+            TlsFault::NoRoots => "Install ca-certificates, or set SSL_CERT_FILE for the daemon.",
+            TlsFault::Issuer => {
+                "The certificate's issuer has to be among the system's trusted ones (ca-certificates; \
+                 update-ca-certificates takes /usr/local/share/ca-certificates/*.crt) or in SSL_CERT_FILE.\n\
+                 Something in between that opens TLS, such as a proxy, would show a certificate of its own."
+            }
+            TlsFault::Name => {
+                "The server's URL has to have a name that the certificate is for; {host} isn't one."
+            }
+            TlsFault::Dates => {
+                "This device's clock says {now}. If that is wrong, set it (timedatectl, NTP); else the \
+                 server needs a new certificate."
+            }
+            TlsFault::NotTls => {
+                "No TLS is spoken on that port: is it the right one, or has the URL to begin with http://?"
+            }
+            TlsFault::Other => "The server has to speak TLS 1.2 or newer on that port.",
+        },
         LinkError::TimedOut(_) if step == "tls" => {
             "Something accepts connections there but speaks no TLS, or a firewall drops what is said."
         }
-        LinkError::Refused { status, .. } => status_advice(*status, to_https),
+        LinkError::Refused { status, .. } => match status {
+            401 => {
+                "The server doesn't accept the token: is the device accepted there, neither rejected nor \
+                 decommissioned, and is this its server? mender-auth fetches a new one: systemctl restart \
+                 mender-authd"
+            }
+            400 => {
+                "Does something in between (proxy, load balancer) take away the headers of a websocket \
+                 (Upgrade, Connection)?"
+            }
+            300..=399 if to_https => {
+                "It leads to https, and redirects aren't followed: the server's URL has to begin with https://"
+            }
+            300..=399 => "Redirects aren't followed: the server's URL has to be what it leads to.",
+            403 => "Something forbids it: the server's plan or settings, or a firewall in between.",
+            200..=299 | 404 => "Is it a Mender server? A network's login page may answer in its place.",
+            413 => "The request is too large for something in between: the token is in its header.",
+            429 => "The server has too much to do; the daemon tries again later.",
+            500..=599 => {
+                "The server, or what is before it, has a problem: see its log. The daemon tries again later."
+            }
+            _ => "Is it a Mender server?",
+        },
         LinkError::NoAnswer(AnswerFault::Closed) if local => {
             "mender-auth's forwarder does that when it can't reach its server: its log says why, journalctl \
              -u mender-authd"
@@ -176,58 +216,6 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
     }
 }
 
-fn tls_advice(fault: TlsFault) -> &'static str {
-    match fault {
-        TlsFault::LeftOut => "Use an executable that was built with TLS, or mender-auth's forwarder.",
-        TlsFault::NoRoots => "Install ca-certificates, or set SSL_CERT_FILE for the daemon.",
-        TlsFault::Issuer => {
-            "The certificate's issuer has to be among the system's trusted ones (ca-certificates; \
-             update-ca-certificates takes /usr/local/share/ca-certificates/*.crt) or in \
-             SSL_CERT_FILE.\nSomething in between that opens TLS, such as a proxy, would show a certificate \
-             of its own."
-        }
-        TlsFault::Name => {
-            "The server's URL has to have a name that the certificate is for; {host} isn't one."
-        }
-        TlsFault::Dates => {
-            "This device's clock says {now}. If that is wrong, set it (timedatectl, NTP); else the server \
-             needs a new certificate."
-        }
-        TlsFault::NotTls => {
-            "No TLS is spoken on that port: is it the right one, or has the URL to begin with http://?"
-        }
-        TlsFault::Other => "The server has to speak TLS 1.2 or newer on that port.",
-    }
-}
-
-/// About a status other than 101.
-fn status_advice(status: u16, to_https: bool) -> &'static str {
-    match status {
-        401 => {
-            "The server doesn't accept the token: is the device accepted there, neither rejected nor \
-             decommissioned, and is this its server? mender-auth fetches a new one: systemctl restart \
-             mender-authd"
-        }
-        400 => {
-            "Does something in between (proxy, load balancer) take away the headers of a websocket (Upgrade, \
-             Connection)?"
-        }
-        300..=399 if to_https => {
-            "It leads to https, and redirects aren't followed: the server's URL has to begin with https://"
-        }
-        300..=399 => "Redirects aren't followed: the server's URL has to be what it leads to.",
-        403 => "Something forbids it: the server's plan or settings, or a firewall in between.",
-        200..=299 | 404 => "Is it a Mender server? A network's login page may answer in its place.",
-        413 => "The request is too large for something in between: the token is in its header.",
-        429 => "The server has too much to do; the daemon tries again later.",
-        500..=599 => {
-            "The server, or what is before it, has a problem: see its log. The daemon tries again later."
-        }
-        _ => "Is it a Mender server?",
-    }
-}
-
-/// This device's clock.
 fn now() -> String {
     httpdate::fmt_http_date(UNIX_EPOCH + clock::now())
 }
