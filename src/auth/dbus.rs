@@ -69,26 +69,6 @@ enum Timer {
     AskAgain,
 }
 
-impl Manager {
-    /// Connects to the system bus (DBUS_SYSTEM_BUS_ADDRESS is honoured) from the first [`Source::process`] on. If the
-    /// bus is `required`, a failure of the first attempt is an error.
-    pub(crate) fn new(wake: Arc<Wake>, required: bool) -> Self {
-        Manager {
-            wake,
-            bus: Bus::Down(Instant::now()),
-            fatal: required,
-            retry_delay: FIRST_RETRY,
-            owner: None,
-            owner_query: None,
-            question: None,
-            timer: None,
-            lacks_server: false,
-            last_fetch: None,
-            events: Vec::new(),
-        }
-    }
-}
-
 impl Source for Manager {
     fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let Bus::Up(channel, socket) = &self.bus else { return None };
@@ -146,6 +126,24 @@ impl Source for Manager {
 }
 
 impl Manager {
+    /// Connects to the system bus (DBUS_SYSTEM_BUS_ADDRESS is honoured) from the first [`Source::process`] on. If the
+    /// bus is `required`, a failure of the first attempt is an error.
+    pub(crate) fn new(wake: Arc<Wake>, required: bool) -> Self {
+        Manager {
+            wake,
+            bus: Bus::Down(Instant::now()),
+            fatal: required,
+            retry_delay: FIRST_RETRY,
+            owner: None,
+            owner_query: None,
+            question: None,
+            timer: None,
+            lacks_server: false,
+            last_fetch: None,
+            events: Vec::new(),
+        }
+    }
+
     fn channel(&self) -> Option<&Channel> {
         if let Bus::Up(channel, _) = &self.bus { Some(channel) } else { None }
     }
@@ -174,9 +172,7 @@ impl Manager {
         (self.fatal, self.retry_delay) = (false, FIRST_RETRY);
         for rule in [
             format!("type='signal',sender='{MANAGER}',interface='{INTERFACE}',member='JwtTokenStateChange'"),
-            format!(
-                "type='signal',sender='{BUS}',interface='{BUS}',member='NameOwnerChanged',arg0='{MANAGER}'"
-            ),
+            format!("type='signal',sender='{BUS}',member='NameOwnerChanged',arg0='{MANAGER}'"),
         ] {
             self.call(TO_BUS, "AddMatch", &[&rule]);
         }
@@ -246,7 +242,7 @@ impl Manager {
                 trace!("GetJwtToken: {} bytes of token", token.len());
                 self.timer = None;
                 self.lacks_server = !token.is_empty() && url.is_empty();
-                self.events.push(AuthEvent::Answered(Credentials::new(token, url)));
+                self.events.push(AuthEvent::Answered(Ok(Credentials::new(token, url))));
             }
             Ok(Err(e)) => self.unanswered(Refusal::Failed(format!("unexpected types: {e}")), now),
             Err(e) => {
@@ -261,7 +257,7 @@ impl Manager {
 
     fn unanswered(&mut self, why: Refusal, now: Instant) {
         warn!("call to GetJWTToken on the Mender D-Bus API failed: {why}");
-        self.events.push(AuthEvent::Unanswered(why));
+        self.events.push(AuthEvent::Answered(Err(why)));
         self.timer = self.channel().map(|_| (now + ASK_AGAIN, Timer::AskAgain));
     }
 

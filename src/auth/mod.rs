@@ -66,9 +66,7 @@ pub(crate) enum AuthEvent {
     /// By itself.
     Changed(Option<Credentials>),
     /// To [`Source::ask`].
-    Answered(Option<Credentials>),
-    #[cfg_attr(not(feature = "dbus"), allow(dead_code, reason = "a file always answers"))]
-    Unanswered(Refusal),
+    Answered(Result<Option<Credentials>, Refusal>),
 }
 
 #[cfg_attr(not(feature = "dbus"), allow(dead_code, reason = "a file always answers"))]
@@ -93,7 +91,7 @@ pub(crate) trait Source {
     /// is up for the first time.
     fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, SourceError>;
 
-    /// [`AuthEvent::Answered`] or [`AuthEvent::Unanswered`] follows.
+    /// [`AuthEvent::Answered`] follows.
     fn ask(&mut self, now: Instant);
 
     /// Has the source fetch a new token from the server, unless it did so recently.

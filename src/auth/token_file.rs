@@ -16,7 +16,7 @@ use log::{debug, info, warn};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::PollFlags;
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
+use nix::sys::inotify::{AddWatchFlags as Mask, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 
 use super::{AuthEvent, Credentials, Source};
 use crate::sys::reason;
@@ -30,13 +30,7 @@ const WRITING: Duration = Duration::from_secs(10);
 const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Events after which new content is complete.
-const COMPLETE: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE.union(AddWatchFlags::IN_MOVED_TO);
-const WATCHED: AddWatchFlags = COMPLETE
-    .union(AddWatchFlags::IN_MODIFY)
-    .union(AddWatchFlags::IN_ATTRIB)
-    .union(AddWatchFlags::IN_CREATE)
-    .union(AddWatchFlags::IN_DELETE)
-    .union(AddWatchFlags::IN_MOVED_FROM);
+const COMPLETE: Mask = Mask::IN_CLOSE_WRITE.union(Mask::IN_MOVED_TO);
 
 #[derive(Default)]
 pub(crate) struct TokenFile {
@@ -52,9 +46,9 @@ pub(crate) struct TokenFile {
     /// Something has changed: when to read the file, unless an event comes first.
     settles: Option<Instant>,
     /// The last complaint of each kind that still holds: about watching, the file, its mode.
-    unwatched: String,
-    unread: String,
-    exposed: String,
+    unwatched: Option<String>,
+    unread: Option<String>,
+    exposed: Option<String>,
     told_to_wait: bool,
 }
 
@@ -87,7 +81,7 @@ impl Source for TokenFile {
             self.look(now, due && self.settles.is_some());
         }
         let changed = (before != self.current).then(|| AuthEvent::Changed(self.current.clone()));
-        let answered = mem::take(&mut self.asked).then(|| AuthEvent::Answered(self.current.clone()));
+        let answered = mem::take(&mut self.asked).then(|| AuthEvent::Answered(Ok(self.current.clone())));
         Ok(changed.into_iter().chain(answered).collect())
     }
 
@@ -118,14 +112,14 @@ impl TokenFile {
         let moved = fs::canonicalize(&self.path).ok() != self.real;
         let (paths, mut complete) = ([Some(&self.path), self.real.as_ref()], false);
         for InotifyEvent { wd, mask, name, .. } in events {
-            let overflow = mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
+            let overflow = mask.contains(Mask::IN_Q_OVERFLOW);
             // An event without a name is the file's own, or that a watch has ended.
             let named = |name| paths.iter().flatten().any(|path| path.file_name() == Some(name));
             let ours = moved || name.as_deref().is_none_or(named);
             if !(overflow || ours && self.watches.contains(&wd)) {
                 continue;
             }
-            let modified = mask.contains(AddWatchFlags::IN_MODIFY);
+            let modified = mask.contains(Mask::IN_MODIFY);
             complete = mask.intersects(COMPLETE) || complete && !modified;
             self.settles = self.settles.max(Some(now + if modified { WRITING } else { SETTLING }));
         }
@@ -143,12 +137,9 @@ impl TokenFile {
         let shown = self.path.display().to_string();
         match look_into(&self.path, &self.server_url) {
             Ok((credentials, mode)) => {
-                self.unread.clear();
-                if mode & 0o044 == 0 {
-                    self.exposed.clear();
-                } else {
-                    complain(&mut self.exposed, format!("{shown} can be read by others than its owner"));
-                }
+                let exposed = format!("{shown} can be read by others than its owner");
+                complain(&mut self.exposed, Some(exposed).filter(|_| mode & 0o044 != 0));
+                complain(&mut self.unread, None);
                 if self.current.as_ref() != Some(&credentials) {
                     debug!("a token from {shown}");
                     self.told_to_wait = false;
@@ -157,7 +148,7 @@ impl TokenFile {
             }
             Err(_) if !settled && self.current.is_some() => self.settles = Some(now + SETTLING),
             Err(why) => {
-                complain(&mut self.unread, format!("no token from {shown}: {}", reason(&why)));
+                complain(&mut self.unread, Some(format!("no token from {shown}: {}", reason(&why))));
                 self.current = None;
             }
         }
@@ -166,15 +157,13 @@ impl TokenFile {
     /// Watches what the path leads to now, and nothing else.
     fn watch_all(&mut self) {
         self.real = fs::canonicalize(&self.path).ok();
-        if let Err(e) = self.try_watch_all() {
+        let failure = self.try_watch_all().err().map(|e| {
             // Some of the watches may use up the user's limit, and miss changes nevertheless.
             (self.inotify, self.watches) = (None, Vec::new());
             let (path, seconds, why) = (self.path.display(), INTERVAL.as_secs(), reason(&e.into()));
-            let text = format!("{path} can't be watched: {why}; looking at it every {seconds} s");
-            complain(&mut self.unwatched, text);
-        } else {
-            self.unwatched.clear();
-        }
+            format!("{path} can't be watched: {why}; looking at it every {seconds} s")
+        });
+        complain(&mut self.unwatched, failure);
     }
 
     fn try_watch_all(&mut self) -> nix::Result<()> {
@@ -182,11 +171,13 @@ impl TokenFile {
             Some(inotify) => inotify,
             none => none.insert(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?),
         };
+        let events =
+            COMPLETE | Mask::IN_MODIFY | Mask::IN_ATTRIB | Mask::IN_CREATE | Mask::IN_DELETE | Mask::IN_MOVE;
         let (mut watches, mut refused) = (Vec::new(), Ok(()));
         let paths = [Some(&*self.path), self.real.as_deref()].into_iter().flatten();
         // The file may be a mount of its own, or in a directory that may be passed but not read.
         for path in paths.filter_map(Path::parent).chain([&*self.path]) {
-            match inotify.add_watch(path, WATCHED) {
+            match inotify.add_watch(path, events) {
                 Ok(watch) => watches.push(watch),
                 Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}
                 Err(Errno::EACCES) => refused = Err(Errno::EACCES),
@@ -203,10 +194,10 @@ impl TokenFile {
     }
 }
 
-/// Repetitions are not logged.
-fn complain(last: &mut String, text: String) {
+/// Logs `text` unless it repeats the `last` complaint, which `None` ends.
+fn complain(last: &mut Option<String>, text: Option<String>) {
     if *last != text {
-        warn!("{text}");
+        text.iter().for_each(|text| warn!("{text}"));
         *last = text;
     }
 }

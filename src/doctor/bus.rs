@@ -68,10 +68,8 @@ fn ask(report: &mut Report) -> Result<(Manager, Answer), SourceError> {
             connected = true;
         }
         for event in events {
-            match event {
-                AuthEvent::Answered(credentials) => return Ok((manager, Ok(credentials))),
-                AuthEvent::Unanswered(refusal) => return Ok((manager, Err(refusal))),
-                AuthEvent::Changed(_) => {}
+            if let AuthEvent::Answered(answer) = event {
+                return Ok((manager, answer));
             }
         }
         if !connected && Instant::now() >= limit {

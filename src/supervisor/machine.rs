@@ -114,7 +114,7 @@ impl Machine {
 
     fn decide(&mut self, event: Event, now: Instant) -> (State, Vec<Action>) {
         use Action::{Ask, Close, Dial, Fetch, LogNoReconnect, LogUnauthorized};
-        use AuthEvent::{Answered, Changed, Unanswered};
+        use AuthEvent::{Answered, Changed};
         use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
         let state = self.state;
         match (state, event) {
@@ -122,13 +122,13 @@ impl Machine {
             (_, Event::Stop) => (Stopping, vec![Close]),
 
             // An announcement is worth an attempt at once, even with the token we know; an answer isn't.
-            (Dialling | Connected, Event::Auth(Changed(Some(new)) | Answered(Some(new))))
-            | (Waiting, Event::Auth(Answered(Some(new))))
+            (Dialling | Connected, Event::Auth(Changed(Some(new)) | Answered(Ok(Some(new)))))
+            | (Waiting, Event::Auth(Answered(Ok(Some(new)))))
                 if self.credentials.as_ref() == Some(&new) =>
             {
                 (state, vec![])
             }
-            (_, Event::Auth(Changed(Some(new)) | Answered(Some(new)))) => {
+            (_, Event::Auth(Changed(Some(new)) | Answered(Ok(Some(new))))) => {
                 if self.credentials.as_ref() != Some(&new) {
                     // The attempts so far say nothing about it.
                     self.attempt = 0;
@@ -140,15 +140,15 @@ impl Machine {
                 self.credentials = None;
                 (Unauthorized, vec![LogUnauthorized, Close])
             }
-            (Asking, Event::Auth(Answered(None))) => {
+            (Asking, Event::Auth(Answered(Ok(None)))) => {
                 let lost = self.credentials.take().map(|_| LogNoReconnect("there is no token".to_owned()));
                 (Unauthorized, lost.into_iter().collect())
             }
             // A working link stays: a manager that has just started knows no token until somebody fetches one.
-            (_, Event::Auth(Answered(None))) => (state, vec![Fetch]),
+            (_, Event::Auth(Answered(Ok(None)))) => (state, vec![Fetch]),
             // The last known credentials may still be valid.
-            (Asking, Event::Auth(Unanswered(_))) if self.credentials.is_some() => (Dialling, vec![Dial]),
-            (Asking, Event::Auth(Unanswered(reason))) => {
+            (Asking, Event::Auth(Answered(Err(_)))) if self.credentials.is_some() => (Dialling, vec![Dial]),
+            (Asking, Event::Auth(Answered(Err(reason)))) => {
                 (Unauthorized, vec![LogNoReconnect(reason.to_string())])
             }
 
@@ -166,7 +166,7 @@ impl Machine {
             (Dialling | Connected, Event::RetryNow) => (state, vec![Ask]),
             (_, Event::RetryNow) => (Asking, vec![Ask]),
 
-            (_, Event::Auth(Unanswered(_)) | Event::Connected | Event::Lost { .. } | Event::Tick) => {
+            (_, Event::Auth(Answered(Err(_))) | Event::Connected | Event::Lost { .. } | Event::Tick) => {
                 (state, vec![])
             }
         }
@@ -212,7 +212,7 @@ mod tests {
     }
 
     fn answered(token: &str) -> Event {
-        Event::Auth(AuthEvent::Answered(Some(good(token))))
+        Event::Auth(AuthEvent::Answered(Ok(Some(good(token)))))
     }
 
     fn lost() -> Event {
@@ -234,9 +234,9 @@ mod tests {
     fn the_table() {
         let now = Instant::now();
         use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
-        let nothing = || Event::Auth(AuthEvent::Answered(None));
+        let nothing = || Event::Auth(AuthEvent::Answered(Ok(None)));
         let revoked = || Event::Auth(AuthEvent::Changed(None));
-        let unanswered = || Event::Auth(AuthEvent::Unanswered(Refusal::Silent("why".into())));
+        let unanswered = || Event::Auth(AuthEvent::Answered(Err(Refusal::Silent("why".into()))));
         let no_token = || LogNoReconnect("there is no token".into());
         let revoke = || vec![LogUnauthorized, Close];
         let table: Vec<(State, Event, State, Vec<Action>)> = vec![
