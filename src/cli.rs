@@ -81,16 +81,6 @@ const COMMANDS: &[Command] = &[
     }),
 ];
 
-const HEAD: &str = "\
-NAME:
-   mender-connect - remote terminal, files and ports of this device through its Mender server
-
-USAGE:
-   mender-connect [global options] command
-
-COMMANDS:
-";
-
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Invocation {
     Daemon(Options),
@@ -159,7 +149,12 @@ fn names(spellings: &str) -> impl Iterator<Item = &str> {
 
 fn help() -> String {
     let commands: String = COMMANDS.iter().map(|row| format!("   {:7}  {}\n", row.0, row.1)).collect();
-    format!("{HEAD}{commands}\nGLOBAL OPTIONS:\n{}", list(GLOBAL, 31))
+    format!(
+        "NAME:\n   mender-connect - remote terminal, files and ports of this device through its Mender server\n\n\
+         USAGE:\n   mender-connect [global options] command\n\n\
+         COMMANDS:\n{commands}\nGLOBAL OPTIONS:\n{}",
+        list(GLOBAL, 31)
+    )
 }
 
 fn help_of((names, summary, flags, _): &Command) -> String {

@@ -8,10 +8,8 @@ use crate::cli::Options;
 use crate::config;
 use crate::logging::{self, Logger};
 use crate::supervisor;
-use crate::sys;
-use crate::sys::privilege;
-use crate::sys::process;
 use crate::sys::signals::Signals;
+use crate::sys::{privilege, process, reason};
 
 /// Runs until a signal ends it. False if it couldn't start or go on, which has been logged.
 pub(crate) fn run(options: Options) -> bool {
@@ -37,7 +35,7 @@ fn serve(options: Options, log: &'static Logger) -> Result<(), Box<dyn Error>> {
     let load = move || config::load(&options.config, &options.fallback_config);
     let config = load()?;
     if let Err(e) = privilege::reduce(supervisor::needs(&config)) {
-        warn!("privileges that aren't needed couldn't be given up: {}", sys::reason(&e));
+        warn!("privileges that aren't needed couldn't be given up: {}", reason(&e));
     }
     log.start()?;
     supervisor::run(config, load, &signals)?;

@@ -60,9 +60,8 @@ pub(crate) fn init(level: LevelFilter) -> &'static Logger {
     let sink = WriteLogger::new(LevelFilter::Trace, config.build(), LineWriter::new(io::stderr()));
     let (queue, journal, started) = (Queue::new(), stderr_is_journal(), AtomicBool::new(false));
     let logger: &'static Logger = Box::leak(Box::new(Logger { queue, sink, journal, started }));
-    if log::set_logger(logger).is_ok() {
-        log::set_max_level(level);
-    }
+    let _ = log::set_logger(logger);
+    log::set_max_level(level);
     logger
 }
 

@@ -62,11 +62,11 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
             true => text + "\n",
             false => text,
         };
-        // The reader has closed its end of the pipe.
-        if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() || !watch {
-            return true;
-        }
-        if !poll_one(&out, PollFlags::empty(), Some(next)).is_ok_and(|events| events.is_empty()) {
+        let written = out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok();
+        // An event means that the reader has closed its end of the pipe.
+        let closed =
+            || poll_one(&out, PollFlags::empty(), Some(next)).map_or(true, |events| !events.is_empty());
+        if !written || !watch || closed() {
             return true;
         }
     }

@@ -147,13 +147,12 @@ impl Socket {
 /// Removes the socket of a daemon that was killed.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-        Ok(found) if found.file_type().is_socket() => {}
-        Ok(_) => return Err(io::Error::other("something is in its place")),
-    }
-    match connect(path, SockFlag::SOCK_NONBLOCK) {
-        Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path),
-        _ => Err(io::Error::other("another daemon has it")),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+        Ok(found) if !found.file_type().is_socket() => Err(io::Error::other("something is in its place")),
+        Ok(_) => match connect(path, SockFlag::SOCK_NONBLOCK) {
+            Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path),
+            _ => Err(io::Error::other("another daemon has it")),
+        },
     }
 }

@@ -122,13 +122,8 @@ impl Supervisor {
             self.service.status(self.machine.describe(None) + stale);
             self.status.answer(now, || {
                 let connection = self.machine.connection(self.last_error.as_ref(), now);
-                Status::new(
-                    connection,
-                    self.machine.token_length(),
-                    seconds(self.started, now),
-                    &self.context,
-                    now,
-                )
+                let (token, uptime) = (self.machine.token_length(), seconds(self.started, now));
+                Status::new(connection, token, uptime, &self.context, now)
             });
         }
         self.service.stopping();
@@ -143,13 +138,9 @@ impl Supervisor {
         for (fd, events) in self.source.watch().into_iter().chain(self.status.watch()) {
             set.add(fd, events);
         }
-        let deadlines = [
-            self.machine.deadline(),
-            self.source.deadline(),
-            self.service.deadline(),
-            self.status.deadline(),
-        ];
-        set.wait(deadlines.into_iter().flatten().min()).map(drop)
+        let deadlines = [self.machine.deadline(), self.source.deadline()];
+        let more = [self.service.deadline(), self.status.deadline()];
+        set.wait(deadlines.into_iter().chain(more).flatten().min()).map(drop)
     }
 
     fn handle_signal(&mut self, signal: Signal, lost_terminal: bool) {
@@ -196,9 +187,8 @@ impl Supervisor {
             return Ok(());
         }
         if !privilege::suffices_for(needs(&config)) {
-            return Err(
-                "the new one takes privileges that were given up at the start; restart to use it".into()
-            );
+            let why = "the new one takes privileges that were given up at the start; restart to use it";
+            return Err(why.into());
         }
         if config.auth != old.auth {
             self.source = auth::source(&config.auth, &self.wake, false)?;
