@@ -29,8 +29,6 @@ const BROKEN: State = " (can't be read: not counted in)";
 /// Error: the daemon doesn't start. Warn: probably not what was meant. Info: good to know. The text begins with the path
 /// in the file, unless it is about the whole file.
 type Finding<'a> = (Level, &'a Path, String);
-
-/// A finding about a key, wherever it is set.
 type Advice = (Level, Key, String);
 
 #[derive(Debug)]
@@ -80,7 +78,6 @@ impl<'a> Survey<'a> {
         Survey { main: (main, main_state), fallback: (fallback, fallback_state), findings, values }
     }
 
-    /// True if the daemon would start.
     fn is_good(&self) -> bool {
         !self.findings.iter().any(|(level, ..)| *level == Level::Error)
     }

@@ -176,7 +176,6 @@ fn list(flags: &[Flag], width: usize) -> String {
 }
 
 impl Options {
-    /// The log's.
     pub(crate) fn level(&self) -> LevelFilter {
         match (self.trace, self.debug) {
             (true, _) => LevelFilter::Trace,

@@ -17,8 +17,8 @@
 //!                 └─────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Beside the daemon run `check`, `doctor` and the command `status`. `logging` and `audit` have a thread of their own to
-//! write in. `sys` is kernel and libc, and has the only `unsafe`; `proto` and `backoff` do no I/O.
+//! Beside the daemon run `check`, `doctor` and the command `status`. The log has a writing thread of its own. `sys` is
+//! kernel and libc, and has the only `unsafe`; `proto` and `backoff` do no I/O.
 //!
 //! Arrows point one way: `run → daemon → supervisor → { auth, link, status → session } → { outbox, audit, config,
 //! proto, permits, backoff, sys }`. `link` and `session` don't know each other; the supervisor joins them.

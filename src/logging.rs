@@ -72,9 +72,8 @@ fn stderr_is_journal() -> bool {
 }
 
 fn time() -> String {
-    let now = i128::try_from(clock::now().as_nanos()).unwrap_or_default();
-    // Fails after the year 9999.
-    let now = OffsetDateTime::from_unix_timestamp_nanos(now).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    // Stays in the year 9999.
+    let now = OffsetDateTime::UNIX_EPOCH.saturating_add(clock::now().try_into().unwrap_or_default());
     now.format(TIME).unwrap_or_default()
 }
 

@@ -3,6 +3,7 @@
 //! Calls are sent without waiting, and their answers recognised by serial number. Only connecting to the bus blocks, and
 //! so has a thread of its own. The manager may come, go and be replaced at any time, and so may the bus.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use dbus::message::MessageType;
 use log::{debug, info, trace, warn};
 use nix::poll::PollFlags;
 
-use super::{AuthEvent, Credentials, Refusal, Source, SourceError};
+use super::{AuthEvent, Credentials, Refusal, Source};
 use crate::sys::wake::Wake;
 use crate::sys::wipe::wipe_texts;
 use crate::sys::{PollSet, duplicate_socket, reason, thread};
@@ -84,7 +85,7 @@ impl Source for Manager {
         retry.into_iter().chain(self.timer.map(|(at, _)| at)).min()
     }
 
-    fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, SourceError> {
+    fn process(&mut self, now: Instant) -> io::Result<Vec<AuthEvent>> {
         let changed = match &self.bus {
             Bus::Down(until) if now >= *until => Some(Bus::connect(&self.wake)),
             Bus::Connecting(result) => result.try_recv().ok(),
@@ -94,7 +95,7 @@ impl Source for Manager {
             None => {}
             Some(Ok(bus @ Bus::Up(..))) => self.came_up(bus, now),
             Some(Ok(bus)) => self.bus = bus,
-            Some(Err(why)) if self.fatal => return Err(SourceError::Bus(why)),
+            Some(Err(why)) if self.fatal => return Err(io::Error::other(why)),
             Some(Err(why)) => self.went_down(now, &why),
         }
         self.receive(now);
@@ -154,14 +155,13 @@ impl Manager {
     }
 
     /// Waits until [`Source::process`] is due, at most until `limit`, and calls it. For doctor.
-    pub(crate) fn wait(&mut self, limit: Instant) -> Result<Vec<AuthEvent>, SourceError> {
+    pub(crate) fn wait(&mut self, limit: Instant) -> io::Result<Vec<AuthEvent>> {
         let mut set = PollSet::new();
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
         if let Some((socket, events)) = self.watch() {
             set.add(socket, events);
         }
-        set.wait(self.deadline().into_iter().chain([limit]).min())
-            .map_err(|e| SourceError::Bus(reason(&e)))?;
+        set.wait(self.deadline().into_iter().chain([limit]).min())?;
         self.wake.clear();
         self.process(Instant::now())
     }

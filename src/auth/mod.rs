@@ -5,6 +5,7 @@ mod dbus;
 mod token_file;
 
 use std::fmt;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -63,7 +64,6 @@ impl Credentials {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum AuthEvent {
-    /// By itself.
     Changed(Option<Credentials>),
     /// To [`Source::ask`].
     Answered(Result<Option<Credentials>, Refusal>),
@@ -89,7 +89,7 @@ pub(crate) trait Source {
 
     /// To be called after an event on the descriptor, after a wake-up and at the deadline. Fails only until the source
     /// is up for the first time.
-    fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, SourceError>;
+    fn process(&mut self, now: Instant) -> io::Result<Vec<AuthEvent>>;
 
     /// [`AuthEvent::Answered`] follows.
     fn ask(&mut self, now: Instant);
@@ -98,23 +98,9 @@ pub(crate) trait Source {
     fn fetch(&mut self, now: Instant);
 }
 
-#[derive(Debug, Error)]
-pub(crate) enum SourceError {
-    #[error("mender-connect dbus failed to connect, error: {0}")]
-    #[cfg(feature = "dbus")]
-    Bus(String),
-    #[error("built without D-Bus, a token can only come from a file: Auth.Source must be \"file\"")]
-    #[cfg(not(feature = "dbus"))]
-    LeftOut,
-}
-
 /// The source that `auth` configures. It calls `wake` if `process` is due for another reason than descriptor and
 /// deadline. Unless the source is `required`, it waits for a bus that is missing at first, as it does later.
-pub(crate) fn source(
-    auth: &config::Auth,
-    wake: &Arc<Wake>,
-    required: bool,
-) -> Result<Box<dyn Source>, SourceError> {
+pub(crate) fn source(auth: &config::Auth, wake: &Arc<Wake>, required: bool) -> io::Result<Box<dyn Source>> {
     match auth {
         config::Auth::File { token, server_url } => Ok(Box::new(TokenFile::new(token, server_url))),
         #[cfg(feature = "dbus")]
@@ -122,7 +108,8 @@ pub(crate) fn source(
         #[cfg(not(feature = "dbus"))]
         config::Auth::Dbus => {
             let _ = (wake, required);
-            Err(SourceError::LeftOut)
+            let why = "built without D-Bus, a token can only come from a file: Auth.Source must be \"file\"";
+            Err(io::Error::other(why))
         }
     }
 }

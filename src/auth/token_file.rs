@@ -69,7 +69,7 @@ impl Source for TokenFile {
         self.asked.then(Instant::now).or(self.settles).or(self.last_read.map(|at| at + INTERVAL))
     }
 
-    fn process(&mut self, now: Instant) -> Result<Vec<AuthEvent>, super::SourceError> {
+    fn process(&mut self, now: Instant) -> io::Result<Vec<AuthEvent>> {
         let complete = self.receive(now);
         let before = self.current.clone();
         let due = match self.settles {
@@ -216,11 +216,11 @@ pub(crate) fn look_into(path: &Path, server_url: &str) -> io::Result<(Credential
         return Err(io::Error::other("it is too large for a token"));
     }
     let token = match std::str::from_utf8(&bytes).map(str::trim) {
-        Ok("") => return Err(io::Error::other("it is empty")),
         // As an HTTP header takes it.
         Ok(token) if token.bytes().all(|byte| byte.is_ascii_graphic()) => token,
         _ => return Err(io::Error::other("it has something else in it")),
     };
-    let credentials = Credentials::new(token, server_url);
-    Ok((credentials.ok_or_else(|| io::Error::other("there is no server's URL for it"))?, stat.mode()))
+    // The configuration has a server's URL wherever it has a file.
+    let credentials = Credentials::new(token, server_url).ok_or_else(|| io::Error::other("it is empty"))?;
+    Ok((credentials, stat.mode()))
 }

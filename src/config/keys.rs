@@ -15,7 +15,6 @@ pub(super) enum Kind {
     Flag(bool),
     Number(RangeInclusive<i128>, u32),
     Text(&'static str),
-    /// A list of strings.
     List(Option<&'static [&'static str]>),
     /// Their keys are those below this one.
     Objects,
@@ -144,7 +143,6 @@ impl Kind {
     }
 }
 
-/// Appends a member's name to the path of its object.
 pub(super) fn join(path: &str, member: &str) -> String {
     if path.is_empty() { member.to_owned() } else { format!("{path}.{member}") }
 }

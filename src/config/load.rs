@@ -110,21 +110,17 @@ impl Values {
             let text = format!("ReconnectIntervalSeconds is negative, defaulting to {default}s");
             notes.push((Level::Warn, text));
             filled.set(Key::ReconnectInterval, default);
-        }
-        // Longer than anybody waits, and small enough that sums with it can't overflow.
-        if seconds > u32::MAX.into() {
+        } else if seconds > u32::MAX.into() {
+            // Longer than anybody waits, and small enough that sums with it can't overflow.
             filled.set(Key::ReconnectInterval, u32::MAX.into());
         }
-        let umask = self.text(Key::Umask);
-        if self.flag(Key::Limits) && !umask.is_empty() {
-            let used = self.umask().unwrap_or(STRICT_UMASK) & 0o777;
+        let (umask, used) = (self.text(Key::Umask), self.umask().unwrap_or(STRICT_UMASK) & 0o777);
+        if self.flag(Key::Limits) && !umask.is_empty() && self.umask() != Some(used) {
             if self.umask().is_none() {
                 let text = format!("{umask:?} is not an octal number, using {used:03o} instead");
                 notes.push((Level::Error, format!("{} {text}", Key::Umask.name())));
             }
-            if self.umask() != Some(used) {
-                filled.set(Key::Umask, format!("{used:03o}").into());
-            }
+            filled.set(Key::Umask, format!("{used:03o}").into());
         }
         for (filled, raw) in filled.0.iter_mut().zip(&self.0) {
             if filled.0 != raw.0 {

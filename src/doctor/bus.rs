@@ -1,24 +1,23 @@
 //! The steps of a token from mender-auth: the daemon's own client, driven until it has an answer.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use nix::unistd::geteuid;
 
 use super::{Break, Report};
-use crate::auth::{ANSWER_LIMIT, AuthEvent, Credentials, Manager, Refusal, SourceError};
+use crate::auth::{ANSWER_LIMIT, AuthEvent, Credentials, Manager, Refusal};
 use crate::sys::reason;
 use crate::sys::wake::Wake;
 
 const NOT_ACCEPTED: &str = "Is the device accepted on the server? mender-auth gets a token only then. \
     Its log says more: journalctl -u mender-authd";
 
-type Answer = Result<Option<Credentials>, Refusal>;
-
 pub(crate) fn credentials(report: &mut Report) -> Result<Credentials, Break> {
-    let (manager, answer) = ask(report).map_err(|SourceError::Bus(why)| {
+    let (manager, answer) = ask(report).map_err(|e| {
         let advice = "Is D-Bus running (systemctl status dbus)? DBUS_SYSTEM_BUS_ADDRESS, if it is set, has to lead to it.";
-        report.bad("bus", &why, advice)
+        report.bad("bus", &reason(&e), advice)
     })?;
     match (&manager.owner, &answer) {
         (_, Err(Refusal::Absent(_))) => {
@@ -52,9 +51,8 @@ pub(crate) fn credentials(report: &mut Report) -> Result<Credentials, Break> {
 }
 
 /// Connects to the bus, and waits until mender-auth answers or can't.
-fn ask(report: &mut Report) -> Result<(Manager, Answer), SourceError> {
-    let wake = Wake::new().map_err(|e| SourceError::Bus(reason(&e)))?;
-    let mut manager = Manager::new(Arc::new(wake), true);
+fn ask(report: &mut Report) -> io::Result<(Manager, Result<Option<Credentials>, Refusal>)> {
+    let mut manager = Manager::new(Arc::new(Wake::new()?), true);
     let start = Instant::now();
     let mut connected = false;
     loop {
@@ -73,7 +71,7 @@ fn ask(report: &mut Report) -> Result<(Manager, Answer), SourceError> {
             }
         }
         if !connected && Instant::now() >= limit {
-            return Err(SourceError::Bus(format!("no answer within {} s", ANSWER_LIMIT.as_secs())));
+            return Err(io::Error::other(format!("no answer within {} s", ANSWER_LIMIT.as_secs())));
         }
     }
 }

@@ -75,7 +75,6 @@ fn differing(pid: &str) -> Vec<&'static str> {
     names.filter(|name| theirs(name) != ours(name)).collect()
 }
 
-/// Checks the configuration with the shell and its user.
 pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -> Result<Config, Break> {
     let files = [main, fallback].into_iter().filter(|file| file.exists());
     let files =
@@ -117,7 +116,6 @@ pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -
     Ok(config)
 }
 
-/// Checks what a terminal needs.
 pub(crate) fn terminal(report: &mut Report, config: &Config) -> Result<(), Break> {
     let config::Terminal { enabled, width, height } = config.terminal;
     if !enabled {
@@ -138,7 +136,6 @@ pub(crate) fn terminal(report: &mut Report, config: &Config) -> Result<(), Break
     Ok(())
 }
 
-/// Gets token and server URL from the configured source.
 pub(crate) fn credentials(report: &mut Report, config: &Config) -> Result<Credentials, Break> {
     let credentials = match &config.auth {
         #[cfg(feature = "dbus")]

@@ -118,7 +118,6 @@ pub(crate) fn expiry(token: &str) -> Option<u64> {
     Some(exp as u64)
 }
 
-/// A time span in everyday words.
 pub(crate) fn span(seconds: u64) -> String {
     match seconds {
         0..120 => format!("{seconds} s"),

@@ -9,7 +9,6 @@ use crate::link::{
 };
 use crate::sys::clock;
 
-/// A clock that is further off is worth a warning.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
 /// Connects to the server, with `upgrade` up to a websocket.

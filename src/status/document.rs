@@ -142,7 +142,6 @@ impl State {
 }
 
 impl Status {
-    /// The supervisor's part, and what the device's sessions do.
     pub(crate) fn new(
         connection: Connection,
         token_length: Option<usize>,

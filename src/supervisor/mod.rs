@@ -104,7 +104,8 @@ impl Supervisor {
                 self.handle_signal(signal, signals.lost_terminal());
             }
             self.wake.clear();
-            let auth = self.source.process(Instant::now())?;
+            let auth = self.source.process(Instant::now());
+            let auth = auth.map_err(|e| format!("mender-connect dbus failed to connect, error: {e}"))?;
             // Any answer means that the source is up.
             if !auth.is_empty() && !self.service.ready {
                 self.service.ready();
@@ -288,7 +289,6 @@ impl Supervisor {
     }
 }
 
-/// Uniform.
 fn random() -> u64 {
     // Early in a boot there may be no randomness yet: the clock has to do.
     getrandom::u64()
