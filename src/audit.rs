@@ -1,6 +1,5 @@
-//! The audit log: a line for each session, shell, transfer, forward and command, of the form `event=… key=value …`.
-//! Its keys and their order, which the README describes, are stable. Nothing that was typed, shown or transferred is in
-//! it.
+//! The audit log: a line `event=… key=value …` for each session, shell, transfer, forward and command. Its keys and
+//! their order, which the README describes, are stable. It has nothing that was typed, shown or transferred.
 
 use std::fmt::{Display, Write};
 use std::path::Path;

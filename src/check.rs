@@ -35,6 +35,7 @@ type Advice = (Level, Key, String);
 struct Survey<'a> {
     main: (&'a Path, State),
     fallback: (&'a Path, State),
+    /// Errors first.
     findings: Vec<Finding<'a>>,
     /// As they take effect.
     values: Values,
@@ -43,10 +44,11 @@ struct Survey<'a> {
 impl<'a> Survey<'a> {
     /// Reads both files as the daemon does, but doesn't stop at errors.
     fn new(main: &'a Path, fallback: &'a Path, shells: &Path) -> Self {
-        let (mut findings, mut raw) = (Vec::new(), Values::default());
-        let (fallback_state, mut misfits) = read(fallback, Origin::Fallback, &mut raw, &mut findings);
-        let (main_state, more) = read(main, Origin::Main, &mut raw, &mut findings);
-        misfits.extend(more);
+        let mut raw = Values::default();
+        let (fallback_state, mut misfits, mut findings) = read(fallback, Origin::Fallback, &mut raw);
+        let (main_state, more_misfits, more_findings) = read(main, Origin::Main, &mut raw);
+        misfits.extend(more_misfits);
+        findings.extend(more_findings);
         let broken = [main_state, fallback_state].contains(&BROKEN);
         let values = raw.filled(&mut Notes::new());
 
@@ -75,6 +77,7 @@ impl<'a> Survey<'a> {
             let file = if raw.origin(key) == Origin::Fallback { fallback } else { main };
             (level, file, format!("{}: {text}", key.name()))
         }));
+        findings.sort_by_key(|(level, ..)| *level);
         Survey { main: (main, main_state), fallback: (fallback, fallback_state), findings, values }
     }
 
@@ -83,11 +86,11 @@ impl<'a> Survey<'a> {
     }
 
     fn report(&self) -> String {
-        let mut lines = Vec::new();
-        for (level, word) in [(Level::Error, "error"), (Level::Warn, "warning"), (Level::Info, "note")] {
-            let findings = self.findings.iter().filter(|finding| finding.0 == level);
-            lines.extend(findings.map(|(_, file, text)| format!("{word}: {}: {text}", file.display())));
-        }
+        let word = |level: Level| ["error", "warning", "note"][level as usize - 1];
+        let findings = self.findings.iter();
+        let lines =
+            findings.map(|(level, file, text)| format!("{}: {}: {text}", word(*level), file.display()));
+        let mut lines: Vec<_> = lines.collect();
         if !lines.is_empty() {
             lines.push(String::new());
         }
@@ -112,12 +115,8 @@ impl<'a> Survey<'a> {
     }
 }
 
-fn read<'a>(
-    file: &'a Path,
-    origin: Origin,
-    raw: &mut Values,
-    findings: &mut Vec<Finding<'a>>,
-) -> (State, Vec<Misfit>) {
+fn read<'a>(file: &'a Path, origin: Origin, raw: &mut Values) -> (State, Vec<Misfit>, Vec<Finding<'a>>) {
+    let mut findings = Vec::new();
     let mut push = |level, text| findings.push((level, file, text));
     let place = |path: &str| if path.is_empty() { String::new() } else { format!("{path}: ") };
     let (mut state, walk) = match raw.read(file, origin) {
@@ -167,7 +166,7 @@ fn read<'a>(
             push(Level::Warn, format!("{}: deprecated and ignored", key.name()));
         }
     }
-    (state, walk.misfits)
+    (state, walk.misfits, findings)
 }
 
 /// Tells if a `key` that a file gives has no effect or is replaced.

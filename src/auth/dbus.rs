@@ -127,8 +127,7 @@ impl Source for Manager {
 }
 
 impl Manager {
-    /// Connects to the system bus (DBUS_SYSTEM_BUS_ADDRESS is honoured) from the first [`Source::process`] on. If the
-    /// bus is `required`, a failure of the first attempt is an error.
+    /// Connects from the first [`Source::process`] on, which fails if the bus is `required` and the first attempt fails.
     pub(crate) fn new(wake: Arc<Wake>, required: bool) -> Self {
         Manager {
             wake,

@@ -1,5 +1,4 @@
-//! Reads JSON into values the way Go's encoding/json fills a struct, because the files in the field were written for
-//! that.
+//! Reads JSON into values as Go's encoding/json fills a struct: the files in the field were written for that.
 //!
 //! - Keys match in any case. Unknown ones are ignored, and reported to the caller.
 //! - `null` leaves a value as it is, but empties an array.
@@ -27,8 +26,7 @@ use super::keys::{Key, Kind, join};
 /// Log lines, kept apart from the logger so that tests can look at them.
 pub(crate) type Notes = Vec<(Level, String)>;
 
-/// Replaces a umask that can't be read: only the owner gets access. An error would keep the terminal away that is needed
-/// to correct it.
+/// Replaces a umask that can't be read: an error would disable the terminal that is needed to correct it.
 const STRICT_UMASK: u32 = 0o077;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -77,9 +77,8 @@ fn differing(pid: &str) -> Vec<&'static str> {
 
 pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -> Result<Config, Break> {
     let files = [main, fallback].into_iter().filter(|file| file.exists());
-    let files =
-        files.map(|file| file.display().to_string()).reduce(|main, other| format!("{main} over {other}"));
-    let files = files.unwrap_or_else(|| "no file, defaults".to_owned());
+    let files = files.map(|file| file.display().to_string()).collect::<Vec<_>>().join(" over ");
+    let files = if files.is_empty() { "no file, defaults" } else { &files };
     let config = config::load(main, fallback).map_err(|e| {
         let (step, advice) = match e {
             ConfigError::Unusable(Key::ShellCommand, _) | ConfigError::ShellNotListed(_) => {
@@ -94,17 +93,16 @@ pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -
             _ => ("configuration", "Correct the file; `mender-connect check` says whether it is right."),
         };
         if step != "configuration" {
-            report.good("configuration", &files);
+            report.good("configuration", files);
         }
         report.bad(step, &e.to_string(), advice)
     })?;
-    report.good("configuration", &files);
+    report.good("configuration", files);
 
     let shell = &config.shell;
     if config::knows_no_login(&shell.command, &shell.arguments) {
-        report.warn(
-            "this shell is dash, which knows no --login and ends at once: set ShellArguments or ShellCommand",
-        );
+        let advice = "set ShellArguments or ShellCommand";
+        report.warn(format!("this shell is dash, which knows no --login and ends at once: {advice}"));
     }
     report.good("shell", &format!("{} {}", shell.command.display(), shell.arguments.join(" ")));
 

@@ -1,5 +1,4 @@
-//! The command `doctor`: tries the steps of a connection and says which one fails. Each step runs the
-//! daemon's own code, so that its result is the daemon's.
+//! The command `doctor`: tries the steps of a connection with the daemon's own code, and says which one fails.
 //!
 //! `device` has the steps up to the token, `server` those from there on; this file writes the report.
 
@@ -17,8 +16,7 @@ use serde_json::{Value, json};
 
 use crate::sys::privilege;
 
-/// Tries step after step and prints each result: as JSON if `json` says so or, without it, if standard output is no
-/// terminal. True if all steps worked.
+/// Prints the steps, as JSON if `json` says so or, without it, where no terminal is. True if all steps worked.
 pub(crate) fn run(main: &Path, fallback: &Path, json: Option<bool>) -> bool {
     // Keeps the token out of core files.
     let _ = privilege::keep_to_oneself();

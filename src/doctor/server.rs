@@ -118,8 +118,7 @@ fn is_forwarder(server: &Option<Endpoint>) -> bool {
     server.as_ref().is_some_and(|server| server.is_loopback() && !server.tls)
 }
 
-/// `{host}` stands for the name that was looked up, or else the server's; `{now}` for this device's time. `local`: the
-/// server is mender-auth's forwarder.
+/// `{host}` stands for the name to resolve or the server's, `{now}` for the time. `local`: to mender-auth's forwarder.
 fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'static str {
     match error {
         LinkError::Url(_) => {

@@ -66,8 +66,7 @@ struct Supervisor {
     status: status::Server,
 }
 
-/// Runs the daemon until SIGTERM or SIGINT. On SIGHUP `load` reads the configuration again. A bus that is missing at
-/// the start is an error.
+/// Runs until SIGTERM or SIGINT. SIGHUP calls `load` for a new configuration. Fails if the bus is missing at the start.
 pub(crate) fn run(
     config: Config,
     load: impl Fn() -> Result<Config, ConfigError> + 'static,
@@ -268,12 +267,9 @@ impl Supervisor {
             let mut router = Router::new(&context, outbox);
             move |frame| router.route(frame)
         };
-        match Link::dial(credentials, Arc::clone(&self.proxies), accept, report) {
+        match Link::dial(credentials, Arc::clone(&self.proxies), accept, report.clone()) {
             Ok(link) => self.link = Some(link),
-            Err(e) => {
-                let _ = self.reporter.send((epoch, LinkEvent::Lost(e.into())));
-                self.wake.notify();
-            }
+            Err(e) => report(LinkEvent::Lost(e.into())),
         }
     }
 
