@@ -55,11 +55,6 @@ impl Credentials {
         let there = !token.is_empty() && !server_url.is_empty();
         there.then(|| Credentials { token: Token(token.to_owned()), server_url: server_url.to_owned() })
     }
-
-    /// The URL for logs: without user and password.
-    pub(crate) fn shown_server_url(&self) -> String {
-        config::without_password(&self.server_url)
-    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,9 +118,6 @@ mod tests {
         assert_eq!(Credentials::new("", "http://x"), None);
         assert_eq!(Credentials::new("secret", ""), None);
         let shown = format!("{:?}", Credentials::new("secret", "http://x"));
-        let url = |url| Credentials::new("t", url).unwrap().shown_server_url();
-        assert_eq!(url("https://a:b@host:1/p@th"), "https://host:1/p@th");
-        assert_eq!(url("http://localhost:5000"), "http://localhost:5000");
         assert!(shown.contains("Token(6 bytes)") && !shown.contains("secret"), "{shown}");
     }
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::auth::{AuthEvent, Credentials};
 use crate::backoff;
+use crate::config::without_password;
 use crate::session::stats::seconds;
 use crate::status::{Connection, State};
 
@@ -66,9 +67,9 @@ impl Machine {
         (self.state == State::Waiting).then_some(self.until)
     }
 
-    /// The server's URL for people; empty if none is known.
-    pub(crate) fn server(&self) -> String {
-        self.credentials.as_ref().map_or_else(String::new, Credentials::shown_server_url)
+    /// The server's URL for people.
+    pub(crate) fn server(&self) -> Option<String> {
+        self.credentials.as_ref().map(|credentials| without_password(&credentials.server_url))
     }
 
     pub(crate) fn token_length(&self) -> Option<usize> {
@@ -82,14 +83,14 @@ impl Machine {
             last_error: last_error.map(|(reason, _)| reason.clone()),
             last_error_age: last_error.map(|(_, at)| seconds(*at, now)),
             next_attempt_in: self.deadline().map(|at| seconds(now, at)),
-            server: self.credentials.as_ref().map(Credentials::shown_server_url),
+            server: self.server(),
             state: self.state.name().to_owned(),
         }
     }
 
     /// For the log with the times as of `now`, for systemd without, so that the text changes with the state only.
     pub(crate) fn describe(&self, now: Option<Instant>) -> String {
-        let server = self.server();
+        let server = self.server().unwrap_or_default();
         let (left, age) = now.map_or_else(Default::default, |now| {
             let (left, age) = (seconds(now, self.until), seconds(self.since, now) as u64);
             (format!(" in {left:.0} s"), format!(" for {age} s"))

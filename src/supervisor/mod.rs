@@ -202,12 +202,13 @@ impl Supervisor {
     fn handle_link(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Connected => {
-                info!("Connection established with {}", self.machine.server());
+                info!("Connection established with {}", self.machine.server().unwrap_or_default());
                 self.step(Event::Connected);
             }
             LinkEvent::Lost(reason) => {
                 self.last_error = Some((reason.to_string(), Instant::now()));
-                let (server, length) = (self.machine.server(), self.machine.token_length().unwrap_or(0));
+                let server = self.machine.server().unwrap_or_default();
+                let length = self.machine.token_length().unwrap_or_default();
                 if self.machine.state == State::Dialling {
                     let url = format!("{}{}", server.trim_end_matches('/'), link::PATH);
                     error!("connection manager failed to connect to {url}: {reason}; len(token)={length}");
