@@ -155,7 +155,7 @@ impl Manager {
 
     /// Waits until [`Source::process`] is due, at most until `limit`, and calls it. For doctor.
     pub(crate) fn wait(&mut self, limit: Instant) -> io::Result<Vec<AuthEvent>> {
-        let mut set = PollSet::new();
+        let mut set = PollSet::default();
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
         if let Some((socket, events)) = self.watch() {
             set.add(socket, events);

@@ -109,7 +109,7 @@ impl Session {
             if self.is_over() && self.peer.inbox.close_if_empty() {
                 return Ok(());
             }
-            let mut set = PollSet::new();
+            let mut set = PollSet::default();
             set.add(self.peer.wake.as_fd(), PollFlags::POLLIN);
             self.terminal.watch(&self.peer, &mut set, now);
             self.forwards.watch(&self.peer, &mut set, now);

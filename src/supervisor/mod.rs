@@ -132,7 +132,7 @@ impl Supervisor {
     }
 
     fn wait(&self, signals: &Signals) -> io::Result<()> {
-        let mut set = PollSet::new();
+        let mut set = PollSet::default();
         set.add(signals.as_fd(), PollFlags::POLLIN);
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
         for (fd, events) in self.source.watch().into_iter().chain(self.status.watch()) {

@@ -65,10 +65,6 @@ pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Resu
 pub(crate) struct PollSet<'a>(Vec<PollFd<'a>>);
 
 impl<'a> PollSet<'a> {
-    pub(crate) fn new() -> Self {
-        PollSet::default()
-    }
-
     pub(crate) fn add(&mut self, fd: BorrowedFd<'a>, events: PollFlags) {
         self.0.push(PollFd::new(fd, events));
     }
@@ -97,7 +93,7 @@ impl Events {
 
 /// Waits as [`PollSet::wait`] for a single descriptor, and returns its events.
 pub fn poll_one(fd: &impl AsFd, events: PollFlags, deadline: Option<Instant>) -> io::Result<PollFlags> {
-    let mut set = PollSet::new();
+    let mut set = PollSet::default();
     set.add(fd.as_fd(), events);
     Ok(set.wait(deadline)?.of(fd))
 }

@@ -39,11 +39,9 @@ pub(crate) fn is_readable(socket: BorrowedFd<'_>) -> bool {
 
 /// True if `address` is in the network of `network`'s first `prefix` bits.
 pub(crate) fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
-    let same =
-        |a: u128, b: u128, bits: u32| prefix <= bits && (prefix == 0 || (a ^ b) >> (bits - prefix) == 0);
     match (network, address) {
-        (IpAddr::V4(a), IpAddr::V4(b)) => same(a.to_bits().into(), b.to_bits().into(), 32),
-        (IpAddr::V6(a), IpAddr::V6(b)) => same(a.to_bits(), b.to_bits(), 128),
+        (IpAddr::V4(a), IpAddr::V4(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros() >= prefix,
+        (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros() >= prefix,
         _ => false,
     }
 }

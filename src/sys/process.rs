@@ -37,7 +37,6 @@ const HANG_UP_ROUNDS: u32 = 20;
 #[derive(Debug)]
 pub(crate) struct SessionLeader {
     child: Child,
-    pid: Pid,
     /// Readable when the process has ended.
     exit: OwnedFd,
     status: Option<ExitStatus>,
@@ -101,16 +100,15 @@ impl SessionLeader {
             spawn.pre_exec(prepare)
         };
         let mut child = spawn.spawn()?;
-        let pid = pid_of(&child);
-        let exit = watch_exit(pid).inspect_err(|_| {
+        let exit = watch_exit(pid_of(&child)).inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
         })?;
-        Ok(SessionLeader { child, pid, exit, status: None })
+        Ok(SessionLeader { child, exit, status: None })
     }
 
     pub(crate) fn pid(&self) -> i32 {
-        self.pid.as_raw()
+        pid_of(&self.child).as_raw()
     }
 
     /// Reaps the process if it has ended. To be called when the descriptor is readable.
@@ -126,10 +124,10 @@ impl SessionLeader {
             return;
         }
         // As long as the leader isn't reaped its id, and so the session's and the group's, can't be anyone else's.
-        let mut told = HashSet::new();
+        let (leader, mut told) = (pid_of(&self.child), HashSet::new());
         for _ in 0..HANG_UP_ROUNDS {
             let before = told.len();
-            for pid in session_members(self.pid).into_iter().filter(|pid| told.insert(*pid)) {
+            for pid in session_members(leader).into_iter().filter(|pid| told.insert(*pid)) {
                 let _ = kill(pid, Signal::SIGHUP);
                 let _ = kill(pid, Signal::SIGCONT);
             }
@@ -137,13 +135,13 @@ impl SessionLeader {
                 break;
             }
         }
-        let _ = killpg(self.pid, Signal::SIGTERM);
+        let _ = killpg(leader, Signal::SIGTERM);
     }
 
     /// Sends SIGKILL to the shell's own group, which it can't leave.
     pub(crate) fn kill(&self) {
         if self.status.is_none() {
-            let _ = killpg(self.pid, Signal::SIGKILL);
+            let _ = killpg(pid_of(&self.child), Signal::SIGKILL);
         }
     }
 }
@@ -303,7 +301,7 @@ mod tests {
     #[test]
     fn a_thread_stands_in_for_pidfd_on_old_kernels() {
         let (_pty, mut leader) = shell("read line; exit 4");
-        leader.exit = watch_with_thread(leader.pid).unwrap();
+        leader.exit = watch_with_thread(pid_of(&leader.child)).unwrap();
         assert!(leader.try_wait().is_none());
         _pty.write(b"go\n").unwrap();
         assert_eq!(wait(&mut leader).code(), Some(4));

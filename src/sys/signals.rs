@@ -32,7 +32,7 @@ impl Signals {
 
     pub(crate) fn next(&self) -> Option<Signal> {
         let info = self.fd.read_signal().ok().flatten()?;
-        i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok())
+        Signal::try_from(info.ssi_signo.cast_signed()).ok()
     }
 }
 

@@ -346,7 +346,7 @@ mod tests {
         }
 
         fn turn(&mut self, now: Instant) {
-            let mut set = PollSet::new();
+            let mut set = PollSet::default();
             self.forwarder.watch(&self.peer, &mut set, now);
             let events = set.wait(Some(Instant::now() + Duration::from_secs(10))).unwrap();
             self.forwarder.proceed(&mut self.peer, &events, now);
