@@ -71,7 +71,7 @@ impl Download {
             let left = end.map_or(u64::MAX, |end| end - about.bytes);
             // Without a size only another byte, which isn't sent, tells whether the limit is the file's end.
             if left == 0 && about.size.is_none() && self.read(&mut [0], about)? > 0 {
-                return Err(Failure::too_large());
+                return Err(Failure::denied(place::TOO_LARGE));
             }
             let most = peer.sink.piece(SMALLEST_CHUNK, LARGEST_CHUNK);
             let most = usize::try_from(left).unwrap_or(usize::MAX).min(most);

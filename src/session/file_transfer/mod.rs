@@ -215,9 +215,14 @@ impl FileTransfer {
             digest: Sha256::new(),
         };
         self.stray_chunks |= receives;
-        let stage = self
-            .begin(peer, &frame.body, &mut about)
-            .inspect_err(|failure| about.log(peer, Err((failure.result(), &failure.text))))?;
+        let begun = Request::decode(&frame.body).map_err(Failure::from).and_then(|request| {
+            about.path.clone_from(&request.path);
+            Ok(match about.direction {
+                Direction::Sent => Stage::Sending(Download::start(peer, self.known.as_ref(), &mut about)?),
+                Direction::Received => Stage::Receiving(Upload::start(peer, &request, &mut about)?),
+            })
+        });
+        let stage = begun.inspect_err(|failure| about.log(peer, Err((failure.result(), &failure.text))))?;
         debug!("session {}: {} of {:?}", peer.id, about.direction.name(), about.path);
         let shown = peer.info.set_transfer(about.direction, &about.path, about.size, now);
         self.transfer = Some(Box::new(Transfer { about, stage, shown }));
@@ -228,27 +233,15 @@ impl FileTransfer {
         Ok(())
     }
 
-    fn begin(&self, peer: &Peer, body: &[u8], about: &mut About) -> Result<Stage> {
-        let request = Request::decode(body)?;
-        about.path.clone_from(&request.path);
-        Ok(match about.direction {
-            Direction::Sent => Stage::Sending(Download::start(peer, self.known.as_ref(), about)?),
-            Direction::Received => Stage::Receiving(Upload::start(peer, &request, about)?),
-        })
-    }
-
     fn take_ack(&mut self, peer: &mut Peer, frame: &Frame) -> Result<()> {
         let Some(Stage::Sending(download)) = self.stage() else { return Ok(()) };
-        let why = match file::offset(frame) {
-            Some(Ok(offset)) => {
-                download.ack(peer, offset);
-                self.finish_sending(peer);
-                return Ok(());
-            }
-            Some(Err(())) => "invalid offset data type: require int64",
-            None => "ack message: offset property cannot be blank",
-        };
-        self.fail(peer, why)
+        match file::offset(frame) {
+            Some(Ok(offset)) => download.ack(peer, offset),
+            Some(Err(())) => return self.fail(peer, "invalid offset data type: require int64"),
+            None => return self.fail(peer, "ack message: offset property cannot be blank"),
+        }
+        self.finish_sending(peer);
+        Ok(())
     }
 
     fn finish_sending(&mut self, peer: &Peer) {
@@ -262,7 +255,7 @@ impl FileTransfer {
         let Some(Transfer { about, stage, shown }) = self.transfer.as_deref_mut() else { return Ok(()) };
         let Stage::Receiving(upload) = stage else { return Ok(()) };
         let before = about.bytes;
-        let mut result = upload.chunk(about, frame, &peer.device.transferred, now);
+        let mut result = upload.chunk(about, frame, peer, now);
         shown.traffic.add_in((about.bytes - before) as usize, now);
         if result.is_ok() && frame.body.is_empty() {
             result = upload.commit(&peer.wake).map(|commit| *stage = Stage::Committing(commit));
@@ -303,18 +296,15 @@ impl FileTransfer {
     /// Ends an incomplete transfer, with `result` in the audit log.
     pub(crate) fn abort(&mut self, peer: &Peer, result: &str, why: &str) {
         let Some(transfer) = self.transfer.take() else { return };
-        let result = match &transfer.stage {
-            Stage::Sending(download) => {
-                download.discard.store(true, Ordering::SeqCst);
-                result
-            }
-            Stage::Receiving(_) => result,
+        match &transfer.stage {
+            Stage::Sending(download) => download.discard.store(true, Ordering::SeqCst),
+            Stage::Receiving(_) => {}
             Stage::Committing(commit) => {
                 // The target stays as it is, unless the commit has replaced it already.
                 commit.temporary.give_up();
-                "abandoned"
+                return transfer.about.log(peer, Err(("abandoned", why)));
             }
-        };
+        }
         transfer.about.log(peer, Err((result, why)));
     }
 }

@@ -21,6 +21,8 @@ use crate::proto::{MAX_TEXT, clipped};
 use crate::sys::beneath::{self, Rules};
 use crate::sys::reason;
 
+pub(super) const TOO_LARGE: &str = "the file size is over the limit";
+pub(super) const OVERWRITE: &str = "forbidden to overwrite the file";
 const OUTSIDE: &str = "the target file path is outside chroot";
 const OWNER: &str = "the file owner does not match";
 const GROUP: &str = "the file group does not match";
@@ -52,16 +54,8 @@ impl Failure {
         format!("{what}: {}", reason(&e.into())).into()
     }
 
-    fn denied(limit: &str) -> Self {
+    pub(super) fn denied(limit: &str) -> Self {
         Failure { text: format!("access denied: {limit}"), denied: true }
-    }
-
-    pub(super) fn too_large() -> Self {
-        Self::denied("the file size is over the limit")
-    }
-
-    pub(super) fn overwrite() -> Self {
-        Self::denied("forbidden to overwrite the file")
     }
 
     /// The `result` field of the audit log.
@@ -85,8 +79,7 @@ impl Target {
             Ok(stat) => Ok(Some(stat)),
             Err(Errno::ENOENT) => Ok(None),
             Err(e) => {
-                let what = format!("error checking file location: lstat {}", shown(&self.path));
-                Err(Failure::io(what, e))
+                Err(Failure::io(format!("error checking file location: lstat {}", shown(&self.path)), e))
             }
         }
     }
@@ -175,7 +168,7 @@ fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<()> {
     }
     let size = u64::try_from(stat.st_size).unwrap_or(0);
     if limits.max_file_size.is_some_and(|max| size > max.get()) {
-        return Err(Failure::too_large());
+        return Err(Failure::denied(TOO_LARGE));
     }
     Ok(())
 }
@@ -184,7 +177,7 @@ fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<()> {
 pub(super) fn target(limits: Limits<'_>, request: &Request) -> Result<(Target, Attributes)> {
     let max = limits.and_then(|l| l.max_file_size);
     if request.size.zip(max).is_some_and(|(size, max)| size > max.get()) {
-        return Err(Failure::too_large());
+        return Err(Failure::denied(TOO_LARGE));
     }
     let target = locate(limits, request)?;
     let existing = target.lstat()?;
@@ -263,10 +256,8 @@ pub(super) struct Attributes {
 impl Attributes {
     /// Combines the request with the limits. Fails if OwnerPut or GroupPut is unknown.
     fn new(limits: Limits<'_>, request: &Request) -> Result<Self> {
-        let owner = limits.and_then(|l| l.owner_put.as_deref());
-        let owner = owner.map(|name| named("owner", name, User::from_name(name))).transpose()?;
-        let group = limits.and_then(|l| l.group_put.as_deref());
-        let group = group.map(|name| named("group", name, Group::from_name(name))).transpose()?;
+        let owner = named("owner", limits.and_then(|l| l.owner_put.as_deref()), User::from_name)?;
+        let group = named("group", limits.and_then(|l| l.group_put.as_deref()), Group::from_name)?;
         let (owner_put, group_put) = (owner.map(|user| user.uid), group.map(|group| group.gid));
         let preserve_owner = limits.is_none_or(|l| l.preserve_owner);
         let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
@@ -286,7 +277,7 @@ impl Attributes {
 
     pub(super) fn may_replace(&self, existing: &FileStat) -> Result<()> {
         if self.replaces_nothing {
-            return Err(Failure::overwrite());
+            return Err(Failure::denied(OVERWRITE));
         }
         if self.owner_put.is_some_and(|uid| uid.as_raw() != existing.st_uid) {
             return Err(Failure::denied(OWNER));
@@ -298,11 +289,11 @@ impl Attributes {
     }
 }
 
-fn named<T>(what: &str, name: &str, found: nix::Result<Option<T>>) -> Result<T> {
+fn named<T>(what: &str, name: Option<&str>, find: fn(&str) -> nix::Result<Option<T>>) -> Result<Option<T>> {
+    let Some(name) = name else { return Ok(None) };
     let what = format!("failed to preserve file owner/group: {what} {name}");
-    match found {
-        Ok(Some(id)) => Ok(id),
+    match find(name) {
         Ok(None) => Err((what + ": unknown name").into()),
-        Err(e) => Err(Failure::io(what, e)),
+        found => found.map_err(|e| Failure::io(what, e)),
     }
 }

@@ -12,10 +12,8 @@ const TICK: Duration = Duration::from_secs(5);
 /// The text for either limit: "transmitted" also for received bytes, as upstream has it.
 pub(super) const EXHAUSTED: &str = "transmitted bytes limit exhausted";
 
-/// The weight of the newest five seconds.
-fn weight() -> f64 {
-    1.0 - (-5.0_f64 / 60.0).exp()
-}
+/// The weight of the newest five seconds: 1 - exp(-5 / 60).
+const WEIGHT: f64 = 0.079_955_585_370_676_71;
 
 #[derive(Debug, Default)]
 pub(crate) struct Counters(Mutex<[Counter; 2]>);
@@ -50,10 +48,10 @@ impl Counter {
         let ticked = *self.ticked.get_or_insert(now);
         let ticks = now.saturating_duration_since(ticked).as_secs() / TICK.as_secs();
         if ticks > 0 {
-            let keep = 1.0 - weight();
+            let keep = 1.0 - WEIGHT;
             // The ticks after the first one brought nothing.
             let silence = keep.powf((ticks - 1) as f64);
-            self.average = (weight() * self.fresh as f64 + keep * self.average) * silence;
+            self.average = (WEIGHT * self.fresh as f64 + keep * self.average) * silence;
             self.fresh = 0;
             self.ticked = ticked.checked_add(TICK.saturating_mul(u32::try_from(ticks).unwrap_or(u32::MAX)));
         }
@@ -82,7 +80,7 @@ impl Counters {
         let [sent, received] = [Direction::Sent, Direction::Received].map(|d| self.figures(d, now));
         [
             format!("total: tx/rx {}/{}", sent.total, received.total),
-            format!("1m: tx rx {:.2} {:.2} ({:.2})", sent.average, received.average, weight()),
+            format!("1m: tx rx {:.2} {:.2} ({:.2})", sent.average, received.average, WEIGHT),
         ]
     }
 

@@ -136,7 +136,9 @@ impl Temporary {
         // A link replaces nothing, and no kill can come in between.
         let name = match (link(&self.file, dir, target), self.name.get()) {
             (Ok(()), _) => return Ok(()),
-            (Err(Errno::EEXIST), _) if self.attributes.replaces_nothing => return Err(Failure::overwrite()),
+            (Err(Errno::EEXIST), _) if self.attributes.replaces_nothing => {
+                return Err(Failure::denied(place::OVERWRITE));
+            }
             (Err(_), Some(name)) => name,
             (Err(Errno::EEXIST), None) => {
                 let name = fresh_name(target);
@@ -148,7 +150,7 @@ impl Temporary {
         if self.attributes.replaces_nothing {
             // FAT and exFAT have no hard links. By FUSE they don't know RENAME_NOREPLACE either, nor do old kernels.
             match rename_noreplace(dir.as_fd(), name, target) {
-                Err(Errno::EEXIST) => return Err(Failure::overwrite()),
+                Err(Errno::EEXIST) => return Err(Failure::denied(place::OVERWRITE)),
                 Err(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP) => {}
                 other => return other.map_err(failed),
             }
@@ -299,7 +301,7 @@ mod tests {
             let attributes = Attributes { replaces_nothing: true, ..attributes(0o600) };
             let commits = [(); 2].map(|()| create(target(dir.path(), "t"), attributes).unwrap());
             let [first, second] = commits.map(|temporary| temporary.commit());
-            assert_eq!((first, second), (Ok(()), Err(Failure::overwrite())));
+            assert_eq!((first, second), (Ok(()), Err(Failure::denied(place::OVERWRITE))));
             assert_eq!(names(dir.path()), ["t"]);
         }
     }

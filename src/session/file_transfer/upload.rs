@@ -14,7 +14,7 @@ use nix::sys::statvfs::fstatvfs;
 
 use super::About;
 use super::place::{self, Failure, Result};
-use super::rate::{Counters, Direction, EXHAUSTED};
+use super::rate::{Direction, EXHAUSTED};
 use super::temporary::Temporary;
 use crate::proto::Frame;
 use crate::proto::file::{self, Request};
@@ -57,15 +57,12 @@ impl Upload {
         &mut self,
         about: &mut About,
         frame: &Frame,
-        counters: &Counters,
+        peer: &Peer,
         now: Instant,
     ) -> Result<()> {
-        match file::offset(frame) {
-            None => return Err("invalid file chunk message: missing offset property".into()),
-            Some(offset) if offset != Ok(about.bytes) => {
-                return Err("received unexpected chunk offset".into());
-            }
-            Some(_) => {}
+        let offset = file::offset(frame).ok_or("invalid file chunk message: missing offset property")?;
+        if offset != Ok(about.bytes) {
+            return Err("received unexpected chunk offset".into());
         }
         if frame.body.is_empty() {
             return Ok(());
@@ -74,6 +71,7 @@ impl Upload {
             |e| Failure::io(format!("failed to write file chunk: write {}", place::shown(&about.path)), e);
         (&self.temporary.file).write_all(&frame.body).map_err(failed)?;
         about.count(&frame.body);
+        let counters = &peer.device.transferred;
         counters.add(Direction::Received, frame.body.len() as u64, now);
         let too_large = self.max_size.is_some_and(|max| about.bytes >= max.get());
         if too_large || counters.exhausted(Direction::Received, self.max_rate, now) {
