@@ -31,7 +31,7 @@ pub(super) fn run(
     cancel: &Cancel,
 ) -> Result<Infallible, LinkError> {
     let pool = Pool::new(MAX_BUFFERS);
-    let mut malformed = 0;
+    let mut malformed = 0_u32;
     let mut receive = |bytes: Bytes| {
         // A piece of the read buffer would keep all of it, and have another one allocated.
         let bytes = match bytes.len() {
@@ -46,7 +46,7 @@ pub(super) fn run(
         match Frame::decode(&bytes) {
             Ok(frame) => inbound(frame),
             Err(e) => {
-                malformed += 1;
+                malformed = malformed.saturating_add(1);
                 let level = if malformed <= WARNINGS { Level::Warn } else { Level::Debug };
                 let last = if malformed == WARNINGS { "; no more warnings on this connection" } else { "" };
                 log!(level, "ignoring a malformed message of {} bytes: {e}{last}", bytes.len());

@@ -14,8 +14,8 @@ use crate::harness::wire;
 
 /// Far more than may be on the way.
 const SIZE: usize = 24 << 20;
-/// The most that may be on the way, and the chunks that may wait to be taken, twenty as they are large.
-const MOST: u64 = (4 << 20) + 20 * (256 << 10) + (1 << 20);
+/// The most that may be on the way, and the chunks that may wait to be taken, sixteen as they are large.
+const MOST: u64 = (4 << 20) + 16 * (384 << 10) + (1 << 20);
 
 fn with_file() -> (Rig, Device, String) {
     let (rig, device) = Setup::new().connected();

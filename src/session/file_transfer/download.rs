@@ -22,7 +22,8 @@ use crate::session::peer::Peer;
 use crate::sys::reason;
 
 const SMALLEST_CHUNK: usize = 2 * 1024;
-const LARGEST_CHUNK: usize = 256 * 1024;
+/// With 16 of them in flight it decides how fast downloads over long ways are.
+const LARGEST_CHUNK: usize = 384 * 1024;
 
 pub(super) struct Download {
     file: File,
