@@ -91,7 +91,7 @@ impl Events {
     }
 }
 
-/// Waits as [`PollSet::wait`] for a single descriptor, and returns its events.
+/// Waits for a single descriptor as a poll set does for many, and returns its events.
 pub fn poll_one(fd: &impl AsFd, events: PollFlags, deadline: Option<Instant>) -> io::Result<PollFlags> {
     let mut set = PollSet::default();
     set.add(fd.as_fd(), events);
