@@ -1,7 +1,5 @@
-//! One websocket's life: dial, read until it ends, say how it ended.
-//!
-//! A link has two threads. The first dials and then becomes the reader, which hands each frame on without waiting. The
-//! second, the writer, starts when the websocket is open and is the only one that writes to it.
+//! One websocket's life. A link has two threads. The first dials and then becomes the reader, which hands each frame on
+//! without waiting. The second, the writer, starts when the websocket is open and is the only one that writes to it.
 
 mod dial;
 mod endpoint;
@@ -18,6 +16,7 @@ mod writer;
 
 use std::convert::Infallible;
 use std::io;
+use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,8 +36,7 @@ pub(crate) use proxy::{PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;
 
-/// A dial that goes on after its deadline for so long hangs. Devices may be overloaded, or read their trusted
-/// certificates from slow storage.
+/// A dial hangs that goes on for so long after its deadline: trusted certificates may come from slow storage.
 const OVERTIME: Duration = ATTEMPT_LIMIT.saturating_mul(3);
 
 #[derive(Debug)]
@@ -102,19 +100,17 @@ fn run<F: FnMut(Frame)>(
     thread::spawn("link-writer", thread::LARGE_STACK, move || {
         let result = writer::run(write_half, queue);
         // The reader ends, too.
-        theirs.shut_down();
+        theirs.shut_down(Shutdown::Both);
         let _ = report.send(result);
     })?;
     let inbound = accept(&outbox);
     events(LinkEvent::Connected);
     // Drops `inbound`, so that the sessions end here, even if the server takes no close frame any more.
-    let Err(mut lost) = reader::run(&mut socket, &outbox, inbound, cancel);
+    let Err(lost) = reader::run(&mut socket, &outbox, inbound, cancel);
     let farewell = Instant::now() + FAREWELL_LIMIT;
     outbox.close(if matches!(lost, LinkError::TooLarge) { 1009 } else { 1000 }, farewell);
-    if let Ok(Err(reason)) = ended.recv_deadline(farewell) {
-        // A writer that failed is why the reader did.
-        lost = reason;
-    }
-    cancel.shut_down();
-    Err(lost)
+    let writer = ended.recv_deadline(farewell);
+    cancel.shut_down(Shutdown::Both);
+    // A writer that failed is why the reader did.
+    Err(writer.ok().and_then(Result::err).unwrap_or(lost))
 }

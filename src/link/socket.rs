@@ -1,9 +1,10 @@
-//! How long a link may wait for what, and its socket, whose operations end in time or when another thread cancels them.
+//! A link's time limits, and its socket: each operation ends in time, or when another thread cancels it.
 
 use std::io::{self, Read, Write};
 use std::mem;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,13 +28,11 @@ pub(super) const ATTEMPT_LIMIT: Duration = Duration::from_secs(45);
 /// TCP_NOTSENT_LOWAT in bytes. Small, so that an echo doesn't queue behind a download.
 const UNSENT_LIMIT: u16 = 16 * 1024;
 
-/// A blocking socket that tells `cancel` of each read.
+/// A blocking socket. Before the websocket is open, each read and write ends by the deadline of `cancel`.
 #[derive(Clone)]
 pub(super) struct Socket {
     stream: Arc<TcpStream>,
     cancel: Arc<Cancel>,
-    /// Each read and write ends by the deadline of `cancel`, else within the socket's time-outs.
-    dialling: bool,
     /// A server on this machine, mender-auth's forwarder, writes with Nagle's algorithm on: a delayed acknowledgement
     /// would cost 40 ms a keystroke.
     quick_ack: bool,
@@ -52,28 +51,25 @@ impl Socket {
         let timed_out = |e| matches!(e, Errno::EINPROGRESS | Errno::EAGAIN);
         net::connect_to(stream.as_fd(), address)
             .map_err(|e| if timed_out(e) { Errno::ETIMEDOUT } else { e })?;
-        let (cancel, quick_ack) = (Arc::clone(cancel), address.ip().is_loopback());
-        Ok(Socket { stream, cancel, dialling: true, quick_ack })
+        Ok(Socket { stream, cancel: Arc::clone(cancel), quick_ack: address.ip().is_loopback() })
     }
 
     #[cfg(test)]
     pub(super) fn of(stream: TcpStream) -> Self {
-        let cancel = Arc::new(Cancel::new());
-        Socket { stream: Arc::new(stream), cancel, dialling: false, quick_ack: false }
+        let cancel = Cancel { established: AtomicBool::new(true), ..Cancel::new() };
+        Socket { stream: Arc::new(stream), cancel: Arc::new(cancel), quick_ack: false }
     }
 
     /// Ends the time of the handshakes.
-    pub(super) fn establish(&mut self) -> io::Result<()> {
+    pub(super) fn establish(&self) -> io::Result<()> {
         self.stream.set_read_timeout(Some(SILENCE_LIMIT))?;
         self.stream.set_write_timeout(Some(WRITE_LIMIT))?;
-        self.dialling = false;
-        self.cancel.lock().established = true;
+        self.cancel.established.store(true, Ordering::SeqCst);
         Ok(())
     }
 
-    /// Lets the next operation end by the deadline.
     fn set_time_outs(&self) -> io::Result<()> {
-        if !self.dialling {
+        if self.cancel.established.load(Ordering::SeqCst) {
             return Ok(());
         }
         let left = Some(self.cancel.left()).filter(|left| !left.is_zero());
@@ -98,7 +94,7 @@ impl Read for Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.set_time_outs()?;
         let n = uninterrupted(|| (&*self.stream).read(buffer))?;
-        self.cancel.lock().heard = true;
+        self.cancel.heard.store(true, Ordering::Relaxed);
         if self.quick_ack {
             // Only a hint; a socket that can't do it still works.
             let _ = net::rearm_quick_ack(self.stream.as_fd());
@@ -122,6 +118,9 @@ impl Write for Socket {
 #[derive(Debug)]
 pub(super) struct Cancel {
     state: Mutex<State>,
+    established: AtomicBool,
+    /// The reader has read since [`Cancel::reads`] was called last.
+    heard: AtomicBool,
     /// The dial's.
     pub(super) deadline: Instant,
     /// Disconnected by [`Cancel::cancel`].
@@ -132,10 +131,8 @@ pub(super) struct Cancel {
 struct State {
     /// `None` once cancelled.
     alive: Option<Sender<()>>,
-    established: bool,
     socket: Option<Arc<TcpStream>>,
-    /// The reader has read since [`Cancel::reads`] was called last, when something waited to be read.
-    heard: bool,
+    /// Something waited to be read when [`Cancel::reads`] was called last.
     had_unread: bool,
 }
 
@@ -143,7 +140,8 @@ impl Cancel {
     pub(super) fn new() -> Self {
         let (alive, cancelled) = bounded(0);
         let state = Mutex::new(State { alive: Some(alive), ..State::default() });
-        Cancel { state, deadline: Instant::now() + ATTEMPT_LIMIT, cancelled }
+        let (established, heard) = Default::default();
+        Cancel { state, established, heard, deadline: Instant::now() + ATTEMPT_LIMIT, cancelled }
     }
 
     /// The dial's time.
@@ -156,11 +154,10 @@ impl Cancel {
     }
 
     pub(super) fn cancel(&self) {
-        let mut state = self.lock();
-        state.alive = None;
+        self.lock().alive = None;
         // An open websocket is shut for reading alone: the reader then ends, and the writer sends a close frame.
-        let how = if state.established { Shutdown::Read } else { Shutdown::Both };
-        let _ = state.socket.as_ref().map(|socket| socket.shutdown(how));
+        let established = self.established.load(Ordering::SeqCst);
+        self.shut_down(if established { Shutdown::Read } else { Shutdown::Both });
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
@@ -174,16 +171,16 @@ impl Cancel {
         if state.alive.is_none() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 
-    pub(super) fn shut_down(&self) {
+    pub(super) fn shut_down(&self, how: Shutdown) {
         // Fails when it has ended already.
-        let _ = self.lock().socket.as_ref().map(|socket| socket.shutdown(Shutdown::Both));
+        let _ = self.lock().socket.as_ref().map(|socket| socket.shutdown(how));
     }
 
     /// False if the reader hasn't read since the last call though something waited then and now. `None` while dialling.
     pub(super) fn reads(&self) -> Option<bool> {
+        let heard = self.heard.swap(false, Ordering::Relaxed);
         let mut state = self.lock();
-        let heard = mem::take(&mut state.heard);
-        let socket = state.socket.as_ref().filter(|_| state.established)?;
+        let socket = state.socket.as_ref().filter(|_| self.established.load(Ordering::SeqCst))?;
         let unread = net::is_readable(socket.as_fd());
         let had_unread = mem::replace(&mut state.had_unread, unread);
         Some(heard || !had_unread || !unread)
