@@ -54,7 +54,7 @@ impl Request {
     }
 
     fn parse(body: &[u8]) -> Result<Self, DecodeError> {
-        let mut cursor = Cursor::new(body);
+        let mut cursor = Cursor { rest: body };
         let mut request = Request::default();
         for _ in 0..cursor.map("the body")?.unwrap_or(0) {
             match cursor.value()? {

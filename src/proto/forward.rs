@@ -75,8 +75,7 @@ impl Target {
             return Err(format!("invalid port-forward message: remote_host is longer than {MAX_HOST} bytes"));
         }
         let transport = match new.protocol.as_deref().unwrap_or_default() {
-            "" => return Err(INCOMPLETE.to_owned()),
-            _ if host.is_empty() || port == 0 => return Err(INCOMPLETE.to_owned()),
+            name if name.is_empty() || host.is_empty() || port == 0 => return Err(INCOMPLETE.to_owned()),
             "tcp" => Transport::Tcp,
             "udp" => Transport::Udp,
             other => return Err(format!("unknown protocol: {}", clipped(other, MAX_TEXT))),

@@ -24,7 +24,7 @@ const MAX_HEADER: usize = 8 * 1024;
 pub struct SessionId(Arc<str>);
 
 impl SessionId {
-    /// `None` if `id` is empty, which means that the frame belongs to no session.
+    /// An empty `id` means that the frame belongs to no session.
     pub fn new(id: &str) -> Option<Self> {
         (!id.is_empty()).then(|| SessionId(id.into()))
     }
@@ -41,7 +41,7 @@ impl fmt::Display for SessionId {
     }
 }
 
-/// The user whom the server names as a message's sender by the property `user_id`; empty if it names none.
+/// The property `user_id`, by which the server names a message's sender; empty if it names none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct UserId(Arc<str>);
 
@@ -99,7 +99,6 @@ impl Frame {
         Some(all.find(|(_, id)| id.is_some_and(|id| id.len() > MAX_ID))?.0)
     }
 
-    /// What an answer needs of its request.
     pub(crate) fn without_body(&self) -> Self {
         Frame { body: Bytes::new(), ..self.clone() }
     }
@@ -111,7 +110,7 @@ impl Frame {
 
     /// A body that makes up most of the message shares its memory. Bytes after the document are ignored.
     pub fn decode(message: &Bytes) -> Result<Self, DecodeError> {
-        let mut cursor = Cursor::new(message);
+        let mut cursor = Cursor { rest: message };
         let mut header = None;
         let mut body: &[u8] = &[];
         for _ in 0..cursor.map("the message")?.unwrap_or(0) {

@@ -64,12 +64,11 @@ impl Map {
         }
     }
 
-    /// Adds type and id of the message that an error is about, as far as it has them.
+    /// Adds type and id of the message that an error is about, unless they are empty or `None`.
     pub(crate) fn with_cause(self, typ: &str, id: Option<&str>) -> Self {
         self.with_str("msgtype", Some(typ).filter(|typ| !typ.is_empty())).with_str("msgid", id)
     }
 
-    /// Appends the map to `out`.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         let _ = encode::write_map_len(out, self.pairs);
         out.extend_from_slice(&self.bytes);
@@ -85,7 +84,7 @@ impl Map {
     pub(crate) fn readable(&self) -> Self {
         let mut kept = Map::new();
         for (name, encoded) in self.pairs() {
-            if let (Value::Blob(bytes), Ok(value)) = (name, Cursor::new(encoded).value())
+            if let (Value::Blob(bytes), Ok(value)) = (name, (Cursor { rest: encoded }).value())
                 && let Ok(text) = std::str::from_utf8(bytes)
                 && (text.len() <= MAX_ID && kept.len() <= MAX_READABLE)
                 && !matches!(value, Value::Map | Value::Other)
@@ -98,14 +97,14 @@ impl Map {
     }
 
     fn pairs(&self) -> impl Iterator<Item = (Value<'_>, &[u8])> {
-        let mut cursor = Cursor::new(&self.bytes);
+        let mut cursor = Cursor { rest: &self.bytes };
         (0..self.pairs).map_while(move |_| Some((cursor.value().ok()?, cursor.raw(1).ok()?)))
     }
 
     /// The last value under `key`, as in Go's maps. nil counts as absent.
     fn get(&self, key: &str) -> Option<Value<'_>> {
         let (_, value) = self.pairs().filter(|(name, _)| *name == Value::Blob(key.as_bytes())).last()?;
-        Cursor::new(value).value().ok().filter(|value| *value != Value::Nil)
+        Cursor { rest: value }.value().ok().filter(|value| *value != Value::Nil)
     }
 
     pub fn has(&self, key: &str) -> bool {

@@ -1,5 +1,4 @@
 //! Msgpack: a reader for the envelope, which accepts any width and order and copies nothing, and one for typed bodies.
-//!
 //! Nesting can't exhaust a stack, and no length that a message only claims is allocated.
 
 use rmp::Marker;
@@ -47,10 +46,6 @@ pub(crate) enum Value<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Cursor { rest: bytes }
-    }
-
     fn take(&mut self, n: u64) -> Result<&'a [u8], DecodeError> {
         let n = usize::try_from(n).unwrap_or(usize::MAX);
         let (taken, rest) = self.rest.split_at_checked(n).ok_or(DecodeError::Truncated)?;
@@ -172,7 +167,7 @@ mod tests {
             (&[0xd3, 255, 255, 255, 255, 255, 255, 255, 255], -1),
         ];
         for (bytes, number) in forms {
-            let mut cursor = Cursor::new(bytes);
+            let mut cursor = Cursor { rest: bytes };
             assert_eq!(cursor.value(), Ok(Value::Int(number)));
             assert!(cursor.rest.is_empty());
         }
@@ -183,15 +178,15 @@ mod tests {
         // A hundred thousand arrays inside each other. Miri takes its time.
         let mut deep = vec![0x91; if cfg!(miri) { 1000 } else { 100_000 }];
         deep.push(0xc0);
-        let mut cursor = Cursor::new(&deep);
+        let mut cursor = Cursor { rest: &deep };
         assert_eq!(cursor.skip(1), Ok(()));
         assert!(cursor.rest.is_empty());
         for claim in
             [&[0xdd, 255, 255, 255, 255][..], &[0xdf, 255, 255, 255, 255], &[0xc6, 255, 255, 255, 255]]
         {
-            assert_eq!(Cursor::new(claim).skip(1), Err(DecodeError::Truncated));
-            assert!(Cursor::new(claim).value().is_err());
+            assert_eq!(Cursor { rest: claim }.skip(1), Err(DecodeError::Truncated));
+            assert!(Cursor { rest: claim }.value().is_err());
         }
-        assert!(matches!(Cursor::new(&[0xc1]).skip(1), Err(DecodeError::Type(_))));
+        assert!(matches!(Cursor { rest: &[0xc1] }.skip(1), Err(DecodeError::Type(_))));
     }
 }
