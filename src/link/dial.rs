@@ -24,7 +24,7 @@ use crate::sys::{names, net, reason};
 const BUFFER: usize = 16 * 1024;
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
 
-/// A step that was made; in this order, as far as they are needed.
+/// The steps of a dial in their order.
 pub(crate) enum Progress<'a> {
     Server(&'a Endpoint),
     Proxy(Option<&'a Endpoint>),
@@ -34,7 +34,7 @@ pub(crate) enum Progress<'a> {
     Failed(&'a LinkError),
     Connected(SocketAddr),
     Tunnel,
-    /// With the version of TLS, if that is spoken.
+    /// The version of TLS; `None` without TLS.
     Secured(Option<String>),
     Answered(&'a Answer),
     Opened,
@@ -42,7 +42,6 @@ pub(crate) enum Progress<'a> {
 
 pub(super) type Observer<'a> = &'a mut dyn FnMut(Progress<'_>);
 
-/// Opens a websocket to the server that `credentials` name.
 pub(super) fn dial(
     credentials: &Credentials,
     proxies: &ProxySettings,
@@ -58,8 +57,8 @@ pub(super) fn dial(
     Ok(websocket(stream, MAX_MESSAGE))
 }
 
-/// Connects to the server, up to the request that is to be sent. Tells `progress` of each step that was made.
-pub(super) fn reach(
+/// Connects to the server. The caller sends the request.
+fn reach(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
@@ -69,7 +68,6 @@ pub(super) fn reach(
     let handshake = if server.tls { Some(tls_client(&server)?) } else { None };
     let request = Request::new(&server, &credentials.token)?;
     progress(Progress::Server(&server));
-
     let proxy = proxies.proxy_for(&server)?;
     let first = proxy.as_ref().map_or(&server, |p| &p.endpoint);
     progress(Progress::Proxy(proxy.as_ref().map(|p| &p.endpoint)));
@@ -90,8 +88,8 @@ fn tls_client(_: &Endpoint) -> Result<super::halves::Handshake, LinkError> {
     Err(LinkError::Tls(reason, super::error::TlsFault::LeftOut))
 }
 
-/// `doctor`'s trial. With `upgrade` it opens a websocket, sends a ping through it and closes it, which ends the one
-/// that the device may have. Without, it asks for no websocket, and any answer is [`LinkError::Refused`].
+/// `doctor`'s trial. With `upgrade` it pings through a websocket of its own, which ends the one that the device may
+/// have. Without, it asks for no websocket, and any answer is [`LinkError::Refused`].
 pub(crate) fn trial(
     credentials: &Credentials,
     proxies: &ProxySettings,
@@ -109,7 +107,7 @@ pub(crate) fn trial(
 }
 
 fn ping(mut websocket: WebSocket<Half>) -> Result<(), LinkError> {
-    websocket.send(Message::Ping(PING_PAYLOAD)).map_err(LinkError::from)?;
+    websocket.send(Message::Ping(PING_PAYLOAD))?;
     loop {
         match websocket.read() {
             Ok(Message::Pong(payload)) if payload == PING_PAYLOAD => break,
@@ -147,7 +145,6 @@ fn open_socket(target: &Endpoint, cancel: &Arc<Cancel>, progress: Observer<'_>) 
                 progress(Progress::Connected(address));
                 return Ok(socket);
             }
-            Err(_) if cancel.is_cancelled() => return Err(LinkError::Cancelled),
             Err(e) => {
                 last = LinkError::Connect { address: address.to_string(), reason: reason(&e) };
                 progress(Progress::Failed(&last));

@@ -20,14 +20,14 @@ pub enum LinkError {
     Token,
     #[error("lookup {host}: {reason}")]
     Resolve { host: String, reason: String },
-    /// The last address; the others didn't accept a connection either.
+    /// `address` is the last one that was tried.
     #[error("dial tcp {address}: connect: {reason}")]
     Connect { address: String, reason: String },
     #[error("proxy: {0}")]
     Proxy(String),
     #[error("tls: {0}")]
     Tls(String, TlsFault),
-    /// The server answered the upgrade with another status than 101; 401 means that it doesn't accept the token.
+    /// Status 401 means that the server doesn't accept the token.
     #[error("websocket: bad handshake: HTTP status {status}")]
     Refused { status: u16, retry_after: Option<Duration> },
     #[error("connection lost: {0}")]

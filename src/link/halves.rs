@@ -15,16 +15,12 @@ const BUFFER: usize = 32 * 1024;
 /// Read buffer of a TLS connection in bytes: a record and its framing.
 const RECORD: usize = 16 * 1024 + 512;
 
-/// A TLS connection, shared by the two halves. It does no I/O: a lock is held while bytes are moved into or out of it,
-/// never while a half waits for the network.
+/// A TLS connection, shared by the two halves. It does no I/O, so that no half waits for the network with its lock.
 pub(super) trait Tls: Send + Sync {
-    /// Reads plaintext, taking as much of `ciphertext` as that needs. `WouldBlock`: all of it was taken, and there is no
-    /// plaintext yet.
+    /// Reads plaintext, taking as much of `ciphertext` as that needs. `WouldBlock`: it needs more.
     fn decrypt(&self, ciphertext: &mut &[u8], plaintext: &mut [u8]) -> io::Result<usize>;
-
     /// Appends to `ciphertext` everything that is ready to be sent. Returns how many bytes of `plaintext` it took.
     fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<usize>;
-
     /// Whether TLS has something of its own to send, such as an answer to a key update.
     fn wants_write(&self) -> bool;
 }

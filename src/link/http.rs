@@ -16,7 +16,6 @@ use crate::sys::{clock, reason};
 const MAX_HEAD: usize = 16 * 1024;
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
-/// The headers that ask for a websocket, up to the key.
 const UPGRADE: &str =
     "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ";
 
@@ -24,7 +23,7 @@ const UPGRADE: &str =
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Answer {
     pub(super) status: u16,
-    /// The server's clock (`Date`), since 1970.
+    /// Since 1970.
     pub(crate) date: Option<Duration>,
     pub(crate) redirects_to_https: bool,
     /// Retry-After of an answer 429 or 503, at most an hour.

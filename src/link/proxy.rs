@@ -25,7 +25,7 @@ pub(crate) struct ProxySettings {
 
 pub(super) struct Proxy {
     pub(super) endpoint: Endpoint,
-    /// The header Proxy-Authorization with its line's end, or nothing.
+    /// A header line, or empty.
     authorization: String,
 }
 
@@ -50,8 +50,8 @@ impl ProxySettings {
     }
 }
 
-/// Whether an entry of NO_PROXY covers `server`. It is `*`, an address, a network, a name (which covers its subdomains),
-/// or a name after a dot (which covers only those). All but the network may have a port.
+/// `entry` of NO_PROXY is `*`, an address, a network, a name (which covers its subdomains), or a name after a dot (which
+/// covers only those). All but the network may have a port.
 fn covers(entry: &str, server: &Endpoint) -> bool {
     if entry == "*" {
         return true;

@@ -13,14 +13,14 @@ use super::halves::{Handshake, Tls};
 use super::socket::Socket;
 use crate::sys::clock;
 
-/// Asks nothing of the network yet. Fails for a name that no certificate can be for.
+/// Fails for a name that no certificate can be for, before anything is connected.
 pub(super) fn client(server: &Endpoint) -> Result<Handshake, LinkError> {
     let name = ServerName::try_from(server.host.clone()).map_err(failed)?;
     Ok(Box::new(|socket| handshake(name, socket)))
 }
 
-/// The server has to prove its name by a certificate of the system's store (SSL_CERT_FILE and SSL_CERT_DIR are
-/// honoured). The store is read anew each time: it may have been repaired since, and costs memory while loaded.
+/// Reads the system's store of certificates (or SSL_CERT_FILE, SSL_CERT_DIR) anew each time: it may have been repaired
+/// since, and costs memory while loaded.
 fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn Tls>, String), LinkError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
@@ -60,7 +60,7 @@ fn fault(error: &io::Error) -> TlsFault {
     }
 }
 
-/// For the dates in certificates.
+/// rustls's own clock panics from 2038 on 32-bit musl, as `SystemTime::now` does.
 #[derive(Debug)]
 struct WallClock;
 
@@ -77,12 +77,9 @@ fn roots() -> Result<RootCertStore, LinkError> {
     if usable > 0 {
         return Ok(store);
     }
-    let mut text =
-        "no trusted certificates on this system (install ca-certificates or set SSL_CERT_FILE)".to_owned();
-    if let Some(e) = found.errors.first() {
-        text += &format!(": {e}");
-    }
-    Err(LinkError::Tls(text, TlsFault::NoRoots))
+    let reason = found.errors.first().map_or_else(String::new, |e| format!(": {e}"));
+    let text = "no trusted certificates on this system (install ca-certificates or set SSL_CERT_FILE)";
+    Err(LinkError::Tls(format!("{text}{reason}"), TlsFault::NoRoots))
 }
 
 impl Tls for Mutex<ClientConnection> {
