@@ -5,8 +5,8 @@
 //! Other threads only queue.
 
 use std::io::{self, LineWriter, Stderr};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -18,7 +18,7 @@ use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
 use crate::audit;
-use crate::sys::{clock, thread};
+use crate::sys::{clock, lock, thread};
 
 const TIME: &[BorrowedFormatItem<'static>] =
     format_description!("time=\"[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z\"");
@@ -148,7 +148,7 @@ enum Entry {
     },
 }
 
-/// What is queued and not yet written, and what was dropped since there was nothing.
+/// Counts the lines that wait, and those that were dropped since the queue was empty last.
 #[derive(Debug, Default)]
 struct State {
     bytes: usize,
@@ -170,13 +170,9 @@ impl Queue {
         Queue { sender, entries, state: Mutex::default() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Appends a line, or counts it as lost. Never waits for the writer.
     fn push(&self, line: String, audit: bool) {
-        let mut state = self.state();
+        let mut state = lock(&self.state);
         // After the first loss all but audit lines are dropped until the queue is empty, so that one report stands
         // where the lines are missing.
         let limit = match (audit, state.lost) {
@@ -196,7 +192,7 @@ impl Queue {
 
     /// To be called when a line is written. Returns a report to write next if lines were lost after this one.
     fn written(&self, line: &str) -> Option<String> {
-        let mut state = self.state();
+        let mut state = lock(&self.state);
         state.bytes -= line.len() + OVERHEAD;
         if state.bytes > 0 || state.lost == 0 {
             return None;
@@ -226,7 +222,7 @@ mod tests {
     fn full() -> (Queue, usize) {
         let queue = Queue::new();
         let mut lines = 0;
-        while queue.state().lost == 0 {
+        while lock(&queue.state).lost == 0 {
             queue.push(LINE.to_owned(), false);
             lines += 1;
         }
@@ -253,14 +249,14 @@ mod tests {
         assert_eq!(entries.last().unwrap(), "5 lines lost: standard error was blocked");
         queue.push("after".to_owned(), false);
         assert_eq!(write(&queue, queue.entries.try_iter()), ["after"]);
-        assert_eq!(queue.state().bytes, 0);
+        assert_eq!(lock(&queue.state).bytes, 0);
     }
 
     #[test]
     fn audit_lines_are_lost_last() {
         let (queue, fitted) = full();
         let mut audited = 0;
-        while queue.state().lost_audit == 0 {
+        while lock(&queue.state).lost_audit == 0 {
             queue.push("audit".to_owned(), true);
             audited += 1;
         }

@@ -37,7 +37,7 @@ pub enum Class {
     Bulk,
 }
 
-/// What the writer has to do. All but messages are signals, which go first.
+/// A task for the writer. All but messages are signals, which go first.
 #[derive(Debug)]
 pub enum Work {
     Message(Bytes, Class),
@@ -188,7 +188,7 @@ impl Queue {
         self.shared.pool.clear();
     }
 
-    /// What to do next, `None` if there is nothing.
+    /// Takes the next task; `None` if none waits.
     pub fn try_next(&mut self, sendable: Sendable) -> Option<Work> {
         match self.signals.try_recv() {
             Ok(signal) => return Some(signal),

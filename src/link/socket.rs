@@ -5,14 +5,14 @@ use std::mem;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
 use nix::sys::socket::{SockFlag, SockType};
 
-use crate::sys::net;
+use crate::sys::{lock, net};
 
 /// A link without an inbound byte for this long is dead, as for the server and Mender's agent.
 pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(60);
@@ -149,37 +149,33 @@ impl Cancel {
         self.deadline.saturating_duration_since(Instant::now())
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(super) fn cancel(&self) {
-        self.lock().alive = None;
+        lock(&self.state).alive = None;
         // An open websocket is shut for reading alone: the reader then ends, and the writer sends a close frame.
         let established = self.established.load(Ordering::SeqCst);
         self.shut_down(if established { Shutdown::Read } else { Shutdown::Both });
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
-        self.lock().alive.is_none()
+        lock(&self.state).alive.is_none()
     }
 
     /// From here on `socket` is the one to shut down. Fails once cancelled.
     pub(super) fn register(&self, socket: &Arc<TcpStream>) -> io::Result<()> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         state.socket = Some(Arc::clone(socket));
         if state.alive.is_none() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 
     pub(super) fn shut_down(&self, how: Shutdown) {
         // Fails when it has ended already.
-        let _ = self.lock().socket.as_ref().map(|socket| socket.shutdown(how));
+        let _ = lock(&self.state).socket.as_ref().map(|socket| socket.shutdown(how));
     }
 
     /// False if the reader hasn't read since the last call though something waited then and now. `None` while dialling.
     pub(super) fn reads(&self) -> Option<bool> {
         let heard = self.heard.swap(false, Ordering::Relaxed);
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         let socket = state.socket.as_ref().filter(|_| self.established.load(Ordering::SeqCst))?;
         let unread = net::is_readable(socket.as_fd());
         let had_unread = mem::replace(&mut state.had_unread, unread);

@@ -1,7 +1,7 @@
 //! TLS towards the server, when mender-auth's local forwarder isn't in between.
 
 use std::io::{self, Read, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rustls::pki_types::{ServerName, UnixTime};
 use rustls::time_provider::TimeProvider;
@@ -11,7 +11,7 @@ use super::endpoint::Endpoint;
 use super::error::{LinkError, TlsFault};
 use super::halves::{Handshake, Tls};
 use super::socket::Socket;
-use crate::sys::clock;
+use crate::sys::{clock, lock};
 
 /// Fails for a name that no certificate can be for, before anything is connected.
 pub(super) fn client(server: &Endpoint) -> Result<Handshake, LinkError> {
@@ -84,7 +84,7 @@ fn roots() -> Result<RootCertStore, LinkError> {
 
 impl Tls for Mutex<ClientConnection> {
     fn decrypt(&self, ciphertext: &mut &[u8], plaintext: &mut [u8]) -> io::Result<usize> {
-        let mut connection = self.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut connection = lock(self);
         loop {
             match connection.reader().read(plaintext) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock && !ciphertext.is_empty() => {}
@@ -98,7 +98,7 @@ impl Tls for Mutex<ClientConnection> {
     }
 
     fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<usize> {
-        let mut connection = self.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut connection = lock(self);
         let n = connection.writer().write(plaintext)?;
         while connection.wants_write() {
             connection.write_tls(ciphertext)?;
@@ -107,6 +107,6 @@ impl Tls for Mutex<ClientConnection> {
     }
 
     fn wants_write(&self) -> bool {
-        self.lock().unwrap_or_else(PoisonError::into_inner).wants_write()
+        lock(self).wants_write()
     }
 }

@@ -64,7 +64,7 @@ fn places_come_back_with_each_message_that_leaves() {
         sink.output("output");
         sink.chunk("chunk");
     }
-    // What isn't data has no bound but the channel's.
+    // Only the channel bounds answers.
     sink.reply_behind_bulk(&frame("stop"));
     assert!(!sink.takes_data(Class::Interactive) && !sink.takes_data(Class::Bulk));
     assert!(queue.try_next(ALL).is_some());

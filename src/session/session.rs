@@ -71,7 +71,7 @@ impl Session {
             error!("session {}: {reason}", self.peer.id);
             self.peer.inbox.close();
             self.peer.reply(&control::error(&self.peer.id, &reason, true));
-            // What has begun ends in the audit log, too.
+            // The audit log gets an end for each shell and transfer that has begun.
             self.terminal.abandon(&self.peer);
             self.files.abort(&self.peer, "failed", "the session failed");
         }

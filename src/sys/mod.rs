@@ -80,7 +80,7 @@ impl<'a> PollSet<'a> {
     }
 }
 
-/// What a poll(2) has found. Only a hint: a descriptor that was opened since may have the number of one that was closed.
+/// The events that poll(2) found. Only a hint: a descriptor that was opened since may have the number of a closed one.
 #[derive(Debug, Default)]
 pub(crate) struct Events(Vec<(RawFd, PollFlags)>);
 

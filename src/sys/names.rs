@@ -52,7 +52,7 @@ pub(crate) fn look_up(
             return query(0, libc::AF_UNSPEC);
         }
         let other = query.clone();
-        // Where there is no thread for it IPv4's answer has to do.
+        // Without a thread for it the look-up uses IPv4's answer alone.
         let _ = thread::spawn("resolver", thread::LARGE_STACK, move || other(1, libc::AF_INET6));
         query(0, libc::AF_INET);
     })?;

@@ -4,8 +4,10 @@
 //! exponential moving average over a minute. It is computed on demand.
 
 use std::num::NonZeroU64;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use crate::sys::lock;
 
 const TICK: Duration = Duration::from_secs(5);
 
@@ -85,7 +87,7 @@ impl Counters {
     }
 
     fn with<T>(&self, direction: Direction, now: Instant, f: impl FnOnce(&mut Counter) -> T) -> T {
-        let mut counters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counters = lock(&self.0);
         let counter = &mut counters[direction as usize];
         counter.advance(now);
         f(counter)

@@ -27,7 +27,7 @@ const MAX_THREADS: usize = 272;
 const MAX_SHELLS: usize = 16;
 const MAX_FRAMES: usize = 1024;
 const MAX_BYTES: usize = 2 << 20;
-/// Of all inboxes, beyond so many bytes of each.
+/// Bytes that all inboxes may hold beyond each one's reserve.
 const MEMORY: usize = 16 << 20;
 const RESERVED: usize = 16 << 10;
 
@@ -229,7 +229,7 @@ struct Link {
     /// The answers that wait to be written.
     queued: VecDeque<(u16, String)>,
     sent: i64,
-    /// Of the latest message, in bytes of memory.
+    /// Bytes of memory that the latest message holds.
     size: usize,
 }
 
@@ -484,7 +484,7 @@ impl Session {
         self.pending.iter().map(|(_, size, _)| size).sum()
     }
 
-    /// What it takes of the device's memory with so many bytes more.
+    /// The device's memory that the session takes with so many bytes more.
     fn memory(&self, more: usize) -> usize {
         (self.bytes() + more).saturating_sub(RESERVED)
     }

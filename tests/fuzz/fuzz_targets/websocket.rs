@@ -112,7 +112,7 @@ enum End {
 /// What a stream comes to.
 struct Expected {
     frames: Vec<Frame>,
-    /// What the writer has to hear of.
+    /// The tasks that the writer has to get.
     controls: Vec<Control>,
     end: End,
 }
