@@ -112,9 +112,11 @@ fn forwards_to_a_target_that_takes_nothing() {
     let piece = vec![7; 64 << 10];
     other.types_behind(64, |step| {
         for forward in &forwards[step * 8..][..8] {
-            (0..16).for_each(|_| forward.send_anyway(&piece));
-            // Otherwise the inbox, which has its own bound, would overflow first.
-            client.settle();
+            for _ in 0..4 {
+                (0..4).for_each(|_| forward.send_anyway(&piece));
+                // Otherwise the inbox, which has its own bound, could overflow first.
+                client.settle();
+            }
         }
     });
     let error = client.next_error();
