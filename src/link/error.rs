@@ -6,6 +6,7 @@ use std::time::Duration;
 use log::debug;
 use thiserror::Error;
 use tungstenite::error::ProtocolError;
+use tungstenite::protocol::CloseFrame;
 
 use super::socket::SILENCE_LIMIT;
 
@@ -72,6 +73,13 @@ pub enum AnswerFault {
     TooLong,
     #[error("{}", crate::sys::reason(.0))]
     Io(#[from] io::Error),
+}
+
+impl From<Option<CloseFrame>> for LinkError {
+    fn from(frame: Option<CloseFrame>) -> Self {
+        let (code, reason) = frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
+        LinkError::Closed { code, reason }
+    }
 }
 
 /// For an open websocket, where only reading times out after [`SILENCE_LIMIT`].

@@ -66,11 +66,7 @@ pub(super) fn run(
                 // The answer to the writer's own ping, once in a while.
                 Err(_) => pool.clear(),
             },
-            Message::Close(frame) => {
-                let (code, reason) =
-                    frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
-                return Err(LinkError::Closed { code, reason });
-            }
+            Message::Close(frame) => return Err(frame.into()),
             Message::Frame(_) => {}
         }
     }
