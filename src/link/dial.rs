@@ -11,9 +11,9 @@ use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Bytes, Error, Message, WebSocket};
 
 use super::endpoint::Endpoint;
-use super::error::{LinkError, MAX_MESSAGE};
+use super::error::{AnswerFault, LinkError, MAX_MESSAGE};
 use super::halves::Half;
-use super::http::{Answer, Request};
+use super::http::{self, Answer};
 use super::proxy::ProxySettings;
 use super::socket::{Cancel, Socket};
 #[cfg(feature = "tls")]
@@ -42,31 +42,18 @@ pub(crate) enum Progress<'a> {
 
 pub(super) type Observer<'a> = &'a mut dyn FnMut(Progress<'_>);
 
+/// Without `upgrade` it asks for no websocket, and any answer is [`LinkError::Refused`].
 pub(super) fn dial(
     credentials: &Credentials,
     proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
+    upgrade: bool,
     progress: Observer<'_>,
 ) -> Result<WebSocket<Half>, LinkError> {
-    let (request, mut stream) = reach(credentials, proxies, cancel, progress)?;
-    let key = generate_key();
-    let answer = request.ask(&mut stream, Some(&key))?;
-    progress(Progress::Answered(&answer));
-    answer.accepts(&key)?;
-    progress(Progress::Opened);
-    Ok(websocket(stream, MAX_MESSAGE))
-}
-
-/// Connects to the server. The caller sends the request.
-fn reach(
-    credentials: &Credentials,
-    proxies: &ProxySettings,
-    cancel: &Arc<Cancel>,
-    progress: Observer<'_>,
-) -> Result<(Request, Half), LinkError> {
     let server = Endpoint::parse(&credentials.server_url)?;
     let handshake = if server.tls { Some(tls_client(&server)?) } else { None };
-    let request = Request::new(&server, &credentials.token)?;
+    let key = upgrade.then(generate_key);
+    let request = http::request(&server, &credentials.token, key.as_deref())?;
     progress(Progress::Server(&server));
     let proxy = proxies.proxy_for(&server)?;
     let first = proxy.as_ref().map_or(&server, |p| &p.endpoint);
@@ -79,7 +66,18 @@ fn reach(
     }
     let (tls, version) = handshake.map(|handshake| handshake(&mut socket)).transpose()?.unzip();
     progress(Progress::Secured(version));
-    Ok((request, Half::new(socket, tls)))
+    let mut stream = Half::new(socket, tls);
+    let answer = http::ask(&mut stream, &request).map_err(|fault| match fault {
+        AnswerFault::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
+            LinkError::TimedOut(if upgrade { "the websocket handshake" } else { "the answer" })
+        }
+        AnswerFault::Io(e) => LinkError::Broken(reason(&e)),
+        fault => LinkError::NoAnswer(fault),
+    })?;
+    progress(Progress::Answered(&answer));
+    answer.accepts(key.as_deref())?;
+    progress(Progress::Opened);
+    Ok(websocket(stream, MAX_MESSAGE))
 }
 
 #[cfg(not(feature = "tls"))]
@@ -89,32 +87,19 @@ fn tls_client(_: &Endpoint) -> Result<super::halves::Handshake, LinkError> {
 }
 
 /// `doctor`'s trial. With `upgrade` it pings through a websocket of its own, which ends the one that the device may
-/// have. Without, it asks for no websocket, and any answer is [`LinkError::Refused`].
+/// have.
 pub(crate) fn trial(
     credentials: &Credentials,
     proxies: &ProxySettings,
     upgrade: bool,
     progress: Observer<'_>,
 ) -> Result<(), LinkError> {
-    let cancel = Arc::new(Cancel::new());
-    if upgrade {
-        return ping(dial(credentials, proxies, &cancel, progress)?);
-    }
-    let (request, stream) = reach(credentials, proxies, &cancel, progress)?;
-    let answer = request.ask(stream, None)?;
-    progress(Progress::Answered(&answer));
-    Err(answer.refusal())
-}
-
-fn ping(mut websocket: WebSocket<Half>) -> Result<(), LinkError> {
+    let mut websocket = dial(credentials, proxies, &Arc::new(Cancel::new()), upgrade, progress)?;
     websocket.send(Message::Ping(PING_PAYLOAD))?;
     loop {
         match websocket.read() {
             Ok(Message::Pong(payload)) if payload == PING_PAYLOAD => break,
-            Ok(Message::Close(frame)) => {
-                let code = frame.map_or(1005, |f| f.code.into());
-                return Err(LinkError::Closed { code, reason: String::new() });
-            }
+            Ok(Message::Close(frame)) => return Err(frame.into()),
             Ok(_) => {}
             Err(Error::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
                 return Err(LinkError::TimedOut("the answer to a ping"));

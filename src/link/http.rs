@@ -1,6 +1,6 @@
 //! One HTTP/1.1 request and the head of its answer, for the proxy's tunnel, the websocket's upgrade and `doctor`.
 
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::time::{Duration, UNIX_EPOCH};
 
 use tungstenite::Error;
@@ -10,7 +10,7 @@ use tungstenite::handshake::derive_accept_key;
 use super::endpoint::{Endpoint, PATH, USER_AGENT};
 use super::error::{AnswerFault, LinkError};
 use crate::auth::Token;
-use crate::sys::{clock, reason};
+use crate::sys::clock;
 
 /// In bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -53,14 +53,12 @@ impl Answer {
         }
     }
 
-    pub(super) fn refusal(&self) -> LinkError {
-        LinkError::Refused { status: self.status, retry_after: self.retry_after }
-    }
-
-    /// Checks that the server opens a websocket for the request with this key (RFC 6455, 4.1).
-    pub(super) fn accepts(&self, key: &str) -> Result<(), LinkError> {
+    /// Checks that the server opens a websocket for the request with this key (RFC 6455, 4.1). Without one it is refused.
+    pub(super) fn accepts(&self, key: Option<&str>) -> Result<(), LinkError> {
+        let Some(key) = key.filter(|_| self.status == 101) else {
+            return Err(LinkError::Refused { status: self.status, retry_after: self.retry_after });
+        };
         let fault = match &self.accept {
-            _ if self.status != 101 => return Err(self.refusal()),
             Some(accept) if *accept == derive_accept_key(key.as_bytes()) => return Ok(()),
             Some(_) => ProtocolError::SecWebSocketAcceptKeyMismatch,
             None => ProtocolError::MissingUpgradeWebSocketHeader,
@@ -105,33 +103,19 @@ pub(super) fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer
     Err(AnswerFault::TooLong)
 }
 
-/// The request to the server up to the headers that differ with and without a websocket. Contains the token.
-pub(super) struct Request(String);
-
-impl Request {
-    pub(super) fn new(server: &Endpoint, token: &Token) -> Result<Self, LinkError> {
-        let token = token.reveal();
-        if !token.bytes().all(|byte| matches!(byte, b' '..=b'~' | b'\t')) {
-            return Err(LinkError::Token);
-        }
-        let host = server.host_header();
-        Ok(Request(format!(
-            "GET {PATH} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\nUser-Agent: {USER_AGENT}\r\n"
-        )))
+/// Asks the server for a websocket with this key. Without one it asks for none: the server judges the token, then
+/// refuses. The text contains the token.
+pub(super) fn request(server: &Endpoint, token: &Token, key: Option<&str>) -> Result<String, LinkError> {
+    let token = token.reveal();
+    if !token.bytes().all(|byte| matches!(byte, b' '..=b'~' | b'\t')) {
+        return Err(LinkError::Token);
     }
-
-    /// Asks for a websocket with this key. Without one it asks for none: the server judges the token, then refuses.
-    pub(super) fn ask(&self, stream: impl Read + Write, key: Option<&str>) -> Result<Answer, LinkError> {
-        let (what, headers) = match key {
-            Some(key) => ("the websocket handshake", format!("{UPGRADE}{key}")),
-            None => ("the answer", "Connection: close".to_owned()),
-        };
-        ask(stream, &format!("{}{headers}\r\n\r\n", self.0)).map_err(|fault| match fault {
-            AnswerFault::Io(e) if e.kind() == io::ErrorKind::TimedOut => LinkError::TimedOut(what),
-            AnswerFault::Io(e) => LinkError::Broken(reason(&e)),
-            fault => LinkError::NoAnswer(fault),
-        })
-    }
+    let host = server.host_header();
+    let headers = key.map_or_else(|| "Connection: close".to_owned(), |key| format!("{UPGRADE}{key}"));
+    Ok(format!(
+        "GET {PATH} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\nUser-Agent: {USER_AGENT}\r\n\
+         {headers}\r\n\r\n"
+    ))
 }
 
 #[cfg(test)]
@@ -168,7 +152,7 @@ mod tests {
         let upgrade = "upgrade: WebSocket\r\nConnection: keep-alive, upgrade\r\n";
         let error = |status: u16, headers: &[&str]| {
             let answer = answer(&format!("HTTP/1.1 {status} x\r\n{}\r\n", headers.concat()));
-            answer.accepts(key).map_err(|e| e.to_string())
+            answer.accepts(Some(key)).map_err(|e| e.to_string())
         };
         assert_eq!(error(101, &[upgrade, accept]), Ok(()));
         for (status, headers, why) in [

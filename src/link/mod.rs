@@ -93,7 +93,7 @@ fn run<F: FnMut(Frame)>(
     events: &impl Fn(LinkEvent),
 ) -> Result<Infallible, LinkError> {
     let (outbox, queue) = Outbox::new();
-    let mut socket = dial::dial(credentials, proxies, cancel, &mut |_| {})?;
+    let mut socket = dial::dial(credentials, proxies, cancel, true, &mut |_| {})?;
     let write_half = socket.get_mut().open(&outbox)?;
     let (report, ended) = crossbeam_channel::bounded(1);
     let theirs = Arc::clone(cancel);
