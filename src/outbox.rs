@@ -68,7 +68,9 @@ pub struct Outbox {
     /// By class. Boxed, so that the channels of an idle link are small.
     messages: [Sender<Box<Item>>; 2],
     signals: Sender<Work>,
-    shared: Arc<Shared>,
+    /// See [`Sink::piece`].
+    piece: Arc<AtomicUsize>,
+    pool: Pool,
     /// Behind the channels, which are dropped first.
     writer: Waiting,
 }
@@ -87,19 +89,13 @@ impl Drop for Waiting {
 pub struct Queue {
     messages: [Receiver<Box<Item>>; 2],
     signals: Receiver<Work>,
-    shared: Arc<Shared>,
+    piece: Arc<AtomicUsize>,
+    pool: Pool,
     // Not `select!`: the channels wake the writer with a lock held for which it then waits, 4 context switches a message
     // on a single core.
     parker: Parker,
     /// Interactive messages that left in a row while bulk waited.
     favoured: u32,
-}
-
-#[derive(Debug)]
-struct Shared {
-    /// See [`Sink::piece`].
-    piece: AtomicUsize,
-    pool: Pool,
 }
 
 #[derive(Debug)]
@@ -116,12 +112,12 @@ impl Outbox {
         let (interactive, interactive_queue) = bounded(MAX_INTERACTIVE);
         let (bulk, bulk_queue) = bounded(MAX_BULK);
         let (signals, signal_queue) = bounded(MAX_SIGNALS);
-        let shared = Arc::new(Shared { piece: AtomicUsize::new(0), pool: Pool::new(MAX_BUFFERS) });
-        let (parker, messages) = (Parker::new(), [interactive_queue, bulk_queue]);
+        let (parker, piece, pool) = (Parker::new(), Arc::default(), Pool::new(MAX_BUFFERS));
         let writer = Waiting(parker.unparker().clone());
-        let queue =
-            Queue { messages, signals: signal_queue, shared: Arc::clone(&shared), parker, favoured: 0 };
-        (Outbox { messages: [interactive, bulk], signals, shared, writer }, queue)
+        let messages = [interactive, bulk];
+        let outbox = Outbox { messages, signals, piece: Arc::clone(&piece), pool: pool.clone(), writer };
+        let messages = [interactive_queue, bulk_queue];
+        (outbox, Queue { messages, signals: signal_queue, piece, pool, parker, favoured: 0 })
     }
 
     /// For the reader: never waits, drops the signal while too many wait.
@@ -181,11 +177,11 @@ impl Drop for Item {
 impl Queue {
     /// Sets what [`Sink::piece`] returns.
     pub(crate) fn set_piece(&self, bytes: usize) {
-        self.shared.piece.store(bytes, Ordering::Relaxed);
+        self.piece.store(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn free_buffers(&self) {
-        self.shared.pool.clear();
+        self.pool.clear();
     }
 
     /// Takes the next task; `None` if none waits.
@@ -250,7 +246,7 @@ impl Sink {
 
     /// How many bytes a data message should have, so that an echo doesn't wait long behind it.
     pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
-        self.outbox.shared.piece.load(Ordering::Relaxed).clamp(least, most)
+        self.outbox.piece.load(Ordering::Relaxed).clamp(least, most)
     }
 
     /// Encodes `frame` with a body of up to `most` bytes into a pooled buffer, see [`Frame::encode_with`].
@@ -261,9 +257,9 @@ impl Sink {
         read: impl FnOnce(&mut [u8]) -> (usize, T),
     ) -> (Bytes, T) {
         let size = frame.head_room() + most;
-        let mut buffer = self.outbox.shared.pool.take(size);
+        let mut buffer = self.outbox.pool.take(size);
         let (part, result) = frame.encode_with(&mut buffer[..size], read);
-        (self.outbox.shared.pool.freeze(buffer, part), result)
+        (self.outbox.pool.freeze(buffer, part), result)
     }
 
     /// True if there is a place for data. If not, the session is woken when there is.
