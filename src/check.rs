@@ -1,7 +1,6 @@
 //! The command `check`: what the daemon would make of its configuration, without running it.
 
 use std::fs;
-use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -11,13 +10,12 @@ use serde_json::Value;
 use strsim::osa_distance;
 
 use crate::config::{self, ConfigError, Key, Misfit, Notes, Origin, Values, Walk};
-use crate::sys::reason;
+use crate::sys::{print, reason};
 
 /// Prints what the daemon would make of the files. True if it would start with them.
 pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
     let survey = Survey::new(main, fallback, Path::new(config::SHELLS));
-    // A reader that closed its end of the pipe is no reason to fail.
-    let _ = std::io::stdout().write_all(survey.report().as_bytes());
+    print(&survey.report());
     survey.is_good()
 }
 

@@ -7,14 +7,14 @@ mod bus;
 mod device;
 mod server;
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Instant;
 
 use data_encoding::BASE64URL_NOPAD;
 use serde_json::{Value, json};
 
-use crate::sys::privilege;
+use crate::sys::{print, privilege};
 
 /// Prints the steps, as JSON if `json` says so or, without it, where no terminal is. True if all steps worked.
 pub(crate) fn run(main: &Path, fallback: &Path, json: Option<bool>) -> bool {
@@ -88,13 +88,6 @@ impl Report {
         }
         self.since = Instant::now();
     }
-}
-
-/// A reader that closed its end of the pipe is no reason to fail.
-fn print(text: &str) {
-    let mut out = std::io::stdout();
-    let _ = out.write_all(text.as_bytes());
-    let _ = out.flush();
 }
 
 /// Escapes characters that move a terminal's cursor or reverse its text: some texts come from outside.

@@ -15,7 +15,7 @@ pub(crate) mod wake;
 pub(crate) mod wipe;
 
 use std::ffi::{CStr, OsStr};
-use std::io;
+use std::io::{self, Write};
 #[cfg(feature = "dbus")]
 use std::os::fd::OwnedFd;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -32,6 +32,13 @@ pub(crate) use self::errno::reason;
 /// Release builds abort on a panic, so that no lock is ever poisoned there.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// To the standard output. A reader that closed its end of the pipe is no reason to fail.
+pub(crate) fn print(text: &str) {
+    let mut out = io::stdout();
+    let _ = out.write_all(text.as_bytes());
+    let _ = out.flush();
 }
 
 /// renameat2(2) with RENAME_NOREPLACE, within a directory. nix has it for glibc only. EINVAL: the file system, ENOSYS:
