@@ -131,16 +131,6 @@ impl Kind {
             Objects => Value::Array(Vec::new()),
         }
     }
-
-    /// The value of a key that no file gives, before defaults are filled in.
-    pub(super) fn unset(&self) -> Value {
-        match self {
-            Number(..) => 0.into(),
-            Text(_) => "".into(),
-            List(Some([_, ..])) => Value::Null,
-            _ => self.default(),
-        }
-    }
 }
 
 pub(super) fn join(path: &str, member: &str) -> String {

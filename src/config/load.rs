@@ -43,7 +43,7 @@ pub(crate) struct Values(Vec<(Value, Origin)>);
 
 impl Default for Values {
     fn default() -> Self {
-        Values(Key::all().map(|key| (key.kind().unset(), Origin::Default)).collect())
+        Values(Key::all().map(|key| (key.kind().default(), Origin::Default)).collect())
     }
 }
 
@@ -78,16 +78,21 @@ impl Values {
     /// With defaults for values that are missing or can't be used.
     pub(crate) fn filled(&self, notes: &mut Notes) -> Values {
         let mut filled = self.clone();
-        for key in Key::all().filter(|key| is_unset(self.get(*key))) {
+        let mut set = |key: Key, value: Value| {
+            let origin = if value == *self.get(key) { self.origin(key) } else { Origin::Default };
+            filled.0[key as usize] = (value, origin);
+        };
+        let given = |key: Key| self.origin(key) != Origin::Default && !is_unset(self.get(key));
+        for key in Key::all().filter(|key| !given(*key)) {
             let default = key.kind().default();
             if matches!(key, Key::ShellCommand | Key::ShellArguments) {
                 let shown = default.to_string().replace('"', "");
                 notes.push((Level::Warn, format!("{} is empty, defaulting to {shown}", key.name())));
             }
-            filled.set(key, default);
+            set(key, default);
         }
         let stop = self.flag(Key::StopExpired);
-        let [idle, age] = [Key::ExpireAfterIdle, Key::ExpireAfter].map(|key| self.number::<u32>(key) > 0);
+        let [idle, age] = [Key::ExpireAfterIdle, Key::ExpireAfter].map(given);
         if stop && !idle && !age {
             notes.push((Level::Info, "Defaulting ExpireAfterIdle to 10m0s".to_owned()));
         }
@@ -97,20 +102,20 @@ impl Values {
         }
         // At most one of the two limits stays above zero.
         if !stop || (age && !idle) {
-            filled.set(Key::ExpireAfterIdle, 0.into());
+            set(Key::ExpireAfterIdle, 0.into());
         }
         if !stop || idle {
-            filled.set(Key::ExpireAfter, 0.into());
+            set(Key::ExpireAfter, 0.into());
         }
         let seconds = self.get(Key::ReconnectInterval).as_i64().unwrap_or_default();
         if seconds < 0 {
             let default = Key::ReconnectInterval.kind().default();
             let text = format!("ReconnectIntervalSeconds is negative, defaulting to {default}s");
             notes.push((Level::Warn, text));
-            filled.set(Key::ReconnectInterval, default);
+            set(Key::ReconnectInterval, default);
         } else if seconds > u32::MAX.into() {
             // Longer than anybody waits, and small enough that sums with it can't overflow.
-            filled.set(Key::ReconnectInterval, u32::MAX.into());
+            set(Key::ReconnectInterval, u32::MAX.into());
         }
         let (umask, used) = (self.text(Key::Umask), self.umask().unwrap_or(STRICT_UMASK) & 0o777);
         if self.flag(Key::Limits) && !umask.is_empty() && self.umask() != Some(used) {
@@ -118,22 +123,13 @@ impl Values {
                 let text = format!("{umask:?} is not an octal number, using {used:03o} instead");
                 notes.push((Level::Error, format!("{} {text}", Key::Umask.name())));
             }
-            filled.set(Key::Umask, format!("{used:03o}").into());
-        }
-        for (filled, raw) in filled.0.iter_mut().zip(&self.0) {
-            if filled.0 != raw.0 {
-                filled.1 = Origin::Default;
-            }
+            set(Key::Umask, format!("{used:03o}").into());
         }
         filled
     }
 
     pub(super) fn umask(&self) -> Option<u32> {
         u32::from_str_radix(self.text(Key::Umask), 8).ok()
-    }
-
-    fn set(&mut self, key: Key, value: Value) {
-        self.0[key as usize].0 = value;
     }
 
     /// Applies what fits in `file`; `None` if there is no such file.
@@ -270,7 +266,8 @@ impl Walk {
         let value: Value = serde_json::from_str(text.get())?;
         let element = |index| format!("{path}[{index}]");
         let (fits, expected) = match (key.kind(), &value) {
-            (kind @ (Kind::List(_) | Kind::Objects), Value::Null) => return Ok(Some(kind.unset())),
+            (Kind::List(Some([_, ..])), Value::Null) => return Ok(Some(value)),
+            (kind @ (Kind::List(_) | Kind::Objects), Value::Null) => return Ok(Some(kind.default())),
             (_, Value::Null) => return Ok(None),
             (Kind::List(_), Value::Array(elements)) => {
                 let wrong =
