@@ -75,7 +75,12 @@ impl Target {
     }
 
     pub fn bind(address: &str, role: Role) -> Target {
-        let listener = TcpListener::bind(address).expect("listen on loopback");
+        Target::try_bind(address, role).expect("listen on loopback")
+    }
+
+    /// Fails if another test has the port.
+    pub fn try_bind(address: &str, role: Role) -> std::io::Result<Target> {
+        let listener = TcpListener::bind(address)?;
         // More than one session opens at a time.
         listen(&listener, Backlog::new(1024).expect("a backlog")).expect("a longer backlog");
         if matches!(role, Role::Stalled) {
@@ -86,7 +91,7 @@ impl Target {
         let progress = Arc::new(Watched::new(Progress::default()));
         let shared = Arc::clone(&progress);
         let thread = spawn("target", move || accept(&listener, role, &shared));
-        Target { address, progress, thread: Some(thread) }
+        Ok(Target { address, progress, thread: Some(thread) })
     }
 
     pub fn port(&self) -> u16 {
