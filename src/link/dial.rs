@@ -99,7 +99,10 @@ pub(crate) fn trial(
     loop {
         match websocket.read() {
             Ok(Message::Pong(payload)) if payload == PING_PAYLOAD => break,
-            Ok(Message::Close(frame)) => return Err(frame.into()),
+            Ok(Message::Close(frame)) => {
+                // A stranger's text is no finding.
+                return Err(frame.map(|frame| CloseFrame { reason: "".into(), ..frame }).into());
+            }
             Ok(_) => {}
             Err(Error::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
                 return Err(LinkError::TimedOut("the answer to a ping"));
