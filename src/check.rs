@@ -171,11 +171,9 @@ fn read<'a>(file: &'a Path, origin: Origin, raw: &mut Values) -> (State, Vec<Mis
 fn ineffective(key: Key, raw: &Values, values: &Values) -> Option<Advice> {
     let (given, used) = (raw.get(key), values.get(key));
     Some(match idle(key, values) {
-        Some((level, why)) if !config::is_unset(given) => {
-            (level, key, format!("without effect, because {why}"))
-        }
+        Some((level, why)) if !key.is_unset(given) => (level, key, format!("without effect, because {why}")),
         _ if given == used => return None,
-        _ if config::is_unset(given) => (Level::Info, key, format!("{given} stands for the default, {used}")),
+        _ if key.is_unset(given) => (Level::Info, key, format!("{given} stands for the default, {used}")),
         _ => (Level::Warn, key, format!("{given} can't be used, {used} is used instead")),
     })
 }
@@ -183,7 +181,7 @@ fn ineffective(key: Key, raw: &Values, values: &Values) -> Option<Advice> {
 /// Why `key` has no effect. Warnings are for what suggests a misunderstanding.
 fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
     let below = |section: &str| key.name().starts_with(section);
-    let (on, given) = (|key| values.flag(key), |key| !config::is_unset(values.get(key)));
+    let (on, given) = (|key| values.flag(key), |key: Key| !key.is_unset(values.get(key)));
     let (no_terminal, dbus) = (on(Key::DisableTerminal), values.text(Key::AuthSource) == "dbus");
     let why = match key {
         Key::ShellCommand if no_terminal => "Terminal.Disable is true; it is checked nevertheless",
@@ -197,6 +195,9 @@ fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
             return Some((Level::Warn, "Sessions.ExpireAfterIdle is set"));
         }
         Key::IdleIncludesOutput if !given(Key::ExpireAfterIdle) => "sessions expire by Sessions.ExpireAfter",
+        Key::KeepWhenUserLeaves if on(key) && *values.get(Key::KeepDetached) == 0 => {
+            "Sessions.KeepDetached is 0"
+        }
         Key::Allow if on(Key::DisablePortForward) => "PortForward.Disable is true",
         _ if on(Key::DisableFileTransfer) && below("Limits.") => "FileTransfer.Disable is true",
         _ if !on(Key::Limits) && below("Limits.FileTransfer.") => {

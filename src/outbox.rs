@@ -5,7 +5,7 @@ mod pool;
 
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -40,7 +40,7 @@ pub enum Class {
 /// A task for the writer. All but messages are signals, which go first.
 #[derive(Debug)]
 pub enum Work {
-    Message(Bytes, Class),
+    Message(Bytes, Class, Option<Mark>),
     /// Send a close frame with this code, and end.
     Close(u16),
     Pong(Bytes),
@@ -63,6 +63,9 @@ pub struct Sendable {
 /// When set, the writer drops the messages that were queued with it.
 pub(crate) type Discard = Arc<AtomicBool>;
 
+/// How many bytes the link had written when the message was, or 0 as long as it isn't.
+pub(crate) type Mark = Arc<AtomicU64>;
+
 #[derive(Debug, Clone)]
 pub struct Outbox {
     /// By class. Boxed, so that the channels of an idle link are small.
@@ -70,6 +73,8 @@ pub struct Outbox {
     signals: Sender<Work>,
     /// See [`Sink::piece`].
     piece: Arc<AtomicUsize>,
+    /// See [`Sink::delivered`].
+    delivered: Mark,
     pool: Pool,
     /// Behind the channels, which are dropped first.
     writer: Waiting,
@@ -90,6 +95,7 @@ pub struct Queue {
     messages: [Receiver<Box<Item>>; 2],
     signals: Receiver<Work>,
     piece: Arc<AtomicUsize>,
+    delivered: Mark,
     pool: Pool,
     // Not `select!`: the channels wake the writer with a lock held for which it then waits, 4 context switches a message
     // on a single core.
@@ -103,6 +109,7 @@ struct Item {
     message: Bytes,
     class: Class,
     discard: Option<Discard>,
+    mark: Option<Mark>,
     /// Counts the message while it is data in a channel.
     account: Option<Arc<Account>>,
 }
@@ -113,11 +120,18 @@ impl Outbox {
         let (bulk, bulk_queue) = bounded(MAX_BULK);
         let (signals, signal_queue) = bounded(MAX_SIGNALS);
         let (parker, piece, pool) = (Parker::new(), Arc::default(), Pool::new(MAX_BUFFERS));
+        let delivered = Arc::new(AtomicU64::new(u64::MAX));
         let writer = Waiting(parker.unparker().clone());
-        let messages = [interactive, bulk];
-        let outbox = Outbox { messages, signals, piece: Arc::clone(&piece), pool: pool.clone(), writer };
+        let outbox = Outbox {
+            messages: [interactive, bulk],
+            signals,
+            piece: Arc::clone(&piece),
+            delivered: Arc::clone(&delivered),
+            pool: pool.clone(),
+            writer,
+        };
         let messages = [interactive_queue, bulk_queue];
-        (outbox, Queue { messages, signals: signal_queue, piece, pool, parker, favoured: 0 })
+        (outbox, Queue { messages, signals: signal_queue, piece, delivered, pool, parker, favoured: 0 })
     }
 
     /// For the reader: never waits, drops the signal while too many wait.
@@ -154,13 +168,13 @@ impl Outbox {
 
 impl Item {
     fn of(frame: &Frame, class: Class) -> Box<Self> {
-        Box::new(Item { message: frame.encode().into(), class, discard: None, account: None })
+        Box::new(Item { message: frame.encode().into(), class, discard: None, mark: None, account: None })
     }
 
     /// `None` if it is to be discarded.
     fn work(mut self) -> Option<Work> {
         let discarded = self.discard.as_ref().is_some_and(|discard| discard.load(Ordering::SeqCst));
-        (!discarded).then(|| Work::Message(mem::take(&mut self.message), self.class))
+        (!discarded).then(|| Work::Message(mem::take(&mut self.message), self.class, self.mark.take()))
     }
 }
 
@@ -178,6 +192,11 @@ impl Queue {
     /// Sets what [`Sink::piece`] returns.
     pub(crate) fn set_piece(&self, bytes: usize) {
         self.piece.store(bytes, Ordering::Relaxed);
+    }
+
+    /// See [`Sink::delivered`].
+    pub(crate) fn delivered(&self) -> Mark {
+        Arc::clone(&self.delivered)
     }
 
     pub(crate) fn free_buffers(&self) {
@@ -244,6 +263,11 @@ impl Sink {
         Sink { outbox: outbox.clone(), account: Arc::new(account) }
     }
 
+    /// One that drops everything, for a session without a link.
+    pub(crate) fn closed(wake: &Arc<Wake>) -> Self {
+        Sink::new(&Outbox::new().0, Arc::clone(wake))
+    }
+
     /// How many bytes a data message should have, so that an echo doesn't wait long behind it.
     pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
         self.outbox.piece.load(Ordering::Relaxed).clamp(least, most)
@@ -275,9 +299,25 @@ impl Sink {
 
     /// Queues data, waiting if many sessions have some. Ask [`Sink::takes_data`] before reading it from its source.
     pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>) {
+        self.send_marked(message, class, discard, None);
+    }
+
+    /// The same for a message whose fate its sender wants to know.
+    pub(crate) fn send_marked(
+        &self,
+        message: Bytes,
+        class: Class,
+        discard: Option<&Discard>,
+        mark: Option<Mark>,
+    ) {
         self.account.queued[class as usize].fetch_add(1, Ordering::SeqCst);
         let account = Some(Arc::clone(&self.account));
-        self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), account }));
+        self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), mark, account }));
+    }
+
+    /// Of the bytes that [`Mark`]s count, those that have left this device: all of them, as long as the link lives.
+    pub(crate) fn delivered(&self) -> u64 {
+        self.outbox.delivered.load(Ordering::SeqCst)
     }
 
     pub fn reply(&self, frame: &Frame) {

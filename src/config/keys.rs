@@ -50,6 +50,8 @@ keys! {
     ExpireAfterIdle      "Sessions.ExpireAfterIdle"                         Number(U32, 600);
     MaxPerUser           "Sessions.MaxPerUser"                              Number(U32, 1);
     IdleIncludesOutput   "Sessions.IdleIncludesOutput"                      Flag(false);
+    KeepDetached         "Sessions.KeepDetached"                            Number(U32, 300);
+    KeepWhenUserLeaves   "Sessions.KeepWhenUserLeaves"                      Flag(false);
     Limits               "Limits.Enabled"                                   Flag(false);
     Chroot               "Limits.FileTransfer.Chroot"                       Text("");
     FollowSymLinks       "Limits.FileTransfer.FollowSymLinks"               Flag(false);
@@ -102,6 +104,11 @@ impl Key {
 
     pub(super) fn kind(self) -> &'static Kind {
         &TABLE[self as usize].2
+    }
+
+    /// Upstream takes such a value for "not set"; it doesn't know the key whose 0 is a value.
+    pub(crate) fn is_unset(self, value: &Value) -> bool {
+        value.is_null() || *value == "" || (*value == 0 && self != Key::KeepDetached)
     }
 
     /// The name in upstream's warning.

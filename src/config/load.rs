@@ -82,7 +82,7 @@ impl Values {
             let origin = if value == *self.get(key) { self.origin(key) } else { Origin::Default };
             filled.0[key as usize] = (value, origin);
         };
-        let given = |key: Key| self.origin(key) != Origin::Default && !is_unset(self.get(key));
+        let given = |key: Key| self.origin(key) != Origin::Default && !key.is_unset(self.get(key));
         for key in Key::all().filter(|key| !given(*key)) {
             let default = key.kind().default();
             if matches!(key, Key::ShellCommand | Key::ShellArguments) {
@@ -156,11 +156,6 @@ impl Values {
         }
         Ok(walk)
     }
-}
-
-/// Upstream takes these values for "not set".
-pub(crate) fn is_unset(value: &Value) -> bool {
-    matches!(value, Value::Null) || *value == 0 || *value == ""
 }
 
 /// Reads both files, if they exist. Values in `main` win over `fallback`.

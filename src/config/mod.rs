@@ -16,7 +16,7 @@ use crate::sys::users::{self, User};
 pub use allow::Allowed;
 pub(crate) use error::{ConfigError, Misfit};
 pub(crate) use keys::Key;
-pub(crate) use load::{Notes, Origin, Values, Walk, is_unset};
+pub(crate) use load::{Notes, Origin, Values, Walk};
 
 mod allow;
 mod error;
@@ -75,6 +75,10 @@ pub struct Sessions {
     /// Above zero.
     pub max_per_user: u32,
     pub idle_includes_output: bool,
+    /// How long a shell whose link is lost waits for its user; 0: not at all.
+    pub keep_detached: Duration,
+    /// A shell whose user has left is kept, too.
+    pub keep_when_user_leaves: bool,
 }
 
 /// When a session is ended. Durations are above zero.
@@ -187,6 +191,8 @@ pub(crate) fn validate(
             },
             max_per_user: values.number(Key::MaxPerUser),
             idle_includes_output: values.flag(Key::IdleIncludesOutput),
+            keep_detached: seconds(Key::KeepDetached),
+            keep_when_user_leaves: values.flag(Key::KeepWhenUserLeaves),
         },
         file_transfer: !values.flag(Key::DisableFileTransfer),
         port_forward: !values.flag(Key::DisablePortForward),

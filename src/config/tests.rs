@@ -87,7 +87,9 @@ fn a_minimal_file_gets_every_default() {
         Sessions {
             expiry: Expiry::Idle(Duration::from_secs(600)),
             max_per_user: 1,
-            idle_includes_output: false
+            idle_includes_output: false,
+            keep_detached: Duration::from_secs(300),
+            keep_when_user_leaves: false,
         }
     );
     assert!(config.file_transfer && config.port_forward && config.mender_client);

@@ -49,6 +49,11 @@ impl Half {
         Ok(self.writing())
     }
 
+    /// In bytes, by both halves.
+    pub(super) fn written(&self) -> u64 {
+        self.source.get_ref().written()
+    }
+
     /// A half that only writes, and has no read buffer.
     pub(super) fn writing(&self) -> Half {
         let source = BufReader::with_capacity(0, self.source.get_ref().clone());

@@ -18,6 +18,7 @@ use std::convert::Infallible;
 use std::io;
 use std::net::Shutdown;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use log::debug;
@@ -95,21 +96,30 @@ fn run<F: FnMut(Frame)>(
     let (outbox, queue) = Outbox::new();
     let mut socket = dial::dial(credentials, proxies, cancel, true, &mut |_| {})?;
     let write_half = socket.get_mut().open(&outbox)?;
+    let delivered = queue.delivered();
     let (report, ended) = crossbeam_channel::bounded(1);
     let theirs = Arc::clone(cancel);
     thread::spawn("link-writer", thread::LARGE_STACK, move || {
         let result = writer::run(write_half, queue);
         // The reader ends, too.
-        theirs.shut_down(Shutdown::Both);
+        theirs.shut_down(Shutdown::Read);
         let _ = report.send(result);
     })?;
-    let inbound = accept(&outbox);
+    let mut inbound = accept(&outbox);
     events(LinkEvent::Connected);
-    // Drops `inbound`, so that the sessions end here, even if the server takes no close frame any more.
-    let Err(lost) = reader::run(&mut socket, &outbox, inbound, cancel);
+    let Err(lost) = reader::run(&mut socket, &outbox, &mut inbound, cancel);
+    let too_large = matches!(lost, LinkError::TooLarge);
+    // What we end ourselves goes on to the server, and the sessions end at once. What ended by itself has lost what was
+    // under way, which a session that goes on has to know.
+    let inbound = (!too_large && !cancel.is_cancelled()).then_some(inbound);
     let farewell = Instant::now() + FAREWELL_LIMIT;
-    outbox.close(if matches!(lost, LinkError::TooLarge) { 1009 } else { 1000 }, farewell);
+    outbox.close(if too_large { 1009 } else { 1000 }, farewell);
     let writer = ended.recv_deadline(farewell);
+    if inbound.is_some() && writer.is_ok() {
+        delivered.store(cancel.abandon(), Ordering::SeqCst);
+    }
+    // Drops the router, and so ends the sessions.
+    drop(inbound);
     cancel.shut_down(Shutdown::Both);
     // A writer that failed is why the reader did.
     Err(writer.ok().and_then(Result::err).unwrap_or(lost))

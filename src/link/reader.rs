@@ -27,7 +27,7 @@ const WARNINGS: u32 = 5;
 pub(super) fn run(
     socket: &mut WebSocket<impl Read + Write>,
     outbox: &Outbox,
-    mut inbound: impl FnMut(Frame),
+    inbound: &mut impl FnMut(Frame),
     cancel: &Cancel,
 ) -> Result<Infallible, LinkError> {
     let pool = Pool::new(MAX_BUFFERS);
@@ -78,8 +78,8 @@ pub fn read(
     stream: impl Read + Write,
     most: usize,
     outbox: &Outbox,
-    inbound: impl FnMut(Frame),
+    mut inbound: impl FnMut(Frame),
 ) -> LinkError {
-    let Err(lost) = run(&mut super::dial::websocket(stream, most), outbox, inbound, &Cancel::new());
+    let Err(lost) = run(&mut super::dial::websocket(stream, most), outbox, &mut inbound, &Cancel::new());
     lost
 }

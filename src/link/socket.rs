@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 use std::mem;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,11 @@ impl Socket {
         Ok(())
     }
 
+    /// In bytes.
+    pub(super) fn written(&self) -> u64 {
+        self.cancel.written.load(Ordering::Relaxed)
+    }
+
     fn set_time_outs(&self) -> io::Result<()> {
         if self.cancel.established.load(Ordering::SeqCst) {
             return Ok(());
@@ -106,7 +111,9 @@ impl Read for Socket {
 impl Write for Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.set_time_outs()?;
-        uninterrupted(|| (&*self.stream).write(bytes))
+        let n = uninterrupted(|| (&*self.stream).write(bytes))?;
+        self.cancel.written.fetch_add(n as u64, Ordering::Relaxed);
+        Ok(n)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -121,6 +128,8 @@ pub(super) struct Cancel {
     established: AtomicBool,
     /// The reader has read since [`Cancel::reads`] was called last.
     heard: AtomicBool,
+    /// To the socket, in bytes.
+    written: AtomicU64,
     /// The dial's.
     pub(super) deadline: Instant,
     /// Disconnected by [`Cancel::cancel`].
@@ -140,8 +149,8 @@ impl Cancel {
     pub(super) fn new() -> Self {
         let (alive, cancelled) = bounded(0);
         let state = Mutex::new(State { alive: Some(alive), ..State::default() });
-        let (established, heard) = Default::default();
-        Cancel { state, established, heard, deadline: Instant::now() + ATTEMPT_LIMIT, cancelled }
+        let (established, heard, written) = Default::default();
+        Cancel { state, established, heard, written, deadline: Instant::now() + ATTEMPT_LIMIT, cancelled }
     }
 
     /// The dial's time.
@@ -170,6 +179,13 @@ impl Cancel {
     pub(super) fn shut_down(&self, how: Shutdown) {
         // Fails when it has ended already.
         let _ = lock(&self.state).socket.as_ref().map(|socket| socket.shutdown(how));
+    }
+
+    /// How many of the written bytes have reached the other side. The rest never will: the connection is reset.
+    pub(super) fn abandon(&self) -> u64 {
+        let state = lock(&self.state);
+        let lost = state.socket.as_ref().map_or(0, |socket| net::discard_undelivered(socket.as_fd()));
+        self.written.load(Ordering::Relaxed).saturating_sub(lost)
     }
 
     /// False if the reader hasn't read since the last call though something waited then and now. `None` while dialling.

@@ -1,6 +1,7 @@
 //! The thread that writes to the websocket, the only one that does.
 
 use std::io::{self, Write};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -11,7 +12,7 @@ use super::error::LinkError;
 use super::halves::Half;
 use super::pace::Pace;
 use super::socket::{PING_INTERVAL, WRITE_LIMIT};
-use crate::outbox::{Class, Queue, Work};
+use crate::outbox::{Class, Mark, Queue, Work};
 
 /// As Mender's agent sends it.
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
@@ -20,7 +21,7 @@ const BATCH: usize = 16 * 1024;
 
 /// Writes until asked to close or until writing fails.
 pub(super) fn run(half: Half, mut queue: Queue) -> Result<(), LinkError> {
-    let mut writer = Writer { websocket: websocket(half), pace: Pace::new() };
+    let mut writer = Writer { websocket: websocket(half), pace: Pace::new(), written: 0, marks: Vec::new() };
     writer.write(&mut queue).map_err(|e| match e {
         Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
             LinkError::Broken(format!("the server took nothing for {} s", WRITE_LIMIT.as_secs()))
@@ -32,6 +33,10 @@ pub(super) fn run(half: Half, mut queue: Queue) -> Result<(), LinkError> {
 struct Writer {
     websocket: WebSocket<Half>,
     pace: Pace,
+    /// In bytes, on the socket.
+    written: u64,
+    /// Of the messages in the batch.
+    marks: Vec<Mark>,
 }
 
 fn websocket(half: Half) -> WebSocket<Half> {
@@ -60,26 +65,40 @@ impl Writer {
                 self.probe(false)?;
                 // The batch goes out before the writer waits, and only then.
                 self.websocket.flush()?;
+                self.settle();
                 let patience = self.pace.deadline().filter(|deadline| *deadline > now);
                 work = queue.next(sendable, patience.map_or(next_ping, |at| at.min(next_ping)));
             }
             match work {
                 None => {}
-                Some(Work::Message(message, class)) => {
+                Some(Work::Message(message, class, mark)) => {
                     if class == Class::Bulk {
                         self.probe(true)?;
                     }
                     self.pace.wrote(message.len());
+                    self.marks.extend(mark);
                     self.websocket.write(Message::Binary(message))?;
+                    self.settle();
                     self.probe(false)?;
                 }
                 Some(Work::Answered(probe, when)) => self.pace.answered(probe, when),
                 Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
                 Some(Work::FlushTls) => _ = self.websocket.get_mut().write(&[])?,
                 Some(Work::Close(code)) => {
-                    return self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }));
+                    self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }))?;
+                    self.settle();
+                    return Ok(());
                 }
             }
+        }
+    }
+
+    /// Marks the messages of a batch that has been written: a batch is written as a whole.
+    fn settle(&mut self) {
+        let written = self.websocket.get_ref().written();
+        if written != self.written {
+            self.written = written;
+            self.marks.drain(..).for_each(|mark| mark.store(written, Ordering::SeqCst));
         }
     }
 
@@ -113,7 +132,12 @@ mod tests {
         let mut server = WebSocket::from_raw_socket(server, Role::Server, None);
         let (outbox, mut queue) = Outbox::new();
         let pace = super::super::pace::tests::without_credit_or_probe(Instant::now());
-        let mut writer = Writer { websocket: websocket(Half::new(Socket::of(ours), None)), pace };
+        let mut writer = Writer {
+            websocket: websocket(Half::new(Socket::of(ours), None)),
+            pace,
+            written: 0,
+            marks: Vec::new(),
+        };
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
             writer.write(&mut queue)
         })

@@ -32,7 +32,7 @@ impl Sink {
 
 fn typ(work: Work) -> String {
     match work {
-        Work::Message(message, _) => Frame::decode(&message).unwrap().typ,
+        Work::Message(message, ..) => Frame::decode(&message).unwrap().typ,
         other => panic!("{other:?}"),
     }
 }
@@ -109,7 +109,7 @@ fn what_the_window_has_no_credit_for_stays() {
     let none = Sendable { bulk: false, interactive: false };
     assert!(queue.next(none, Instant::now()).is_none());
     let bulk = Sendable { bulk: true, interactive: false };
-    assert!(matches!(queue.try_next(bulk), Some(Work::Message(_, Class::Bulk))));
+    assert!(matches!(queue.try_next(bulk), Some(Work::Message(_, Class::Bulk, _))));
     outbox.signal(Work::Answered([0; 8], Instant::now()));
     assert!(matches!(queue.next(none, soon()), Some(Work::Answered(..))));
     assert_eq!(rest(&mut queue), ["echo"]);

@@ -40,6 +40,11 @@ pub(crate) fn failure(sid: &SessionId, typ: &str, reason: impl Into<Bytes>) -> F
     Frame::new(SHELL, typ, Some(sid)).with_props(status(ERROR)).with_body(reason)
 }
 
+/// A `stop` that the server sends for a user whose connection has ended.
+pub(crate) fn is_of_absent_user(frame: &Frame) -> bool {
+    frame.props.int("status") == Some(ERROR) && frame.body == "user disconnected"
+}
+
 /// Asks whether the client is there. `timeout` announces the next ping, in seconds.
 pub(crate) fn ping(sid: &SessionId, timeout: u16) -> Frame {
     // In the shortest form: mender-cli would count seconds strictly if it could read the number.

@@ -121,6 +121,11 @@ impl Credit {
         self.on_the_way.drain(..proved.min(self.on_the_way.len()));
     }
 
+    /// The same client comes by another link: answers to what it was asked before are lost.
+    pub(crate) fn resume(&mut self) {
+        self.probes.clear();
+    }
+
     /// The client has acted upon the last message: it asks and waits for the answer.
     pub(crate) fn prove_all(&mut self) {
         self.on_the_way.clear();

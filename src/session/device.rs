@@ -1,21 +1,22 @@
 //! What all sessions of the device share, beyond the life of a link.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use log::info;
 use nix::sys::resource::{Resource, getrlimit};
 
+use super::detached::Detached;
 use super::file_transfer::rate::Counters;
-use super::inbox::Inbox;
-use super::shells::{MAX_SHELLS, Shells};
-use super::stats::{Figures, Info};
+use super::shells::{MAX_SHELLS, Refusal, ShellPermit, Shells};
+use super::stats::{Figures, Info, seconds};
+use super::table::Table;
 use crate::commands::Commands;
 use crate::config::Config;
 use crate::permits::Permits;
-use crate::proto::SessionId;
+use crate::proto::{SessionId, UserId};
 use crate::sys::lock;
+use crate::sys::wake::Wake;
 
 /// Session threads. Beyond [`super::router::MAX_SESSIONS`] they are for shells, and for sessions that make room.
 pub(crate) const MAX_THREADS: usize = 272;
@@ -31,6 +32,7 @@ const RESERVED_DESCRIPTORS: usize = MAX_THREADS + 64;
 pub struct Device {
     config: Mutex<Arc<Config>>,
     pub(crate) shells: Arc<Shells>,
+    pub(crate) detached: Detached,
     pub(crate) transferred: Counters,
     pub(crate) commands: Arc<Commands>,
     pub(crate) look_ups: Arc<Permits>,
@@ -43,16 +45,6 @@ pub struct Device {
     table: Mutex<Arc<Table>>,
 }
 
-/// The sessions of one link.
-pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
-
-/// A session as others see it.
-#[derive(Debug, Clone)]
-pub(crate) struct Entry {
-    pub(crate) inbox: Arc<Inbox>,
-    pub(crate) info: Arc<Info>,
-}
-
 impl Device {
     pub fn new(config: Config) -> Arc<Self> {
         let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
@@ -60,6 +52,7 @@ impl Device {
         Arc::new(Device {
             config: Mutex::new(Arc::new(config)),
             shells: Arc::default(),
+            detached: Detached::default(),
             transferred: Counters::default(),
             commands: Arc::default(),
             look_ups: Permits::new(MAX_LOOK_UPS),
@@ -74,12 +67,19 @@ impl Device {
         Arc::clone(&lock(&self.config))
     }
 
+    /// The right to a shell for the session of `wake`.
+    pub(crate) fn acquire_shell(&self, user: &UserId, wake: &Arc<Wake>) -> Result<ShellPermit, Refusal> {
+        let most = self.config().sessions.max_per_user;
+        self.shells.acquire(user, most, self.detached.has(user), wake, Instant::now())
+    }
+
     /// Running shells expire by the new configuration, disabled protocols end, all else goes on as it was.
     pub(crate) fn reconfigure(&self, config: Config) {
         *lock(&self.config) = Arc::new(config);
         for entry in lock(&self.table()).values() {
             entry.inbox.wake.notify();
         }
+        self.detached.wake();
     }
 
     /// For a new link. The one before keeps its own until its sessions have ended.
@@ -124,6 +124,10 @@ impl Device {
                 ),
                 None => info!("   {id} status:no shell started:{age} s ago"),
             }
+        }
+        for (id, info, since) in self.detached.list() {
+            let pid = info.shell().map_or(0, |shell| shell.pid);
+            info!("   {id} status:detached for:{} s, pid:{pid}", seconds(since, now) as u64);
         }
         info!("  file-transfer:");
         for line in self.transferred.report(now) {

@@ -27,11 +27,30 @@ struct State {
     bytes: usize,
     /// For the bytes beyond [`RESERVED`].
     memory: Permit,
-    /// Why the session has to end now, as the audit log has it.
-    hung_up: Option<&'static str>,
+    hung_up: Option<HangUp>,
     /// Nothing more will be read.
     closed: bool,
     overflowed: bool,
+}
+
+/// Why a session has to end at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HangUp {
+    LinkLost,
+    InboxFull,
+    /// Others need its place.
+    NoRoom,
+}
+
+impl HangUp {
+    /// As the audit log has it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            HangUp::LinkLost => "link lost",
+            HangUp::InboxFull => "inbox full",
+            HangUp::NoRoom => "too many sessions",
+        }
+    }
 }
 
 /// Why the inbox hands a frame back.
@@ -115,7 +134,7 @@ impl Inbox {
     }
 
     /// Ends the session. Nothing is taken from now on: what began later would outlive the link.
-    pub(crate) fn hang_up(&self, why: &'static str) {
+    pub(crate) fn hang_up(&self, why: HangUp) {
         let mut state = lock(&self.state);
         state.hung_up.get_or_insert(why);
         state.close();
@@ -123,7 +142,7 @@ impl Inbox {
         self.wake.notify();
     }
 
-    pub fn hung_up(&self) -> Option<&'static str> {
+    pub fn hung_up(&self) -> Option<HangUp> {
         lock(&self.state).hung_up
     }
 
@@ -178,7 +197,7 @@ mod tests {
         greedy.push(frame(3 << 20)).unwrap();
         assert!(matches!(other.push(frame(2 * RESERVED)), Err(Rejected::Full(..))));
         other.push(frame(1)).unwrap();
-        greedy.hang_up("test");
+        greedy.hang_up(HangUp::NoRoom);
         assert_eq!(memory.taken(), 0);
         other.push(frame(2 * RESERVED)).unwrap();
         other.pop().unwrap();

@@ -4,6 +4,7 @@
 //! nothing is left to do for it, and at once when the link is gone.
 
 mod credit;
+mod detached;
 mod device;
 mod file_transfer;
 mod inbox;
@@ -14,6 +15,7 @@ mod router;
 mod session;
 mod shells;
 pub(crate) mod stats;
+mod table;
 mod terminal;
 
 pub use self::device::Device;

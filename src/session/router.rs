@@ -6,16 +6,14 @@ use std::time::Instant;
 
 use log::{debug, info, warn};
 
-use super::credit::Credit;
-use super::device::{Device, Entry, Table};
-use super::inbox::{Inbox, Rejected};
+use super::device::Device;
+use super::inbox::{HangUp, Inbox, Rejected};
 use super::peer::Peer;
-use super::shells::ShellPermit;
 use super::stats::Info;
+use super::table::{Client, Entry, Table};
 use super::{session, terminal};
 use crate::commands;
 use crate::outbox::{Outbox, Sink};
-use crate::permits::{Permit, Permits};
 use crate::proto::{CONTROL, Frame, MAX_ID, MENDER_CLIENT, SHELL, SessionId, control, shell};
 use crate::sys::wake::Wake;
 use crate::sys::{lock, reason};
@@ -25,9 +23,6 @@ use crate::sys::{lock, reason};
 pub(crate) const MAX_SESSIONS: usize = 256;
 /// Sessions that may still be ending when others have taken their place.
 const MAKING_ROOM: usize = 8;
-
-/// Look-ups of a session at a time.
-const MAX_LOOK_UPS: usize = 4;
 
 /// Starts a session.
 pub type Start = fn(Peer) -> io::Result<()>;
@@ -51,6 +46,10 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
     /// The same with sessions that `start` starts.
     pub fn with(device: &Arc<Device>, outbox: &Outbox, start: S) -> Self {
         let table = device.new_table();
+        // A client that is still there answers, which leads it back to its shell. Servers drop what is for nobody.
+        for (id, ..) in device.detached.list() {
+            outbox.try_reply(&shell::ping(&id, terminal::PING_TIMEOUT));
+        }
         Router { device: Arc::clone(device), table, outbox: outbox.clone(), start }
     }
 
@@ -75,7 +74,8 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             }
             return;
         };
-        let Some(frame) = self.deliver(&id, frame) else { return };
+        let frame = self.deliver(&id, frame).and_then(|frame| self.attach(&id, frame));
+        let Some(frame) = frame else { return };
         match (frame.proto, frame.typ.as_str()) {
             (SHELL, _) if !self.device.config().terminal.enabled => {
                 self.answer(&terminal::unknown(&id, &frame));
@@ -109,34 +109,56 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             // Keystrokes may be refused, but in anything else a gap would corrupt data.
             _ => {
                 self.answer(&control::error_about(id, &frame, "inbox full: the session is closed", true));
-                inbox.hang_up("inbox full");
+                inbox.hang_up(HangUp::InboxFull);
             }
         }
         None
     }
 
+    /// Leads a client to the shell that it had by an earlier link. Hands the frame back if it had none.
+    fn attach(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
+        let user = frame.user();
+        let Some(kept) = self.device.detached.take(|kept| kept.id == *id && kept.is_of(&user)) else {
+            return Some(frame);
+        };
+        let client = self.client(id, kept.wake(), &kept.info);
+        let is_new = (frame.proto, frame.typ.as_str()) == (SHELL, shell::NEW);
+        let request = if is_new { Some(frame) } else { self.deliver(id, frame) };
+        kept.receive(client, request);
+        None
+    }
+
     /// Starts a session. Without a permit there will be no shell, and a refusal needs no thread.
     fn create(&mut self, id: &SessionId, first: Frame) {
-        let (cause, user, is_shell) = (first.without_body(), first.user(), first.proto == SHELL);
-        let max_per_user = self.device.config().sessions.max_per_user;
-        let shell_permit = is_shell.then(|| self.device.shells.acquire(&user, max_per_user)).transpose();
-        let shell_permit = match shell_permit {
-            Ok(permit) => permit,
-            Err(refusal) => return self.answer(&terminal::refusal(id, &user, refusal)),
+        let cause = first.without_body();
+        let Err(why) = self.try_create(id, first) else { return };
+        debug!("session {id}: {why}");
+        self.answer(&match cause.proto {
+            SHELL => terminal::refusal(id, &cause.user(), &why),
+            _ => control::error_about(id, &cause, &why, true),
+        });
+    }
+
+    fn try_create(&mut self, id: &SessionId, first: Frame) -> Result<(), String> {
+        let (user, is_shell) = (first.user(), first.proto == SHELL);
+        let failed = |e: io::Error| {
+            let before = if is_shell { "failed to start shell: " } else { "" };
+            format!("{before}{}", reason(&e))
         };
+        let wake = Arc::new(Wake::new().map_err(failed)?);
+        let permit = is_shell.then(|| self.device.acquire_shell(&user, &wake)).transpose();
+        let permit = permit.map_err(|refusal| refusal.text().to_owned())?;
         let taken = self.device.threads.taken();
         let room =
             is_shell || taken < MAX_SESSIONS || (taken < MAX_SESSIONS + MAKING_ROOM && self.make_room());
-        let spawned = match room.then(|| self.device.threads.acquire()).flatten() {
-            Some(thread) => self.spawn(id, first, thread, shell_permit).map_err(|e| reason(&e)),
-            None => Err("too many sessions".to_owned()),
-        };
-        let Err(reason) = spawned else { return };
-        debug!("session {id}: {reason}");
-        self.answer(&match is_shell {
-            true => shell::failure(id, &cause.typ, format!("failed to start shell: {reason}")),
-            false => control::error_about(id, &cause, &reason, true),
-        });
+        let thread = room.then(|| self.device.threads.acquire()).flatten();
+        let thread = thread.ok_or_else(|| failed(io::Error::other("too many sessions")))?;
+        let info = Arc::new(Info::of(user, Instant::now()));
+        let client = self.client(id, wake, &info);
+        let mut peer = Peer::new(&self.device, client, thread, Instant::now());
+        peer.shell_permit = permit;
+        peer.inbox.push(first).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
+        (self.start)(peer).map_err(failed)
     }
 
     /// Ends the session that has been idle longest of those that have nothing open. False if there is none.
@@ -147,39 +169,16 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         let idle = sessions.iter().filter(|(_, entry)| may_end(entry));
         let longest = idle.min_by_key(|(_, entry)| entry.info.traffic.last_activity());
         let longest = longest.map(|(id, _)| id.clone()).and_then(|id| sessions.remove(&id));
-        longest.inspect(|entry| entry.inbox.hang_up("too many sessions")).is_some()
+        longest.inspect(|entry| entry.inbox.hang_up(HangUp::NoRoom)).is_some()
     }
 
-    fn spawn(
-        &mut self,
-        id: &SessionId,
-        first: Frame,
-        thread: Permit,
-        shell_permit: Option<ShellPermit>,
-    ) -> io::Result<()> {
-        let wake = Arc::new(Wake::new()?);
-        let now = Instant::now();
+    /// The client of a session that is found by its id from now on.
+    fn client(&self, id: &SessionId, wake: Arc<Wake>, info: &Arc<Info>) -> Client {
         let inbox = Arc::new(Inbox::new(Arc::clone(&wake), &self.device.memory));
-        let info = Arc::new(Info::of(first.user(), now));
-        if inbox.push(first).is_err() {
-            return Err(io::ErrorKind::OutOfMemory.into());
-        }
-        let peer = Peer {
-            id: id.clone(),
-            device: Arc::clone(&self.device),
-            inbox: Arc::clone(&inbox),
-            sink: Sink::new(&self.outbox, Arc::clone(&wake)),
-            wake,
-            info: Arc::clone(&info),
-            shell_permit,
-            credit: Credit::new(now),
-            look_ups: Permits::new(MAX_LOOK_UPS),
-            table: Arc::clone(&self.table),
-            _thread: thread,
-        };
-        // Before it runs, so that it finds itself there when it ends.
-        lock(&self.table).insert(id.clone(), Entry { inbox, info });
-        (self.start)(peer)
+        let entry = Entry { inbox: Arc::clone(&inbox), info: Arc::clone(info) };
+        lock(&self.table).insert(id.clone(), entry);
+        let sink = Sink::new(&self.outbox, Arc::clone(&wake));
+        Client { id: id.clone(), inbox, info: Arc::clone(info), sink, wake, table: Arc::clone(&self.table) }
     }
 
     fn stop_shells_of_user(&mut self, frame: &Frame) {
@@ -209,8 +208,13 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 
 impl<S> Drop for Router<S> {
     fn drop(&mut self) {
-        for (_, entry) in lock(&self.table).drain() {
-            entry.inbox.hang_up("link lost");
+        let keeps = !self.device.config().sessions.keep_detached.is_zero();
+        for (id, Entry { inbox, info }) in lock(&self.table).drain() {
+            // Now, so that a client who is quicker than the shell's thread finds it.
+            if keeps && info.shell().is_some_and(|shell| !shell.user.as_str().is_empty()) {
+                self.device.detached.keep(&id, &info, &inbox.wake);
+            }
+            inbox.hang_up(HangUp::LinkLost);
         }
     }
 }

@@ -1,19 +1,29 @@
 //! A session's thread: one poll loop over its inbox, its terminal, its forwards and its timers.
+//!
+//! It outlives its link where it has a shell to keep: without a client then, until a visitor brings the peer of another
+//! session, which the thread goes on with.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, TryRecvError};
 use log::{error, info};
 use nix::poll::PollFlags;
 
+use super::detached::Kept;
 use super::file_transfer::FileTransfer;
+use super::inbox::HangUp;
 use super::peer::Peer;
 use super::port_forward::PortForward;
-use super::terminal::Terminal;
+use super::shells::Refusal;
+use super::table::Visitor;
+use super::terminal::{self, Terminal};
 use crate::audit::Record;
 use crate::proto::control::{self, VERSION};
-use crate::proto::{CONTROL, FILE_TRANSFER, Frame, MAX_TEXT, MENDER_CLIENT, PORT_FORWARD, SHELL, clipped};
+use crate::proto::{
+    CONTROL, FILE_TRANSFER, Frame, MAX_TEXT, MENDER_CLIENT, PORT_FORWARD, SHELL, clipped, shell,
+};
 use crate::sys::{PollSet, reason, thread};
 
 /// Silence after which the client is asked whether it is there, and after which the session is over.
@@ -29,13 +39,30 @@ struct Session {
     /// than the terminal's was spoken: terminal clients don't answer these pings.
     ping_at: Option<Instant>,
     close_at: Option<Instant>,
+    hung_up: bool,
     /// Why the session ends, as the audit log has it.
     end: &'static str,
+    /// The `new` that waits for the answers of the user's other clients, at most until then.
+    waiting: Option<(Frame, Instant)>,
+    /// Without a client: since when, and who comes.
+    away: Option<(Instant, Receiver<Visitor>)>,
+    /// The session goes on in the thread of this shell, with this `new`.
+    moves_to: Option<(Kept, Frame)>,
 }
+
+/// How long a `new` waits for the answers of the user's other clients.
+const WAITING_LIMIT: Duration = terminal::ANSWER_LIMIT.saturating_add(Duration::from_millis(400));
 
 /// For a text that may hold some of a client's body.
 fn clip(text: &impl ToString) -> String {
     clipped(&text.to_string(), MAX_TEXT)
+}
+
+fn log_end(peer: &Peer, why: &str, good: bool) {
+    Record::new("session-end", Some(&peer.id), &peer.info.user)
+        .since(peer.info.traffic.since, Instant::now())
+        .text("reason", why)
+        .log(good);
 }
 
 /// Whether a frame starts the idle timer of a session. Those that the router ignores without a session don't: a `pong`
@@ -54,16 +81,17 @@ pub(crate) fn start(peer: Peer) -> io::Result<()> {
     // File transfers look up owners and groups.
     let run = move || {
         let (terminal, files, forwards) = Default::default();
-        Session { peer, terminal, files, forwards, ping_at: None, close_at: None, end: "done" }.run();
+        let (ping_at, close_at, hung_up, waiting, away, moves_to) = Default::default();
+        let end = "done";
+        Session { peer, terminal, files, forwards, ping_at, close_at, hung_up, end, waiting, away, moves_to }
+            .run();
     };
     thread::spawn(&name, thread::LOOKUP_STACK, run).map(drop)
 }
 
 impl Session {
     fn run(mut self) {
-        let started = Instant::now();
-        let record = |event, peer: &Peer| Record::new(event, Some(&peer.id), &peer.info.user);
-        record("session-start", &self.peer).log(true);
+        Record::new("session-start", Some(&self.peer.id), &self.peer.info.user).log(true);
         let served = self.serve();
         if let Err(e) = &served {
             let reason = reason(e);
@@ -71,42 +99,55 @@ impl Session {
             error!("session {}: {reason}", self.peer.id);
             self.peer.inbox.close();
             self.peer.reply(&control::error(&self.peer.id, &reason, true));
+            let _ = self.is_unexpected();
             // The audit log gets an end for each shell and transfer that has begun.
             self.terminal.abandon(&self.peer);
             self.files.abort(&self.peer, "failed", "the session failed");
         }
-        let Session { peer, terminal, files, forwards, end, .. } = self;
-        let record = record("session-end", &peer).since(started, Instant::now()).text("reason", end);
+        let Session { mut peer, terminal, files, forwards, end, moves_to, .. } = self;
+        if let Some((kept, request)) = moves_to {
+            // First, since a permit is found by what wakes its session.
+            peer.shell_permit = None;
+            return kept.receive(peer.give_away(), Some(request));
+        }
         // Forwards log their own lines before.
         drop((terminal, files, forwards));
-        record.log(served.is_ok());
+        log_end(&peer, end, served.is_ok());
         // The daemon ends when no session is left, and must not miss their last lines.
         drop(peer);
     }
 
     fn serve(&mut self) -> io::Result<()> {
-        let mut hung_up = false;
         loop {
-            if !hung_up && let Some(why) = self.peer.inbox.hung_up() {
-                let now = Instant::now();
-                (hung_up, self.end) = (true, why);
-                (self.ping_at, self.close_at) = (None, None);
-                self.terminal.hang_up(now);
-                self.files.hang_up(&self.peer, now);
-                self.forwards = PortForward::default();
+            if !self.hung_up
+                && let Some(why) = self.peer.inbox.hung_up()
+            {
+                self.hang_up(why, Instant::now());
             }
-            while self.terminal.takes_frames()
-                && let Some(frame) = self.peer.inbox.pop()
+            self.look_for_visitors(Instant::now());
+            if let Some((request, until)) = self.waiting.take() {
+                self.open_terminal(request, until, Instant::now());
+            }
+            while self.waiting.is_none()
+                && let Some(frame) = self.terminal.next_frame(&self.peer.inbox)
             {
                 self.handle(frame, Instant::now());
             }
+            if self.moves_to.is_some() {
+                return Ok(());
+            }
             let now = Instant::now();
+            if let Some(why) = self.terminal.left()
+                && !self.detach(why, now)
+            {
+                self.terminal.hang_up(now);
+            }
             self.end_disabled(now);
             self.files.acknowledge(&self.peer);
             self.check_idle(now);
             self.files.proceed(&mut self.peer, now);
             self.forwards.answer(&mut self.peer, now);
-            if self.is_over() && self.peer.inbox.close_if_empty() {
+            if self.is_over() && self.peer.inbox.close_if_empty() && !self.receive_last(now) {
                 return Ok(());
             }
             let mut set = PollSet::default();
@@ -128,8 +169,128 @@ impl Session {
             self.forwards.deadline(&self.peer, now),
             self.ping_at,
             self.close_at,
+            self.waiting.as_ref().map(|(_, until)| *until),
+            self.away_until(),
         ];
         deadlines.into_iter().flatten().min()
+    }
+
+    fn hang_up(&mut self, why: HangUp, now: Instant) {
+        (self.hung_up, self.end) = (true, why.name());
+        (self.ping_at, self.close_at, self.waiting) = (None, None, None);
+        self.files.hang_up(&self.peer, now);
+        self.forwards = PortForward::default();
+        let visitors = self.peer.device.detached.claim(&self.peer.wake);
+        self.away = visitors.map(|visitors| (now, visitors));
+        if self.away.is_some() && self.can_detach() {
+            self.terminal.detach(&mut self.peer, why.name(), now);
+        } else {
+            self.terminal.hang_up(now);
+            if self.is_unexpected() {
+                self.away = None;
+            }
+        }
+    }
+
+    fn can_detach(&self) -> bool {
+        let keeps = !self.peer.device.config().sessions.keep_detached.is_zero();
+        keeps && self.has_only_terminal() && self.terminal.can_detach()
+    }
+
+    /// Nobody comes to the shell any more, unless somebody is on the way: then false.
+    fn is_unexpected(&self) -> bool {
+        self.peer.device.detached.take(|kept| kept.is_of_thread(&self.peer.wake)).is_some()
+    }
+
+    /// Leaves the client, and keeps the shell for whoever may come. False if there is no shell to keep.
+    fn detach(&mut self, why: &'static str, now: Instant) -> bool {
+        if !self.can_detach() {
+            return false;
+        }
+        self.peer.inbox.close();
+        self.peer.leave();
+        let Peer { device, id, info, wake, .. } = &self.peer;
+        device.detached.keep(id, info, wake);
+        self.away = device.detached.claim(wake).map(|visitors| (now, visitors));
+        if self.away.is_some() {
+            self.terminal.detach(&mut self.peer, why, now);
+        }
+        self.away.is_some()
+    }
+
+    fn has_only_terminal(&self) -> bool {
+        self.files.is_idle() && self.forwards.is_idle()
+    }
+
+    fn away_until(&self) -> Option<Instant> {
+        let (since, _) = self.away.as_ref()?;
+        since.checked_add(self.peer.device.config().sessions.keep_detached)
+    }
+
+    fn look_for_visitors(&mut self, now: Instant) {
+        let Some((_, visitors)) = &self.away else { return };
+        match visitors.try_recv() {
+            Ok(visitor) => self.receive(visitor, now),
+            Err(TryRecvError::Disconnected) => self.terminal.hang_up(now),
+            Err(TryRecvError::Empty) => {
+                if self.away_until().is_some_and(|until| now >= until) {
+                    self.terminal.end_alone(&mut self.peer, now);
+                }
+            }
+        }
+    }
+
+    /// The session is over. If somebody is on the way to it, it goes on with them all the same.
+    fn receive_last(&mut self, now: Instant) -> bool {
+        let claimed = || self.peer.device.detached.claim(&self.peer.wake);
+        let visitors = self.away.take().map(|(_, visitors)| visitors).or_else(claimed);
+        let visitor = visitors.filter(|_| !self.is_unexpected()).and_then(|visitors| visitors.recv().ok());
+        visitor.map(|visitor| self.receive(visitor, now)).is_some()
+    }
+
+    fn receive(&mut self, Visitor { client, request }: Visitor, now: Instant) {
+        let since = self.away.take().map_or(now, |(since, _)| since);
+        (self.hung_up, self.end) = (false, "done");
+        if client.id != self.peer.id {
+            log_end(&self.peer, "reattached", true);
+        }
+        self.peer.receive(client, now);
+        if let Some(request) = self.terminal.attach(&mut self.peer, request, since, now) {
+            self.handle(request, now);
+        }
+    }
+
+    /// `new`: leads back to a shell of this user, or makes one as soon as there may be another.
+    fn open_terminal(&mut self, request: Frame, until: Instant, now: Instant) {
+        let device = &self.peer.device;
+        let (user, most) = (request.user(), device.config().sessions.max_per_user);
+        let returns = self.has_only_terminal() && device.detached.has(&user);
+        let permit = match self.peer.shell_permit.take() {
+            Some(permit) => Ok(permit),
+            None => device.acquire_shell(&user, &self.peer.wake),
+        };
+        let settled = permit.and_then(|permit| match permit.settle(most, returns) {
+            None if now < until => Ok((permit, false)),
+            None => Err(Refusal::OfUser),
+            Some(result) => result.map(|()| (permit, true)),
+        });
+        match settled {
+            Err(refusal) => self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal.text())),
+            Ok((permit, false)) => {
+                self.peer.shell_permit = Some(permit);
+                self.waiting = Some((request, until));
+            }
+            Ok((permit, true)) => {
+                let kept = returns.then(|| device.detached.take(|kept| kept.is_of(&user))).flatten();
+                match kept {
+                    Some(kept) => self.moves_to = Some((kept, request)),
+                    None => {
+                        self.peer.shell_permit = Some(permit);
+                        self.terminal.handle(&mut self.peer, request, now);
+                    }
+                }
+            }
+        }
     }
 
     /// What the configuration doesn't allow any more ends.
@@ -167,7 +328,10 @@ impl Session {
     }
 
     fn is_over(&self) -> bool {
-        self.close_at.is_none() && self.terminal.is_idle() && self.files.is_idle() && self.forwards.is_idle()
+        self.close_at.is_none()
+            && self.terminal.is_idle()
+            && self.has_only_terminal()
+            && self.waiting.is_none()
     }
 
     fn handle(&mut self, frame: Frame, now: Instant) {
@@ -177,6 +341,9 @@ impl Session {
         }
         let config = self.peer.device.config();
         match frame.proto {
+            SHELL if frame.typ == shell::NEW && config.terminal.enabled && self.terminal.is_idle() => {
+                self.open_terminal(frame, now + WAITING_LIMIT, now);
+            }
             SHELL => self.terminal.handle(&mut self.peer, frame, now),
             CONTROL => self.handle_control(&frame),
             FILE_TRANSFER if config.file_transfer => self.files.handle(&mut self.peer, frame, now),
@@ -184,7 +351,7 @@ impl Session {
                 if !self.forwards.handle(&mut self.peer, &frame, now) {
                     let text = "too many answers wait: the session is closed";
                     self.peer.reply(&control::error_about(&self.peer.id, &frame, text, true));
-                    self.peer.inbox.hang_up("inbox full");
+                    self.peer.inbox.hang_up(HangUp::InboxFull);
                 }
             }
             other => {

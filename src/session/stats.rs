@@ -27,7 +27,7 @@ pub(crate) struct Figures {
     pub(crate) bytes_out: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Counts {
     last_activity: Instant,
     bytes_in: u64,
@@ -46,6 +46,12 @@ impl Traffic {
     fn new(since: Instant, session: Option<&Arc<Traffic>>) -> Self {
         let counts = Counts { last_activity: since, bytes_in: 0, bytes_out: 0 };
         Traffic { since, counts: Mutex::new(counts), session: session.cloned() }
+    }
+
+    /// The same, to be counted for another session from now on.
+    fn of_session(&self, session: &Arc<Traffic>) -> Self {
+        let counts = lock(&self.counts).clone();
+        Traffic { since: self.since, counts: Mutex::new(counts), session: Some(Arc::clone(session)) }
     }
 
     pub(crate) fn figures(&self, now: Instant) -> Figures {
@@ -139,6 +145,14 @@ impl Info {
 
     pub fn set_shell(&self, user: UserId, pid: i32, now: Instant) -> Arc<ShellInfo> {
         let shell = Arc::new(ShellInfo { user, pid, traffic: Traffic::new(now, Some(&self.traffic)) });
+        *lock(&self.shell) = Some(Arc::clone(&shell));
+        shell
+    }
+
+    /// Takes over a shell from another session, with its age and what it has passed on.
+    pub(crate) fn adopt_shell(&self, shell: &ShellInfo) -> Arc<ShellInfo> {
+        let traffic = shell.traffic.of_session(&self.traffic);
+        let shell = Arc::new(ShellInfo { user: shell.user.clone(), pid: shell.pid, traffic });
         *lock(&self.shell) = Some(Arc::clone(&shell));
         shell
     }

@@ -106,7 +106,8 @@ fn describe_session(session: &Session) -> String {
     out += &format!("{}\n", traffic(session.age, session.idle, session.bytes_in, session.bytes_out));
     if let Some(shell) = &session.shell {
         let traffic = traffic(shell.age, shell.idle, shell.bytes_in, shell.bytes_out);
-        out += &format!("  shell {}, {traffic}\n", shell.pid);
+        let detached = session.detached.map(|since| format!(", detached {}", time(since)));
+        out += &format!("  shell {}, {traffic}{}\n", shell.pid, detached.unwrap_or_default());
     }
     for transfer in &session.transfers {
         let done = match transfer.size {

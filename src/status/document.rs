@@ -8,7 +8,7 @@ use miniserde::{Deserialize, Serialize};
 
 use crate::config::Auth;
 use crate::proto::{FILE_TRANSFER, MAX_TEXT, PORT_FORWARD, SHELL, SessionId, clipped};
-use crate::session::stats::{Figures, Info};
+use crate::session::stats::{Figures, Info, seconds};
 use crate::session::{Device, Direction, MAX_SHELLS};
 
 /// Forwards listed, of all sessions together.
@@ -65,6 +65,8 @@ pub(crate) struct Session {
     pub(crate) age: f64,
     pub(crate) bytes_in: u64,
     pub(crate) bytes_out: u64,
+    /// How long its shell has been without a client.
+    pub(crate) detached: Option<f64>,
     pub(crate) forwards: Vec<Forward>,
     /// Including those not listed.
     pub(crate) forwards_open: usize,
@@ -151,13 +153,18 @@ impl Status {
     ) -> Self {
         let mut room = MAX_FORWARDS;
         let source = if device.config().auth == Auth::Dbus { "dbus" } else { "file" };
-        let sessions = device.sessions();
+        let attached = device.sessions().into_iter().map(|(id, info)| (id, info, None));
+        let detached = device.detached.list().into_iter().map(|(id, info, since)| (id, info, Some(since)));
+        let sessions = attached.chain(detached).map(|(id, info, since)| {
+            let detached = since.map(|since| seconds(since, now));
+            Session { detached, ..Session::new(&id, &info, &mut room, now) }
+        });
         let received = device.transferred.figures(Direction::Received, now);
         let sent = device.transferred.figures(Direction::Sent, now);
         Status {
             connection,
             pid: std::process::id(),
-            sessions: sessions.iter().map(|(id, info)| Session::new(id, info, &mut room, now)).collect(),
+            sessions: sessions.collect(),
             shells: Shells { max: MAX_SHELLS, running: device.shells.running() },
             token: Token { length: token_length, source: source.to_owned() },
             transferred: Transferred {
@@ -200,6 +207,7 @@ impl Session {
             age,
             bytes_in,
             bytes_out,
+            detached: None,
             forwards: forwards.collect(),
             forwards_open,
             id: id.as_str().to_owned(),

@@ -237,6 +237,7 @@ impl Supervisor {
                 }
                 Action::LogUnauthorized => {
                     let (sessions, shells) = self.context.counts();
+                    self.context.detached.close();
                     info!("dbusEventLoop terminated {sessions} sessions, {shells} shells");
                 }
                 Action::LogNoReconnect(why) => {
@@ -264,6 +265,7 @@ impl Supervisor {
             wake.notify();
         };
         let context = Arc::clone(&self.context);
+        context.detached.open();
         let accept = move |outbox: &_| {
             let mut router = Router::new(&context, outbox);
             move |frame| router.route(frame)
@@ -277,6 +279,7 @@ impl Supervisor {
     /// Ends and reaps every session's processes, as far as that is possible in time.
     fn stop(self) {
         let deadline = Instant::now() + STOP_LIMIT;
+        self.context.detached.close();
         drop((self.status, self.link, self.reporter));
         // A link's thread drops its router, and so the sessions, before its reporter.
         while self.reports.recv_deadline(deadline).is_ok() {}

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::sockopt::{SetBool, SetStruct};
+use nix::sys::socket::sockopt::{GetStruct, Linger, SetBool, SetStruct};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, recv, setsockopt, socket,
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, getsockopt, recv, setsockopt,
+    socket,
 };
 
 #[derive(Clone)]
@@ -20,6 +21,15 @@ nix::setsockopt_impl!(QuickAck, libc::IPPROTO_TCP, libc::TCP_QUICKACK, bool, Set
 struct UnsentLimit;
 nix::setsockopt_impl!(UnsentLimit, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, u32, SetStruct<u32>);
 
+/// The first bytes of `struct tcp_info`; the third is the number of time-outs since the last acknowledgement.
+#[derive(Clone, Copy)]
+struct Info;
+nix::getsockopt_impl!(Info, libc::IPPROTO_TCP, libc::TCP_INFO, [u8; 8], GetStruct<[u8; 8]>);
+
+// SIOCOUTQ by its other name, and SIOCOUTQNSD.
+nix::ioctl_read_bad!(unacknowledged, libc::TIOCOUTQ, libc::c_int);
+nix::ioctl_read_bad!(unsent, 0x894b, libc::c_int);
+
 /// Acknowledges received bytes at once. The kernel forgets it after a while, hence "re-arm".
 pub(crate) fn rearm_quick_ack(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(setsockopt(&socket, QuickAck, &true)?)
@@ -29,6 +39,20 @@ pub(crate) fn rearm_quick_ack(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// can still be reordered.
 pub(crate) fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result<()> {
     Ok(setsockopt(&socket, UnsentLimit, &bytes.into())?)
+}
+
+/// Makes closing a TCP socket reset its connection, so that nothing is sent any more. Returns how many written bytes the
+/// other side has not got: those that were not sent and, if it has fallen silent, those that it has not acknowledged.
+/// Otherwise the acknowledgement of what it has read may only be late.
+#[allow(unsafe_code)]
+pub(crate) fn discard_undelivered(socket: BorrowedFd<'_>) -> u64 {
+    let _ = setsockopt(&socket, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
+    let silent = getsockopt(&socket, Info).is_ok_and(|[_, _, time_outs, ..]| time_outs > 0);
+    let count = if silent { unacknowledged } else { unsent };
+    let mut bytes = 0;
+    // SAFETY: the kernel writes one integer; the descriptor is open as long as it is borrowed.
+    let result = unsafe { count(socket.as_raw_fd(), &raw mut bytes) };
+    result.ok().and_then(|_| u64::try_from(bytes).ok()).unwrap_or(0)
 }
 
 /// True if something waits to be read: bytes, an end or an error.

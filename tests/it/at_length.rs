@@ -3,6 +3,8 @@
 
 use std::time::Instant;
 
+use serde_json::json;
+
 use crate::control::complaint;
 use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Style, Terminal, new_sid};
@@ -143,8 +145,8 @@ fn data_alone_keeps_the_link_with_the_released_server() {
 
 #[test]
 fn a_peer_that_stops_reading_is_given_up() {
-    let (mut rig, device) =
-        Setup::new().config(script_config("exec yes")).set("ReconnectIntervalSeconds", 1).connected();
+    let setup = Setup::new().config(script_config("exec yes")).set("ReconnectIntervalSeconds", 1);
+    let (mut rig, device) = setup.set("Sessions", json!({ "KeepDetached": 0 })).connected();
     // One that answers would get no more output before its next answer.
     device.clients_fall_silent();
     let terminal = Terminal::new(&device, Style::Cli);

@@ -101,7 +101,8 @@ fn a_shell_from_beginning_to_end() {
 #[test]
 fn why_shells_end() {
     let script = || script_config("echo ready; read line");
-    let (rig, device) = Setup::new().config(script()).connected();
+    let (rig, device) =
+        Setup::new().config(script()).set("Sessions", json!({ "KeepDetached": 0 })).connected();
     let stopped = Terminal::of_user(&device, "a");
     stopped.open();
     Terminal::of_user(&device, "a").ask_new();

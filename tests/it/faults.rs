@@ -20,8 +20,10 @@ use crate::harness::rig::{Rig, Setup, TOKEN};
 use crate::harness::server::Reply;
 use crate::harness::wait::{SOON, eventually, millis, secs, skip, tell, throughout};
 
+/// Shells end with their links, so that nothing may be left.
 fn quick() -> Setup {
-    Setup::new().set("ReconnectIntervalSeconds", 1)
+    let sessions = serde_json::json!({ "KeepDetached": 0 });
+    Setup::new().set("ReconnectIntervalSeconds", 1).set("Sessions", sessions)
 }
 
 // ---- the server

@@ -38,6 +38,8 @@ mod config;
 #[cfg(feature = "dbus")]
 mod control;
 #[cfg(feature = "dbus")]
+mod detach;
+#[cfg(feature = "dbus")]
 mod disk;
 #[cfg(feature = "dbus")]
 mod docs;

@@ -246,7 +246,8 @@ fn a_login_shell_that_knows_no_login_is_explained() {
 
 #[test]
 fn losing_the_link_ends_every_shell_and_frees_the_quota() {
-    let (rig, device) = Setup::new().set("ReconnectIntervalSeconds", 1).connected();
+    let setup = Setup::new().set("ReconnectIntervalSeconds", 1);
+    let (rig, device) = setup.set("Sessions", json!({ "KeepDetached": 0 })).connected();
     let mut before = Terminal::of_user(&device, "alice");
     before.open_with_prompt();
     let mut stubborn = Terminal::of_user(&device, "bob");

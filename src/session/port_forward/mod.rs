@@ -360,7 +360,7 @@ mod tests {
 
     fn next_type(queue: &mut Queue) -> Option<String> {
         match queue.try_next(Sendable { bulk: true, interactive: true })? {
-            Work::Message(message, _) => Some(Frame::decode(&message).unwrap().typ),
+            Work::Message(message, ..) => Some(Frame::decode(&message).unwrap().typ),
             other => panic!("{other:?}"),
         }
     }

@@ -21,8 +21,8 @@ pub(crate) struct Clock {
     started: Instant,
     last_activity: Instant,
     warned: bool,
-    next_ping: Instant,
-    pong_limit: Instant,
+    /// When the next ping is due, and until when its answer; `None` without a client.
+    health: Option<(Instant, Instant)>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -41,9 +41,17 @@ impl Clock {
             started: now,
             last_activity: now,
             warned: false,
-            next_ping: now + PING_INTERVAL,
-            pong_limit: now + PING_INTERVAL + PONG_GRACE,
+            health: Some((now + PING_INTERVAL, now + PING_INTERVAL + PONG_GRACE)),
         }
+    }
+
+    /// There is no client to ask.
+    pub(crate) fn pause(&mut self) {
+        self.health = None;
+    }
+
+    pub(crate) fn resume(&mut self, now: Instant) {
+        self.health = Some((now + PING_INTERVAL, now + PING_INTERVAL + PONG_GRACE));
     }
 
     pub(crate) fn input(&mut self, now: Instant) {
@@ -65,7 +73,9 @@ impl Clock {
     }
 
     pub(crate) fn pong(&mut self, now: Instant) {
-        self.pong_limit = now + PING_INTERVAL + PONG_GRACE;
+        if let Some((_, pong_limit)) = &mut self.health {
+            *pong_limit = now + PING_INTERVAL + PONG_GRACE;
+        }
     }
 
     /// When the shell ends, and by which limit.
@@ -88,9 +98,10 @@ impl Clock {
     }
 
     /// When [`Clock::due`] has something to say.
-    pub(crate) fn deadline(&self) -> Instant {
-        let next = self.next_ping.min(self.pong_limit);
-        self.warns().or(self.expires().map(|(at, ..)| at)).map_or(next, |at| at.min(next))
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let expiry = self.warns().or(self.expires().map(|(at, ..)| at));
+        let health = self.health.map(|(ping, limit)| ping.min(limit));
+        expiry.into_iter().chain(health).min()
     }
 
     pub(crate) fn due(&mut self, now: Instant) -> Option<Due> {
@@ -101,7 +112,7 @@ impl Clock {
             let text = format!("session expired: {what} for {} s", limit.as_secs());
             return Some(Due::End("expired", text));
         }
-        if now >= self.pong_limit {
+        if self.health.is_some_and(|(_, limit)| now >= limit) {
             let text = "health check failed: the client did not answer".to_owned();
             return Some(Due::End("health check failed", text));
         }
@@ -109,12 +120,12 @@ impl Clock {
             self.warned = true;
             return expires.map(|(at, ..)| Due::Warn(at - now));
         }
-        if now >= self.next_ping {
+        let (next_ping, _) = self.health.as_mut()?;
+        (now >= *next_ping).then(|| {
             // From now on, not from when it was due: a stopped process mustn't catch up.
-            self.next_ping = now + PING_INTERVAL;
-            return Some(Due::Ping);
-        }
-        None
+            *next_ping = now + PING_INTERVAL;
+            Due::Ping
+        })
     }
 }
 
@@ -125,7 +136,13 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn sessions(expiry: Expiry) -> Sessions {
-        Sessions { expiry, max_per_user: 1, idle_includes_output: false }
+        Sessions {
+            expiry,
+            max_per_user: 1,
+            idle_includes_output: false,
+            keep_detached: SECOND,
+            keep_when_user_leaves: false,
+        }
     }
 
     fn end(due: Option<Due>) -> String {
@@ -140,13 +157,13 @@ mod tests {
         let start = Instant::now();
         let mut clock = Clock::new(&sessions(Expiry::Never), start);
         assert_eq!(clock.due(start + 59 * SECOND), None);
-        assert_eq!(clock.deadline(), start + 60 * SECOND);
+        assert_eq!(clock.deadline(), Some(start + 60 * SECOND));
         assert_eq!(clock.due(start + 60 * SECOND), Some(Due::Ping));
-        assert_eq!(clock.deadline(), start + 65 * SECOND);
+        assert_eq!(clock.deadline(), Some(start + 65 * SECOND));
         clock.pong(start + 61 * SECOND);
         assert_eq!(clock.due(start + 119 * SECOND), None);
         assert_eq!(clock.due(start + 120 * SECOND), Some(Due::Ping));
-        assert_eq!(clock.deadline(), start + 126 * SECOND);
+        assert_eq!(clock.deadline(), Some(start + 126 * SECOND));
         assert!(end(clock.due(start + 126 * SECOND)).starts_with("health check failed"));
     }
 
@@ -159,7 +176,7 @@ mod tests {
         assert_eq!(end(idle.due(start + 15 * SECOND)), "session expired: no input for 10 s");
         let mut age = Clock::new(&sessions(Expiry::Age(10 * SECOND)), start);
         age.input(start + 5 * SECOND);
-        assert_eq!(age.deadline(), start + 10 * SECOND);
+        assert_eq!(age.deadline(), Some(start + 10 * SECOND));
         assert_eq!(end(age.due(start + 10 * SECOND)), "session expired: open for 10 s");
     }
 
@@ -168,7 +185,7 @@ mod tests {
         let start = Instant::now();
         let mut clock = Clock::new(&sessions(Expiry::Idle(70 * SECOND)), start);
         clock.pong(start + 60 * SECOND);
-        assert_eq!(clock.deadline(), start + 10 * SECOND);
+        assert_eq!(clock.deadline(), Some(start + 10 * SECOND));
         assert_eq!(clock.due(start + 9 * SECOND), None);
         assert_eq!(clock.due(start + 10 * SECOND), Some(Due::Warn(60 * SECOND)));
         assert_eq!(clock.due(start + 11 * SECOND), None);
@@ -176,7 +193,7 @@ mod tests {
         clock.input(start);
         assert_eq!(clock.due(start + 12 * SECOND), None);
         clock.input(start + 20 * SECOND);
-        assert_eq!(clock.deadline(), start + 30 * SECOND);
+        assert_eq!(clock.deadline(), Some(start + 30 * SECOND));
         assert_eq!(clock.due(start + 31 * SECOND), Some(Due::Warn(59 * SECOND)));
         // Another limit counts from the same moment.
         clock.follow(&sessions(Expiry::Idle(12 * SECOND)));

@@ -1,18 +1,25 @@
 //! The remote terminal: protocol 1 for one session. Runs in the session's thread.
 //!
 //! ```text
-//!            new                    stop, expiry, no pong, link gone
+//!            new                    stop, expiry, no pong
 //!  Nothing ──────▶ Running ────────────────────────────────▶ Ending ──▶ Nothing
 //!     ▲               │ the shell ends by itself                (hang up, 2 s, kill)
 //!     └───────────────┘
 //! ```
+//! A shell that runs is attached to a client or, when its link is gone, detached: it fills its history then.
 
+mod attach;
 mod clock;
+mod history;
+mod running;
 mod shell;
 
+pub(crate) use self::clock::PING_TIMEOUT;
+pub(crate) use self::running::ANSWER_LIMIT;
+
+use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::process::ExitStatus;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -20,27 +27,24 @@ use log::{debug, info, warn};
 use nix::poll::PollFlags;
 
 use self::clock::{Clock, Due};
-use self::shell::{Shell, Then};
+use self::history::History;
+use self::running::{Running, STOP_GRACE, ping, requested_size};
+use self::shell::Shell;
+use super::inbox::Inbox;
 use super::peer::Peer;
-use super::shells::{MAX_SHELLS, ShellPermit, TOO_MANY};
-use super::stats::ShellInfo;
+use super::shells::{MAX_SHELLS, Refusal};
 use crate::audit::Record;
-use crate::outbox::{Class, Discard};
+use crate::outbox::Discard;
 use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId, UserId};
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, lock, reason};
 
-/// How long a shell may take to end when its client stopped it, before it is killed, and after.
-const STOP_GRACE: Duration = Duration::from_secs(2);
 /// The same when the link is gone: the daemon itself may have to end within two seconds.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 /// How long after a shell's end its last output may take to come through the terminal.
 const DRAIN_LIMIT: Duration = Duration::from_millis(500);
-/// Bytes of output in a frame at most, as the link allows. What a terminal gives in one read fits.
-const SMALLEST_OUTPUT: usize = 4 * 1024;
-const LARGEST_OUTPUT: usize = 32 * 1024;
 /// Frames that wait while a shell ends, and the bytes they hold, but for the last one.
 const MAX_DEFERRED: usize = 64;
 const MAX_DEFERRED_BYTES: usize = 64 * 1024;
@@ -51,7 +55,10 @@ const ENDED: &str = "read /dev/ptmx: input/output error";
 #[derive(Default)]
 pub(crate) struct Terminal {
     state: State,
-    deferred: Vec<Frame>,
+    /// Frames that came while a shell ended.
+    deferred: VecDeque<Frame>,
+    /// The user has left the shell, which may be kept: how.
+    left: Option<&'static str>,
 }
 
 #[derive(Default)]
@@ -60,21 +67,6 @@ enum State {
     Nothing,
     Running(Box<Running>),
     Ending(Ending),
-}
-
-struct Running {
-    shell: Shell,
-    info: Arc<ShellInfo>,
-    _permit: ShellPermit,
-    clock: Clock,
-    /// For its queued output.
-    discard: Discard,
-    /// Set when the process is reaped. Its last output may still be on the way.
-    exit: Option<ExitStatus>,
-    /// Set when the terminal's other side is closed.
-    at_end: bool,
-    /// When not to wait any longer for the other of the two.
-    give_up: Option<Instant>,
 }
 
 struct Ending {
@@ -92,10 +84,15 @@ impl Terminal {
         matches!(self.state, State::Nothing)
     }
 
-    /// False while many frames wait for a shell's end already.
-    pub(crate) fn takes_frames(&self) -> bool {
-        self.deferred.len() < MAX_DEFERRED
-            && self.deferred.iter().map(Frame::held).sum::<usize>() < MAX_DEFERRED_BYTES
+    /// The next frame to handle: those that waited for a shell's end come first. Few of them wait here.
+    pub(crate) fn next_frame(&mut self, inbox: &Inbox) -> Option<Frame> {
+        let ends = matches!(self.state, State::Ending(_));
+        if !ends && !self.deferred.is_empty() {
+            return self.deferred.pop_front();
+        }
+        let room = self.deferred.len() < MAX_DEFERRED
+            && self.deferred.iter().map(Frame::held).sum::<usize>() < MAX_DEFERRED_BYTES;
+        if room { inbox.pop() } else { None }
     }
 
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: Frame, now: Instant) {
@@ -106,14 +103,16 @@ impl Terminal {
             peer.credit.answered();
             if let State::Running(running) = &mut self.state {
                 running.clock.pong(now);
+                running.permit.answered();
             }
             return;
         }
         match (&mut self.state, frame.typ.as_str()) {
             // Frames that come while a shell ends are for the next one.
-            (State::Ending(_), _) => self.deferred.push(frame),
+            (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
                 running.clock.input(now);
+                running.permit.answered();
                 let typed = running.shell.type_in(&frame.body);
                 running.info.traffic.add_in(if typed.is_ok() { frame.body.len() } else { 0 }, now);
                 if let Err(reason) = typed {
@@ -124,16 +123,20 @@ impl Terminal {
                 }
             }
             (State::Running(running), wire::RESIZE) => {
-                if let Some(size) = requested_size(&frame)
-                    && let Err(e) = running.shell.pty.resize(size)
-                {
-                    warn!("session {}: resizing the terminal: {}", peer.id, reason(&e));
+                if let Some(size) = requested_size(&frame) {
+                    running.restore = None;
+                    running.resize(peer, size);
                 }
             }
             (State::Running(running), wire::STOP) => {
                 // No output may follow the answer, and none needs to precede it.
                 running.discard.store(true, Ordering::SeqCst);
-                self.end("stopped", true, now);
+                if peer.device.config().sessions.keep_when_user_leaves && wire::is_of_absent_user(&frame) {
+                    peer.reply(&wire::stopped(&peer.id));
+                    self.left = Some("user disconnected");
+                } else {
+                    self.end("stopped", true, now);
+                }
             }
             (_, wire::NEW) => {
                 if let Err(reason) = self.try_start(peer, &frame, now) {
@@ -149,17 +152,12 @@ impl Terminal {
     }
 
     fn try_start(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> Result<(), String> {
-        let shells = &peer.device.shells;
-        if matches!(self.state, State::Running(_)) {
-            let full = shells.running() >= MAX_SHELLS;
-            let reason = if full { TOO_MANY } else { "failed to start shell: shell is already running" };
-            return Err(reason.to_owned());
-        }
         let user = frame.user();
         let config = peer.device.config();
-        let permit = match peer.shell_permit.take() {
-            Some(permit) => permit,
-            None => shells.acquire(&user, config.sessions.max_per_user)?,
+        let Some(permit) = peer.shell_permit.take() else {
+            let full = peer.device.shells.running() >= MAX_SHELLS;
+            let running = "failed to start shell: shell is already running";
+            return Err(if full { Refusal::OfDevice.text() } else { running }.to_owned());
         };
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
@@ -172,8 +170,13 @@ impl Terminal {
         let running = Running {
             shell,
             info,
-            _permit: permit,
+            permit,
             clock: Clock::new(&config.sessions, now),
+            size,
+            history: History::new(peer.device.memory.none()),
+            detached: None,
+            asked: None,
+            restore: None,
             discard: Discard::default(),
             exit: None,
             at_end: false,
@@ -183,7 +186,7 @@ impl Terminal {
         Ok(())
     }
 
-    /// Ends the shell without an answer: the link is gone.
+    /// Ends the shell without an answer: the client is gone.
     pub(crate) fn hang_up(&mut self, now: Instant) {
         self.deferred.clear();
         self.end("link lost", false, now);
@@ -229,10 +232,7 @@ impl Terminal {
     pub(crate) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
         match &self.state {
             State::Nothing => None,
-            State::Running(running) => {
-                let deadlines = [running.give_up, peer.credit.deadline(now), Some(running.clock.deadline())];
-                deadlines.into_iter().flatten().min()
-            }
+            State::Running(running) => running.deadline(peer, now),
             State::Ending(ending) => ending.deadline,
         }
     }
@@ -243,29 +243,13 @@ impl Terminal {
             State::Ending(ending) => {
                 set.add(ending.process.as_fd(), PollFlags::POLLIN);
             }
-            State::Running(running) => {
-                let mut events = PollFlags::empty();
-                events.set(PollFlags::POLLIN, takes_output(peer, now));
-                events.set(PollFlags::POLLOUT, !running.shell.input.is_empty());
-                // A closed terminal is always "ready", so one that can't be read isn't watched at all.
-                if !running.at_end && !events.is_empty() {
-                    set.add(running.shell.pty.as_fd(), events);
-                }
-                if running.exit.is_none() {
-                    set.add(running.shell.process.as_fd(), PollFlags::POLLIN);
-                }
-            }
+            State::Running(running) => running.watch(peer, set, now),
         }
     }
 
     pub(crate) fn proceed(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         self.run(peer, events, now);
         self.wait_for_end(peer, events, now);
-        if !matches!(self.state, State::Ending(_)) {
-            for frame in std::mem::take(&mut self.deferred) {
-                self.handle(peer, frame, now);
-            }
-        }
     }
 
     fn run(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
@@ -282,18 +266,40 @@ impl Terminal {
             running.give_up = Some(now + DRAIN_LIMIT);
         }
         let give_up = running.give_up.is_some_and(|at| now >= at);
-        if give_up || pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
+        let readable = pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR);
+        if give_up || readable || !running.history.is_sent() {
             running.pass_output(peer, now);
         }
+        let shown = running.detached.is_some() || running.history.is_sent();
         match running.exit {
             // Without the end of the output a background job has kept the terminal; what the shell wrote is out.
-            Some(status) if running.at_end || (give_up && takes_output(peer, now)) => {
+            Some(status) if shown && (running.at_end || (give_up && running.takes_output(peer, now))) => {
                 return self.ended_by_itself(peer, status, now);
             }
             _ if !give_up => {}
             // The last output still waits for the link or the client.
             Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
             None => return self.end_because(peer, "hung up", ENDED.to_owned(), now),
+        }
+        if let Some((at, size)) = running.restore
+            && now >= at
+        {
+            running.restore = None;
+            running.resize(peer, size);
+        }
+        let asked = running.permit.asked();
+        if asked.is_some() && running.asked != asked {
+            ping(peer, now);
+        }
+        running.asked = asked;
+        if asked.is_some_and(|at| now >= at + ANSWER_LIMIT) {
+            if peer.device.config().sessions.keep_when_user_leaves {
+                self.left = Some("user gone");
+            } else {
+                let text = "the client did not answer, and its user wants another terminal";
+                self.end_because(peer, "user gone", text.to_owned(), now);
+            }
+            return;
         }
         match running.clock.due(now) {
             Some(Due::Ping) => ping(peer, now),
@@ -305,7 +311,7 @@ impl Terminal {
                 peer.reply(&wire::output(&peer.id).with_body(text));
             }
             Some(Due::End(why, text)) => self.end_because(peer, why, text, now),
-            None if peer.credit.wants_probe(now) => ping(peer, now),
+            None if running.detached.is_none() && peer.credit.wants_probe(now) => ping(peer, now),
             None => {}
         }
     }
@@ -358,45 +364,6 @@ impl Terminal {
     }
 }
 
-impl Running {
-    fn pass_output(&mut self, peer: &mut Peer, now: Instant) {
-        while takes_output(peer, now) && !self.at_end {
-            let most = peer.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
-            let (message, (length, then)) = peer.sink.compose(&wire::output(&peer.id), most, |place| {
-                let (length, then) = self.shell.read_output(place);
-                (length, (length, then))
-            });
-            if length > 0 {
-                self.info.traffic.add_out(length);
-                self.clock.output(now);
-                peer.sink.send(message, Class::Interactive, Some(&self.discard));
-                peer.credit.sent(length, now);
-            }
-            match then {
-                Then::More => {}
-                Then::Wait => return,
-                Then::End => {
-                    self.at_end = true;
-                    self.give_up = Some(now + STOP_GRACE);
-                }
-            }
-            if peer.credit.wants_probe(now) {
-                ping(peer, now);
-            }
-        }
-    }
-}
-
-fn ping(peer: &mut Peer, now: Instant) {
-    peer.credit.probed(now);
-    peer.sink.reply(&wire::ping(&peer.id, clock::PING_TIMEOUT));
-}
-
-/// True if the link and the client have room for output. Otherwise it stays in the terminal, and programs wait.
-fn takes_output(peer: &Peer, now: Instant) -> bool {
-    peer.credit.takes(now) && peer.sink.takes_data(Class::Interactive)
-}
-
 fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
     let Some(shell) = lock(&peer.info.shell).take() else { return };
     let figures = shell.traffic.figures(now);
@@ -407,10 +374,6 @@ fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
         .text("status", status)
         .text("reason", why)
         .log(true);
-}
-
-fn requested_size(frame: &Frame) -> Option<WindowSize> {
-    wire::window_size(frame).map(|(width, height)| WindowSize { width, height })
 }
 
 /// The answer to a `new` that gets no shell, which is put on record.

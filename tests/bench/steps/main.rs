@@ -39,7 +39,7 @@ fn writing(c: &mut Criterion) {
     let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));
     let all = Sendable { bulk: true, interactive: true };
     let mut next = || match queue.next(all, Instant::now() + Duration::from_secs(1)) {
-        Some(Work::Message(message, _)) => message,
+        Some(Work::Message(message, ..)) => message,
         other => unreachable!("{other:?}"),
     };
     let sid = session();

@@ -125,7 +125,13 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
         no_new_privileges: false,
     },
     terminal: Terminal { enabled: true, width: 80, height: 40 },
-    sessions: Sessions { expiry: Expiry::Never, max_per_user: u32::MAX, idle_includes_output: false },
+    sessions: Sessions {
+        expiry: Expiry::Never,
+        max_per_user: u32::MAX,
+        idle_includes_output: false,
+        keep_detached: Duration::ZERO,
+        keep_when_user_leaves: false,
+    },
     file_transfer: true,
     port_forward: true,
     forward_targets: None,
@@ -459,7 +465,7 @@ impl Link {
     fn write(&mut self) {
         let all = Sendable { bulk: true, interactive: true };
         let written = self.queue.try_next(all).map(|work| match work {
-            Work::Message(message, _) => {
+            Work::Message(message, ..) => {
                 let frame = Frame::decode(&message).expect("a frame");
                 (frame.proto, frame.typ)
             }

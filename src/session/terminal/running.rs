@@ -1,0 +1,153 @@
+//! A running shell: what its client sees of it, or what is kept while there is none.
+
+use std::os::fd::AsFd;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::warn;
+use nix::poll::PollFlags;
+
+use super::clock::{Clock, PING_TIMEOUT};
+use super::history::History;
+use super::shell::{Shell, Then};
+use crate::outbox::{Class, Discard};
+use crate::proto::Frame;
+use crate::proto::shell as wire;
+use crate::session::peer::Peer;
+use crate::session::shells::ShellPermit;
+use crate::session::stats::ShellInfo;
+use crate::sys::pty::WindowSize;
+use crate::sys::{PollSet, reason};
+
+/// How long a client may take to say that it is there, when its user wants another shell.
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// How long a shell may take to end when its client stopped it, before it is killed, and after.
+pub(super) const STOP_GRACE: Duration = Duration::from_secs(2);
+/// How long the output of a shell without a client is held up rather than lost, when its history is full.
+const HOLD_LIMIT: Duration = Duration::from_secs(5);
+
+/// Bytes of output in a frame at most, as the link allows. What a terminal gives in one read fits.
+const SMALLEST_OUTPUT: usize = 4 * 1024;
+const LARGEST_OUTPUT: usize = 32 * 1024;
+pub(super) struct Running {
+    pub(super) shell: Shell,
+    pub(super) info: Arc<ShellInfo>,
+    pub(super) permit: ShellPermit,
+    pub(super) clock: Clock,
+    pub(super) size: WindowSize,
+    pub(super) history: History,
+    /// Without a client since then.
+    pub(super) detached: Option<Instant>,
+    /// When the client was asked whether it is there, unless it has answered.
+    pub(super) asked: Option<Instant>,
+    /// Back to this size then, after another that makes programs draw everything again.
+    pub(super) restore: Option<(Instant, WindowSize)>,
+    /// For its queued output.
+    pub(super) discard: Discard,
+    /// Set when the process is reaped. Its last output may still be on the way.
+    pub(super) exit: Option<ExitStatus>,
+    /// Set when the terminal's other side is closed.
+    pub(super) at_end: bool,
+    /// When not to wait any longer for the other of the two.
+    pub(super) give_up: Option<Instant>,
+}
+
+impl Running {
+    pub(super) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
+        let credit = if self.detached.is_some() { None } else { peer.credit.deadline(now) };
+        let answer = self.asked.map(|at| at + ANSWER_LIMIT);
+        let hold = self.detached.map(|since| since + HOLD_LIMIT).filter(|at| now < *at);
+        let restore = self.restore.map(|(at, _)| at);
+        let unsent = !self.history.is_sent() && self.detached.is_none();
+        let unsent = (unsent && self.takes_output(peer, now)).then_some(now);
+        let deadlines = [self.give_up, credit, self.clock.deadline(), answer, restore, unsent, hold];
+        deadlines.into_iter().flatten().min()
+    }
+
+    pub(super) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
+        let mut events = PollFlags::empty();
+        events.set(PollFlags::POLLIN, self.takes_output(peer, now));
+        events.set(PollFlags::POLLOUT, !self.shell.input.is_empty());
+        // A closed terminal is always "ready", so one that can't be read isn't watched at all.
+        if !self.at_end && !events.is_empty() {
+            set.add(self.shell.pty.as_fd(), events);
+        }
+        if self.exit.is_none() {
+            set.add(self.shell.process.as_fd(), PollFlags::POLLIN);
+        }
+    }
+
+    /// Passes on what the client has not got yet, then what the terminal has.
+    pub(super) fn pass_output(&mut self, peer: &mut Peer, now: Instant) {
+        while self.takes_output(peer, now)
+            && !(self.at_end && (self.detached.is_some() || self.history.is_sent()))
+        {
+            let most = peer.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
+            let (message, (length, then)) = peer.sink.compose(&wire::output(&peer.id), most, |place| {
+                let (length, then) = self.next_output(place, now);
+                (length, (length, then))
+            });
+            if length > 0 && self.detached.is_none() {
+                let mark = self.history.mark(length);
+                peer.sink.send_marked(message, Class::Interactive, Some(&self.discard), Some(mark));
+                peer.credit.sent(length, now);
+            }
+            match then {
+                Then::More => {}
+                Then::Wait => return,
+                Then::End => {
+                    self.at_end = true;
+                    self.give_up = Some(now + STOP_GRACE);
+                }
+            }
+            if self.detached.is_none() && peer.credit.wants_probe(now) {
+                ping(peer, now);
+            }
+        }
+    }
+
+    fn next_output(&mut self, place: &mut [u8], now: Instant) -> (usize, Then) {
+        if self.detached.is_none() && !self.history.is_sent() {
+            return (self.history.unsent(place), Then::More);
+        }
+        let room = if self.holds(now) { self.history.room() } else { usize::MAX };
+        let room = room.min(place.len());
+        let (length, then) = self.shell.read_output(&mut place[..room]);
+        if length > 0 {
+            self.history.push(&place[..length]);
+            self.info.traffic.add_out(length);
+            self.clock.output(now);
+        }
+        (length, then)
+    }
+
+    /// True if output is rather held up than lost for a client that isn't there.
+    fn holds(&self, now: Instant) -> bool {
+        self.detached.is_some_and(|since| now < since + HOLD_LIMIT)
+    }
+
+    /// True if the link and the client have room for output. Otherwise it stays in the terminal, and programs wait.
+    pub(super) fn takes_output(&self, peer: &Peer, now: Instant) -> bool {
+        if self.detached.is_some() {
+            return !self.holds(now) || self.history.room() > 0;
+        }
+        peer.credit.takes(now) && peer.sink.takes_data(Class::Interactive)
+    }
+
+    pub(super) fn resize(&mut self, peer: &Peer, size: WindowSize) {
+        if let Err(e) = self.shell.pty.resize(size) {
+            warn!("session {}: resizing the terminal: {}", peer.id, reason(&e));
+        }
+        self.size = size;
+    }
+}
+
+pub(super) fn ping(peer: &mut Peer, now: Instant) {
+    peer.credit.probed(now);
+    peer.sink.reply(&wire::ping(&peer.id, PING_TIMEOUT));
+}
+
+pub(super) fn requested_size(frame: &Frame) -> Option<WindowSize> {
+    wire::window_size(frame).map(|(width, height)| WindowSize { width, height })
+}

@@ -1,0 +1,483 @@
+//! Terminals that outlive their connection, and the way back to them.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::harness::aftermath::assert_healthy;
+use crate::harness::client::{Terminal, size};
+use crate::harness::daemon::emulated;
+use crate::harness::device::{Device, Generation};
+use crate::harness::msg::{Msg, SHELL};
+use crate::harness::proc;
+use crate::harness::rig::{Rig, Setup, script_config};
+use crate::harness::wait::{SOON, eventually, millis, secs, skip};
+
+const TOO_MANY_OF_USER: &str = "user has too many open sessions";
+
+fn setup(sessions: Value) -> Setup {
+    Setup::new().set("ReconnectIntervalSeconds", 1).set("Sessions", sessions)
+}
+
+fn script(script: &str, sessions: Value) -> Setup {
+    Setup::new().config(script_config(script)).set("ReconnectIntervalSeconds", 1).set("Sessions", sessions)
+}
+
+/// Cuts the link, and returns the next one.
+fn cut(rig: &Rig, device: &Device) -> Device {
+    let mark = rig.daemon.mark();
+    device.reset();
+    rig.daemon.wait_for_log_after(mark, "connectionmanager backoff", SOON);
+    // It isn't waited for.
+    rig.daemon.signal(Signal::SIGHUP);
+    rig.device()
+}
+
+impl Terminal {
+    /// The same client by the server's next connection to the device.
+    fn on(self, device: &Device) -> Terminal {
+        Terminal { device: device.clone(), ..self }
+    }
+
+    /// The client answers a ping, as the server passes it on.
+    fn pong(&self) {
+        self.send("pong", &[], b"");
+    }
+
+    /// What the agent says to a client that gets back to its user's shell, up to the end of the notice.
+    fn reattached(&mut self) -> String {
+        self.open();
+        let notice = self.read_until(" s ago\r\n", SOON);
+        assert!(notice.starts_with("[mender-connect] Reattached to your shell of "), "{notice:?}");
+        notice
+    }
+}
+
+#[test]
+fn the_same_client_goes_on_where_it_was() {
+    let (rig, device) = setup(json!({})).connected();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open_with_prompt();
+    let shells = proc::children(rig.daemon.pid());
+    let file = rig.dir.path().join("cut");
+    let wait = format!("until [ -e {} ]; do sleep 0.01; done", file.display());
+    // The number is not in the echo of the command line.
+    terminal.run(&format!("{{ {wait}; echo mean$((40 + 2))while; }} & true"));
+    let device = cut(&rig, &device);
+    std::fs::write(&file, "").expect("a file");
+    let mut terminal = terminal.on(&device);
+    terminal.pong();
+    assert_eq!(terminal.read_until("mean42while", SOON), "mean42while");
+    assert_eq!(terminal.run("echo again"), "again");
+    assert_eq!(proc::children(rig.daemon.pid()), shells);
+    rig.daemon.wait_for_log("event=shell-detach", SOON);
+    rig.daemon.wait_for_log("event=shell-attach", SOON);
+    terminal.stop();
+}
+
+#[test]
+fn another_session_of_the_user_gets_the_shell_and_what_it_has_shown() {
+    let (rig, device) = setup(json!({})).connected();
+    let mut before = Terminal::of_user(&device, "alice");
+    before.open_with_prompt();
+    assert_eq!(before.run("cd /tmp; here=kept; echo so''far"), "sofar");
+    let device = cut(&rig, &device);
+    let mut after = Terminal::of_user(&device, "alice");
+    let notice = after.reattached();
+    let pid = notice.split_once("(pid ").and_then(|(_, rest)| rest.split_once(')')).expect("a process id").0;
+    assert_eq!(pid, proc::children(rig.daemon.pid())[0].to_string());
+    let shown = after.prompt();
+    assert!(shown.contains("sofar\r\n"), "{shown:?}");
+    assert_eq!(after.run("echo $here $PWD"), "kept /tmp");
+    // The old session is over.
+    let before = before.on(&device);
+    before.input("x");
+    before.expect("shell", 2, Some("session not found"));
+    after.stop();
+}
+
+#[test]
+fn nobody_else_gets_it() {
+    let (rig, device) = setup(json!({})).connected();
+    let mut alice = Terminal::of_user(&device, "alice");
+    alice.open_with_prompt();
+    alice.run("secret=1");
+    let nobody = Terminal::of_user(&device, "");
+    nobody.open();
+    let shells = proc::children(rig.daemon.pid());
+    assert_eq!(shells.len(), 2);
+    let device = cut(&rig, &device);
+    // A shell without a user ends with its link.
+    eventually(SOON, "one shell is left", || (proc::children(rig.daemon.pid()).len() == 1).then_some(()));
+    let mut bob = Terminal::of_user(&device, "bob");
+    bob.open_with_prompt();
+    assert_eq!(bob.run("echo [$secret]"), "[]");
+    let mut nobody = Terminal::of_user(&device, "");
+    nobody.open_with_prompt();
+    assert_eq!(nobody.run("echo [$secret]"), "[]");
+    // Not by the session's id either.
+    let thief = Terminal { user: "bob".to_owned(), ..alice.clone() }.on(&device);
+    thief.input("echo $secret\n");
+    thief.expect_after_output("shell", SOON);
+    let mut alice = alice.on(&device);
+    alice.forget_output();
+    assert_eq!(alice.run("echo [$secret]"), "[1]");
+}
+
+#[test]
+fn nothing_is_kept_for_longer_than_configured() {
+    let (rig, device) = setup(json!({ "KeepDetached": 1 })).connected();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open_with_prompt();
+    let shell = proc::children(rig.daemon.pid())[0];
+    let device = cut(&rig, &device);
+    proc::wait_gone(shell, SOON);
+    let ended = rig.daemon.wait_for_log("event=shell-end", SOON);
+    assert!(ended.contains(r#"reason="not reattached""#), "{ended}");
+    let mut after = Terminal::of_user(&device, "alice");
+    after.open_with_prompt();
+    assert_eq!(rig.status()["sessions"].as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn nothing_is_kept_when_the_agent_ends() {
+    let (mut rig, device) = setup(json!({})).connected();
+    let mut terminals = [Terminal::of_user(&device, "alice"), Terminal::of_user(&device, "bob")];
+    terminals.iter_mut().for_each(Terminal::open_with_prompt);
+    let shells = proc::children(rig.daemon.pid());
+    let device = cut(&rig, &device);
+    // One is back, the other is not.
+    let [alice, _] = terminals;
+    let mut alice = alice.on(&device);
+    assert_eq!(alice.run("echo back"), "back");
+    let started = Instant::now();
+    rig.daemon.signal(Signal::SIGTERM);
+    assert!(rig.daemon.wait_exit(SOON).success());
+    assert!(started.elapsed() < secs(2) || emulated("time is the emulator's"), "{:?}", started.elapsed());
+    shells.into_iter().for_each(|pid| proc::wait_gone(pid, SOON));
+}
+
+/// The server at HEAD says nothing when a tab is closed.
+#[test]
+fn a_user_who_has_gone_without_a_word_does_not_keep_the_place() {
+    let (rig, device) = setup(json!({})).connected();
+    device.clients_fall_silent();
+    let mut gone = Terminal::of_user(&device, "alice");
+    gone.open_with_prompt();
+    let shell = proc::children(rig.daemon.pid())[0];
+    let started = Instant::now();
+    let mut next = Terminal::of_user(&device, "alice");
+    next.open_with_prompt();
+    let waited = started.elapsed();
+    assert!(waited < millis(2500) || emulated("time is the emulator's"), "{waited:?}");
+    proc::wait_gone(shell, SOON);
+    assert!(rig.daemon.wait_for_log("event=shell-end", SOON).contains("user gone"));
+    assert_eq!(next.run("echo here"), "here");
+}
+
+#[test]
+fn a_user_who_is_there_keeps_the_place() {
+    let (_rig, device) = setup(json!({})).connected();
+    device.clients_fall_silent();
+    let mut first = Terminal::of_user(&device, "alice");
+    first.open_with_prompt();
+    let second = Terminal::of_user(&device, "alice");
+    second.ask_new();
+    let ping = first.next(SOON);
+    assert_eq!((ping.proto, ping.typ.as_str()), (SHELL, "ping"));
+    first.pong();
+    second.expect("new", 2, Some(TOO_MANY_OF_USER));
+    // A keystroke says it, too.
+    let third = Terminal::of_user(&device, "alice");
+    third.ask_new();
+    assert_eq!(first.next(SOON).typ, "ping");
+    first.input("");
+    third.expect("new", 2, Some(TOO_MANY_OF_USER));
+    assert_eq!(first.run("echo there"), "there");
+}
+
+/// Tells the agent what the server does when a user's connection ends.
+fn leave(terminal: &Terminal) {
+    terminal.send("stop", &[("status", 2.into())], b"user disconnected");
+    terminal.expect_after_output("stop", SOON);
+}
+
+#[test]
+fn a_shell_whose_user_leaves_is_kept_only_if_configured() {
+    let (rig, device) = setup(json!({ "KeepWhenUserLeaves": true })).connected();
+    let mut before = Terminal::of_user(&device, "alice");
+    before.open_with_prompt();
+    let shell = proc::children(rig.daemon.pid());
+    leave(&before);
+    let mut after = Terminal::of_user(&device, "alice");
+    after.reattached();
+    after.prompt();
+    assert_eq!(proc::children(rig.daemon.pid()), shell);
+    // Nor is it lost when the server says nothing.
+    device.clients_fall_silent();
+    let mut last = Terminal::of_user(&device, "alice");
+    last.reattached();
+    last.prompt();
+    assert_eq!(proc::children(rig.daemon.pid()), shell);
+    // A user's own stop ends it.
+    last.stop();
+    proc::wait_gone(shell[0], SOON);
+
+    let (rig, device) = setup(json!({})).connected();
+    let mut gone = Terminal::of_user(&device, "alice");
+    gone.open_with_prompt();
+    let shell = proc::children(rig.daemon.pid())[0];
+    leave(&gone);
+    proc::wait_gone(shell, SOON);
+}
+
+/// Nothing is lost but what the ring can't hold, and that is told.
+#[test]
+fn much_output_without_a_client_is_cut_at_a_line() {
+    let shell = "echo ready; read line; seq 1 100000; echo do''ne; exec cat";
+    let (rig, device) = script(shell, json!({})).connected();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    terminal.read_until("ready\r\n", SOON);
+    device.clients_fall_silent();
+    terminal.input("\n");
+    terminal.read_until("\r\n1\r\n", SOON);
+    let device = cut(&rig, &device);
+    // It goes on without anybody who reads.
+    eventually(SOON, "the program's end", || {
+        let shell = *proc::children(rig.daemon.pid()).first()?;
+        let name = std::fs::read_to_string(format!("/proc/{shell}/comm")).ok()?;
+        (name == "cat\n").then_some(())
+    });
+    let mut terminal = terminal.on(&device);
+    terminal.forget_output();
+    terminal.pong();
+    let shown = terminal.read_until("done\r\n", SOON);
+    let (notice, rest) = shown.trim_start().split_once("\r\n").expect("a line");
+    assert!(
+        notice.starts_with("[mender-connect] ") && notice.ends_with(" bytes of output are lost"),
+        "{notice}"
+    );
+    let numbers: Vec<u32> = rest.lines().filter_map(|line| line.parse().ok()).collect();
+    assert_eq!(numbers.last(), Some(&100_000));
+    assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "a gap behind the notice");
+    assert!(numbers.len() > 9000, "{} lines", numbers.len());
+}
+
+#[test]
+fn the_next_client_has_its_own_size() {
+    let trap = "trap 'echo si''ze $(stty size)' WINCH; echo ready; while :; do read line; done";
+    let (rig, device) = script(trap, json!({})).connected();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    terminal.read_until("ready\r\n", SOON);
+    let device = cut(&rig, &device);
+    let mut wider = Terminal::of_user(&device, "alice");
+    wider.send("new", &size(100, 30), b"");
+    wider.expect("new", 1, Some("Shell started"));
+    wider.read_until("size 30 100", SOON);
+    // The same size again is one line less, and then back.
+    let device = cut(&rig, &device);
+    let same = Terminal::of_user(&device, "alice");
+    same.send("new", &size(100, 30), b"");
+    same.expect("new", 1, Some("Shell started"));
+    let mut same = same;
+    let shown = same.read_until("size 29 100", SOON);
+    assert!(shown.contains("Reattached"), "{shown:?}");
+    same.read_until("size 30 100", SOON);
+}
+
+#[test]
+fn five_cuts_lose_no_byte() {
+    for generation in [Generation::New, Generation::Released] {
+        five_cuts(generation);
+    }
+}
+
+/// Appends output of the terminal until `all` is longer than `wanted`, or nothing comes for `span`.
+fn collect(terminal: &Terminal, all: &mut Vec<u8>, wanted: usize, span: Duration) {
+    let ours = |msg: &Msg| msg.sid.as_deref() == Some(&terminal.sid);
+    while all.len() <= wanted
+        && let Some(Ok(msg)) = terminal.device.try_take(span, ours)
+    {
+        if msg.typ == "shell" {
+            all.extend(msg.body.unwrap_or_default());
+        }
+    }
+}
+
+/// The server takes what is under way before it cuts, since what is in its own hands can't be known to the agent.
+fn five_cuts(generation: Generation) {
+    let shell = "stty -echo; echo ready; read line; seq 1 900000; echo do''ne; exec cat";
+    let config = script(shell, json!({})).generation(generation);
+    let (rig, mut device) = config.connected();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    terminal.read_until("ready\r\n", SOON);
+    terminal.input("\n");
+    let expected: String = (1..=900_000).map(|n| format!("{n}\r\n")).collect::<String>() + "done\r\n";
+    let mut all = Vec::new();
+    for part in 1..=5 {
+        collect(&terminal, &mut all, part * 900_000, SOON);
+        // A client that answers no more has the agent stop.
+        device.clients_fall_silent();
+        collect(&terminal, &mut all, usize::MAX, millis(500));
+        device = cut(&rig, &device);
+        terminal = terminal.on(&device);
+        terminal.pong();
+    }
+    collect(&terminal, &mut all, expected.len() - 1, SOON);
+    let differs = all.iter().zip(expected.as_bytes()).position(|(a, b)| a != b);
+    assert_eq!((all.len(), differs), (expected.len(), None), "{generation:?}");
+}
+
+/// What the terminal of this client shows, when nothing has come for a while.
+fn screen(terminal: &Terminal, screen: &mut vt100::Parser) -> String {
+    let mut output = Vec::new();
+    collect(terminal, &mut output, usize::MAX, millis(700));
+    screen.process(&output);
+    screen.screen().contents()
+}
+
+#[test]
+fn a_full_screen_program_draws_itself_again() {
+    let Some(vi) =
+        ["/usr/bin/vim.tiny", "/usr/bin/vi"].into_iter().find(|vi| std::fs::exists(vi).is_ok_and(|is| is))
+    else {
+        return skip("there is no vi");
+    };
+    let (rig, device) = setup(json!({})).connected();
+    let file = rig.dir.path().join("text");
+    let text: String = (1..=200).map(|n| format!("line {n}: some text, ünïcödé and 漢字\n")).collect();
+    std::fs::write(&file, text).expect("a file");
+    let mut before = Terminal::of_user(&device, "alice");
+    before.open_with_prompt();
+    before.input(format!("{vi} -u NONE {}\n", file.display()));
+    let mut parser = vt100::Parser::new(24, 80, 0);
+    eventually(SOON, "the file's text", || screen(&before, &mut parser).contains("line 1:").then_some(()));
+    before.input("50Gzzdd");
+    let drawn = screen(&before, &mut parser);
+    assert!(drawn.contains("line 51:") && !drawn.contains("line 50:"), "{drawn}");
+    let device = cut(&rig, &device);
+    let after = Terminal::of_user(&device, "alice");
+    after.open();
+    let mut parser = vt100::Parser::new(24, 80, 0);
+    assert_eq!(screen(&after, &mut parser), drawn);
+    after.input("u");
+    eventually(SOON, "line 50 again", || screen(&after, &mut parser).contains("line 50:").then_some(()));
+    // Nothing of the replay was taken for input.
+    after.input(":q!\n");
+    let mut after = after;
+    after.prompt();
+    after.stop();
+}
+
+/// A number that a longer run sets: `MENDER_CONNECT_ROUNDS=10000`.
+fn rounds(usual: u32) -> u32 {
+    std::env::var("MENDER_CONNECT_ROUNDS").map_or(usual, |rounds| rounds.parse().expect("a number"))
+}
+
+/// Each with a shell: some are found again, some end with their time, some by their user's stop.
+#[test]
+fn many_cuts_leave_nothing_behind() {
+    let (mut rig, mut device) = script("exec cat", json!({ "KeepDetached": 1 })).connected();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    for round in 0..rounds(60) {
+        device = cut(&rig, &device);
+        rig.daemon.take_log();
+        match round % 3 {
+            0 => {
+                terminal = terminal.on(&device);
+                terminal.input(format!("round {round}\n"));
+                terminal.read_until(&format!("round {round}\r\nround {round}\r\n"), SOON);
+            }
+            1 => {
+                terminal = Terminal::of_user(&device, "alice");
+                terminal.reattached();
+            }
+            _ => {
+                // Its time passes for one whose user doesn't come back.
+                Terminal::of_user(&device, &format!("user {}", round % 12)).ask_new();
+                terminal = Terminal::of_user(&device, "alice");
+                terminal.reattached();
+                terminal.ask_stop();
+                assert_eq!(terminal.expect_after_output("stop", SOON).status(), Some(1));
+                terminal.pending.clear();
+                terminal.open();
+            }
+        }
+    }
+    terminal.ask_stop();
+    terminal.expect_after_output("stop", SOON);
+    let device = cut(&rig, &device);
+    eventually(secs(10), "the end of all shells", || {
+        proc::children(rig.daemon.pid()).is_empty().then_some(())
+    });
+    assert_healthy(&mut rig, &device);
+}
+
+/// Alice's and Bob's sessions, cuts and returns in any order: what either sees is their own.
+#[test]
+fn nobody_ever_sees_what_is_another_users() {
+    let shell = "stty -echo; read name; while read line; do echo \"<$name:$line>\"; done";
+    let (rig, mut device) = script(shell, json!({ "MaxPerUser": 3 })).connected();
+    let mut random = numbers();
+    let mut terminals: Vec<Terminal> = Vec::new();
+    for round in 0..rounds(300) {
+        match random() % 8 {
+            0 => {
+                device = cut(&rig, &device);
+                rig.daemon.take_log();
+                for terminal in &mut terminals {
+                    terminal.device = device.clone();
+                }
+            }
+            1 | 2 if terminals.len() < 4 => {
+                let user = if random().is_multiple_of(2) { "alice" } else { "bob" };
+                let terminal = Terminal::of_user(&device, user);
+                terminal.ask_new();
+                let answer = terminal.next(SOON);
+                if answer.status() == Some(1) {
+                    // A shell that was found again has its name.
+                    terminal.input(format!("{user}\n"));
+                    terminals.push(terminal);
+                }
+            }
+            3 if !terminals.is_empty() => {
+                let at = random() as usize % terminals.len();
+                terminals.swap_remove(at).ask_stop();
+            }
+            4 if !terminals.is_empty() => {
+                // Somebody tries with another's session.
+                let at = random() as usize % terminals.len();
+                let thief = Terminal { user: "mallory".to_owned(), ..terminals[at].clone() };
+                thief.input("stolen\n");
+            }
+            _ if !terminals.is_empty() => {
+                let at = random() as usize % terminals.len();
+                terminals[at].input(format!("{round}\n"));
+            }
+            _ => {}
+        }
+        for terminal in &terminals {
+            let other = if terminal.user == "alice" { "<bob:" } else { "<alice:" };
+            for msg in device.drain(&terminal.sid) {
+                let text = String::from_utf8_lossy(&msg.body.unwrap_or_default()).into_owned();
+                assert!(!text.contains(other), "{} sees {text:?} in round {round}", terminal.user);
+            }
+        }
+    }
+    assert!(!rig.daemon.log().iter().any(|line| line.contains("mallory") && line.contains("shell-attach")));
+}
+
+/// Numbers that are the same in each run, unless `MENDER_CONNECT_SEED` says otherwise.
+fn numbers() -> impl FnMut() -> u32 {
+    let mut state: u64 =
+        std::env::var("MENDER_CONNECT_SEED").map_or(1, |seed| seed.parse().expect("a number"));
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u32
+    }
+}
