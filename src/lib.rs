@@ -28,7 +28,8 @@
 //!
 //! The reader waits for nobody: inboxes are bounded. A session waits only for its place in the outbox. Only the reader
 //! reads from the websocket, only the writer writes to it, and only the session touches its terminal. When the link is
-//! gone its router is dropped, which ends the sessions, and dropping them releases what they own.
+//! gone its router is dropped, which ends the sessions, and dropping them releases what they own. A session with a shell
+//! goes on without a client, until its user is back or its time is over.
 
 // Not for all of the package: the tests share their harness between crates.
 #![deny(unreachable_pub)]

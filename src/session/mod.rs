@@ -1,7 +1,7 @@
 //! Sessions: from a frame to the thread that owns what it is about.
 //!
 //! The [`Router`] runs in the link's reader and never blocks. Each session has a thread with one poll loop. It ends when
-//! nothing is left to do for it, and at once when the link is gone.
+//! nothing is left to do for it, and when the link is gone, unless there is a shell to keep.
 
 mod credit;
 mod detached;

@@ -192,6 +192,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             .map(|(id, _)| id.clone())
             .collect();
         info!("stopping {} shells of user {user}", shells.len());
+        while self.device.detached.take(|kept| kept.is_of(&user)).is_some() {}
         for id in shells {
             let stop = Frame { sid: Some(id.clone()), ..frame.clone() };
             self.deliver(&id, stop);

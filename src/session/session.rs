@@ -1,7 +1,7 @@
 //! A session's thread: one poll loop over its inbox, its terminal, its forwards and its timers.
 //!
-//! It outlives its link where it has a shell to keep: without a client then, until a visitor brings the peer of another
-//! session, which the thread goes on with.
+//! It outlives its link where it has a shell to keep: without a client then, until a visitor brings the client of the
+//! same or of another session, with which the thread goes on.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -16,7 +16,7 @@ use super::file_transfer::FileTransfer;
 use super::inbox::HangUp;
 use super::peer::Peer;
 use super::port_forward::PortForward;
-use super::shells::Refusal;
+use super::shells::{MAX_SHELLS, Refusal};
 use super::table::Visitor;
 use super::terminal::{self, Terminal};
 use crate::audit::Record;
@@ -29,6 +29,8 @@ use crate::sys::{PollSet, reason, thread};
 /// Silence after which the client is asked whether it is there, and after which the session is over.
 const PING_AFTER: Duration = Duration::from_secs(48);
 const CLOSE_AFTER: Duration = Duration::from_secs(60);
+/// How long a `new` waits for the answers of the user's other clients.
+const WAITING_LIMIT: Duration = terminal::ANSWER_LIMIT.saturating_add(Duration::from_millis(400));
 
 struct Session {
     peer: Peer,
@@ -39,6 +41,7 @@ struct Session {
     /// than the terminal's was spoken: terminal clients don't answer these pings.
     ping_at: Option<Instant>,
     close_at: Option<Instant>,
+    /// The inbox's hang-up has been dealt with.
     hung_up: bool,
     /// Why the session ends, as the audit log has it.
     end: &'static str,
@@ -49,9 +52,6 @@ struct Session {
     /// The session goes on in the thread of this shell, with this `new`.
     moves_to: Option<(Kept, Frame)>,
 }
-
-/// How long a `new` waits for the answers of the user's other clients.
-const WAITING_LIMIT: Duration = terminal::ANSWER_LIMIT.saturating_add(Duration::from_millis(400));
 
 /// For a text that may hold some of a client's body.
 fn clip(text: &impl ToString) -> String {
@@ -99,7 +99,7 @@ impl Session {
             error!("session {}: {reason}", self.peer.id);
             self.peer.inbox.close();
             self.peer.reply(&control::error(&self.peer.id, &reason, true));
-            let _ = self.is_unexpected();
+            self.withdraw();
             // The audit log gets an end for each shell and transfer that has begun.
             self.terminal.abandon(&self.peer);
             self.files.abort(&self.peer, "failed", "the session failed");
@@ -140,7 +140,7 @@ impl Session {
             if let Some(why) = self.terminal.left()
                 && !self.detach(why, now)
             {
-                self.terminal.hang_up(now);
+                self.terminal.hang_up(why, now);
             }
             self.end_disabled(now);
             self.files.acknowledge(&self.peer);
@@ -185,8 +185,8 @@ impl Session {
         if self.away.is_some() && self.can_detach() {
             self.terminal.detach(&mut self.peer, why.name(), now);
         } else {
-            self.terminal.hang_up(now);
-            if self.is_unexpected() {
+            self.terminal.hang_up(why.name(), now);
+            if self.withdraw() {
                 self.away = None;
             }
         }
@@ -197,8 +197,8 @@ impl Session {
         keeps && self.has_only_terminal() && self.terminal.can_detach()
     }
 
-    /// Nobody comes to the shell any more, unless somebody is on the way: then false.
-    fn is_unexpected(&self) -> bool {
+    /// The shell is not kept any more. False if it wasn't, or if somebody is on the way to it.
+    fn withdraw(&self) -> bool {
         self.peer.device.detached.take(|kept| kept.is_of_thread(&self.peer.wake)).is_some()
     }
 
@@ -231,7 +231,7 @@ impl Session {
         let Some((_, visitors)) = &self.away else { return };
         match visitors.try_recv() {
             Ok(visitor) => self.receive(visitor, now),
-            Err(TryRecvError::Disconnected) => self.terminal.hang_up(now),
+            Err(TryRecvError::Disconnected) => self.terminal.hang_up(HangUp::LinkLost.name(), now),
             Err(TryRecvError::Empty) => {
                 if self.away_until().is_some_and(|until| now >= until) {
                     self.terminal.end_alone(&mut self.peer, now);
@@ -244,7 +244,7 @@ impl Session {
     fn receive_last(&mut self, now: Instant) -> bool {
         let claimed = || self.peer.device.detached.claim(&self.peer.wake);
         let visitors = self.away.take().map(|(_, visitors)| visitors).or_else(claimed);
-        let visitor = visitors.filter(|_| !self.is_unexpected()).and_then(|visitors| visitors.recv().ok());
+        let visitor = visitors.filter(|_| !self.withdraw()).and_then(|visitors| visitors.recv().ok());
         visitor.map(|visitor| self.receive(visitor, now)).is_some()
     }
 
@@ -284,6 +284,11 @@ impl Session {
                 let kept = returns.then(|| device.detached.take(|kept| kept.is_of(&user))).flatten();
                 match kept {
                     Some(kept) => self.moves_to = Some((kept, request)),
+                    // Another session was quicker.
+                    None if device.shells.running() > MAX_SHELLS => {
+                        let refusal = Refusal::OfDevice.text();
+                        self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal));
+                    }
                     None => {
                         self.peer.shell_permit = Some(permit);
                         self.terminal.handle(&mut self.peer, request, now);

@@ -180,6 +180,19 @@ fn a_session_at_the_terminal() {
 }
 
 #[test]
+fn the_shell_outlives_its_connection() {
+    let Some(mut session) = Session::start() else { return };
+    session.type_in("here=kept; echo so''far\r");
+    session.wait_for("sofar");
+    session.type_in("\u{1e}");
+    session.wait_for("[mender-connect] Reattached to your shell of ");
+    session.type_in("echo [$here]\r");
+    session.wait_for("[kept]");
+    session.type_in("\u{1d}");
+    assert_eq!(session.wait_end().0.code(), Some(0));
+}
+
+#[test]
 fn the_end_of_the_shell_ends_it() {
     let Some(mut session) = Session::start() else { return };
     session.type_in("exit\r");

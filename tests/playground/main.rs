@@ -35,7 +35,7 @@ use transfer::Direction;
 const HELP: &str = "\
 The demonstration: a private D-Bus, a loopback server and the real agent, started for the occasion.
 
-  tests/playground/run                   a live shell of the agent; Ctrl-] leaves
+  tests/playground/run                   a live shell of the agent; Ctrl-^ cuts its connection, Ctrl-] leaves
   tests/playground/run put LOCAL REMOTE  uploads LOCAL with its mode, as REMOTE on the device
   tests/playground/run get REMOTE LOCAL  downloads the device's REMOTE, as LOCAL
   tests/playground/run forward LOCAL_PORT:HOST:PORT
@@ -106,6 +106,8 @@ fn play(job: Job) -> Result<(), String> {
         // bash sets PATH and the prompt in its login files; other shells may not know the option.
         "ShellArguments": if shell.ends_with("/bash") { vec!["--login"] } else { Vec::new() },
         "User": user_name(),
+        // Somebody waits.
+        "ReconnectIntervalSeconds": 1,
     });
     std::fs::write(&config, text.to_string()).map_err(|e| format!("write {}: {e}", config.display()))?;
 
@@ -115,10 +117,13 @@ fn play(job: Job) -> Result<(), String> {
     let _manager = Manager::start(&bus.address(), TOKEN, &server.url());
     let agent = signals.unblocked(|| start_agent(&config, &log, &bus))?;
 
-    let device = server.try_device(Duration::from_secs(15)).ok_or_else(|| {
-        let log = std::fs::read_to_string(&log).unwrap_or_default();
-        format!("the agent did not connect within 15 s; its log:\n{log}")
-    })?;
+    let next = || {
+        server.try_device(Duration::from_secs(15)).ok_or_else(|| {
+            let log = std::fs::read_to_string(&log).unwrap_or_default();
+            format!("the agent did not connect within 15 s; its log:\n{log}")
+        })
+    };
+    let device = next()?;
     match job {
         Job::Shell => {}
         Job::Transfer(job) => {
@@ -130,9 +135,13 @@ fn play(job: Job) -> Result<(), String> {
     banner(&bus, &server, &agent, &config, &log);
     transfer::demonstrate(dir.path(), &device, &signals)?;
     forward::demonstrate(&device, &signals)?;
-    let leave = if std::io::stdin().is_terminal() { "Ctrl-] leaves." } else { "It ends with its input." };
+    let leave = if std::io::stdin().is_terminal() {
+        "Ctrl-^ cuts the connection, Ctrl-] leaves."
+    } else {
+        "It ends with its input."
+    };
     eprintln!("You are in {shell} of that agent, as {}, through its websocket. {leave}", user_name());
-    screen::run(&Terminal::new(&device, Style::Cli), &signals)
+    screen::run(Terminal::new(&device, Style::Cli), &signals, next)
 }
 
 /// The caller's shell if the agent may start it, else a common one.

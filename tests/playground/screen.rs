@@ -9,11 +9,21 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::Signal;
 
 use crate::harness::client::{Terminal, size};
+use crate::harness::device::Device;
 use crate::harness::msg::SHELL;
 use crate::harness::wait::{SOON, Watched, secs, spawn};
 use crate::keyboard::{RawMode, Signals, window_size};
 
+/// Ctrl-] and Ctrl-^.
 const LEAVE: u8 = 0x1d;
+const CUT: u8 = 0x1e;
+
+/// What the caller wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    Leave,
+    Cut,
+}
 
 /// What the output thread found out.
 #[derive(Debug, Default)]
@@ -26,8 +36,40 @@ struct Progress {
     alternate: bool,
 }
 
-/// Opens a shell and connects it with the caller's terminal until either ends.
-pub fn run(terminal: &Terminal, signals: &Signals) -> Result<(), String> {
+/// Opens a shell and connects it with the caller's terminal until either ends. When the caller cuts the connection, `next`
+/// waits for the agent's next one, in which the same user opens a shell.
+pub fn run(
+    mut terminal: Terminal,
+    signals: &Signals,
+    next: impl Fn() -> Result<Device, String>,
+) -> Result<(), String> {
+    let raw = RawMode::enter()?;
+    let mut alternate = false;
+    let end = loop {
+        match session(&terminal, signals, raw.is_raw(), &mut alternate) {
+            Ok(None) => {
+                eprint!("\r\nplayground: the connection is cut, waiting for the agent\r\n");
+                terminal = Terminal::of_user(&next()?, &terminal.user);
+            }
+            Ok(Some(end)) => break Ok(end),
+            Err(why) => break Err(why),
+        }
+    };
+    if raw.is_raw() {
+        tidy(alternate);
+    }
+    drop(raw);
+    eprintln!("playground: {}", end?);
+    Ok(())
+}
+
+/// Returns how the session ended, `None` if the caller has cut the connection.
+fn session(
+    terminal: &Terminal,
+    signals: &Signals,
+    raw: bool,
+    alternate: &mut bool,
+) -> Result<Option<String>, String> {
     let (width, height) = window_size();
     terminal.send("new", &size(width, height), b"");
     let answer = terminal.next(SOON);
@@ -38,7 +80,6 @@ pub fn run(terminal: &Terminal, signals: &Signals) -> Result<(), String> {
     let wake = Arc::new(
         EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).map_err(|e| e.to_string())?,
     );
-    let raw = RawMode::enter()?;
     let show = {
         let (terminal, progress, wake) = (terminal.clone(), Arc::clone(&progress), Arc::clone(&wake));
         spawn("screen", move || {
@@ -47,36 +88,34 @@ pub fn run(terminal: &Terminal, signals: &Signals) -> Result<(), String> {
             let _ = wake.write(1);
         })
     };
-    let typed = type_in(terminal, signals, &progress, &wake, raw.is_raw());
-    if progress.peek(|p| p.over.is_none()) {
+    let wish = type_in(terminal, signals, &progress, &wake, raw);
+    let cut = wish == Ok(Wish::Cut);
+    if cut {
+        terminal.device.reset();
+    } else if progress.peek(|p| p.over.is_none()) {
         terminal.ask_stop();
     }
     let over = progress.wait(secs(10), |p| p.over.clone());
     if over.is_some() {
         let _ = show.join();
     }
-    if raw.is_raw() {
-        tidy(progress.peek(|p| p.alternate));
-    }
-    drop(raw);
-    match (typed, over) {
+    *alternate = progress.peek(|p| p.alternate);
+    match (wish, over) {
+        (_, Some(_)) if cut => Ok(None),
         (Err(why), _) | (_, Some(Err(why))) => Err(why),
-        (_, Some(Ok(end))) => {
-            eprintln!("playground: {end}");
-            Ok(())
-        }
+        (_, Some(Ok(end))) => Ok(Some(end)),
         (_, None) => Err("the agent did not answer the stop".to_owned()),
     }
 }
 
-/// Sends what is typed until the caller leaves or the session is over.
+/// Sends what is typed until the caller leaves, cuts the connection, or the session is over.
 fn type_in(
     terminal: &Terminal,
     signals: &Signals,
     progress: &Watched<Progress>,
     wake: &EventFd,
     raw: bool,
-) -> Result<(), String> {
+) -> Result<Wish, String> {
     let mut stdin = std::io::stdin();
     let mut buffer = [0; 4096];
     let mut open = true;
@@ -87,7 +126,7 @@ fn type_in(
     }
     loop {
         if progress.peek(|p| p.over.is_some()) {
-            return Ok(());
+            return Ok(Wish::Leave);
         }
         let mut fds =
             vec![PollFd::new(signals.fd(), PollFlags::POLLIN), PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
@@ -99,7 +138,7 @@ fn type_in(
         let _ = wake.read();
         while let Some(signal) = signals.next() {
             if signal != Signal::SIGWINCH {
-                return Ok(());
+                return Ok(Wish::Leave);
             }
             let (width, height) = window_size();
             terminal.resize(width, height);
@@ -108,7 +147,7 @@ fn type_in(
             continue;
         }
         let count = match stdin.read(&mut buffer) {
-            Ok(0) if raw => return Ok(()),
+            Ok(0) if raw => return Ok(Wish::Leave),
             Ok(0) => {
                 open = false;
                 terminal.input(if complete_line { "exit\n" } else { "\nexit\n" });
@@ -118,8 +157,8 @@ fn type_in(
             Err(e) => return Err(format!("standard input: {e}")),
         };
         let mut keys = &buffer[..count];
-        let leave = if raw { keys.iter().position(|&key| key == LEAVE) } else { None };
-        keys = &keys[..leave.unwrap_or(count)];
+        let wish = if raw { keys.iter().position(|&key| [LEAVE, CUT].contains(&key)) } else { None };
+        keys = &keys[..wish.unwrap_or(count)];
         if let Some(last) = keys.last() {
             complete_line = *last == b'\n';
             let message_sent = progress.peek(|p| p.over.is_none());
@@ -127,8 +166,8 @@ fn type_in(
                 terminal.input(keys);
             }
         }
-        if leave.is_some() {
-            return Ok(());
+        if let Some(at) = wish {
+            return Ok(if buffer[at] == CUT { Wish::Cut } else { Wish::Leave });
         }
     }
 }

@@ -14,9 +14,6 @@ mod history;
 mod running;
 mod shell;
 
-pub(crate) use self::clock::PING_TIMEOUT;
-pub(crate) use self::running::ANSWER_LIMIT;
-
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::process::ExitStatus;
@@ -26,8 +23,10 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use nix::poll::PollFlags;
 
+pub(crate) use self::clock::PING_TIMEOUT;
 use self::clock::{Clock, Due};
 use self::history::History;
+pub(crate) use self::running::ANSWER_LIMIT;
 use self::running::{Running, STOP_GRACE, ping, requested_size};
 use self::shell::Shell;
 use super::inbox::Inbox;
@@ -41,7 +40,7 @@ use crate::sys::process::SessionLeader;
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, lock, reason};
 
-/// The same when the link is gone: the daemon itself may have to end within two seconds.
+/// How long a shell may take to end when its client is gone: the daemon itself may have to end within two seconds.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 /// How long after a shell's end its last output may take to come through the terminal.
 const DRAIN_LIMIT: Duration = Duration::from_millis(500);
@@ -187,9 +186,9 @@ impl Terminal {
     }
 
     /// Ends the shell without an answer: the client is gone.
-    pub(crate) fn hang_up(&mut self, now: Instant) {
+    pub(crate) fn hang_up(&mut self, why: &'static str, now: Instant) {
         self.deferred.clear();
-        self.end("link lost", false, now);
+        self.end(why, false, now);
         if let State::Ending(ending) = &mut self.state {
             ending.answer = false;
             ending.deadline = ending.deadline.map(|at| at.min(now + HANG_UP_GRACE));

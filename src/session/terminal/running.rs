@@ -30,6 +30,7 @@ const HOLD_LIMIT: Duration = Duration::from_secs(5);
 /// Bytes of output in a frame at most, as the link allows. What a terminal gives in one read fits.
 const SMALLEST_OUTPUT: usize = 4 * 1024;
 const LARGEST_OUTPUT: usize = 32 * 1024;
+
 pub(super) struct Running {
     pub(super) shell: Shell,
     pub(super) info: Arc<ShellInfo>,
