@@ -40,6 +40,8 @@ const NAMESPACE: &str = r#"exec unshare --mount --propagation private /bin/sh -c
 /// Of glibc's arenas each keeps what it once had, which would hide a leak.
 fn setup() -> Setup {
     let setup = Setup::new().set("ReconnectIntervalSeconds", 1).flag("--debug").env("MALLOC_ARENA_MAX", "1");
+    // Its terminals are all of different users, who don't come back.
+    let setup = setup.set("Sessions", serde_json::json!({ "KeepDetached": 0 }));
     if commands::obstacle().is_none() { setup.wrapper(NAMESPACE) } else { setup }
 }
 
