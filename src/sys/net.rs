@@ -7,10 +7,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::sockopt::{GetStruct, Linger, SetBool, SetStruct};
+use nix::sys::socket::sockopt::{Linger, SetBool, SetStruct};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, getsockopt, recv, setsockopt,
-    socket,
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, recv, setsockopt, socket,
 };
 
 #[derive(Clone)]
@@ -20,11 +19,6 @@ nix::setsockopt_impl!(QuickAck, libc::IPPROTO_TCP, libc::TCP_QUICKACK, bool, Set
 #[derive(Clone)]
 struct UnsentLimit;
 nix::setsockopt_impl!(UnsentLimit, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, u32, SetStruct<u32>);
-
-/// The first bytes of `struct tcp_info`; the third is the number of time-outs since the last acknowledgement.
-#[derive(Clone, Copy)]
-struct Info;
-nix::getsockopt_impl!(Info, libc::IPPROTO_TCP, libc::TCP_INFO, [u8; 8], GetStruct<[u8; 8]>);
 
 // SIOCOUTQ by its other name, and SIOCOUTQNSD.
 nix::ioctl_read_bad!(unacknowledged, libc::TIOCOUTQ, libc::c_int);
@@ -47,8 +41,16 @@ pub(crate) fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result
 #[allow(unsafe_code)]
 pub(crate) fn discard_undelivered(socket: BorrowedFd<'_>) -> u64 {
     let _ = setsockopt(&socket, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
-    let silent = getsockopt(&socket, Info).is_ok_and(|[_, _, time_outs, ..]| time_outs > 0);
-    let count = if silent { unacknowledged } else { unsent };
+    // The begin of `struct tcp_info`. Not by nix, which panics where the system has another length for it.
+    let (mut info, mut length) = ([0_u8; 8], 8);
+    let place = info.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most the eight bytes that `length` says; the descriptor is open as long as it is
+    // borrowed.
+    unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length)
+    };
+    // tcpi_retransmits: time-outs since the last acknowledgement.
+    let count = if info[2] > 0 { unacknowledged } else { unsent };
     let mut bytes = 0;
     // SAFETY: the kernel writes one integer; the descriptor is open as long as it is borrowed.
     let result = unsafe { count(socket.as_raw_fd(), &raw mut bytes) };
