@@ -10,7 +10,7 @@ use crate::sys::wake::Wake;
 /// Shells on the device at a time, those without a client included.
 pub(crate) const MAX_SHELLS: usize = 16;
 /// Sessions at a time that wait for the answers of a user's other clients. Further ones are refused at once.
-const MAX_WAITING: usize = 16;
+const MAX_WAITING: usize = 4;
 
 /// Why there can't be another shell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

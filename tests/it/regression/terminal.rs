@@ -245,5 +245,6 @@ fn shells_that_are_refused_take_no_threads() {
     Terminal::of_user(&device, "alice").open();
     drop(rig);
     let most = watch.join().unwrap();
+    println!("{most} threads");
     assert!(most < 60, "{most} threads");
 }
