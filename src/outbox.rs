@@ -315,7 +315,7 @@ impl Sink {
         self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), mark, account }));
     }
 
-    /// Of the bytes that [`Mark`]s count, those that have left this device: all of them, as long as the link lives.
+    /// How many of the link's bytes the other side has got, as [`Mark`]s count them. While the link lives, it counts as all.
     pub(crate) fn delivered(&self) -> u64 {
         self.outbox.delivered.load(Ordering::SeqCst)
     }

@@ -109,8 +109,8 @@ fn run<F: FnMut(Frame)>(
     events(LinkEvent::Connected);
     let Err(lost) = reader::run(&mut socket, &outbox, &mut inbound, cancel);
     let too_large = matches!(lost, LinkError::TooLarge);
-    // What we end ourselves goes on to the server, and the sessions end at once. What ended by itself has lost what was
-    // under way, which a session that goes on has to know.
+    // Where we end the link, the kernel still delivers what was written, and the sessions end at once. A link that ended by
+    // itself has lost what was under way, and a session that goes on has to know how much.
     let inbound = (!too_large && !cancel.is_cancelled()).then_some(inbound);
     let farewell = Instant::now() + FAREWELL_LIMIT;
     outbox.close(if too_large { 1009 } else { 1000 }, farewell);

@@ -35,7 +35,7 @@ struct Writer {
     pace: Pace,
     /// In bytes, on the socket.
     written: u64,
-    /// Of the messages in the batch.
+    /// The batch's messages have these marks.
     marks: Vec<Mark>,
 }
 

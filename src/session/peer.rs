@@ -8,10 +8,11 @@ use super::device::Device;
 use super::inbox::Inbox;
 use super::shells::ShellPermit;
 use super::stats::Info;
-use super::table::{self, Client, Table};
+use super::table::{Client, Table};
 use crate::outbox::Sink;
 use crate::permits::{Permit, Permits};
 use crate::proto::{Frame, SessionId, control};
+use crate::sys::lock;
 use crate::sys::wake::Wake;
 
 /// Look-ups of a session at a time.
@@ -68,7 +69,11 @@ impl Peer {
 
     /// Frees the session's id.
     pub(crate) fn leave(&self) {
-        table::leave(&self.table, &self.id, &self.inbox);
+        let mut sessions = lock(&self.table);
+        // Another session may have the id by now.
+        if sessions.get(&self.id).is_some_and(|entry| Arc::ptr_eq(&entry.inbox, &self.inbox)) {
+            sessions.remove(&self.id);
+        }
     }
 
     /// Hands the client on to another thread. This one is left with nobody.

@@ -7,7 +7,6 @@ use super::inbox::Inbox;
 use super::stats::Info;
 use crate::outbox::Sink;
 use crate::proto::{Frame, SessionId};
-use crate::sys::lock;
 use crate::sys::wake::Wake;
 
 pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
@@ -31,18 +30,10 @@ pub(crate) struct Client {
     pub(crate) table: Arc<Table>,
 }
 
-/// Who comes to a shell without a client.
+/// A client that comes to a shell without one.
 #[derive(Debug)]
 pub(crate) struct Visitor {
     pub(crate) client: Client,
     /// `new`, unless the client knows the shell.
     pub(crate) request: Option<Frame>,
-}
-
-/// Frees `id`, unless another session has it by now.
-pub(crate) fn leave(table: &Table, id: &SessionId, inbox: &Arc<Inbox>) {
-    let mut sessions = lock(table);
-    if sessions.get(id).is_some_and(|entry| Arc::ptr_eq(&entry.inbox, inbox)) {
-        sessions.remove(id);
-    }
 }

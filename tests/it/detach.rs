@@ -45,7 +45,7 @@ impl Terminal {
         self.send("pong", &[], b"");
     }
 
-    /// What the agent says to a client that gets back to its user's shell, up to the end of the notice.
+    /// Opens a terminal, which must lead back to the user's shell. Returns the agent's notice.
     fn reattached(&mut self) -> String {
         self.open();
         let notice = self.read_until(" s ago\r\n", SOON);
@@ -332,7 +332,7 @@ fn five_cuts(generation: Generation) {
     assert_eq!((all.len(), differs), (expected.len(), None), "{generation:?}");
 }
 
-/// What the terminal of this client shows, when nothing has come for a while.
+/// Waits until nothing comes, and returns the text on the client's screen.
 fn screen(terminal: &Terminal, screen: &mut vt100::Parser) -> String {
     let mut output = Vec::new();
     collect(terminal, &mut output, usize::MAX, millis(700));

@@ -18,7 +18,7 @@ use crate::keyboard::{RawMode, Signals, window_size};
 const LEAVE: u8 = 0x1d;
 const CUT: u8 = 0x1e;
 
-/// What the caller wants.
+/// A key's command to the playground.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wish {
     Leave,

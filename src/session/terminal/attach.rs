@@ -55,7 +55,7 @@ impl Terminal {
             .with("pid", running.info.pid)
             .since(since, now)
             .log(true);
-        // What was asked on the lost link can't be answered any more.
+        // The client never answers what the lost link asked it.
         if peer.credit.wants_probe(now) {
             super::ping(peer, now);
         }

@@ -34,6 +34,11 @@ pub(crate) enum Due {
     End(&'static str, String),
 }
 
+/// For a client that was heard at `now`.
+fn health(now: Instant) -> Option<(Instant, Instant)> {
+    Some((now + PING_INTERVAL, now + PING_INTERVAL + PONG_GRACE))
+}
+
 impl Clock {
     pub(crate) fn new(sessions: &Sessions, now: Instant) -> Self {
         Clock {
@@ -41,7 +46,7 @@ impl Clock {
             started: now,
             last_activity: now,
             warned: false,
-            health: Some((now + PING_INTERVAL, now + PING_INTERVAL + PONG_GRACE)),
+            health: health(now),
         }
     }
 
@@ -51,7 +56,7 @@ impl Clock {
     }
 
     pub(crate) fn resume(&mut self, now: Instant) {
-        self.health = Some((now + PING_INTERVAL, now + PING_INTERVAL + PONG_GRACE));
+        self.health = health(now);
     }
 
     pub(crate) fn input(&mut self, now: Instant) {

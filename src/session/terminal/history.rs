@@ -1,4 +1,4 @@
-//! What a shell has shown last: kept for a client that comes back, or for the next one of the same user.
+//! Keeps the end of a shell's output for a client that comes back, or for the next one of the same user.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -127,7 +127,7 @@ fn without_queries(mut bytes: &[u8]) -> Vec<u8> {
     kept
 }
 
-/// Of the control sequence that `bytes` begin with (ECMA-48, 5.4 and 5.6).
+/// How long the control sequence is that `bytes` begin with (ECMA-48, 5.4 and 5.6).
 fn length(bytes: &[u8]) -> usize {
     let end = match bytes.get(1) {
         Some(b'[') => bytes.iter().skip(2).position(|byte| (0x40..=0x7e).contains(byte)).map(|at| at + 3),
