@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use serde_json::Value;
 
-use self::Kind::{Flag, List, Number, Objects, Text};
+use self::Kind::{Flag, List, Map, Number, Objects, Text};
 
 pub(super) const SHELL: &str = "/bin/sh";
 
@@ -16,6 +16,8 @@ pub(super) enum Kind {
     Number(RangeInclusive<i128>, u32),
     Text(&'static str),
     List(Option<&'static [&'static str]>),
+    /// Texts by names that are the file's own.
+    Map,
     /// Their keys are those below this one.
     Objects,
 }
@@ -45,6 +47,7 @@ keys! {
     Height               "Terminal.Height"                                  Number(U16, 40);
     DisableTerminal      "Terminal.Disable"                                 Flag(false);
     NoNewPrivileges      "Terminal.NoNewPrivileges"                         Flag(false);
+    Environment          "Terminal.Environment"                             Map;
     StopExpired          "Sessions.StopExpired"                             Flag(true);
     ExpireAfter          "Sessions.ExpireAfter"                             Number(U32, 0);
     ExpireAfterIdle      "Sessions.ExpireAfterIdle"                         Number(U32, 600);
@@ -135,6 +138,7 @@ impl Kind {
             Number(_, value) => (*value).into(),
             Text(value) => (*value).into(),
             List(value) => (*value).into(),
+            Map => Value::Object(serde_json::Map::new()),
             Objects => Value::Array(Vec::new()),
         }
     }

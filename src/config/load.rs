@@ -1,7 +1,7 @@
 //! Reads JSON into values as Go's encoding/json fills a struct: the files in the field were written for that.
 //!
 //! - Keys match in any case. Unknown ones are ignored, and reported to the caller.
-//! - `null` leaves a value as it is, but empties an array.
+//! - `null` leaves a value as it is, but empties an array or a map.
 //! - Of duplicate keys the last wins; objects merge field by field, arrays are replaced.
 //! - A number for an integer must be written without fraction and exponent, and fit.
 //! - Invalid UTF-8 becomes U+FFFD, one for each byte.
@@ -67,6 +67,11 @@ impl Values {
 
     pub(crate) fn text(&self, key: Key) -> &str {
         self.get(key).as_str().unwrap_or_default()
+    }
+
+    pub(crate) fn map(&self, key: Key) -> Vec<(String, String)> {
+        let texts = self.get(key).as_object().into_iter().flatten();
+        texts.filter_map(|(name, text)| Some((name.clone(), text.as_str()?.to_owned()))).collect()
     }
 
     /// `None` for `null`.
@@ -152,7 +157,12 @@ impl Values {
             .and_then(|_| walk.object("", "", serde_json::from_str(&clean)?))
             .map_err(ConfigError::Syntax)?;
         for (key, value) in &walk.given {
-            self.0[*key as usize] = (value.clone(), origin);
+            let (mut value, old) = (value.clone(), &mut self.0[*key as usize]);
+            if let (Some(old), Some(new)) = (old.0.as_object_mut(), value.as_object_mut()) {
+                old.append(new);
+                std::mem::swap(old, new);
+            }
+            *old = (value, origin);
         }
         Ok(walk)
     }
@@ -261,7 +271,7 @@ impl Walk {
         let value: Value = serde_json::from_str(text.get())?;
         let element = |index| format!("{path}[{index}]");
         let (fits, expected) = match (key.kind(), &value) {
-            (Kind::List(Some([_, ..])), Value::Null) => return Ok(Some(value)),
+            (Kind::List(Some([_, ..])) | Kind::Map, Value::Null) => return Ok(Some(value)),
             (kind @ (Kind::List(_) | Kind::Objects), Value::Null) => return Ok(Some(kind.default())),
             (_, Value::Null) => return Ok(None),
             (Kind::List(_), Value::Array(elements)) => {
@@ -270,6 +280,11 @@ impl Walk {
                 wrong.for_each(|(index, other)| self.misfit(Some(key), &element(index), "a string", other));
                 let texts = elements.iter().map(|text| text.as_str().unwrap_or_default());
                 return Ok(Some(texts.collect()));
+            }
+            (Kind::Map, Value::Object(members)) => {
+                let wrong = members.iter().filter(|(_, text)| !text.is_string());
+                wrong.for_each(|(name, other)| self.misfit(Some(key), &join(path, name), "a string", other));
+                return Ok(Some(value));
             }
             (Kind::Objects, Value::Array(_)) => {
                 // The elements are checked, but have no effect.
@@ -288,6 +303,7 @@ impl Walk {
             ),
             (Kind::Text(_), value) => (value.is_string(), "a string"),
             (Kind::List(_) | Kind::Objects, _) => (false, "an array"),
+            (Kind::Map, _) => (false, "an object"),
         };
         if !fits {
             self.misfit(Some(key), path, expected, &value);

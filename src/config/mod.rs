@@ -59,6 +59,8 @@ pub struct Shell {
     pub user: User,
     /// Set-uid programs such as sudo don't work in the terminal.
     pub no_new_privileges: bool,
+    /// Variables beside a login's, or instead of them.
+    pub environment: Vec<(String, String)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -149,6 +151,13 @@ pub(crate) fn validate(
         entries.iter().filter_map(|entry| Allowed::parse(entry).map_err(|e| errors.push(e)).ok()).collect()
     });
     let auth = auth(values, &mut errors);
+    let environment = values.map(Key::Environment);
+    for (name, value) in &environment {
+        if name.is_empty() || name.contains('=') || format!("{name}{value}").contains('\0') {
+            let why = format!("Terminal.Environment: no variable can be {name:?}={value:?}");
+            errors.push(ConfigError::Unusable(Key::Environment, why));
+        }
+    }
     let user = user.map_err(|more| errors.extend(more)).ok();
     let Some(user) = user.filter(|_| errors.is_empty()) else { return Err(errors) };
     let given = |key| Some(values.text(key)).filter(|text| !text.is_empty()).map(str::to_owned);
@@ -177,6 +186,7 @@ pub(crate) fn validate(
             arguments: values.list(Key::ShellArguments).unwrap_or_default(),
             user,
             no_new_privileges: values.flag(Key::NoNewPrivileges),
+            environment,
         },
         terminal: Terminal {
             enabled: !values.flag(Key::DisableTerminal),

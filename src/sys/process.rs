@@ -1,7 +1,7 @@
 //! The shell's process: started on its terminal, watched, ended, reaped.
 
 use std::collections::HashSet;
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -46,7 +46,7 @@ impl SessionLeader {
     /// Starts `command` on the terminal `tty` as `user` if this process is root, in `user`'s home or, if the user
     /// can't enter that, in `/`.
     ///
-    /// The environment is HOME and TERM and nothing else. Signals have their default effect, umask and limits are
+    /// Of `environment` the last of several variables with one name counts; there are no others. Signals have their default effect, umask and limits are
     /// those that this process was started with, and no descriptor of ours but the terminal is open. With
     /// `no_new_privileges` no program can become more than the user is.
     pub(crate) fn spawn(
@@ -54,6 +54,7 @@ impl SessionLeader {
         arguments: &[String],
         user: &User,
         no_new_privileges: bool,
+        environment: Vec<(String, OsString)>,
         tty: OwnedFd,
     ) -> io::Result<Self> {
         let home = CString::new(user.home.as_os_str().as_bytes())?;
@@ -62,8 +63,7 @@ impl SessionLeader {
         spawn
             .args(arguments)
             .env_clear()
-            .env("HOME", &user.home)
-            .env("TERM", "xterm-256color")
+            .envs(environment)
             .stdin(Stdio::from(tty.try_clone()?))
             .stdout(Stdio::from(tty.try_clone()?))
             .stderr(Stdio::from(tty));
@@ -277,7 +277,8 @@ mod tests {
         let user = crate::sys::users::lookup(&me.name).unwrap();
         let (pty, tty) = Pty::open(WindowSize { width: 80, height: 24 }, None).unwrap();
         let arguments = ["-c".to_string(), script.to_string()];
-        let leader = SessionLeader::spawn(Path::new("/bin/sh"), &arguments, &user, false, tty).unwrap();
+        let leader =
+            SessionLeader::spawn(Path::new("/bin/sh"), &arguments, &user, false, Vec::new(), tty).unwrap();
         (pty, leader)
     }
 
@@ -344,7 +345,8 @@ mod tests {
         let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap();
         let user = crate::sys::users::lookup(&me.name).unwrap();
         let (_pty, tty) = Pty::open(WindowSize { width: 80, height: 24 }, None).unwrap();
-        let error = SessionLeader::spawn(Path::new("/bin/x"), &[], &user, false, tty).unwrap_err();
+        let error =
+            SessionLeader::spawn(Path::new("/bin/x"), &[], &user, false, Vec::new(), tty).unwrap_err();
         assert_eq!(crate::sys::reason(&error), "no such file or directory");
     }
 }

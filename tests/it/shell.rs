@@ -34,16 +34,82 @@ fn me() -> User {
     User::from_name(&user_name()).expect("read the password database").expect("the current user")
 }
 
-#[test]
-fn the_environment_is_exactly_home_and_term() {
-    let script = "tr '\\000' '\\n' </proc/$$/environ";
-    let (_rig, device) =
-        Setup::new().config(script_config(script)).env("SECRET", "of the agent").env("LANG", "C").connected();
-    let output = printed(&device);
-    let mut lines: Vec<&str> = output.lines().collect();
+/// The variables of a script, sorted, of a terminal of alice's with this session id.
+fn variables(device: &Device, sid: &str) -> Vec<String> {
+    let mut terminal = Terminal { sid: sid.to_owned(), ..Terminal::of_user(device, "alice") };
+    terminal.open();
+    let mut lines: Vec<_> = printed_by(&mut terminal).lines().map(str::to_owned).collect();
     lines.sort_unstable();
-    let home = format!("HOME={}", me().dir.display());
-    assert_eq!(lines, [home.as_str(), "TERM=xterm-256color"]);
+    lines
+}
+
+const PRINT: &str = "tr '\\000' '\\n' </proc/$$/environ";
+
+/// What the system says of its locale, if it does.
+fn lang() -> Option<String> {
+    let script = "for f in /etc/default/locale /etc/locale.conf; do [ -e $f ] && . $f && [ \"$LANG\" ] && break; done; \
+        echo $LANG";
+    let output = Command::new("sh").args(["-c", script]).env_remove("LANG").output().expect("sh");
+    Some(String::from_utf8(output.stdout).expect("text").trim().to_owned()).filter(|lang| !lang.is_empty())
+}
+
+#[test]
+fn the_environment_is_a_logins_and_nothing_else() {
+    let setup = Setup::new().config(script_config(PRINT)).env("SECRET", "of the agent").env("LANG", "C");
+    let (_rig, device) = setup.connected();
+    let (home, name) = (me().dir, user_name());
+    let mut expected = vec![
+        format!("HOME={}", home.display()),
+        format!("LOGNAME={name}"),
+        "MENDER_SESSION_ID=of-this-test".to_owned(),
+        "MENDER_USER_ID=alice".to_owned(),
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
+        "SHELL=/bin/sh".to_owned(),
+        "TERM=xterm-256color".to_owned(),
+        format!("USER={name}"),
+    ];
+    expected.extend(lang().map(|lang| format!("LANG={lang}")));
+    expected.sort_unstable();
+    assert_eq!(variables(&device, "of-this-test"), expected);
+}
+
+#[test]
+fn an_id_that_no_variable_can_hold_is_left_out() {
+    let (_rig, device) = Setup::new().config(script_config(PRINT)).connected();
+    let variables = variables(&device, "a\0b");
+    assert!(!variables.iter().any(|line| line.starts_with("MENDER_SESSION_ID")), "{variables:?}");
+    assert!(variables.iter().any(|line| line == "MENDER_USER_ID=alice"), "{variables:?}");
+}
+
+#[test]
+fn the_configuration_adds_variables_and_replaces_them() {
+    let environment =
+        json!({"TERM": "vt100", "EDITOR": "vi -u 'x y'", "MENDER_USER_ID": "", "LANG": "de_DE.UTF-8"});
+    let setup =
+        Setup::new().config(script_config(PRINT)).set("Terminal", json!({"Environment": environment}));
+    let (rig, device) = setup.connected();
+    let found = variables(&device, "one");
+    for line in ["TERM=vt100", "EDITOR=vi -u 'x y'", "MENDER_USER_ID=", "LANG=de_DE.UTF-8", "SHELL=/bin/sh"] {
+        assert!(found.iter().any(|found| found == line), "{line} is missing: {found:?}");
+    }
+    assert_eq!(found.iter().filter(|line| line.starts_with("TERM=")).count(), 1);
+    // The next login has what a reload brings.
+    let mut config = script_config(PRINT);
+    config["Terminal"] = json!({"Environment": {"TERM": "linux"}});
+    rig.reload(&config);
+    assert!(variables(&device, "two").contains(&"TERM=linux".to_owned()));
+}
+
+#[test]
+fn a_login_shell_has_its_path_from_the_profile() {
+    for arguments in [json!(["-lc", PRINT]), json!(["--login", "-c", PRINT])] {
+        let mut config = script_config("");
+        config["ShellArguments"] = arguments;
+        config["ShellCommand"] = "/bin/bash".into();
+        let (_rig, device) = Setup::new().config(config).connected();
+        let found = variables(&device, "login");
+        assert!(!found.iter().any(|line| line.starts_with("PATH=")), "{found:?}");
+    }
 }
 
 #[test]

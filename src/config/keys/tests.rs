@@ -25,7 +25,7 @@ fn names_are_found_below_their_section_in_any_case() {
 /// Each value of an object with its dotted key.
 fn leaves(prefix: &str, value: &Value, found: &mut BTreeMap<String, Value>) {
     match value {
-        Value::Object(members) => {
+        Value::Object(members) if !members.is_empty() => {
             members.iter().for_each(|(key, value)| leaves(&join(prefix, key), value, found))
         }
         value => {

@@ -83,6 +83,39 @@ fn null_leaves_values_and_empties_arrays() {
 }
 
 #[test]
+fn maps_merge_by_name_and_null_empties_them() {
+    let map = |values: &Values| values.map(Key::Environment);
+    let pairs = |pairs: &[(&str, &str)]| -> Vec<_> {
+        pairs.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect()
+    };
+    let first = read(r#"{"terminal": {"environment": {"A": "1", "a": "2", "B": ""}}}"#);
+    assert_eq!(map(&first), pairs(&[("A", "1"), ("B", ""), ("a", "2")]));
+    let second = over(&first, r#"{"Terminal": {"Environment": {"A": "3", "C": "4"}}}"#);
+    assert_eq!(map(&second), pairs(&[("A", "3"), ("B", ""), ("C", "4"), ("a", "2")]));
+    assert_eq!(map(&over(&second, r#"{"Terminal": {"Environment": {}}}"#)), map(&second));
+    assert_eq!(map(&over(&second, r#"{"Terminal": {"Environment": null}}"#)), []);
+    let wrong = r#"{"Terminal": {"Environment": {"A": "1", "B": 2}}}"#;
+    assert_eq!(error(wrong), "Error parsing config file: Terminal.Environment.B: expected a string, found 2");
+    let wrong = error(r#"{"Terminal": {"Environment": ["A=1"]}}"#);
+    assert_eq!(wrong, "Error parsing config file: Terminal.Environment: expected an object, found an array");
+}
+
+#[test]
+fn what_cannot_be_a_variable_is_refused() {
+    for (text, shown) in [
+        (r#"{"": "x"}"#, r#"""="x""#),
+        (r#"{"A=B": "x"}"#, r#""A=B"="x""#),
+        (r#"{"A": "\u0000"}"#, r#""A"="\0""#),
+    ] {
+        let device = Device::new();
+        device
+            .write("main", &device.working(&format!(r#"{EXPIRES}, "Terminal": {{"Environment": {text}}}"#)));
+        let error = device.load().0.unwrap_err().to_string();
+        assert_eq!(error, format!("Terminal.Environment: no variable can be {shown}"));
+    }
+}
+
+#[test]
 fn a_list_that_may_be_absent_tells_that_from_empty() {
     let allow = |text: &str| read(text).list(Key::Allow);
     assert_eq!(allow("{}"), None);

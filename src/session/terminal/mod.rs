@@ -160,7 +160,7 @@ impl Terminal {
         };
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
-        let shell = Shell::start(&config.shell, size, peer.device.memory.none())
+        let shell = Shell::start(&config.shell, size, (&peer.id, &user), peer.device.memory.none())
             .map_err(|e| format!("failed to start shell: {e}"))?;
         let pid = shell.process.pid();
         Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);

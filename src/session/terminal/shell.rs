@@ -1,10 +1,13 @@
 //! A running shell: its process, its terminal, what was typed and not read yet.
 
 use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs;
 use std::io;
 
 use crate::config;
 use crate::permits::Permit;
+use crate::proto::{SessionId, UserId};
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::{Pty, WindowSize};
 use crate::sys::reason;
@@ -13,6 +16,11 @@ use crate::sys::reason;
 const MAX_INPUT: usize = 1 << 20;
 /// Bytes of input that need no permit: what is typed by hand.
 const SMALL_INPUT: usize = 4096;
+
+/// Where a system names its locale: Debian's place, systemd's.
+const LOCALES: [&str; 2] = ["/etc/default/locale", "/etc/locale.conf"];
+/// Login shells read theirs from the system's profile.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A shell on its terminal.
 #[derive(Debug)]
@@ -33,12 +41,19 @@ pub(crate) enum Then {
 }
 
 impl Shell {
-    /// Starts the configured shell on a terminal of `size`. The error follows "failed to start shell: ".
-    pub(crate) fn start(shell: &config::Shell, size: WindowSize, memory: Permit) -> Result<Self, String> {
+    /// Starts the configured shell on a terminal of `size` for a user's session. The error follows "failed to start
+    /// shell: ".
+    pub(crate) fn start(
+        shell: &config::Shell,
+        size: WindowSize,
+        session: (&SessionId, &UserId),
+        memory: Permit,
+    ) -> Result<Self, String> {
         let owner = nix::unistd::geteuid().is_root().then_some(shell.user.uid);
         let (pty, tty) = Pty::open(size, owner).map_err(|e| reason(&e))?;
-        let config::Shell { command, arguments, user, no_new_privileges } = shell;
-        let process = SessionLeader::spawn(command, arguments, user, *no_new_privileges, tty)
+        let config::Shell { command, arguments, user, no_new_privileges, .. } = shell;
+        let environment = environment(shell, session);
+        let process = SessionLeader::spawn(command, arguments, user, *no_new_privileges, environment, tty)
             .map_err(|e| format!("fork/exec {}: {}", command.display(), reason(&e)))?;
         Ok(Shell { process, pty, input: VecDeque::new(), memory })
     }
@@ -94,5 +109,75 @@ impl Shell {
             }
         };
         (filled, then)
+    }
+}
+
+/// A login's variables, those that tell whose terminal it is, and those of the configuration.
+fn environment(
+    shell: &config::Shell,
+    (session_id, user_id): (&SessionId, &UserId),
+) -> Vec<(String, OsString)> {
+    let config::Shell { command, arguments, user, environment, .. } = shell;
+    let name = || Some(user.name.clone().into());
+    // A variable can't hold everything that an id can.
+    let id = |id: &str| Some(id.into()).filter(|_| !id.is_empty() && !id.contains('\0'));
+    let is_login = arguments.iter().any(|argument| is_login_option(argument));
+    let variables = [
+        ("HOME", Some(user.home.clone().into())),
+        ("TERM", Some("xterm-256color".into())),
+        ("USER", name()),
+        ("LOGNAME", name()),
+        ("SHELL", Some(command.clone().into())),
+        ("LANG", LOCALES.into_iter().find_map(|file| lang(&fs::read_to_string(file).ok()?))),
+        ("PATH", Some(PATH.into()).filter(|_| !is_login)),
+        ("MENDER_SESSION_ID", id(session_id.as_str())),
+        ("MENDER_USER_ID", id(user_id.as_str())),
+    ];
+    let variables = variables.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));
+    variables.chain(environment.iter().map(|(name, value)| (name.clone(), value.into()))).collect()
+}
+
+/// `--login`, or `l` among the options of one letter.
+fn is_login_option(argument: &str) -> bool {
+    let letters = argument.strip_prefix('-').filter(|rest| !rest.starts_with('-'));
+    argument == "--login" || letters.is_some_and(|letters| letters.contains('l'))
+}
+
+/// The value of LANG in a file of assignments, which may be quoted.
+fn lang(file: &str) -> Option<OsString> {
+    let mut values = file.lines().filter_map(|line| line.trim().strip_prefix("LANG="));
+    let value = values.next_back()?.trim().trim_matches(['"', '\'']);
+    Some(value.into()).filter(|_| !value.is_empty() && !value.contains('\0'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_locale_is_read_as_shells_read_it() {
+        for (file, expected) in [
+            ("LANG=C.UTF-8\n", Some("C.UTF-8")),
+            ("# LANG=x\nLC_TIME=de_DE\n LANG=\"de_DE.UTF-8\"\nLANGUAGE=de\n", Some("de_DE.UTF-8")),
+            ("LANG=a\nLANG='b'", Some("b")),
+            ("LANG=\n", None),
+            ("", None),
+        ] {
+            assert_eq!(lang(file), expected.map(Into::into), "{file:?}");
+        }
+    }
+
+    #[test]
+    fn options_of_a_login_shell() {
+        for (argument, expected) in [
+            ("--login", true),
+            ("-l", true),
+            ("-il", true),
+            ("-i", false),
+            ("--posix-l", false),
+            ("ls -l", false),
+        ] {
+            assert_eq!(is_login_option(argument), expected, "{argument}");
+        }
     }
 }
