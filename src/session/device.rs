@@ -10,6 +10,7 @@ use super::detached::Detached;
 use super::file_transfer::rate::Counters;
 use super::shells::{MAX_SHELLS, Refusal, ShellPermit, Shells};
 use super::stats::{Figures, Info, seconds};
+use super::store::Store;
 use super::table::Table;
 use crate::commands::Commands;
 use crate::config::Config;
@@ -33,6 +34,8 @@ pub struct Device {
     config: Mutex<Arc<Config>>,
     pub(crate) shells: Arc<Shells>,
     pub(crate) detached: Detached,
+    /// Where shells are kept when the agent ends.
+    pub(crate) store: Option<Arc<Store>>,
     pub(crate) transferred: Counters,
     pub(crate) commands: Arc<Commands>,
     pub(crate) look_ups: Arc<Permits>,
@@ -53,6 +56,7 @@ impl Device {
             config: Mutex::new(Arc::new(config)),
             shells: Arc::default(),
             detached: Detached::default(),
+            store: Store::open(),
             transferred: Counters::default(),
             commands: Arc::default(),
             look_ups: Permits::new(MAX_LOOK_UPS),

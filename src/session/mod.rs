@@ -15,6 +15,7 @@ mod router;
 mod session;
 mod shells;
 pub(crate) mod stats;
+mod store;
 mod table;
 mod terminal;
 
@@ -24,3 +25,4 @@ pub(crate) use self::file_transfer::rate::Direction;
 pub use self::peer::Peer;
 pub use self::router::Router;
 pub(crate) use self::shells::MAX_SHELLS;
+pub(crate) use self::store::adopt_all;

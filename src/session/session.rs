@@ -77,11 +77,17 @@ fn starts_idling(frame: &Frame) -> bool {
 
 /// Runs a session in a thread of its own.
 pub(crate) fn start(peer: Peer) -> io::Result<()> {
+    go_on(peer, Terminal::default())
+}
+
+/// The same with a shell that is there already.
+pub(crate) fn go_on(peer: Peer, terminal: Terminal) -> io::Result<()> {
     let name = format!("s-{}", peer.id.as_str());
     // File transfers look up owners and groups.
     let run = move || {
-        let (terminal, files, forwards) = Default::default();
-        let (ping_at, close_at, hung_up, waiting, away, moves_to) = Default::default();
+        let (files, forwards, ping_at, close_at, hung_up, waiting, moves_to) = Default::default();
+        let visitors = peer.device.detached.claim(&peer.wake);
+        let away = visitors.map(|visitors| (Instant::now(), visitors));
         let end = "done";
         Session { peer, terminal, files, forwards, ping_at, close_at, hung_up, end, waiting, away, moves_to }
             .run();
@@ -231,6 +237,7 @@ impl Session {
         let Some((_, visitors)) = &self.away else { return };
         match visitors.try_recv() {
             Ok(visitor) => self.receive(visitor, now),
+            Err(TryRecvError::Disconnected) if self.terminal.leave(&self.peer.id, now) => {}
             Err(TryRecvError::Disconnected) => self.terminal.hang_up(HangUp::LinkLost.name(), now),
             Err(TryRecvError::Empty) => {
                 if self.away_until().is_some_and(|until| now >= until) {

@@ -19,7 +19,7 @@ use crate::auth::{self, Source};
 use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::stats::seconds;
-use crate::session::{Device, Router};
+use crate::session::{self, Device, Router};
 use crate::status::{self, State, Status};
 use crate::sys::privilege::{self, Needs};
 use crate::sys::signals::Signals;
@@ -75,15 +75,17 @@ pub(crate) fn run(
     let (wake, now) = (Arc::new(Wake::new().map_err(out_of_resources)?), Instant::now());
     // At most two reports a link, and links are made one after another.
     let (reporter, reports) = crossbeam_channel::unbounded();
+    let context = Device::new(config);
+    session::adopt_all(&context);
     let supervisor = Supervisor {
-        machine: Machine::new(config.reconnect_interval, random, now),
+        machine: Machine::new(context.config().reconnect_interval, random, now),
         load: Box::new(load),
         service: Service::new(now),
         outdated: false,
         started: now,
         last_error: None,
-        source: auth::source(&config.auth, &wake, true)?,
-        context: Device::new(config),
+        source: auth::source(&context.config().auth, &wake, true)?,
+        context,
         proxies: Arc::new(ProxySettings::from_environment()),
         link: None,
         epoch: 0,
@@ -279,10 +281,15 @@ impl Supervisor {
     /// Ends and reaps every session's processes, as far as that is possible in time.
     fn stop(self) {
         let deadline = Instant::now() + STOP_LIMIT;
-        self.context.detached.close();
+        match &self.context.store {
+            Some(store) => store.end(),
+            None => self.context.detached.close(),
+        }
         drop((self.status, self.link, self.reporter));
         // A link's thread drops its router, and so the sessions, before its reporter.
         while self.reports.recv_deadline(deadline).is_ok() {}
+        // By now those shells are detached that are left to the next agent.
+        self.context.detached.close();
         if !self.context.wait_until_quiet(deadline) {
             warn!("some processes did not end in time");
         }

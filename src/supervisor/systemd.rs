@@ -1,19 +1,14 @@
-//! Messages to the service manager, as sd_notify(3) sends them. Elsewhere nobody listens.
-// Not the crate sd-notify: its messages wait for a manager that doesn't read.
+//! What the service manager is told.
 
-use std::ffi::{OsStr, OsString};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
-use crate::sys::process::SERVICE_VARIABLES;
+use crate::sys::manager::{Manager, variable};
 
 #[derive(Debug)]
 pub(crate) struct Service {
-    socket: Option<UnixDatagram>,
+    manager: Manager,
     pub(crate) ready: bool,
     /// The last one sent.
     status: String,
@@ -24,21 +19,17 @@ pub(crate) struct Service {
 impl Service {
     /// Reads the environment; intervals start at `now`.
     pub(crate) fn new(now: Instant) -> Self {
-        let [socket, micros, pid] = SERVICE_VARIABLES.map(std::env::var_os);
-        let number = |text: &Option<OsString>| text.as_ref()?.to_str()?.parse::<u64>().ok();
-        let ours = pid.is_none() || number(&pid) == Some(std::process::id().into());
-        let limit = number(&micros).filter(|micros| ours && *micros > 0);
+        let absent = std::env::var_os("WATCHDOG_PID").is_none();
+        let ours = absent || variable("WATCHDOG_PID") == Some(std::process::id());
+        let limit = variable::<u64>("WATCHDOG_USEC").filter(|micros| ours && *micros > 0);
         // Twice as often as required, as sd_watchdog_enabled(3) recommends.
         let watchdog = limit.map(|micros| (Duration::from_micros(micros) / 2, now));
-        let socket = socket.and_then(|name| connect(&name));
-        Service { socket, ready: false, status: String::new(), watchdog }
+        Service { manager: Manager::from_environment(), ready: false, status: String::new(), watchdog }
     }
 
     fn send(&self, state: &str) {
-        if let Some(socket) = &self.socket {
-            // The manager may not listen any more, and a lost message is either repeated or not important.
-            let _ = socket.send(state.as_bytes());
-        }
+        // A lost message is either repeated or not important.
+        self.manager.send(state, &[]);
     }
 
     /// Ends the start or a reload.
@@ -83,17 +74,4 @@ impl Service {
             }
         }
     }
-}
-
-fn connect(name: &OsStr) -> Option<UnixDatagram> {
-    let address = match name.as_bytes() {
-        [] => return None,
-        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
-        _ => SocketAddr::from_pathname(name),
-    };
-    let socket = UnixDatagram::unbound().ok()?;
-    socket.connect_addr(&address.ok()?).ok()?;
-    // A manager that doesn't read mustn't hold anything up.
-    socket.set_nonblocking(true).ok()?;
-    Some(socket)
 }

@@ -3,6 +3,7 @@
 pub(crate) mod beneath;
 pub(crate) mod clock;
 mod errno;
+pub(crate) mod manager;
 pub(crate) mod names;
 pub(crate) mod net;
 pub(crate) mod privilege;

@@ -17,16 +17,15 @@ use nix::poll::PollFlags;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
-use nix::unistd::{Pid, chdir, geteuid, getpid, getppid, getsid, setgid, setgroups, setsid, setuid};
+use nix::unistd::{Pid, Uid, chdir, geteuid, getpid, getppid, getsid, setgid, setgroups, setsid, setuid};
 
+use super::pty::Pty;
 use super::users::User;
 use super::wake::Wake;
-use super::{poll_one, privilege, thread};
+use super::{manager, poll_one, privilege, thread};
 
 nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 
-/// From the service manager to this process, not to its children.
-pub(crate) const SERVICE_VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 /// The number of signals on every architecture but MIPS.
 const KERNEL_SIGNALS: usize = 64;
 /// Rounds of signalling, to catch processes forked meanwhile.
@@ -36,11 +35,16 @@ const HANG_UP_ROUNDS: u32 = 20;
 /// waits for it.
 #[derive(Debug)]
 pub(crate) struct SessionLeader {
-    child: Child,
+    pid: Pid,
+    /// `None` if an earlier process of the service has started it: then init reaps it.
+    child: Option<Child>,
     /// Readable when the process has ended.
     exit: OwnedFd,
-    status: Option<ExitStatus>,
+    ended: bool,
 }
+
+/// How a process ended; `None` if only its parent was told.
+pub(crate) type Exit = Option<ExitStatus>;
 
 impl SessionLeader {
     /// Starts `command` on the terminal `tty` as `user` if this process is root, in `user`'s home or, if the user
@@ -48,13 +52,15 @@ impl SessionLeader {
     ///
     /// Of `environment` the last of several variables with one name counts; there are no others. Signals have their default effect, umask and limits are
     /// those that this process was started with, and no descriptor of ours but the terminal is open. With
-    /// `no_new_privileges` no program can become more than the user is.
+    /// `no_new_privileges` no program can become more than the user is. It ends with this process, unless it `outlives`
+    /// that.
     pub(crate) fn spawn(
         command: &Path,
         arguments: &[String],
         user: &User,
         no_new_privileges: bool,
         environment: Vec<(String, OsString)>,
+        outlives: bool,
         tty: OwnedFd,
     ) -> io::Result<Self> {
         let home = CString::new(user.home.as_os_str().as_bytes())?;
@@ -86,6 +92,9 @@ impl SessionLeader {
             // As the user, not before: root may not enter every home (NFS with root_squash), and may enter directories
             // that the user may not.
             chdir(home.as_c_str()).or_else(|_| chdir(c"/"))?;
+            if outlives {
+                return Ok(());
+            }
             // The kernel sends this when the thread that forked it ends, as in a kill of the daemon, besides the
             // terminal's hang-up, which the shell might ignore. Changing the user would undo it. Not SIGKILL: an
             // interactive shell, which ignores SIGTERM, passes the hang-up on to its jobs.
@@ -100,31 +109,48 @@ impl SessionLeader {
             spawn.pre_exec(prepare)
         };
         let mut child = spawn.spawn()?;
-        let exit = watch_exit(pid_of(&child)).inspect_err(|_| {
+        let pid = pid_of(&child);
+        let exit = watch_exit(pid).inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
         })?;
-        Ok(SessionLeader { child, exit, status: None })
+        Ok(SessionLeader { pid, child: Some(child), exit, ended: false })
+    }
+
+    /// The leader of the session on this terminal, a process of `user`'s that is nobody's child here.
+    pub(crate) fn of_terminal(pty: &Pty, user: Uid) -> io::Result<Self> {
+        let pid = pty.session()?;
+        let exit = pidfd_open(pid)?;
+        // Its id was another's if the process has ended meanwhile, and then the terminal has no session.
+        if pty.session()? != pid || real_uid(pid)? != user.as_raw() {
+            return Err(Errno::EPERM.into());
+        }
+        Ok(SessionLeader { pid, child: None, exit, ended: false })
     }
 
     pub(crate) fn pid(&self) -> i32 {
-        pid_of(&self.child).as_raw()
+        self.pid.as_raw()
     }
 
     /// Reaps the process if it has ended. To be called when the descriptor is readable.
-    pub(crate) fn try_wait(&mut self) -> Option<ExitStatus> {
-        self.status = self.child.try_wait().ok().flatten();
-        self.status
+    pub(crate) fn try_wait(&mut self) -> Option<Exit> {
+        let exit = match &mut self.child {
+            Some(child) => child.try_wait().ok().flatten().map(Some),
+            None => Some(None),
+        };
+        self.ended = exit.is_some();
+        exit
     }
 
     /// Sends SIGHUP (and SIGCONT, so that stopped ones notice) to every process of the session, and SIGTERM to the
     /// shell's own group. Jobs that were made to outlive a hang-up do.
     pub(crate) fn hang_up(&self) {
-        if self.status.is_some() {
+        if self.ended {
             return;
         }
-        // As long as the leader isn't reaped its id, and so the session's and the group's, can't be anyone else's.
-        let (leader, mut told) = (pid_of(&self.child), HashSet::new());
+        // As long as the leader isn't reaped its id, and so the session's and the group's, can't be anyone else's. Init
+        // may reap one at any time, but no other process gets that id so soon.
+        let (leader, mut told) = (self.pid, HashSet::new());
         for _ in 0..HANG_UP_ROUNDS {
             let before = told.len();
             for pid in session_members(leader).into_iter().filter(|pid| told.insert(*pid)) {
@@ -140,8 +166,8 @@ impl SessionLeader {
 
     /// Sends SIGKILL to the shell's own group, which it can't leave.
     pub(crate) fn kill(&self) {
-        if self.status.is_none() {
-            let _ = killpg(pid_of(&self.child), Signal::SIGKILL);
+        if !self.ended {
+            let _ = killpg(self.pid, Signal::SIGKILL);
         }
     }
 }
@@ -155,7 +181,9 @@ impl AsFd for SessionLeader {
 impl Drop for SessionLeader {
     fn drop(&mut self) {
         self.kill();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.wait();
+        }
     }
 }
 
@@ -165,7 +193,7 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     let failed = |e: io::Error| format!("fork/exec {}: {}", program.display(), super::reason(&e));
     let mut command = Command::new(program);
     command.arg(argument).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    for ours in SERVICE_VARIABLES {
+    for ours in manager::VARIABLES {
         command.env_remove(ours);
     }
     // SAFETY: as for a shell; the calls are on constants and that static.
@@ -195,6 +223,13 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
         (.., Some(9)) => Err("signal: killed".to_owned()),
         (.., signal) => Err(format!("signal: {}", signal.unwrap_or(0))),
     }
+}
+
+fn real_uid(pid: Pid) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let uid =
+        status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
+    uid.ok_or_else(|| Errno::ESRCH.into())
 }
 
 fn pid_of(child: &Child) -> Pid {
@@ -270,7 +305,7 @@ fn session_members(leader: Pid) -> Vec<Pid> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::pty::{Pty, WindowSize};
+    use crate::sys::pty::WindowSize;
 
     fn shell(script: &str) -> (Pty, SessionLeader) {
         let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap();
@@ -278,7 +313,8 @@ mod tests {
         let (pty, tty) = Pty::open(WindowSize { width: 80, height: 24 }, None).unwrap();
         let arguments = ["-c".to_string(), script.to_string()];
         let leader =
-            SessionLeader::spawn(Path::new("/bin/sh"), &arguments, &user, false, Vec::new(), tty).unwrap();
+            SessionLeader::spawn(Path::new("/bin/sh"), &arguments, &user, false, Vec::new(), false, tty)
+                .unwrap();
         (pty, leader)
     }
 
@@ -286,7 +322,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             if poll_one(leader, PollFlags::POLLIN, Some(deadline)).unwrap().contains(PollFlags::POLLIN) {
-                return leader.try_wait().unwrap();
+                return leader.try_wait().unwrap().unwrap();
             }
             assert!(Instant::now() < deadline, "the process did not end");
         }
@@ -295,14 +331,14 @@ mod tests {
     #[test]
     fn reports_the_exit_status() {
         let (_pty, mut leader) = shell("exit 3");
-        assert_eq!(leader.try_wait().is_some(), leader.status.is_some());
+        assert_eq!(leader.try_wait().is_some(), leader.ended);
         assert_eq!(wait(&mut leader).code(), Some(3));
     }
 
     #[test]
     fn a_thread_stands_in_for_pidfd_on_old_kernels() {
         let (_pty, mut leader) = shell("read line; exit 4");
-        leader.exit = watch_with_thread(pid_of(&leader.child)).unwrap();
+        leader.exit = watch_with_thread(leader.pid).unwrap();
         assert!(leader.try_wait().is_none());
         _pty.write(b"go\n").unwrap();
         assert_eq!(wait(&mut leader).code(), Some(4));
@@ -346,7 +382,7 @@ mod tests {
         let user = crate::sys::users::lookup(&me.name).unwrap();
         let (_pty, tty) = Pty::open(WindowSize { width: 80, height: 24 }, None).unwrap();
         let error =
-            SessionLeader::spawn(Path::new("/bin/x"), &[], &user, false, Vec::new(), tty).unwrap_err();
+            SessionLeader::spawn(Path::new("/bin/x"), &[], &user, false, Vec::new(), false, tty).unwrap_err();
         assert_eq!(crate::sys::reason(&error), "no such file or directory");
     }
 }

@@ -8,10 +8,11 @@ use nix::fcntl::{OFlag, open};
 use nix::libc;
 use nix::pty::{PtyMaster, grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::stat::Mode;
-use nix::sys::termios::{InputFlags, SetArg, tcgetattr, tcsetattr};
-use nix::unistd::{Uid, fchown};
+use nix::sys::termios::{InputFlags, SetArg, tcgetattr, tcgetsid, tcsetattr};
+use nix::unistd::{Pid, Uid, fchown};
 
 nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
+nix::ioctl_read_bad!(window_size, libc::TIOCGWINSZ, libc::winsize);
 
 /// In characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +53,23 @@ impl Pty {
         // SAFETY: the kernel reads one winsize before the call returns; the descriptor is open as long as `self` lives.
         unsafe { set_window_size(self.0.as_raw_fd(), &raw const size) }?;
         Ok(())
+    }
+
+    /// A master that another process has opened, and its size. Fails for any other descriptor.
+    #[allow(unsafe_code)]
+    pub(crate) fn adopt(master: OwnedFd) -> io::Result<(Self, WindowSize)> {
+        // SAFETY: the descriptor is the wrapper's now; TIOCGPTN, below, fails if it isn't a master.
+        let pty = Pty(unsafe { PtyMaster::from_owned_fd(master) });
+        ptsname_r(&pty.0)?;
+        let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the kernel writes one winsize before the call returns; the descriptor is open as long as `pty` lives.
+        unsafe { window_size(pty.0.as_raw_fd(), &raw mut size) }?;
+        Ok((pty, WindowSize { width: size.ws_col, height: size.ws_row }))
+    }
+
+    /// The session that this terminal controls. ENOTTY: none, its leader has ended.
+    pub(crate) fn session(&self) -> io::Result<Pid> {
+        tcgetsid(&self.0).map_err(Into::into)
     }
 
     /// Reads output. `Ok(0)` is the end: no process holds the other side any more (the kernel says EIO).

@@ -296,7 +296,7 @@ fn five_cuts_lose_no_byte() {
 }
 
 /// Appends output of the terminal until `all` is longer than `wanted`, or nothing comes for `span`.
-fn collect(terminal: &Terminal, all: &mut Vec<u8>, wanted: usize, span: Duration) {
+pub fn collect(terminal: &Terminal, all: &mut Vec<u8>, wanted: usize, span: Duration) {
     let ours = |msg: &Msg| msg.sid.as_deref() == Some(&terminal.sid);
     while all.len() <= wanted
         && let Some(Ok(msg)) = terminal.device.try_take(span, ours)

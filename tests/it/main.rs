@@ -97,6 +97,7 @@ mod reload;
 mod remote;
 #[cfg(feature = "dbus")]
 mod resources;
+mod restart;
 #[cfg(feature = "dbus")]
 mod secrets;
 #[cfg(feature = "dbus")]

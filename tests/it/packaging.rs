@@ -135,6 +135,7 @@ pub fn machine() -> Option<Machine> {
         "/usr/bin/orders",
         "#!/bin/sh
         case \"$*\" in
+            *show*) cat /run/shown ;;
             *able*) SYSTEMD_OFFLINE=1 exec systemctl.real \"$@\" ;;
             *) echo \"$@\" >>/run/orders ;;
         esac",
@@ -309,12 +310,20 @@ fn an_upgrade_in_its_own_terminal_is_finished() {
     if status != Some(0) {
         return skip(&format!("no cgroup can be made here: {text}"));
     }
-    let text = machine.sh("echo $$ >/mnt/packaging-test/mender-connect.service/cgroup.procs
+    let upgrade = "echo $$ >/mnt/packaging-test/mender-connect.service/cgroup.procs
         dpkg -i /run/test/new.deb
-        echo $$ >/mnt/cgroup.procs
-        rmdir /mnt/packaging-test/mender-connect.service /mnt/packaging-test");
-    assert!(text.contains("once you restart it"), "{text}");
-    assert!(orders(&machine).is_empty());
+        echo $$ >/mnt/cgroup.procs";
+    for keeps_none in ["", "NFileDescriptorStore=0\n"] {
+        machine.write("/run/shown", keeps_none);
+        let text = machine.sh(upgrade);
+        assert!(text.contains("once you restart it"), "{text}");
+        assert!(orders(&machine).is_empty());
+    }
+    machine.write("/run/shown", "NFileDescriptorStore=2\n");
+    let text = machine.sh(upgrade);
+    assert!(!text.contains("once you restart it"), "{text}");
+    expect_order(&machine, "restart");
+    machine.sh("rmdir /mnt/packaging-test/mender-connect.service /mnt/packaging-test");
 }
 
 /// From Mender's package to ours and on, with the administrator's configuration.

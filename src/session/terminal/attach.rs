@@ -51,6 +51,7 @@ impl Terminal {
         running.permit.attach(&peer.wake);
         running.clock.resume(now);
         running.info = peer.info.adopt_shell(&running.info);
+        running.describe(&peer.id, now);
         Record::new("shell-attach", Some(&peer.id), &running.info.user)
             .with("pid", running.info.pid)
             .since(since, now)

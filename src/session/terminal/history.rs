@@ -34,6 +34,24 @@ impl History {
         History { bytes: VecDeque::new(), end: 0, sent: 0, under_way: VecDeque::new(), memory }
     }
 
+    /// A history that another agent has begun, with its [`History::numbers`]; `None` if they can't be.
+    pub(super) fn adopt(bytes: &[u8], (end, sent): (u64, u64), memory: Permit) -> Option<Self> {
+        let possible = bytes.len() as u64 <= end && sent <= end;
+        let mut history = History::new(memory);
+        history.push(bytes);
+        (history.end, history.sent) = (end, sent);
+        possible.then_some(history)
+    }
+
+    pub(super) fn bytes(&self) -> VecDeque<u8> {
+        self.bytes.clone()
+    }
+
+    /// Of the byte behind the last one, and of the first that was not sent.
+    pub(super) fn numbers(&self) -> (u64, u64) {
+        (self.end, self.sent)
+    }
+
     fn start(&self) -> u64 {
         self.end - self.bytes.len() as u64
     }

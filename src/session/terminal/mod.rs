@@ -11,12 +11,12 @@
 mod attach;
 mod clock;
 mod history;
+mod kept;
 mod running;
 mod shell;
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::process::ExitStatus;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,7 @@ use crate::audit::Record;
 use crate::outbox::Discard;
 use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId, UserId};
-use crate::sys::process::SessionLeader;
+use crate::sys::process::{Exit, SessionLeader};
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, lock, reason};
 
@@ -160,27 +160,19 @@ impl Terminal {
         };
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
-        let shell = Shell::start(&config.shell, size, (&peer.id, &user), peer.device.memory.none())
-            .map_err(|e| format!("failed to start shell: {e}"))?;
+        let keeps = !config.sessions.keep_detached.is_zero() && !user.as_str().is_empty();
+        let store = peer.device.store.as_ref().filter(|_| keeps);
+        let (shell, place) =
+            Shell::start(&config.shell, size, (&peer.id, &user), store, peer.device.memory.none())
+                .map_err(|e| format!("failed to start shell: {e}"))?;
         let pid = shell.process.pid();
         Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);
         let info = peer.info.set_shell(user, pid, now);
         peer.reply(&wire::started(&peer.id));
-        let running = Running {
-            shell,
-            info,
-            permit,
-            clock: Clock::new(&config.sessions, now),
-            size,
-            history: History::new(peer.device.memory.none()),
-            detached: None,
-            asked: None,
-            restore: None,
-            discard: Discard::default(),
-            exit: None,
-            at_end: false,
-            give_up: None,
-        };
+        let (clock, history) = (Clock::new(&config.sessions, now), History::new(peer.device.memory.none()));
+        let mut running = Running::new(shell, info, permit, clock, size, history);
+        running.place = place;
+        running.describe(&peer.id, now);
         self.state = State::Running(Box::new(running));
         Ok(())
     }
@@ -315,11 +307,11 @@ impl Terminal {
         }
     }
 
-    fn ended_by_itself(&mut self, peer: &mut Peer, status: ExitStatus, now: Instant) {
+    fn ended_by_itself(&mut self, peer: &mut Peer, status: Exit, now: Instant) {
         let State::Running(running) = std::mem::take(&mut self.state) else { return };
         let age = now.saturating_duration_since(running.info.traffic.since);
-        log_end(peer, &status.to_string(), "exited", now);
-        if status.code() == Some(2) && age < Duration::from_secs(1) {
+        log_end(peer, &text(status), "exited", now);
+        if status.and_then(|status| status.code()) == Some(2) && age < Duration::from_secs(1) {
             warn!(
                 "the shell ended at once with exit status 2: it may not know its arguments {:?}; \
                  a /bin/sh that is dash has no --login, see ShellCommand and ShellArguments",
@@ -337,7 +329,7 @@ impl Terminal {
             && let Some(status) = ending.process.try_wait()
         {
             let Ending { answer, why, .. } = *ending;
-            log_end(peer, &status.to_string(), why, now);
+            log_end(peer, &text(status), why, now);
             self.state = State::Nothing;
             if answer {
                 peer.reply(&wire::stopped(&peer.id));
@@ -361,6 +353,10 @@ impl Terminal {
             peer.reply(&wire::failure(&peer.id, wire::STOP, text));
         }
     }
+}
+
+fn text(status: Exit) -> String {
+    status.map_or_else(|| "unknown".to_owned(), |status| status.to_string())
 }
 
 fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {

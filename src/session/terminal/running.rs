@@ -1,7 +1,6 @@
 //! A running shell: what its client sees of it, or what is kept while there is none.
 
 use std::os::fd::AsFd;
-use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +16,8 @@ use crate::proto::shell as wire;
 use crate::session::peer::Peer;
 use crate::session::shells::ShellPermit;
 use crate::session::stats::ShellInfo;
+use crate::session::store::Place;
+use crate::sys::process::Exit;
 use crate::sys::pty::WindowSize;
 use crate::sys::{PollSet, reason};
 
@@ -47,14 +48,42 @@ pub(super) struct Running {
     /// For its queued output.
     pub(super) discard: Discard,
     /// Set when the process is reaped. Its last output may still be on the way.
-    pub(super) exit: Option<ExitStatus>,
+    pub(super) exit: Option<Exit>,
     /// Set when the terminal's other side is closed.
     pub(super) at_end: bool,
     /// When not to wait any longer for the other of the two.
     pub(super) give_up: Option<Instant>,
+    /// Where the shell is kept when the agent ends.
+    pub(super) place: Option<Place>,
 }
 
 impl Running {
+    pub(super) fn new(
+        shell: Shell,
+        info: Arc<ShellInfo>,
+        permit: ShellPermit,
+        clock: Clock,
+        size: WindowSize,
+        history: History,
+    ) -> Self {
+        Running {
+            shell,
+            info,
+            permit,
+            clock,
+            size,
+            history,
+            detached: None,
+            asked: None,
+            restore: None,
+            discard: Discard::default(),
+            exit: None,
+            at_end: false,
+            give_up: None,
+            place: None,
+        }
+    }
+
     pub(super) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
         let credit = if self.detached.is_some() { None } else { peer.credit.deadline(now) };
         let answer = self.asked.map(|at| at + ANSWER_LIMIT);

@@ -4,10 +4,12 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::sync::Arc;
 
 use crate::config;
 use crate::permits::Permit;
 use crate::proto::{SessionId, UserId};
+use crate::session::store::{Place, Store};
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::{Pty, WindowSize};
 use crate::sys::reason;
@@ -41,21 +43,29 @@ pub(crate) enum Then {
 }
 
 impl Shell {
-    /// Starts the configured shell on a terminal of `size` for a user's session. The error follows "failed to start
-    /// shell: ".
+    /// Starts the configured shell on a terminal of `size` for a user's session. It outlives this agent if it has a place
+    /// in the `store`. The error follows "failed to start shell: ".
     pub(crate) fn start(
         shell: &config::Shell,
         size: WindowSize,
-        session: (&SessionId, &UserId),
+        (session, of): (&SessionId, &UserId),
+        store: Option<&Arc<Store>>,
         memory: Permit,
-    ) -> Result<Self, String> {
+    ) -> Result<(Self, Option<Place>), String> {
         let owner = nix::unistd::geteuid().is_root().then_some(shell.user.uid);
         let (pty, tty) = Pty::open(size, owner).map_err(|e| reason(&e))?;
-        let config::Shell { command, arguments, user, no_new_privileges, .. } = shell;
-        let environment = environment(shell, session);
-        let process = SessionLeader::spawn(command, arguments, user, *no_new_privileges, environment, tty)
+        let place = store.and_then(|store| store.keep(&pty));
+        let config::Shell { command, arguments, user, no_new_privileges: confined, .. } = shell;
+        let (environment, outlives) = (environment(shell, session, of), place.is_some());
+        let process = SessionLeader::spawn(command, arguments, user, *confined, environment, outlives, tty)
             .map_err(|e| format!("fork/exec {}: {}", command.display(), reason(&e)))?;
-        Ok(Shell { process, pty, input: VecDeque::new(), memory })
+        Ok((Shell { process, pty, input: VecDeque::new(), memory }, place))
+    }
+
+    /// Goes on with a shell, for which `input` waits.
+    pub(crate) fn adopt(process: SessionLeader, pty: Pty, input: &[u8], mut memory: Permit) -> Self {
+        memory.resize(input.len().saturating_sub(SMALL_INPUT));
+        Shell { process, pty, input: input.iter().copied().collect(), memory }
     }
 
     /// Types `bytes`, all or, when too much waits already, nothing.
@@ -113,10 +123,7 @@ impl Shell {
 }
 
 /// A login's variables, those that tell whose terminal it is, and those of the configuration.
-fn environment(
-    shell: &config::Shell,
-    (session_id, user_id): (&SessionId, &UserId),
-) -> Vec<(String, OsString)> {
+fn environment(shell: &config::Shell, session_id: &SessionId, user_id: &UserId) -> Vec<(String, OsString)> {
     let config::Shell { command, arguments, user, environment, .. } = shell;
     let name = || Some(user.name.clone().into());
     // A variable can't hold everything that an id can.

@@ -91,13 +91,18 @@ struct Log {
 impl Daemon {
     /// Starts a prepared command, reading its standard error. When that shall look like the
     /// journal's, JOURNAL_STREAM names it as systemd does: device and inode.
-    pub fn start(mut command: Command, journal: bool) -> Daemon {
+    pub fn start(command: Command, journal: bool) -> Daemon {
+        Daemon::passing([Stdio::null(), Stdio::null()], command, journal)
+    }
+
+    /// The same with this standard input and output.
+    pub fn passing([input, output]: [Stdio; 2], mut command: Command, journal: bool) -> Daemon {
         let (stderr, write_end) = std::io::pipe().expect("a pipe");
         if journal {
             let pipe = nix::sys::stat::fstat(&write_end).expect("fstat");
             command.env("JOURNAL_STREAM", format!("{}:{}", pipe.st_dev, pipe.st_ino));
         }
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(write_end);
+        command.stdin(input).stdout(output).stderr(write_end);
         let started = Instant::now();
         let child = command.spawn().unwrap_or_else(|e| panic!("start {:?}: {e}", command.get_program()));
         // The command holds the write end too, and without its end the log has none.

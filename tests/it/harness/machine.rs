@@ -20,7 +20,7 @@ use super::proc;
 use super::program;
 use super::rig::{TOKEN, is_root};
 use super::server::Server;
-use super::wait::{SOON, Watched, secs, skip, spawn};
+use super::wait::{SOON, Watched, eventually, secs, skip, spawn};
 
 /// Runs in name spaces of its own; $1 is where the tools lie. What the machine's files have in addition to
 /// those they cover is at /run/changes, the test's folder at /run/test. The last shell is the machine's first process
@@ -50,6 +50,21 @@ mount -t devpts -o newinstance,ptmxmode=666 devpts dev/pts
 ln -s pts/ptmx dev/ptmx
 ln -s /run/test/log dev/log
 exec chroot . /bin/sh -c 'echo ready; sleep infinity & wait'
+"#;
+
+/// Instead of the last line: systemd as the first process, with nothing started but what the test starts.
+const SYSTEMD: &str = r#"
+mount --rbind /sys sys
+umount -l sys/fs/cgroup
+mount -t tmpfs -o mode=755 tmpfs sys/fs/cgroup
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+touch "$here/console" dev/console
+mount --bind "$here/console" dev/console
+mkdir -p run/systemd/system
+echo '[Unit]' >run/systemd/system/test.target
+echo ready
+exec env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot . /lib/systemd/systemd --system \
+    --unit=test.target --log-target=console --log-color=no --show-status=no
 "#;
 
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
@@ -84,6 +99,23 @@ pub fn have_tools(names: &[&str]) -> bool {
 impl Machine {
     /// `None`, and said so, where no machine can be made.
     pub fn start() -> Option<Machine> {
+        Self::boot(BOOT)
+    }
+
+    /// One that systemd runs.
+    pub fn with_systemd() -> Option<Machine> {
+        if !Path::new("/lib/systemd/systemd").exists() {
+            skip("systemd is missing");
+            return None;
+        }
+        let (start, _) = BOOT.trim_end().rsplit_once('\n').expect("lines");
+        let machine = Self::boot(&format!("{start}{SYSTEMD}"))?;
+        let up = || (machine.try_sh("systemctl is-active test.target").0 == Some(0)).then_some(());
+        eventually(SOON, "systemd is up", up);
+        Some(machine)
+    }
+
+    fn boot(script: &str) -> Option<Machine> {
         if !is_root() {
             skip("a machine of its own needs root");
             return None;
@@ -95,8 +127,8 @@ impl Machine {
         let manager = Manager::start(&bus.address(), TOKEN, &server.url());
         let mut command = Command::new("unshare");
         bare(&mut command);
-        command.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]);
-        command.args(["/bin/sh", "-c", BOOT, "sh"]).arg(tools());
+        command.args(["--mount", "--propagation", "private", "--pid", "--cgroup", "--fork", "--kill-child"]);
+        command.args(["/bin/sh", "-c", script, "sh"]).arg(tools());
         command.current_dir(dir.path()).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut boot = match command.spawn() {
             Ok(boot) => boot,

@@ -1,7 +1,8 @@
 //! Bus, manager, server and agent put together.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -41,6 +42,8 @@ pub struct Setup {
     manager: bool,
     policy: String,
     token_file: Option<PathBuf>,
+    /// What the service manager passes on.
+    descriptors: Vec<OwnedFd>,
 }
 
 /// A configuration whose shell is bash without anybody's start-up files, run as the current user.
@@ -82,6 +85,7 @@ impl Setup {
             manager: true,
             policy: String::new(),
             token_file: None,
+            descriptors: Vec::new(),
         }
     }
 
@@ -160,12 +164,21 @@ impl Setup {
         self.without_manager()
     }
 
+    /// Two descriptors at most that the service manager has kept for the agent, both under this name.
+    pub fn descriptors(mut self, descriptors: Vec<OwnedFd>, name: &str) -> Setup {
+        let names = vec![name; descriptors.len()].join(":");
+        let count = descriptors.len().to_string();
+        self.descriptors = descriptors;
+        let passed = self.env("LISTEN_FDS", &count).env("LISTEN_FDNAMES", &names);
+        passed.wrapper("export LISTEN_PID=$$; exec 3<&0 4<&1 </dev/null >/dev/null; exec \"$@\"")
+    }
+
     pub fn start(self) -> Rig {
         self.start_with(|_| {})
     }
 
     /// Lets the test script the server before the agent starts.
-    pub fn start_with(self, prepare: impl FnOnce(&Server)) -> Rig {
+    pub fn start_with(mut self, prepare: impl FnOnce(&Server)) -> Rig {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let mut bus = Bus::with_policy(dir.path(), &self.policy);
         if self.token_file.is_none() {
@@ -178,7 +191,9 @@ impl Setup {
         if self.manager {
             manager.appear();
         }
-        let daemon = Daemon::start(self.command(&dir, &bus.address(), &url), self.journal);
+        let mut descriptors = std::mem::take(&mut self.descriptors).into_iter();
+        let streams = std::array::from_fn(|_| descriptors.next().map_or_else(Stdio::null, Stdio::from));
+        let daemon = Daemon::passing(streams, self.command(&dir, &bus.address(), &url), self.journal);
         Rig { daemon, manager, server, bus, dir }
     }
 

@@ -1,0 +1,164 @@
+//! Shells that outlive the agent. The service manager's store has their terminals, and what is to be known about each;
+//! the next process of the service gets both, and goes on with the shells as detached ones.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use log::warn;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::device::Device;
+use super::inbox::Inbox;
+use super::peer::Peer;
+use super::session;
+use super::stats::Info;
+use super::table::Client;
+use super::terminal::Terminal;
+use crate::outbox::Sink;
+use crate::proto::{Frame, SHELL};
+use crate::sys::manager::{self, Manager};
+use crate::sys::pty::Pty;
+use crate::sys::wake::Wake;
+use crate::sys::{clock, reason};
+
+/// The type of the frame that describes a shell. Of another version's agent it may be another.
+const KEPT: &str = "kept-1";
+/// Bytes read of a description: output and input at their most, and the frame around them.
+const MAX_DESCRIPTION: usize = 2 << 20;
+
+/// The manager's store, where it has one for this service.
+#[derive(Debug)]
+pub(crate) struct Store {
+    manager: Manager,
+    /// Those that were ever taken.
+    places: AtomicU32,
+    ends: AtomicBool,
+}
+
+/// The place of a shell in the store, which is free again when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    store: Arc<Store>,
+    name: String,
+    description: File,
+}
+
+impl Store {
+    /// Managers before systemd 254 don't tell that they have one: the unit does.
+    pub(crate) fn open() -> Option<Arc<Self>> {
+        let places = manager::variable::<u32>("FDSTORE").filter(|places| *places > 0);
+        places.map(|_| {
+            let manager = Manager::from_environment();
+            Arc::new(Store { manager, places: AtomicU32::new(0), ends: AtomicBool::new(false) })
+        })
+    }
+
+    /// From now on shells are left to the next agent rather than ended.
+    pub(crate) fn end(&self) {
+        self.ends.store(true, Ordering::SeqCst);
+    }
+
+    /// `None` if the store has no room, or the manager no time.
+    pub(crate) fn keep(self: &Arc<Self>, pty: &Pty) -> Option<Place> {
+        // An earlier agent's must have another.
+        let number = self.places.fetch_add(1, Ordering::Relaxed);
+        let name = format!("shell-{}-{number}", clock::now().as_millis());
+        let description: File = memfd_create(c"mender-connect", MFdFlags::MFD_CLOEXEC).ok()?.into();
+        // The manager is not to drop a terminal that a program has closed and will open again.
+        let told = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
+        let kept = self.manager.send(&told, &[pty.as_fd().as_raw_fd(), description.as_raw_fd()]);
+        kept.then(|| Place { store: Arc::clone(self), name, description })
+    }
+}
+
+impl Place {
+    /// Describes the shell.
+    pub(crate) fn describe(&self, shell: Frame) {
+        let text = Frame { proto: SHELL, typ: KEPT.to_owned(), ..shell }.encode();
+        let written = self.description.set_len(0).and_then(|()| self.description.write_all_at(&text, 0));
+        if let Err(e) = written {
+            warn!("a shell won't outlive the agent: {}", reason(&e));
+        }
+    }
+
+    /// True if the agent ends, and the shell goes on.
+    pub(crate) fn is_left(&self) -> bool {
+        self.store.ends.load(Ordering::SeqCst)
+    }
+
+    fn read(&self) -> io::Result<Frame> {
+        let length = self.description.metadata()?.len().min(MAX_DESCRIPTION as u64);
+        let mut text = vec![0; length as usize];
+        self.description.read_exact_at(&mut text, 0)?;
+        Frame::decode(&text.into()).map_err(io::Error::other)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.is_left() {
+            self.store.manager.send(&format!("FDSTOREREMOVE=1\nFDNAME={}", self.name), &[]);
+        }
+    }
+}
+
+/// Goes on with the shells that an earlier process of the service has left. What can't be verified loses its terminal,
+/// which hangs it up.
+pub(crate) fn adopt_all(device: &Arc<Device>) {
+    let mut shells = BTreeMap::<String, Vec<OwnedFd>>::new();
+    for (name, descriptor) in manager::kept_descriptors() {
+        shells.entry(name).or_default().push(descriptor);
+    }
+    for (name, descriptors) in shells {
+        if let Err(e) = adopt(device, &name, descriptors) {
+            warn!("{name:?} is not kept any longer: {}", reason(&e));
+        }
+    }
+}
+
+fn adopt(device: &Arc<Device>, name: &str, descriptors: Vec<OwnedFd>) -> io::Result<()> {
+    let store = device.store.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+    let (mut terminals, mut others) = (Vec::new(), Vec::new());
+    for descriptor in descriptors {
+        match Pty::adopt(descriptor.try_clone()?) {
+            Ok(terminal) => terminals.push(terminal),
+            Err(_) => others.push(descriptor),
+        }
+    }
+    let description = others.pop().ok_or(io::ErrorKind::NotFound)?.into();
+    let place = Place { store: Arc::clone(store), name: name.to_owned(), description };
+    let (pty, size) = terminals.pop().ok_or(io::ErrorKind::NotFound)?;
+    let shell = place.read()?;
+    let (user, now) = (shell.user(), Instant::now());
+    let id = shell.sid.clone().filter(|_| shell.typ == KEPT && !user.as_str().is_empty());
+    let id = id.ok_or(io::ErrorKind::InvalidData)?;
+    let age =
+        clock::now().saturating_sub(Duration::from_secs(shell.props.int("started").unwrap_or(0) as u64));
+    let since = now.checked_sub(age).unwrap_or(now);
+    let wake = Arc::new(Wake::new()?);
+    let info = Arc::new(Info::of(user.clone(), since));
+    let permit = device.shells.acquire(&user, u32::MAX, false, &wake, now);
+    let permit = permit.map_err(|refusal| io::Error::other(refusal.text()))?;
+    permit.detach();
+    let thread = device.threads.acquire().ok_or(io::ErrorKind::OutOfMemory)?;
+    let client = Client {
+        id: id.clone(),
+        inbox: Arc::new(Inbox::new(Arc::clone(&wake), &device.memory)),
+        info: Arc::clone(&info),
+        sink: Sink::closed(&wake),
+        wake: Arc::clone(&wake),
+        table: Arc::default(),
+    };
+    client.inbox.close();
+    let peer = Peer::new(device, client, thread, now);
+    let terminal = Terminal::adopt(&peer, &shell, (pty, size), permit, place, now)?;
+    device.detached.open();
+    device.detached.keep(&id, &info, &wake);
+    session::go_on(peer, terminal)
+}

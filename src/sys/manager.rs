@@ -1,0 +1,71 @@
+//! The service manager's socket, as sd_notify(3) has it, and its store of descriptors. Elsewhere nobody listens.
+// Not the crate sd-notify: its messages wait for a manager that doesn't read.
+
+use std::ffi::OsStr;
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+/// From the service manager to this process, not to its children.
+pub(crate) const VARIABLES: [&str; 8] = [
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "FDSTORE",
+    "LISTEN_PID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "LISTEN_PIDFDID",
+];
+/// The first descriptor that the manager passes on.
+const FIRST: RawFd = 3;
+
+pub(crate) fn variable<T: std::str::FromStr>(name: &str) -> Option<T> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+#[derive(Debug)]
+pub(crate) struct Manager(Option<UnixDatagram>);
+
+impl Manager {
+    pub(crate) fn from_environment() -> Self {
+        Manager(std::env::var_os("NOTIFY_SOCKET").and_then(|name| connect(&name)))
+    }
+
+    /// A manager that doesn't read mustn't hold anything up, so a message may be lost.
+    pub(crate) fn send(&self, state: &str, descriptors: &[RawFd]) -> bool {
+        let Some(socket) = &self.0 else { return false };
+        let rights = [ControlMessage::ScmRights(descriptors)];
+        let rights = &rights[..usize::from(!descriptors.is_empty())];
+        let text = [IoSlice::new(state.as_bytes())];
+        sendmsg::<()>(socket.as_raw_fd(), &text, rights, MsgFlags::MSG_DONTWAIT, None).is_ok()
+    }
+}
+
+fn connect(name: &OsStr) -> Option<UnixDatagram> {
+    let address = match name.as_bytes() {
+        [] => return None,
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        _ => SocketAddr::from_pathname(name),
+    };
+    let socket = UnixDatagram::unbound().ok()?;
+    socket.connect_addr(&address.ok()?).ok()?;
+    Some(socket)
+}
+
+/// The descriptors that the manager has kept for this process, with their names. To be called once.
+#[allow(unsafe_code)]
+pub(crate) fn kept_descriptors() -> Vec<(String, OwnedFd)> {
+    if variable("LISTEN_PID") != Some(std::process::id()) {
+        return Vec::new();
+    }
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let (names, count) = (names.split(':'), variable("LISTEN_FDS").unwrap_or(0));
+    // SAFETY: the manager has opened them for this process, which is named; nobody else here knows of them.
+    let own = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
+    names.zip(FIRST..).take(count).map(|(name, fd)| (name.to_owned(), own(fd))).collect()
+}
