@@ -42,6 +42,8 @@ pub struct Device {
     /// Forwards' sockets.
     pub(crate) forwards: Arc<Permits>,
     pub(crate) memory: Arc<Permits>,
+    /// Shells that are told to end and may take their time. Those beyond are killed.
+    pub(crate) dying: Arc<Permits>,
     /// Session threads, those of earlier links included.
     pub(crate) threads: Arc<Permits>,
     /// The sessions of the current link.
@@ -62,6 +64,7 @@ impl Device {
             look_ups: Permits::new(MAX_LOOK_UPS),
             forwards: Permits::new(descriptors.saturating_sub(RESERVED_DESCRIPTORS).max(1)),
             memory: Permits::new(MEMORY),
+            dying: Permits::new(MAX_SHELLS),
             threads: Permits::new(MAX_THREADS),
             table: Mutex::default(),
         })

@@ -146,7 +146,7 @@ impl Session {
             if let Some(why) = self.terminal.left()
                 && !self.detach(why, now)
             {
-                self.terminal.hang_up(why, now);
+                self.terminal.hang_up(&self.peer, why, now);
             }
             self.end_disabled(now);
             self.files.acknowledge(&self.peer);
@@ -191,7 +191,7 @@ impl Session {
         if self.away.is_some() && self.can_detach() {
             self.terminal.detach(&mut self.peer, why.name(), now);
         } else {
-            self.terminal.hang_up(why.name(), now);
+            self.terminal.hang_up(&self.peer, why.name(), now);
             if self.withdraw() {
                 self.away = None;
             }
@@ -238,7 +238,9 @@ impl Session {
         match visitors.try_recv() {
             Ok(visitor) => self.receive(visitor, now),
             Err(TryRecvError::Disconnected) if self.terminal.leave(&self.peer.id, now) => {}
-            Err(TryRecvError::Disconnected) => self.terminal.hang_up(HangUp::LinkLost.name(), now),
+            Err(TryRecvError::Disconnected) => {
+                self.terminal.hang_up(&self.peer, HangUp::LinkLost.name(), now)
+            }
             Err(TryRecvError::Empty) => {
                 if self.away_until().is_some_and(|until| now >= until) {
                     self.terminal.end_alone(&mut self.peer, now);

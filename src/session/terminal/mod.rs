@@ -34,6 +34,7 @@ use super::peer::Peer;
 use super::shells::{MAX_SHELLS, Refusal};
 use crate::audit::Record;
 use crate::outbox::Discard;
+use crate::permits::Permit;
 use crate::proto::shell as wire;
 use crate::proto::{Frame, SessionId, UserId};
 use crate::sys::process::{Exit, SessionLeader};
@@ -76,6 +77,8 @@ struct Ending {
     answer: bool,
     killed: bool,
     deadline: Option<Instant>,
+    /// Among those that may take their time.
+    _place: Option<Permit>,
 }
 
 impl Terminal {
@@ -134,7 +137,7 @@ impl Terminal {
                     peer.reply(&wire::stopped(&peer.id));
                     self.left = Some("user disconnected");
                 } else {
-                    self.end("stopped", true, now);
+                    self.end(peer, "stopped", true, now);
                 }
             }
             (_, wire::NEW) => {
@@ -178,9 +181,9 @@ impl Terminal {
     }
 
     /// Ends the shell without an answer: the client is gone.
-    pub(crate) fn hang_up(&mut self, why: &'static str, now: Instant) {
+    pub(crate) fn hang_up(&mut self, peer: &Peer, why: &'static str, now: Instant) {
         self.deferred.clear();
-        self.end(why, false, now);
+        self.end(peer, why, false, now);
         if let State::Ending(ending) = &mut self.state {
             ending.answer = false;
             ending.deadline = ending.deadline.map(|at| at.min(now + HANG_UP_GRACE));
@@ -200,13 +203,14 @@ impl Terminal {
 
     /// From running to ending: the terminal is closed, which hangs it up, and the processes are told. The permit is
     /// free at once: nobody can type into this shell any more, however long it takes to end.
-    fn end(&mut self, why: &'static str, answer: bool, now: Instant) {
+    fn end(&mut self, peer: &Peer, why: &'static str, answer: bool, now: Instant) {
         self.state = match std::mem::take(&mut self.state) {
             State::Running(running) => {
                 let Running { shell: Shell { process, .. }, .. } = *running;
                 process.hang_up();
-                let deadline = Some(now + STOP_GRACE);
-                State::Ending(Ending { process, why, answer, killed: false, deadline })
+                let place = peer.device.dying.acquire();
+                let deadline = Some(now + if place.is_some() { STOP_GRACE } else { Duration::ZERO });
+                State::Ending(Ending { process, why, answer, killed: false, deadline, _place: place })
             }
             other => other,
         };
@@ -216,7 +220,7 @@ impl Terminal {
     fn end_because(&mut self, peer: &mut Peer, why: &'static str, reason: String, now: Instant) {
         info!("session {}: {reason}", peer.id);
         peer.reply(&wire::failure(&peer.id, wire::STOP, reason));
-        self.end(why, false, now);
+        self.end(peer, why, false, now);
     }
 
     /// When to call [`Terminal::proceed`] without an event.

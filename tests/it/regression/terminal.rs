@@ -108,6 +108,22 @@ fn a_stopped_shell_is_in_nobodys_way() {
     third.expect("new", 2, Some("user has too many open sessions"));
 }
 
+/// Nothing but threads bounded how many programs that don't end could be left behind by reopening a terminal.
+#[test]
+fn programs_that_take_their_time_to_end_are_few() {
+    let stubborn = "trap '' INT TERM HUP QUIT; echo ready; while :; do read x || sleep 1; done";
+    let (rig, device) = Setup::new().config(script_config(stubborn)).connected();
+    for _ in 0..40 {
+        let mut terminal = Terminal::new(&device, Style::Cli);
+        terminal.open();
+        terminal.read_until("ready", SOON);
+        terminal.ask_stop();
+    }
+    // The last shell may not have been told yet, and those beyond the sixteen are killed, but not reaped at once.
+    let few = || (proc::children(rig.daemon.pid()).len() <= 16).then_some(());
+    eventually(millis(1000), "sixteen are left", few);
+}
+
 /// A backspace over é or 漢 in cooked mode took one byte away and left the others.
 #[test]
 fn a_backspace_removes_a_character() {
