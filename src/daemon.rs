@@ -9,7 +9,7 @@ use crate::config;
 use crate::logging::{self, Logger};
 use crate::supervisor;
 use crate::sys::signals::Signals;
-use crate::sys::{privilege, process, reason};
+use crate::sys::{children, privilege, process, reason};
 
 /// Runs until a signal ends it. False if it couldn't start or go on, which has been logged.
 pub(crate) fn run(options: Options) -> bool {
@@ -38,6 +38,7 @@ fn serve(options: Options, log: &'static Logger) -> Result<(), Box<dyn Error>> {
         warn!("privileges that aren't needed couldn't be given up: {}", reason(&e));
     }
     log.start()?;
+    children::prepare()?;
     supervisor::run(config, load, &signals)?;
     Ok(())
 }

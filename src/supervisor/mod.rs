@@ -24,7 +24,7 @@ use crate::status::{self, State, Status};
 use crate::sys::privilege::{self, Needs};
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
-use crate::sys::{PollSet, clock, reason};
+use crate::sys::{PollSet, children, clock, reason};
 
 /// Limit of the sessions' clean-up at the end. The init system is promised two seconds.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
@@ -292,6 +292,7 @@ impl Supervisor {
         self.context.detached.close();
         if !self.context.wait_until_quiet(deadline) {
             warn!("some processes did not end in time");
+            children::leave_descriptors_behind();
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Wrappers of the kernel and libc. The only place with `unsafe`.
 
 pub(crate) mod beneath;
+pub(crate) mod children;
 pub(crate) mod clock;
 mod errno;
 pub(crate) mod manager;

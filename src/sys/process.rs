@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -22,7 +22,7 @@ use nix::unistd::{Pid, Uid, chdir, geteuid, getpid, getppid, getsid, setgid, set
 use super::pty::Pty;
 use super::users::User;
 use super::wake::Wake;
-use super::{manager, poll_one, privilege, thread};
+use super::{children, manager, poll_one, privilege, thread};
 
 nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 
@@ -66,13 +66,7 @@ impl SessionLeader {
         let home = CString::new(user.home.as_os_str().as_bytes())?;
         let switch = geteuid().is_root().then(|| (user.groups.clone(), user.gid, user.uid));
         let mut spawn = Command::new(command);
-        spawn
-            .args(arguments)
-            .env_clear()
-            .envs(environment)
-            .stdin(Stdio::from(tty.try_clone()?))
-            .stdout(Stdio::from(tty.try_clone()?))
-            .stderr(Stdio::from(tty));
+        spawn.args(arguments).env_clear().envs(environment);
         let parent = getpid();
         let prepare = move || {
             setsid()?;
@@ -108,7 +102,7 @@ impl SessionLeader {
         unsafe {
             spawn.pre_exec(prepare)
         };
-        let mut child = spawn.spawn()?;
+        let mut child = children::start(spawn, tty)?;
         let pid = pid_of(&child);
         let exit = watch_exit(pid).inspect_err(|_| {
             let _ = child.kill();
@@ -192,7 +186,7 @@ impl Drop for SessionLeader {
 pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String> {
     let failed = |e: io::Error| format!("fork/exec {}: {}", program.display(), super::reason(&e));
     let mut command = Command::new(program);
-    command.arg(argument).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.arg(argument);
     for ours in manager::VARIABLES {
         command.env_remove(ours);
     }
@@ -201,7 +195,9 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     unsafe {
         command.pre_exec(give_back_defaults)
     };
-    let mut child = command.spawn().map_err(failed)?;
+    let nothing = fs::File::options().read(true).write(true).open("/dev/null");
+    let child = nothing.and_then(|nothing| children::start(command, nothing.into()));
+    let mut child = child.map_err(failed)?;
     let ended = watch_exit(pid_of(&child)).and_then(|exit| {
         let deadline = Instant::now() + limit;
         loop {
@@ -232,7 +228,7 @@ fn real_uid(pid: Pid) -> io::Result<u32> {
     uid.ok_or_else(|| Errno::ESRCH.into())
 }
 
-fn pid_of(child: &Child) -> Pid {
+pub(crate) fn pid_of(child: &Child) -> Pid {
     Pid::from_raw(child.id().cast_signed())
 }
 
@@ -264,7 +260,7 @@ pub(crate) fn keep_descriptors_private() {
 }
 
 /// The entries of a directory of procfs whose names are numbers.
-fn numbers_in(path: &str) -> Vec<i32> {
+pub(super) fn numbers_in(path: &str) -> Vec<i32> {
     let entries = fs::read_dir(path).into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
 }

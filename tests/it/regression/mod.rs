@@ -14,4 +14,6 @@ mod log;
 #[cfg(feature = "dbus")]
 mod network;
 #[cfg(feature = "dbus")]
+mod storage;
+#[cfg(feature = "dbus")]
 mod terminal;

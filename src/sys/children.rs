@@ -1,0 +1,143 @@
+//! Starts programs from a descriptor table of their own, in which no file of a client is open.
+//!
+//! A child that is forked has all of its parent's descriptors and closes them at execve(2). FUSE, NFS and CIFS answer that
+//! with a flush, so that no shell would start while an upload waits for storage that hangs.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, OnceLock};
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use log::warn;
+use nix::errno::Errno;
+use nix::libc;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
+};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::{getpid, getppid};
+
+use super::process::{numbers_in, pid_of};
+use super::{lock, reason, thread};
+
+type Job = (Command, Sender<io::Result<Child>>);
+
+struct Nursery {
+    jobs: Sender<Job>,
+    /// Takes the descriptor for each job, in the jobs' order.
+    socket: OwnedFd,
+}
+
+static NURSERY: OnceLock<Mutex<Nursery>> = OnceLock::new();
+
+/// To be called at the start, before files are opened. Without it programs are started by the thread that asks.
+pub(crate) fn prepare() -> io::Result<()> {
+    let kind = (AddressFamily::Unix, SockType::Datagram);
+    let (socket, theirs) = socketpair(kind.0, kind.1, None, SockFlag::SOCK_CLOEXEC)?;
+    let (jobs, queue) = unbounded();
+    let (ready, is_ready) = bounded(1);
+    thread::spawn("children", thread::SMALL_STACK, move || {
+        if let Err(e) = unshare(CloneFlags::CLONE_FILES) {
+            warn!("shells won't start while an upload waits for storage that hangs: unshare: {e}");
+        } else {
+            close_all_but(&theirs);
+        }
+        let _ = ready.send(());
+        serve(&queue, &theirs);
+    })?;
+    // What is opened later isn't in that table.
+    let _ = is_ready.recv();
+    let _ = NURSERY.set(Mutex::new(Nursery { jobs, socket }));
+    Ok(())
+}
+
+/// Starts `command` with `stdio` as its three standard descriptors.
+pub(crate) fn start(command: Command, stdio: OwnedFd) -> io::Result<Child> {
+    let Some(nursery) = NURSERY.get() else { return start_here(command, stdio) };
+    let (reply, child) = bounded(1);
+    let nursery = lock(nursery);
+    let rights = [stdio.as_raw_fd()];
+    let message = [IoSlice::new(&[0])];
+    let control = [ControlMessage::ScmRights(&rights)];
+    sendmsg::<()>(nursery.socket.as_raw_fd(), &message, &control, MsgFlags::empty(), None)?;
+    let _ = nursery.jobs.send((command, reply));
+    drop(nursery);
+    // Without an answer no thread could be started.
+    child.recv().unwrap_or_else(|_| Err(Errno::EAGAIN.into()))
+}
+
+fn start_here(mut command: Command, stdio: OwnedFd) -> io::Result<Child> {
+    command.stdin(stdio.try_clone()?).stdout(stdio.try_clone()?).stderr(Stdio::from(stdio));
+    command.spawn()
+}
+
+/// Terminals that the service manager has kept would never hang up while they are open here.
+#[allow(unsafe_code)]
+fn close_all_but(socket: &OwnedFd) {
+    let others = numbers_in("/proc/thread-self/fd").into_iter();
+    for fd in others.filter(|fd| *fd > libc::STDERR_FILENO && *fd != socket.as_raw_fd()) {
+        // SAFETY: in a table of this thread's own, where nobody else uses it; one that is closed by now (the directory's
+        // own) answers with an error.
+        unsafe { libc::close(fd) };
+    }
+}
+
+fn serve(jobs: &Receiver<Job>, socket: &OwnedFd) {
+    for (command, reply) in jobs {
+        let stdio = receive(socket);
+        // One for each program: the shell, or the user's home, may be on storage that hangs.
+        let started = thread::spawn("child", thread::SMALL_STACK, move || {
+            let child = stdio.and_then(|stdio| start_here(command, stdio));
+            let pid = child.as_ref().ok().map(pid_of);
+            let _ = reply.send(child);
+            // The child gets its parent-death signal when this thread ends.
+            while pid.is_some_and(|pid| {
+                waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(Errno::EINTR)
+            }) {}
+        });
+        if let Err(e) = started {
+            warn!("no thread for a program: {}", reason(&e));
+        }
+    }
+}
+
+/// For an end while threads wait for storage that hangs. Leaves the descriptors to a process that does nothing else: the
+/// kernel lets whoever closes the last of them wait for the flush, and the daemon wouldn't be gone before.
+#[allow(unsafe_code)]
+pub(crate) fn leave_descriptors_behind() {
+    let parent = getpid();
+    // SAFETY: fork(2), only that both have one table of descriptors. The new process makes system calls only, and ends here.
+    unsafe {
+        if libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) == 0 {
+            // It has another parent when all threads of this one are done with the table.
+            while getppid() == parent {
+                libc::poll(std::ptr::null_mut(), 0, 50);
+            }
+            // Whoever reads the log waits for its end.
+            for fd in 0..=libc::STDERR_FILENO {
+                libc::close(fd);
+            }
+            libc::_exit(0);
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn receive(socket: &OwnedFd) -> io::Result<OwnedFd> {
+    let mut space = nix::cmsg_space!(RawFd);
+    let mut byte = [0];
+    let mut message = [IoSliceMut::new(&mut byte)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let received = recvmsg::<()>(socket.as_raw_fd(), &mut message, Some(&mut space), flags)?;
+    let fd = received.cmsgs()?.find_map(|control| match control {
+        ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+        _ => None,
+    });
+    // EMFILE: the kernel leaves out what the table has no room for.
+    let fd = fd.ok_or(Errno::EMFILE)?;
+    // SAFETY: the kernel has just made this descriptor for the message, which has a single one; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
