@@ -18,7 +18,7 @@ use nix::poll::PollFlags;
 use super::{AuthEvent, Credentials, Refusal, Source};
 use crate::sys::wake::Wake;
 use crate::sys::wipe::wipe_texts;
-use crate::sys::{PollSet, duplicate_socket, reason, thread};
+use crate::sys::{PollSet, duplicate_socket, poll_one, reason, thread};
 
 const MANAGER: &str = "io.mender.AuthenticationManager";
 const PATH: &str = "/io/mender/AuthenticationManager";
@@ -37,6 +37,12 @@ const FETCH_INTERVAL: Duration = Duration::from_secs(60);
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
+/// Reads of 2 KiB, as libdbus has them, without a whole message: what arrives is larger than anything that is meant for
+/// us. Any local user may send it, of up to 32 MiB, and libdbus' own limit can't be set through the crate.
+const LARGEST_MESSAGE: usize = (1 << 20) / 2048;
+/// Reads before other events have their turn.
+const MAX_READS: usize = 64;
+
 pub(crate) struct Manager {
     wake: Arc<Wake>,
     bus: Bus,
@@ -52,6 +58,8 @@ pub(crate) struct Manager {
     /// The last answer had a token but no server. For doctor: to the daemon it is no token.
     pub(crate) lacks_server: bool,
     last_fetch: Option<Instant>,
+    /// Reads since the last whole message.
+    reads: usize,
     events: Vec<AuthEvent>,
 }
 
@@ -140,6 +148,7 @@ impl Manager {
             timer: None,
             lacks_server: false,
             last_fetch: None,
+            reads: 0,
             events: Vec::new(),
         }
     }
@@ -167,7 +176,7 @@ impl Manager {
 
     fn came_up(&mut self, bus: Bus, now: Instant) {
         debug!("connected to the system bus");
-        self.bus = bus;
+        (self.bus, self.reads) = (bus, 0);
         (self.fatal, self.retry_delay) = (false, FIRST_RETRY);
         for rule in [
             format!("type='signal',sender='{MANAGER}',interface='{INTERFACE}',member='JwtTokenStateChange'"),
@@ -199,15 +208,23 @@ impl Manager {
     }
 
     fn receive(&mut self, now: Instant) {
-        while let Some(channel) = self.channel() {
+        for _ in 0..MAX_READS {
+            let Bus::Up(channel, socket) = &self.bus else { return };
+            let readable =
+                poll_one(socket, PollFlags::POLLIN, Some(now)).is_ok_and(|events| !events.is_empty());
             let alive = channel.read_write(Some(Duration::ZERO)).is_ok();
             let messages: Vec<_> = std::iter::from_fn(|| channel.pop_message()).collect();
-            let idle = messages.is_empty();
+            self.reads = if messages.is_empty() { self.reads + usize::from(readable) } else { 0 };
             messages.into_iter().for_each(|message| self.handle(message, now));
-            if !alive && self.channel().is_some() {
-                self.went_down(now, "the connection was lost");
+            let why = if self.reads > LARGEST_MESSAGE {
+                "a message is too large"
+            } else {
+                "the connection was lost"
+            };
+            if (!alive || self.reads > LARGEST_MESSAGE) && self.channel().is_some() {
+                self.went_down(now, why);
             }
-            if idle {
+            if !readable {
                 return;
             }
         }

@@ -8,6 +8,12 @@ use crate::config::without_password;
 use crate::session::stats::seconds;
 use crate::status::{Connection, State};
 
+/// Time between questions for the token while there is a link: the bus may have dropped the announcement of a
+/// withdrawal, as it does when another program floods it.
+const ASK_INTERVAL: Duration = Duration::from_secs(180);
+/// A manager that still has no token so long after it was asked to fetch one has none to give.
+const FETCH_LIMIT: Duration = Duration::from_secs(60);
+
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
     Auth(AuthEvent),
@@ -42,10 +48,12 @@ pub(crate) enum Action {
 pub(crate) struct Machine {
     pub(crate) state: State,
     since: Instant,
-    /// Time of the next attempt, in [`State::Waiting`].
+    /// Time of the next attempt, in [`State::Waiting`], or question, in [`State::Connected`].
     until: Instant,
     /// For the next attempt.
     pub(crate) credentials: Option<Credentials>,
+    /// Since when the manager has answered that there is no token, though none was withdrawn.
+    doubted: Option<Instant>,
     /// Links and attempts that were lost since the token changed or a link was stable.
     attempt: u32,
     /// Attempts that failed since the last link, stable or not.
@@ -60,11 +68,12 @@ impl Machine {
     /// The manager is asked already.
     pub(crate) fn new(base: Duration, random: fn() -> u64, now: Instant) -> Self {
         let state = State::Unauthorized;
-        Machine { state, since: now, until: now, credentials: None, attempt: 0, failed: 0, base, random }
+        let (credentials, doubted) = (None, None);
+        Machine { state, since: now, until: now, credentials, doubted, attempt: 0, failed: 0, base, random }
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        (self.state == State::Waiting).then_some(self.until)
+        matches!(self.state, State::Waiting | State::Connected).then_some(self.until)
     }
 
     /// The server's URL for people.
@@ -82,7 +91,7 @@ impl Machine {
             r#for: seconds(self.since, now),
             last_error: last_error.map(|(reason, _)| reason.clone()),
             last_error_age: last_error.map(|(_, at)| seconds(*at, now)),
-            next_attempt_in: self.deadline().map(|at| seconds(now, at)),
+            next_attempt_in: (self.state == State::Waiting).then(|| seconds(now, self.until)),
             server: self.server(),
             state: self.state.name().to_owned(),
         }
@@ -118,6 +127,9 @@ impl Machine {
         use AuthEvent::{Answered, Changed};
         use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
         let state = self.state;
+        if let Event::Auth(Changed(Some(_)) | Answered(Ok(Some(_)))) = event {
+            self.doubted = None;
+        }
         match (state, event) {
             (Stopping, _) => (Stopping, vec![]),
             (_, Event::Stop) => (Stopping, vec![Close]),
@@ -145,8 +157,14 @@ impl Machine {
                 let lost = self.credentials.take().map(|_| LogNoReconnect("there is no token".to_owned()));
                 (Unauthorized, lost.into_iter().collect())
             }
-            // A working link stays: a manager that has just started knows no token until somebody fetches one.
-            (_, Event::Auth(Answered(Ok(None)))) => (state, vec![Fetch]),
+            // A working link stays at first: a manager that has just started knows no token until somebody fetches one.
+            (_, Event::Auth(Answered(Ok(None)))) => {
+                let doubted = *self.doubted.get_or_insert(now);
+                if self.credentials.is_some() && now.saturating_duration_since(doubted) >= FETCH_LIMIT {
+                    return self.decide(Event::Auth(Changed(None)), now);
+                }
+                (state, vec![Fetch])
+            }
             // The last known credentials may still be valid.
             (Asking, Event::Auth(Answered(Err(_)))) if self.credentials.is_some() => (Dialling, vec![Dial]),
             (Asking, Event::Auth(Answered(Err(reason)))) => {
@@ -155,6 +173,7 @@ impl Machine {
 
             (Dialling, Event::Connected) => {
                 self.failed = 0;
+                self.until = now + ASK_INTERVAL;
                 (Connected, vec![])
             }
             (Dialling | Connected, Event::Lost { unauthorized, retry_after }) => {
@@ -162,6 +181,10 @@ impl Machine {
             }
 
             (Waiting, Event::Tick) if now >= self.until => (Asking, vec![Ask]),
+            (Connected, Event::Tick) if now >= self.until => {
+                self.until = now + ASK_INTERVAL;
+                (state, vec![Ask])
+            }
 
             (Asking, Event::RetryNow) => (state, vec![]),
             (Dialling | Connected, Event::RetryNow) => (state, vec![Ask]),
@@ -296,6 +319,31 @@ mod tests {
         }
         let mut due = in_state(Waiting);
         assert_eq!((due.step(Event::Tick, due.until), due.state), (vec![Ask], Asking));
+    }
+
+    /// A flood on the bus had dbus-daemon drop the signal that withdraws the token: the link stayed for good.
+    #[test]
+    fn a_withdrawal_that_nobody_heard_of_is_noticed() {
+        let nothing = || Event::Auth(AuthEvent::Answered(Ok(None)));
+        let mut machine = in_state(State::Dialling);
+        let mut now = Instant::now();
+        let mut ask = |machine: &mut Machine, answer| {
+            assert_eq!(machine.step(Event::Tick, now), []);
+            now = machine.deadline().unwrap();
+            assert_eq!(machine.step(Event::Tick, now), [Ask]);
+            machine.step(answer, now)
+        };
+        machine.step(Event::Connected, machine.since);
+        // A manager that has a token again, by a fetch, is not doubted any more.
+        for _ in 0..3 {
+            assert_eq!(ask(&mut machine, nothing()), [Fetch]);
+            assert_eq!(machine.step(nothing(), machine.doubted.unwrap()), [Fetch], "it takes its time");
+            assert_eq!(ask(&mut machine, answered("a")), []);
+        }
+        assert_eq!(ask(&mut machine, nothing()), [Fetch]);
+        assert_eq!(machine.state, State::Connected);
+        assert_eq!(ask(&mut machine, nothing()), [LogUnauthorized, Close]);
+        assert_eq!((machine.state, machine.credentials), (State::Unauthorized, None));
     }
 
     #[test]

@@ -4,6 +4,8 @@
 #[cfg(feature = "dbus")]
 mod bounds;
 #[cfg(feature = "dbus")]
+mod bus;
+#[cfg(feature = "dbus")]
 mod files;
 #[cfg(feature = "dbus")]
 mod forwards;
