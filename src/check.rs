@@ -198,7 +198,7 @@ fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
         Key::KeepWhenUserLeaves if on(key) && *values.get(Key::KeepDetached) == 0 => {
             "Sessions.KeepDetached is 0"
         }
-        Key::Allow if on(Key::DisablePortForward) => "PortForward.Disable is true",
+        Key::Allow | Key::ForwardIdle if on(Key::DisablePortForward) => "PortForward.Disable is true",
         _ if on(Key::DisableFileTransfer) && below("Limits.") => "FileTransfer.Disable is true",
         _ if !on(Key::Limits) && below("Limits.FileTransfer.") => {
             return Some((Level::Warn, "Limits.Enabled is false"));

@@ -75,6 +75,7 @@ keys! {
     DisableFileTransfer  "FileTransfer.Disable"                             Flag(false);
     DisablePortForward   "PortForward.Disable"                              Flag(false);
     Allow                "PortForward.Allow"                                List(None);
+    ForwardIdle          "PortForward.IdleTimeout"                          Number(U32, 600);
     DisableMenderClient  "MenderClient.Disable"                             Flag(false);
     AuthSource           "Auth.Source"                                      Text("dbus");
     TokenFile            "Auth.TokenFile"                                   Text("");
@@ -109,9 +110,10 @@ impl Key {
         &TABLE[self as usize].2
     }
 
-    /// Upstream takes such a value for "not set"; it doesn't know the key whose 0 is a value.
+    /// Upstream takes such a value for "not set"; it doesn't know the keys whose 0 is a value.
     pub(crate) fn is_unset(self, value: &Value) -> bool {
-        value.is_null() || *value == "" || (*value == 0 && self != Key::KeepDetached)
+        let zero_is_set = matches!(self, Key::KeepDetached | Key::ForwardIdle);
+        value.is_null() || *value == "" || (*value == 0 && !zero_is_set)
     }
 
     /// The name in upstream's warning.

@@ -32,6 +32,8 @@ pub struct Config {
     pub port_forward: bool,
     /// `None`: any target.
     pub forward_targets: Option<Vec<Allowed>>,
+    /// How long a forward may be without traffic in either direction; 0: for any time.
+    pub forward_idle: Duration,
     pub mender_client: bool,
     /// `Limits.FileTransfer`; `None` unless `Limits.Enabled`.
     pub limits: Option<FileLimits>,
@@ -207,6 +209,7 @@ pub(crate) fn validate(
         file_transfer: !values.flag(Key::DisableFileTransfer),
         port_forward: !values.flag(Key::DisablePortForward),
         forward_targets,
+        forward_idle: seconds(Key::ForwardIdle),
         mender_client: !values.flag(Key::DisableMenderClient),
         limits: values.flag(Key::Limits).then(limits),
         auth,

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -50,10 +50,22 @@ pub(crate) fn discard_undelivered(socket: BorrowedFd<'_>) -> u64 {
         libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length)
     };
     // tcpi_retransmits: time-outs since the last acknowledgement.
-    let count = if info[2] > 0 { unacknowledged } else { unsent };
+    ask(socket, if info[2] > 0 { unacknowledged } else { unsent })
+}
+
+/// Written bytes that the other side's kernel has not acknowledged.
+pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
+    ask(socket, unacknowledged)
+}
+
+#[allow(unsafe_code)]
+fn ask(
+    socket: BorrowedFd<'_>,
+    request: unsafe fn(RawFd, *mut libc::c_int) -> nix::Result<libc::c_int>,
+) -> u64 {
     let mut bytes = 0;
-    // SAFETY: the kernel writes one integer; the descriptor is open as long as it is borrowed.
-    let result = unsafe { count(socket.as_raw_fd(), &raw mut bytes) };
+    // SAFETY: both requests have the kernel write one integer; the descriptor is open as long as it is borrowed.
+    let result = unsafe { request(socket.as_raw_fd(), &raw mut bytes) };
     result.ok().and_then(|_| u64::try_from(bytes).ok()).unwrap_or(0)
 }
 

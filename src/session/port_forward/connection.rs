@@ -1,6 +1,7 @@
 //! One forward: what waits to be written to its target, and its line in the audit log.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,7 +19,7 @@ use crate::proto::forward::{Target, Transport};
 use crate::proto::{SessionId, UserId};
 use crate::session::peer::Peer;
 use crate::session::stats::{ForwardInfo, Info};
-use crate::sys::{Events, PollSet, lock, reason};
+use crate::sys::{Events, PollSet, lock, net, reason};
 
 /// Data frames that the client hasn't acknowledged, of one forward. One that isn't read leaves half of the session's
 /// credit to the others, and mender-cli stops reading all of them at twenty.
@@ -36,6 +37,8 @@ const DATAGRAM: usize = 65_535;
 /// Bytes read and discarded at a time from a target whose client has gone, and reads per turn.
 const DISCARD: usize = 4096;
 const MAX_DISCARDS: usize = 16;
+/// Bytes between two looks at a target's progress.
+const MAX_ANSWERS: usize = 32 * 1024;
 /// The audit log's `result` of a forward that ended in order.
 pub(super) const CLOSED: &str = "closed";
 
@@ -46,6 +49,8 @@ pub(super) struct Connection {
     pub(super) to_target: VecDeque<Bytes>,
     /// Bytes in `to_target`.
     pub(super) queued: usize,
+    /// Bytes that were in `to_target` when writing failed.
+    lost: usize,
     /// For `to_target`.
     pub(super) memory: Permit,
     /// The numbers, among the session's messages, of the data that the client hasn't acknowledged.
@@ -54,9 +59,15 @@ pub(super) struct Connection {
     pub(super) last_traffic: Instant,
     /// The target has ended its side.
     ended: bool,
+    /// Bytes that were discarded since [`Connection::makes_progress`] was asked last.
+    discarded: usize,
+    /// What was undelivered then.
+    left: u64,
+    /// Opened by a datagram, of which the client doesn't know.
+    pub(super) reopened: bool,
     _descriptor: Permit,
     session: SessionId,
-    user: UserId,
+    pub(super) user: UserId,
     info: Arc<Info>,
     pub(super) shown: Arc<ForwardInfo>,
     /// For the audit log.
@@ -72,8 +83,13 @@ enum State {
 impl Drop for Connection {
     fn drop(&mut self) {
         self.leave_status();
+        let (now, left) = (Instant::now(), self.undelivered());
+        if left > 0 {
+            let text = format!("{}; the target did not take the last {left} bytes", self.end.1);
+            self.end = (FAILED, text);
+        }
         let ForwardInfo { target: Target { host, port, transport }, address, traffic } = &*self.shown;
-        let (now, (result, reason)) = (Instant::now(), &self.end);
+        let (result, reason) = &self.end;
         let figures = traffic.figures(now);
         Record::new("forward", Some(&self.session), &self.user)
             .with("protocol", transport.name())
@@ -95,10 +111,14 @@ impl Connection {
             state: State::Opening(Opening::new(&shown, now)),
             to_target: VecDeque::new(),
             queued: 0,
+            lost: 0,
             memory: peer.device.memory.none(),
             unacknowledged: VecDeque::new(),
             last_traffic: now,
             ended: false,
+            discarded: 0,
+            left: 0,
+            reopened: false,
             _descriptor: descriptor,
             session: peer.id.clone(),
             user,
@@ -108,9 +128,22 @@ impl Connection {
         }
     }
 
+    /// Bytes of the client that the target has not got.
+    pub(super) fn undelivered(&self) -> u64 {
+        let in_kernel = match &self.state {
+            State::Open(socket) if !self.is_udp() => net::undelivered(socket.as_fd()),
+            _ => 0,
+        };
+        (self.lost + self.queued) as u64 + in_kernel
+    }
+
     /// Hides the forward from `status`: its client has gone.
     pub(super) fn leave_status(&self) {
         lock(&self.info.forwards).retain(|other| !Arc::ptr_eq(other, &self.shown));
+    }
+
+    pub(super) fn is_udp(&self) -> bool {
+        self.shown.target.transport == Transport::Udp
     }
 
     pub(super) fn is_open(&self) -> bool {
@@ -193,19 +226,20 @@ impl Connection {
     pub(super) fn flush(&mut self, now: Instant) -> Result<(), String> {
         let result = self.write(now);
         if result.is_err() {
-            (self.to_target, self.queued) = (VecDeque::new(), 0);
+            self.to_target.clear();
+            self.lost += mem::take(&mut self.queued);
         }
         self.memory.resize(self.queued + self.to_target.len() * size_of::<Bytes>());
         result.map_err(|e| format!("write {}: {}", self.shown.target.transport.name(), reason(&e.into())))
     }
 
     fn write(&mut self, now: Instant) -> nix::Result<()> {
-        let State::Open(socket) = &self.state else { return Ok(()) };
+        let (State::Open(socket), udp) = (&self.state, self.is_udp()) else { return Ok(()) };
         while let Some(data) = self.to_target.front_mut() {
             let n = match send(socket.as_raw_fd(), data, MsgFlags::MSG_NOSIGNAL) {
                 Ok(n) => n,
                 // A datagram goes as a whole or, when there is no room or no receiver, not at all.
-                Err(_) if self.shown.target.transport == Transport::Udp => data.len(),
+                Err(_) if udp => data.len(),
                 Err(Errno::EAGAIN) => return Ok(()),
                 Err(Errno::EINTR) => continue,
                 Err(e) => return Err(e),
@@ -221,17 +255,22 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether the target, whose client has gone, has taken or answered anything since the last call. One that sends
+    /// more than answers does so anyway.
+    pub(super) fn makes_progress(&mut self) -> bool {
+        let left = self.undelivered();
+        let less = left < mem::replace(&mut self.left, left);
+        less || (1..=MAX_ANSWERS).contains(&mem::take(&mut self.discarded))
+    }
+
     pub(super) fn largest_read(&self, sink: &Sink) -> usize {
-        match self.shown.target.transport {
-            Transport::Tcp => sink.piece(SMALLEST_READ, LARGEST_READ),
-            Transport::Udp => DATAGRAM,
-        }
+        if self.is_udp() { DATAGRAM } else { sink.piece(SMALLEST_READ, LARGEST_READ) }
     }
 
     /// Reads data, or a datagram, of so many bytes, if there is any. The error is the target's end.
     pub(super) fn read(&mut self, place: &mut [u8], now: Instant) -> Result<Option<usize>, End> {
         let State::Open(socket) = &self.state else { return Ok(None) };
-        let udp = self.shown.target.transport == Transport::Udp;
+        let udp = self.is_udp();
         match recv(socket.as_raw_fd(), place, MsgFlags::empty()) {
             Ok(0) if !udp => Err((CLOSED, "target".to_owned())),
             Ok(n) => {
@@ -258,7 +297,7 @@ impl Connection {
         }
         let done = self.to_target.is_empty();
         let socket = match &self.state {
-            State::Open(socket) if self.shown.target.transport == Transport::Tcp => socket.as_raw_fd(),
+            State::Open(socket) if !self.is_udp() => socket.as_raw_fd(),
             _ => return !done,
         };
         // The target may be gone already.
@@ -272,7 +311,7 @@ impl Connection {
                     self.ended = true;
                     break;
                 }
-                Ok(_) => {}
+                Ok(n) => self.discarded += n,
                 Err(Errno::EAGAIN | Errno::EINTR) => break,
                 Err(e) => {
                     if !done {

@@ -16,18 +16,20 @@ use self::connection::{CLOSED, Connection};
 use self::opening::{End, FAILED};
 use super::peer::Peer;
 use crate::outbox::Class;
-use crate::proto::Frame;
 use crate::proto::forward::{self, ConnectionId, Target};
+use crate::proto::{Frame, UserId};
 use crate::sys::{Events, PollSet};
 
 /// Forwards of a session at a time; each takes a descriptor.
 const MAX_CONNECTIONS: usize = 512;
 /// Answers that wait for credit; only a client that never reads gets there.
 const MAX_ANSWERS: usize = 1024;
-/// A forward without traffic in either direction is closed after this time.
-const IDLE_LIMIT: Duration = Duration::from_secs(600);
-/// Limit for delivering a client's remaining data after it has gone.
+/// How long a target may take and send nothing after its client has gone, before it is given up.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
+/// How long it may go on in all.
+const FINISH_TOTAL: Duration = Duration::from_secs(120);
+/// The target's kernel takes data without an event here: time between looks.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Bytes queued for a target up to which further data is acknowledged at once.
 const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
@@ -38,8 +40,10 @@ const UNKNOWN_TYPE: &str = "unknown message type";
 #[derive(Default)]
 pub(crate) struct PortForward {
     connections: BTreeMap<ConnectionId, Connection>,
-    /// Without a client any more, but with data for the target, until this deadline.
-    finishing: Vec<(Connection, Instant)>,
+    /// UDP forwards that were idle for too long. Their client doesn't know, since mender-cli would never use them again: the
+    /// next datagram opens them anew.
+    asleep: BTreeMap<ConnectionId, (Target, UserId)>,
+    finishing: Vec<Finishing>,
     /// Forwards whose data is to be acknowledged when the target and the credit allow it, once per frame.
     owing: VecDeque<ConnectionId>,
     /// Answers that wait for credit. No data is sent meanwhile, since it would overtake them.
@@ -48,13 +52,22 @@ pub(crate) struct PortForward {
     turn: usize,
 }
 
+/// A forward without a client any more, but with data for the target.
+struct Finishing {
+    connection: Connection,
+    next_look: Instant,
+    /// Without progress.
+    until: Instant,
+    end: Instant,
+}
+
 impl PortForward {
     pub(crate) fn is_idle(&self) -> bool {
         self.connections.is_empty() && self.finishing.is_empty() && self.answers.is_empty()
     }
 
     fn all(&self) -> impl Iterator<Item = &Connection> {
-        self.connections.values().chain(self.finishing.iter().map(|(c, _)| c))
+        self.connections.values().chain(self.finishing.iter().map(|f| &f.connection))
     }
 
     fn ids(&self, which: impl Fn(&Connection) -> bool) -> Vec<ConnectionId> {
@@ -74,7 +87,9 @@ impl PortForward {
                     peer.credit.prove(number);
                 }
             }
-            (forward::STOP, Ok(id)) if self.connections.contains_key(&id) => {
+            (forward::STOP, Ok(id))
+                if self.asleep.remove(&id).is_some() || self.connections.contains_key(&id) =>
+            {
                 // Before the answer: the client may ask for the status as soon as it has that.
                 self.let_go(&id, (CLOSED, "client".to_owned()), now);
                 self.answers.push_back(forward::about(&peer.id, forward::STOP, &id));
@@ -99,6 +114,22 @@ impl PortForward {
         if self.connections.contains_key(&id) {
             return self.refuse(peer, frame, "connection_id is in use");
         }
+        self.asleep.remove(&id);
+        match self.connect(peer, &id, target, frame.user(), now) {
+            true => self.advance(peer, &id, now),
+            false => self.refuse(peer, frame, "too many connections"),
+        }
+    }
+
+    /// Makes a connection, unless there are too many.
+    fn connect(
+        &mut self,
+        peer: &Peer,
+        id: &ConnectionId,
+        target: Target,
+        user: UserId,
+        now: Instant,
+    ) -> bool {
         if self.connections.len() + self.finishing.len() >= MAX_CONNECTIONS && !self.finishing.is_empty() {
             // The oldest end makes room for a client that goes on.
             self.finishing.remove(0);
@@ -106,11 +137,34 @@ impl PortForward {
         let room = self.connections.len() < MAX_CONNECTIONS;
         let Some(descriptor) = peer.device.forwards.acquire().filter(|_| room) else {
             warn!("session {}: too many forwarded connections", peer.id);
-            return self.refuse(peer, frame, "too many connections");
+            return false;
         };
-        let connection = Connection::new(target, peer, frame.user(), descriptor, now);
+        let connection = Connection::new(target, peer, user, descriptor, now);
         self.connections.insert(id.clone(), connection);
-        self.advance(peer, &id, now);
+        true
+    }
+
+    /// Opens a forward anew that its client takes for open.
+    fn wake(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
+        let Some((target, user)) = self.asleep.get(id).cloned() else { return };
+        if self.connect(peer, id, target, user, now) {
+            self.asleep.remove(id);
+            if let Some(connection) = self.connections.get_mut(id) {
+                connection.reopened = true;
+            }
+            self.advance(peer, id, now);
+        }
+    }
+
+    /// Closes a UDP forward until the next datagram.
+    fn fall_asleep(&mut self, peer: &Peer, id: ConnectionId) {
+        self.acknowledge_all(peer, &id);
+        if let Some(Connection { shown, user, .. }) = self.connections.remove(&id).as_ref() {
+            if self.asleep.len() >= MAX_CONNECTIONS {
+                self.asleep.pop_first();
+            }
+            self.asleep.insert(id, (shown.target.clone(), user.clone()));
+        }
     }
 
     fn advance(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
@@ -119,9 +173,13 @@ impl PortForward {
             Ok(false) => {}
             Ok(true) => {
                 debug!("session {}: forwarding to {:?}", peer.id, connection.shown.target);
-                self.answers.push_back(forward::about(&peer.id, forward::NEW, id));
+                if !connection.reopened {
+                    self.answers.push_back(forward::about(&peer.id, forward::NEW, id));
+                }
                 self.flush(peer, id, now);
             }
+            // Its network may be back by the next datagram.
+            Err(_) if connection.reopened => self.fall_asleep(peer, id.clone()),
             Err(text) => {
                 self.answers.push_back(forward::error(&peer.id, forward::NEW, &text));
                 self.connections.remove(id);
@@ -131,8 +189,13 @@ impl PortForward {
     }
 
     fn take_data(&mut self, peer: &Peer, frame: &Frame, id: &ConnectionId, now: Instant) {
+        self.wake(peer, id, now);
         let waiting = self.all().map(|c| c.memory.count()).sum();
         let Some(connection) = self.connections.get_mut(id) else {
+            if self.asleep.contains_key(id) {
+                // The datagram is lost.
+                return self.answers.push_back(forward::about(&peer.id, forward::ACK, id));
+            }
             return self.refuse(peer, frame, UNKNOWN);
         };
         self.owing.push_back(id.clone());
@@ -175,7 +238,9 @@ impl PortForward {
         connection.leave_status();
         connection.end = end;
         if connection.finish(now) {
-            self.finishing.push((connection, now + FINISH_LIMIT));
+            connection.makes_progress();
+            let (until, end) = (now + FINISH_LIMIT, now + FINISH_TOTAL);
+            self.finishing.push(Finishing { connection, next_look: now + LOOK_INTERVAL, until, end });
         }
     }
 
@@ -212,6 +277,7 @@ impl PortForward {
     /// Ends the session. The client's data still reaches its targets, everything else ends.
     pub(crate) fn close(&mut self, now: Instant) {
         self.answers.clear();
+        self.asleep.clear();
         for id in self.ids(|_| true) {
             self.let_go(&id, (CLOSED, "session".to_owned()), now);
         }
@@ -223,8 +289,9 @@ impl PortForward {
             return None;
         }
         let steps = self.all().filter_map(Connection::deadline);
-        let idle = self.connections.values().map(|c| c.last_traffic + IDLE_LIMIT);
-        let finishing = self.finishing.iter().map(|(_, until)| *until);
+        let limit = peer.device.config().forward_idle;
+        let idle = self.connections.values().filter_map(|c| idle_at(c, limit));
+        let finishing = self.finishing.iter().map(|f| f.next_look.min(f.until));
         steps.chain(idle).chain(finishing).chain(peer.credit.deadline(now)).min()
     }
 
@@ -235,7 +302,7 @@ impl PortForward {
     pub(crate) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
         let reading = self.takes_data(peer, now);
         self.connections.values().for_each(|c| c.watch(reading && c.takes_data(), set));
-        self.finishing.iter().for_each(|(c, _)| c.watch(true, set));
+        self.finishing.iter().for_each(|f| f.connection.watch(true, set));
     }
 
     pub(crate) fn proceed(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
@@ -258,18 +325,28 @@ impl PortForward {
             }
         }
         self.finish(peer, now);
-        for id in self.ids(|c| now >= c.last_traffic + IDLE_LIMIT) {
-            self.stop(peer, &id, (CLOSED, "idle".to_owned()), now);
+        let limit = peer.device.config().forward_idle;
+        for id in self.ids(|c| idle_at(c, limit).is_some_and(|at| now >= at)) {
+            let end = (CLOSED, "idle".to_owned());
+            match self.connections.get_mut(&id).filter(|c| c.is_udp()) {
+                Some(connection) => {
+                    connection.end = end;
+                    self.fall_asleep(peer, id);
+                }
+                None => self.stop(peer, &id, end, now),
+            }
         }
     }
 
     /// Continues the forwards that only deliver their client's remaining data.
     fn finish(&mut self, peer: &Peer, now: Instant) {
-        self.finishing.retain_mut(|(connection, until)| {
+        self.finishing.retain_mut(|Finishing { connection, next_look, until, end }| {
             let more = connection.advance(peer, now).is_ok() && connection.finish(now);
-            if more && now >= *until && !connection.to_target.is_empty() {
-                let text = "the target did not take all that the client sent";
-                connection.end = (FAILED, text.to_owned());
+            if now >= *next_look {
+                *next_look = now + LOOK_INTERVAL;
+                if connection.makes_progress() {
+                    *until = (now + FINISH_LIMIT).min(*end);
+                }
             }
             more && now < *until
         });
@@ -298,159 +375,10 @@ impl PortForward {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config;
-    use crate::outbox::{Outbox, Queue, Sendable, Work};
-    use crate::proto::{Map, PORT_FORWARD, SessionId};
-    use crate::session::{Device, Router};
-    use std::net::TcpListener;
-
-    struct Scene {
-        forwarder: PortForward,
-        peer: Peer,
-        queue: Queue,
-    }
-
-    fn scene() -> Scene {
-        let dir = tempfile::tempdir().unwrap();
-        let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap().name;
-        let file = dir.path().join("conf");
-        let text = format!(r#"{{ "ShellCommand": "/bin/sh", "User": {me:?} }}"#);
-        std::fs::write(&file, text).unwrap();
-        let device = Device::new(config::load(&file, &dir.path().join("absent")).unwrap());
-        let (outbox, queue) = Outbox::new();
-        let mut peer = None;
-        let start = |started| {
-            peer = Some(started);
-            Ok(())
-        };
-        let first = Frame::new(PORT_FORWARD, forward::STOP, SessionId::new("s").as_ref());
-        Router::with(&device, &outbox, start).route(first);
-        let peer = peer.unwrap();
-        Scene { forwarder: PortForward::default(), peer, queue }
-    }
-
-    impl Scene {
-        /// From a client that has read everything.
-        fn handle(&mut self, frame: &Frame, now: Instant) {
-            self.peer.credit.prove_all();
-            assert!(self.forwarder.handle(&mut self.peer, frame, now));
-            self.forwarder.answer(&mut self.peer, now);
-        }
-
-        fn proceed(&mut self, now: Instant) {
-            self.forwarder.proceed(&mut self.peer, &Events::default(), now);
-            self.forwarder.answer(&mut self.peer, now);
-        }
-
-        fn turn(&mut self, now: Instant) {
-            let mut set = PollSet::default();
-            self.forwarder.watch(&self.peer, &mut set, now);
-            let events = set.wait(Some(Instant::now() + Duration::from_secs(10))).unwrap();
-            self.forwarder.proceed(&mut self.peer, &events, now);
-            self.forwarder.answer(&mut self.peer, now);
-        }
-
-        fn deadline(&self, now: Instant) -> Option<Instant> {
-            self.forwarder.deadline(&self.peer, now)
-        }
-    }
-
-    fn next_type(queue: &mut Queue) -> Option<String> {
-        match queue.try_next(Sendable { bulk: true, interactive: true })? {
-            Work::Message(message, ..) => Some(Frame::decode(&message).unwrap().typ),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn about(typ: &str) -> Frame {
-        Frame::new(PORT_FORWARD, typ, None).with_props(Map::new().with_str("connection_id", "c"))
-    }
-
-    fn target(port: u16) -> Vec<u8> {
-        target_of(port, "tcp")
-    }
-
-    fn target_of(port: u16, protocol: &str) -> Vec<u8> {
-        Map::new()
-            .with_str("remote_host", "127.0.0.1")
-            .with_i64("remote_port", port.into())
-            .with_str("protocol", protocol)
-            .finish()
-    }
-
-    #[test]
-    fn a_connection_without_traffic_is_closed_after_ten_minutes() {
-        let mut scene = scene();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let start = Instant::now();
-        scene.handle(&about(forward::NEW).with_body(target(port)), start);
-        scene.turn(start);
-        assert_eq!(next_type(&mut scene.queue).as_deref(), Some("new"));
-        // Traffic towards the target counts.
-        let later = start + IDLE_LIMIT / 2;
-        scene.handle(&about(forward::FORWARD).with_body("x"), later);
-        assert_eq!(next_type(&mut scene.queue).as_deref(), Some("ack"));
-        assert_eq!(scene.deadline(later), Some(later + IDLE_LIMIT));
-        scene.proceed(start + IDLE_LIMIT);
-        assert_eq!(next_type(&mut scene.queue), None);
-        scene.proceed(later + IDLE_LIMIT);
-        assert_eq!(next_type(&mut scene.queue).as_deref(), Some("stop"));
-        // The target is given time to take what it was sent.
-        assert_eq!(scene.deadline(later), Some(later + IDLE_LIMIT + FINISH_LIMIT));
-        scene.proceed(later + IDLE_LIMIT + FINISH_LIMIT);
-        assert!(scene.forwarder.is_idle());
-    }
-
-    /// All frames of a burst were counted until its end, though the target had taken them: 4 MiB of them ended the
-    /// forward.
-    #[test]
-    fn what_the_target_has_taken_is_not_counted() {
-        let mut scene = scene();
-        let target = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        let port = target.local_addr().unwrap().port();
-        let start = Instant::now();
-        scene.handle(&about(forward::NEW).with_body(target_of(port, "udp")), start);
-        scene.turn(start);
-        for _ in 0..200 {
-            scene.handle(&about(forward::FORWARD).with_body(vec![0; 60_000]), start);
-            while let Some(typ) = next_type(&mut scene.queue) {
-                assert!(typ == "new" || typ == "ack", "{typ}");
-            }
-        }
-        assert_eq!((scene.forwarder.connections.len(), scene.peer.device.memory.taken()), (1, 0));
-    }
-
-    /// `stop` left the connection's id among those that are owed an ack. A new connection of the same id was then owed
-    /// less than none: 2^64 acks at its end.
-    #[test]
-    fn an_id_that_is_used_again_at_once_is_owed_nothing() {
-        let mut scene = scene();
-        // A target that does not read.
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let body = target(listener.local_addr().unwrap().port());
-        let start = Instant::now();
-        scene.handle(&about(forward::NEW).with_body(body.clone()), start);
-        scene.turn(start);
-        for _ in 0..1000 {
-            if !scene.forwarder.owing.is_empty() {
-                break;
-            }
-            scene.handle(&about(forward::FORWARD).with_body(vec![0; 64 << 10]), start);
-            // Acks are sent by a writer that doesn't wait for long.
-            while next_type(&mut scene.queue).is_some() {}
-        }
-        scene.handle(&about(forward::STOP), start);
-        scene.handle(&about(forward::NEW).with_body(body), start);
-        assert!(scene.forwarder.owing.is_empty());
-        scene.turn(start);
-        while next_type(&mut scene.queue).is_some() {}
-        scene.handle(&about(forward::FORWARD).with_body("x"), start);
-        scene.handle(&about(forward::STOP), start);
-        let all: Vec<_> = std::iter::from_fn(|| next_type(&mut scene.queue)).collect();
-        assert_eq!(all, ["ack", "stop"]);
-    }
+/// When a forward has been without traffic for too long.
+fn idle_at(connection: &Connection, limit: Duration) -> Option<Instant> {
+    (!limit.is_zero()).then(|| connection.last_traffic + limit)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! Port forwarding.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 
 use nix::sys::socket::{
@@ -8,9 +8,13 @@ use nix::sys::socket::{
 };
 use std::os::fd::AsRawFd;
 
-use crate::forwards::session;
-use crate::harness::rig::is_root;
-use crate::harness::wait::{SOON, millis, skip, spawn};
+use serde_json::json;
+
+use crate::forwards::{assert_echo, session, tcp, udp};
+use crate::harness::forward::Client;
+use crate::harness::rig::{Setup, bash_config, is_root};
+use crate::harness::targets::{Role, Target, UdpEcho};
+use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn, throughout};
 
 /// A target that answers each line after a while: how many lines it had taken when its connection ended or broke.
 fn slow_lines(listener: TcpListener) -> usize {
@@ -57,6 +61,93 @@ fn a_target_that_talks_back_gets_all_that_was_acknowledged() {
             return;
         }
     }
+}
+
+/// As above, with more than the buffers of the agent and of the target's side hold: it was given up after ten seconds.
+#[test]
+fn a_slow_talker_gets_all_that_was_acknowledged() {
+    let (rig, _device, client) = session();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let target = spawn("slow-blocks", move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let (mut taken, mut block) = (0, vec![0; 16 << 10]);
+        while let Ok(n @ 1..) = stream.read(&mut block) {
+            taken += n;
+            // The pace of an application, not a wait for anything: 13 s for all.
+            std::thread::park_timeout(millis(500));
+            if stream.write_all(b"taken\n").is_err() {
+                break;
+            }
+        }
+        taken
+    });
+    let connection = client.connect("tcp", "127.0.0.1", port).opened();
+    for _ in 0..25 {
+        connection.send(&[b'x'; 16 << 10]);
+    }
+    connection.acked();
+    connection.stop();
+    assert_eq!(target.join().unwrap(), 25 * (16 << 10));
+    let line = rig.daemon.wait_for_log(&format!(":{port}"), SOON);
+    assert!(line.contains("result=closed"), "{line}");
+}
+
+/// The audit log said that all was well when a target had not taken what was acknowledged.
+#[test]
+fn what_is_given_up_is_counted() {
+    let (rig, _device, client) = session();
+    let target = Target::start(Role::Stalled);
+    let connection = tcp(&client, &target);
+    let mut sent = 0;
+    while connection.in_flight() == 0 || connection.acked_within(millis(500)) {
+        connection.send(&[b'x'; 16 << 10]);
+        sent += 16 << 10;
+    }
+    connection.stop();
+    // At least what is queued in the agent, and not what the target's kernel has.
+    let line = rig.daemon.wait_for_log(&format!(":{}", target.port()), secs(30));
+    let given_up = line.split("did not take the last ").nth(1).unwrap().split(' ').next().unwrap();
+    let given_up: usize = given_up.parse().unwrap();
+    assert!(
+        (16 << 10..sent).contains(&given_up) && line.contains("result=failed"),
+        "{sent} were sent: {line}"
+    );
+}
+
+/// After ten minutes without traffic a UDP forward was gone for good. mender-cli never uses one again that was stopped.
+#[test]
+fn a_udp_forward_comes_back_after_its_time() {
+    let setup = Setup::new().set("PortForward", json!({ "IdleTimeout": 1 }));
+    let (rig, device) = setup.connected();
+    let client = Client::open(&device);
+    let (echo, stream) = (UdpEcho::start(), Target::start(Role::Echo));
+    let (datagrams, stream) = (udp(&client, &echo), tcp(&client, &stream));
+    for round in 1..=3 {
+        assert_echo(&datagrams, b"there and back");
+        eventually(SOON, "the idle end", || (rig.daemon.count_log(r#"reason="idle""#) > round).then_some(()));
+        if round == 1 {
+            assert!(!stream.is_open(), "TCP is stopped");
+        }
+        assert!(datagrams.is_open(), "its client doesn't know");
+        assert_eq!(rig.status()["sessions"][0]["forwards_open"], 0);
+    }
+    // While its target may not be reached, datagrams are lost and nothing else.
+    let mut config = bash_config();
+    config["PortForward"] = json!({ "IdleTimeout": 0, "Allow": [] });
+    let mark = rig.reload(&config);
+    rig.daemon.wait_for_log_after(mark, "the new configuration is in use", SOON);
+    datagrams.send(b"lost");
+    datagrams.acked();
+    rig.daemon.wait_for_log("access denied", SOON);
+    config["PortForward"] = json!({ "IdleTimeout": 0 });
+    let mark = rig.reload(&config);
+    rig.daemon.wait_for_log_after(mark, "the new configuration is in use", SOON);
+    assert_echo(&datagrams, b"there again");
+    let before = rig.daemon.count_log(r#"reason="idle""#);
+    throughout(millis(1500), "0 is for any time", || rig.daemon.count_log(r#"reason="idle""#) == before);
+    client.close();
 }
 
 /// The checksum of RFC 1071.

@@ -1,0 +1,191 @@
+use super::*;
+use crate::config;
+use crate::outbox::{Outbox, Queue, Sendable, Work};
+use crate::proto::{Map, PORT_FORWARD, SessionId};
+use crate::session::{Device, Router};
+use std::net::TcpListener;
+
+struct Scene {
+    forwarder: PortForward,
+    peer: Peer,
+    queue: Queue,
+}
+
+fn scene() -> Scene {
+    let dir = tempfile::tempdir().unwrap();
+    let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap().name;
+    let file = dir.path().join("conf");
+    let text = format!(r#"{{ "ShellCommand": "/bin/sh", "User": {me:?} }}"#);
+    std::fs::write(&file, text).unwrap();
+    let device = Device::new(config::load(&file, &dir.path().join("absent")).unwrap());
+    let (outbox, queue) = Outbox::new();
+    let mut peer = None;
+    let start = |started| {
+        peer = Some(started);
+        Ok(())
+    };
+    let first = Frame::new(PORT_FORWARD, forward::STOP, SessionId::new("s").as_ref());
+    Router::with(&device, &outbox, start).route(first);
+    let peer = peer.unwrap();
+    Scene { forwarder: PortForward::default(), peer, queue }
+}
+
+impl Scene {
+    /// From a client that has read everything.
+    fn handle(&mut self, frame: &Frame, now: Instant) {
+        self.peer.credit.prove_all();
+        assert!(self.forwarder.handle(&mut self.peer, frame, now));
+        self.forwarder.answer(&mut self.peer, now);
+    }
+
+    fn proceed(&mut self, now: Instant) {
+        self.forwarder.proceed(&mut self.peer, &Events::default(), now);
+        self.forwarder.answer(&mut self.peer, now);
+    }
+
+    fn turn(&mut self, now: Instant) {
+        let mut set = PollSet::default();
+        self.forwarder.watch(&self.peer, &mut set, now);
+        let events = set.wait(Some(Instant::now() + Duration::from_secs(10))).unwrap();
+        self.forwarder.proceed(&mut self.peer, &events, now);
+        self.forwarder.answer(&mut self.peer, now);
+    }
+
+    fn deadline(&self, now: Instant) -> Option<Instant> {
+        self.forwarder.deadline(&self.peer, now)
+    }
+}
+
+fn next_type(queue: &mut Queue) -> Option<String> {
+    match queue.try_next(Sendable { bulk: true, interactive: true })? {
+        Work::Message(message, ..) => Some(Frame::decode(&message).unwrap().typ),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn about(typ: &str) -> Frame {
+    Frame::new(PORT_FORWARD, typ, None).with_props(Map::new().with_str("connection_id", "c"))
+}
+
+/// The configuration's default.
+const IDLE_LIMIT: Duration = Duration::from_secs(600);
+
+fn target(port: u16) -> Vec<u8> {
+    target_of(port, "tcp")
+}
+
+fn target_of(port: u16, protocol: &str) -> Vec<u8> {
+    Map::new()
+        .with_str("remote_host", "127.0.0.1")
+        .with_i64("remote_port", port.into())
+        .with_str("protocol", protocol)
+        .finish()
+}
+
+#[test]
+fn a_connection_without_traffic_is_closed_after_ten_minutes() {
+    let mut scene = scene();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let start = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target(port)), start);
+    scene.turn(start);
+    assert_eq!(next_type(&mut scene.queue).as_deref(), Some("new"));
+    // Traffic towards the target counts.
+    let later = start + IDLE_LIMIT / 2;
+    scene.handle(&about(forward::FORWARD).with_body("x"), later);
+    assert_eq!(next_type(&mut scene.queue).as_deref(), Some("ack"));
+    assert_eq!(scene.deadline(later), Some(later + IDLE_LIMIT));
+    scene.proceed(start + IDLE_LIMIT);
+    assert_eq!(next_type(&mut scene.queue), None);
+    scene.proceed(later + IDLE_LIMIT);
+    assert_eq!(next_type(&mut scene.queue).as_deref(), Some("stop"));
+    // The target is given time to take what it was sent.
+    let mut now = later + IDLE_LIMIT;
+    while !scene.forwarder.is_idle() {
+        now = scene.deadline(now).unwrap();
+        assert!(now <= later + IDLE_LIMIT + FINISH_LIMIT + LOOK_INTERVAL);
+        scene.proceed(now);
+    }
+    assert!(now >= later + IDLE_LIMIT + FINISH_LIMIT);
+}
+
+/// After ten idle minutes a client's datagrams were answered with "unknown connection" for good.
+#[test]
+fn a_udp_forward_comes_back_with_a_datagram() {
+    let mut scene = scene();
+    let target = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    target.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut now = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target_of(target.local_addr().unwrap().port(), "udp")), now);
+    scene.turn(now);
+    assert_eq!(next_type(&mut scene.queue).as_deref(), Some("new"));
+    for n in 0..3 {
+        scene.handle(&about(forward::FORWARD).with_body(vec![n]), now);
+        while !scene.forwarder.all().all(Connection::is_open) {
+            scene.turn(now);
+        }
+        assert_eq!(next_type(&mut scene.queue).as_deref(), Some("ack"));
+        let mut datagram = [0; 10];
+        assert_eq!((target.recv(&mut datagram).unwrap(), datagram[0]), (1, n));
+        now = scene.deadline(now).unwrap();
+        assert_eq!(scene.peer.device.forwards.taken(), 1);
+        scene.proceed(now);
+        // The client hears nothing of it, and nothing is kept open.
+        assert_eq!((next_type(&mut scene.queue), scene.peer.device.forwards.taken()), (None, 0));
+        assert!(scene.forwarder.is_idle());
+    }
+    scene.handle(&about(forward::STOP), now);
+    assert_eq!(next_type(&mut scene.queue).as_deref(), Some("stop"));
+    scene.handle(&about(forward::FORWARD).with_body("x"), now);
+    assert_eq!(next_type(&mut scene.queue).as_deref(), Some("error"));
+}
+
+/// All frames of a burst were counted until its end, though the target had taken them: 4 MiB of them ended the
+/// forward.
+#[test]
+fn what_the_target_has_taken_is_not_counted() {
+    let mut scene = scene();
+    let target = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = target.local_addr().unwrap().port();
+    let start = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target_of(port, "udp")), start);
+    scene.turn(start);
+    for _ in 0..200 {
+        scene.handle(&about(forward::FORWARD).with_body(vec![0; 60_000]), start);
+        while let Some(typ) = next_type(&mut scene.queue) {
+            assert!(typ == "new" || typ == "ack", "{typ}");
+        }
+    }
+    assert_eq!((scene.forwarder.connections.len(), scene.peer.device.memory.taken()), (1, 0));
+}
+
+/// `stop` left the connection's id among those that are owed an ack. A new connection of the same id was then owed
+/// less than none: 2^64 acks at its end.
+#[test]
+fn an_id_that_is_used_again_at_once_is_owed_nothing() {
+    let mut scene = scene();
+    // A target that does not read.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let body = target(listener.local_addr().unwrap().port());
+    let start = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(body.clone()), start);
+    scene.turn(start);
+    for _ in 0..1000 {
+        if !scene.forwarder.owing.is_empty() {
+            break;
+        }
+        scene.handle(&about(forward::FORWARD).with_body(vec![0; 64 << 10]), start);
+        // Acks are sent by a writer that doesn't wait for long.
+        while next_type(&mut scene.queue).is_some() {}
+    }
+    scene.handle(&about(forward::STOP), start);
+    scene.handle(&about(forward::NEW).with_body(body), start);
+    assert!(scene.forwarder.owing.is_empty());
+    scene.turn(start);
+    while next_type(&mut scene.queue).is_some() {}
+    scene.handle(&about(forward::FORWARD).with_body("x"), start);
+    scene.handle(&about(forward::STOP), start);
+    let all: Vec<_> = std::iter::from_fn(|| next_type(&mut scene.queue)).collect();
+    assert_eq!(all, ["ack", "stop"]);
+}
