@@ -4,14 +4,14 @@
 //! - `null` leaves a value as it is, but empties an array or a map.
 //! - Of duplicate keys the last wins; objects merge field by field, arrays are replaced.
 //! - A number for an integer must be written without fraction and exponent, and fit.
-//! - Invalid UTF-8 becomes U+FFFD, one for each byte.
-//!
-//! Two oddities aren't followed: a lone surrogate escape and a number beyond f64 are syntax errors here.
+//! - Invalid UTF-8 becomes U+FFFD, one for each byte, and so does a lone surrogate escape.
+//! - Unknown keys may have numbers of any size and any depth.
 
 use std::fmt;
 use std::fs;
 use std::io;
 use std::iter;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::str::Utf8Chunk;
 
@@ -22,6 +22,9 @@ use serde_json::{Error, Number, Value};
 
 use super::error::{ConfigError, Misfit};
 use super::keys::{Key, Kind, join};
+
+/// Digits of a number that an error shows.
+const MAX_NUMBER: usize = 40;
 
 /// Log lines, kept apart from the logger so that tests can look at them.
 pub(crate) type Notes = Vec<(Level, String)>;
@@ -139,7 +142,7 @@ impl Values {
 
     /// Applies what fits in `file`; `None` if there is no such file.
     pub(crate) fn read(&mut self, file: &Path, origin: Origin) -> Result<Option<Walk>, ConfigError> {
-        match fs::read(file) {
+        match read_file(file) {
             Ok(text) => self.lay(&text, origin).map(Some),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(ConfigError::Open { file: file.to_owned(), error }),
@@ -150,12 +153,16 @@ impl Values {
     pub(super) fn lay(&mut self, text: &[u8], origin: Origin) -> Result<Walk, ConfigError> {
         let clean =
             |chunk: Utf8Chunk<'_>| chunk.valid().to_owned() + &"\u{fffd}".repeat(chunk.invalid().len());
-        let clean: String = text.utf8_chunks().map(clean).collect();
+        let mut clean: String = text.utf8_chunks().map(clean).collect();
+        mend_surrogates(&mut clean);
         let mut walk = Walk::default();
         // The whole text first: what is wrong later in it has precedence, and its place is right.
-        serde_json::from_str::<Value>(&clean)
-            .and_then(|_| walk.object("", "", serde_json::from_str(&clean)?))
-            .map_err(ConfigError::Syntax)?;
+        serde_json::from_str(&clean).and_then(|text| walk.object("", "", text)).map_err(|error| {
+            // It names more faults, such as a trailing comma, but takes less than Go.
+            let place = |error: &Error| (error.line(), error.column());
+            let better = serde_json::from_str::<Value>(&clean).err();
+            ConfigError::Syntax(better.filter(|other| place(other) == place(&error)).unwrap_or(error))
+        })?;
         for (key, value) in &walk.given {
             let (mut value, old) = (value.clone(), &mut self.0[*key as usize]);
             if let (Some(old), Some(new)) = (old.0.as_object_mut(), value.as_object_mut()) {
@@ -165,6 +172,35 @@ impl Values {
             *old = (value, origin);
         }
         Ok(walk)
+    }
+}
+
+/// Opening a FIFO would wait for whoever writes it. The pipe that a shell makes has a writer, and no name.
+fn read_file(file: &Path) -> io::Result<Vec<u8>> {
+    let kind = fs::metadata(file)?.file_type();
+    if kind.is_file() || kind.is_fifo() && fs::canonicalize(file).is_err() {
+        return fs::read(file);
+    }
+    Err(io::Error::other("it is no regular file"))
+}
+
+/// Replaces the escapes of surrogates that have no partner by that of U+FFFD.
+fn mend_surrogates(text: &mut String) {
+    let mut at = 0;
+    while let Some(next) = text.get(at..).and_then(|rest| rest.find('\\')) {
+        at += next;
+        let escape = |at| {
+            let digits = text.get(at..at + 6)?.strip_prefix("\\u")?;
+            u16::from_str_radix(digits, 16).ok()
+        };
+        at += match (escape(at), escape(at + 6)) {
+            (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => 12,
+            (Some(0xd800..=0xdfff), _) => {
+                text.replace_range(at + 2..at + 6, "fffd");
+                6
+            }
+            _ => 2,
+        };
     }
 }
 
@@ -223,15 +259,14 @@ impl Walk {
         names
     }
 
-    fn misfit(&mut self, key: Option<Key>, path: &str, expected: &str, found: &Value) {
-        let found = match found {
-            // Debug keeps the ".0" that shows why it isn't an integer.
-            Value::Number(number) if number.is_f64() => format!("{:?}", number.as_f64().unwrap_or_default()),
-            Value::Number(_) | Value::Null => found.to_string(),
-            Value::Bool(_) => "a boolean".to_owned(),
-            Value::String(_) => "a string".to_owned(),
-            Value::Array(_) => "an array".to_owned(),
-            Value::Object(_) => "an object".to_owned(),
+    fn misfit(&mut self, key: Option<Key>, path: &str, expected: &str, found: &RawValue) {
+        let found = match first(found) {
+            b'{' => "an object",
+            b'[' => "an array",
+            b'"' => "a string",
+            b't' | b'f' => "a boolean",
+            // Short enough for a line; JSON's numbers are ASCII.
+            _ => found.get().get(..MAX_NUMBER).unwrap_or(found.get()),
         };
         let text = format!("expected {expected}, found {found}");
         self.misfits.push(Misfit { key, path: path.to_owned(), text });
@@ -239,11 +274,11 @@ impl Walk {
 
     /// `section` in our spelling, `path` in the file's.
     fn object(&mut self, section: &str, path: &str, text: &RawValue) -> Result<(), Error> {
-        let members = match serde_json::from_str(text.get())? {
-            Value::Object(_) => serde_json::Deserializer::from_str(text.get()).deserialize_map(Members)?,
-            Value::Null => Vec::new(),
-            other => {
-                self.misfit(None, path, "an object", &other);
+        let members = match first(text) {
+            b'{' => serde_json::Deserializer::from_str(text.get()).deserialize_map(Members)?,
+            b'n' => Vec::new(),
+            _ => {
+                self.misfit(None, path, "an object", text);
                 Vec::new()
             }
         };
@@ -268,48 +303,57 @@ impl Walk {
 
     /// `None` if the value doesn't fit, or is a `null` that leaves it as it is.
     fn value(&mut self, key: Key, path: &str, text: &RawValue) -> Result<Option<Value>, Error> {
-        let value: Value = serde_json::from_str(text.get())?;
+        // A number beyond f64 has no value, and fits nowhere.
+        let parsed = || serde_json::from_str::<Value>(text.get()).unwrap_or_default();
         let element = |index| format!("{path}[{index}]");
-        let (fits, expected) = match (key.kind(), &value) {
-            (Kind::List(Some([_, ..])) | Kind::Map, Value::Null) => return Ok(Some(value)),
-            (kind @ (Kind::List(_) | Kind::Objects), Value::Null) => return Ok(Some(kind.default())),
-            (_, Value::Null) => return Ok(None),
-            (Kind::List(_), Value::Array(elements)) => {
+        let (fits, expected) = match (key.kind(), first(text)) {
+            (Kind::List(Some([_, ..])) | Kind::Map, b'n') => return Ok(Some(Value::Null)),
+            (kind @ (Kind::List(_) | Kind::Objects), b'n') => return Ok(Some(kind.default())),
+            (_, b'n') => return Ok(None),
+            (Kind::List(_), b'[') => {
+                let elements: Vec<&RawValue> = serde_json::from_str(text.get())?;
                 let wrong =
-                    elements.iter().enumerate().filter(|(_, text)| !text.is_string() && !text.is_null());
+                    elements.iter().enumerate().filter(|(_, text)| !matches!(first(text), b'"' | b'n'));
                 wrong.for_each(|(index, other)| self.misfit(Some(key), &element(index), "a string", other));
-                let texts = elements.iter().map(|text| text.as_str().unwrap_or_default());
-                return Ok(Some(texts.collect()));
+                let texts = elements.iter().map(|text| serde_json::from_str::<String>(text.get()));
+                return Ok(Some(texts.map(Result::unwrap_or_default).collect()));
             }
-            (Kind::Map, Value::Object(members)) => {
-                let wrong = members.iter().filter(|(_, text)| !text.is_string());
+            (Kind::Map, b'{') => {
+                let members = serde_json::Deserializer::from_str(text.get()).deserialize_map(Members)?;
+                let wrong = members.iter().filter(|(_, text)| first(text) != b'"');
                 wrong.for_each(|(name, other)| self.misfit(Some(key), &join(path, name), "a string", other));
-                return Ok(Some(value));
+                return Ok(Some(parsed()));
             }
-            (Kind::Objects, Value::Array(_)) => {
+            (Kind::Objects, b'[') => {
                 // The elements are checked, but have no effect.
                 let given = self.given.len();
                 let texts: Vec<&RawValue> = serde_json::from_str(text.get())?;
+                let elements = Value::Array(vec![Value::Null; texts.len()]);
                 for (index, text) in texts.into_iter().enumerate() {
                     self.object(key.name(), &element(index), text)?;
                 }
                 self.given.truncate(given);
-                return Ok(Some(value));
+                return Ok(Some(elements));
             }
-            (Kind::Flag(_), value) => (value.is_boolean(), "a boolean"),
-            (Kind::Number(range, _), value) => (
-                value.as_number().and_then(Number::as_i128).is_some_and(|number| range.contains(&number)),
+            (Kind::Flag(_), byte) => (matches!(byte, b't' | b'f'), "a boolean"),
+            (Kind::Number(range, _), _) => (
+                parsed().as_number().and_then(Number::as_i128).is_some_and(|number| range.contains(&number)),
                 &*format!("an integer from {} to {}", range.start(), range.end()),
             ),
-            (Kind::Text(_), value) => (value.is_string(), "a string"),
+            (Kind::Text(_), byte) => (byte == b'"', "a string"),
             (Kind::List(_) | Kind::Objects, _) => (false, "an array"),
             (Kind::Map, _) => (false, "an object"),
         };
         if !fits {
-            self.misfit(Some(key), path, expected, &value);
+            self.misfit(Some(key), path, expected, text);
         }
-        Ok(fits.then_some(value))
+        Ok(fits.then(parsed))
     }
+}
+
+/// Tells the type: `n` stands for null, `t` and `f` for a boolean.
+fn first(text: &RawValue) -> u8 {
+    text.get().bytes().next().unwrap_or_default()
 }
 
 /// Reads an object's members in their order, with duplicates.
