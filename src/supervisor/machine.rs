@@ -18,9 +18,9 @@ const FETCH_LIMIT: Duration = Duration::from_secs(60);
 pub(crate) enum Event {
     Auth(AuthEvent),
     Connected,
-    /// The link has ended, or the attempt failed.
+    /// The link has ended, or the attempt failed. The server refused it with this HTTP status.
     Lost {
-        unauthorized: bool,
+        refused: Option<u16>,
         retry_after: Option<Duration>,
     },
     Tick,
@@ -54,8 +54,10 @@ pub(crate) struct Machine {
     pub(crate) credentials: Option<Credentials>,
     /// Since when the manager has answered that there is no token, though none was withdrawn.
     doubted: Option<Instant>,
-    /// Links and attempts that were lost since the token changed or a link was stable.
-    attempt: u32,
+    /// See [`backoff::doublings`]: since the token changed or a link was stable.
+    doublings: u32,
+    /// When the last link was lost, or the start.
+    lost: Instant,
     /// Attempts that failed since the last link, stable or not.
     failed: u64,
     /// ReconnectIntervalSeconds.
@@ -68,8 +70,9 @@ impl Machine {
     /// The manager is asked already.
     pub(crate) fn new(base: Duration, random: fn() -> u64, now: Instant) -> Self {
         let state = State::Unauthorized;
-        let (credentials, doubted) = (None, None);
-        Machine { state, since: now, until: now, credentials, doubted, attempt: 0, failed: 0, base, random }
+        let (credentials, doubted, doublings, failed) = Default::default();
+        let (since, until, lost) = (now, now, now);
+        Machine { state, since, until, credentials, doubted, doublings, lost, failed, base, random }
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
@@ -106,7 +109,7 @@ impl Machine {
         });
         match self.state {
             State::Unauthorized => "waiting for a token".to_owned(),
-            State::Waiting => format!("next attempt to connect to {server}{left}, {} failed", self.attempt),
+            State::Waiting => format!("next attempt to connect to {server}{left}, {} failed", self.failed),
             State::Asking => "asking for a token".to_owned(),
             State::Dialling => format!("connecting to {server}"),
             State::Connected => format!("connected to {server}{age}"),
@@ -144,7 +147,7 @@ impl Machine {
             (_, Event::Auth(Changed(Some(new)) | Answered(Ok(Some(new))))) => {
                 if self.credentials.as_ref() != Some(&new) {
                     // The attempts so far say nothing about it.
-                    self.attempt = 0;
+                    self.doublings = 0;
                     self.credentials = Some(new);
                 }
                 (Dialling, vec![Dial])
@@ -176,8 +179,8 @@ impl Machine {
                 self.until = now + ASK_INTERVAL;
                 (Connected, vec![])
             }
-            (Dialling | Connected, Event::Lost { unauthorized, retry_after }) => {
-                (Waiting, self.lost(now, unauthorized, retry_after))
+            (Dialling | Connected, Event::Lost { refused, retry_after }) => {
+                (Waiting, self.lost(now, refused, retry_after))
             }
 
             (Waiting, Event::Tick) if now >= self.until => (Asking, vec![Ask]),
@@ -196,20 +199,26 @@ impl Machine {
         }
     }
 
-    fn lost(&mut self, now: Instant, unauthorized: bool, retry_after: Option<Duration>) -> Vec<Action> {
-        if self.state == State::Dialling {
+    fn lost(&mut self, now: Instant, refused: Option<u16>, retry_after: Option<Duration>) -> Vec<Action> {
+        let dialled = self.state == State::Dialling;
+        if dialled {
             self.failed = self.failed.saturating_add(1);
-        } else if now.saturating_duration_since(self.since) >= backoff::STABLE_AFTER {
-            self.attempt = 0;
+        } else {
+            self.lost = now;
+            if now.saturating_duration_since(self.since) >= backoff::STABLE_AFTER {
+                self.doublings = 0;
+            }
         }
-        let mut wait = backoff::delay(self.attempt, self.base, (self.random)());
+        let outage = now.saturating_duration_since(self.lost);
+        let mut wait = backoff::delay(self.doublings, outage, self.base, (self.random)());
         if let Some(wish) = retry_after {
             // A whole fleet may have been given the same Retry-After: spread the attempts.
-            wait = wait.max(wish + backoff::delay(0, self.base, (self.random)()));
+            wait = wait.max(wish + backoff::spread(self.base, (self.random)()));
         }
-        self.attempt = self.attempt.saturating_add(1);
+        // A server that takes links and ends them has too much to do, too.
+        self.doublings = backoff::doublings(self.doublings, refused.is_some() || !dialled);
         self.until = now + wait;
-        let fetch = unauthorized.then_some(Action::Fetch);
+        let fetch = (refused == Some(401)).then_some(Action::Fetch);
         [Action::Close, Action::LogWait(wait)].into_iter().chain(fetch).collect()
     }
 }
@@ -240,7 +249,7 @@ mod tests {
     }
 
     fn lost() -> Event {
-        Event::Lost { unauthorized: false, retry_after: None }
+        Event::Lost { refused: None, retry_after: None }
     }
 
     /// A machine in each state with the token "a", except where there can be none.
@@ -346,44 +355,61 @@ mod tests {
         assert_eq!((machine.state, machine.credentials), (State::Unauthorized, None));
     }
 
+    /// The attempt fails; returns the longest wait in seconds.
+    fn fail(machine: &mut Machine, now: Instant, refused: Option<u16>) -> u64 {
+        machine.state = State::Dialling;
+        machine.step(Event::Lost { refused, retry_after: None }, now);
+        (machine.deadline().unwrap() - now).as_secs_f64().round() as u64
+    }
+
     #[test]
-    fn waits_double_until_a_link_was_stable_or_the_token_changes() {
+    fn refusals_double_the_wait_until_a_link_was_stable_or_the_token_changes() {
         let mut now = Instant::now();
         let mut machine = machine();
         machine.step(changed("a"), now);
-        let fail = |machine: &mut Machine, now| {
-            machine.state = State::Dialling;
-            machine.step(lost(), now);
-            (machine.deadline().unwrap() - now).as_secs_f64().round() as u64
-        };
-        assert_eq!([fail(&mut machine, now), fail(&mut machine, now), fail(&mut machine, now)], [5, 10, 20]);
-        // A link of a moment changes nothing.
+        assert_eq!(
+            [Some(503), Some(503), None, None].map(|why| fail(&mut machine, now, why)),
+            [5, 10, 20, 20]
+        );
+        // A link of a moment is no better.
         machine.state = State::Dialling;
         machine.step(Event::Connected, now);
         now += backoff::STABLE_AFTER / 2;
         machine.step(lost(), now);
-        assert_eq!(fail(&mut machine, now), 80);
+        assert_eq!(fail(&mut machine, now, Some(503)), 40);
         machine.state = State::Dialling;
         machine.step(Event::Connected, now);
         now += backoff::STABLE_AFTER;
         machine.step(lost(), now);
-        assert_eq!(fail(&mut machine, now), 10);
+        assert_eq!(fail(&mut machine, now, Some(503)), 10);
         // The same token announced again is tried at once, but doesn't shorten the waits afterwards.
         machine.step(changed("a"), now);
-        assert_eq!(fail(&mut machine, now), 20);
+        assert_eq!(fail(&mut machine, now, Some(503)), 20);
         machine.step(changed("b"), now);
-        assert_eq!(fail(&mut machine, now), 5);
+        assert_eq!(fail(&mut machine, now, None), 5);
+    }
+
+    #[test]
+    fn waits_follow_the_outage() {
+        let mut now = Instant::now();
+        let mut machine = in_state(State::Connected);
+        now += 2 * backoff::STABLE_AFTER;
+        machine.step(lost(), now);
+        assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 5.0);
+        let waits =
+            [0, 1, 30, 70, 1000].map(|later| fail(&mut machine, now + Duration::from_secs(later), None));
+        assert_eq!(waits, [10, 10, 30, 70, 300]);
     }
 
     #[test]
     fn a_refused_token_is_replaced_and_a_servers_wish_is_honoured() {
         let now = Instant::now();
         let mut machine = in_state(State::Dialling);
-        let actions = machine.step(Event::Lost { unauthorized: true, retry_after: None }, now);
+        let actions = machine.step(Event::Lost { refused: Some(401), retry_after: None }, now);
         assert_eq!(actions.last(), Some(&Fetch));
         let mut machine = in_state(State::Dialling);
         let wish = Some(Duration::from_secs(100));
-        machine.step(Event::Lost { unauthorized: false, retry_after: wish }, now);
+        machine.step(Event::Lost { refused: Some(503), retry_after: wish }, now);
         assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 105.0);
     }
 }

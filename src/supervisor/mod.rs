@@ -217,11 +217,11 @@ impl Supervisor {
                 } else {
                     warn!("connection with {server} lost: {reason}");
                 }
-                let (unauthorized, retry_after) = match reason {
-                    LinkError::Refused { status, retry_after } => (status == 401, retry_after),
-                    _ => (false, None),
+                let (refused, retry_after) = match reason {
+                    LinkError::Refused { status, retry_after } => (Some(status), retry_after),
+                    _ => (None, None),
                 };
-                self.step(Event::Lost { unauthorized, retry_after });
+                self.step(Event::Lost { refused, retry_after });
             }
         }
     }

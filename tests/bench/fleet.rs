@@ -1,8 +1,9 @@
-//! A fleet loses its server and comes back: the back-off of `src/backoff.rs` beside upstream's, in virtual time.
+//! A fleet loses its server and comes back: the back-off of `src/backoff.rs` beside plain doubling and upstream's, in
+//! virtual time.
 //!
-//! All links, long stable, break at 0 s. Until the outage's end the server refuses every connect; afterwards it
-//! accepts the first 1,000 of each second and refuses the others. A refusal takes no time and costs the server
-//! nothing; a link that is accepted stays. An agent's recovery is from the outage's end to its accepted connect,
+//! All links, long stable, break at 0 s. Until the outage's end nobody answers a connect; afterwards the server accepts
+//! the first 1,000 of each second and refuses the others with an HTTP status. A failure takes no time and costs nobody
+//! anything; a link that is accepted stays. An agent's recovery is from the outage's end to its accepted connect,
 //! and the peak is of connects, accepted or not, in one second after the outage's end.
 //!
 //! Upstream's is the formula alone, without what else its agent waits for.
@@ -11,30 +12,48 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
 
-use mender_connect::internals::delay;
+use mender_connect::internals::{delay, doublings};
 
 const SECOND: u64 = 1_000_000_000;
 
 /// What the server accepts in a second.
 const CAPACITY: usize = 1000;
 
-/// An agent's next connect: the time in nanoseconds, and its attempts before. Agents have nothing else that
-/// tells them apart.
+/// An agent's next connect: the time in nanoseconds, and its attempts before as the back-off counts them. Agents have
+/// nothing else that tells them apart.
 type Connect = (u64, u32);
 
-/// The wait before the next attempt. Counts it.
-type Backoff = fn(&mut u32, u64) -> u64;
+/// Why the agent has no link.
+#[derive(Clone, Copy, PartialEq)]
+enum Why {
+    Lost,
+    Unanswered,
+    Refused,
+}
 
-/// The supervisor's rule with the default ReconnectIntervalSeconds.
-fn here(attempts: &mut u32, random: u64) -> u64 {
-    let wait = delay(*attempts, Duration::from_secs(5), random);
-    *attempts += 1;
+/// The wait before the next attempt, at this time. Counts the attempt.
+type Backoff = fn(&mut u32, u64, Why, u64) -> u64;
+
+/// The default ReconnectIntervalSeconds.
+const BASE: Duration = Duration::from_secs(5);
+
+/// The supervisor's rule.
+fn here(count: &mut u32, time: u64, why: Why, random: u64) -> u64 {
+    let wait = delay(*count, Duration::from_nanos(time), BASE, random);
+    *count = doublings(*count, why != Why::Unanswered);
+    wait.as_nanos() as u64
+}
+
+/// Without the outage's length: each attempt doubles the wait.
+fn doubling(count: &mut u32, _: u64, _: Why, random: u64) -> u64 {
+    let wait = delay(*count, Duration::ZERO, BASE, random);
+    *count += 1;
     wait.as_nanos() as u64
 }
 
 /// Upstream's exponentialbackoff.go, with the shift that overflows from the 102nd attempt on. Nobody needs so
 /// many here.
-fn upstream(attempts: &mut u32, random: u64) -> u64 {
+fn upstream(attempts: &mut u32, _: u64, _: Why, random: u64) -> u64 {
     *attempts += 1;
     if *attempts <= 1 {
         return 0;
@@ -76,9 +95,9 @@ fn simulate(agents: usize, outage: u64, backoff: Backoff) -> Outcome {
     let mut due: BTreeMap<u64, Vec<Reverse<Connect>>> = BTreeMap::new();
     for _ in 0..agents {
         let mut attempts = 0;
-        let mut time = backoff(&mut attempts, random.next());
+        let mut time = backoff(&mut attempts, 0, Why::Lost, random.next());
         while time < end {
-            time += backoff(&mut attempts, random.next());
+            time += backoff(&mut attempts, time, Why::Unanswered, random.next());
         }
         due.entry(time / SECOND).or_default().push(Reverse((time, attempts)));
     }
@@ -93,7 +112,7 @@ fn simulate(agents: usize, outage: u64, backoff: Backoff) -> Outcome {
                 outcome.recoveries.push(time - end);
                 continue;
             }
-            let next = time + backoff(&mut attempts, random.next());
+            let next = time + backoff(&mut attempts, time, Why::Refused, random.next());
             if next / SECOND == second {
                 connects.push(Reverse((next, attempts)));
             } else {
@@ -137,8 +156,10 @@ fn main() {
         "|---|---|---|---|---|---|---|".to_owned(),
     ];
     for agents in [10_000, 1_000_000] {
-        for (name, outage) in [("1 s", 1), ("30 min", 1800), ("2 h", 7200)] {
-            for (whose, backoff) in [("here", here as Backoff), ("upstream", upstream)] {
+        for (name, outage) in [("1 s", 1), ("35 s", 35), ("30 min", 1800), ("2 h", 7200)] {
+            for (whose, backoff) in
+                [("here", here as Backoff), ("doubling", doubling), ("upstream", upstream)]
+            {
                 let outcome = simulate(agents, outage, backoff);
                 check(&outcome, agents);
                 // The smallest time in which so many per cent are back.

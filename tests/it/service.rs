@@ -74,7 +74,7 @@ fn readiness_state_and_end_are_told() {
         assert!(said.contains(&"READY=1".to_owned()), "{said:?}");
         assert_eq!(said.iter().filter(|text| *text == "READY=1").count(), 1, "{said:?}");
         device.reset();
-        manager.until(&format!("STATUS=next attempt to connect to {url}, 1 failed"));
+        manager.until(&format!("STATUS=next attempt to connect to {url}, 0 failed"));
         manager.until(&format!("STATUS=connected to {url}"));
         rig.manager.change("", "");
         manager.until("STATUS=waiting for a token");
