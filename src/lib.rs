@@ -43,6 +43,7 @@ mod commands;
 mod config;
 mod daemon;
 mod doctor;
+mod encoding;
 mod link;
 mod logging;
 mod outbox;

@@ -189,7 +189,7 @@ impl Manager {
     }
 
     fn went_down(&mut self, now: Instant, why: &str) {
-        warn!("no system bus: {why}; trying again in {:.1} s", self.retry_delay.as_secs_f32());
+        warn!("no system bus: {why}; trying again in {:.1} s", self.retry_delay.as_secs_f64());
         self.bus = Bus::Down(now + self.retry_delay);
         self.retry_delay = (self.retry_delay * 2).min(LAST_RETRY);
         self.owner = None;

@@ -11,9 +11,9 @@ use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Instant;
 
-use data_encoding::BASE64URL_NOPAD;
 use serde_json::{Value, json};
 
+use crate::encoding::from_base64url;
 use crate::sys::{print, privilege};
 
 /// Prints the steps, as JSON if `json` says so or, without it, where no terminal is. True if all steps worked.
@@ -103,7 +103,7 @@ fn clean(text: &str) -> String {
 pub(crate) fn expiry(token: &str) -> Option<u64> {
     let mut parts = token.split('.');
     let (payload, 3) = (parts.clone().nth(1)?, parts.by_ref().count()) else { return None };
-    let payload = BASE64URL_NOPAD.decode(payload.trim_end_matches('=').as_bytes()).ok()?;
+    let payload = from_base64url(payload)?;
     let exp = serde_json::from_slice::<Value>(&payload).ok()?.get("exp")?.as_f64()?;
     // A cast doesn't overflow; the number may have a fraction (RFC 7519, NumericDate).
     Some(exp as u64)
@@ -121,6 +121,7 @@ pub(crate) fn span(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use data_encoding::BASE64URL_NOPAD;
 
     #[test]
     fn nothing_from_outside_moves_the_cursor() {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use crossbeam_channel::select;
 use log::debug;
-use tungstenite::handshake::client::generate_key;
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Bytes, Error, Message, WebSocket};
 
@@ -19,6 +18,7 @@ use super::socket::{Cancel, Socket};
 #[cfg(feature = "tls")]
 use super::tls::client as tls_client;
 use crate::auth::Credentials;
+use crate::encoding::base64;
 use crate::sys::{names, net, reason};
 
 const BUFFER: usize = 16 * 1024;
@@ -52,7 +52,7 @@ pub(super) fn dial(
 ) -> Result<WebSocket<Half>, LinkError> {
     let server = Endpoint::parse(&credentials.server_url)?;
     let handshake = if server.tls { Some(tls_client(&server)?) } else { None };
-    let key = upgrade.then(generate_key);
+    let key = upgrade.then(new_key).transpose()?;
     let request = http::request(&server, &credentials.token, key.as_deref())?;
     progress(Progress::Server(&server));
     let proxy = proxies.proxy_for(&server)?;
@@ -78,6 +78,12 @@ pub(super) fn dial(
     answer.accepts(key.as_deref())?;
     progress(Progress::Opened);
     Ok(websocket(stream, MAX_MESSAGE))
+}
+
+fn new_key() -> io::Result<String> {
+    let mut nonce = [0; 16];
+    getrandom::fill(&mut nonce).map_err(|_| io::Error::other("no random numbers"))?;
+    Ok(base64(&nonce))
 }
 
 #[cfg(not(feature = "tls"))]
@@ -143,8 +149,8 @@ fn open_socket(target: &Endpoint, cancel: &Arc<Cancel>, progress: Observer<'_>) 
 }
 
 fn resolve(target: &Endpoint, cancel: &Cancel) -> Result<Vec<SocketAddr>, LinkError> {
-    if let Some(address) = target.address() {
-        return Ok(vec![SocketAddr::new(address, target.port)]);
+    if let Some(address) = target.socket_address() {
+        return Ok(vec![address]);
     }
     let failed = |e: io::Error| LinkError::Resolve { host: target.host.clone(), reason: e.to_string() };
     let answered = names::look_up(&target.host, target.port, (), || {})?;

@@ -1,10 +1,9 @@
-//! Where to connect to, from the server URL.
+//! Where to connect to, from the server's or a proxy's URL.
 
-use std::net::IpAddr;
-
-use tungstenite::http::Uri;
+use std::net::{IpAddr, SocketAddr};
 
 use super::error::LinkError;
+use crate::sys::net;
 
 /// Web application firewalls refuse requests without one.
 pub(super) const USER_AGENT: &str = concat!("mender-connect/", env!("CARGO_PKG_VERSION"));
@@ -15,46 +14,110 @@ pub(crate) const PATH: &str = "/api/devices/v1/deviceconnect/connect";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Endpoint {
     pub(crate) tls: bool,
-    /// A name or an address, without brackets.
+    /// A name or an address, without brackets. An IPv6 address may have a zone, which means nothing to anybody else.
     pub(crate) host: String,
     pub(super) port: u16,
 }
 
+/// The parts of `SCHEME://[LOGIN@]HOST[:PORT][/…]`.
+pub(super) struct Url<'a> {
+    pub(super) scheme: String,
+    pub(super) login: Option<&'a str>,
+    host: String,
+    port: Option<u16>,
+}
+
+impl<'a> Url<'a> {
+    pub(super) fn parse(url: &'a str) -> Result<Self, &'static str> {
+        let (scheme, rest) = url.trim().split_once("://").ok_or("no scheme")?;
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let (login, place) = match authority.rsplit_once('@') {
+            Some((login, place)) => (Some(login), place),
+            None => (None, authority),
+        };
+        let (host, port) = match place.strip_prefix('[') {
+            Some(place) => {
+                let (host, port) = place.split_once(']').ok_or("a bracket that isn't closed")?;
+                // A zone's percent sign is escaped (RFC 6874), though not by everybody.
+                let host = host.replacen("%25", "%", 1);
+                if net::without_zone(&host).parse::<IpAddr>().is_err() {
+                    return Err("no IPv6 address in its brackets");
+                }
+                (host, port)
+            }
+            None => {
+                let (host, port) = place.split_at(place.find(':').unwrap_or(place.len()));
+                (host.to_owned(), port)
+            }
+        };
+        if host.is_empty() {
+            return Err("no host");
+        }
+        let strange = |byte| !matches!(byte, b'!'..=b'~') || b"\"<>\\^`{|}".contains(&byte);
+        if host.bytes().any(strange) || (host.contains('%') && !host.contains(':')) {
+            return Err("a character that no host name has");
+        }
+        let port = match port.strip_prefix(':') {
+            None if !port.is_empty() => return Err("something behind the brackets"),
+            None | Some("") => None,
+            // A number's sign would be accepted.
+            Some(digits) if digits.starts_with('+') => return Err("a port with a sign"),
+            Some(digits) => Some(digits.parse().map_err(|_| "a port that is no number up to 65535")?),
+        };
+        Ok(Url { scheme: scheme.to_ascii_lowercase(), login, host, port })
+    }
+
+    pub(super) fn endpoint(self, tls: bool, default_port: u16) -> Endpoint {
+        Endpoint { tls, host: self.host, port: self.port.unwrap_or(default_port) }
+    }
+}
+
 impl Endpoint {
     pub(super) fn parse(url: &str) -> Result<Self, LinkError> {
-        let uri: Uri = url.trim().parse().map_err(|e| LinkError::Url(format!("{e}")))?;
-        let (tls, default_port) = match uri.scheme_str() {
-            Some("http" | "ws") => (false, 80),
-            Some("https" | "wss") => (true, 443),
-            Some(other) => return Err(LinkError::Url(format!("unknown scheme {other:?}"))),
-            None => return Err(LinkError::Url("no scheme".to_owned())),
-        };
-        let host = uri.host().unwrap_or_default();
-        let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-        if host.is_empty() {
-            return Err(LinkError::Url("no host".to_owned()));
+        let url = Url::parse(url).map_err(|why| LinkError::Url(why.to_owned()))?;
+        match &*url.scheme {
+            "http" | "ws" => Ok(url.endpoint(false, 80)),
+            "https" | "wss" => Ok(url.endpoint(true, 443)),
+            other => Err(LinkError::Url(format!("unknown scheme {other:?}"))),
         }
-        Ok(Endpoint { tls, host: host.to_owned(), port: uri.port_u16().unwrap_or(default_port) })
     }
 
     pub(crate) fn authority(&self) -> String {
-        let Endpoint { host, port, .. } = self;
-        if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+        joined(&self.host, self.port)
+    }
+
+    /// For others: without a zone.
+    pub(super) fn target(&self) -> String {
+        joined(self.bare_host(), self.port)
     }
 
     pub(super) fn host_header(&self) -> String {
-        let authority = self.authority();
+        let target = self.target();
         let default_port = if self.tls { ":443" } else { ":80" };
-        authority.strip_suffix(default_port).unwrap_or(&authority).to_owned()
+        target.strip_suffix(default_port).unwrap_or(&target).to_owned()
+    }
+
+    /// Without a zone.
+    pub(super) fn bare_host(&self) -> &str {
+        net::without_zone(&self.host)
     }
 
     pub(crate) fn address(&self) -> Option<IpAddr> {
-        self.host.parse().ok()
+        self.bare_host().parse().ok()
+    }
+
+    /// What to connect to if `host` is no name.
+    pub(super) fn socket_address(&self) -> Option<SocketAddr> {
+        net::literal(&self.host, self.port)
     }
 
     pub(crate) fn is_loopback(&self) -> bool {
         self.host.eq_ignore_ascii_case("localhost") || self.address().is_some_and(|a| a.is_loopback())
     }
+}
+
+fn joined(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
 
 #[cfg(test)]
@@ -69,15 +132,35 @@ mod tests {
         };
         for (given, tls, host) in [
             ("http://127.0.0.1:4711", false, "127.0.0.1:4711"),
-            ("https://hosted.mender.io/", true, "hosted.mender.io"),
+            (" https://hosted.mender.io/ ", true, "hosted.mender.io"),
             ("https://host:444/base/path?query", true, "host:444"),
+            ("HTTPS://host:?query", true, "host"),
             ("ws://host:80", false, "host"),
-            ("wss://user:word@host", true, "host"),
+            ("wss://user:w@rd@host#f", true, "host"),
             ("http://[::1]:8080", false, "[::1]:8080"),
+            ("https://[::1]", true, "[::1]"),
+            ("http://[fe80::1%25eth0]:8080", false, "[fe80::1]:8080"),
+            ("http://[fe80::1%eth0]", false, "[fe80::1]"),
         ] {
             assert_eq!(url(given), Ok((tls, host.to_owned())), "{given}");
         }
-        for bad in ["", "host", "ftp://host", "http://", "https://:443", "http://ho st"] {
+        for bad in [
+            "",
+            "host",
+            "ftp://host",
+            "http://",
+            "https://:443",
+            "http://ho st",
+            "http://host:65536",
+            "http://host:+1",
+            "http://[::1",
+            "http://[::1]1",
+            "http://[name]",
+            "http://::1",
+            "http://a%20b",
+            "http://a\r\nb",
+            "http://é",
+        ] {
             let error = url(bad).unwrap_err();
             assert!(error.starts_with("malformed server URL: "), "{bad}: {error}");
         }

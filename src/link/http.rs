@@ -3,21 +3,27 @@
 use std::io::{Read, Write};
 use std::time::{Duration, UNIX_EPOCH};
 
+use log::warn;
+use sha1::{Digest, Sha1};
 use tungstenite::Error;
 use tungstenite::error::ProtocolError;
-use tungstenite::handshake::derive_accept_key;
 
 use super::endpoint::{Endpoint, PATH, USER_AGENT};
 use super::error::{AnswerFault, LinkError};
 use crate::auth::Token;
+use crate::encoding::base64;
 use crate::sys::clock;
 
 /// In bytes.
 const MAX_HEAD: usize = 16 * 1024;
+/// Answers like "103 Early Hints" before the one that counts. As in Go's client.
+const MAX_INTERIM: usize = 5;
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 const UPGRADE: &str =
     "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ";
+/// RFC 6455, 1.3.
+const ACCEPT: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// The parts of an answer's head that the agent uses. None of its texts is shown: the server may echo the token.
 #[derive(Debug, PartialEq, Eq)]
@@ -30,27 +36,37 @@ pub(crate) struct Answer {
     retry_after: Option<Duration>,
     /// Sec-WebSocket-Accept, if the other headers are a websocket's.
     accept: Option<String>,
+    /// The server chose a subprotocol, though none was offered.
+    has_subprotocol: bool,
 }
 
 impl Answer {
-    fn new(status: u16, headers: &[httparse::Header<'_>]) -> Self {
-        let header = |name: &str| {
-            let found = headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
-            std::str::from_utf8(found.value).ok()
+    /// Line ends may lack their carriage return, as for Go. `None`: it is no HTTP.
+    fn parse(head: &str) -> Option<Self> {
+        let mut lines = head.lines();
+        let status = lines.next()?.strip_prefix("HTTP/1.")?.split(' ').nth(1)?;
+        let status = status.parse().ok().filter(|_| status.len() == 3)?;
+        // Lines that begin with a blank go on with the one before (RFC 9112, 5.2); no header here is that long.
+        let lines = lines.filter(|line| !line.is_empty() && !line.starts_with([' ', '\t']));
+        let headers = lines.map(|line| line.split_once(':').filter(|(name, _)| !name.ends_with(' ')));
+        let headers: Vec<(&str, &str)> = headers.collect::<Option<_>>()?;
+        let all = |wanted: &'static str| {
+            let found = headers.iter().filter(move |(name, _)| name.eq_ignore_ascii_case(wanted));
+            found.map(|(_, value)| value.trim())
         };
+        let header = |name| all(name).next();
         let lists = |name, wanted| {
-            header(name).is_some_and(|list| list.split(',').any(|v| v.trim().eq_ignore_ascii_case(wanted)))
+            all(name).flat_map(|list| list.split(',')).any(|value| value.trim().eq_ignore_ascii_case(wanted))
         };
-        let is_websocket = lists("Upgrade", "websocket")
-            && lists("Connection", "Upgrade")
-            && header("Sec-WebSocket-Protocol").is_none();
-        Answer {
+        let is_websocket = lists("Upgrade", "websocket") && lists("Connection", "Upgrade");
+        Some(Answer {
             status,
             date: header("Date").and_then(since_1970),
             redirects_to_https: header("Location").is_some_and(|place| place.starts_with("https:")),
             retry_after: header("Retry-After").filter(|_| matches!(status, 429 | 503)).and_then(retry_after),
             accept: header("Sec-WebSocket-Accept").filter(|_| is_websocket).map(str::to_owned),
-        }
+            has_subprotocol: header("Sec-WebSocket-Protocol").is_some(),
+        })
     }
 
     /// Checks that the server opens a websocket for the request with this key (RFC 6455, 4.1). Without one it is refused.
@@ -59,12 +75,21 @@ impl Answer {
             return Err(LinkError::Refused { status: self.status, retry_after: self.retry_after });
         };
         let fault = match &self.accept {
-            Some(accept) if *accept == derive_accept_key(key.as_bytes()) => return Ok(()),
+            Some(accept) if *accept == accept_for(key) => {
+                if self.has_subprotocol {
+                    warn!("the server chose a subprotocol, though none was offered: it is ignored");
+                }
+                return Ok(());
+            }
             Some(_) => ProtocolError::SecWebSocketAcceptKeyMismatch,
             None => ProtocolError::MissingUpgradeWebSocketHeader,
         };
         Err(LinkError::Broken(Error::Protocol(fault).to_string()))
     }
+}
+
+fn accept_for(key: &str) -> String {
+    base64(&Sha1::new().chain_update(key).chain_update(ACCEPT).finalize())
 }
 
 fn since_1970(date: &str) -> Option<Duration> {
@@ -82,6 +107,17 @@ fn retry_after(value: &str) -> Option<Duration> {
 /// Sends a request and reads its answer's head, byte by byte: what follows belongs to the tunnel or the websocket.
 pub(super) fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer, AnswerFault> {
     stream.write_all(request.as_bytes())?;
+    for _ in 0..=MAX_INTERIM {
+        let head = String::from_utf8_lossy(&read_head(&mut stream)?).into_owned();
+        let answer = Answer::parse(&head).ok_or(AnswerFault::NotHttp)?;
+        if !matches!(answer.status, 100 | 102..=199) {
+            return Ok(answer);
+        }
+    }
+    Err(AnswerFault::TooLong)
+}
+
+fn read_head(stream: &mut impl Read) -> Result<Vec<u8>, AnswerFault> {
     let mut head = Vec::new();
     while head.len() < MAX_HEAD {
         let mut byte = [0];
@@ -90,14 +126,11 @@ pub(super) fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer
         }
         head.push(byte[0]);
         // Another protocol is recognised at its first bytes, since it may send no more of them.
-        if byte == *b"\n" || head.len() == "HTTP/1.1".len() {
-            let mut headers = [httparse::EMPTY_HEADER; 64];
-            let mut response = httparse::Response::new(&mut headers);
-            match response.parse(&head) {
-                Ok(httparse::Status::Partial) => {}
-                Ok(_) => return Ok(Answer::new(response.code.unwrap_or(0), response.headers)),
-                Err(_) => return Err(AnswerFault::NotHttp),
-            }
+        if !head.starts_with(b"HTTP/1.") && !b"HTTP/1.".starts_with(&head) {
+            return Err(AnswerFault::NotHttp);
+        }
+        if head.ends_with(b"\n\n") || head.ends_with(b"\n\r\n") {
+            return Ok(head);
         }
     }
     Err(AnswerFault::TooLong)
@@ -123,10 +156,7 @@ mod tests {
     use super::*;
 
     fn answer(head: &str) -> Answer {
-        let mut headers = [httparse::EMPTY_HEADER; 8];
-        let mut response = httparse::Response::new(&mut headers);
-        assert!(response.parse(head.as_bytes()).unwrap().is_complete());
-        Answer::new(response.code.unwrap(), response.headers)
+        Answer::parse(head).unwrap()
     }
 
     #[test]
@@ -155,16 +185,67 @@ mod tests {
             answer.accepts(Some(key)).map_err(|e| e.to_string())
         };
         assert_eq!(error(101, &[upgrade, accept]), Ok(()));
+        let apart = "UPGRADE: h2c\r\nupgrade: websocket\r\nCONNECTION: keep-alive\r\nconnection: UPGRADE\r\n";
+        assert_eq!(error(101, &[apart, accept, "Sec-WebSocket-Protocol: x\r\n"]), Ok(()));
         for (status, headers, why) in [
             (200, &[upgrade, accept][..], "HTTP status 200"),
             (101, &[accept], "Upgrade: websocket"),
             (101, &["Upgrade: websocket\r\n", accept], "Upgrade: websocket"),
             (101, &[upgrade], "Upgrade: websocket"),
-            (101, &[upgrade, accept, "Sec-WebSocket-Protocol: x\r\n"], "Upgrade: websocket"),
             (101, &[upgrade, "Sec-WebSocket-Accept: x\r\n"], "Sec-WebSocket-Accept"),
         ] {
             let error = error(status, headers).unwrap_err();
             assert!(error.contains(why), "{error}");
         }
+    }
+
+    /// The stream's answer, and what is left of the stream.
+    fn asked(bytes: &str) -> (Result<u16, String>, String) {
+        let mut stream = std::io::Cursor::new(bytes.as_bytes().to_vec());
+        // What is written goes nowhere.
+        let answer = ask(Deaf(&mut stream), "").map(|answer| answer.status).map_err(|e| e.to_string());
+        let mut rest = String::new();
+        stream.read_to_string(&mut rest).unwrap();
+        (answer, rest)
+    }
+
+    struct Deaf<'a>(&'a mut std::io::Cursor<Vec<u8>>);
+
+    impl Read for Deaf<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            self.0.read(buffer)
+        }
+    }
+
+    impl Write for Deaf<'_> {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn heads_are_read_as_go_reads_them() {
+        let many = "X: y\r\n".repeat(300);
+        let interim = "HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n";
+        for (head, answer) in [
+            ("HTTP/1.1 200 OK\r\nA: b\r\n\r\n", Ok(200)),
+            ("HTTP/1.0 200\nA: b\n\n", Ok(200)),
+            ("HTTP/1.1 200 OK\r\nA: b\r\n folded\r\n\r\n", Ok(200)),
+            (&format!("HTTP/1.1 101 x\r\n{many}\r\n"), Ok(101)),
+            (&format!("HTTP/1.1 100 Continue\r\n\r\n{interim}HTTP/1.1 101 x\r\n\r\n"), Ok(101)),
+            (&interim.repeat(MAX_INTERIM + 1), Err("the answer is too long")),
+            ("HTTP/1.1 200 OK\r\nA: b\r\n", Err("closed without an answer")),
+            ("HTTP/1.1 200 OK\r\nno header\r\n\r\n", Err("the answer is no HTTP")),
+            ("HTTP/1.1 OK\r\n\r\n", Err("the answer is no HTTP")),
+            ("HTTP/2 200\r\n\r\n", Err("the answer is no HTTP")),
+        ] {
+            assert_eq!(asked(head).0, answer.map_err(str::to_owned), "{head}");
+        }
+        assert_eq!(asked("HTTP/1.1 101 x\n\nrest"), (Ok(101), "rest".to_owned()));
+        assert_eq!(asked("220 ready"), (Err("the answer is no HTTP".to_owned()), "20 ready".to_owned()));
+        assert!(asked(&format!("HTTP/1.1 200 {}", "x".repeat(20_000))).0.unwrap_err().contains("too long"));
     }
 }

@@ -2,13 +2,12 @@
 
 use std::io::{Read, Write};
 
-use data_encoding::BASE64;
 use percent_encoding::percent_decode_str;
-use tungstenite::http::Uri;
 
-use super::endpoint::{Endpoint, USER_AGENT};
+use super::endpoint::{Endpoint, USER_AGENT, Url};
 use super::error::{AnswerFault, LinkError};
 use super::http;
+use crate::encoding::base64;
 use crate::sys::net::contains;
 
 /// In upper and lower case: for http, for https, and the exceptions.
@@ -82,24 +81,24 @@ impl Proxy {
         let bad = |what: &str| LinkError::Proxy(format!("the proxy's URL has {what}"));
         let url = url.trim();
         let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-        let uri: Uri = url.parse().map_err(|_| bad("a wrong form"))?;
-        if uri.scheme_str() != Some("http") {
+        let parts = Url::parse(&url).map_err(|_| bad("a wrong form"))?;
+        if parts.scheme != "http" {
             return Err(bad("a scheme other than http"));
         }
-        let endpoint = Endpoint::parse(&url).map_err(|_| bad("a wrong form"))?;
-        let login = uri.authority().and_then(|a| a.as_str().rsplit_once('@'));
-        let authorization = login.map_or_else(String::new, |(login, _)| {
+        let login = parts.login;
+        let endpoint = parts.endpoint(false, 80);
+        let authorization = login.map_or_else(String::new, |login| {
             let (user, word) = login.split_once(':').unwrap_or((login, ""));
             let plain: Vec<u8> =
                 percent_decode_str(user).chain(*b":").chain(percent_decode_str(word)).collect();
-            format!("Proxy-Authorization: Basic {}\r\n", BASE64.encode(&plain))
+            format!("Proxy-Authorization: Basic {}\r\n", base64(&plain))
         });
         Ok(Proxy { endpoint, authorization })
     }
 
     /// Asks the proxy on `stream` for a tunnel to `server` (RFC 9110, 9.3.6).
     pub(super) fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
-        let target = server.authority();
+        let target = server.target();
         let request = format!(
             "CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {USER_AGENT}\r\n{}\r\n",
             self.authorization
@@ -197,7 +196,7 @@ mod tests {
         let answer = "HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n";
         let (result, asked, taken) = ask("http://us%40er:p%3Aw@proxy", &format!("{answer}tunnel"));
         assert_eq!((result, taken), (Ok(()), answer.len()));
-        let login = BASE64.encode(b"us@er:p:w");
+        let login = base64(b"us@er:p:w");
         let wanted = format!(
             "CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\nUser-Agent: {USER_AGENT}\r\nProxy-Authorization: Basic {login}\r\n\r\n"
         );

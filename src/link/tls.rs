@@ -3,7 +3,9 @@
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex};
 
-use rustls::pki_types::{ServerName, UnixTime};
+use rustls::crypto::{CryptoProvider, KeyProvider, ring};
+use rustls::pki_types::{PrivateKeyDer, ServerName, UnixTime};
+use rustls::sign::SigningKey;
 use rustls::time_provider::TimeProvider;
 use rustls::{CertificateError, ClientConfig, ClientConnection, Error, InvalidMessage, RootCertStore};
 
@@ -15,14 +17,14 @@ use crate::sys::{clock, lock};
 
 /// Fails for a name that no certificate can be for, before anything is connected.
 pub(super) fn client(server: &Endpoint) -> Result<Handshake, LinkError> {
-    let name = ServerName::try_from(server.host.clone()).map_err(failed)?;
+    let name = ServerName::try_from(server.bare_host().to_owned()).map_err(failed)?;
     Ok(Box::new(|socket| handshake(name, socket)))
 }
 
 /// Reads the system's store of certificates (or SSL_CERT_FILE, SSL_CERT_DIR) anew each time: it may have been repaired
 /// since, and costs memory while loaded.
 fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn Tls>, String), LinkError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let provider = Arc::new(CryptoProvider { key_provider: &NoKeys, ..ring::default_provider() });
     let config = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
         .with_safe_default_protocol_versions()
         .map_err(failed)?
@@ -57,6 +59,16 @@ fn fault(error: &io::Error) -> TlsFault {
         },
         Some(Error::InvalidMessage(InvalidMessage::InvalidContentType)) => TlsFault::NotTls,
         _ => TlsFault::Other,
+    }
+}
+
+/// The device has no certificate. ring's provider would bring along the code to sign with any kind of key.
+#[derive(Debug)]
+struct NoKeys;
+
+impl KeyProvider for NoKeys {
+    fn load_private_key(&self, _: PrivateKeyDer<'static>) -> Result<Arc<dyn SigningKey>, Error> {
+        Err(Error::General("no client certificates".to_owned()))
     }
 }
 

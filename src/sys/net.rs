@@ -1,12 +1,13 @@
 //! Sockets and addresses: what std doesn't offer.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::net::if_::if_nametoindex;
 use nix::sys::socket::sockopt::{Linger, SetBool, SetStruct};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, recv, setsockopt, socket,
@@ -82,6 +83,21 @@ pub(crate) fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
         (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros() >= prefix,
         _ => false,
     }
+}
+
+/// Without the zone of an IPv6 address.
+pub(crate) fn without_zone(host: &str) -> &str {
+    host.split_once('%').map_or(host, |(address, _)| address)
+}
+
+/// The address that `host` is, if it is one. An IPv6 address may have a zone, the name or number of an interface. If
+/// that doesn't exist the address is none, either.
+pub(crate) fn literal(host: &str, port: u16) -> Option<SocketAddr> {
+    let Some((address, zone)) = host.split_once('%') else {
+        return Some(SocketAddr::new(host.parse().ok()?, port));
+    };
+    let zone = zone.parse().ok().or_else(|| if_nametoindex(zone).ok())?;
+    Some(SocketAddrV6::new(address.parse().ok()?, port, 0, zone).into())
 }
 
 /// The time limit for connecting to the first of `addresses`, when `left` remains for all of them: a dead one must leave

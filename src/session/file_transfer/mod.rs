@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use data_encoding::HEXLOWER;
 use log::{debug, info};
 use nix::sys::stat::FileStat;
 use sha2::{Digest, Sha256};
@@ -23,6 +22,7 @@ use self::upload::{Commit, Upload};
 use super::peer::Peer;
 use super::stats::TransferInfo;
 use crate::audit::Record;
+use crate::encoding::hex;
 use crate::proto::control;
 use crate::proto::file::{self, Request};
 use crate::proto::{Frame, MAX_TEXT, clipped};
@@ -89,7 +89,7 @@ impl About {
             .since(self.started, Instant::now());
         match outcome {
             Ok(()) => {
-                let digest = HEXLOWER.encode(&self.digest.clone().finalize());
+                let digest = hex(&self.digest.clone().finalize());
                 record.with("result", "ok").with("sha256", digest).log(true);
             }
             Err((result, why)) => record.with("result", result).text("reason", why).log(false),

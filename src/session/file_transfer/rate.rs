@@ -52,7 +52,7 @@ impl Counter {
         if ticks > 0 {
             let keep = 1.0 - WEIGHT;
             // The ticks after the first one brought nothing.
-            let silence = keep.powf((ticks - 1) as f64);
+            let silence = keep.powi(i32::try_from(ticks - 1).unwrap_or(i32::MAX));
             self.average = (WEIGHT * self.fresh as f64 + keep * self.average) * silence;
             self.fresh = 0;
             self.ticked = ticked.checked_add(TICK.saturating_mul(u32::try_from(ticks).unwrap_or(u32::MAX)));

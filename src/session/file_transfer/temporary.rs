@@ -12,7 +12,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use data_encoding::HEXLOWER;
 use log::{debug, info};
 use nix::dir::Dir;
 use nix::errno::Errno;
@@ -22,6 +21,7 @@ use nix::unistd::{UnlinkatFlags, fchown, fsync, getgid, getuid, linkat, unlinkat
 use sha2::{Digest, Sha256};
 
 use super::place::{self, Attributes, Failure, Result, Target};
+use crate::encoding::hex;
 use crate::sys::rename_noreplace;
 
 /// No read permission: nobody may read an incomplete file.
@@ -42,7 +42,7 @@ pub(super) struct Temporary {
 /// The prefix of a target's temporary names: hidden, and of a fixed length whatever the target's name.
 fn prefix(target: &OsStr) -> String {
     let digest = Sha256::digest(target.as_bytes());
-    format!(".mender-connect-{}-", HEXLOWER.encode(&digest[..8]))
+    format!(".mender-connect-{}-", hex(&digest[..8]))
 }
 
 /// Part of this process's temporary names only. A process id wouldn't do: after a reboot it may be the same.
