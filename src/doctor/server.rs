@@ -1,6 +1,6 @@
 //! The steps to the server: those of the daemon's dial, and what to do about each.
 
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use super::{Break, Report, expiry, span};
 use crate::auth::Credentials;
@@ -8,6 +8,7 @@ use crate::link::{
     AnswerFault, Endpoint, LinkError, PROXY_VARIABLES, Progress, ProxySettings, TlsFault, trial,
 };
 use crate::sys::clock;
+use crate::sys::names::Query;
 
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
@@ -15,6 +16,8 @@ const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
     let (mut server, mut proxy) = (None::<Endpoint>, None::<Endpoint>);
     let (mut step, mut to_https) = ("server", false);
+    // The look-up's two queries, and the attempts to connect, run beside each other.
+    let (mut begun, mut answered, mut failures) = (Instant::now(), Vec::new(), Vec::new());
     let outcome = trial(credentials, &ProxySettings::from_environment(), upgrade, &mut |progress| {
         let (found, next) = match progress {
             Progress::Server(endpoint) => {
@@ -28,18 +31,35 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
             }
             Progress::Proxy(endpoint) => {
                 proxy = endpoint.cloned();
+                begun = Instant::now();
                 return;
             }
-            Progress::Resolved(addresses) => {
-                let target = proxy.as_ref().or(server.as_ref());
-                let (host, literal) = target.map_or(("", false), |t| (&t.host, t.address().is_some()));
+            Progress::Resolved(query, addresses) => {
+                let host = proxy.as_ref().or(server.as_ref()).map_or("", |target| &target.host);
                 let what = if proxy.is_some() { "the proxy, " } else { "" };
                 let addresses: Vec<_> = addresses.iter().map(|a| a.ip().to_string()).collect();
-                let is = if literal { "an address" } else { &addresses.join(", ") };
-                (format!("{what}{host} is {is}"), "tcp")
+                let is = query.map(|query| format!("{}{}", addresses.join(", "), source(query)));
+                answered.push(query);
+                report.since = begun;
+                step = "tcp";
+                return report
+                    .good("dns", &format!("{what}{host} is {}", is.as_deref().unwrap_or("an address")));
             }
-            Progress::Failed(e) => return report.warn(e.to_string()),
+            Progress::Unresolved(query, e) => {
+                answered.push(Some(query));
+                let took = begun.elapsed().as_millis();
+                return failures.push(format!("{e}{} (after {took} ms)", source(query)));
+            }
+            Progress::Failed(e) => {
+                let took = begun.elapsed().as_millis();
+                return failures.push(format!("{e} (after {took} ms)"));
+            }
             Progress::Connected(address) => {
+                if let [Some(query @ (Query::A | Query::Aaaa))] = answered[..] {
+                    let other = if query == Query::A { Query::Aaaa } else { Query::A };
+                    failures.push(format!("no answer yet{}", source(other)));
+                }
+                failures.drain(..).for_each(|failure| report.warn(failure));
                 report.good("tcp", &format!("connected to {address}"));
                 step = "tls";
                 if proxy.is_none() {
@@ -99,10 +119,12 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
         LinkError::Token => step = "token",
         LinkError::Proxy(_) => step = "proxy",
         LinkError::Tls(..) => step = "tls",
-        // Reported as the step's error below, so not as a warning too.
-        LinkError::Connect { .. } => drop(report.warnings.pop()),
         _ => {}
     }
+    // The last failure is the step's error.
+    let text = error.to_string();
+    failures.retain(|failure| !failure.starts_with(&text));
+    failures.drain(..).for_each(|failure| report.warn(failure));
     let name = server.as_ref().map_or("", |server| &server.host);
     let host = if let LinkError::Resolve { host, .. } = &error { host } else { name };
     let advice = advice(&error, step, is_forwarder(&server), to_https);
@@ -112,6 +134,15 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
         advice += &format!("\nThe token has expired by this device's clock, which says {}", now());
     }
     Err(report.bad(step, &error.to_string(), &advice))
+}
+
+/// What an answer of the look-up is to.
+fn source(query: Query) -> &'static str {
+    match query {
+        Query::Hosts => " (/etc/hosts)",
+        Query::A => " (A, IPv4)",
+        Query::Aaaa => " (AAAA, IPv6)",
+    }
 }
 
 fn is_forwarder(server: &Option<Endpoint>) -> bool {

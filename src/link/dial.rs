@@ -2,10 +2,14 @@
 
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Instant;
 
-use crossbeam_channel::select;
 use log::debug;
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::SockType;
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Bytes, Error, Message, WebSocket};
 
@@ -19,7 +23,9 @@ use super::socket::{Cancel, Socket};
 use super::tls::client as tls_client;
 use crate::auth::Credentials;
 use crate::encoding::base64;
-use crate::sys::{names, net, reason};
+use crate::sys::names::Query;
+use crate::sys::race::{Event, Race};
+use crate::sys::{PollSet, reason};
 
 const BUFFER: usize = 16 * 1024;
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
@@ -28,8 +34,9 @@ const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
 pub(crate) enum Progress<'a> {
     Server(&'a Endpoint),
     Proxy(Option<&'a Endpoint>),
-    /// The addresses of the proxy, or else of the server.
-    Resolved(&'a [SocketAddr]),
+    /// The addresses of the proxy, or else of the server; without a query they weren't looked up.
+    Resolved(Option<Query>, &'a [SocketAddr]),
+    Unresolved(Query, &'a LinkError),
     /// For one of the addresses.
     Failed(&'a LinkError),
     Connected(SocketAddr),
@@ -100,7 +107,7 @@ pub(crate) fn trial(
     upgrade: bool,
     progress: Observer<'_>,
 ) -> Result<(), LinkError> {
-    let mut websocket = dial(credentials, proxies, &Arc::new(Cancel::new()), upgrade, progress)?;
+    let mut websocket = dial(credentials, proxies, &Arc::new(Cancel::new()?), upgrade, progress)?;
     websocket.send(Message::Ping(PING_PAYLOAD))?;
     loop {
         match websocket.read() {
@@ -130,33 +137,54 @@ pub(super) fn websocket<S: Read + Write>(stream: S, most: usize) -> WebSocket<S>
 }
 
 fn open_socket(target: &Endpoint, cancel: &Arc<Cancel>, progress: Observer<'_>) -> Result<Socket, LinkError> {
-    let mut last = LinkError::Resolve { host: target.host.clone(), reason: "no addresses".to_owned() };
-    let addresses = resolve(target, cancel)?;
-    progress(Progress::Resolved(&addresses));
-    for (at, &address) in addresses.iter().enumerate() {
-        match Socket::connect(address, net::connect_limit(cancel.left(), addresses.len() - at), cancel) {
-            Ok(socket) => {
-                progress(Progress::Connected(address));
-                return Ok(socket);
-            }
-            Err(e) => {
-                last = LinkError::Connect { address: address.to_string(), reason: reason(&e) };
-                progress(Progress::Failed(&last));
-            }
+    let no_addresses = |reason| LinkError::Resolve { host: target.host.clone(), reason };
+    let mut last = None;
+    let mut race = match target.socket_address() {
+        Some(address) => {
+            progress(Progress::Resolved(None, &[address]));
+            Race::new(SockType::Stream, vec![address], Instant::now())
         }
-    }
-    Err(last)
-}
-
-fn resolve(target: &Endpoint, cancel: &Cancel) -> Result<Vec<SocketAddr>, LinkError> {
-    if let Some(address) = target.socket_address() {
-        return Ok(vec![address]);
-    }
-    let failed = |e: io::Error| LinkError::Resolve { host: target.host.clone(), reason: e.to_string() };
-    let answered = names::look_up(&target.host, target.port, (), || {})?;
-    select! {
-        recv(answered) -> answer => answer.map_err(io::Error::other).and_then(|answer| answer).map_err(failed),
-        recv(cancel.cancelled) -> _ => Err(LinkError::Cancelled),
-        default(cancel.left()) => Err(LinkError::TimedOut("the name look-up")),
+        None => {
+            let (place, wake) = ((&*target.host, target.port), Arc::clone(&cancel.wake));
+            Race::look_up(SockType::Stream, place, (), move || wake.notify(), Instant::now())?
+        }
+    };
+    loop {
+        cancel.wake.clear();
+        if cancel.is_cancelled() {
+            return Err(LinkError::Cancelled);
+        }
+        let winner = race.advance(Instant::now(), &mut |_| true, &mut |event| match event {
+            Event::Answered(query, Ok(addresses)) => progress(Progress::Resolved(Some(query), addresses)),
+            Event::Answered(query, Err(e)) => {
+                let failure = no_addresses(e.to_string());
+                progress(Progress::Unresolved(query, &failure));
+                // IPv4's error is told, unless there is an address.
+                if last.is_none() || query == Query::A {
+                    last = Some(failure);
+                }
+            }
+            Event::Failed(address, e) => {
+                let failure = LinkError::Connect { address: address.to_string(), reason: reason(&e) };
+                progress(Progress::Failed(&failure));
+                last = Some(failure);
+            }
+        });
+        if let Some((socket, address)) = winner {
+            progress(Progress::Connected(address));
+            return Ok(Socket::new(socket, address, cancel)?);
+        }
+        if race.is_over() {
+            return Err(last.unwrap_or_else(|| no_addresses("no addresses".to_owned())));
+        }
+        if cancel.left().is_zero() {
+            return Err(race.pending().map_or(LinkError::TimedOut("the name look-up"), |address| {
+                LinkError::Connect { address: address.to_string(), reason: reason(&Errno::ETIMEDOUT.into()) }
+            }));
+        }
+        let mut set = PollSet::default();
+        set.add(cancel.wake.as_fd(), PollFlags::POLLIN);
+        race.sockets().for_each(|socket| set.add(socket.as_fd(), PollFlags::POLLOUT));
+        set.wait(Some(race.deadline().map_or(cancel.deadline, |next| next.min(cancel.deadline))))?;
     }
 }

@@ -62,7 +62,7 @@ impl Link {
         accept: impl FnOnce(&Outbox) -> F + Send + 'static,
         events: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<Self> {
-        let cancel = Arc::new(Cancel::new());
+        let cancel = Arc::new(Cancel::new()?);
         let theirs = Arc::clone(&cancel);
         thread::spawn("link", thread::LARGE_STACK, move || {
             let Err(lost) = run(&credentials, &proxies, &theirs, accept, &events);

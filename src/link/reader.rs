@@ -80,6 +80,7 @@ pub fn read(
     outbox: &Outbox,
     mut inbound: impl FnMut(Frame),
 ) -> LinkError {
-    let Err(lost) = run(&mut super::dial::websocket(stream, most), outbox, &mut inbound, &Cancel::new());
+    let Ok(cancel) = Cancel::new() else { return LinkError::Cancelled };
+    let Err(lost) = run(&mut super::dial::websocket(stream, most), outbox, &mut inbound, &cancel);
     lost
 }

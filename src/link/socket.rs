@@ -3,15 +3,12 @@
 use std::io::{self, Read, Write};
 use std::mem;
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
-use nix::errno::Errno;
-use nix::sys::socket::{SockFlag, SockType};
-
+use crate::sys::wake::Wake;
 use crate::sys::{lock, net};
 
 /// A link without an inbound byte for this long is dead, as for the server and Mender's agent.
@@ -39,24 +36,19 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// Connects within `limit`.
-    pub(super) fn connect(address: SocketAddr, limit: Duration, cancel: &Arc<Cancel>) -> io::Result<Self> {
-        let fd = net::socket_for(address, SockType::Stream, SockFlag::empty())?;
-        let stream = Arc::new(TcpStream::from(fd));
-        // On Linux the limit for sending is the one for connecting, too. Zero is an error.
-        stream.set_write_timeout(Some(limit.max(Duration::from_millis(1))))?;
+    /// Of a socket that is connected to `address`.
+    pub(super) fn new(socket: OwnedFd, address: SocketAddr, cancel: &Arc<Cancel>) -> io::Result<Self> {
+        let stream = Arc::new(TcpStream::from(socket));
+        stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
         net::set_unsent_limit(stream.as_fd(), UNSENT_LIMIT)?;
         cancel.register(&stream)?;
-        let timed_out = |e| matches!(e, Errno::EINPROGRESS | Errno::EAGAIN);
-        net::connect_to(stream.as_fd(), address)
-            .map_err(|e| if timed_out(e) { Errno::ETIMEDOUT } else { e })?;
         Ok(Socket { stream, cancel: Arc::clone(cancel), quick_ack: address.ip().is_loopback() })
     }
 
     #[cfg(test)]
     pub(super) fn of(stream: TcpStream) -> Self {
-        let cancel = Cancel { established: AtomicBool::new(true), ..Cancel::new() };
+        let cancel = Cancel { established: AtomicBool::new(true), ..Cancel::new().unwrap() };
         Socket { stream: Arc::new(stream), cancel: Arc::new(cancel), quick_ack: false }
     }
 
@@ -132,25 +124,23 @@ pub(super) struct Cancel {
     written: AtomicU64,
     /// The dial's.
     pub(super) deadline: Instant,
-    /// Disconnected by [`Cancel::cancel`].
-    pub(super) cancelled: Receiver<()>,
+    /// Wakes a dial that has no socket yet; called by [`Cancel::cancel`], too.
+    pub(super) wake: Arc<Wake>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// `None` once cancelled.
-    alive: Option<Sender<()>>,
+    cancelled: bool,
     socket: Option<Arc<TcpStream>>,
     /// Something waited to be read when [`Cancel::reads`] was called last.
     had_unread: bool,
 }
 
 impl Cancel {
-    pub(super) fn new() -> Self {
-        let (alive, cancelled) = bounded(0);
-        let state = Mutex::new(State { alive: Some(alive), ..State::default() });
-        let (established, heard, written) = Default::default();
-        Cancel { state, established, heard, written, deadline: Instant::now() + ATTEMPT_LIMIT, cancelled }
+    pub(super) fn new() -> io::Result<Self> {
+        let (state, established, heard, written) = Default::default();
+        let (deadline, wake) = (Instant::now() + ATTEMPT_LIMIT, Arc::new(Wake::new()?));
+        Ok(Cancel { state, established, heard, written, deadline, wake })
     }
 
     /// The dial's time.
@@ -159,21 +149,22 @@ impl Cancel {
     }
 
     pub(super) fn cancel(&self) {
-        lock(&self.state).alive = None;
+        lock(&self.state).cancelled = true;
+        self.wake.notify();
         // An open websocket is shut for reading alone: the reader then ends, and the writer sends a close frame.
         let established = self.established.load(Ordering::SeqCst);
         self.shut_down(if established { Shutdown::Read } else { Shutdown::Both });
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
-        lock(&self.state).alive.is_none()
+        lock(&self.state).cancelled
     }
 
     /// From here on `socket` is the one to shut down. Fails once cancelled.
     pub(super) fn register(&self, socket: &Arc<TcpStream>) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.socket = Some(Arc::clone(socket));
-        if state.alive.is_none() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+        if state.cancelled { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 
     pub(super) fn shut_down(&self, how: Shutdown) {

@@ -10,6 +10,7 @@ pub(crate) mod net;
 pub(crate) mod privilege;
 pub(crate) mod process;
 pub(crate) mod pty;
+pub(crate) mod race;
 pub(crate) mod signals;
 pub(crate) mod thread;
 pub(crate) mod users;

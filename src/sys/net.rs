@@ -2,8 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::time::Duration;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -100,29 +99,11 @@ pub(crate) fn literal(host: &str, port: u16) -> Option<SocketAddr> {
     Some(SocketAddrV6::new(address.parse().ok()?, port, 0, zone).into())
 }
 
-/// The time limit for connecting to the first of `addresses`, when `left` remains for all of them: a dead one must leave
-/// time for the others. As in Go's net.Dialer an equal share of at least 2 s, but of at most 10 s.
-pub(crate) fn connect_limit(left: Duration, addresses: usize) -> Duration {
-    let share = left / u32::try_from(addresses).unwrap_or(u32::MAX).max(1);
-    let share = share.clamp(Duration::from_secs(2), Duration::from_secs(10)).min(left);
-    if addresses <= 1 { left } else { share }
-}
-
-pub(crate) fn socket_for(address: SocketAddr, kind: SockType, flags: SockFlag) -> io::Result<OwnedFd> {
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    Ok(socket(family, kind, flags | SockFlag::SOCK_CLOEXEC, None)?)
-}
-
-/// Fails with EINPROGRESS for a time-out on a blocking socket, and on a non-blocking one while the connection is under
-/// way: it becomes writable when that is decided.
-pub(crate) fn connect_to(socket: BorrowedFd<'_>, address: SocketAddr) -> nix::Result<()> {
-    connect(socket.as_raw_fd(), &SockaddrStorage::from(address))
-}
-
-/// Begins to connect a non-blocking socket.
+/// Begins to connect a non-blocking socket, which becomes writable when that is decided.
 pub(crate) fn begin_connect(address: SocketAddr, kind: SockType) -> io::Result<OwnedFd> {
-    let socket = socket_for(address, kind, SockFlag::SOCK_NONBLOCK)?;
-    match connect_to(socket.as_fd(), address) {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    match connect(socket.as_raw_fd(), &SockaddrStorage::from(address)) {
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
         Err(e) => Err(e.into()),
     }
@@ -133,11 +114,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_share_the_time() {
-        let limit = |left, addresses| connect_limit(Duration::from_secs(left), addresses).as_secs();
-        assert_eq!(
-            [limit(45, 1), limit(45, 3), limit(30, 2), limit(9, 30), limit(1, 30), limit(0, 1)],
-            [45, 10, 10, 2, 1, 0]
-        );
+    fn literals_may_have_zones() {
+        for (text, address) in [
+            ("127.0.0.1", Some("127.0.0.1:1")),
+            ("::1", Some("[::1]:1")),
+            ("fe80::1%7", Some("[fe80::1%7]:1")),
+            ("fe80::1%lo", Some("[fe80::1%1]:1")),
+            ("fe80::1%nosuch", None),
+            ("127.0.0.1%lo", None),
+            ("[::1]", None),
+            ("name", None),
+        ] {
+            assert_eq!(literal(text, 1).map(|a| a.to_string()).as_deref(), address, "{text}");
+        }
     }
 }

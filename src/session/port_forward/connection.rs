@@ -65,7 +65,8 @@ pub(super) struct Connection {
     left: u64,
     /// Opened by a datagram, of which the client doesn't know.
     pub(super) reopened: bool,
-    _descriptor: Permit,
+    /// For the sockets.
+    descriptors: Permit,
     session: SessionId,
     pub(super) user: UserId,
     info: Arc<Info>,
@@ -119,7 +120,7 @@ impl Connection {
             discarded: 0,
             left: 0,
             reopened: false,
-            _descriptor: descriptor,
+            descriptors: descriptor,
             session: peer.id.clone(),
             user,
             shown,
@@ -153,7 +154,7 @@ impl Connection {
     /// Continues opening. True if that is done now. The error is the text for the client.
     pub(super) fn advance(&mut self, peer: &Peer, now: Instant) -> Result<bool, String> {
         let State::Opening(opening) = &mut self.state else { return Ok(false) };
-        match opening.advance(peer, now) {
+        match opening.advance(peer, &mut self.descriptors, now) {
             Ok(None) => Ok(false),
             Ok(Some((socket, address))) => {
                 // Only a matter of speed; a datagram socket has no such option.
@@ -170,11 +171,12 @@ impl Connection {
         }
     }
 
-    fn socket(&self) -> Option<&OwnedFd> {
-        match &self.state {
-            State::Opening(opening) => opening.socket(),
-            State::Open(socket) => Some(socket),
-        }
+    fn sockets(&self) -> impl Iterator<Item = &OwnedFd> {
+        let (opening, open) = match &self.state {
+            State::Opening(opening) => (Some(opening.sockets()), None),
+            State::Open(socket) => (None, Some(socket)),
+        };
+        opening.into_iter().flatten().chain(open)
     }
 
     /// Adds the events to poll for; with `reading` data from the target is one.
@@ -183,13 +185,13 @@ impl Connection {
         events.set(PollFlags::POLLIN, reading && self.is_open() && !self.ended);
         events.set(PollFlags::POLLOUT, !self.is_open() || !self.to_target.is_empty());
         // A dead socket is always "ready": one that isn't to be used now isn't watched at all.
-        if let Some(socket) = self.socket().filter(|_| !events.is_empty()) {
-            set.add(socket.as_fd(), events);
+        if !events.is_empty() {
+            self.sockets().for_each(|socket| set.add(socket.as_fd(), events));
         }
     }
 
     pub(super) fn events(&self, events: &Events) -> PollFlags {
-        self.socket().map_or(PollFlags::empty(), |socket| events.of(socket))
+        self.sockets().map(|socket| events.of(socket)).collect()
     }
 
     /// When [`Connection::advance`] has something to decide.

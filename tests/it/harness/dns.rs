@@ -2,13 +2,15 @@
 //! another /etc/resolv.conf, which takes root, as the port does.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
 use super::doctor::within;
+use super::front::Acceptor;
 use super::rig::{Setup, is_root};
 use super::wait::{SOON, Watched, spawn};
 
@@ -36,7 +38,16 @@ pub enum Single {
     /// An error (RFC 1035, 4.1.1): no addresses.
     Code(u8),
     Silence,
+    /// Not before [`NameServer::release`].
+    Held(IpAddr),
+    /// The last name of a chain of eight aliases has the address.
+    Alias(IpAddr),
+    /// Doesn't fit a datagram: TCP has to be used.
+    Truncated(IpAddr),
 }
+
+/// Names in a chain of aliases.
+const ALIASES: usize = 8;
 
 #[derive(Debug, Default)]
 struct State {
@@ -45,6 +56,8 @@ struct State {
     asked: Vec<String>,
     /// Replies that wait to be released, if none is to be sent before.
     held: Option<Vec<(SocketAddr, Vec<u8>)>>,
+    /// Those of [`Single::Held`].
+    late: Vec<(SocketAddr, Vec<u8>)>,
     quit: bool,
 }
 
@@ -54,6 +67,7 @@ pub struct NameServer {
     socket: Arc<UdpSocket>,
     state: Arc<Watched<State>>,
     thread: Option<JoinHandle<()>>,
+    _tcp: Acceptor,
 }
 
 /// A value for the variable RESOLVER: options by which each resolver waits for a minute, instead of 30 s.
@@ -100,14 +114,31 @@ impl NameServer {
                 if shared.peek(|s| s.quit) {
                     return;
                 }
-                shared.update(|s| match (s.answer(&buffer[..count]), &mut s.held) {
-                    (Some(answer), Some(held)) => held.push((peer, answer)),
-                    (Some(answer), None) => drop(ours.send_to(&answer, peer)),
-                    (None, _) => {}
+                shared.update(|s| match s.answer(&buffer[..count], false) {
+                    Some((answer, true)) => s.late.push((peer, answer)),
+                    Some((answer, false)) => match &mut s.held {
+                        Some(held) => held.push((peer, answer)),
+                        None => drop(ours.send_to(&answer, peer)),
+                    },
+                    None => {}
                 });
             }
         });
-        NameServer { address, socket, state, thread: Some(thread) }
+        let (shared, listener) = (Arc::clone(&state), TcpListener::bind((address, 53)));
+        let listener = listener.expect("bind the name server's TCP port");
+        let tcp = Acceptor::start("name-server-tcp", listener, move |mut stream| {
+            let mut length = [0; 2];
+            // RFC 1035, 4.2.2.
+            while stream.read_exact(&mut length).is_ok() {
+                let mut question = vec![0; u16::from_be_bytes(length).into()];
+                let read = stream.read_exact(&mut question);
+                let answer = read.ok().and_then(|()| shared.update(|s| s.answer(&question, true)));
+                let Some((answer, _)) = answer else { return };
+                let length = u16::try_from(answer.len()).expect("a short answer").to_be_bytes();
+                let _ = stream.write_all(&[&length, &answer[..]].concat());
+            }
+        });
+        NameServer { address, socket, state, thread: Some(thread), _tcp: tcp }
     }
 
     /// Keeps all answers back from now on.
@@ -117,7 +148,8 @@ impl NameServer {
 
     /// Sends what was kept back, and answers at once again.
     pub fn release(&self) {
-        for (peer, answer) in self.state.update(|s| s.held.take()).unwrap_or_default() {
+        let held = self.state.update(|s| (s.held.take().unwrap_or_default(), std::mem::take(&mut s.late)));
+        for (peer, answer) in held.0.into_iter().chain(held.1) {
             let _ = self.socket.send_to(&answer, peer);
         }
     }
@@ -147,8 +179,8 @@ impl NameServer {
 }
 
 impl State {
-    /// RFC 1035, 4.1: the question comes back with what there is.
-    fn answer(&mut self, question: &[u8]) -> Option<Vec<u8>> {
+    /// RFC 1035, 4.1: the question comes back with what there is. True if it is to be held.
+    fn answer(&mut self, question: &[u8], tcp: bool) -> Option<(Vec<u8>, bool)> {
         let (mut name, mut at) = (Vec::new(), 12);
         loop {
             let length = usize::from(*question.get(at)?);
@@ -167,12 +199,25 @@ impl State {
         }
         let asked = self.asked.iter().filter(|asked| **asked == name).count();
         let ipv4s = |addresses: &[Ipv4Addr]| addresses.iter().map(|a| IpAddr::from(*a)).collect();
+        let (mut held, mut aliases, mut truncated) = (false, 0, false);
         let (code, addresses): (u8, Vec<IpAddr>) = match self.names.get(&name) {
             Some(Answer::Silence) => return None,
             Some(Answer::Each(a, aaaa)) => match if ipv4 { a } else { aaaa } {
                 Single::Address(address) => (0, vec![*address]),
                 Single::Code(code) => (*code, Vec::new()),
                 Single::Silence => return None,
+                Single::Held(address) => {
+                    held = true;
+                    (0, vec![*address])
+                }
+                Single::Alias(address) => {
+                    aliases = ALIASES;
+                    (0, vec![*address])
+                }
+                Single::Truncated(address) => {
+                    truncated = !tcp;
+                    (0, if truncated { Vec::new() } else { vec![*address] })
+                }
             },
             Some(_) if !ipv4 => (0, Vec::new()),
             Some(Answer::Addresses(addresses)) => (0, ipv4s(addresses)),
@@ -181,17 +226,28 @@ impl State {
         };
         // The identification; a recursive answer.
         let mut reply = question[..2].to_vec();
-        reply.extend([0x81, 0x80 | code, 0, 1, 0, addresses.len() as u8, 0, 0, 0, 0]);
+        let (flags, records) = (0x81 | u8::from(truncated) << 1, aliases + addresses.len());
+        reply.extend([flags, 0x80 | code, 0, 1, 0, records as u8, 0, 0, 0, 0]);
         reply.extend(&question[12..]);
+        // Where the name is that the next record is about (RFC 1035, 4.1.4).
+        let mut owner = [0xc0, 12];
+        for alias in 0..aliases {
+            reply.extend(owner);
+            reply.extend([0, 5, 0, 1, 0, 0, 0, 0, 0, 4]);
+            owner = (0xc000 | reply.len() as u16).to_be_bytes();
+            // One label and the root.
+            reply.extend([2, b'a', b'a' + alias as u8, 0]);
+        }
         for address in addresses {
             let (kind, octets) = match address {
                 IpAddr::V4(address) => (1, address.octets().to_vec()),
                 IpAddr::V6(address) => (28, address.octets().to_vec()),
             };
-            reply.extend([0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 0, 0, octets.len() as u8]);
+            reply.extend(owner);
+            reply.extend([0, kind, 0, 1, 0, 0, 0, 0, 0, octets.len() as u8]);
             reply.extend(octets);
         }
-        Some(reply)
+        Some((reply, held))
     }
 }
 

@@ -11,6 +11,7 @@ use super::http::{self, Request};
 use super::wait::{Watched, spawn};
 
 /// Accepts connections and serves each in a thread of its own, until dropped.
+#[derive(Debug)]
 pub struct Acceptor {
     address: SocketAddr,
     stop: Arc<AtomicBool>,

@@ -2,6 +2,8 @@
 //! its fix.
 
 #[cfg(feature = "dbus")]
+mod addresses;
+#[cfg(feature = "dbus")]
 mod bounds;
 #[cfg(feature = "dbus")]
 mod bus;

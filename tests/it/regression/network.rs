@@ -32,7 +32,7 @@ const FAULTS: [(&str, Single); 5] = [
     ("silent.test", Single::Silence),
 ];
 
-fn without_ipv6() -> bool {
+pub(super) fn without_ipv6() -> bool {
     let without = TcpListener::bind("[::1]:0").is_err();
     if without {
         skip("this machine has no IPv6");
@@ -64,7 +64,7 @@ fn assert_reached(good: IpAddr) {
     }
 }
 
-fn at(address: IpAddr, port: u16) -> String {
+pub(super) fn at(address: IpAddr, port: u16) -> String {
     SocketAddr::new(address, port).to_string()
 }
 
@@ -125,8 +125,12 @@ fn held(target: SocketAddr, gate: &Gate) -> Acceptor {
 }
 
 /// A listener whose queue is full, so that the kernel drops each SYN, and who fills it.
-fn full() -> (TcpListener, Vec<TcpStream>) {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("listen on loopback");
+pub(super) fn full() -> (TcpListener, Vec<TcpStream>) {
+    full_at((Ipv4Addr::LOCALHOST, 0).into())
+}
+
+pub(super) fn full_at(address: SocketAddr) -> (TcpListener, Vec<TcpStream>) {
+    let listener = TcpListener::bind(address).expect("listen on loopback");
     listen(&listener, Backlog::new(0).expect("a backlog")).expect("a shorter backlog");
     let address = listener.local_addr().expect("an address");
     let mut queue = Vec::new();

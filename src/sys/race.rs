@@ -1,0 +1,271 @@
+//! Connecting to a name: the first of its addresses to answer wins (RFC 8305, "Happy Eyeballs"). A state machine without
+//! a thread: whoever drives it polls the sockets.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, TryRecvError};
+use nix::libc;
+use nix::poll::PollFlags;
+use nix::sys::socket::{SockType, getsockopt, sockopt};
+
+use super::names::{self, Answer, Query};
+use super::{net, poll_one};
+
+/// RFC 8305, section 3: how long IPv4 addresses wait for the answer of the query for IPv6.
+const RESOLUTION_DELAY: Duration = Duration::from_millis(50);
+/// RFC 8305, section 5: between the begin of an attempt and of the next one.
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// Attempts at a time. Then the oldest makes room, but not before [`PATIENCE`]: a slow link takes seconds to answer.
+const MOST: usize = 8;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+pub(crate) struct Race {
+    kind: SockType,
+    /// While the look-up is under way.
+    answers: Option<Receiver<(Query, Answer)>>,
+    /// In the order to try them.
+    waiting: VecDeque<SocketAddr>,
+    running: Vec<Attempt>,
+    /// Whether the attempt that began last is one of IPv6.
+    last: Option<bool>,
+    /// The next attempt begins then.
+    next: Instant,
+}
+
+#[derive(Debug)]
+struct Attempt {
+    socket: OwnedFd,
+    address: SocketAddr,
+    began: Instant,
+}
+
+pub(crate) enum Event<'a> {
+    /// The addresses that remain in it are tried.
+    Answered(Query, &'a mut Answer),
+    Failed(SocketAddr, io::Error),
+}
+
+impl Race {
+    /// Tries the addresses in this order.
+    pub(crate) fn new(kind: SockType, addresses: Vec<SocketAddr>, now: Instant) -> Self {
+        let (answers, running, last) = Default::default();
+        Race { kind, answers, waiting: addresses.into(), running, last, next: now }
+    }
+
+    /// `permit` and `wake` as for [`names::look_up`].
+    pub(crate) fn look_up(
+        kind: SockType,
+        (host, port): (&str, u16),
+        permit: impl Send + Sync + 'static,
+        wake: impl Fn() + Clone + Send + 'static,
+        now: Instant,
+    ) -> io::Result<Self> {
+        let answers = Some(names::look_up(host, port, permit, wake)?);
+        Ok(Race { answers, ..Race::new(kind, Vec::new(), now) })
+    }
+
+    pub(crate) fn looks_up(&self) -> bool {
+        self.answers.is_some()
+    }
+
+    /// Nobody has won, and nobody will.
+    pub(crate) fn is_over(&self) -> bool {
+        self.answers.is_none() && self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// They become writable when their attempts are decided.
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.running.iter().map(|attempt| &attempt.socket)
+    }
+
+    /// The address that has been tried for longest.
+    pub(crate) fn pending(&self) -> Option<SocketAddr> {
+        self.running.first().map(|attempt| attempt.address)
+    }
+
+    /// When [`Race::advance`] has something to do though no socket and no answer is ready.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        (!self.waiting.is_empty()).then_some(self.next)
+    }
+
+    /// Returns the winner, once there is one. `may` tells whether there may be so many sockets; one always may.
+    pub(crate) fn advance(
+        &mut self,
+        now: Instant,
+        may: &mut dyn FnMut(usize) -> bool,
+        observe: &mut dyn FnMut(Event<'_>),
+    ) -> Option<(OwnedFd, SocketAddr)> {
+        self.take_answers(now, observe);
+        let mut at = 0;
+        while at < self.running.len() {
+            if !is_writable(&self.running[at].socket) {
+                at += 1;
+                continue;
+            }
+            let Attempt { socket, address, .. } = self.running.remove(at);
+            match getsockopt(&socket, sockopt::SocketError).unwrap_or_else(|e| e as i32) {
+                0 => return Some((socket, address)),
+                errno => observe(Event::Failed(address, io::Error::from_raw_os_error(errno))),
+            }
+            self.next = now;
+        }
+        while now >= self.next
+            && let Some(&address) = self.waiting.front()
+        {
+            if let Some(oldest) = self.running.first().map(|oldest| oldest.began + PATIENCE)
+                && (self.running.len() >= MOST || !may(self.running.len() + 1))
+            {
+                if now < oldest {
+                    self.next = oldest;
+                    break;
+                }
+                let late = self.running.remove(0).address;
+                observe(Event::Failed(late, io::Error::from_raw_os_error(libc::ETIMEDOUT)));
+                continue;
+            }
+            self.waiting.pop_front();
+            self.last = Some(address.is_ipv6());
+            match net::begin_connect(address, self.kind) {
+                Ok(socket) => {
+                    self.running.push(Attempt { socket, address, began: now });
+                    self.next = now + ATTEMPT_DELAY;
+                }
+                Err(e) => observe(Event::Failed(address, e)),
+            }
+        }
+        None
+    }
+
+    fn take_answers(&mut self, now: Instant, observe: &mut dyn FnMut(Event<'_>)) {
+        while let Some(answers) = &self.answers {
+            match answers.try_recv() {
+                Ok((query, mut answer)) => {
+                    observe(Event::Answered(query, &mut answer));
+                    let found = answer.unwrap_or_default();
+                    if self.last.is_none() && !found.is_empty() {
+                        let waits = matches!(query, Query::A) && self.waiting.is_empty();
+                        self.next = if waits { now + RESOLUTION_DELAY } else { now };
+                    }
+                    self.add(found);
+                }
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    self.answers = None;
+                    if self.last.is_none() {
+                        self.next = now;
+                    }
+                }
+            }
+        }
+    }
+
+    /// In the order of [`rank`], but so that the families take turns (RFC 8305, section 4).
+    fn add(&mut self, addresses: Vec<SocketAddr>) {
+        self.waiting.extend(addresses);
+        self.waiting.make_contiguous().sort_by_cached_key(|address| (rank(address), address.is_ipv6()));
+        let first = self.waiting.front().is_some_and(SocketAddr::is_ipv6);
+        let mut ipv6 = self.last.map_or(first, |last| !last);
+        let mut left = std::mem::take(&mut self.waiting);
+        while !left.is_empty() {
+            let next = left.iter().position(|address| address.is_ipv6() == ipv6).unwrap_or(0);
+            self.waiting.extend(left.remove(next));
+            ipv6 = !ipv6;
+        }
+    }
+}
+
+/// True if a connect(2) in progress has succeeded or failed.
+fn is_writable(socket: &OwnedFd) -> bool {
+    poll_one(socket, PollFlags::POLLOUT, Some(Instant::now())).is_ok_and(|events| !events.is_empty())
+}
+
+/// RFC 6724, section 6, as far as it saves time-outs: addresses without a route come last (rule 1), IPv6 whose source
+/// address is of another scope after IPv4 (rules 2 and 5), else IPv6 first (rule 6).
+fn rank(address: &SocketAddr) -> u8 {
+    let scope = |a: Ipv6Addr| (a.is_loopback(), a.is_unicast_link_local(), a.is_unique_local());
+    // Sends nothing: the kernel looks for a route and a source address.
+    let source =
+        net::begin_connect(*address, SockType::Datagram).and_then(|fd| UdpSocket::from(fd).local_addr());
+    match (source.map(|source| source.ip()), address.ip()) {
+        (Err(_), _) => 3,
+        (Ok(IpAddr::V6(from)), IpAddr::V6(to)) if scope(from) == scope(to) => 0,
+        (Ok(_), IpAddr::V4(_)) => 1,
+        (Ok(_), IpAddr::V6(_)) => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    fn all(texts: &[&str]) -> Vec<SocketAddr> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    /// A race whose look-up sends what the test sends.
+    fn awaiting(now: Instant) -> (Race, crossbeam_channel::Sender<(Query, Answer)>) {
+        let (sender, answers) = crossbeam_channel::bounded(2);
+        (Race { answers: Some(answers), ..Race::new(SockType::Datagram, Vec::new(), now) }, sender)
+    }
+
+    fn step(race: &mut Race, now: Instant) -> (Option<SocketAddr>, usize) {
+        let mut failures = 0;
+        let won = race.advance(now, &mut |_| true, &mut |event| {
+            failures += usize::from(matches!(event, Event::Failed(..)));
+        });
+        (won.map(|(_, address)| address), failures)
+    }
+
+    #[test]
+    fn families_take_turns() {
+        let mut race = Race::new(SockType::Stream, Vec::new(), Instant::now());
+        race.last = Some(true);
+        race.add(all(&["[::1]:1", "127.0.0.1:1", "[::1]:2", "127.0.0.1:2", "127.0.0.1:3"]));
+        let order = ["127.0.0.1:1", "[::1]:1", "127.0.0.1:2", "[::1]:2", "127.0.0.1:3"];
+        assert_eq!(race.waiting, all(&order));
+    }
+
+    #[test]
+    fn ipv4_waits_for_ipv6_but_not_for_long() {
+        let start = Instant::now();
+        let v4 = || Ok(all(&["127.0.0.1:9"]));
+        let (mut race, sender) = awaiting(start);
+        assert_eq!((step(&mut race, start), race.deadline()), ((None, 0), None));
+        sender.send((Query::A, v4())).unwrap();
+        assert_eq!(step(&mut race, start), (None, 0));
+        assert_eq!((race.deadline(), race.running.len()), (Some(start + RESOLUTION_DELAY), 0));
+        step(&mut race, start + RESOLUTION_DELAY);
+        assert_eq!((race.running.len(), race.is_over()), (1, false));
+        assert_eq!(step(&mut race, start + RESOLUTION_DELAY).0, Some(all(&["127.0.0.1:9"])[0]));
+
+        // The other answer ends the wait, whatever it is.
+        let (mut race, sender) = awaiting(start);
+        sender.send((Query::A, v4())).unwrap();
+        step(&mut race, start);
+        sender.send((Query::Aaaa, Err(io::ErrorKind::NotFound.into()))).unwrap();
+        drop(sender);
+        step(&mut race, start);
+        assert_eq!((race.running.len(), race.looks_up()), (1, false));
+    }
+
+    #[test]
+    fn a_failed_attempt_is_followed_at_once_and_a_silent_one_after_a_while() {
+        let (start, free) = (Instant::now(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let closed = free.local_addr().unwrap();
+        drop(free);
+        let open = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut race = Race::new(SockType::Stream, vec![closed, open.local_addr().unwrap()], start);
+        assert_eq!(step(&mut race, start), (None, 0));
+        assert_eq!(race.deadline(), Some(start + ATTEMPT_DELAY));
+        assert!(is_writable(race.sockets().next().unwrap()), "refused on loopback");
+        assert_eq!((step(&mut race, start), race.running.len()), ((None, 1), 1));
+        assert_eq!(step(&mut race, start).0, open.local_addr().ok());
+        assert!(race.is_over());
+    }
+}

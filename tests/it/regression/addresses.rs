@@ -1,0 +1,182 @@
+//! Names with several addresses, some of which lead nowhere.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::network::{at, full_at, without_ipv6};
+use crate::forwards::assert_echo;
+use crate::harness::connection::Connection;
+use crate::harness::device::Generation;
+use crate::harness::dns::{Answer, NXDOMAIN, NameServer, Single, obstacle};
+use crate::harness::doctor::Office;
+use crate::harness::forward::Client;
+use crate::harness::server::Server;
+use crate::harness::targets::{Role, Target};
+use crate::harness::wait::{millis, skip, throughout};
+
+const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
+
+/// Longer than the 250 ms between two attempts, shorter than anything that waits for a dead address.
+const NO_TIME_OUT: Duration = Duration::from_secs(5);
+
+/// Why these tests can't run here.
+fn hindered() -> bool {
+    if let Some(why) = obstacle() {
+        skip(why);
+        return true;
+    }
+    without_ipv6()
+}
+
+/// A listener on `dead` that never answers, at a port where `made` has something on the other address.
+fn beside<T>(dead: IpAddr, made: impl Fn() -> (T, u16)) -> (T, u16, (TcpListener, Vec<TcpStream>)) {
+    for _ in 0..10 {
+        let (other, port) = made();
+        if TcpListener::bind((dead, port)).is_ok() {
+            return (other, port, full_at(SocketAddr::new(dead, port)));
+        }
+    }
+    panic!("no port that both addresses have");
+}
+
+/// A forward that opens soon after what the test does meanwhile.
+fn opened(client: &Client, name: &str, port: u16, meanwhile: impl Fn()) -> Connection {
+    let begun = Instant::now();
+    let forward = client.connect("tcp", name, port);
+    meanwhile();
+    let forward = forward.opened();
+    assert!(begun.elapsed() < NO_TIME_OUT, "{:?}", begun.elapsed());
+    forward
+}
+
+/// In half-configured dual-stack networks IPv6 packets vanish. The agent waited for ten seconds for each dead address
+/// whenever it connected.
+#[test]
+fn a_dead_ipv6_address_costs_no_time() {
+    if hindered() {
+        return;
+    }
+    let names = NameServer::start(&[("dual.test", Answer::Each(Single::Address(V4), Single::Address(V6)))]);
+    let (server, port, _dead) = beside(V6, || {
+        let server = Server::start(Generation::New);
+        let port = server.address().port();
+        (server, port)
+    });
+    let _rig = names.setup().url(&format!("http://dual.test:{port}")).start();
+    names.wait_asked("dual.test", 1);
+    let device = server.next_device(NO_TIME_OUT);
+    // The same for forwards.
+    let (target, port, _dead) = beside(V6, || {
+        let target = Target::start(Role::Echo);
+        let port = target.port();
+        (target, port)
+    });
+    let client = Client::open(&device);
+    assert_echo(&opened(&client, "dual.test", port, || ()), b"by IPv4");
+    assert_eq!(target.accepted(), 1);
+    client.close();
+}
+
+/// An IPv6 address that comes late still counts where IPv4 leads nowhere, and nobody waits for it where IPv4 works.
+#[test]
+fn an_answer_that_comes_late_joins() {
+    if hindered() {
+        return;
+    }
+    let late = Answer::Each(Single::Address(V4), Single::Held(V6));
+    let names = NameServer::start(&[("late.test", late)]);
+    let (_rig, device) = names.setup().connected();
+    let client = Client::open(&device);
+    let good = Target::start(Role::Echo);
+    assert_echo(&opened(&client, "late.test", good.port(), || ()), b"at once");
+    for dead in [true, false] {
+        let (target, port, silent) = beside(V4, || {
+            let target = Target::bind(&at(V6, 0), Role::Echo);
+            let port = target.port();
+            (target, port)
+        });
+        // Refused instead of silent.
+        let _silent = dead.then_some(silent);
+        let asked = names.asked("late.test");
+        let forward = opened(&client, "late.test", port, || {
+            names.wait_asked("late.test", asked + 1);
+            throughout(millis(400), "the attempt", || client.errors() == 0);
+            names.release();
+        });
+        assert_echo(&forward, b"late");
+        assert_eq!(target.accepted(), 1);
+    }
+    client.close();
+}
+
+/// Only permitted addresses take part, whichever query they come from.
+#[test]
+fn an_answer_that_comes_late_is_judged() {
+    if hindered() {
+        return;
+    }
+    let names = NameServer::start(&[("both.test", Answer::Each(Single::Address(V4), Single::Address(V6)))]);
+    let allow = json!({ "Allow": ["tcp/[::1]:*"] });
+    let (_rig, device) = names.setup().set("PortForward", allow).connected();
+    let client = Client::open(&device);
+    let allowed = Target::bind(&at(V6, 0), Role::Echo);
+    let forward = client.connect("tcp", "both.test", allowed.port());
+    assert_echo(&forward.opened(), b"permitted");
+    let forbidden = Target::start(Role::Echo);
+    client.connect("tcp", "both.test", forbidden.port());
+    let error = client.next_error();
+    assert!(error.text.contains("[::1]") && error.text.contains("refused"), "{error:?}");
+    assert_eq!(forbidden.accepted(), 0);
+    client.close();
+}
+
+/// Long chains of aliases, as content delivery networks have them, and answers that need TCP.
+#[test]
+fn unusual_answers_are_understood() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    let nothing = Single::Code(NXDOMAIN);
+    let names = NameServer::start(&[
+        ("alias.test", Answer::Each(Single::Alias(V4), nothing)),
+        ("long.test", Answer::Each(Single::Truncated(V4), nothing)),
+    ]);
+    let (_rig, device) = names.setup().connected();
+    let client = Client::open(&device);
+    let target = Target::start(Role::Echo);
+    for name in ["alias.test", "long.test"] {
+        assert_echo(&client.connect("tcp", name, target.port()).opened(), name.as_bytes());
+    }
+    client.close();
+}
+
+/// `doctor` shows each answer and each attempt, with its time.
+#[test]
+fn doctor_tells_answers_and_attempts_apart() {
+    if hindered() {
+        return;
+    }
+    let names = NameServer::start(&[
+        ("dual.test", Answer::Each(Single::Address(V4), Single::Address(V6))),
+        ("half.test", Answer::Each(Single::Address(V4), Single::Silence)),
+    ]);
+    let office = Office::open();
+    let port = office.server.address().port();
+    let ask = |host: &str| {
+        office.manager.set(&office.token, &format!("http://{host}:{port}"));
+        office.tells("waiting");
+        let findings = office.run(names.asked_by(&office.command(&[])));
+        findings.assert_good();
+        findings
+    };
+    let dual = ask("dual.test");
+    for found in ["dual.test is 127.0.0.1 (A, IPv4)", "dual.test is ::1 (AAAA, IPv6)"] {
+        assert!(dual.0.to_string().contains(found), "{dual:?}");
+    }
+    assert!(dual.warnings("tcp").contains("[::1]"), "{dual:?}");
+    assert!(dual.warnings("tcp").contains("connection refused (after "), "{dual:?}");
+    assert!(ask("half.test").warnings("tcp").contains("no answer yet (AAAA, IPv6)"));
+}
