@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use super::{Break, Report, expiry, span};
 use crate::auth::Credentials;
 use crate::link::{
-    AnswerFault, Endpoint, LinkError, PROXY_VARIABLES, Progress, ProxySettings, TlsFault, trial,
+    AnswerFault, Endpoint, LinkError, PROXY_VARIABLES, Progress, ProxyKind, ProxySettings, TlsFault, trial,
 };
 use crate::sys::clock;
 use crate::sys::names::Query;
@@ -14,7 +14,7 @@ const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
 /// Connects to the server, with `upgrade` up to a websocket.
 pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
-    let (mut server, mut proxy) = (None::<Endpoint>, None::<Endpoint>);
+    let (mut server, mut proxy) = (None::<Endpoint>, None::<(ProxyKind, Endpoint)>);
     let (mut step, mut to_https) = ("server", false);
     // The look-up's two queries, and the attempts to connect, run beside each other.
     let (mut begun, mut answered, mut failures) = (Instant::now(), Vec::new(), Vec::new());
@@ -30,12 +30,16 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
                 (format!("{scheme}://{}{forwarder}", endpoint.authority()), "dns")
             }
             Progress::Proxy(endpoint) => {
-                proxy = endpoint.cloned();
+                proxy = endpoint.map(|(kind, endpoint)| (kind, endpoint.clone()));
                 begun = Instant::now();
                 return;
             }
             Progress::Resolved(query, addresses) => {
-                let host = proxy.as_ref().or(server.as_ref()).map_or("", |target| &target.host);
+                let host = proxy
+                    .as_ref()
+                    .map(|(_, proxy)| proxy)
+                    .or(server.as_ref())
+                    .map_or("", |target| &target.host);
                 let what = if proxy.is_some() { "the proxy, " } else { "" };
                 let addresses: Vec<_> = addresses.iter().map(|a| a.ip().to_string()).collect();
                 let is = query.map(|query| format!("{}{}", addresses.join(", "), source(query)));
@@ -74,8 +78,9 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
                 return;
             }
             Progress::Tunnel => {
-                let proxy = proxy.as_ref().map(Endpoint::authority).unwrap_or_default();
-                return report.good("proxy", &format!("{proxy} leads to the server"));
+                let Some((kind, proxy)) = &proxy else { return };
+                let how = if *kind == ProxyKind::Http { "HTTP CONNECT" } else { "SOCKS5" };
+                return report.good("proxy", &format!("{} leads to the server, by {how}", proxy.authority()));
             }
             Progress::Secured(Some(version)) => {
                 (format!("{version}; the certificate's issuer, name and dates are right"), "upgrade")
@@ -175,7 +180,7 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
         }
         LinkError::Proxy(_) => {
             "HTTP_PROXY (http), HTTPS_PROXY (https) and NO_PROXY say which proxy counts; it has to be \
-             http://[USER:PASSWORD@]HOST:PORT, and to allow CONNECT to the server."
+             http://[USER:PASSWORD@]HOST:PORT, which allows CONNECT to the server, or socks5://… in its place."
         }
         LinkError::Tls(_, fault) => match fault {
             TlsFault::LeftOut => "Use an executable that was built with TLS, or mender-auth's forwarder.",

@@ -17,7 +17,7 @@ use super::endpoint::Endpoint;
 use super::error::{AnswerFault, LinkError, MAX_MESSAGE};
 use super::halves::Half;
 use super::http::{self, Answer};
-use super::proxy::ProxySettings;
+use super::proxy::{Kind as ProxyKind, ProxySettings};
 use super::socket::{Cancel, Socket};
 #[cfg(feature = "tls")]
 use super::tls::client as tls_client;
@@ -33,7 +33,7 @@ const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
 /// The steps of a dial in their order.
 pub(crate) enum Progress<'a> {
     Server(&'a Endpoint),
-    Proxy(Option<&'a Endpoint>),
+    Proxy(Option<(ProxyKind, &'a Endpoint)>),
     /// The addresses of the proxy, or else of the server; without a query they weren't looked up.
     Resolved(Option<Query>, &'a [SocketAddr]),
     Unresolved(Query, &'a LinkError),
@@ -64,8 +64,9 @@ pub(super) fn dial(
     progress(Progress::Server(&server));
     let proxy = proxies.proxy_for(&server)?;
     let first = proxy.as_ref().map_or(&server, |p| &p.endpoint);
-    progress(Progress::Proxy(proxy.as_ref().map(|p| &p.endpoint)));
-    let mut socket = open_socket(first, cancel, progress)?;
+    progress(Progress::Proxy(proxy.as_ref().map(|p| (p.kind, &p.endpoint))));
+    let label = if proxy.is_some() { " (the proxy)" } else { "" };
+    let mut socket = open_socket(first, label, cancel, progress)?;
     if let Some(proxy) = &proxy {
         debug!("asking the proxy {} for {}", proxy.endpoint.authority(), server.authority());
         proxy.tunnel(&mut socket, &server)?;
@@ -136,7 +137,16 @@ pub(super) fn websocket<S: Read + Write>(stream: S, most: usize) -> WebSocket<S>
     WebSocket::from_raw_socket(stream, Role::Client, Some(config))
 }
 
-fn open_socket(target: &Endpoint, cancel: &Arc<Cancel>, progress: Observer<'_>) -> Result<Socket, LinkError> {
+fn open_socket(
+    target: &Endpoint,
+    label: &str,
+    cancel: &Arc<Cancel>,
+    progress: Observer<'_>,
+) -> Result<Socket, LinkError> {
+    let not_connected = |address: SocketAddr, e: &io::Error| LinkError::Connect {
+        address: format!("{address}{label}"),
+        reason: reason(e),
+    };
     let no_addresses = |reason| LinkError::Resolve { host: target.host.clone(), reason };
     let mut last = None;
     let mut race = match target.socket_address() {
@@ -165,7 +175,7 @@ fn open_socket(target: &Endpoint, cancel: &Arc<Cancel>, progress: Observer<'_>) 
                 }
             }
             Event::Failed(address, e) => {
-                let failure = LinkError::Connect { address: address.to_string(), reason: reason(&e) };
+                let failure = not_connected(address, &e);
                 progress(Progress::Failed(&failure));
                 last = Some(failure);
             }
@@ -178,9 +188,8 @@ fn open_socket(target: &Endpoint, cancel: &Arc<Cancel>, progress: Observer<'_>) 
             return Err(last.unwrap_or_else(|| no_addresses("no addresses".to_owned())));
         }
         if cancel.left().is_zero() {
-            return Err(race.pending().map_or(LinkError::TimedOut("the name look-up"), |address| {
-                LinkError::Connect { address: address.to_string(), reason: reason(&Errno::ETIMEDOUT.into()) }
-            }));
+            let late = |address| not_connected(address, &Errno::ETIMEDOUT.into());
+            return Err(race.pending().map_or(LinkError::TimedOut("the name look-up"), late));
         }
         let mut set = PollSet::default();
         set.add(cancel.wake.as_fd(), PollFlags::POLLIN);

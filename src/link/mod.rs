@@ -33,7 +33,7 @@ pub(crate) use dial::{Progress, trial};
 pub(crate) use endpoint::{Endpoint, PATH};
 pub use error::LinkError;
 pub(crate) use error::{AnswerFault, TlsFault};
-pub(crate) use proxy::{PROXY_VARIABLES, ProxySettings};
+pub(crate) use proxy::{Kind as ProxyKind, PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;
 

@@ -1,6 +1,7 @@
-//! HTTP proxies: which one the environment names for a server, and how to get through.
+//! HTTP and SOCKS5 proxies: which one the environment names for a server, and how to get through.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
+use std::net::IpAddr;
 
 use percent_encoding::percent_decode_str;
 
@@ -9,6 +10,7 @@ use super::error::{AnswerFault, LinkError};
 use super::http;
 use crate::encoding::base64;
 use crate::sys::net::contains;
+use crate::sys::reason;
 
 /// In upper and lower case: for http, for https, and the exceptions.
 pub(crate) const PROXY_VARIABLES: [[&str; 3]; 2] =
@@ -24,9 +26,30 @@ pub(crate) struct ProxySettings {
 
 pub(super) struct Proxy {
     pub(super) endpoint: Endpoint,
-    /// A header line, or empty.
-    authorization: String,
+    pub(super) kind: Kind,
+    /// User and password.
+    login: Option<(Vec<u8>, Vec<u8>)>,
 }
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// By CONNECT (RFC 9110, 9.3.6).
+    Http,
+    /// RFC 1928, and RFC 1929 for a user with password.
+    Socks5,
+}
+
+/// RFC 1928, section 6, from code 1 on.
+const SOCKS_FAULTS: [&str; 8] = [
+    "general SOCKS server failure",
+    "connection not allowed by ruleset",
+    "network unreachable",
+    "host unreachable",
+    "connection refused",
+    "TTL expired",
+    "command not supported",
+    "address type not supported",
+];
 
 impl ProxySettings {
     pub(crate) fn from_environment() -> Self {
@@ -49,31 +72,34 @@ impl ProxySettings {
     }
 }
 
-/// `entry` of NO_PROXY is `*`, an address, a network, a name (which covers its subdomains), or a name after a dot (which
-/// covers only those). All but the network may have a port.
+/// `entry` of NO_PROXY is `*`, an address, a network, a name (which covers its subdomains), or a name after a dot or `*.`
+/// (which covers only those). All but the network may have a port; IPv6 is in brackets then, and only then.
 fn covers(entry: &str, server: &Endpoint) -> bool {
+    let (entry, host) = (entry.to_ascii_lowercase(), server.host.to_ascii_lowercase());
+    let address = server.address().map(|address| address.to_canonical());
     if entry == "*" {
         return true;
     }
-    if let (Some((network, prefix)), Some(address)) = (entry.split_once('/'), server.address()) {
-        let network = network.parse().ok().zip(prefix.parse().ok());
-        return network.is_some_and(|(network, prefix)| contains(network, prefix, address));
+    if let Some((network, prefix)) = entry.split_once('/')
+        && let (Ok(network), Ok(prefix)) = (network.parse(), prefix.parse())
+    {
+        return address.is_some_and(|address| contains(network, prefix, address));
     }
-    let (name, port) = match entry.rsplit_once(':') {
-        Some((name, port)) if !name.contains(':') || name.ends_with(']') => (name, Some(port)),
-        _ => (entry, None),
-    };
-    if port.is_some_and(|p| p.parse() != Ok(server.port)) {
+    let (name, port) = match entry.strip_prefix('[') {
+        Some(entry) => entry.split_once("]:"),
+        None => entry.split_once(':').filter(|(_, port)| !port.contains(':')),
+    }
+    .unwrap_or((&entry, ""));
+    if name.is_empty() || !(port.is_empty() || port.parse() == Ok(server.port)) {
         return false;
     }
-    let name = name.trim_start_matches('[').trim_end_matches(']').to_lowercase();
-    if let Some(address) = server.address() {
-        return name.parse() == Ok(address);
+    if let Ok(exception) = name.parse::<IpAddr>() {
+        return address == Some(exception.to_canonical());
     }
-    let host = server.host.to_lowercase();
-    let parent = name.trim_start_matches("*.").trim_start_matches('.');
-    let below = host.strip_suffix(parent).is_some_and(|rest| rest.ends_with('.'));
-    below || (host == name)
+    match name.strip_prefix('*').unwrap_or(name) {
+        below if below.starts_with('.') => host.ends_with(below),
+        _ => host.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')),
+    }
 }
 
 impl Proxy {
@@ -81,34 +107,91 @@ impl Proxy {
         let bad = |what: &str| LinkError::Proxy(format!("the proxy's URL has {what}"));
         let url = url.trim();
         let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-        let parts = Url::parse(&url).map_err(|_| bad("a wrong form"))?;
-        if parts.scheme != "http" {
-            return Err(bad("a scheme other than http"));
-        }
-        let login = parts.login;
-        let endpoint = parts.endpoint(false, 80);
-        let authorization = login.map_or_else(String::new, |login| {
-            let (user, word) = login.split_once(':').unwrap_or((login, ""));
-            let plain: Vec<u8> =
-                percent_decode_str(user).chain(*b":").chain(percent_decode_str(word)).collect();
-            format!("Proxy-Authorization: Basic {}\r\n", base64(&plain))
-        });
-        Ok(Proxy { endpoint, authorization })
+        let url = Url::parse(&url).map_err(bad)?;
+        let (kind, default_port) = match &*url.scheme {
+            "http" => (Kind::Http, 80),
+            // Go lets the proxy look up names with either.
+            "socks5" | "socks5h" => (Kind::Socks5, 1080),
+            _ => return Err(bad("a scheme other than http, socks5 and socks5h")),
+        };
+        let login = url.login.map(|login| login.split_once(':').unwrap_or((login, "")));
+        let login = login
+            .map(|(user, word)| (percent_decode_str(user).collect(), percent_decode_str(word).collect()));
+        Ok(Proxy { kind, login, endpoint: url.endpoint(false, default_port) })
     }
 
-    /// Asks the proxy on `stream` for a tunnel to `server` (RFC 9110, 9.3.6).
+    /// Asks the proxy on `stream` for a connection to `server`.
     pub(super) fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
+        let result = match self.kind {
+            Kind::Http => self.connect(stream, server),
+            Kind::Socks5 => self.socks(stream, server),
+        };
+        result.map_err(|reason| LinkError::Proxy(format!("{}: {reason}", self.endpoint.authority())))
+    }
+
+    fn connect(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), String> {
         let target = server.target();
+        let authorization = self.login.as_ref().map_or_else(String::new, |(user, word)| {
+            format!("Proxy-Authorization: Basic {}\r\n", base64(&[user, &b":"[..], word].concat()))
+        });
         let request = format!(
-            "CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {USER_AGENT}\r\n{}\r\n",
-            self.authorization
+            "CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {USER_AGENT}\r\n{authorization}\r\n"
         );
         match http::ask(stream, &request) {
             Ok(answer) if matches!(answer.status, 200..=299) => Ok(()),
-            Ok(answer) => Err(LinkError::Proxy(format!("answered with HTTP status {}", answer.status))),
-            Err(AnswerFault::Closed) => Err(LinkError::Proxy("closed the connection".to_owned())),
-            Err(fault) => Err(LinkError::Proxy(fault.to_string())),
+            Ok(answer) => Err(format!("answered with HTTP status {}", answer.status)),
+            Err(AnswerFault::Closed) => Err("closed the connection".to_owned()),
+            Err(fault) => Err(fault.to_string()),
         }
+    }
+
+    fn socks(&self, mut stream: impl Read + Write, server: &Endpoint) -> Result<(), String> {
+        let mut say = |bytes: &[&[u8]], answer: &mut [u8]| {
+            stream.write_all(&bytes.concat()).and_then(|()| stream.read_exact(answer)).map_err(|e| {
+                match e.kind() {
+                    ErrorKind::UnexpectedEof => "closed the connection".to_owned(),
+                    _ => reason(&e),
+                }
+            })
+        };
+        let length =
+            |text: &[u8]| u8::try_from(text.len()).map_err(|_| "a name is longer than 255 bytes".to_owned());
+        let (mut answer, methods) = ([0; 2], if self.login.is_some() { &[0, 2][..] } else { &[0] });
+        say(&[&[5, methods.len() as u8], methods], &mut answer)?;
+        match (answer, &self.login) {
+            ([5, 0], _) => {}
+            ([5, 2], Some((user, word))) => {
+                say(&[&[1, length(user)?], user, &[length(word)?], word], &mut answer)?;
+                if answer[1] != 0 {
+                    return Err("user or password is wrong".to_owned());
+                }
+            }
+            ([5, _], None) => return Err("wants a user and a password".to_owned()),
+            ([5, _], Some(_)) => return Err("takes no password".to_owned()),
+            _ => return Err("is no SOCKS5 proxy".to_owned()),
+        }
+        let host = server.bare_host().as_bytes();
+        let place = match server.address() {
+            Some(IpAddr::V4(address)) => [&[1], &address.octets()[..]].concat(),
+            Some(IpAddr::V6(address)) => [&[4], &address.octets()[..]].concat(),
+            None => [&[3, length(host)?], host].concat(),
+        };
+        // The first byte of the address that the proxy uses comes along: it may be a length.
+        let mut answer = [0; 5];
+        say(&[&[5, 1, 0], &place, &server.port.to_be_bytes()], &mut answer)?;
+        let [5, code, _, kind, first] = answer else { return Err("is no SOCKS5 proxy".to_owned()) };
+        if code != 0 {
+            let fault = SOCKS_FAULTS.get(usize::from(code) - 1);
+            return Err(
+                fault.map_or_else(|| format!("answered with code {code}"), |fault| (*fault).to_owned())
+            );
+        }
+        let rest = match kind {
+            1 => 3,
+            4 => 15,
+            _ => first.into(),
+        };
+        say(&[], &mut vec![0; rest + 2])
     }
 }
 
@@ -159,6 +242,17 @@ mod tests {
             ("[fe80::1]:99", "http://[fe80::1]:99", true),
             ("fe80::1", "http://[fe80::1]:99", true),
             ("10.0.0.0/99,,/", "http://10.0.0.1", false),
+            ("*.example.com", "http://a.example.com", true),
+            ("*.example.com", "http://example.com", false),
+            (".example.com:80", "http://a.example.com", true),
+            ("example.com:", "http://example.com:8080", true),
+            (":80", "http://example.com", false),
+            ("EXAMPLE.com", "http://example.COM", true),
+            ("10.1.2.3:80", "http://10.1.2.3:81", false),
+            ("::ffff:10.1.2.3", "http://10.1.2.3", true),
+            ("[fe80::1]", "http://[fe80::1]", false),
+            ("fe80::1", "http://[fe80::1%25lo]", true),
+            ("2001:db8::/32", "http://[2001:db8::1]", true),
         ] {
             assert_eq!(host(&except(list), server).is_none(), direct, "{list} and {server}");
         }
@@ -184,36 +278,73 @@ mod tests {
         }
     }
 
-    fn ask(proxy: &str, answer: &str) -> (Result<(), String>, String, usize) {
+    fn ask(proxy: &str, server: &str, answer: &[u8]) -> (Result<(), String>, Vec<u8>, usize) {
         let mut peer = Peer { answer: Cursor::new(answer.into()), asked: Vec::new() };
-        let server = Endpoint::parse("https://example.com").unwrap();
+        let server = Endpoint::parse(server).unwrap();
         let result = Proxy::parse(proxy).ok().unwrap().tunnel(&mut peer, &server).map_err(|e| e.to_string());
-        (result, String::from_utf8(peer.asked).unwrap(), peer.answer.position() as usize)
+        (result, peer.asked, peer.answer.position() as usize)
     }
 
     #[test]
     fn a_tunnel_takes_only_the_answer_from_the_stream() {
         let answer = "HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n";
-        let (result, asked, taken) = ask("http://us%40er:p%3Aw@proxy", &format!("{answer}tunnel"));
+        let tunnel = format!("{answer}tunnel");
+        let (result, asked, taken) =
+            ask("http://us%40er:p%3Aw@proxy", "https://example.com", tunnel.as_bytes());
         assert_eq!((result, taken), (Ok(()), answer.len()));
         let login = base64(b"us@er:p:w");
         let wanted = format!(
             "CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\nUser-Agent: {USER_AGENT}\r\nProxy-Authorization: Basic {login}\r\n\r\n"
         );
-        assert_eq!(asked, wanted);
+        assert_eq!(String::from_utf8(asked).unwrap(), wanted);
     }
 
     #[test]
     fn refusals_are_told() {
-        let error = |answer: &str| ask("proxy:1", answer).0.unwrap_err();
+        let error = |answer: &str| ask("proxy:1", "https://example.com", answer.as_bytes()).0.unwrap_err();
         assert_eq!(
             error("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"),
-            "proxy: answered with HTTP status 407"
+            "proxy: proxy:1: answered with HTTP status 407"
         );
-        assert_eq!(error("HTTP/1.1 200"), "proxy: closed the connection");
-        assert_eq!(error("220 ftp ready\r\n\r\n"), "proxy: the answer is no HTTP");
+        assert_eq!(error("HTTP/1.1 200"), "proxy: proxy:1: closed the connection");
+        assert_eq!(error("220 ftp ready\r\n\r\n"), "proxy: proxy:1: the answer is no HTTP");
         let long = format!("HTTP/1.1 200 {}", "x".repeat(20_000));
-        assert_eq!(error(&long), "proxy: the answer is too long");
-        assert!(Proxy::parse("socks5://proxy").is_err());
+        assert_eq!(error(&long), "proxy: proxy:1: the answer is too long");
+        for url in ["https://proxy", "socks4://proxy", "http://pro xy", "http://u:secret@"] {
+            let error = Proxy::parse(url).err().unwrap().to_string();
+            assert!(error.starts_with("proxy: the proxy's URL has ") || error.contains("no host"), "{error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn socks() {
+        let name = [&b"\x05\x01\x00\x03\x0bexample.com"[..], &443_u16.to_be_bytes()].concat();
+        let granted = b"\x05\x00\x05\x00\x00\x01\x7f\x00\x00\x01\x04\x38tunnel";
+        let (result, asked, taken) = ask("socks5://proxy", "https://example.com", granted);
+        assert_eq!((result, taken), (Ok(()), granted.len() - 6));
+        assert_eq!(asked, [&b"\x05\x01\x00"[..], &name].concat());
+        // With a password, and an answer that has a name; then IPv6.
+        let granted = b"\x05\x02\x01\x00\x05\x00\x00\x03\x02ab\x04\x38tunnel";
+        let (result, asked, taken) = ask("socks5h://us%40er:p%3Aw@proxy", "https://example.com", granted);
+        assert_eq!((result, taken), (Ok(()), granted.len() - 6));
+        assert_eq!(asked, [&b"\x05\x02\x00\x02\x01\x05us@er\x03p:w"[..], &name].concat());
+        let granted = [&b"\x05\x00\x05\x00\x00\x04"[..], &[0; 18], b"tunnel"].concat();
+        let (result, asked, taken) = ask("socks5://proxy", "http://[fe80::1%25lo]", &granted);
+        assert_eq!((result, taken), (Ok(()), granted.len() - 6));
+        assert_eq!(asked[..10], *b"\x05\x01\x00\x05\x01\x00\x04\xfe\x80\x00");
+        for (login, answer, why) in [
+            ("", &b"\x05\xff"[..], "wants a user and a password"),
+            ("u:secret@", b"\x05\xff", "takes no password"),
+            ("u:secret@", b"\x05\x02\x01\x01", "user or password is wrong"),
+            ("", b"\x05\x00\x05\x02\x00\x01\x00", "connection not allowed by ruleset"),
+            ("", b"\x05\x00\x05\x05\x00\x01\x00", "connection refused"),
+            ("", b"\x05\x00\x05\x63\x00\x01\x00", "answered with code 99"),
+            ("", b"HTTP/1.1 400", "is no SOCKS5 proxy"),
+            ("", b"\x05\x00\x05", "closed the connection"),
+        ] {
+            let error = ask(&format!("socks5://{login}proxy"), "https://example.com", answer).0.unwrap_err();
+            assert_eq!(error, format!("proxy: proxy:1080: {why}"));
+        }
     }
 }

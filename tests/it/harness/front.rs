@@ -126,3 +126,81 @@ impl Proxy {
         found.unwrap_or_else(|| panic!("waited {limit:?} in vain for request {count} at the proxy"))
     }
 }
+
+/// A SOCKS5 proxy (RFC 1928, 1929) that leads every name to one server.
+pub struct Socks {
+    acceptor: Acceptor,
+    asked: Arc<Watched<Vec<String>>>,
+}
+
+impl Socks {
+    /// Demands this user and password, if there are any; answers requests with this code.
+    pub fn start(target: SocketAddr, login: Option<(&'static str, &'static str)>, code: u8) -> Socks {
+        let asked = Arc::new(Watched::new(Vec::new()));
+        let seen = Arc::clone(&asked);
+        let listener = TcpListener::bind("127.0.0.1:0").expect("listen on loopback");
+        let acceptor = Acceptor::start("socks", listener, move |mut stream| {
+            let Ok(place) = Self::request(&mut stream, login) else { return };
+            seen.update(|asked| asked.push(place));
+            let _ = stream.write_all(&[5, code, 0, 1, 127, 0, 0, 1, 0, 0]);
+            if let (0, Ok(server)) = (code, TcpStream::connect(target)) {
+                let _ = (stream.set_nodelay(true), server.set_nodelay(true));
+                relay(stream, server);
+            }
+        });
+        Socks { acceptor, asked }
+    }
+
+    fn bytes(mut stream: &TcpStream, count: impl Into<usize>) -> std::io::Result<Vec<u8>> {
+        let mut bytes = vec![0; count.into()];
+        stream.read_exact(&mut bytes).map(|()| bytes)
+    }
+
+    /// The place that a client wants to get to.
+    fn request(stream: &mut TcpStream, login: Option<(&str, &str)>) -> std::io::Result<String> {
+        let count = Self::bytes(stream, 2_usize)?[1];
+        let methods = Self::bytes(stream, count)?;
+        let method = if login.is_some() { 2 } else { 0 };
+        if !methods.contains(&method) {
+            stream.write_all(&[5, 0xff])?;
+            return Err(std::io::ErrorKind::PermissionDenied.into());
+        }
+        stream.write_all(&[5, method])?;
+        if let Some((user, word)) = login {
+            let length = Self::bytes(stream, 2_usize)?[1];
+            let name = Self::bytes(stream, length)?;
+            let length = Self::bytes(stream, 1_usize)?[0];
+            let right = name == user.as_bytes() && Self::bytes(stream, length)? == word.as_bytes();
+            stream.write_all(&[1, u8::from(!right)])?;
+            if !right {
+                return Err(std::io::ErrorKind::PermissionDenied.into());
+            }
+        }
+        let head = Self::bytes(stream, 4_usize)?;
+        let host = match head[3] {
+            1 => std::net::Ipv4Addr::from(
+                <[u8; 4]>::try_from(Self::bytes(stream, 4_usize)?).unwrap_or_default(),
+            )
+            .to_string(),
+            3 => {
+                let length = Self::bytes(stream, 1_usize)?[0];
+                String::from_utf8_lossy(&Self::bytes(stream, length)?).into_owned()
+            }
+            _ => std::net::Ipv6Addr::from(
+                <[u8; 16]>::try_from(Self::bytes(stream, 16_usize)?).unwrap_or_default(),
+            )
+            .to_string(),
+        };
+        let port = Self::bytes(stream, 2_usize)?;
+        Ok(format!("{host}:{}", u16::from_be_bytes([port[0], port[1]])))
+    }
+
+    /// The proxy's `host:port`.
+    pub fn authority(&self) -> String {
+        self.acceptor.address().to_string()
+    }
+
+    pub fn asked(&self) -> Vec<String> {
+        self.asked.peek(Clone::clone)
+    }
+}

@@ -1,6 +1,7 @@
 //! The loopback server: listens, judges handshakes by script and hands connected devices to the test.
 
 use std::collections::VecDeque;
+use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -23,6 +24,8 @@ pub enum Reply {
     Slowly,
     /// An HTTP status with headers and a small body.
     Status(u16, Vec<(String, String)>),
+    /// The bytes of a head, where `{accept}` stands for the right Sec-WebSocket-Accept. Opens a websocket.
+    Head(String),
     /// 101 with a Sec-WebSocket-Accept that belongs to another key.
     WrongAccept,
     /// The request is read and never answered.
@@ -226,10 +229,9 @@ fn handshake(mut stream: TcpStream, shared: &Watched<Shared>) -> Result<(), Stri
         Reply::Silence => shared.update(|s| s.silent.push(stream)),
         Reply::Close => drop(stream),
         Reply::Garbage => {
-            use std::io::Write;
             let _ = stream.write_all(b"\x00\x01SSH-2.0-notawebserver\r\n\r\n");
         }
-        Reply::Upgrade | Reply::Slowly | Reply::WrongAccept => {
+        Reply::Upgrade | Reply::Slowly | Reply::Head(_) | Reply::WrongAccept => {
             if let Err(fault) = check(&request) {
                 http::respond(&mut stream, 400, &[], Some(&fault));
                 return Err(fault);
@@ -244,10 +246,12 @@ fn handshake(mut stream: TcpStream, shared: &Watched<Shared>) -> Result<(), Stri
                 ("Connection".to_owned(), "Upgrade".to_owned()),
                 ("Sec-WebSocket-Accept".to_owned(), accept),
             ];
-            if matches!(reply, Reply::Slowly) {
-                http::respond_slowly(&mut stream, 101, &headers);
-            } else {
-                http::respond(&mut stream, 101, &headers, None);
+            match &reply {
+                Reply::Slowly => http::respond_slowly(&mut stream, 101, &headers),
+                Reply::Head(head) => {
+                    let _ = stream.write_all(head.replace("{accept}", &headers[2].1).as_bytes());
+                }
+                _ => http::respond(&mut stream, 101, &headers, None),
             }
             if !matches!(reply, Reply::WrongAccept) {
                 stream.set_read_timeout(None).map_err(|e| e.to_string())?;

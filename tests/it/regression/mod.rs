@@ -21,3 +21,5 @@ mod network;
 mod storage;
 #[cfg(feature = "dbus")]
 mod terminal;
+#[cfg(feature = "dbus")]
+mod ways;
