@@ -197,6 +197,10 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
                 "This device's clock says {now}. If that is wrong, set it (timedatectl, NTP); else the \
                  server needs a new certificate."
             }
+            TlsFault::Kind => {
+                "It and its issuers need keys of RSA with 2048 bits or more, of ECDSA on P-256 or P-384 with \
+                 SHA-256 or SHA-384, or of Ed25519, and X.509 version 3: whoever is trusted, others are refused."
+            }
             TlsFault::NotTls => {
                 "No TLS is spoken on that port: is it the right one, or has the URL to begin with http://?"
             }

@@ -59,6 +59,8 @@ pub enum TlsFault {
     Name,
     /// The certificate isn't valid yet, or any more, by the system's clock.
     Dates,
+    /// A key or signature that ring can't verify, whoever is trusted.
+    Kind,
     NotTls,
     Other,
 }

@@ -3,11 +3,19 @@
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex};
 
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{CryptoProvider, KeyProvider, ring};
-use rustls::pki_types::{PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
 use rustls::sign::SigningKey;
 use rustls::time_provider::TimeProvider;
-use rustls::{CertificateError, ClientConfig, ClientConnection, Error, InvalidMessage, RootCertStore};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, Error,
+    InvalidMessage, RootCertStore, SignatureScheme,
+};
+
+use webpki::EndEntityCert;
 
 use super::endpoint::Endpoint;
 use super::error::{LinkError, TlsFault};
@@ -25,17 +33,21 @@ pub(super) fn client(server: &Endpoint) -> Result<Handshake, LinkError> {
 /// since, and costs memory while loaded.
 fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn Tls>, String), LinkError> {
     let provider = Arc::new(CryptoProvider { key_provider: &NoKeys, ..ring::default_provider() });
+    let roots = Arc::new(roots()?);
+    let inner = WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
+    let verifier = Verifier { inner: inner.build().map_err(failed)?, roots };
     let config = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
         .with_safe_default_protocol_versions()
         .map_err(failed)?
-        .with_root_certificates(roots()?)
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
         .with_no_client_auth();
     let mut connection = ClientConnection::new(Arc::new(config), name).map_err(failed)?;
     while connection.is_handshaking() {
         connection.complete_io(socket).map_err(|e| match e.kind() {
             io::ErrorKind::TimedOut => LinkError::TimedOut("the TLS handshake"),
             io::ErrorKind::UnexpectedEof => failed("the server closed the connection"),
-            _ => LinkError::Tls(e.to_string(), fault(&e)),
+            _ => explained(&e),
         })?;
     }
     let version = connection.protocol_version().map_or_else(String::new, |version| format!("{version:?}"));
@@ -46,20 +58,164 @@ fn failed(reason: impl ToString) -> LinkError {
     LinkError::Tls(reason.to_string(), TlsFault::Other)
 }
 
-fn fault(error: &io::Error) -> TlsFault {
+/// Beside what rustls accepts: a certificate that is itself among the trusted ones, whoever signed it, as Go does.
+#[derive(Debug)]
+struct Verifier {
+    inner: Arc<WebPkiServerVerifier>,
+    roots: Arc<RootCertStore>,
+}
+
+impl Verifier {
+    /// ring refuses RSA keys below 2048 bits by calling their signatures wrong.
+    fn with_reason(
+        &self,
+        error: Error,
+        certificate: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+    ) -> Error {
+        let small = |key: &[u8]| key.len() < SMALL_RSA_KEY && has(key, RSA);
+        let uses_small = |certificate: &CertificateDer<'_>| {
+            let Ok(certificate) = EndEntityCert::try_from(certificate) else { return false };
+            let mut issuers = self.roots.roots.iter().filter(|root| *root.subject == *certificate.issuer());
+            small(&certificate.subject_public_key_info())
+                || issuers.any(|root| small(&root.subject_public_key_info))
+        };
+        if error == CertificateError::BadSignature.into()
+            && (uses_small(certificate) || others.iter().any(uses_small))
+        {
+            let (signature_algorithm_id, public_key_algorithm_id) = (Vec::new(), RSA.to_vec());
+            return CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext {
+                signature_algorithm_id,
+                public_key_algorithm_id,
+            }
+            .into();
+        }
+        error
+    }
+}
+
+/// rsaEncryption (RFC 8017), in DER.
+const RSA: &[u8] = b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01";
+/// In bytes, with what DER has around the key. One of 2048 bits has at least 288.
+const SMALL_RSA_KEY: usize = 280;
+
+fn has(der: &[u8], oid: &[u8]) -> bool {
+    der.windows(oid.len()).any(|part| part == oid)
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let verified = self.inner.verify_server_cert(end_entity, intermediates, name, ocsp_response, now);
+        verified.or_else(|error| {
+            // Each of these is found after the dates were found right.
+            let about_issuer = match &error {
+                Error::InvalidCertificate(CertificateError::Other(e)) => {
+                    matches!(e.0.downcast_ref(), Some(webpki::Error::CaUsedAsEndEntity))
+                }
+                Error::InvalidCertificate(e) => {
+                    matches!(e, CertificateError::UnknownIssuer | CertificateError::BadSignature)
+                        || algorithm(e).is_some()
+                }
+                _ => false,
+            };
+            // Read a second time instead of being kept for the rare case.
+            if !about_issuer || !rustls_native_certs::load_native_certs().certs.contains(end_entity) {
+                return Err(self.with_reason(error, end_entity, intermediates));
+            }
+            verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
+            Ok(ServerCertVerified::assertion())
+        })
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let verified = self.inner.verify_tls12_signature(message, certificate, signed);
+        verified.map_err(|error| self.with_reason(error, certificate, &[]))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let verified = self.inner.verify_tls13_signature(message, certificate, signed);
+        verified.map_err(|error| self.with_reason(error, certificate, &[]))
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+/// A handshake's error, in our words where the certificate is one that ring can't verify.
+fn explained(error: &io::Error) -> LinkError {
     use CertificateError::{
         Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
+        Other,
     };
-    match error.get_ref().and_then(|e| e.downcast_ref()) {
+    let cant = |what: &str| format!("the server's certificate is of a kind that can't be verified: {what}");
+    let (fault, text) = match error.get_ref().and_then(|e| e.downcast_ref()) {
         Some(Error::InvalidCertificate(e)) => match e {
-            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => TlsFault::Dates,
-            NotValidForName | NotValidForNameContext { .. } => TlsFault::Name,
-            // Such as a certificate that signs itself.
-            _ => TlsFault::Issuer,
+            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => {
+                (TlsFault::Dates, None)
+            }
+            NotValidForName | NotValidForNameContext { .. } => (TlsFault::Name, None),
+            Other(e) if matches!(e.0.downcast_ref(), Some(webpki::Error::UnsupportedCertVersion)) => {
+                (TlsFault::Kind, Some(cant("X.509 before version 3")))
+            }
+            _ => match algorithm(e) {
+                Some(algorithm) => (TlsFault::Kind, Some(cant(algorithm))),
+                // Such as a certificate that signs itself.
+                None => (TlsFault::Issuer, None),
+            },
         },
-        Some(Error::InvalidMessage(InvalidMessage::InvalidContentType)) => TlsFault::NotTls,
-        _ => TlsFault::Other,
-    }
+        // What a server with no other certificate says.
+        Some(Error::AlertReceived(AlertDescription::HandshakeFailure)) => {
+            let why = "handshake_failure, as where its key is on the curve P-521, or TLS is older than 1.2";
+            (TlsFault::Kind, Some(format!("the server has no certificate or cipher for this agent: {why}")))
+        }
+        Some(Error::InvalidMessage(InvalidMessage::InvalidContentType)) => (TlsFault::NotTls, None),
+        _ => (TlsFault::Other, None),
+    };
+    LinkError::Tls(text.unwrap_or_else(|| error.to_string()), fault)
+}
+
+/// The algorithm of a signature that ring doesn't know.
+fn algorithm(error: &CertificateError) -> Option<&'static str> {
+    use CertificateError::{
+        UnsupportedSignatureAlgorithmContext as Signature,
+        UnsupportedSignatureAlgorithmForPublicKeyContext as ForKey,
+    };
+    let (signature, key) = match error {
+        Signature { signature_algorithm_id: signature, .. } => (signature, &Vec::new()),
+        ForKey { signature_algorithm_id: signature, public_key_algorithm_id: key } => (signature, key),
+        _ => return None,
+    };
+    // OIDs of RFC 5480, RFC 5758 and RFC 8017.
+    let has = |oid: &[u8]| has(signature, oid) || has(key, oid);
+    Some(if has(RSA) && signature.is_empty() {
+        "an RSA key below 2048 bits"
+    } else if has(b"\x2b\x81\x04\x00\x23") {
+        "a key on the curve P-521"
+    } else if has(b"\x2a\x86\x48\xce\x3d\x04\x03\x04") {
+        "ECDSA with SHA-512"
+    } else if has(b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x05") || has(b"\x2a\x86\x48\xce\x3d\x04\x01") {
+        "a signature with SHA-1"
+    } else {
+        "a signature of an unusual algorithm"
+    })
 }
 
 /// The device has no certificate. ring's provider would bring along the code to sign with any kind of key.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ServerConfig, ServerConnection};
 
@@ -22,7 +23,7 @@ pub struct Authority {
 /// A certificate and its key.
 pub struct Identity {
     certificate: CertificateDer<'static>,
-    key: KeyPair,
+    key: PrivateKeyDer<'static>,
 }
 
 impl Authority {
@@ -57,17 +58,27 @@ impl Authority {
     fn sign(&self, params: CertificateParams) -> Identity {
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
-        Identity { certificate: certificate.der().clone(), key }
+        Identity { certificate: certificate.der().clone(), key: der(&key) }
     }
 }
 
 impl Identity {
+    /// PEM files, as openssl writes them.
+    pub fn read(certificate: &Path, key: &Path) -> Identity {
+        let certificate = CertificateDer::from_pem_file(certificate).expect("a certificate");
+        Identity { certificate, key: PrivateKeyDer::from_pem_file(key).expect("a key") }
+    }
+
     /// A certificate that signs itself.
     pub fn self_signed(names: &[&str]) -> Identity {
         let key = KeyPair::generate().expect("a key");
         let certificate = params(names).self_signed(&key).expect("a certificate");
-        Identity { certificate: certificate.der().clone(), key }
+        Identity { certificate: certificate.der().clone(), key: der(&key) }
     }
+}
+
+fn der(key: &KeyPair) -> PrivateKeyDer<'static> {
+    PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()))
 }
 
 fn params(names: &[&str]) -> CertificateParams {
@@ -83,12 +94,11 @@ pub struct TlsFront {
 impl TlsFront {
     pub fn start(identity: &Identity, target: SocketAddr) -> TlsFront {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(identity.key.serialize_der()));
         let config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .expect("TLS versions")
             .with_no_client_auth()
-            .with_single_cert(vec![identity.certificate.clone()], key)
+            .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())
             .expect("a usable certificate");
         let config = Arc::new(config);
         let failures = Arc::new(Watched::new(Vec::new()));

@@ -5,6 +5,8 @@
 mod addresses;
 #[cfg(feature = "dbus")]
 mod bounds;
+#[cfg(all(feature = "dbus", feature = "tls"))]
+mod certificates;
 #[cfg(feature = "dbus")]
 mod bus;
 #[cfg(feature = "dbus")]
