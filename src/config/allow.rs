@@ -1,18 +1,20 @@
 //! `PortForward.Allow`: which targets may be reached. Pure.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use super::error::ConfigError;
 use super::keys::Key;
-use crate::sys::net::contains;
+use crate::sys::net::{contains, zone_index};
 
 /// One entry, such as `tcp/192.168.1.0/24:80-443`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Allowed {
     transport: String,
     host: Host,
+    /// An interface's name or number: other zones aren't permitted.
+    zone: Option<String>,
     ports: RangeInclusive<u16>,
 }
 
@@ -25,8 +27,8 @@ enum Host {
 }
 
 impl Allowed {
-    /// Reads `tcp/HOST:PORTS` or `udp/HOST:PORTS`. HOST is an address, `[…]` around it for IPv6, a network
-    /// (`address/bits`), a name, or `*`; PORTS is a port, a range, or `*`.
+    /// Reads `tcp/HOST:PORTS` or `udp/HOST:PORTS`. HOST is an address, `[…]` around it for IPv6, which may have a zone
+    /// (`%eth0`), a network (`address/bits`), a name, or `*`; PORTS is a port, a range, or `*`.
     pub fn parse(entry: &str) -> Result<Self, ConfigError> {
         let unusable =
             |why| ConfigError::Unusable(Key::Allow, format!("PortForward.Allow: {entry:?}: {why}"));
@@ -42,11 +44,25 @@ impl Allowed {
         if host.contains(':') && !host.starts_with('[') {
             return Err("an IPv6 address is written in brackets".to_owned());
         }
-        Ok(Allowed { transport: transport.to_owned(), host: parse_host(host)?, ports: parse_ports(ports)? })
+        let (plain, zone) = match host.strip_suffix(']').and_then(|host| host.split_once('%')) {
+            Some((address, zone)) if !zone.is_empty() => (format!("{address}]"), Some(zone.to_owned())),
+            _ => (host.to_owned(), None),
+        };
+        let (transport, host, ports) = (transport.to_owned(), parse_host(&plain)?, parse_ports(ports)?);
+        if zone.is_some() && !matches!(host, Host::Network(IpAddr::V6(_), _)) {
+            return Err("only an IPv6 address has a zone".to_owned());
+        }
+        Ok(Allowed { transport, host, zone, ports })
     }
 
-    /// True if this entry permits `address`, which `name` resolved to.
-    pub fn permits(&self, transport: &str, name: &str, address: IpAddr, port: u16) -> bool {
+    /// True if this entry permits `place`, whose address `name` resolved to.
+    pub fn permits(&self, transport: &str, name: &str, place: SocketAddr) -> bool {
+        let address = place.ip();
+        if let (Some(zone), SocketAddr::V6(place)) = (&self.zone, place)
+            && zone_index(zone) != Some(place.scope_id())
+        {
+            return false;
+        }
         // An IPv4-mapped IPv6 address reaches the IPv4 address.
         let address = address.to_canonical();
         let host = match &self.host {
@@ -55,7 +71,7 @@ impl Allowed {
             Host::Name(allowed) if allowed == "localhost" => address.is_loopback(),
             Host::Name(allowed) => name.trim_end_matches('.').eq_ignore_ascii_case(allowed),
         };
-        host && self.transport == transport && self.ports.contains(&port)
+        host && self.transport == transport && self.ports.contains(&place.port())
     }
 }
 
@@ -106,7 +122,8 @@ mod tests {
     use super::*;
 
     fn permits(entry: &str, transport: &str, name: &str, address: &str, port: u16) -> bool {
-        Allowed::parse(entry).unwrap().permits(transport, name, address.parse().unwrap(), port)
+        let place = crate::sys::net::literal(address, port).unwrap();
+        Allowed::parse(entry).unwrap().permits(transport, name, place)
     }
 
     #[test]
@@ -129,6 +146,11 @@ mod tests {
         }
         assert!(permits("udp/[::1]:53", "udp", "::1", "::1", 53));
         assert!(permits("udp/[fe80::]/10:*", "udp", "x", "fe80::1", 1));
+        assert!(permits("udp/[fe80::1%lo]:*", "udp", "x", "fe80::1%1", 1));
+        assert!(permits("udp/[fe80::1]:*", "udp", "x", "fe80::1%1", 1));
+        for other in ["fe80::1%7", "fe80::2%1", "::ffff:10.0.0.1"] {
+            assert!(!permits("udp/[fe80::1%lo]:*", "udp", "x", other, 1));
+        }
         assert!(permits("tcp/localhost:*", "tcp", "localhost", "::1", 9));
         assert!(permits("tcp/localhost:*", "tcp", "127.0.0.1", "127.0.0.1", 9));
         assert!(!permits("tcp/localhost:*", "tcp", "localhost", "10.0.0.1", 9), "the address counts");
@@ -153,6 +175,8 @@ mod tests {
             ("tcp/10.0.0.0/+8:1", "0 to 32 bits"),
             ("tcp/10.0.0.0/33:1", "0 to 32 bits"),
             ("tcp/name/8:1", "is no address"),
+            ("tcp/[fe80::1%]:1", "neither an address nor a name"),
+            ("tcp/[10.0.0.1%lo]:1", "has a zone"),
             ("tcp/:1", "neither an address nor a name"),
             ("tcp/10.0.0.256:1", "neither an address nor a name"),
             ("tcp/ho st:1", "neither an address nor a name"),

@@ -95,8 +95,12 @@ pub(crate) fn literal(host: &str, port: u16) -> Option<SocketAddr> {
     let Some((address, zone)) = host.split_once('%') else {
         return Some(SocketAddr::new(host.parse().ok()?, port));
     };
-    let zone = zone.parse().ok().or_else(|| if_nametoindex(zone).ok())?;
-    Some(SocketAddrV6::new(address.parse().ok()?, port, 0, zone).into())
+    Some(SocketAddrV6::new(address.parse().ok()?, port, 0, zone_index(zone)?).into())
+}
+
+/// Of an interface that is named, or given by this number.
+pub(crate) fn zone_index(zone: &str) -> Option<u32> {
+    zone.parse().ok().or_else(|| if_nametoindex(zone).ok())
 }
 
 /// Begins to connect a non-blocking socket, which becomes writable when that is decided.

@@ -138,9 +138,8 @@ fn permit(
 ) -> Result<(), End> {
     let Target { host, port, transport } = &shown.target;
     let (transport, any) = (transport.name(), !addresses.is_empty());
-    addresses.retain(|address| {
-        allowed.is_none_or(|all| all.iter().any(|a| a.permits(transport, host, address.ip(), *port)))
-    });
+    addresses
+        .retain(|address| allowed.is_none_or(|all| all.iter().any(|a| a.permits(transport, host, *address))));
     if any && addresses.is_empty() {
         let text = format!("access denied: {transport}/{host}:{port} is not in PortForward.Allow");
         return Err((DENIED, text));

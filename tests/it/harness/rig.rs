@@ -70,6 +70,23 @@ pub fn is_root() -> bool {
     nix::unistd::getuid().is_root()
 }
 
+/// Gives this thread, and all that it starts from now on, a network of its own: a loopback interface, which has fe80::1,
+/// too. Or tells why that can't be.
+pub fn network_of_our_own() -> Option<&'static str> {
+    if !is_root() {
+        return Some("only root can make a network");
+    }
+    if nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).is_err() {
+        return Some("no network namespace can be made here");
+    }
+    let ip = |words: &str| {
+        let output = std::process::Command::new("ip").args(words.split(' ')).output();
+        output.is_ok_and(|output| output.status.success())
+    };
+    let made = ip("link set lo up") && ip("address add fe80::1/64 dev lo nodad");
+    (!made).then_some("a network needs iproute2 and IPv6")
+}
+
 impl Setup {
     pub fn new() -> Setup {
         Setup {

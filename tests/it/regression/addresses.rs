@@ -12,9 +12,10 @@ use crate::harness::device::Generation;
 use crate::harness::dns::{Answer, NXDOMAIN, NameServer, Single, obstacle};
 use crate::harness::doctor::Office;
 use crate::harness::forward::Client;
+use crate::harness::rig::{Setup, network_of_our_own};
 use crate::harness::server::Server;
 use crate::harness::targets::{Role, Target};
-use crate::harness::wait::{millis, skip, throughout};
+use crate::harness::wait::{SOON, millis, skip, throughout};
 
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
@@ -179,4 +180,32 @@ fn doctor_tells_answers_and_attempts_apart() {
     assert!(dual.warnings("tcp").contains("[::1]"), "{dual:?}");
     assert!(dual.warnings("tcp").contains("connection refused (after "), "{dual:?}");
     assert!(ask("half.test").warnings("tcp").contains("no answer yet (AAAA, IPv6)"));
+}
+
+/// Link-local addresses need the interface. Only bare ones worked, and a zone was sent to the server, which knows no
+/// interface of the device's.
+#[test]
+fn link_local_addresses_have_a_zone() {
+    if let Some(why) = network_of_our_own() {
+        return skip(why);
+    }
+    let there: SocketAddr = "[fe80::1%1]:0".parse().expect("an address");
+    let server = Server::bind(there, Generation::New);
+    let port = server.address().port();
+    for host in ["[fe80::1%25lo]", "[fe80::1%lo]", "[fe80::1%1]"] {
+        let _rig = Setup::new().url(&format!("http://{host}:{port}")).start();
+        let device = server.next_device(SOON);
+        assert_eq!(device.request().header("Host"), Some(&*format!("[fe80::1]:{port}")), "{host}");
+    }
+    let target = Target::bind(&there.to_string(), Role::Echo);
+    let allow = json!({ "Allow": [format!("tcp/[fe80::1%lo]:{}", target.port()), "tcp/[fe80::1%other]:1"] });
+    let (_rig, device) = Setup::new().set("PortForward", allow).connected();
+    let client = Client::open(&device);
+    for host in ["fe80::1%lo", "[fe80::1%lo]", "fe80::1%1"] {
+        assert_echo(&client.connect("tcp", host, target.port()).opened(), host.as_bytes());
+    }
+    client.connect("tcp", "fe80::1%lo", 1);
+    let error = client.next_error();
+    assert!(error.text.starts_with("access denied"), "{error:?}");
+    client.close();
 }
