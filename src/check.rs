@@ -10,6 +10,7 @@ use serde_json::Value;
 use strsim::osa_distance;
 
 use crate::config::{self, ConfigError, Key, Misfit, Notes, Origin, Values, Walk};
+use crate::link::{Endpoint, IN_CLEAR};
 use crate::sys::{print, reason};
 
 /// Prints what the daemon would make of the files. True if it would start with them.
@@ -214,10 +215,16 @@ fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
     Some((Level::Info, why))
 }
 
-/// Finds settings that this device can't fulfil: a shell that ends at once, a chroot that isn't usable, unknown owners.
+/// Finds settings that this device can't fulfil, or that put it at risk: a token sent in clear, a shell that ends at once,
+/// a chroot that isn't usable, unknown owners.
 fn unusable(values: &Values) -> Vec<Advice> {
     let mut advice = Vec::new();
     let mut warn = |key, text| advice.push((Level::Warn, key, text));
+    let is_file = values.text(Key::AuthSource) == "file";
+    if is_file && Endpoint::parse(values.text(Key::AuthServerUrl)).is_ok_and(|server| server.sends_in_clear())
+    {
+        warn(Key::AuthServerUrl, IN_CLEAR.to_owned());
+    }
     let command = values.text(Key::ShellCommand);
     let arguments = values.list(Key::ShellArguments).unwrap_or_default();
     if !values.flag(Key::DisableTerminal) && config::knows_no_login(Path::new(command), &arguments) {

@@ -362,3 +362,15 @@ fn what_is_near_or_elsewhere_is_suggested() {
     }
     assert_eq!(suggest(&"x".repeat(100_000)), None);
 }
+
+#[test]
+fn a_token_sent_in_clear_is_told() {
+    let auth = |url: &str| {
+        found(&format!(r#""Auth": {{"Source": "file", "TokenFile": "/token", "ServerURL": "{url}"}}"#))
+    };
+    let told = format!("Warn main Auth.ServerURL: {IN_CLEAR}");
+    assert_eq!(auth("http://device.example"), [told]);
+    for url in ["https://device.example", "http://127.0.0.1:1", "http://[::1]:1", "http://localhost"] {
+        assert_eq!(auth(url), [""; 0], "{url}");
+    }
+}

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use super::{Break, Report, expiry, span};
 use crate::auth::Credentials;
 use crate::link::{
-    AnswerFault, Endpoint, LinkError, PROXY_VARIABLES, Progress, ProxyKind, ProxySettings, TlsFault, trial,
+    AnswerFault, Endpoint, IN_CLEAR, LinkError, PROXY_VARIABLES, Progress, ProxyKind, ProxySettings,
+    TlsFault, trial,
 };
 use crate::sys::clock;
 use crate::sys::names::Query;
@@ -21,8 +22,8 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
     let outcome = trial(credentials, &ProxySettings::from_environment(), upgrade, &mut |progress| {
         let (found, next) = match progress {
             Progress::Server(endpoint) => {
-                if !endpoint.tls && !endpoint.is_loopback() {
-                    report.warn("http: whoever is in between can read the token and all else");
+                if endpoint.sends_in_clear() {
+                    report.warn(IN_CLEAR);
                 }
                 server = Some(endpoint.clone());
                 let scheme = if endpoint.tls { "https" } else { "http" };

@@ -6,14 +6,14 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use log::debug;
+use log::{debug, warn};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::SockType;
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Bytes, Error, Message, WebSocket};
 
-use super::endpoint::Endpoint;
+use super::endpoint::{Endpoint, IN_CLEAR};
 use super::error::{AnswerFault, LinkError, MAX_MESSAGE};
 use super::halves::Half;
 use super::http::{self, Answer};
@@ -84,6 +84,9 @@ pub(super) fn dial(
     })?;
     progress(Progress::Answered(&answer));
     answer.accepts(key.as_deref())?;
+    if server.sends_in_clear() {
+        warn!("{IN_CLEAR}");
+    }
     progress(Progress::Opened);
     Ok(websocket(stream, MAX_MESSAGE))
 }

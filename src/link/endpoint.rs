@@ -10,6 +10,9 @@ pub(super) const USER_AGENT: &str = concat!("mender-connect/", env!("CARGO_PKG_V
 /// The path that devices connect to. A path in the server URL is ignored.
 pub(crate) const PATH: &str = "/api/devices/v1/deviceconnect/connect";
 
+/// What log, `doctor` and `check` say if [`Endpoint::sends_in_clear`].
+pub(crate) const IN_CLEAR: &str = "http: whoever is in between can read the token and all else";
+
 /// A server, or a proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Endpoint {
@@ -73,7 +76,7 @@ impl<'a> Url<'a> {
 }
 
 impl Endpoint {
-    pub(super) fn parse(url: &str) -> Result<Self, LinkError> {
+    pub(crate) fn parse(url: &str) -> Result<Self, LinkError> {
         let url = Url::parse(url).map_err(|why| LinkError::Url(why.to_owned()))?;
         match &*url.scheme {
             "http" | "ws" => Ok(url.endpoint(false, 80)),
@@ -109,6 +112,10 @@ impl Endpoint {
     /// What to connect to if `host` is no name.
     pub(super) fn socket_address(&self) -> Option<SocketAddr> {
         net::literal(&self.host, self.port)
+    }
+
+    pub(crate) fn sends_in_clear(&self) -> bool {
+        !self.tls && !self.is_loopback()
     }
 
     pub(crate) fn is_loopback(&self) -> bool {

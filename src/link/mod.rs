@@ -30,7 +30,7 @@ use crate::proto::Frame;
 use crate::sys::thread;
 
 pub(crate) use dial::{Progress, trial};
-pub(crate) use endpoint::{Endpoint, PATH};
+pub(crate) use endpoint::{Endpoint, IN_CLEAR, PATH};
 pub use error::LinkError;
 pub(crate) use error::{AnswerFault, TlsFault};
 pub(crate) use proxy::{Kind as ProxyKind, PROXY_VARIABLES, ProxySettings};

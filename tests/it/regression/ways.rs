@@ -39,6 +39,19 @@ fn an_upgrade_may_be_worded_in_many_ways() {
     }
 }
 
+/// A server's http URL that leads beyond the device means that the token goes out in clear. Only doctor said so.
+#[test]
+fn a_token_in_clear_is_warned_of_once_a_connection() {
+    let server = Server::start(Generation::New);
+    let proxy = Socks::start(server.address(), None, 0);
+    let rig = Setup::new().url(SERVER).env("HTTP_PROXY", &format!("socks5://{}", proxy.authority())).start();
+    server.next_device(SOON);
+    rig.daemon.wait_for_log("Connection established", SOON);
+    assert_eq!(rig.daemon.count_log("level=warning msg=\"http: whoever is in between"), 1);
+    let (rig, _device) = Setup::new().connected();
+    assert_eq!(rig.daemon.count_log("whoever is in between"), 0, "the device itself is no stranger");
+}
+
 /// Go's clients take a SOCKS5 proxy where they take any, so devices behind one were lost by the migration.
 #[test]
 fn socks_proxies_lead_to_the_server() {
