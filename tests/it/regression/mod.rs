@@ -5,10 +5,10 @@
 mod addresses;
 #[cfg(feature = "dbus")]
 mod bounds;
-#[cfg(all(feature = "dbus", feature = "tls"))]
-mod certificates;
 #[cfg(feature = "dbus")]
 mod bus;
+#[cfg(all(feature = "dbus", feature = "tls"))]
+mod certificates;
 #[cfg(feature = "dbus")]
 mod files;
 #[cfg(feature = "dbus")]
