@@ -15,7 +15,7 @@ use crate::harness::device::Device;
 use crate::harness::msg::FILES;
 use crate::harness::rest::{Form, Rest};
 use crate::harness::rig::{Rig, Setup, is_root};
-use crate::harness::wait::{SOON, millis, secs, skip};
+use crate::harness::wait::{SOON, eventually, millis, secs, skip};
 
 /// A directory by FUSE at /mnt/fuse, whose server's id is in `fuse.pid`.
 const BOUND: &str = r#"exec unshare -m sh -c '
@@ -51,6 +51,21 @@ impl Drop for Fuse {
     }
 }
 
+impl Fuse {
+    /// From now on it answers nothing. What one of its threads has already read could not be taken back by SIGKILL.
+    fn hang(&self) {
+        kill(self.0, Signal::SIGSTOP).unwrap();
+        let stopped = |task: fs::DirEntry| {
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+        };
+        eventually(SOON, "the file system hangs", || {
+            let mut tasks = fs::read_dir(format!("/proc/{}/task", self.0)).unwrap();
+            tasks.all(|task| task.is_ok_and(stopped)).then_some(())
+        });
+    }
+}
+
 /// An agent with a file system at /mnt/fuse, and where that is for others.
 fn fuse(setup: Setup, mount: &'static str, program: &str) -> Option<(Rig, Device, PathBuf, Fuse)> {
     if !is_root() {
@@ -77,7 +92,7 @@ fn a_shell_starts_while_an_upload_waits_for_storage_that_hangs() {
     let Some((mut rig, device, _, fuse)) = fuse(Setup::new(), BOUND, "bindfs") else { return };
     let rest = Rest::open(&device);
     rest.announce(&Form::to("/mnt/fuse/f")).unwrap();
-    kill(fuse.0, Signal::SIGSTOP).unwrap();
+    fuse.hang();
     rest.send(FILES, "file_chunk", Some(0), b"never written");
     let opened = |number: usize| {
         let begun = Instant::now();
