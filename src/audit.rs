@@ -1,7 +1,9 @@
 //! The audit log: a line `event=… key=value …` for each session, shell, transfer, forward and command. Its keys and
 //! their order, which the README describes, are stable. It has nothing that was typed, shown or transferred.
 
+use std::ffi::OsStr;
 use std::fmt::{Display, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Instant;
 
@@ -40,7 +42,17 @@ impl Record {
     }
 
     pub(crate) fn path(self, key: &str, value: &Path) -> Self {
-        self.with(key, quoted(&value.to_string_lossy(), MAX_PATH))
+        match value.to_str() {
+            Some(text) => self.with(key, quoted(text, MAX_PATH)),
+            // As `\xFF`. No byte takes more than five characters.
+            None => {
+                let bytes = value.as_os_str().as_bytes();
+                self.with(
+                    key,
+                    format_args!("{:?}", OsStr::from_bytes(&bytes[..bytes.len().min(MAX_PATH / 5)])),
+                )
+            }
+        }
     }
 
     /// Adds the duration in seconds.
@@ -97,6 +109,9 @@ mod tests {
 
     #[test]
     fn long_fields_are_cut_between_their_characters() {
+        let strange = Path::new(OsStr::from_bytes(b"caf\xe9\n"));
+        let record = Record::new("stat", None, &"".into()).path("path", strange);
+        assert!(record.0.ends_with(r#" path="caf\xE9\n""#), "{}", record.0);
         assert_eq!(quoted("it's", 3), r#""it…""#);
         assert_eq!(quoted("\n\n\n", 5), r#""\n\n…""#);
         assert_eq!(quoted("äö", 3), r#""ä…""#);

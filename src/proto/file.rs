@@ -2,7 +2,7 @@
 //! at the end of the file, and `ack` the other; `error`, which ends a transfer.
 
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::FileStat;
@@ -109,8 +109,10 @@ fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<()
 #[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
 pub(crate) fn file_info(sid: &SessionId, path: &Path, stat: &FileStat) -> Frame {
     let modified = (stat.st_mtime.into(), u32::try_from(stat.st_mtime_nsec).unwrap_or(0));
+    let path = path.as_os_str().as_bytes();
     let body = Map::new()
-        .with_str("path", &*path.to_string_lossy())
+        // Its very bytes, UTF-8 or not: Go's strings may be either.
+        .with("path", |out| encode::write_str_len(out, path.len() as u32).map(|_| out.extend(path)))
         .with_i64("size", stat.st_size.into())
         .with("uid", |out| encode::write_u32(out, stat.st_uid))
         .with("gid", |out| encode::write_u32(out, stat.st_gid))
