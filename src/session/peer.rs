@@ -34,7 +34,8 @@ pub struct Peer {
     /// For its forwards.
     pub(crate) look_ups: Arc<Permits>,
     pub(crate) table: Arc<Table>,
-    pub(crate) _thread: Permit,
+    /// Shared by a commit, which may outlive the session.
+    pub(crate) thread: Arc<Permit>,
 }
 
 impl Peer {
@@ -63,7 +64,7 @@ impl Peer {
             credit: Credit::new(now),
             look_ups: Permits::new(MAX_LOOK_UPS),
             table,
-            _thread: thread,
+            thread: Arc::new(thread),
         }
     }
 

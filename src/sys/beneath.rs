@@ -7,6 +7,7 @@
 //! Neither is a boundary against mounts and hard links in the directory. A directory that was reached stays open,
 //! wherever it is moved afterwards.
 
+use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
@@ -59,6 +60,13 @@ pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules)
 pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> nix::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     openat(AT_FDCWD, path.as_str(), flags | OFlag::O_CLOEXEC | OFlag::O_LARGEFILE, Mode::empty())
+}
+
+/// True if something is mounted over `name` in `dir`. Before Linux 5.6 nothing is found.
+pub(crate) fn is_mount_point(dir: BorrowedFd<'_>, name: &OsStr) -> bool {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_NO_XDEV);
+    openat2(dir, name, how).err() == Some(Errno::EXDEV)
 }
 
 fn ask_kernel(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {

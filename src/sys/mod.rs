@@ -44,11 +44,11 @@ pub(crate) fn print(text: &str) {
     let _ = out.flush();
 }
 
-/// renameat2(2) with RENAME_NOREPLACE, within a directory. nix has it for glibc only. EINVAL: the file system, ENOSYS:
-/// the kernel (before 3.15) doesn't support it.
+/// renameat2(2) within a directory, with RENAME_NOREPLACE or RENAME_EXCHANGE. nix has it for glibc only. EINVAL: the file
+/// system, ENOSYS: the kernel (before 3.15) doesn't support it.
 #[allow(unsafe_code)]
-pub(crate) fn rename_noreplace(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> nix::Result<()> {
-    let (dir, flags) = (dir.as_raw_fd(), libc::RENAME_NOREPLACE);
+pub(crate) fn rename(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr, flags: libc::c_uint) -> nix::Result<()> {
+    let dir = dir.as_raw_fd();
     let rename = |from: &CStr, to: &CStr| {
         // SAFETY: both names end in NUL and outlive the call, which only reads them.
         unsafe { libc::syscall(libc::SYS_renameat2, dir, from.as_ptr(), dir, to.as_ptr(), flags) }
@@ -126,7 +126,8 @@ mod tests {
         std::fs::write(path("from"), "new").unwrap();
         std::fs::write(path("taken"), "old").unwrap();
         let fd = std::fs::File::open(dir.path()).unwrap();
-        let rename = |to: &str| rename_noreplace(fd.as_fd(), OsStr::new("from"), OsStr::new(to));
+        let rename =
+            |to: &str| rename(fd.as_fd(), OsStr::new("from"), OsStr::new(to), libc::RENAME_NOREPLACE);
         assert_eq!(rename("taken"), Err(Errno::EEXIST));
         assert_eq!(std::fs::read_to_string(path("taken")).unwrap(), "old");
         assert_eq!(rename("free"), Ok(()));

@@ -20,6 +20,8 @@ const KEYS: &[(&str, &str)] = &[
     ("shell-start", "session user pid"),
     ("shell-refused", "session user reason"),
     ("shell-end", "session user pid duration bytes_in bytes_out status reason"),
+    ("stat", "session user path size result"),
+    ("stat", "session user path result reason"),
     ("transfer", "session user direction path bytes duration result sha256"),
     ("transfer", "session user direction path bytes duration result reason"),
     ("forward", "session user protocol target address duration bytes_in bytes_out result reason"),

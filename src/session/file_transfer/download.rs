@@ -4,16 +4,12 @@
 //! is the chunks' size that adapts to the connection.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io::{self, Read};
 use std::num::NonZeroU64;
-use std::path::PathBuf;
 use std::time::Instant;
 
-use nix::sys::stat::FileStat;
-
 use super::About;
-use super::place::{self, Failure, Result};
+use super::place::{self, Content, Failure, Known, Result};
 use super::rate::{Direction, EXHAUSTED};
 use crate::outbox::{Class, Discard};
 use crate::proto::file;
@@ -26,7 +22,7 @@ const SMALLEST_CHUNK: usize = 2 * 1024;
 const LARGEST_CHUNK: usize = 384 * 1024;
 
 pub(super) struct Download {
-    file: File,
+    content: Content,
     /// MaxFileSize. Checked against the size at the start and, if that is unknown, on the way.
     max_size: Option<NonZeroU64>,
     /// The chunks in flight: their end offsets and their numbers among the session's messages.
@@ -38,27 +34,20 @@ pub(super) struct Download {
 }
 
 impl Download {
-    /// Opens the file. If the client was told its metadata before, as `known`, and the file has grown since, it is
-    /// sent only up to that size, which the client expects.
-    pub(super) fn start(peer: &Peer, known: Option<&(PathBuf, FileStat)>, about: &mut About) -> Result<Self> {
+    /// Opens the file. `known` is the metadata that the client was told before.
+    pub(super) fn start(peer: &Peer, known: Option<Known>, about: &mut About) -> Result<Self> {
         let config = peer.device.config();
         let limits = config.limits.as_ref();
-        let (file, stat) = place::source(limits, &about.path)?;
+        let (content, stat) = place::source(limits, &about.path, known, &peer.device.memory)?;
         let max_rate = limits.and_then(|l| l.max_tx_bytes_per_minute);
         if peer.device.transferred.exhausted(Direction::Sent, max_rate, about.started) {
             return Err(Failure { text: EXHAUSTED.to_owned(), denied: true });
         }
-        // Files of /proc say zero and have content all the same.
-        let size = u64::try_from(stat.st_size).ok().filter(|size| *size > 0);
-        let told = known.filter(|(path, known)| {
-            *path == about.path
-                && (known.st_dev, known.st_ino) == (stat.st_dev, stat.st_ino)
-                && known.st_size > 0
-        });
-        about.size = size.map(|size| told.map_or(size, |(_, known)| size.min(known.st_size as u64)));
+        // Files of /proc that are too large to be read first say zero and have content all the same.
+        about.size = u64::try_from(stat.st_size).ok().filter(|size| *size > 0);
         let max_size = limits.and_then(|l| l.max_file_size);
         let (in_flight, discard) = (VecDeque::new(), Discard::default());
-        Ok(Download { file: file.into(), max_size, in_flight, at_end: false, max_rate, discard })
+        Ok(Download { content, max_size, in_flight, at_end: false, max_rate, discard })
     }
 
     /// Sends what may be sent now. An error is for the client and ends the download.
@@ -98,7 +87,7 @@ impl Download {
         let path = || place::shown(&about.path);
         let mut filled = 0;
         while filled < place.len() {
-            match self.file.read(&mut place[filled..]) {
+            match self.content.file.read(&mut place[filled..]) {
                 Ok(0) => break,
                 Ok(n) => filled += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -110,7 +99,7 @@ impl Download {
         if filled < place.len()
             && let Some(size) = about.size
         {
-            let now = self.file.metadata().map_err(|e| reason(&e))?.len();
+            let now = self.content.file.metadata().map_err(|e| reason(&e))?.len();
             if now < size {
                 let sent = about.bytes + filled as u64;
                 return Err(format!(

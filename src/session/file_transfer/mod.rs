@@ -12,11 +12,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use log::{debug, info};
-use nix::sys::stat::FileStat;
 use sha2::{Digest, Sha256};
 
 use self::download::Download;
-use self::place::{Failure, Result};
+use self::place::{Failure, Known, Result};
 use self::rate::Direction;
 use self::upload::{Commit, Upload};
 use super::peer::Peer;
@@ -35,8 +34,8 @@ const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub(crate) struct FileTransfer {
     transfer: Option<Box<Transfer>>,
-    /// The latest answer to `stat`: the client expects a download of that size.
-    known: Option<(PathBuf, FileStat)>,
+    /// The latest answer to `stat`.
+    known: Option<Known>,
     /// Chunks of an earlier transfer may still arrive, and are ignored without an error.
     stray_chunks: bool,
     stray_acks: bool,
@@ -197,9 +196,16 @@ impl FileTransfer {
 
     fn stat(&mut self, peer: &mut Peer, frame: &Frame) -> Result<()> {
         let path = Request::decode(&frame.body)?.path;
-        let stat = place::stat(peer.device.config().limits.as_ref(), &path)?;
+        self.known = None;
+        let result = place::stat(peer.device.config().limits.as_ref(), &path, &peer.device.memory);
+        let record = Record::new("stat", Some(&peer.id), &frame.user()).path("path", &path);
+        match &result {
+            Ok((stat, _)) => record.with("size", stat.st_size).with("result", "ok").log(true),
+            Err(e) => record.with("result", e.result()).text("reason", &e.text).log(false),
+        }
+        let (stat, content) = result?;
         peer.reply(&file::file_info(&peer.id, &path, &stat));
-        self.known = Some((path, stat));
+        self.known = Some(Known { path, stat, content });
         Ok(())
     }
 
@@ -218,7 +224,7 @@ impl FileTransfer {
         let begun = Request::decode(&frame.body).map_err(Failure::from).and_then(|request| {
             about.path.clone_from(&request.path);
             Ok(match about.direction {
-                Direction::Sent => Stage::Sending(Download::start(peer, self.known.as_ref(), &mut about)?),
+                Direction::Sent => Stage::Sending(Download::start(peer, self.known.take(), &mut about)?),
                 Direction::Received => Stage::Receiving(Upload::start(peer, &request, &mut about)?),
             })
         });
@@ -258,7 +264,7 @@ impl FileTransfer {
         let mut result = upload.chunk(about, frame, peer, now);
         shown.traffic.add_in((about.bytes - before) as usize, now);
         if result.is_ok() && frame.body.is_empty() {
-            result = upload.commit(&peer.wake).map(|commit| *stage = Stage::Committing(commit));
+            result = upload.commit(peer).map(|commit| *stage = Stage::Committing(commit));
         }
         result.or_else(|failure| self.fail(peer, failure))
     }

@@ -5,17 +5,22 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open};
+use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl, open};
+use nix::libc;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
-use nix::unistd::{Gid, Group, Uid, User};
+use nix::unistd::{Gid, Group, Uid, UnlinkatFlags, User, unlinkat};
 
 use crate::config::FileLimits;
+use crate::permits::{Permit, Permits};
 use crate::proto::file::Request;
 use crate::proto::{MAX_TEXT, clipped};
 use crate::sys::beneath::{self, Rules};
@@ -27,6 +32,11 @@ const OUTSIDE: &str = "the target file path is outside chroot";
 const OWNER: &str = "the file owner does not match";
 const GROUP: &str = "the file group does not match";
 const OVER_DIRECTORY: &str = "conflicting file path: cannot overwrite directory";
+
+/// What is read of a file to learn its size, in bytes.
+const MAX_COPY: usize = 1 << 20;
+/// The largest page of any kernel.
+const LARGEST_PAGE: libc::off_t = 64 << 10;
 
 const DEFAULT_MODE: u32 = 0o644;
 /// Set-uid and set-gid in a requested mode: as chmod(2) has them, and as Go does.
@@ -75,12 +85,31 @@ pub(super) struct Target {
 
 impl Target {
     pub(super) fn lstat(&self) -> Result<Option<FileStat>> {
-        match fstatat(&self.dir, self.name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+        self.look_at(&self.name)
+    }
+
+    /// Another name in the same directory.
+    pub(super) fn look_at(&self, name: &OsStr) -> Result<Option<FileStat>> {
+        match fstatat(&self.dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(stat)),
             Err(Errno::ENOENT) => Ok(None),
             Err(e) => {
                 Err(Failure::io(format!("error checking file location: lstat {}", shown(&self.path)), e))
             }
+        }
+    }
+
+    /// Finds what would keep rename(2) from replacing the target, a file: a mount, a read-only file system, permissions, a
+    /// sticky directory, attributes, swapping. rmdir(2) looks at all of it but mounts before it sees that a file is no
+    /// directory.
+    fn can_be_replaced(&self) -> Result<()> {
+        let result = match beneath::is_mount_point(self.dir.as_fd(), &self.name) {
+            true => Err(Errno::EBUSY),
+            false => unlinkat(&self.dir, self.name.as_os_str(), UnlinkatFlags::RemoveDir),
+        };
+        match result {
+            Err(Errno::ENOTDIR | Errno::ENOENT) => Ok(()),
+            other => other.map_err(|e| Failure::io(creating(&self.path), e)),
         }
     }
 }
@@ -125,15 +154,28 @@ fn find(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<(Ow
     Ok((fd, stat))
 }
 
-/// Follows a link if the limits allow it.
-pub(super) fn stat(limits: Limits<'_>, path: &Path) -> Result<FileStat> {
+/// Follows a link if the limits allow it. With the content of a file that doesn't know its size, if it may be sent.
+pub(super) fn stat(
+    limits: Limits<'_>,
+    path: &Path,
+    memory: &Arc<Permits>,
+) -> Result<(FileStat, Option<Content>)> {
     let what = format!("failed to get file info from path '{0}': stat {0}", shown(path));
-    Ok(find(limits, path, OFlag::empty(), &what)?.1)
+    let (found, mut stat) = find(limits, path, OFlag::empty(), &what)?;
+    let may = kind(&stat) == SFlag::S_IFREG && limits.is_none_or(|limits| may_get(limits, &stat).is_ok());
+    // The client hears of a file that can't be read when it asks for it.
+    let content = if may { read_first(&found, &mut stat, memory).unwrap_or(None) } else { None };
+    Ok((stat, content))
 }
 
 /// Opens a file to be sent, and returns it with the metadata that the limits were checked against. Only regular files:
-/// others have no content with a known end.
-pub(super) fn source(limits: Limits<'_>, path: &Path) -> Result<(OwnedFd, FileStat)> {
+/// others have no content with a known end. `known` is the answer to the `stat` before.
+pub(super) fn source(
+    limits: Limits<'_>,
+    path: &Path,
+    known: Option<Known>,
+    memory: &Arc<Permits>,
+) -> Result<(Content, FileStat)> {
     let what = format!("failed to open file for reading: open {}", shown(path));
     // A link is not a regular file here, wherever it leads.
     if limits.is_some_and(|l| l.regular_files_only)
@@ -141,7 +183,15 @@ pub(super) fn source(limits: Limits<'_>, path: &Path) -> Result<(OwnedFd, FileSt
     {
         return Err(Failure::denied("only regular files are allowed"));
     }
-    let (found, stat) = find(limits, path, OFlag::empty(), &what)?;
+    let (found, mut stat) = find(limits, path, OFlag::empty(), &what)?;
+    let known = known.filter(|known| {
+        known.path == path && (known.stat.st_dev, known.stat.st_ino) == (stat.st_dev, stat.st_ino)
+    });
+    let told = known.as_ref().map(|known| known.stat.st_size).filter(|size| *size > 0);
+    let content = known.and_then(|known| known.content);
+    if content.is_some() {
+        stat.st_size = told.unwrap_or(0);
+    }
     if let Some(limits) = limits {
         may_get(limits, &stat)?;
     }
@@ -150,10 +200,64 @@ pub(super) fn source(limits: Limits<'_>, path: &Path) -> Result<(OwnedFd, FileSt
         SFlag::S_IFDIR => return Err(Failure::io(what, Errno::EISDIR)),
         _ => return Err((what + ": not a regular file").into()),
     }
+    let read = |stat: &mut _| match content {
+        Some(content) => Ok(Some(content)),
+        None => read_first(&found, stat, memory),
+    };
+    if let Some(content) = read(&mut stat).map_err(|e| Failure::io(&what, e))? {
+        if limits.and_then(|l| l.max_file_size).is_some_and(|max| stat.st_size as u64 > max.get()) {
+            return Err(Failure::denied(TOO_LARGE));
+        }
+        return Ok((content, stat));
+    }
+    // A file that has grown is sent up to the size that the client was told, and expects.
+    stat.st_size = told.map_or(stat.st_size, |told| told.min(stat.st_size));
+    let file = open_for_reading(&found).map_err(|e| Failure::io(what, e))?;
+    Ok((Content { file, _memory: memory.none() }, stat))
+}
+
+/// The answer to a `stat`: the client expects a download of that size.
+pub(super) struct Known {
+    pub(super) path: PathBuf,
+    pub(super) stat: FileStat,
+    pub(super) content: Option<Content>,
+}
+
+/// What is sent: the file or, with a permit for its memory, a copy.
+pub(super) struct Content {
+    pub(super) file: File,
+    _memory: Permit,
+}
+
+fn open_for_reading(found: &OwnedFd) -> io::Result<File> {
     // O_NONBLOCK would fail with EAGAIN on a file that smbd or knfsd holds a lease on. Without it open(2) waits for the
     // holder to give way, for at most /proc/sys/fs/lease-break-time, and holds up this session's thread only.
-    let file = beneath::reopen(found.as_fd(), OFlag::O_RDONLY).map_err(|e| Failure::io(what, e))?;
-    Ok((file, stat))
+    let file = beneath::reopen(found.as_fd(), OFlag::O_RDONLY)?;
+    // For files such as trace_pipe, where there is nothing to read for now.
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok(file.into())
+}
+
+/// Reads a file that doesn't know its size: procfs claims none, sysfs a page, and both occupy no blocks. `None` if it is
+/// another file, or too large.
+fn read_first(found: &OwnedFd, stat: &mut FileStat, memory: &Arc<Permits>) -> io::Result<Option<Content>> {
+    let mut permit = memory.none();
+    if stat.st_blocks != 0 || stat.st_size > LARGEST_PAGE || !permit.resize(MAX_COPY) {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    open_for_reading(found)?.take(MAX_COPY as u64 + 1).read_to_end(&mut bytes)?;
+    // Linux 3.17.
+    let Ok(copy) = memfd_create(c"copy", MFdFlags::MFD_CLOEXEC) else { return Ok(None) };
+    if bytes.len() > MAX_COPY {
+        return Ok(None);
+    }
+    let mut file = File::from(copy);
+    file.write_all(&bytes)?;
+    file.rewind()?;
+    permit.resize(bytes.len());
+    stat.st_size = bytes.len() as _;
+    Ok(Some(Content { file, _memory: permit }))
 }
 
 fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<()> {
@@ -180,19 +284,12 @@ pub(super) fn target(limits: Limits<'_>, request: &Request) -> Result<(Target, A
         return Err(Failure::denied(TOO_LARGE));
     }
     let target = locate(limits, request)?;
-    let existing = target.lstat()?;
     let attributes = Attributes::new(limits, request)?;
-    if let Some(stat) = &existing {
-        attributes.may_replace(stat)?;
-    }
+    attributes.check(&target)?;
     if limits.is_some_and(|l| !l.allow_suid) && request.mode.is_some_and(|mode| mode & SET_ID != 0) {
         return Err(Failure::denied("the set uid mode is forbidden"));
     }
-    match existing.as_ref().map(kind) {
-        Some(SFlag::S_IFREG) | None => Ok((target, attributes)),
-        Some(SFlag::S_IFDIR) => Err(OVER_DIRECTORY.into()),
-        Some(_) => Err("conflicting file path: cannot overwrite irregular file".into()),
-    }
+    Ok((target, attributes))
 }
 
 /// The directory and the name in it: those of the path or, if the path is a directory, the source's name in it.
@@ -227,9 +324,11 @@ fn open_directory(limits: Limits<'_>, dir: &Path, path: &Path) -> Result<OwnedFd
     open(OFlag::O_RDONLY).or_else(|_| open(OFlag::O_PATH))
 }
 
-/// A path in an answer, which repeats at most [`MAX_TEXT`] characters of a client's text.
+/// A path in an answer, which repeats at most [`MAX_TEXT`] characters of a client's text. In quotes, with `\xFF`, if
+/// it isn't UTF-8.
 pub(super) fn shown(path: &Path) -> String {
-    clipped(&path.to_string_lossy(), MAX_TEXT)
+    let text = path.to_str().map_or_else(|| format!("{path:?}"), str::to_owned);
+    clipped(&text, MAX_TEXT)
 }
 
 /// The beginning of the error when `path` can't be created.
@@ -241,7 +340,7 @@ pub(super) fn creating(path: &Path) -> String {
 /// the commit: the client decides how long after that it comes.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Attributes {
-    /// Named by the request or OwnerPut. Otherwise the agent's own is preferred.
+    /// Named by the request or OwnerPut.
     pub(super) uid: Option<Uid>,
     /// As `uid`, with GroupPut.
     pub(super) gid: Option<Gid>,
@@ -275,6 +374,18 @@ impl Attributes {
         })
     }
 
+    /// Whether an existing target may, and can, be replaced.
+    pub(super) fn check(&self, target: &Target) -> Result<()> {
+        let Some(existing) = target.lstat()? else { return Ok(()) };
+        self.may_replace(&existing)?;
+        target.can_be_replaced()
+    }
+
+    /// Whether it depends on what has the target's name.
+    pub(super) fn is_limited(&self) -> bool {
+        self.replaces_nothing || self.owner_put.is_some() || self.group_put.is_some()
+    }
+
     pub(super) fn may_replace(&self, existing: &FileStat) -> Result<()> {
         if self.replaces_nothing {
             return Err(Failure::denied(OVERWRITE));
@@ -285,7 +396,11 @@ impl Attributes {
         if self.group_put.is_some_and(|gid| gid.as_raw() != existing.st_gid) {
             return Err(Failure::denied(GROUP));
         }
-        Ok(())
+        match kind(existing) {
+            SFlag::S_IFREG => Ok(()),
+            SFlag::S_IFDIR => Err(OVER_DIRECTORY.into()),
+            _ => Err("conflicting file path: cannot overwrite irregular file".into()),
+        }
     }
 }
 

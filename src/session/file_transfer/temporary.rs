@@ -16,13 +16,14 @@ use log::{debug, info};
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat};
+use nix::libc;
 use nix::sys::stat::{Mode, fchmod, fstat};
-use nix::unistd::{UnlinkatFlags, fchown, fsync, getgid, getuid, linkat, unlinkat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, linkat, unlinkat};
 use sha2::{Digest, Sha256};
 
 use super::place::{self, Attributes, Failure, Result, Target};
 use crate::encoding::hex;
-use crate::sys::rename_noreplace;
+use crate::sys;
 
 /// No read permission: nobody may read an incomplete file.
 const MODE: Mode = Mode::S_IWUSR;
@@ -36,7 +37,8 @@ pub(super) struct Temporary {
     attributes: Attributes,
     /// The temporary name, if it has one.
     name: OnceLock<OsString>,
-    given_up: AtomicBool,
+    /// Whether it takes its target's name, or is given up: whichever comes first.
+    decided: AtomicBool,
 }
 
 /// The prefix of a target's temporary names: hidden, and of a fixed length whatever the target's name.
@@ -61,7 +63,7 @@ impl Temporary {
     pub(super) fn create(target: Target, attributes: Attributes) -> Result<Self> {
         remove_left_over(&target);
         let Some(file) = nameless(&target.dir) else { return Self::with_name(target, attributes) };
-        Ok(Temporary { file, target, attributes, name: OnceLock::new(), given_up: AtomicBool::new(false) })
+        Self::of(file, target, attributes, OnceLock::new())
     }
 
     fn with_name(target: Target, attributes: Attributes) -> Result<Self> {
@@ -70,10 +72,22 @@ impl Temporary {
         let file = openat(&target.dir, name.as_os_str(), flags, MODE)
             .map_err(|e| Failure::io(place::creating(&target.path), e))?
             .into();
-        Ok(Temporary { file, target, attributes, name: name.into(), given_up: AtomicBool::new(false) })
+        Self::of(file, target, attributes, name.into())
     }
 
-    /// Sets owner and mode, syncs the file, and gives it its target's name. After an error the target is as before.
+    /// Changes the owner at once, so that one that can't be given is an error before the first byte.
+    fn of(file: File, target: Target, attributes: Attributes, name: OnceLock<OsString>) -> Result<Self> {
+        let temporary = Temporary { file, target, attributes, name, decided: AtomicBool::new(false) };
+        temporary.give_to_owner()?;
+        Ok(temporary)
+    }
+
+    /// Looks again whether the file may take its target's name.
+    pub(super) fn check(&self) -> Result<()> {
+        self.attributes.check(&self.target)
+    }
+
+    /// Sets the mode, syncs the file, and gives it its target's name. After an error the target is as before.
     pub(super) fn commit(&self) -> Result<()> {
         let result = self.complete();
         self.remove();
@@ -81,8 +95,6 @@ impl Temporary {
     }
 
     fn complete(&self) -> Result<()> {
-        // First the owner: changing it takes the set-uid bit away.
-        self.give_to_owner()?;
         let (mode, path) = (self.attributes.mode, place::shown(&self.target.path));
         fchmod(&self.file, Mode::from_bits_truncate(mode)).map_err(|e| {
             Failure::io(format!("failed to set file permissions: chmod {path} to {mode:o}"), e)
@@ -100,37 +112,27 @@ impl Temporary {
         Failure::io(format!("failed to commit uploaded file: {}", place::shown(&self.target.path)), e)
     }
 
-    /// Changes only the ids that differ, and ignores a failure if the client didn't ask for the id: FAT, exFAT, NTFS
-    /// and CIFS keep no owners and answer EPERM.
+    /// Changes nothing that nobody asked for: FAT, exFAT, NTFS and CIFS keep no owners and answer EPERM, and what is
+    /// created in a set-gid directory belongs to that directory's group.
     fn give_to_owner(&self) -> Result<()> {
-        let wanted = &self.attributes;
-        let (uid, gid) = (wanted.uid.unwrap_or_else(getuid), wanted.gid.unwrap_or_else(getgid));
-        let failed = |e| {
+        let (uid, gid) = (self.attributes.uid, self.attributes.gid);
+        let now = fstat(&self.file).map_err(|e| self.not_committed(e))?;
+        let (old_uid, old_gid) = (Uid::from_raw(now.st_uid), Gid::from_raw(now.st_gid));
+        if uid.is_none_or(|uid| uid == old_uid) && gid.is_none_or(|gid| gid == old_gid) {
+            return Ok(());
+        }
+        fchown(&self.file, uid, gid).map_err(|e| {
+            let (uid, gid) = (uid.unwrap_or(old_uid), gid.unwrap_or(old_gid));
             let path = place::shown(&self.target.path);
             Failure::io(format!("failed to set file owner: chown {path} to {uid}:{gid}"), e)
-        };
-        let now = fstat(&self.file).map_err(failed)?;
-        // The group first: without CAP_CHOWN only the owner may change it.
-        let changes = [
-            (now.st_gid != gid.as_raw(), wanted.gid.is_some(), None, Some(gid)),
-            (now.st_uid != uid.as_raw(), wanted.uid.is_some(), Some(uid), None),
-        ];
-        for (differs, asked, uid, gid) in changes {
-            if differs
-                && let Err(e) = fchown(&self.file, uid, gid)
-                && asked
-            {
-                return Err(failed(e));
-            }
-        }
-        Ok(())
+        })
     }
 
     /// Takes the target's name, in the best way that the limits and the file system allow.
     fn take_name(&self) -> Result<()> {
         let Target { dir, name: target, .. } = &self.target;
         let failed = |e| self.not_committed(e);
-        if self.given_up.load(Ordering::SeqCst) {
+        if self.decided.swap(true, Ordering::SeqCst) {
             return Err(failed(Errno::ECANCELED));
         }
         // A link replaces nothing, and no kill can come in between.
@@ -147,11 +149,25 @@ impl Temporary {
             }
             (Err(e), None) => return Err(failed(e)),
         };
-        if self.attributes.replaces_nothing {
-            // FAT and exFAT have no hard links. By FUSE they don't know RENAME_NOREPLACE either, nor do old kernels.
-            match rename_noreplace(dir.as_fd(), name, target) {
-                Err(Errno::EEXIST) => return Err(Failure::denied(place::OVERWRITE)),
-                Err(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP) => {}
+        let rename = |flags| sys::rename(dir.as_fd(), name, target, flags);
+        if self.attributes.is_limited() {
+            // FAT and exFAT have no hard links. By FUSE they don't know these flags either, nor do old kernels.
+            let unknown = |e| matches!(e, Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP);
+            match rename(libc::RENAME_NOREPLACE) {
+                Err(Errno::EEXIST) if self.attributes.replaces_nothing => {
+                    return Err(Failure::denied(place::OVERWRITE));
+                }
+                Err(Errno::EEXIST) => match rename(libc::RENAME_EXCHANGE) {
+                    // The temporary name is the old file's now. If that may not be replaced it gets its own back.
+                    Ok(()) => {
+                        let old = self.target.look_at(name)?;
+                        let may = old.map_or(Ok(()), |old| self.attributes.may_replace(&old));
+                        return may.inspect_err(|_| _ = rename(libc::RENAME_EXCHANGE));
+                    }
+                    Err(e) if unknown(e) => {}
+                    Err(e) => return Err(failed(e)),
+                },
+                Err(e) if unknown(e) => {}
                 other => return other.map_err(failed),
             }
         }
@@ -165,8 +181,9 @@ impl Temporary {
     /// For another thread than the one that commits: keeps the file from getting its target's name, if it hasn't yet,
     /// and removes its temporary name.
     pub(super) fn give_up(&self) {
-        self.given_up.store(true, Ordering::SeqCst);
-        self.remove();
+        if !self.decided.swap(true, Ordering::SeqCst) {
+            self.remove();
+        }
     }
 
     /// Removes the temporary name if it is still there.
@@ -226,6 +243,7 @@ fn remove_left_over(target: &Target) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::unistd::{getgid, getuid};
     use std::fs;
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
@@ -289,7 +307,7 @@ mod tests {
             // Nothing can replace a directory.
             fs::create_dir(dir.path().join("t")).unwrap();
             let failure = temporary.commit().unwrap_err();
-            assert!(!failure.denied && failure.text.ends_with("/t: is a directory"), "{failure:?}");
+            assert_eq!(failure, "conflicting file path: cannot overwrite directory".into());
             assert_eq!(names(dir.path()), ["t"]);
         }
     }

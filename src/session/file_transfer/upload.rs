@@ -3,7 +3,7 @@
 //! The server stops waiting as soon as an ack reaches the end of the file, so the acks of data stay one byte
 //! below what has come, and only the last one, after the commit, says it all.
 
-use std::io::Write;
+use std::io::{Seek, SeekFrom, Write};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,7 +20,6 @@ use crate::proto::Frame;
 use crate::proto::file::{self, Request};
 use crate::session::peer::Peer;
 use crate::sys::thread;
-use crate::sys::wake::Wake;
 
 /// Acks at a time; a further one covers the previous ones. The server has fewer chunks in flight.
 const MAX_ACKS: usize = 24;
@@ -46,6 +45,11 @@ impl Upload {
         }
         enough_space(&target, request.size)?;
         let temporary = Arc::new(Temporary::create(target, attributes)?);
+        // The kernel seeks no further than a file may grow: FAT has 4 GiB.
+        let mut file = &temporary.file;
+        file.seek(SeekFrom::Start(request.size.unwrap_or(0)))
+            .map_err(|_| Failure::io(place::creating(&temporary.target.path), Errno::EFBIG))?;
+        let _ = file.rewind();
         about.size = request.size;
         about.path.clone_from(&temporary.target.path);
         let max_size = limits.and_then(|l| l.max_file_size);
@@ -77,6 +81,10 @@ impl Upload {
         if too_large || counters.exhausted(Direction::Received, self.max_rate, now) {
             return Err(format!("failed to write file chunk: {EXHAUSTED}").into());
         }
+        // Released servers don't pass on an error that comes after the file's end.
+        if about.size == Some(about.bytes) {
+            self.temporary.check()?;
+        }
         self.due_acks.truncate(MAX_ACKS - 1);
         // A chunk of one byte at the start has none.
         self.due_acks.extend(Some(about.bytes - 1).filter(|offset| *offset > 0));
@@ -85,14 +93,17 @@ impl Upload {
 
     /// Completes the file in a thread of its own: a device may take half a minute to write back its cache, and the
     /// session has other requests to answer meanwhile.
-    pub(super) fn commit(&self, wake: &Arc<Wake>) -> Result<Commit> {
+    pub(super) fn commit(&self, peer: &Peer) -> Result<Commit> {
         let (report, result) = crossbeam_channel::bounded(1);
-        let (temporary, wake) = (Arc::clone(&self.temporary), Arc::clone(wake));
+        let (temporary, wake, thread) =
+            (Arc::clone(&self.temporary), Arc::clone(&peer.wake), Arc::clone(&peer.thread));
         let body = move || {
             let result = temporary.commit();
             drop(temporary);
             let _ = report.send(result);
             wake.notify();
+            // One that hangs counts among the device's threads when its session is gone.
+            drop(thread);
         };
         thread::spawn("commit", thread::SMALL_STACK, body).map_err(|e| self.temporary.not_committed(e))?;
         Ok(Commit { result, temporary: Arc::clone(&self.temporary), give_up: None })

@@ -1,7 +1,9 @@
 //! File transfer.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -274,4 +276,45 @@ fn a_strangers_file_that_appears_meanwhile_is_not_replaced() {
         let [first, second] = [(); 2].map(|()| begin(&device, &path));
         assert_eq!((end(&first), end(&second)), (Ok(()), Ok(())));
     }
+}
+
+/// Files of /proc and /sys came with the size that they claim, 0 or a page, which `mender-cli cp` compares with what it
+/// has got, and fails.
+#[test]
+fn a_file_that_does_not_know_its_size_has_that_of_its_content() {
+    let (rig, device) = Rig::connected();
+    for path in
+        ["/proc/version", "/proc/self/status", "/proc/uptime", "/sys/kernel/mm/transparent_hugepage/enabled"]
+    {
+        let got = get(&device, path).unwrap();
+        assert!(!got.bytes.is_empty() && got.size == got.bytes.len() as i64, "{path}: {got:?}");
+    }
+    // One that is too large to be read first comes all the same.
+    let large = get(&device, "/proc/self/pagemap").map(|got| got.bytes.len());
+    assert!(large.is_err() || large.unwrap() > 1 << 20);
+    let empty = directory(&rig).join("empty");
+    fs::write(&empty, "").unwrap();
+    assert_eq!(get(&device, &empty).unwrap().size, 0);
+}
+
+/// A name that isn't UTF-8 came back with replacement characters, so that the server saved the file by another name.
+#[test]
+fn a_name_of_any_bytes_comes_back_as_it_is() {
+    let (rig, device) = Rig::connected();
+    let mut path = directory(&rig).into_os_string().into_vec();
+    path.extend(b"/caf\xe9");
+    fs::write(OsStr::from_bytes(&path), "content").unwrap();
+    let rest = Rest::open(&device);
+    let body = |path: &[u8]| [b"\x81\xa4path\xda", &(path.len() as u16).to_be_bytes()[..], path].concat();
+    rest.ask("stat", &body(&path));
+    let info = rest.next();
+    assert_eq!(info.typ, "file_info");
+    assert!(info.raw.windows(path.len()).any(|bytes| bytes == path), "{}", info.summary());
+    assert!(rig.daemon.wait_for_log("event=stat", SOON).contains("caf\\xE9\" size=7 result=ok"));
+    path.push(b'x');
+    rest.ask("stat", &body(&path));
+    let refusal = Rest::refused(&rest.next(), 400).text;
+    assert!(refusal.ends_with("/caf\\xE9x\": no such file or directory"), "{refusal}");
+    let line = rig.daemon.wait_for_log("event=stat session=", SOON);
+    assert!(line.contains(" user="), "{line}");
 }

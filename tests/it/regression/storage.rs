@@ -2,18 +2,22 @@
 //! a mount namespace of its own, below /mnt.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
+use crate::files::{names, pattern, put, refused};
+use crate::harness::aftermath::assert_no_temporary_files;
 use crate::harness::client::{Style, Terminal};
 use crate::harness::daemon::emulated;
 use crate::harness::device::Device;
 use crate::harness::msg::FILES;
-use crate::harness::rest::{Form, Rest};
+use crate::harness::rest::{Form, Refused, Rest};
 use crate::harness::rig::{Rig, Setup, is_root};
 use crate::harness::wait::{SOON, eventually, millis, secs, skip};
 
@@ -119,4 +123,165 @@ fn a_shell_starts_while_an_upload_waits_for_storage_that_hangs() {
     rig.daemon.signal(Signal::SIGTERM);
     assert_eq!(rig.daemon.wait_exit(SOON).code(), Some(0));
     assert!(begun.elapsed() < secs(2), "{:?}", begun.elapsed());
+}
+
+const FORBIDDEN: &str = "access denied: forbidden to overwrite the file";
+
+/// What must work on any file system: a new file, one in its place, and none in the place of one.
+fn uploads_work(rig: &Rig, device: &Device, dir: &str) {
+    let seen = PathBuf::from(format!("/proc/{}/root{dir}", rig.daemon.pid()));
+    let form = Form { size: Some(100_000), ..Form::to(format!("{dir}/f")) };
+    for turn in 0..2 {
+        let bytes = pattern(100_000 + turn);
+        put(device, &Form { size: Some(bytes.len() as i64), ..form.clone() }, &bytes).unwrap();
+        assert!(fs::read(seen.join("f")).unwrap() == bytes, "{dir}");
+    }
+    let config = json!({ "Enabled": true, "FileTransfer": { "AllowOverwrite": false } });
+    let mut whole = crate::harness::rig::bash_config();
+    whole["Limits"] = config;
+    let mark = rig.reload(&whole);
+    rig.daemon.wait_for_log_after(mark, "the new configuration is in use", SOON);
+    assert_eq!(put(device, &form, b"other"), Err(refused(400, FORBIDDEN)));
+    put(device, &Form::to(format!("{dir}/g")), b"new").unwrap();
+    assert_eq!(
+        (names(&seen), fs::read(seen.join("g")).unwrap()),
+        (vec!["f".into(), "g".into()], b"new".into())
+    );
+}
+
+#[test]
+fn uploads_to_file_systems_in_memory_and_to_an_overlay() {
+    if !is_root() {
+        return skip("mounting a file system needs root");
+    }
+    let script = "exec unshare -m sh -c 'set -e
+        mount -t tmpfs tmpfs /mnt
+        cd /mnt
+        mkdir tmpfs ramfs lower upper work overlay
+        mount -t tmpfs tmpfs tmpfs
+        mount -t ramfs ramfs ramfs
+        mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay overlay
+        cd \"$OLDPWD\"
+        exec \"$@\"' sh \"$@\"";
+    for name in ["tmpfs", "ramfs", "overlay"] {
+        let (rig, device) = Setup::new().wrapper(script).connected();
+        uploads_work(&rig, &device, &format!("/mnt/{name}"));
+    }
+}
+
+/// Uploads to a stick arrived whole and then failed, since files there have no owners of their own.
+#[test]
+fn uploads_to_a_stick_with_exfat() {
+    let Some((rig, device, seen, _fuse)) = fuse(Setup::new(), STICK, "mount.exfat-fuse") else { return };
+    // An owner that is asked for and can't be given is refused before the first byte.
+    let form = Form { uid: Some(0), gid: Some(0), ..Form::to("/mnt/fuse/f") };
+    let refusal = Rest::open(&device).announce(&form).unwrap_err().text;
+    let text = "failed to set file owner: chown /mnt/fuse/f to 0:0: operation not permitted";
+    assert_eq!(refusal, text);
+    assert!(names(&seen).is_empty());
+    // The one that all files have is as good as given.
+    put(&device, &Form { uid: Some(1000), ..form }, b"x").unwrap_err();
+    put(&device, &Form { uid: Some(1000), gid: Some(1000), ..Form::to("/mnt/fuse/f") }, b"x").unwrap();
+    assert_eq!(seen.join("f").metadata().unwrap().uid(), 1000);
+    uploads_work(&rig, &device, "/mnt/fuse");
+}
+
+/// Files on a disk at /mnt/disk that can't be replaced.
+const OBSTACLES: &str = r#"exec unshare -m sh -c '
+    set -e
+    mount -t tmpfs tmpfs /mnt
+    mkdir /mnt/disk
+    truncate -s 16M disk
+    mkfs.ext4 -q disk
+    mount -o loop disk /mnt/disk
+    rmdir /mnt/disk/lost+found
+    mkdir /mnt/disk/frozen /mnt/disk/growing /mnt/disk/readonly /mnt/disk/directory
+    mkdir -m 1777 /mnt/disk/sticky
+    for name in immutable append mounted bound frozen/f growing/f readonly/f sticky/f; do
+        echo old >/mnt/disk/$name
+    done
+    chown 1:1 /mnt/disk/sticky /mnt/disk/sticky/f
+    mount --bind /mnt/disk/mounted /mnt/disk/mounted
+    mount --bind /mnt/disk/mounted /mnt/disk/bound
+    mount -o remount,bind,ro /mnt/disk/bound
+    mount --bind /mnt/disk/readonly /mnt/disk/readonly
+    mount -o remount,bind,ro /mnt/disk/readonly
+    chattr +i /mnt/disk/immutable /mnt/disk/frozen
+    chattr +a /mnt/disk/append /mnt/disk/growing
+    exec setpriv --bounding-set=-fowner "$@"' sh "$@""#;
+
+/// An upload over a file that can't be replaced failed after all of it was sent, and the released server doesn't pass on
+/// an error that comes so late: it says after a minute that there was no answer.
+#[test]
+fn what_cannot_be_replaced_is_refused_before_the_first_byte() {
+    if !is_root() {
+        return skip("mounting a file system needs root");
+    }
+    let (rig, device) = Setup::new().wrapper(OBSTACLES).connected();
+    let seen = PathBuf::from(format!("/proc/{}/root/mnt/disk", rig.daemon.pid()));
+    let refusals = [
+        ("immutable", "operation not permitted"),
+        ("append", "operation not permitted"),
+        ("mounted", "device or resource busy"),
+        ("bound", "device or resource busy"),
+        ("frozen/f", "operation not permitted"),
+        ("frozen/new", "operation not permitted"),
+        ("growing/f", "operation not permitted"),
+        ("readonly/f", "read-only file system"),
+        ("readonly/new", "read-only file system"),
+        ("sticky/f", "operation not permitted"),
+    ];
+    for (name, why) in refusals {
+        let path = format!("/mnt/disk/{name}");
+        let refusal = Rest::open(&device).announce(&Form::to(&path)).unwrap_err().text;
+        assert_eq!(
+            refusal,
+            format!("failed to create target file: failed to create file: open {path}: {why}")
+        );
+        if !name.ends_with("new") {
+            assert_eq!(fs::read(seen.join(name)).unwrap(), b"old\n", "{name}");
+        }
+        assert_no_temporary_files(seen.join(name).parent().unwrap());
+    }
+    let refusal = Rest::open(&device).announce(&Form::to("/mnt/disk/directory")).unwrap_err().text;
+    assert_eq!(refusal, "conflicting file path: cannot overwrite directory");
+    assert!(seen.join("directory").is_dir());
+    // New names are free in a directory that only grows.
+    put(&device, &Form::to("/mnt/disk/growing/new"), b"new").unwrap();
+
+    // What changes during the upload is told before the last byte is acknowledged, not after the end.
+    let form = Form { size: Some(8), ..Form::to("/mnt/disk/late") };
+    put(&device, &form, b"old file").unwrap();
+    let rest = Rest::open(&device);
+    rest.announce(&form).unwrap();
+    let chattr = |how| Command::new("chattr").arg(how).arg(seen.join("late")).status().unwrap();
+    assert!(chattr("+i").success());
+    rest.send(FILES, "file_chunk", Some(0), b"new file");
+    let refusal: Refused = Rest::refused(&rest.next(), 400);
+    assert!(refusal.text.ends_with("open /mnt/disk/late: operation not permitted"), "{refusal:?}");
+    assert_eq!(fs::read(seen.join("late")).unwrap(), b"old file");
+    assert!(chattr("-i").success());
+    for name in ["immutable", "frozen", "append", "growing"] {
+        let _ = Command::new("chattr").arg("-ia").arg(seen.join(name)).status();
+    }
+}
+
+/// A file that is larger than the file system allows, as 4 GiB on FAT, failed when it had got so far.
+#[test]
+fn a_file_beyond_the_limit_of_its_file_system_is_refused_before_the_first_byte() {
+    if !is_root() {
+        return skip("mounting a file system needs root");
+    }
+    // ext2 with small blocks has room for 16 GiB in a file.
+    let script = "exec unshare -m sh -c 'set -e
+        truncate -s 20G disk
+        mkfs.ext2 -q -b 1024 -N 64 disk
+        mount -o loop disk /mnt
+        exec \"$@\"' sh \"$@\"";
+    let (_rig, device) = Setup::new().wrapper(script).connected();
+    let form = Form { size: Some(17 << 30), ..Form::to("/mnt/f") };
+    let refusal = Rest::open(&device).announce(&form).unwrap_err().text;
+    let text = "failed to create target file: failed to create file: open /mnt/f: file too large";
+    assert_eq!(refusal, text);
+    put(&device, &Form { size: Some(3), ..form }, b"new").unwrap();
 }
