@@ -1,13 +1,23 @@
-//! Looks up the account that the shells run as, in the main thread, whenever the configuration is read.
+//! Looks up the account that the shells run as, when the configuration is read and at each login, in a thread of its own:
+//! a directory service may hang.
 //!
 //! Under glibc the answer comes from NSS (so LDAP, systemd-userdb and the like work), under musl from
 //! `/etc/passwd` and `/etc/group` alone.
 
 use std::ffi::CString;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::unistd::{self, Gid, Uid};
+
+use super::thread;
+
+/// How long an answer may take.
+const LIMIT: Duration = Duration::from_secs(5);
+/// Look-ups at a time, those that hang included.
+const MAX_LOOK_UPS: usize = 16;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
@@ -30,7 +40,46 @@ pub enum UserError {
     Database { name: String, errno: Errno },
 }
 
+/// The account as it is at a login: groups may have been added since `known` was looked up, which has to do where the
+/// database doesn't answer.
+pub(crate) fn current(known: &User) -> Result<User, UserError> {
+    match lookup(&known.name) {
+        Err(e @ UserError::Database { .. }) => {
+            log::warn!("{e}: {} gets the groups that were known before", known.name);
+            Ok(known.clone())
+        }
+        other => other,
+    }
+}
+
+/// Counts the look-ups under way.
+struct UnderWay;
+
+static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        UNDER_WAY.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 pub fn lookup(name: &str) -> Result<User, UserError> {
+    let failed = |errno| UserError::Database { name: name.to_owned(), errno };
+    let before = UNDER_WAY.fetch_add(1, Ordering::SeqCst);
+    let (counted, wanted) = (UnderWay, name.to_owned());
+    if before >= MAX_LOOK_UPS {
+        return Err(failed(Errno::EBUSY));
+    }
+    let (report, answer) = crossbeam_channel::bounded(1);
+    let ask = move || {
+        let _ = report.send(ask(&wanted));
+        drop(counted);
+    };
+    thread::spawn("user", thread::LOOKUP_STACK, ask).map_err(|_| failed(Errno::EAGAIN))?;
+    answer.recv_timeout(LIMIT).unwrap_or_else(|_| Err(failed(Errno::ETIMEDOUT)))
+}
+
+fn ask(name: &str) -> Result<User, UserError> {
     let database = |errno| UserError::Database { name: name.to_owned(), errno };
     let entry = match unistd::User::from_name(name) {
         Ok(entry) => entry,

@@ -13,6 +13,7 @@ use crate::session::store::{Place, Store};
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::{Pty, WindowSize};
 use crate::sys::reason;
+use crate::sys::users::{self, User};
 
 /// Bytes of input that may wait for a program to read them.
 const MAX_INPUT: usize = 1 << 20;
@@ -52,11 +53,15 @@ impl Shell {
         store: Option<&Arc<Store>>,
         memory: Permit,
     ) -> Result<(Self, Option<Place>), String> {
-        let owner = nix::unistd::geteuid().is_root().then_some(shell.user.uid);
+        let is_root = nix::unistd::geteuid().is_root();
+        // Only root can give groups.
+        let user =
+            if is_root { &users::current(&shell.user).map_err(|e| e.to_string())? } else { &shell.user };
+        let owner = is_root.then_some(user.uid);
         let (pty, tty) = Pty::open(size, owner).map_err(|e| reason(&e))?;
         let place = store.and_then(|store| store.keep(&pty));
-        let config::Shell { command, arguments, user, no_new_privileges: confined, .. } = shell;
-        let (environment, outlives) = (environment(shell, session, of), place.is_some());
+        let config::Shell { command, arguments, no_new_privileges: confined, .. } = shell;
+        let (environment, outlives) = (environment(shell, user, session, of), place.is_some());
         let process = SessionLeader::spawn(command, arguments, user, *confined, environment, outlives, tty)
             .map_err(|e| format!("fork/exec {}: {}", command.display(), reason(&e)))?;
         Ok((Shell { process, pty, input: VecDeque::new(), memory }, place))
@@ -124,7 +129,7 @@ impl Shell {
 
 /// A login's variables, those that tell whose terminal it is, and those of the configuration.
 fn environment(shell: &config::Shell, session_id: &SessionId, user_id: &UserId) -> Vec<(String, OsString)> {
-    let config::Shell { command, arguments, user, environment, .. } = shell;
+    let config::Shell { command, arguments, environment, .. } = shell;
     let name = || Some(user.name.clone().into());
     // A variable can't hold everything that an id can.
     let id = |id: &str| Some(id.into()).filter(|_| !id.is_empty() && !id.contains('\0'));

@@ -24,4 +24,6 @@ mod storage;
 #[cfg(feature = "dbus")]
 mod terminal;
 #[cfg(feature = "dbus")]
+mod users;
+#[cfg(feature = "dbus")]
 mod ways;
