@@ -128,7 +128,12 @@ impl Shell {
 }
 
 /// A login's variables, those that tell whose terminal it is, and those of the configuration.
-fn environment(shell: &config::Shell, session_id: &SessionId, user_id: &UserId) -> Vec<(String, OsString)> {
+fn environment(
+    shell: &config::Shell,
+    user: &User,
+    session_id: &SessionId,
+    user_id: &UserId,
+) -> Vec<(String, OsString)> {
     let config::Shell { command, arguments, environment, .. } = shell;
     let name = || Some(user.name.clone().into());
     // A variable can't hold everything that an id can.
