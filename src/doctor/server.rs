@@ -32,6 +32,9 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
             }
             Progress::Proxy(endpoint) => {
                 proxy = endpoint.map(|(kind, endpoint)| (kind, endpoint.clone()));
+                if server.as_ref().is_some_and(|server| !server.is_loopback()) {
+                    report.good("routes", &default_routes());
+                }
                 begun = Instant::now();
                 return;
             }
@@ -84,7 +87,7 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
                 return report.good("proxy", &format!("{} leads to the server, by {how}", proxy.authority()));
             }
             Progress::Secured(Some(version)) => {
-                (format!("{version}; the certificate's issuer, name and dates are right"), "upgrade")
+                (format!("{version}; issuer, name and dates are right"), "upgrade")
             }
             Progress::Secured(None) if is_forwarder(&server) => {
                 ("none here: from its forwarder on, names and TLS are mender-auth's".to_owned(), "upgrade")
@@ -140,6 +143,27 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
         advice += &format!("\nThe token has expired by this device's clock, which says {}", now());
     }
     Err(report.bad(step, &error.to_string(), &advice))
+}
+
+/// The interfaces of the default routes, from the kernel's tables.
+fn default_routes() -> String {
+    let interfaces = |table: &str, interface: usize, zeros: [usize; 2]| {
+        let table = std::fs::read_to_string(table).unwrap_or_default();
+        let rows = table.lines().map(|row| row.split_ascii_whitespace().collect::<Vec<_>>());
+        let is_zero =
+            |row: &[&str], at: usize| row.get(at).is_some_and(|text| text.bytes().all(|b| b == b'0'));
+        let rows = rows.filter(|row| zeros.iter().all(|at| is_zero(row, *at)));
+        // The kernel's rejecting route is at the loopback interface.
+        let mut names: Vec<_> = rows
+            .filter_map(|row| row.get(interface).map(|name| (*name).to_owned()))
+            .filter(|name| name != "lo")
+            .collect();
+        names.dedup();
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    };
+    // Destination and mask, or destination and its length.
+    let (v4, v6) = (interfaces("/proc/net/route", 0, [1, 7]), interfaces("/proc/net/ipv6_route", 9, [0, 1]));
+    format!("IPv4's default is by {v4}, IPv6's by {v6}")
 }
 
 /// What an answer of the look-up is to.

@@ -41,7 +41,7 @@ pub(crate) enum Progress<'a> {
     Failed(&'a LinkError),
     Connected(SocketAddr),
     Tunnel,
-    /// The version of TLS; `None` without TLS.
+    /// The version of TLS, and what the certificate is for; `None` without TLS.
     Secured(Option<String>),
     Answered(&'a Answer),
     Opened,

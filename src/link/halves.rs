@@ -25,7 +25,7 @@ pub(super) trait Tls: Send + Sync {
     fn wants_write(&self) -> bool;
 }
 
-/// Also returns the version of TLS.
+/// Also returns the version of TLS, and what the certificate is for.
 pub(super) type Handshake = Box<dyn FnOnce(&mut Socket) -> Result<(Arc<dyn Tls>, String), LinkError>>;
 
 pub(super) struct Half {

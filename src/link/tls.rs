@@ -51,7 +51,49 @@ fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn 
         })?;
     }
     let version = connection.protocol_version().map_or_else(String::new, |version| format!("{version:?}"));
-    Ok((Arc::new(Mutex::new(connection)), version))
+    let certificate =
+        connection.peer_certificates().and_then(|all| described(all.first()?)).unwrap_or_default();
+    Ok((Arc::new(Mutex::new(connection)), version + &certificate))
+}
+
+/// A certificate's dates and names.
+fn described(certificate: &CertificateDer<'_>) -> Option<String> {
+    let names: Vec<_> =
+        EndEntityCert::try_from(certificate).ok()?.valid_dns_names().map(str::to_owned).collect();
+    let names = if names.is_empty() { "no DNS name".to_owned() } else { names.join(", ") };
+    // RFC 5280, 4.1. Before the dates come version, serial number, algorithm and issuer.
+    let mut body = element(&mut element(&mut &**certificate)?)?;
+    for _ in 0..4 {
+        element(&mut body)?;
+    }
+    let mut validity = element(&mut body)?;
+    let mut date = || {
+        // A year of two digits is one from 1950 to 2049.
+        let text = std::str::from_utf8(element(&mut validity)?).ok()?;
+        let century = match text.len() {
+            13 if text < "5" => "20",
+            13 => "19",
+            _ => "",
+        };
+        let (day, _) = text.split_at_checked(text.len().checked_sub(7)?)?;
+        let (month, day) = day.split_at_checked(day.len().checked_sub(2)?)?;
+        let (year, month) = month.split_at_checked(month.len().checked_sub(2)?)?;
+        Some(format!("{century}{year}-{month}-{day}"))
+    };
+    Some(format!("; the certificate is for {names}, from {} to {}", date()?, date()?))
+}
+
+/// The content of the first element, which is taken from `der`.
+fn element<'a>(der: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let ([_, length], mut rest) = der.split_first_chunk()?;
+    let mut length = usize::from(*length);
+    if length >= 0x80 {
+        let (digits, after) = rest.split_at_checked(length & 0x7f)?;
+        (length, rest) = (digits.iter().fold(0, |length, digit| length << 8 | usize::from(*digit)), after);
+    }
+    let (content, after) = rest.split_at_checked(length)?;
+    *der = after;
+    Some(content)
 }
 
 fn failed(reason: impl ToString) -> LinkError {
@@ -276,5 +318,31 @@ impl Tls for Mutex<ClientConnection> {
 
     fn wants_write(&self) -> bool {
         lock(self).wants_write()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, KeyPair, date_time_ymd};
+
+    #[test]
+    fn dates_and_names_of_a_certificate() {
+        let describe = |names: &[&str], from, to| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let mut params = CertificateParams::new(names).unwrap();
+            (params.not_before, params.not_after) = (date_time_ymd(from, 2, 3), date_time_ymd(to, 12, 31));
+            let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+            let der = certificate.der().clone();
+            // Cut anywhere, it is no certificate.
+            assert!((0..der.len()).all(|length| described(&CertificateDer::from(&der[..length])).is_none()));
+            described(&der).unwrap()
+        };
+        assert_eq!(
+            describe(&["a.example", "*.b.example"], 1999, 2049),
+            "; the certificate is for a.example, *.b.example, from 1999-02-03 to 2049-12-31"
+        );
+        let far = "; the certificate is for no DNS name, from 2026-02-03 to 2050-12-31";
+        assert_eq!(describe(&["127.0.0.1"], 2026, 2050), far);
     }
 }

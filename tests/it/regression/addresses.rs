@@ -177,6 +177,7 @@ fn doctor_tells_answers_and_attempts_apart() {
     for found in ["dual.test is 127.0.0.1 (A, IPv4)", "dual.test is ::1 (AAAA, IPv6)"] {
         assert!(dual.0.to_string().contains(found), "{dual:?}");
     }
+    assert!(dual.found("routes").starts_with("IPv4's default is by "), "{dual:?}");
     assert!(dual.warnings("tcp").contains("[::1]"), "{dual:?}");
     assert!(dual.warnings("tcp").contains("connection refused (after "), "{dual:?}");
     assert!(ask("half.test").warnings("tcp").contains("no answer yet (AAAA, IPv6)"));
