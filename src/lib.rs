@@ -21,7 +21,7 @@
 //! kernel and libc, and has the only `unsafe`; `proto` and `backoff` do no I/O.
 //!
 //! Arrows point one way: `run → daemon → supervisor → { auth, link, status → session } → { outbox, audit, config,
-//! proto, permits, backoff, sys }`. `link` and `session` don't know each other; the supervisor joins them.
+//! proto, permits, backoff, encoding, sys }`. `link` and `session` don't know each other; the supervisor joins them.
 //!
 //! A *message* is the websocket's; a *frame* is our decoded unit; a *session* is one session id's life; a *link* is one
 //! websocket's life; a *permit* is a counted right held by a guard.

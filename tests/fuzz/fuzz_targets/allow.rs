@@ -3,7 +3,7 @@
 
 #![no_main]
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::Allowed;
@@ -40,7 +40,7 @@ fuzz_target!(|data: &[u8]| {
     let at = |port| (entry.transport, entry.host, entry.address, port);
     probes.extend([at(first.wrapping_sub(1)), at(last), at(last.wrapping_add(1))]);
     for (transport, name, address, port) in probes {
-        let permitted = allowed.permits(transport, name, address, port);
+        let permitted = allowed.permits(transport, name, SocketAddr::new(address, port));
         let expected = entry.permits(transport, name, address, port);
         assert_eq!(permitted, expected, "{allowed:?} about {transport} {name:?} {address} {port}");
     }
@@ -50,6 +50,8 @@ fuzz_target!(|data: &[u8]| {
 struct Entry<'a> {
     transport: &'a str,
     host: &'a str,
+    /// An interface. The probes' addresses have none, which is number zero.
+    zone: Option<&'a str>,
     ports: (u16, u16),
     /// The address in it; one of loopback's for a name.
     address: IpAddr,
@@ -74,9 +76,12 @@ fn understand(entry: &str) -> Option<Entry<'_>> {
     }
     let ports = (ports.0 as u16, ports.1 as u16);
     let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    let (plain, bits) = match host.rfind('/') {
-        Some(slash) => (&host[..slash], Some(&host[slash + 1..])),
-        None => (host, None),
+    let open = host.find('%').filter(|at| host.ends_with(']') && at + 2 < host.len());
+    let zone = open.map(|at| &host[at + 1..host.len() - 1]);
+    let zoneless = open.map_or(host.to_owned(), |at| format!("{}]", &host[..at]));
+    let (plain, bits) = match zoneless.rfind('/') {
+        Some(slash) => (&zoneless[..slash], Some(&zoneless[slash + 1..])),
+        None => (&*zoneless, None),
     };
     let bare = plain.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
     let address = match bare {
@@ -91,12 +96,13 @@ fn understand(entry: &str) -> Option<Entry<'_>> {
         if address != address.to_canonical() && bits >= 96 {
             (address, bits) = (address.to_canonical(), bits - 96);
         }
-        return Some(Entry { transport, host, ports, address, bits: Some(bits) });
+        let possible = zone.is_none() || address.is_ipv6();
+        return possible.then_some(Entry { transport, host, zone, ports, address, bits: Some(bits) });
     }
     let name = host == "*"
         || host.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
             && host.bytes().any(|b| !b.is_ascii_digit() && b != b'.');
-    name.then_some(Entry { transport, host, ports, address: loopback, bits: None })
+    name.then_some(Entry { transport, host, zone: None, ports, address: loopback, bits: None })
 }
 
 fn number(text: &str, most: u32) -> Option<u32> {
@@ -118,7 +124,8 @@ impl Entry<'_> {
                 if own == "localhost" { address.to_canonical().is_loopback() } else { own == name }
             }
         };
-        host && self.transport == transport && (self.ports.0..=self.ports.1).contains(&port)
+        let zone = self.zone.is_none_or(|zone| address.is_ipv4() || zone.parse::<u32>() == Ok(0));
+        host && zone && self.transport == transport && (self.ports.0..=self.ports.1).contains(&port)
     }
 }
 
