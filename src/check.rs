@@ -1,17 +1,16 @@
 //! The command `check`: what the daemon would make of its configuration, without running it.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use log::Level;
-use nix::unistd::{Group, User, geteuid};
+use nix::unistd::{Group, User};
 use serde_json::Value;
 use strsim::osa_distance;
 
 use crate::config::{self, ConfigError, Key, Misfit, Notes, Origin, Values, Walk};
 use crate::link::{Endpoint, IN_CLEAR};
-use crate::sys::{print, reason};
+use crate::sys::{print, reason, visible, writers};
 
 /// Prints what the daemon would make of the files. True if it would start with them.
 pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
@@ -110,7 +109,7 @@ impl<'a> Survey<'a> {
             let origin = ["default", "fallback", "main"][self.values.origin(key) as usize];
             lines.push(format!("{:name_width$}  {value:width$}  {origin}", key.name()));
         }
-        lines.join("\n") + "\n"
+        lines.iter().map(|line| visible(line) + "\n").collect()
     }
 }
 
@@ -131,17 +130,8 @@ fn read<'a>(file: &'a Path, origin: Origin, raw: &mut Values) -> (State, Vec<Mis
         }
     };
     // Others who can write the file control the daemon.
-    if let Some(metadata) = fs::metadata(file).ok().filter(fs::Metadata::is_file) {
-        let (owner, group, mode) = (metadata.uid(), metadata.gid(), metadata.mode());
-        if ![0, geteuid().as_raw()].contains(&owner) {
-            push(Level::Warn, format!("may be written by its owner, user {owner}"));
-        }
-        if mode & 0o020 != 0 && group != 0 {
-            push(Level::Warn, format!("may be written by its group, {group}"));
-        }
-        if mode & 0o002 != 0 {
-            push(Level::Warn, "may be written by everybody".to_owned());
-        }
+    if file.is_file() || !file.exists() {
+        writers(file).into_iter().for_each(|text| push(Level::Warn, text));
     }
     for Misfit { path, text, .. } in &walk.misfits {
         if path.is_empty() {
@@ -151,9 +141,7 @@ fn read<'a>(file: &'a Path, origin: Origin, raw: &mut Values) -> (State, Vec<Mis
     }
     for path in &walk.unknown {
         let meant = suggest(path).map(|other| format!("; is {other} meant?")).unwrap_or_default();
-        // Unknown keys are untrusted text: escape them.
-        let place = place(&path.escape_debug().to_string());
-        push(Level::Warn, format!("{place}unknown and ignored{meant}"));
+        push(Level::Warn, format!("{}unknown and ignored{meant}", place(path)));
     }
     for (index, (key, _)) in walk.given.iter().enumerate() {
         let (before, after) = (&walk.given[..index], &walk.given[index + 1..]);
@@ -231,6 +219,10 @@ fn unusable(values: &Values) -> Vec<Advice> {
         let text =
             "is dash, which ends at once with --login: name another shell, or set ShellArguments to []";
         warn(Key::ShellCommand, format!("{command} {text}"));
+    }
+    if values.text(Key::AuthSource) == "file" {
+        let found = writers(Path::new(values.text(Key::TokenFile)));
+        found.into_iter().for_each(|text| warn(Key::TokenFile, format!("the file {text}")));
     }
     if !values.flag(Key::Limits) || values.flag(Key::DisableFileTransfer) {
         return advice;

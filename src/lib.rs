@@ -98,7 +98,7 @@ pub fn run() -> ExitCode {
             true
         }
         Invocation::Refuse(text, code) => {
-            let _ = std::io::stderr().write_all(text.as_bytes());
+            let _ = std::io::stderr().write_all(sys::visible_lines(&text).as_bytes());
             return ExitCode::from(code);
         }
         // A command that fails has told why.

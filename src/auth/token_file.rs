@@ -19,7 +19,7 @@ use nix::poll::PollFlags;
 use nix::sys::inotify::{AddWatchFlags as Mask, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 
 use super::{AuthEvent, Credentials, Source};
-use crate::sys::reason;
+use crate::sys::{reason, writers};
 
 /// In bytes: no server takes a larger token, and freed blocks up to this size are wiped.
 const LARGEST: usize = 16 * 1024;
@@ -45,10 +45,11 @@ pub(crate) struct TokenFile {
     last_read: Option<Instant>,
     /// Something has changed: when to read the file, unless an event comes first.
     settles: Option<Instant>,
-    /// The last complaint of each kind that still holds: about watching, the file, its mode.
+    /// The last complaint of each kind that still holds: about watching, the file, its readers, its writers.
     unwatched: Option<String>,
     unread: Option<String>,
     exposed: Option<String>,
+    writable: Option<String>,
     told_to_wait: bool,
 }
 
@@ -139,6 +140,10 @@ impl TokenFile {
             Ok((credentials, mode)) => {
                 let exposed = format!("{shown} can be read by others than its owner");
                 complain(&mut self.exposed, Some(exposed).filter(|_| mode & 0o044 != 0));
+                // Another device's token would give this one to that device's account.
+                let writers = writers(&self.path).join("; it ");
+                let writable = Some(format!("{shown} may be replaced: it {writers}"));
+                complain(&mut self.writable, writable.filter(|_| !writers.is_empty()));
                 complain(&mut self.unread, None);
                 if self.current.as_ref() != Some(&credentials) {
                     debug!("a token from {shown}");

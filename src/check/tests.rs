@@ -132,7 +132,7 @@ fn what_is_ignored_is_told_with_its_file() {
             "Warn fallback HttpsClient.Key: deprecated and ignored",
             "Warn main Chroot: unknown and ignored; is Limits.FileTransfer.Chroot meant?",
             "Warn main Terminal.Wdith: unknown and ignored; is Terminal.Width meant?",
-            "Warn main Terminal.x\\u{1b}: unknown and ignored",
+            "Warn main Terminal.x\u{1b}: unknown and ignored",
             "Warn main Servers[0].b: unknown and ignored",
             "Warn main User: given more than once, the last counts",
             "Warn main Servers: deprecated and ignored",

@@ -13,7 +13,7 @@ use crate::config::{self, Auth, Config, ConfigError, Key};
 use crate::link::PROXY_VARIABLES;
 use crate::status;
 use crate::sys::pty::{Pty, WindowSize};
-use crate::sys::{clock, reason};
+use crate::sys::{clock, reason, writers};
 
 /// Environment variables that the daemon uses, besides the proxy's.
 const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "DBUS_SYSTEM_BUS_ADDRESS"];
@@ -177,6 +177,9 @@ fn from_file(report: &mut Report, file: &Path, server_url: &str) -> Result<Crede
     })?;
     if mode & 0o044 != 0 {
         report.warn(format!("others than its owner can read the token: chmod 600 {name}"));
+    }
+    for text in writers(file) {
+        report.warn(format!("others can put another device's token there: {name} {text}"));
     }
     report.good("file", &format!("{name}, mode {:03o}", mode & 0o777));
     Ok(credentials)

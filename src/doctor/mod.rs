@@ -14,7 +14,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::encoding::from_base64url;
-use crate::sys::{print, privilege};
+use crate::sys::{print, privilege, visible};
 
 /// Prints the steps, as JSON if `json` says so or, without it, where no terminal is. True if all steps worked.
 pub(crate) fn run(main: &Path, fallback: &Path, json: Option<bool>) -> bool {
@@ -52,7 +52,7 @@ struct Report {
 
 impl Report {
     fn warn(&mut self, text: impl Into<String>) {
-        self.warnings.push(clean(&text.into()));
+        self.warnings.push(visible(&text.into()));
     }
 
     fn good(&mut self, step: &str, found: &str) {
@@ -66,8 +66,8 @@ impl Report {
 
     fn add(&mut self, step: &str, found: &str, advice: Option<&str>) {
         let seconds = self.since.elapsed().as_secs_f64();
-        let (found, warnings) = (clean(found), std::mem::take(&mut self.warnings));
-        let advice = advice.map(clean);
+        let (found, warnings) = (visible(found), std::mem::take(&mut self.warnings));
+        let advice = advice.map(visible);
         if self.json {
             self.steps.push(json!({
                 "step": step,
@@ -88,15 +88,6 @@ impl Report {
         }
         self.since = Instant::now();
     }
-}
-
-/// Escapes characters that move a terminal's cursor or reverse its text: some texts come from outside.
-fn clean(text: &str) -> String {
-    let escape = |c: char| match c {
-        '\n' | '"' | '\'' | '\\' => c.to_string(),
-        c => c.escape_debug().to_string(),
-    };
-    text.chars().map(escape).collect()
 }
 
 /// The token's `exp`, in seconds since 1970; `None` if it has none or isn't a JSON web token.
@@ -122,12 +113,6 @@ pub(crate) fn span(seconds: u64) -> String {
 mod tests {
     use super::*;
     use data_encoding::BASE64URL_NOPAD;
-
-    #[test]
-    fn nothing_from_outside_moves_the_cursor() {
-        assert_eq!(clean("a \"quoted\" é → ✓\n"), "a \"quoted\" é → ✓\n");
-        assert_eq!(clean("\x1b[2J\r\u{9b}1m\u{202e}txt"), "\\u{1b}[2J\\r\\u{9b}1m\\u{202e}txt");
-    }
 
     #[test]
     fn the_expiry_is_read_where_there_is_one() {

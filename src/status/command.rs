@@ -10,7 +10,7 @@ use nix::sys::socket::SockFlag;
 
 use super::document::{Session, State, Status};
 use super::{ANSWER_LIMIT, connect, socket_path};
-use crate::sys::{poll_one, reason};
+use crate::sys::{poll_one, reason, visible, visible_lines};
 
 /// In bytes; the daemon's own bounds are far lower.
 const LARGEST_ANSWER: u64 = 16 << 20;
@@ -50,12 +50,13 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
             Err(e) => {
                 let why = format!("{}: {}", socket_path().display(), reason(&e));
                 if !watch {
-                    let _ = writeln!(io::stderr(), "mender-connect status: {why}\n{ADVICE}");
+                    let _ = writeln!(io::stderr(), "mender-connect status: {}\n{ADVICE}", visible(&why));
                     return false;
                 }
-                if json { line(&BTreeMap::from([("error", why)])) } else { why + "\n" }
+                if json { line(&BTreeMap::from([("error", why)])) } else { visible(&why) + "\n" }
             }
         };
+        let text = visible_lines(&text);
         let text = match watch && !json {
             // Overwrites from the top, and clears the rest of each line and of the screen: no flicker.
             true if out.is_terminal() => format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")),
@@ -72,10 +73,8 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
     }
 }
 
-/// JSON without characters that a terminal obeys; JSON itself escapes only the first 32.
 fn line(document: &impl Serialize) -> String {
-    let shown = |c: char| if c.is_control() { format!("\\u{:04x}", c as u32) } else { c.to_string() };
-    miniserde::json::to_string(document).chars().map(shown).collect::<String>() + "\n"
+    miniserde::json::to_string(document) + "\n"
 }
 
 fn describe(status: &Status) -> String {

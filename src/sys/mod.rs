@@ -18,10 +18,13 @@ pub(crate) mod wake;
 pub(crate) mod wipe;
 
 use std::ffi::{CStr, OsStr};
+use std::fs;
 use std::io::{self, Write};
 #[cfg(feature = "dbus")]
 use std::os::fd::OwnedFd;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +32,7 @@ use nix::NixPath;
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::unistd::geteuid;
 
 pub(crate) use self::errno::reason;
 
@@ -37,10 +41,52 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A line without characters that a terminal obeys: C0, C1, line separators and what turns the direction of text. They
+/// become escapes of JSON, in which such a line stays valid.
+pub(crate) fn visible(line: &str) -> String {
+    let hidden = |c| {
+        let bidi = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        bidi || char::is_control(c)
+    };
+    line.chars().map(|c| if hidden(c) { format!("\\u{:04x}", c as u32) } else { c.to_string() }).collect()
+}
+
+pub(crate) fn visible_lines(text: &str) -> String {
+    text.split('\n').map(visible).collect::<Vec<_>>().join("\n")
+}
+
+/// Who, besides root and the user of this process, can change a file or put another in its place.
+pub(crate) fn writers(file: &Path) -> Vec<String> {
+    let exists = file.exists();
+    let nearest = if exists { Some(file) } else { file.parent() };
+    let real = nearest.and_then(|path| fs::canonicalize(path).ok()).unwrap_or_default();
+    let mut found = Vec::new();
+    for (n, place) in real.ancestors().enumerate() {
+        let Ok(stat) = fs::metadata(place) else { continue };
+        let (owner, group, mode) = (stat.uid(), stat.gid(), stat.mode());
+        let name = match exists && n == 0 {
+            true => String::new(),
+            false => format!("its directory {} ", place.display()),
+        };
+        // In a sticky directory others can only add what is not there.
+        let sticky = stat.is_dir() && mode & 0o1000 != 0 && (exists || n > 0);
+        if ![0, geteuid().as_raw()].contains(&owner) {
+            found.push(format!("{name}may be written by its owner, user {owner}"));
+        }
+        if mode & 0o020 != 0 && group != 0 && !sticky {
+            found.push(format!("{name}may be written by its group, {group}"));
+        }
+        if mode & 0o002 != 0 && !sticky {
+            found.push(format!("{name}may be written by everybody"));
+        }
+    }
+    found
+}
+
 /// To the standard output. A reader that closed its end of the pipe is no reason to fail.
 pub(crate) fn print(text: &str) {
     let mut out = io::stdout();
-    let _ = out.write_all(text.as_bytes());
+    let _ = out.write_all(visible_lines(text).as_bytes());
     let _ = out.flush();
 }
 
@@ -118,6 +164,45 @@ fn timeout_until(at: Instant) -> PollTimeout {
 mod tests {
     use super::*;
     use std::os::fd::AsFd;
+
+    #[test]
+    fn nothing_from_outside_moves_the_cursor() {
+        assert_eq!(visible("a \"quoted\" é → ✓ e\u{301} 漢"), "a \"quoted\" é → ✓ e\u{301} 漢");
+        assert_eq!(visible("\x1b[2J\r\n\u{9b}1m\x7f"), r"\u001b[2J\u000d\u000a\u009b1m\u007f");
+        let bidi = "\u{200e}\u{200f}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}\u{61c}";
+        assert_eq!(visible(bidi), r"\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\u061c");
+        assert_eq!(visible_lines("a\n\tb\n"), "a\n\\u0009b\n");
+    }
+
+    #[test]
+    fn whoever_can_replace_a_file_is_found() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let mode =
+            |name: &str, mode| fs::set_permissions(path(name), fs::Permissions::from_mode(mode)).unwrap();
+        fs::create_dir_all(path("a/b")).unwrap();
+        fs::write(path("a/b/file"), "").unwrap();
+        fs::create_dir(path("links")).unwrap();
+        symlink(path("a/b/file"), path("links/link")).unwrap();
+        let check = |name: &str, expected: &[&str]| {
+            let real = fs::canonicalize(dir.path()).unwrap();
+            let expected = expected.iter().map(|text| text.replace("DIR", real.to_str().unwrap()));
+            assert_eq!(writers(&path(name)), expected.collect::<Vec<_>>(), "{name}");
+        };
+        check("a/b/file", &[]);
+        check("a/b/none", &[]);
+        mode("a/b/file", 0o622 & !0o020);
+        check("a/b/file", &["may be written by everybody"]);
+        mode("a/b/file", 0o600);
+        mode("a", 0o777 & !0o020);
+        for name in ["a/b/file", "a/b/none", "links/link"] {
+            check(name, &["its directory DIR/a may be written by everybody"]);
+        }
+        mode("a", 0o1777);
+        check("a/b/file", &[]);
+        check("a/none", &["its directory DIR/a may be written by everybody"][..]);
+    }
 
     #[test]
     fn a_rename_to_a_new_name_replaces_nothing() {

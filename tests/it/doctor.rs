@@ -270,7 +270,7 @@ fn managers_without_a_token() {
     let (found, _) = office.ask().assert_break("token");
     assert!(found.contains("names no server"), "{found}");
     for (answer, words) in [
-        (Answer::Error("no \x1b[2J at\u{202e} all"), "answers: no \\u{1b}[2J at\\u{202e} all"),
+        (Answer::Error("no \x1b[2J at\u{202e} all"), "answers: no \\u001b[2J at\\u202e all"),
         (Answer::WrongTypes, "unexpected types"),
         (Answer::Silent, "in time"),
     ] {

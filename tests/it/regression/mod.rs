@@ -20,6 +20,8 @@ mod log;
 #[cfg(feature = "dbus")]
 mod network;
 #[cfg(feature = "dbus")]
+mod operator;
+#[cfg(feature = "dbus")]
 mod storage;
 #[cfg(feature = "dbus")]
 mod terminal;
