@@ -22,6 +22,7 @@ use crate::session::stats::seconds;
 use crate::session::{self, Device, Router};
 use crate::status::{self, State, Status};
 use crate::sys::privilege::{self, Needs};
+use crate::sys::process;
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, children, clock, reason};
@@ -160,6 +161,7 @@ impl Supervisor {
                 self.reload();
                 self.step(Event::RetryNow);
             }
+            Signal::SIGCHLD => process::reap_orphans(),
             Signal::SIGUSR1 => {
                 info!("mender-connect daemon v{}", env!("CARGO_PKG_VERSION"));
                 info!(" status: {}", self.machine.describe(Some(Instant::now())));

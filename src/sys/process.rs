@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -22,7 +23,7 @@ use nix::unistd::{Pid, Uid, chdir, geteuid, getpid, getppid, getsid, setgid, set
 use super::pty::Pty;
 use super::users::User;
 use super::wake::Wake;
-use super::{children, manager, poll_one, privilege, thread};
+use super::{children, lock, manager, poll_one, privilege, thread};
 
 nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 
@@ -102,11 +103,12 @@ impl SessionLeader {
         unsafe {
             spawn.pre_exec(prepare)
         };
-        let mut child = children::start(spawn, tty)?;
+        let mut child = start(spawn, tty)?;
         let pid = pid_of(&child);
         let exit = watch_exit(pid).inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
+            forget(&child);
         })?;
         Ok(SessionLeader { pid, child: Some(child), exit, ended: false })
     }
@@ -128,12 +130,15 @@ impl SessionLeader {
 
     /// Reaps the process if it has ended. To be called when the descriptor is readable.
     pub(crate) fn try_wait(&mut self) -> Option<Exit> {
-        let exit = match &mut self.child {
-            Some(child) => child.try_wait().ok().flatten().map(Some),
-            None => Some(None),
+        let Some(child) = &mut self.child else {
+            self.ended = true;
+            return Some(None);
         };
-        self.ended = exit.is_some();
-        exit
+        let status = child.try_wait().ok().flatten();
+        if status.is_some() && !std::mem::replace(&mut self.ended, true) {
+            forget(child);
+        }
+        status.map(Some)
     }
 
     /// Sends SIGHUP (and SIGCONT, so that stopped ones notice) to every process of the session, and SIGTERM to the
@@ -175,8 +180,11 @@ impl AsFd for SessionLeader {
 impl Drop for SessionLeader {
     fn drop(&mut self) {
         self.kill();
-        if let Some(child) = &mut self.child {
+        if let Some(child) = &mut self.child
+            && !self.ended
+        {
             let _ = child.wait();
+            forget(child);
         }
     }
 }
@@ -196,7 +204,7 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
         command.pre_exec(give_back_defaults)
     };
     let nothing = fs::File::options().read(true).write(true).open("/dev/null");
-    let child = nothing.and_then(|nothing| children::start(command, nothing.into()));
+    let child = nothing.and_then(|nothing| start(command, nothing.into()));
     let mut child = child.map_err(failed)?;
     let ended = watch_exit(pid_of(&child)).and_then(|exit| {
         let deadline = Instant::now() + limit;
@@ -211,7 +219,9 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     if !matches!(ended, Ok(true)) {
         let _ = child.kill();
     }
-    let status = child.wait().map_err(failed)?;
+    let status = child.wait();
+    forget(&child);
+    let status = status.map_err(failed)?;
     match (ended.map_err(failed)?, status.code(), status.signal()) {
         (false, ..) => Err(format!("timed out after {} s", limit.as_secs())),
         (_, Some(0), _) => Ok(()),
@@ -226,6 +236,55 @@ fn real_uid(pid: Pid) -> io::Result<u32> {
     let uid =
         status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
     uid.ok_or_else(|| Errno::ESRCH.into())
+}
+
+/// What this process has started and not reaped. Process 1 has other children, too: orphans.
+#[derive(Debug)]
+struct Children {
+    /// Their process ids aren't known yet.
+    starting: usize,
+    running: Vec<Pid>,
+}
+
+static CHILDREN: Mutex<Children> = Mutex::new(Children { starting: 0, running: Vec::new() });
+
+fn start(command: Command, stdio: OwnedFd) -> io::Result<Child> {
+    lock(&CHILDREN).starting += 1;
+    // Not under the lock: it waits for exec, and so maybe for a file system.
+    let child = children::start(command, stdio);
+    let mut children = lock(&CHILDREN);
+    children.starting -= 1;
+    children.running.extend(child.iter().map(pid_of));
+    drop(children);
+    reap_orphans();
+    child
+}
+
+/// To be called once when a child has been reaped: its id may be another's from then on.
+fn forget(child: &Child) {
+    lock(&CHILDREN).running.retain(|pid| *pid != pid_of(child));
+    // Its remains may have been in front of an orphan's.
+    reap_orphans();
+}
+
+/// True if processes whose parents have ended become this one's children, as those of a container do.
+pub(crate) fn adopts_orphans() -> bool {
+    getpid() == Pid::from_raw(1) || prctl::get_child_subreaper() == Ok(true)
+}
+
+/// Reaps every orphan that has ended. Those who have started a child wait for it themselves.
+pub(crate) fn reap_orphans() {
+    let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+    while adopts_orphans()
+        && let Ok(status) = waitid(Id::All, ended | WaitPidFlag::WNOWAIT)
+        && let Some(pid) = status.pid()
+    {
+        let children = lock(&CHILDREN);
+        // Otherwise whoever makes it false looks again.
+        if children.starting > 0 || children.running.contains(&pid) || waitid(Id::Pid(pid), ended).is_err() {
+            return;
+        }
+    }
 }
 
 pub(crate) fn pid_of(child: &Child) -> Pid {

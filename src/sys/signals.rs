@@ -8,6 +8,8 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::Mode;
 
+use super::process;
+
 /// The signals that the daemon handles. Blocked while this exists.
 #[derive(Debug)]
 pub(crate) struct Signals {
@@ -19,7 +21,10 @@ pub(crate) struct Signals {
 impl Signals {
     /// Blocks the signals in the calling thread and in all threads that it starts later: to be called first.
     pub(crate) fn block() -> io::Result<Self> {
-        let set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP]);
+        let mut set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP]);
+        if process::adopts_orphans() {
+            set.add(Signal::SIGCHLD);
+        }
         set.thread_block()?;
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(Signals { fd, on_terminal: has_terminal() && !ignores_hang_up() })

@@ -9,9 +9,11 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use serde_json::{Value, json};
 
-use crate::harness::daemon;
-use crate::harness::rig::{bash_config, is_root};
-use crate::harness::wait::{SOON, eventually};
+use crate::harness::client::{Style, Terminal};
+use crate::harness::daemon::{self, emulated};
+use crate::harness::proc;
+use crate::harness::rig::{Setup, bash_config, is_root};
+use crate::harness::wait::{SOON, eventually, skip};
 use crate::token_file::{Place, next_shows};
 
 /// A cursor's movement, C1's form of it, and what turns and breaks text.
@@ -145,4 +147,36 @@ fn a_token_that_others_may_replace_is_warned_about() {
     next_shows(&rig, "three");
     let more = rig.daemon.log()[mark..].iter().filter(|line| line.contains("written by everybody")).count();
     assert_eq!(more, 0);
+}
+/// As process 1 of a container the agent never reaped the orphans that became its children: 11 zombies of 11 jobs.
+#[test]
+fn process_1_reaps_orphans_and_nobody_elses_children() {
+    if !is_root() {
+        return skip("only root can make a process namespace");
+    }
+    if emulated("the emulator is process 1") {
+        return;
+    }
+    let wrapper = r#"exec unshare --pid --fork --kill-child --mount-proc "$@""#;
+    let sessions = json!({ "MaxPerUser": 2, "KeepDetached": 0 });
+    let (rig, device, mut terminal) = Setup::new().set("Sessions", sessions).wrapper(wrapper).terminal();
+    let [agent] = proc::children(rig.daemon.pid())[..] else { panic!("one agent") };
+    let only_shell = || (proc::children(agent).len() == 1).then_some(());
+    assert_eq!(terminal.run("(for i in 1 2 3 4 5 6 7 8 9 10 11; do sleep 0.$i & done); echo begun"), "begun");
+    assert_eq!(terminal.run("true; echo $?"), "0");
+    eventually(SOON, "no child but the shell", only_shell);
+    // The same while other shells come and go: each end is still seen, with its status.
+    terminal.input("while sleep 0.01; do (true & false &) 2>/dev/null; done\n");
+    for _ in 0..20 {
+        let mark = rig.daemon.mark();
+        let mut other = Terminal::new(&device, Style::Cli);
+        other.open_with_prompt();
+        other.input("exit 3\n");
+        let line = rig.daemon.wait_for_log_after(mark, "event=shell-end", SOON);
+        assert!(line.contains(r#"status="exit status: 3" reason="exited""#), "{line}");
+    }
+    terminal.input("\x03");
+    eventually(SOON, "no child but the shell", only_shell);
+    terminal.input("exit\n");
+    eventually(SOON, "no child", || proc::children(agent).is_empty().then_some(()));
 }
