@@ -217,7 +217,7 @@ fn unusable(values: &Values) -> Vec<Advice> {
     let arguments = values.list(Key::ShellArguments).unwrap_or_default();
     if !values.flag(Key::DisableTerminal) && config::knows_no_login(Path::new(command), &arguments) {
         let text =
-            "is dash, which ends at once with --login: name another shell, or set ShellArguments to []";
+            "is dash, which ends at once with --login: set ShellArguments to [\"-l\"], or name another shell";
         warn(Key::ShellCommand, format!("{command} {text}"));
     }
     if values.text(Key::AuthSource) == "file" {

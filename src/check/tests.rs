@@ -310,6 +310,7 @@ fn dash_and_login_do_not_go_together() {
     };
     assert!(dash("ash", ""));
     assert!(!dash("ash", r#", "ShellArguments": []"#));
+    assert!(!dash("ash", r#", "ShellArguments": ["-l"]"#));
     assert!(!dash("ash", r#", "Terminal": {"Disable": true}"#));
     assert!(!dash("bash", ""));
 }

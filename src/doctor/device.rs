@@ -101,7 +101,7 @@ pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -
 
     let shell = &config.shell;
     if config::knows_no_login(&shell.command, &shell.arguments) {
-        let advice = "set ShellArguments or ShellCommand";
+        let advice = "set ShellArguments to [\"-l\"]";
         report.warn(format!("this shell is dash, which knows no --login and ends at once: {advice}"));
     }
     report.good("shell", &format!("{} {}", shell.command.display(), shell.arguments.join(" ")));

@@ -318,7 +318,7 @@ impl Terminal {
         if status.and_then(|status| status.code()) == Some(2) && age < Duration::from_secs(1) {
             warn!(
                 "the shell ended at once with exit status 2: it may not know its arguments {:?}; \
-                 a /bin/sh that is dash has no --login, see ShellCommand and ShellArguments",
+                 a /bin/sh that is dash has no --login, set ShellArguments to [\"-l\"]",
                 peer.device.config().shell.arguments
             );
         }
