@@ -135,6 +135,7 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
     file_transfer: true,
     port_forward: true,
     forward_targets: None,
+    forward_idle: Duration::from_secs(600),
     mender_client: false,
     limits: None,
     auth: Auth::Dbus,
