@@ -64,20 +64,22 @@ pub(crate) fn writers(file: &Path) -> Vec<String> {
     for (n, place) in real.ancestors().enumerate() {
         let Ok(stat) = fs::metadata(place) else { continue };
         let (owner, group, mode) = (stat.uid(), stat.gid(), stat.mode());
-        let name = match exists && n == 0 {
-            true => String::new(),
-            false => format!("its directory {} ", place.display()),
-        };
         // In a sticky directory others can only add what is not there.
         let sticky = stat.is_dir() && mode & 0o1000 != 0 && (exists || n > 0);
+        let mut add = |who: String| {
+            found.push(match exists && n == 0 {
+                true => format!("may be written by {who}"),
+                false => format!("its directory {} may be written by {who}", place.display()),
+            });
+        };
         if ![0, geteuid().as_raw()].contains(&owner) {
-            found.push(format!("{name}may be written by its owner, user {owner}"));
+            add(format!("its owner, user {owner}"));
         }
         if mode & 0o020 != 0 && group != 0 && !sticky {
-            found.push(format!("{name}may be written by its group, {group}"));
+            add(format!("its group, {group}"));
         }
         if mode & 0o002 != 0 && !sticky {
-            found.push(format!("{name}may be written by everybody"));
+            add("everybody".to_owned());
         }
     }
     found

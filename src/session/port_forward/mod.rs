@@ -42,7 +42,7 @@ pub(crate) struct PortForward {
     connections: BTreeMap<ConnectionId, Connection>,
     /// UDP forwards that were idle for too long. Their client doesn't know, since mender-cli would never use them again: the
     /// next datagram opens them anew.
-    asleep: BTreeMap<ConnectionId, (Target, UserId)>,
+    asleep: Vec<(ConnectionId, Target, UserId)>,
     finishing: Vec<Finishing>,
     /// Forwards whose data is to be acknowledged when the target and the credit allow it, once per frame.
     owing: VecDeque<ConnectionId>,
@@ -88,7 +88,7 @@ impl PortForward {
                 }
             }
             (forward::STOP, Ok(id))
-                if self.asleep.remove(&id).is_some() || self.connections.contains_key(&id) =>
+                if self.take_asleep(&id).is_some() || self.connections.contains_key(&id) =>
             {
                 // Before the answer: the client may ask for the status as soon as it has that.
                 self.let_go(&id, (CLOSED, "client".to_owned()), now);
@@ -114,7 +114,7 @@ impl PortForward {
         if self.connections.contains_key(&id) {
             return self.refuse(peer, frame, "connection_id is in use");
         }
-        self.asleep.remove(&id);
+        self.take_asleep(&id);
         match self.connect(peer, &id, target, frame.user(), now) {
             true => self.advance(peer, &id, now),
             false => self.refuse(peer, frame, "too many connections"),
@@ -144,15 +144,22 @@ impl PortForward {
         true
     }
 
+    fn take_asleep(&mut self, id: &ConnectionId) -> Option<(Target, UserId)> {
+        let at = self.asleep.iter().position(|(other, ..)| other == id)?;
+        let (_, target, user) = self.asleep.remove(at);
+        Some((target, user))
+    }
+
     /// Opens a forward anew that its client takes for open.
     fn wake(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
-        let Some((target, user)) = self.asleep.get(id).cloned() else { return };
-        if self.connect(peer, id, target, user, now) {
-            self.asleep.remove(id);
+        let Some((target, user)) = self.take_asleep(id) else { return };
+        if self.connect(peer, id, target.clone(), user.clone(), now) {
             if let Some(connection) = self.connections.get_mut(id) {
                 connection.reopened = true;
             }
             self.advance(peer, id, now);
+        } else {
+            self.asleep.push((id.clone(), target, user));
         }
     }
 
@@ -161,9 +168,9 @@ impl PortForward {
         self.acknowledge_all(peer, &id);
         if let Some(Connection { shown, user, .. }) = self.connections.remove(&id).as_ref() {
             if self.asleep.len() >= MAX_CONNECTIONS {
-                self.asleep.pop_first();
+                self.asleep.remove(0);
             }
-            self.asleep.insert(id, (shown.target.clone(), user.clone()));
+            self.asleep.push((id, shown.target.clone(), user.clone()));
         }
     }
 
@@ -192,7 +199,7 @@ impl PortForward {
         self.wake(peer, id, now);
         let waiting = self.all().map(|c| c.memory.count()).sum();
         let Some(connection) = self.connections.get_mut(id) else {
-            if self.asleep.contains_key(id) {
+            if self.asleep.iter().any(|(asleep, ..)| asleep == id) {
                 // The datagram is lost.
                 return self.answers.push_back(forward::about(&peer.id, forward::ACK, id));
             }
