@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!                 ┌────────────────────────────── mender-connect ───────────────────────────┐
-//!  mender-auth ──▶│ supervisor (main thread)   poll{ D-Bus, signals, wake, next deadline }  │
+//!  mender-auth ──▶│ supervisor (main thread)   poll{ D-Bus, signals, network, wake, time }  │
 //!   over D-Bus    │    Machine: State × Event → State + Actions                             │
 //!                 │      │ dials, closes                      ▲ Connected / Lost(reason)    │
 //!                 │      ▼                                    │                             │

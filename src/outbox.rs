@@ -44,6 +44,8 @@ pub enum Work {
     /// Send a close frame with this code, and end.
     Close(u16),
     Pong(Bytes),
+    /// Ask the server whether it is still there.
+    Ping,
     /// The TLS layer has something of its own to send.
     FlushTls,
     /// The server answered this probe then.

@@ -72,6 +72,7 @@ keys! {
     PreserveMode         "Limits.FileTransfer.PreserveMode"                 Flag(true);
     PreserveOwner        "Limits.FileTransfer.PreserveOwner"                Flag(true);
     ReconnectInterval    "ReconnectIntervalSeconds"                         Number(I64, 5);
+    Heartbeat            "HeartbeatSeconds"                                 Number(10..=50, 25);
     DisableFileTransfer  "FileTransfer.Disable"                             Flag(false);
     DisablePortForward   "PortForward.Disable"                              Flag(false);
     Allow                "PortForward.Allow"                                List(None);

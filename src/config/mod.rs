@@ -40,6 +40,8 @@ pub struct Config {
     pub auth: Auth,
     /// The base of the back-off between connection attempts, above zero.
     pub reconnect_interval: Duration,
+    /// Between a link's pings.
+    pub heartbeat: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -214,6 +216,7 @@ pub(crate) fn validate(
         limits: values.flag(Key::Limits).then(limits),
         auth,
         reconnect_interval: seconds(Key::ReconnectInterval),
+        heartbeat: seconds(Key::Heartbeat),
     })
 }
 

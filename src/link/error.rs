@@ -8,8 +8,6 @@ use thiserror::Error;
 use tungstenite::error::ProtocolError;
 use tungstenite::protocol::CloseFrame;
 
-use super::socket::SILENCE_LIMIT;
-
 /// The largest inbound message in bytes: the server sends a pasted text of up to 1 MiB as one.
 pub(super) const MAX_MESSAGE: usize = (1 << 20) + (1 << 10);
 
@@ -35,8 +33,9 @@ pub enum LinkError {
     NoAnswer(AnswerFault),
     #[error("{0} timed out")]
     TimedOut(&'static str),
-    #[error("nothing heard from the server for {} s", SILENCE_LIMIT.as_secs())]
-    Silent,
+    /// The server, or the way to it, is gone without a word.
+    #[error("{0}")]
+    Dead(String),
     /// The server closed the websocket with this code (RFC 6455, 7.4), or 1005 if it sent none.
     #[error("closed by the server: {code} {reason:?}")]
     Closed { code: u16, reason: String },
@@ -84,12 +83,11 @@ impl From<Option<CloseFrame>> for LinkError {
     }
 }
 
-/// For an open websocket, where only reading times out after [`SILENCE_LIMIT`].
+/// For an open websocket.
 impl From<tungstenite::Error> for LinkError {
     fn from(error: tungstenite::Error) -> Self {
         use tungstenite::Error;
         match error {
-            Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => LinkError::Silent,
             Error::Io(e) => LinkError::Broken(crate::sys::reason(&e)),
             Error::Capacity(_) => {
                 debug!("an inbound message may have {MAX_MESSAGE} bytes");

@@ -5,6 +5,7 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::error::LinkError;
 use super::socket::Socket;
@@ -43,15 +44,14 @@ impl Half {
     }
 
     /// Ends the handshakes: from now on this half only reads, and neither half has a deadline. Returns the writer's.
-    pub(super) fn open(&mut self, outbox: &Outbox) -> io::Result<Half> {
-        self.source.get_mut().establish()?;
+    pub(super) fn open(&mut self, outbox: &Outbox, heartbeat: Duration) -> io::Result<Half> {
+        self.socket().establish(heartbeat)?;
         self.outbox = Some(outbox.clone());
         Ok(self.writing())
     }
 
-    /// In bytes, by both halves.
-    pub(super) fn written(&self) -> u64 {
-        self.source.get_ref().written()
+    pub(super) fn socket(&self) -> &Socket {
+        self.source.get_ref()
     }
 
     /// A half that only writes, and has no read buffer.

@@ -16,16 +16,18 @@ mod writer;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use log::debug;
+use tungstenite::WebSocket;
 
+use self::halves::Half;
 use self::socket::{ATTEMPT_LIMIT, Cancel, FAREWELL_LIMIT};
 use crate::auth::Credentials;
-use crate::outbox::Outbox;
+use crate::outbox::{Outbox, Queue, Work};
 use crate::proto::Frame;
 use crate::sys::thread;
 
@@ -51,26 +53,47 @@ pub(crate) enum LinkEvent {
 #[derive(Debug)]
 pub(crate) struct Link {
     cancel: Arc<Cancel>,
+    outbox: Outbox,
 }
 
 impl Link {
-    /// Starts dialling. `accept` is called when the websocket is open. It returns what takes each frame, must not wait,
+    /// Starts dialling. The websocket is pinged each `heartbeat`. `accept` is called when the websocket is open. It returns what takes each frame, must not wait,
     /// and is dropped when the link ends. `events` hears of the link's fate, last of all always [`LinkEvent::Lost`].
     pub(crate) fn dial<F: FnMut(Frame)>(
         credentials: Credentials,
         proxies: Arc<ProxySettings>,
+        heartbeat: Duration,
         accept: impl FnOnce(&Outbox) -> F + Send + 'static,
         events: impl Fn(LinkEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let cancel = Arc::new(Cancel::new()?);
-        let theirs = Arc::clone(&cancel);
+        let (outbox, queue) = Outbox::new();
+        let link = Link { cancel: Arc::clone(&cancel), outbox: outbox.clone() };
         thread::spawn("link", thread::LARGE_STACK, move || {
-            let Err(lost) = run(&credentials, &proxies, &theirs, accept, &events);
-            let lost = if theirs.is_cancelled() { LinkError::Cancelled } else { lost };
+            let dialled = dial::dial(&credentials, &proxies, &cancel, true, &mut |_| {});
+            let result =
+                dialled.and_then(|socket| run(socket, &cancel, heartbeat, (outbox, queue), accept, &events));
+            let Err(lost) = result;
+            let lost = cancel.death().map_or(lost, LinkError::Dead);
+            let lost = if cancel.is_cancelled() { LinkError::Cancelled } else { lost };
             debug!("the link has ended: {lost}");
             events(LinkEvent::Lost(lost));
         })?;
-        Ok(Link { cancel })
+        Ok(link)
+    }
+
+    /// Has the server show that it is still there, or the link ends.
+    pub(crate) fn ping(&self) {
+        self.outbox.signal(Work::Ping);
+    }
+
+    pub(crate) fn local_address(&self) -> Option<IpAddr> {
+        self.cancel.local_address()
+    }
+
+    /// Ends a link or a dial that is known to be dead, as if that had been noticed by itself.
+    pub(crate) fn give_up(&self, reason: String) {
+        self.cancel.give_up(reason);
     }
 
     /// False if the thread hasn't read since the last call, though there was something to read, or has dialled for
@@ -87,20 +110,19 @@ impl Drop for Link {
 }
 
 fn run<F: FnMut(Frame)>(
-    credentials: &Credentials,
-    proxies: &ProxySettings,
+    mut socket: WebSocket<Half>,
     cancel: &Arc<Cancel>,
+    heartbeat: Duration,
+    (outbox, queue): (Outbox, Queue),
     accept: impl FnOnce(&Outbox) -> F,
     events: &impl Fn(LinkEvent),
 ) -> Result<Infallible, LinkError> {
-    let (outbox, queue) = Outbox::new();
-    let mut socket = dial::dial(credentials, proxies, cancel, true, &mut |_| {})?;
-    let write_half = socket.get_mut().open(&outbox)?;
+    let write_half = socket.get_mut().open(&outbox, heartbeat)?;
     let delivered = queue.delivered();
     let (report, ended) = crossbeam_channel::bounded(1);
     let theirs = Arc::clone(cancel);
     thread::spawn("link-writer", thread::LARGE_STACK, move || {
-        let result = writer::run(write_half, queue);
+        let result = writer::run(write_half, queue, heartbeat);
         // The reader ends, too.
         theirs.shut_down(Shutdown::Read);
         let _ = report.send(result);
@@ -114,9 +136,16 @@ fn run<F: FnMut(Frame)>(
     let inbound = (!too_large && !cancel.is_cancelled()).then_some(inbound);
     let farewell = Instant::now() + FAREWELL_LIMIT;
     outbox.close(if too_large { 1009 } else { 1000 }, farewell);
-    let writer = ended.recv_deadline(farewell);
-    if inbound.is_some() && writer.is_ok() {
-        delivered.store(cancel.abandon(), Ordering::SeqCst);
+    let mut writer = ended.recv_deadline(farewell);
+    if inbound.is_some() {
+        // A write that waits for a dead server only then ends and tells how much of it was written.
+        let waits = writer.is_err();
+        if waits {
+            cancel.shut_down(Shutdown::Write);
+            writer = ended.recv_timeout(FAREWELL_LIMIT);
+        }
+
+        delivered.store(cancel.abandon(waits), Ordering::SeqCst);
     }
     // Drops the router, and so ends the sessions.
     drop(inbound);

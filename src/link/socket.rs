@@ -2,21 +2,21 @@
 
 use std::io::{self, Read, Write};
 use std::mem;
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::sys::wake::Wake;
 use crate::sys::{lock, net};
 
-/// A link without an inbound byte for this long is dead, as for the server and Mender's agent.
-pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(60);
-/// The released server closes a link without a ping within 60 s.
-pub(super) const PING_INTERVAL: Duration = Duration::from_secs(25);
-/// A link on which a write makes no progress for this long is dead.
-pub(super) const WRITE_LIMIT: Duration = Duration::from_secs(10);
+/// A link is dead that hasn't answered for this long, or for as many times as long as its slowest answer while it was
+/// dialled has taken: on NB-IoT and satellite links a round trip takes seconds.
+const LEAST_PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: u32 = 4;
+/// As long as the server itself waits for an agent.
+const MOST_PATIENCE: Duration = Duration::from_secs(60);
 /// For the close frame and what was queued before it.
 pub(super) const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 /// For all steps of a dial together, as in Mender's agent: on a slow link TLS alone may need half of it.
@@ -48,16 +48,48 @@ impl Socket {
 
     #[cfg(test)]
     pub(super) fn of(stream: TcpStream) -> Self {
-        let cancel = Cancel { established: AtomicBool::new(true), ..Cancel::new().unwrap() };
+        let cancel = Cancel { patience: OnceLock::from(LEAST_PATIENCE), ..Cancel::new().unwrap() };
         Socket { stream: Arc::new(stream), cancel: Arc::new(cancel), quick_ack: false }
     }
 
-    /// Ends the time of the handshakes.
-    pub(super) fn establish(&self) -> io::Result<()> {
-        self.stream.set_read_timeout(Some(SILENCE_LIMIT))?;
-        self.stream.set_write_timeout(Some(WRITE_LIMIT))?;
-        self.cancel.established.store(true, Ordering::SeqCst);
+    /// Ends the time of the handshakes. From here on the server answers a ping each `heartbeat`, or the link is dead.
+    pub(super) fn establish(&self, heartbeat: Duration) -> io::Result<()> {
+        let slowest = Duration::from_millis(self.cancel.slowest.load(Ordering::Relaxed));
+        let patience = (slowest * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE);
+        self.stream.set_read_timeout(Some(heartbeat + patience))?;
+        self.stream.set_write_timeout(Some(patience))?;
+        // Where the kernel doesn't know it, writing still ends in time.
+        let _ = net::set_user_timeout(self.stream.as_fd(), patience);
+        let _ = self.cancel.patience.set(patience);
         Ok(())
+    }
+
+    /// How long the server may take for an answer to a ping after the network has changed.
+    pub(super) fn answer_limit(&self) -> Duration {
+        self.cancel.patience() / 2
+    }
+
+    /// How often something was received.
+    pub(super) fn received(&self) -> usize {
+        self.cancel.received.load(Ordering::Relaxed)
+    }
+
+    /// Ends the link unless something came since there was `received`, or what was sent is still being delivered.
+    pub(super) fn expect_answer(&self, received: usize) {
+        let limit = self.answer_limit();
+        if self.received() == received && !net::is_delivering(self.stream.as_fd(), limit) {
+            self.cancel.give_up(format!("no answer to a ping in {} s", limit.as_secs()));
+        }
+    }
+
+    /// Says why the link ends with this time-out.
+    fn explain(&self, error: io::Error, silent: &str) -> io::Error {
+        if error.kind() == io::ErrorKind::TimedOut && self.cancel.is_established() {
+            // The kernel's own is TCP_USER_TIMEOUT.
+            let what = error.raw_os_error().map_or(silent, |_| "unacknowledged for");
+            self.cancel.give_up(format!("{what} {} s", self.cancel.patience().as_secs()));
+        }
+        error
     }
 
     /// In bytes.
@@ -66,7 +98,7 @@ impl Socket {
     }
 
     fn set_time_outs(&self) -> io::Result<()> {
-        if self.cancel.established.load(Ordering::SeqCst) {
+        if self.cancel.is_established() {
             return Ok(());
         }
         let left = Some(self.cancel.left()).filter(|left| !left.is_zero());
@@ -90,8 +122,22 @@ fn uninterrupted(mut operation: impl FnMut() -> io::Result<usize>) -> io::Result
 impl Read for Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.set_time_outs()?;
-        let n = uninterrupted(|| (&*self.stream).read(buffer))?;
-        self.cancel.heard.store(true, Ordering::Relaxed);
+        let start = Instant::now();
+        let n = loop {
+            match uninterrupted(|| (&*self.stream).read(buffer)) {
+                // The ping may still wait behind what a slow link carries away.
+                Err(e)
+                    if e.kind() == io::ErrorKind::TimedOut
+                        && self.cancel.is_established()
+                        && net::is_delivering(self.stream.as_fd(), self.cancel.patience()) => {}
+                result => break result.map_err(|e| self.explain(e, "no answer to a ping in"))?,
+            }
+        };
+        if !self.cancel.is_established() {
+            let took = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.cancel.slowest.fetch_max(took, Ordering::Relaxed);
+        }
+        self.cancel.received.fetch_add(1, Ordering::Relaxed);
         if self.quick_ack {
             // Only a hint; a socket that can't do it still works.
             let _ = net::rearm_quick_ack(self.stream.as_fd());
@@ -103,7 +149,20 @@ impl Read for Socket {
 impl Write for Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.set_time_outs()?;
-        let n = uninterrupted(|| (&*self.stream).write(bytes))?;
+        let mut before = u64::MAX;
+        let n = loop {
+            let error = match uninterrupted(|| (&*self.stream).write(bytes)) {
+                Ok(n) => break n,
+                Err(e) => e,
+            };
+            // A slow link makes room for more only now and then: as long as less and less waits, it works.
+            let waiting = net::undelivered(self.stream.as_fd());
+            let silent = error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_none();
+            if !silent || !self.cancel.is_established() || waiting >= before {
+                return Err(self.explain(error, "the server took nothing for"));
+            }
+            before = waiting;
+        };
         self.cancel.written.fetch_add(n as u64, Ordering::Relaxed);
         Ok(n)
     }
@@ -117,9 +176,11 @@ impl Write for Socket {
 #[derive(Debug)]
 pub(super) struct Cancel {
     state: Mutex<State>,
-    established: AtomicBool,
-    /// The reader has read since [`Cancel::reads`] was called last.
-    heard: AtomicBool,
+    /// How long the server may take for an answer. Set once the websocket is open.
+    patience: OnceLock<Duration>,
+    /// In milliseconds: how long the dial had to wait for something to read.
+    slowest: AtomicU64,
+    received: AtomicUsize,
     /// To the socket, in bytes.
     written: AtomicU64,
     /// The dial's.
@@ -132,15 +193,18 @@ pub(super) struct Cancel {
 struct State {
     cancelled: bool,
     socket: Option<Arc<TcpStream>>,
-    /// Something waited to be read when [`Cancel::reads`] was called last.
+    /// When [`Cancel::reads`] was called last: whether something waited to be read, and how often the reader had read.
     had_unread: bool,
+    had_received: usize,
+    /// Why the link ends, if it was found dead.
+    dead: Option<String>,
 }
 
 impl Cancel {
     pub(super) fn new() -> io::Result<Self> {
-        let (state, established, heard, written) = Default::default();
+        let (state, patience, slowest, received, written) = Default::default();
         let (deadline, wake) = (Instant::now() + ATTEMPT_LIMIT, Arc::new(Wake::new()?));
-        Ok(Cancel { state, established, heard, written, deadline, wake })
+        Ok(Cancel { state, patience, slowest, received, written, deadline, wake })
     }
 
     /// The dial's time.
@@ -151,9 +215,36 @@ impl Cancel {
     pub(super) fn cancel(&self) {
         lock(&self.state).cancelled = true;
         self.wake.notify();
+        self.interrupt();
+    }
+
+    /// Ends a dial or a link that is dead.
+    pub(super) fn give_up(&self, reason: String) {
+        lock(&self.state).dead.get_or_insert(reason);
+        self.interrupt();
+    }
+
+    fn interrupt(&self) {
         // An open websocket is shut for reading alone: the reader then ends, and the writer sends a close frame.
-        let established = self.established.load(Ordering::SeqCst);
-        self.shut_down(if established { Shutdown::Read } else { Shutdown::Both });
+        self.shut_down(if self.is_established() { Shutdown::Read } else { Shutdown::Both });
+    }
+
+    /// Why, if it was given up.
+    pub(super) fn death(&self) -> Option<String> {
+        lock(&self.state).dead.take()
+    }
+
+    fn is_established(&self) -> bool {
+        self.patience.get().is_some()
+    }
+
+    fn patience(&self) -> Duration {
+        self.patience.get().copied().unwrap_or(LEAST_PATIENCE)
+    }
+
+    pub(super) fn local_address(&self) -> Option<IpAddr> {
+        let address = lock(&self.state).socket.as_ref()?.local_addr();
+        address.ok().map(|address| address.ip())
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
@@ -172,18 +263,20 @@ impl Cancel {
         let _ = lock(&self.state).socket.as_ref().map(|socket| socket.shutdown(how));
     }
 
-    /// How many of the written bytes have reached the other side. The rest never will: the connection is reset.
-    pub(super) fn abandon(&self) -> u64 {
+    /// How many of the written bytes have reached the other side. The rest never will: the connection is reset. Its end,
+    /// if that was written, counts as one of those that don't reach it.
+    pub(super) fn abandon(&self, ended: bool) -> u64 {
         let state = lock(&self.state);
         let lost = state.socket.as_ref().map_or(0, |socket| net::discard_undelivered(socket.as_fd()));
-        self.written.load(Ordering::Relaxed).saturating_sub(lost)
+        self.written.load(Ordering::Relaxed).saturating_sub(lost.saturating_sub(ended.into()))
     }
 
     /// False if the reader hasn't read since the last call though something waited then and now. `None` while dialling.
     pub(super) fn reads(&self) -> Option<bool> {
-        let heard = self.heard.swap(false, Ordering::Relaxed);
+        let received = self.received.load(Ordering::Relaxed);
         let mut state = lock(&self.state);
-        let socket = state.socket.as_ref().filter(|_| self.established.load(Ordering::SeqCst))?;
+        let heard = mem::replace(&mut state.had_received, received) != received;
+        let socket = state.socket.as_ref().filter(|_| self.is_established())?;
         let unread = net::is_readable(socket.as_fd());
         let had_unread = mem::replace(&mut state.had_unread, unread);
         Some(heard || !had_unread || !unread)

@@ -1,8 +1,8 @@
 //! The thread that writes to the websocket, the only one that does.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
@@ -11,7 +11,6 @@ use tungstenite::{Error, Message, WebSocket};
 use super::error::LinkError;
 use super::halves::Half;
 use super::pace::Pace;
-use super::socket::{PING_INTERVAL, WRITE_LIMIT};
 use crate::outbox::{Class, Mark, Queue, Work};
 
 /// As Mender's agent sends it.
@@ -20,14 +19,9 @@ const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
 const BATCH: usize = 16 * 1024;
 
 /// Writes until asked to close or until writing fails.
-pub(super) fn run(half: Half, mut queue: Queue) -> Result<(), LinkError> {
+pub(super) fn run(half: Half, mut queue: Queue, heartbeat: Duration) -> Result<(), LinkError> {
     let mut writer = Writer { websocket: websocket(half), pace: Pace::new(), written: 0, marks: Vec::new() };
-    writer.write(&mut queue).map_err(|e| match e {
-        Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
-            LinkError::Broken(format!("the server took nothing for {} s", WRITE_LIMIT.as_secs()))
-        }
-        e => e.into(),
-    })
+    Ok(writer.write(&mut queue, heartbeat)?)
 }
 
 struct Writer {
@@ -45,13 +39,18 @@ fn websocket(half: Half) -> WebSocket<Half> {
 }
 
 impl Writer {
-    fn write(&mut self, queue: &mut Queue) -> Result<(), Error> {
-        let mut next_ping = Instant::now() + PING_INTERVAL;
+    fn write(&mut self, queue: &mut Queue, heartbeat: Duration) -> Result<(), Error> {
+        let mut next_ping = Instant::now() + heartbeat;
+        // The limit of an answer, and what was received when it was asked for.
+        let mut asked: Option<(Instant, usize)> = None;
         loop {
             let now = Instant::now();
+            if let Some((_, received)) = asked.take_if(|(limit, _)| now >= *limit) {
+                self.websocket.get_ref().socket().expect_answer(received);
+            }
             if now >= next_ping {
                 self.websocket.send(Message::Ping(PING_PAYLOAD))?;
-                next_ping = now + PING_INTERVAL;
+                next_ping = now + heartbeat;
                 queue.free_buffers();
                 // tungstenite's buffer has grown to the largest message, and never shrinks.
                 self.websocket = websocket(self.websocket.get_ref().writing());
@@ -67,7 +66,8 @@ impl Writer {
                 self.websocket.flush()?;
                 self.settle();
                 let patience = self.pace.deadline().filter(|deadline| *deadline > now);
-                work = queue.next(sendable, patience.map_or(next_ping, |at| at.min(next_ping)));
+                let deadlines = patience.into_iter().chain(asked.map(|(limit, _)| limit));
+                work = queue.next(sendable, deadlines.fold(next_ping, Instant::min));
             }
             match work {
                 None => {}
@@ -83,6 +83,11 @@ impl Writer {
                 }
                 Some(Work::Answered(probe, when)) => self.pace.answered(probe, when),
                 Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
+                Some(Work::Ping) => {
+                    self.websocket.write(Message::Ping(PING_PAYLOAD))?;
+                    let socket = self.websocket.get_ref().socket();
+                    asked = asked.or(Some((now + socket.answer_limit(), socket.received())));
+                }
                 Some(Work::FlushTls) => _ = self.websocket.get_mut().write(&[])?,
                 Some(Work::Close(code)) => {
                     self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }))?;
@@ -95,7 +100,7 @@ impl Writer {
 
     /// Marks the messages of a batch that has been written: a batch is written as a whole.
     fn settle(&mut self) {
-        let written = self.websocket.get_ref().written();
+        let written = self.websocket.get_ref().socket().written();
         if written != self.written {
             self.written = written;
             self.marks.drain(..).for_each(|mark| mark.store(written, Ordering::SeqCst));
@@ -120,7 +125,6 @@ mod tests {
     use crate::sys::wake::Wake;
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
-    use std::time::Duration;
 
     /// Without the probe the writer would wait for an answer to nothing, for ever.
     #[test]
@@ -139,7 +143,7 @@ mod tests {
             marks: Vec::new(),
         };
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
-            writer.write(&mut queue)
+            writer.write(&mut queue, Duration::from_secs(25))
         })
         .unwrap();
         let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));

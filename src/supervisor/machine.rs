@@ -13,6 +13,16 @@ use crate::status::{Connection, State};
 const ASK_INTERVAL: Duration = Duration::from_secs(180);
 /// A manager that still has no token so long after it was asked to fetch one has none to give.
 const FETCH_LIMIT: Duration = Duration::from_secs(60);
+/// Places in [`Machine::spare`].
+const ATTEMPT: usize = 0;
+const PING: usize = 1;
+/// The network's changes have an effect this many times in a row, and then once an interval.
+const CHANGES: u32 = 3;
+const CHANGE_INTERVAL: Duration = Duration::from_secs(10);
+/// The wait after a change of the network.
+const SOON: Duration = Duration::from_secs(1);
+/// A link that is lost this long after a change of the network, or later, isn't lost because of it.
+const STALE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
@@ -24,6 +34,8 @@ pub(crate) enum Event {
         retry_after: Option<Duration>,
     },
     Tick,
+    /// There is another way to the server, maybe, and the old one may be gone.
+    NetworkChanged,
     /// By the operator: look at the token and, unless there is a link or an attempt, try now.
     RetryNow,
     Stop,
@@ -39,6 +51,9 @@ pub(crate) enum Action {
     Ask,
     /// Have the manager fetch a new token.
     Fetch,
+    /// Have the server show that it is still there.
+    Ping,
+    LogNetworkChanged,
     LogWait(Duration),
     LogUnauthorized,
     LogNoReconnect(String),
@@ -58,6 +73,12 @@ pub(crate) struct Machine {
     doublings: u32,
     /// When the last link was lost, or the start.
     lost: Instant,
+    /// The last attempt was refused.
+    refused: bool,
+    /// When the network has changed, unless an attempt has come of it.
+    changed: Option<Instant>,
+    /// The changes of the network so far leave room for another attempt then, and for another ping.
+    spare: [Instant; 2],
     /// Attempts that failed since the last link, stable or not.
     failed: u64,
     /// ReconnectIntervalSeconds.
@@ -70,9 +91,23 @@ impl Machine {
     /// The manager is asked already.
     pub(crate) fn new(base: Duration, random: fn() -> u64, now: Instant) -> Self {
         let state = State::Unauthorized;
-        let (credentials, doubted, doublings, failed) = Default::default();
-        let (since, until, lost) = (now, now, now);
-        Machine { state, since, until, credentials, doubted, doublings, lost, failed, base, random }
+        let (credentials, doubted, doublings, failed, refused, changed) = Default::default();
+        let (since, until, lost, spare) = (now, now, now, [fresh(now); 2]);
+        Machine {
+            state,
+            since,
+            until,
+            credentials,
+            doubted,
+            doublings,
+            lost,
+            refused,
+            changed,
+            spare,
+            failed,
+            base,
+            random,
+        }
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
@@ -126,7 +161,9 @@ impl Machine {
     }
 
     fn decide(&mut self, event: Event, now: Instant) -> (State, Vec<Action>) {
-        use Action::{Ask, Close, Dial, Fetch, LogNoReconnect, LogUnauthorized};
+        use Action::{
+            Ask, Close, Dial, Fetch, LogNetworkChanged, LogNoReconnect, LogUnauthorized, LogWait, Ping,
+        };
         use AuthEvent::{Answered, Changed};
         use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
         let state = self.state;
@@ -189,6 +226,18 @@ impl Machine {
                 (state, vec![Ask])
             }
 
+            // A server that has refused is no nearer now, or it is tried within a second anyway.
+            (Waiting, Event::NetworkChanged) if self.refused || self.until <= now + SOON => (state, vec![]),
+            (Waiting, Event::NetworkChanged) => {
+                let cut = self.soon(ATTEMPT, now, self.until).inspect(|at| self.until = *at);
+                (state, cut.map_or(vec![], |at| vec![LogNetworkChanged, LogWait(at - now)]))
+            }
+            (_, Event::NetworkChanged) => {
+                self.changed = Some(now);
+                let ask = state == Connected && self.soon(PING, now, now + SOON).is_some();
+                (state, if ask { vec![LogNetworkChanged, Ping] } else { vec![] })
+            }
+
             (Asking, Event::RetryNow) => (state, vec![]),
             (Dialling | Connected, Event::RetryNow) => (state, vec![Ask]),
             (_, Event::RetryNow) => (Asking, vec![Ask]),
@@ -211,6 +260,14 @@ impl Machine {
         }
         let outage = now.saturating_duration_since(self.lost);
         let mut wait = backoff::delay(self.doublings, outage, self.base, (self.random)());
+        self.refused = refused.is_some();
+        // The network that was lost with it, or in which it failed, is the old one.
+        if let Some(changed) = self.changed.take()
+            && !self.refused
+            && now < changed + STALE
+        {
+            wait = self.soon(ATTEMPT, now, now + wait).map_or(wait, |at| at - now);
+        }
         if let Some(wish) = retry_after {
             // A whole fleet may have been given the same Retry-After: spread the attempts.
             wait = wait.max(wish + backoff::spread(self.base, (self.random)()));
@@ -221,195 +278,23 @@ impl Machine {
         let fetch = (refused == Some(401)).then_some(Action::Fetch);
         [Action::Close, Action::LogWait(wait)].into_iter().chain(fetch).collect()
     }
+
+    /// When a change of the network has an effect, if that is before `limit`: spread over a second, since a whole site may
+    /// have it, and later where the network changes all the time.
+    fn soon(&mut self, what: usize, now: Instant, limit: Instant) -> Option<Instant> {
+        let at = (now + backoff::spread(SOON, (self.random)())).max(self.spare[what]);
+        if at >= limit {
+            return None;
+        }
+        self.spare[what] = self.spare[what].max(fresh(now)) + CHANGE_INTERVAL;
+        Some(at)
+    }
+}
+
+/// [`Machine::spare`] if the network has not changed for long.
+fn fresh(now: Instant) -> Instant {
+    now.checked_sub((CHANGES - 1) * CHANGE_INTERVAL).unwrap_or(now)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::auth::Refusal;
-    use Action::*;
-
-    const BASE: Duration = Duration::from_secs(5);
-
-    fn machine() -> Machine {
-        // The longest wait each time.
-        Machine::new(BASE, || u64::MAX, Instant::now())
-    }
-
-    fn good(token: &str) -> Credentials {
-        Credentials::new(token, "http://127.0.0.1:1").unwrap()
-    }
-
-    fn changed(token: &str) -> Event {
-        Event::Auth(AuthEvent::Changed(Some(good(token))))
-    }
-
-    fn answered(token: &str) -> Event {
-        Event::Auth(AuthEvent::Answered(Ok(Some(good(token)))))
-    }
-
-    fn lost() -> Event {
-        Event::Lost { refused: None, retry_after: None }
-    }
-
-    /// A machine in each state with the token "a", except where there can be none.
-    fn in_state(state: State) -> Machine {
-        let mut machine = machine();
-        if state != State::Unauthorized {
-            machine.credentials = Some(good("a"));
-        }
-        machine.state = state;
-        machine.until = Instant::now() + BASE;
-        machine
-    }
-
-    #[test]
-    fn the_table() {
-        let now = Instant::now();
-        use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
-        let nothing = || Event::Auth(AuthEvent::Answered(Ok(None)));
-        let revoked = || Event::Auth(AuthEvent::Changed(None));
-        let unanswered = || Event::Auth(AuthEvent::Answered(Err(Refusal::Silent("why".into()))));
-        let no_token = || LogNoReconnect("there is no token".into());
-        let revoke = || vec![LogUnauthorized, Close];
-        let table: Vec<(State, Event, State, Vec<Action>)> = vec![
-            // A token, announced or as an answer, is used at once, and a changed one replaces a link.
-            (Unauthorized, changed("a"), Dialling, vec![Dial]),
-            (Unauthorized, answered("a"), Dialling, vec![Dial]),
-            (Waiting, changed("a"), Dialling, vec![Dial]),
-            (Waiting, changed("b"), Dialling, vec![Dial]),
-            (Waiting, answered("a"), Waiting, vec![]),
-            (Waiting, answered("b"), Dialling, vec![Dial]),
-            (Asking, changed("b"), Dialling, vec![Dial]),
-            (Asking, answered("a"), Dialling, vec![Dial]),
-            (Dialling, changed("a"), Dialling, vec![]),
-            (Dialling, changed("b"), Dialling, vec![Dial]),
-            (Connected, changed("a"), Connected, vec![]),
-            (Connected, answered("a"), Connected, vec![]),
-            (Connected, changed("b"), Dialling, vec![Dial]),
-            (Connected, answered("b"), Dialling, vec![Dial]),
-            // No token.
-            (Unauthorized, nothing(), Unauthorized, vec![Fetch]),
-            (Asking, nothing(), Unauthorized, vec![no_token()]),
-            (Connected, nothing(), Connected, vec![Fetch]),
-            (Waiting, nothing(), Waiting, vec![Fetch]),
-            (Unauthorized, revoked(), Unauthorized, revoke()),
-            (Waiting, revoked(), Unauthorized, revoke()),
-            (Asking, revoked(), Unauthorized, revoke()),
-            (Dialling, revoked(), Unauthorized, revoke()),
-            (Connected, revoked(), Unauthorized, revoke()),
-            // No answer.
-            (Asking, unanswered(), Dialling, vec![Dial]),
-            (Unauthorized, unanswered(), Unauthorized, vec![]),
-            (Connected, unanswered(), Connected, vec![]),
-            // The link.
-            (Dialling, Event::Connected, Connected, vec![]),
-            (Waiting, Event::Connected, Waiting, vec![]),
-            (Unauthorized, lost(), Unauthorized, vec![]),
-            // Time.
-            (Waiting, Event::Tick, Waiting, vec![]),
-            (Connected, Event::Tick, Connected, vec![]),
-            // The operator.
-            (Connected, Event::RetryNow, Connected, vec![Ask]),
-            (Dialling, Event::RetryNow, Dialling, vec![Ask]),
-            (Waiting, Event::RetryNow, Asking, vec![Ask]),
-            (Unauthorized, Event::RetryNow, Asking, vec![Ask]),
-            (Asking, Event::RetryNow, Asking, vec![]),
-            (Connected, Event::Stop, Stopping, vec![Close]),
-            (Waiting, Event::Stop, Stopping, vec![Close]),
-            (Stopping, changed("b"), Stopping, vec![]),
-            (Stopping, lost(), Stopping, vec![]),
-        ];
-        for (from, event, to, actions) in table {
-            let mut machine = in_state(from);
-            let case = format!("{from:?} and {event:?}");
-            assert_eq!(machine.step(event, now), actions, "{case}");
-            assert_eq!(machine.state, to, "{case}");
-        }
-        let mut due = in_state(Waiting);
-        assert_eq!((due.step(Event::Tick, due.until), due.state), (vec![Ask], Asking));
-    }
-
-    /// A flood on the bus had dbus-daemon drop the signal that withdraws the token: the link stayed for good.
-    #[test]
-    fn a_withdrawal_that_nobody_heard_of_is_noticed() {
-        let nothing = || Event::Auth(AuthEvent::Answered(Ok(None)));
-        let mut machine = in_state(State::Dialling);
-        let mut now = Instant::now();
-        let mut ask = |machine: &mut Machine, answer| {
-            assert_eq!(machine.step(Event::Tick, now), []);
-            now = machine.deadline().unwrap();
-            assert_eq!(machine.step(Event::Tick, now), [Ask]);
-            machine.step(answer, now)
-        };
-        machine.step(Event::Connected, machine.since);
-        // A manager that has a token again, by a fetch, is not doubted any more.
-        for _ in 0..3 {
-            assert_eq!(ask(&mut machine, nothing()), [Fetch]);
-            assert_eq!(machine.step(nothing(), machine.doubted.unwrap()), [Fetch], "it takes its time");
-            assert_eq!(ask(&mut machine, answered("a")), []);
-        }
-        assert_eq!(ask(&mut machine, nothing()), [Fetch]);
-        assert_eq!(machine.state, State::Connected);
-        assert_eq!(ask(&mut machine, nothing()), [LogUnauthorized, Close]);
-        assert_eq!((machine.state, machine.credentials), (State::Unauthorized, None));
-    }
-
-    /// The attempt fails; returns the longest wait in seconds.
-    fn fail(machine: &mut Machine, now: Instant, refused: Option<u16>) -> u64 {
-        machine.state = State::Dialling;
-        machine.step(Event::Lost { refused, retry_after: None }, now);
-        (machine.deadline().unwrap() - now).as_secs_f64().round() as u64
-    }
-
-    #[test]
-    fn refusals_double_the_wait_until_a_link_was_stable_or_the_token_changes() {
-        let mut now = Instant::now();
-        let mut machine = machine();
-        machine.step(changed("a"), now);
-        assert_eq!(
-            [Some(503), Some(503), None, None].map(|why| fail(&mut machine, now, why)),
-            [5, 10, 20, 20]
-        );
-        // A link of a moment is no better.
-        machine.state = State::Dialling;
-        machine.step(Event::Connected, now);
-        now += backoff::STABLE_AFTER / 2;
-        machine.step(lost(), now);
-        assert_eq!(fail(&mut machine, now, Some(503)), 40);
-        machine.state = State::Dialling;
-        machine.step(Event::Connected, now);
-        now += backoff::STABLE_AFTER;
-        machine.step(lost(), now);
-        assert_eq!(fail(&mut machine, now, Some(503)), 10);
-        // The same token announced again is tried at once, but doesn't shorten the waits afterwards.
-        machine.step(changed("a"), now);
-        assert_eq!(fail(&mut machine, now, Some(503)), 20);
-        machine.step(changed("b"), now);
-        assert_eq!(fail(&mut machine, now, None), 5);
-    }
-
-    #[test]
-    fn waits_follow_the_outage() {
-        let mut now = Instant::now();
-        let mut machine = in_state(State::Connected);
-        now += 2 * backoff::STABLE_AFTER;
-        machine.step(lost(), now);
-        assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 5.0);
-        let waits =
-            [0, 1, 30, 70, 1000].map(|later| fail(&mut machine, now + Duration::from_secs(later), None));
-        assert_eq!(waits, [10, 10, 30, 70, 300]);
-    }
-
-    #[test]
-    fn a_refused_token_is_replaced_and_a_servers_wish_is_honoured() {
-        let now = Instant::now();
-        let mut machine = in_state(State::Dialling);
-        let actions = machine.step(Event::Lost { refused: Some(401), retry_after: None }, now);
-        assert_eq!(actions.last(), Some(&Fetch));
-        let mut machine = in_state(State::Dialling);
-        let wish = Some(Duration::from_secs(100));
-        machine.step(Event::Lost { refused: Some(503), retry_after: wish }, now);
-        assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 105.0);
-    }
-}
+mod tests;

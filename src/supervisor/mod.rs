@@ -21,6 +21,8 @@ use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::stats::seconds;
 use crate::session::{self, Device, Router};
 use crate::status::{self, State, Status};
+use crate::sys::clock::Suspension;
+use crate::sys::netlink::Netlink;
 use crate::sys::privilege::{self, Needs};
 use crate::sys::process;
 use crate::sys::signals::Signals;
@@ -65,6 +67,9 @@ struct Supervisor {
     reports: Receiver<(u64, LinkEvent)>,
     wake: Arc<Wake>,
     status: status::Server,
+    /// `None` where the kernel doesn't offer them.
+    network: Option<Netlink>,
+    suspension: Option<Suspension>,
 }
 
 /// Runs until SIGTERM or SIGINT. SIGHUP calls `load` for a new configuration. Fails if the bus is missing at the start.
@@ -94,6 +99,10 @@ pub(crate) fn run(
         reports,
         status: status::Server::open(&wake),
         wake,
+        network: Netlink::open()
+            .inspect_err(|e| warn!("the kernel doesn't tell when the network changes: {}", reason(e)))
+            .ok(),
+        suspension: Suspension::watch().ok(),
     };
     supervisor.run(signals)
 }
@@ -106,6 +115,7 @@ impl Supervisor {
                 self.handle_signal(signal, signals.lost_terminal());
             }
             self.wake.clear();
+            self.look_at_network();
             let auth = self.source.process(Instant::now());
             let auth = auth.map_err(|e| format!("mender-connect dbus failed to connect, error: {e}"))?;
             // Any answer means that the source is up.
@@ -138,12 +148,30 @@ impl Supervisor {
         let mut set = PollSet::default();
         set.add(signals.as_fd(), PollFlags::POLLIN);
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
+        let network = self.network.iter().map(AsFd::as_fd);
+        for fd in network.chain(self.suspension.iter().map(AsFd::as_fd)) {
+            set.add(fd, PollFlags::POLLIN);
+        }
         for (fd, events) in self.source.watch().into_iter().chain(self.status.watch()) {
             set.add(fd, events);
         }
         let deadlines = [self.machine.deadline(), self.source.deadline()];
         let more = [self.service.deadline(), self.status.deadline()];
         set.wait(deadlines.into_iter().chain(more).flatten().min()).map(drop)
+    }
+
+    fn look_at_network(&mut self) {
+        let changes = self.network.as_ref().map(Netlink::read).unwrap_or_default();
+        let mut changed = changes.new | self.suspension.as_mut().is_some_and(Suspension::is_over);
+        if let Some(link) = &self.link
+            && let Some(address) = link.local_address().filter(|address| changes.gone.contains(address))
+        {
+            link.give_up(format!("its address {address} is gone"));
+            changed = true;
+        }
+        if changed {
+            self.step(Event::NetworkChanged);
+        }
     }
 
     fn handle_signal(&mut self, signal: Signal, lost_terminal: bool) {
@@ -236,6 +264,8 @@ impl Supervisor {
                 Action::Dial => self.dial(),
                 Action::Ask => self.source.ask(Instant::now()),
                 Action::Fetch => self.source.fetch(Instant::now()),
+                Action::Ping => self.link.iter().for_each(Link::ping),
+                Action::LogNetworkChanged => info!("the network has changed"),
                 Action::LogWait(wait) => {
                     info!("connectionmanager backoff: retrying in {:.1}s", wait.as_secs_f64());
                 }
@@ -268,13 +298,14 @@ impl Supervisor {
             let _ = reporter.send((epoch, event));
             wake.notify();
         };
+        let heartbeat = self.context.config().heartbeat;
         let context = Arc::clone(&self.context);
         context.detached.open();
         let accept = move |outbox: &_| {
             let mut router = Router::new(&context, outbox);
             move |frame| router.route(frame)
         };
-        match Link::dial(credentials, Arc::clone(&self.proxies), accept, report.clone()) {
+        match Link::dial(credentials, Arc::clone(&self.proxies), heartbeat, accept, report.clone()) {
             Ok(link) => self.link = Some(link),
             Err(e) => report(LinkEvent::Lost(e.into())),
         }

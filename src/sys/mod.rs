@@ -7,6 +7,7 @@ mod errno;
 pub(crate) mod manager;
 pub(crate) mod names;
 pub(crate) mod net;
+pub(crate) mod netlink;
 pub(crate) mod privilege;
 pub(crate) mod process;
 pub(crate) mod pty;

@@ -3,11 +3,12 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
 use nix::net::if_::if_nametoindex;
-use nix::sys::socket::sockopt::{Linger, SetBool, SetStruct};
+use nix::sys::socket::sockopt::{Linger, SetBool, SetStruct, TcpUserTimeout};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, recv, setsockopt, socket,
 };
@@ -38,34 +39,51 @@ pub(crate) fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result
 /// Makes closing a TCP socket reset its connection, so that nothing is sent any more. Returns how many written bytes the
 /// other side has not got: those that were not sent and, if it has fallen silent, those that it has not acknowledged.
 /// Otherwise the acknowledgement of what it has read may only be late.
-#[allow(unsafe_code)]
 pub(crate) fn discard_undelivered(socket: BorrowedFd<'_>) -> u64 {
     let _ = setsockopt(&socket, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
-    // The begin of `struct tcp_info`. Not by nix, which panics where the system has another length for it.
-    let (mut info, mut length) = ([0_u8; 8], 8);
+    // tcpi_retransmits: time-outs since the last acknowledgement.
+    waiting(socket, if tcp_info(socket)[2] > 0 { unacknowledged } else { unsent })
+}
+
+/// True if something waits for its acknowledgement, and the last one was less than `limit` ago.
+pub(crate) fn is_delivering(socket: BorrowedFd<'_>, limit: Duration) -> bool {
+    // tcpi_last_ack_recv: milliseconds.
+    let [.., a, b, c, d] = tcp_info(socket);
+    undelivered(socket) > 0 && u128::from(u32::from_ne_bytes([a, b, c, d])) < limit.as_millis()
+}
+
+/// Bytes that were written and not acknowledged.
+pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
+    waiting(socket, unacknowledged)
+}
+
+/// The other side is gone if it acknowledges nothing, or has no room for more, for `limit`.
+pub(crate) fn set_user_timeout(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
+    let millis = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+    Ok(setsockopt(&socket, TcpUserTimeout, &millis)?)
+}
+
+/// The begin of `struct tcp_info`. Not by nix, which panics where the system has another length for it.
+#[allow(unsafe_code)]
+fn tcp_info(socket: BorrowedFd<'_>) -> [u8; 60] {
+    let (mut info, mut length) = ([0; 60], 60);
     let place = info.as_mut_ptr().cast();
-    // SAFETY: the kernel writes at most the eight bytes that `length` says; the descriptor is open as long as it is
-    // borrowed.
+    // SAFETY: the kernel writes at most the bytes that `length` says; the descriptor is open as long as it is borrowed.
     unsafe {
         libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length)
     };
-    // tcpi_retransmits: time-outs since the last acknowledgement.
-    ask(socket, if info[2] > 0 { unacknowledged } else { unsent })
+    info
 }
 
-/// Written bytes that the other side's kernel has not acknowledged.
-pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
-    ask(socket, unacknowledged)
-}
-
+/// Bytes that were written to a socket and that `count` counts.
 #[allow(unsafe_code)]
-fn ask(
+fn waiting(
     socket: BorrowedFd<'_>,
-    request: unsafe fn(RawFd, *mut libc::c_int) -> nix::Result<libc::c_int>,
+    count: unsafe fn(RawFd, *mut libc::c_int) -> nix::Result<libc::c_int>,
 ) -> u64 {
     let mut bytes = 0;
-    // SAFETY: both requests have the kernel write one integer; the descriptor is open as long as it is borrowed.
-    let result = unsafe { request(socket.as_raw_fd(), &raw mut bytes) };
+    // SAFETY: both counts have the kernel write one integer; the descriptor is open as long as it is borrowed.
+    let result = unsafe { count(socket.as_raw_fd(), &raw mut bytes) };
     result.ok().and_then(|_| u64::try_from(bytes).ok()).unwrap_or(0)
 }
 

@@ -112,14 +112,16 @@ fn websocket_pings_every_25_seconds() {
 }
 
 #[test]
-fn a_silent_server_is_given_up_after_60_seconds() {
+fn a_silent_server_is_given_up_after_35_seconds() {
     let (mut rig, device) = Setup::new().set("ReconnectIntervalSeconds", 1).connected();
     let start = Instant::now();
     device.go_mute();
     device.wait_end(secs(90));
     let after = start.elapsed();
     println!("a silent server was given up after {after:?}");
-    assert!((secs(55)..secs(70)).contains(&after), "given up after {after:?}");
+    // The kernel's timers take up to two more.
+    assert!((secs(33)..secs(40)).contains(&after), "given up after {after:?}");
+    rig.daemon.wait_for_log("lost: no answer to a ping in 10 s", SOON);
     let device = rig.device();
     assert_healthy(&mut rig, &device);
 }

@@ -82,6 +82,8 @@ mod link;
 #[cfg(feature = "dbus")]
 mod logs;
 #[cfg(feature = "dbus")]
+mod networks;
+#[cfg(feature = "dbus")]
 mod pace;
 #[cfg(feature = "dbus")]
 mod packaging;

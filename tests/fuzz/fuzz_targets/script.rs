@@ -140,6 +140,7 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
     limits: None,
     auth: Auth::Dbus,
     reconnect_interval: Duration::from_secs(1),
+    heartbeat: Duration::from_secs(25),
 });
 
 fuzz_target!(|script: Script| {

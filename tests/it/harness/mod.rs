@@ -19,6 +19,7 @@ pub mod http;
 pub mod machine;
 pub mod manager;
 pub mod msg;
+pub mod network;
 pub mod proc;
 pub mod program;
 mod reader;

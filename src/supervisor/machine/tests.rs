@@ -1,0 +1,228 @@
+use super::*;
+use crate::auth::Refusal;
+use Action::*;
+
+const BASE: Duration = Duration::from_secs(5);
+const NANO: Duration = Duration::from_nanos(1);
+
+fn machine() -> Machine {
+    // The longest wait each time.
+    Machine::new(BASE, || u64::MAX, Instant::now())
+}
+
+fn good(token: &str) -> Credentials {
+    Credentials::new(token, "http://127.0.0.1:1").unwrap()
+}
+
+fn changed(token: &str) -> Event {
+    Event::Auth(AuthEvent::Changed(Some(good(token))))
+}
+
+fn answered(token: &str) -> Event {
+    Event::Auth(AuthEvent::Answered(Ok(Some(good(token)))))
+}
+
+fn lost() -> Event {
+    Event::Lost { refused: None, retry_after: None }
+}
+
+/// A machine in each state with the token "a", except where there can be none.
+fn in_state(state: State) -> Machine {
+    let mut machine = machine();
+    if state != State::Unauthorized {
+        machine.credentials = Some(good("a"));
+    }
+    machine.state = state;
+    machine.until = Instant::now() + BASE;
+    machine
+}
+
+#[test]
+fn the_table() {
+    let now = Instant::now();
+    use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
+    let nothing = || Event::Auth(AuthEvent::Answered(Ok(None)));
+    let revoked = || Event::Auth(AuthEvent::Changed(None));
+    let unanswered = || Event::Auth(AuthEvent::Answered(Err(Refusal::Silent("why".into()))));
+    let no_token = || LogNoReconnect("there is no token".into());
+    let revoke = || vec![LogUnauthorized, Close];
+    let table: Vec<(State, Event, State, Vec<Action>)> = vec![
+        // A token, announced or as an answer, is used at once, and a changed one replaces a link.
+        (Unauthorized, changed("a"), Dialling, vec![Dial]),
+        (Unauthorized, answered("a"), Dialling, vec![Dial]),
+        (Waiting, changed("a"), Dialling, vec![Dial]),
+        (Waiting, changed("b"), Dialling, vec![Dial]),
+        (Waiting, answered("a"), Waiting, vec![]),
+        (Waiting, answered("b"), Dialling, vec![Dial]),
+        (Asking, changed("b"), Dialling, vec![Dial]),
+        (Asking, answered("a"), Dialling, vec![Dial]),
+        (Dialling, changed("a"), Dialling, vec![]),
+        (Dialling, changed("b"), Dialling, vec![Dial]),
+        (Connected, changed("a"), Connected, vec![]),
+        (Connected, answered("a"), Connected, vec![]),
+        (Connected, changed("b"), Dialling, vec![Dial]),
+        (Connected, answered("b"), Dialling, vec![Dial]),
+        // No token.
+        (Unauthorized, nothing(), Unauthorized, vec![Fetch]),
+        (Asking, nothing(), Unauthorized, vec![no_token()]),
+        (Connected, nothing(), Connected, vec![Fetch]),
+        (Waiting, nothing(), Waiting, vec![Fetch]),
+        (Unauthorized, revoked(), Unauthorized, revoke()),
+        (Waiting, revoked(), Unauthorized, revoke()),
+        (Asking, revoked(), Unauthorized, revoke()),
+        (Dialling, revoked(), Unauthorized, revoke()),
+        (Connected, revoked(), Unauthorized, revoke()),
+        // No answer.
+        (Asking, unanswered(), Dialling, vec![Dial]),
+        (Unauthorized, unanswered(), Unauthorized, vec![]),
+        (Connected, unanswered(), Connected, vec![]),
+        // The link.
+        (Dialling, Event::Connected, Connected, vec![]),
+        (Waiting, Event::Connected, Waiting, vec![]),
+        (Unauthorized, lost(), Unauthorized, vec![]),
+        // Time.
+        (Waiting, Event::Tick, Waiting, vec![]),
+        (Connected, Event::Tick, Connected, vec![]),
+        // The network.
+        (Connected, Event::NetworkChanged, Connected, vec![LogNetworkChanged, Ping]),
+        (Dialling, Event::NetworkChanged, Dialling, vec![]),
+        (Waiting, Event::NetworkChanged, Waiting, vec![LogNetworkChanged, LogWait(SOON - NANO)]),
+        (Unauthorized, Event::NetworkChanged, Unauthorized, vec![]),
+        // The operator.
+        (Connected, Event::RetryNow, Connected, vec![Ask]),
+        (Dialling, Event::RetryNow, Dialling, vec![Ask]),
+        (Waiting, Event::RetryNow, Asking, vec![Ask]),
+        (Unauthorized, Event::RetryNow, Asking, vec![Ask]),
+        (Asking, Event::RetryNow, Asking, vec![]),
+        (Connected, Event::Stop, Stopping, vec![Close]),
+        (Waiting, Event::Stop, Stopping, vec![Close]),
+        (Stopping, changed("b"), Stopping, vec![]),
+        (Stopping, lost(), Stopping, vec![]),
+    ];
+    for (from, event, to, actions) in table {
+        let mut machine = in_state(from);
+        let case = format!("{from:?} and {event:?}");
+        assert_eq!(machine.step(event, now), actions, "{case}");
+        assert_eq!(machine.state, to, "{case}");
+    }
+    let mut due = in_state(Waiting);
+    assert_eq!((due.step(Event::Tick, due.until), due.state), (vec![Ask], Asking));
+}
+
+/// The attempt fails; returns the longest wait in seconds.
+fn fail(machine: &mut Machine, now: Instant, refused: Option<u16>) -> u64 {
+    machine.state = State::Dialling;
+    machine.step(Event::Lost { refused, retry_after: None }, now);
+    (machine.deadline().unwrap() - now).as_secs_f64().round() as u64
+}
+
+#[test]
+fn refusals_double_the_wait_until_a_link_was_stable_or_the_token_changes() {
+    let mut now = Instant::now();
+    let mut machine = machine();
+    machine.step(changed("a"), now);
+    assert_eq!([Some(503), Some(503), None, None].map(|why| fail(&mut machine, now, why)), [5, 10, 20, 20]);
+    // A link of a moment is no better.
+    machine.state = State::Dialling;
+    machine.step(Event::Connected, now);
+    now += backoff::STABLE_AFTER / 2;
+    machine.step(lost(), now);
+    assert_eq!(fail(&mut machine, now, Some(503)), 40);
+    machine.state = State::Dialling;
+    machine.step(Event::Connected, now);
+    now += backoff::STABLE_AFTER;
+    machine.step(lost(), now);
+    assert_eq!(fail(&mut machine, now, Some(503)), 10);
+    // The same token announced again is tried at once, but doesn't shorten the waits afterwards.
+    machine.step(changed("a"), now);
+    assert_eq!(fail(&mut machine, now, Some(503)), 20);
+    machine.step(changed("b"), now);
+    assert_eq!(fail(&mut machine, now, None), 5);
+}
+
+#[test]
+fn waits_follow_the_outage() {
+    let mut now = Instant::now();
+    let mut machine = in_state(State::Connected);
+    now += 2 * backoff::STABLE_AFTER;
+    machine.step(lost(), now);
+    assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 5.0);
+    let waits = [0, 1, 30, 70, 1000].map(|later| fail(&mut machine, now + Duration::from_secs(later), None));
+    assert_eq!(waits, [10, 10, 30, 70, 300]);
+}
+
+#[test]
+fn a_network_that_changes_is_tried_at_once_but_not_all_the_time() {
+    let start = Instant::now();
+    let at = |seconds| start + Duration::from_secs(seconds);
+    let mut machine = in_state(State::Waiting);
+    let mut attempts = 0;
+    // An hour in which it changes each second, and each attempt fails.
+    for now in (0..3600).map(at) {
+        machine.step(Event::NetworkChanged, now);
+        if machine.deadline().is_some_and(|deadline| deadline <= now) {
+            machine.step(Event::Tick, now);
+            machine.state = State::Dialling;
+            machine.step(lost(), now);
+            attempts += 1;
+        }
+    }
+    assert!((300..400).contains(&attempts), "{attempts} attempts in an hour");
+    // A link is asked no more often.
+    machine.state = State::Connected;
+    let pings = (3600..7200).filter(|&n| !machine.step(Event::NetworkChanged, at(n)).is_empty()).count();
+    assert!(pings < 400, "{pings} pings in an hour");
+    // It is lost with the network, or long afterwards.
+    let wait = |machine: &mut Machine, now: Instant| machine.deadline().unwrap().duration_since(now);
+    machine.step(Event::NetworkChanged, at(9000));
+    machine.step(lost(), at(9030));
+    assert!(wait(&mut machine, at(9030)) <= SOON);
+    machine.state = State::Connected;
+    machine.step(Event::NetworkChanged, at(9040));
+    machine.step(lost(), at(9040) + STALE);
+    assert!(wait(&mut machine, at(9040) + STALE) > SOON);
+    // What the server has said counts wherever it was said.
+    machine.state = State::Dialling;
+    machine.step(Event::NetworkChanged, at(9990));
+    let retry_after = Some(Duration::from_secs(100));
+    machine.step(Event::Lost { refused: Some(503), retry_after }, at(10_000));
+    machine.step(Event::NetworkChanged, at(10_001));
+    assert!(wait(&mut machine, at(10_001)) > Duration::from_secs(90));
+}
+
+#[test]
+fn a_refused_token_is_replaced_and_a_servers_wish_is_honoured() {
+    let now = Instant::now();
+    let mut machine = in_state(State::Dialling);
+    let actions = machine.step(Event::Lost { refused: Some(401), retry_after: None }, now);
+    assert_eq!(actions.last(), Some(&Fetch));
+    let mut machine = in_state(State::Dialling);
+    let wish = Some(Duration::from_secs(100));
+    machine.step(Event::Lost { refused: Some(503), retry_after: wish }, now);
+    assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 105.0);
+}
+
+/// A flood on the bus had dbus-daemon drop the signal that withdraws the token: the link stayed for good.
+#[test]
+fn a_withdrawal_that_nobody_heard_of_is_noticed() {
+    let nothing = || Event::Auth(AuthEvent::Answered(Ok(None)));
+    let mut machine = in_state(State::Dialling);
+    let mut now = Instant::now();
+    let mut ask = |machine: &mut Machine, answer| {
+        assert_eq!(machine.step(Event::Tick, now), []);
+        now = machine.deadline().unwrap();
+        assert_eq!(machine.step(Event::Tick, now), [Ask]);
+        machine.step(answer, now)
+    };
+    machine.step(Event::Connected, machine.since);
+    // A manager that has a token again, by a fetch, is not doubted any more.
+    for _ in 0..3 {
+        assert_eq!(ask(&mut machine, nothing()), [Fetch]);
+        assert_eq!(machine.step(nothing(), machine.doubted.unwrap()), [Fetch], "it takes its time");
+        assert_eq!(ask(&mut machine, answered("a")), []);
+    }
+    assert_eq!(ask(&mut machine, nothing()), [Fetch]);
+    assert_eq!(machine.state, State::Connected);
+    assert_eq!(ask(&mut machine, nothing()), [LogUnauthorized, Close]);
+    assert_eq!((machine.state, machine.credentials), (State::Unauthorized, None));
+}

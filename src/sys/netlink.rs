@@ -1,0 +1,150 @@
+//! What the kernel tells about the network: rtnetlink(7).
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+};
+
+const GROUPS: libc::c_int =
+    libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_IPV4_ROUTE | libc::RTMGRP_IPV6_ROUTE;
+
+/// The sizes of `struct nlmsghdr`, `struct ifaddrmsg` and `struct rtattr`.
+const MESSAGE: usize = 16;
+const ADDRESS: usize = 8;
+const ATTRIBUTE: usize = 4;
+
+#[derive(Debug)]
+pub(crate) struct Netlink(OwnedFd);
+
+/// What has an effect on a connection. Refreshed addresses and routes between machines nearby have none.
+#[derive(Debug, Default)]
+pub(crate) struct Changes {
+    /// There is a new default route or a new address, or the kernel couldn't tell all.
+    pub(crate) new: bool,
+    pub(crate) gone: Vec<IpAddr>,
+}
+
+impl Netlink {
+    pub(crate) fn open() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
+        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUPS.cast_unsigned()))?;
+        Ok(Netlink(socket))
+    }
+
+    /// All since the last call.
+    pub(crate) fn read(&self) -> Changes {
+        let (mut changes, mut buffer) = (Changes::default(), [0; 8192]);
+        loop {
+            match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                Ok(length) => changes.add(&buffer[..length]),
+                Err(Errno::ENOBUFS) => changes.new = true,
+                Err(Errno::EINTR) => {}
+                Err(_) => return changes,
+            }
+        }
+    }
+}
+
+impl AsFd for Netlink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Changes {
+    fn add(&mut self, mut bytes: &[u8]) {
+        while let (Some(length), Some(kind)) = (word(bytes, 0), half(bytes, 4))
+            && let Some(message) = bytes.get(MESSAGE..length as usize)
+        {
+            match (kind, message) {
+                // A default route has no bits of a destination.
+                (libc::RTM_NEWROUTE, [_family, 0, _, _, _table, _, _scope, libc::RTN_UNICAST, ..]) => {
+                    self.new = true;
+                }
+                (libc::RTM_NEWADDR, [_family, _, flags, libc::RT_SCOPE_UNIVERSE, ..]) => {
+                    let tentative = u32::from(*flags) & libc::IFA_F_TENTATIVE != 0;
+                    // `struct ifa_cacheinfo`: when it was made, and when it was changed.
+                    let times = attribute(message, libc::IFA_CACHEINFO);
+                    let refreshed = times.is_some_and(|times| word(times, 8) != word(times, 12));
+                    self.new |= !tentative && !refreshed;
+                }
+                (libc::RTM_DELADDR, _) => {
+                    // Of a point-to-point interface the other one is the peer's.
+                    let own = attribute(message, libc::IFA_LOCAL);
+                    self.gone.extend(own.or_else(|| attribute(message, libc::IFA_ADDRESS)).and_then(ip));
+                }
+                _ => {}
+            }
+            bytes = bytes.get((length as usize).next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
+}
+
+fn half(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes.get(at..)?.first_chunk().map(|bytes| u16::from_ne_bytes(*bytes))
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
+}
+
+fn ip(bytes: &[u8]) -> Option<IpAddr> {
+    let v6 = || <[u8; 16]>::try_from(bytes).map(IpAddr::from);
+    <[u8; 4]>::try_from(bytes).map(IpAddr::from).or_else(|_| v6()).ok()
+}
+
+/// An attribute's value in a message about an address.
+fn attribute(message: &[u8], wanted: u16) -> Option<&[u8]> {
+    let mut rest = message.get(ADDRESS..)?;
+    loop {
+        let length = usize::from(half(rest, 0)?);
+        let value = rest.get(ATTRIBUTE..length)?;
+        if half(rest, 2)? == wanted {
+            return Some(value);
+        }
+        rest = rest.get(length.next_multiple_of(4)..)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nonsense_is_no_change() {
+        let mut header = 24_u32.to_ne_bytes().to_vec();
+        header.extend(libc::RTM_DELADDR.to_ne_bytes());
+        header.resize(MESSAGE + ADDRESS, 0);
+        let attribute = |length: u16| [length.to_ne_bytes(), libc::IFA_LOCAL.to_ne_bytes()].concat();
+        for (length, rest) in [
+            (0, vec![]),
+            (15, vec![]),
+            (u32::MAX, vec![]),
+            (24, vec![]),
+            (28, attribute(0)),
+            (28, attribute(3)),
+            (28, attribute(4)),
+            (28, attribute(60000)),
+            (29, [attribute(5), vec![1]].concat()),
+        ] {
+            let mut message = [header.clone(), rest].concat();
+            message[..4].copy_from_slice(&length.to_ne_bytes());
+            let mut changes = Changes::default();
+            changes.add(&message);
+            assert!(!changes.new && changes.gone.is_empty(), "{message:?}: {changes:?}");
+        }
+    }
+
+    /// The messages of a kernel are in the tests with network namespaces.
+    #[test]
+    fn the_kernel_lets_us_listen() {
+        let netlink = Netlink::open().unwrap();
+        assert!(netlink.read().gone.is_empty());
+    }
+}

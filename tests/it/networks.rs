@@ -1,0 +1,205 @@
+//! Networks that come, go and fall silent, in network namespaces.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::detach::collect;
+use crate::harness::client::{Style, Terminal};
+use crate::harness::daemon::emulated;
+use crate::harness::device::Device;
+use crate::harness::network::{Network, with_network};
+use crate::harness::rig::{Rig, Setup, script_config};
+use crate::harness::server::Server;
+use crate::harness::trace;
+use crate::harness::wait::{SOON, millis, secs, skip, throughout};
+
+/// In seconds, of an outage of the network. A longer run sets it: `MENDER_CONNECT_OUTAGE=1800`.
+fn outage() -> Duration {
+    secs(std::env::var("MENDER_CONNECT_OUTAGE").map_or(12, |seconds| seconds.parse().expect("a number")))
+}
+
+fn connected(network: &Network, setup: Setup) -> (Rig, Server, Device) {
+    let server = network.server();
+    let rig = network.agent(setup, &server).start();
+    let device = server.next_device(SOON);
+    (rig, server, device)
+}
+
+fn assert_within(limit: Duration, since: Instant) {
+    let took = since.elapsed();
+    println!("took {took:?}");
+    assert!(took < limit || emulated("time is the emulator's"), "{took:?}");
+}
+
+/// Waits for the end of the link, as the agent sees it, and returns the reason.
+fn lost(rig: &Rig, mark: usize, limit: Duration) -> String {
+    let line = rig.daemon.wait_for_log_after(mark, " lost: ", limit);
+    line.split_once(" lost: ").expect("a reason").1.trim_end_matches('"').to_owned()
+}
+
+/// A device whose network was away for an hour waited for up to 5 minutes more.
+#[test]
+fn a_default_route_is_used_at_once() {
+    with_network(|network| {
+        let (rig, server, device) = connected(network, Setup::new().set("ReconnectIntervalSeconds", 300));
+        network.near("ip route del default");
+        device.reset();
+        rig.daemon.wait_for_log("connectionmanager backoff", SOON);
+        throughout(outage(), "no way to the server", || server.try_device(millis(0)).is_none());
+        let back = Instant::now();
+        network.near("ip route add default via 192.0.2.1");
+        server.next_device(SOON);
+        assert_within(millis(1800), back);
+        rig.daemon.wait_for_log("the network has changed", SOON);
+    });
+}
+
+#[test]
+fn a_link_whose_address_is_gone_is_lost_at_once() {
+    with_network(|network| {
+        let (rig, server, device) = connected(network, Setup::new().set("ReconnectIntervalSeconds", 300));
+        assert!(device.answers(b"there", SOON));
+        let mark = rig.daemon.mark();
+        let gone = Instant::now();
+        // The new one first, as DHCP clients do, and the route with it.
+        network.near(
+            "ip addr add 192.0.2.3/24 dev near && ip addr del 192.0.2.2/24 dev near && \
+             ip addr add 192.0.2.3/24 dev near; ip route replace default via 192.0.2.1",
+        );
+        server.next_device(SOON);
+        assert_within(secs(3), gone);
+        assert_eq!(lost(&rig, mark, SOON), "its address 192.0.2.2 is gone");
+    });
+}
+
+/// A link that the network's change has cut without a word is asked, and one that goes on stays.
+#[test]
+fn a_change_of_the_network_has_the_link_asked() {
+    with_network(|network| {
+        let (rig, server, device) = connected(network, Setup::new().set("ReconnectIntervalSeconds", 1));
+        let pings = device.pings();
+        network.near("ip addr add 203.0.113.5/24 dev near");
+        device.wait_pings(pings + 1, SOON);
+        throughout(secs(6), "the link", || !device.is_over());
+        assert_eq!(rig.daemon.count_log(" lost: "), 0);
+        network.go_dark();
+        let (mark, changed) = (rig.daemon.mark(), Instant::now());
+        network.near("ip addr add 203.0.113.6/24 dev near");
+        assert_eq!(lost(&rig, mark, SOON), "no answer to a ping in 5 s");
+        assert_within(secs(7), changed);
+        network.answer();
+        server.next_device(SOON);
+    });
+}
+
+/// Containers that come and go change routes and addresses nearby all the time.
+#[test]
+fn changes_nearby_are_nothing_to_the_link() {
+    with_network(|network| {
+        let (rig, _server, device) = connected(network, Setup::new());
+        let pings = device.pings();
+        for _ in 0..20 {
+            network.near(
+                "ip link add one type veth peer name other && ip link set one up && ip link set other up && \
+                 ip addr add 169.254.7.7/16 scope link dev one && ip route add 10.9.0.0/16 dev one && \
+                 ip route del 10.9.0.0/16 && ip link del one",
+            );
+        }
+        // Nor is an address that is only refreshed new.
+        for lifetime in 1000..1020 {
+            network.near(&format!(
+                "ip addr change 192.0.2.2/24 dev near valid_lft {lifetime} preferred_lft {lifetime}"
+            ));
+        }
+        assert!(device.answers(b"still there", SOON));
+        assert_eq!(rig.daemon.count_log("the network has changed"), 0);
+        assert_eq!(device.pings(), pings);
+        // New addresses and default routes all the time have it asked three times, and then once in ten seconds.
+        for n in 1..=30 {
+            network.near(&format!("ip addr add 203.0.113.{n}/24 dev near"));
+        }
+        assert!(device.answers(b"still there", SOON));
+        let asked = rig.daemon.count_log("the network has changed");
+        assert!((1..=5).contains(&asked), "{asked} times");
+        assert!(!device.is_over());
+    });
+}
+
+#[test]
+fn a_way_that_falls_silent_is_noticed_with_output_in_ten_seconds() {
+    with_network(|network| {
+        let shell = script_config("while sleep 0.1; do echo tick; done");
+        let setup = Setup::new().config(shell).set("ReconnectIntervalSeconds", 1);
+        let (rig, server, device) = connected(network, setup);
+        let mut terminal = Terminal::new(&device, Style::Cli);
+        terminal.open();
+        terminal.read_until("tick", SOON);
+        let (mark, dark) = (rig.daemon.mark(), Instant::now());
+        network.go_dark();
+        assert_eq!(lost(&rig, mark, secs(20)), "unacknowledged for 10 s");
+        assert_within(secs(13), dark);
+        network.answer();
+        server.next_device(SOON * 2);
+    });
+}
+
+#[test]
+fn a_way_that_falls_silent_is_noticed_by_the_heartbeat() {
+    with_network(|network| {
+        let setup = Setup::new().set("ReconnectIntervalSeconds", 1).set("HeartbeatSeconds", 10);
+        let (rig, server, device) = connected(network, setup);
+        device.wait_pings(1, SOON);
+        let (mark, dark) = (rig.daemon.mark(), Instant::now());
+        network.go_dark();
+        // Either the kernel misses the ping's acknowledgement or the agent the answer.
+        let reason = lost(&rig, mark, secs(30));
+        assert!(["unacknowledged for 10 s", "no answer to a ping in 10 s"].contains(&&*reason), "{reason}");
+        assert_within(secs(23), dark);
+        network.answer();
+        server.next_device(SOON * 2);
+    });
+}
+
+/// What the dead link hasn't delivered is sent by the next one, and nothing twice.
+#[test]
+fn output_that_was_under_way_comes_by_the_next_link() {
+    with_network(|network| {
+        let shell = "stty -echo; n=0; while n=$((n + 1)); do echo $n; sleep 0.1; done";
+        let setup = Setup::new().config(script_config(shell)).set("ReconnectIntervalSeconds", 1);
+        let (rig, server, device) = connected(network, setup.set("Sessions", json!({})));
+        let terminal = Terminal::of_user(&device, "alice");
+        terminal.open();
+        let mut all = Vec::new();
+        collect(&terminal, &mut all, 40, SOON);
+        let mark = rig.daemon.mark();
+        network.go_dark();
+        lost(&rig, mark, secs(20));
+        network.answer();
+        let next = server.next_device(SOON * 2);
+        // What the server had got before.
+        collect(&terminal, &mut all, usize::MAX, millis(300));
+        let terminal = Terminal { device: next, ..terminal };
+        terminal.send("pong", &[], b"");
+        let wanted = all.len() + 500;
+        collect(&terminal, &mut all, wanted, SOON);
+        let text = String::from_utf8(all).expect("text");
+        let (whole, _) = text.rsplit_once("\r\n").expect("lines");
+        for (n, line) in whole.split("\r\n").enumerate() {
+            assert_eq!(line, (n + 1).to_string(), "line {}", n + 1);
+        }
+    });
+}
+
+/// A container's runtime may forbid netlink: said once, and nothing else.
+#[test]
+fn without_netlink_the_agent_says_so_and_goes_on() {
+    if !trace::is_possible() || emulated("strace sees the emulator's system calls") {
+        return skip("this needs strace");
+    }
+    // The second socket that is bound, after the one for the status.
+    let forbidden = r#"exec strace -D -qq -o /dev/null -e trace=bind -e inject=bind:error=EPERM:when=2 "$@""#;
+    let (rig, device) = Setup::new().wrapper(forbidden).connected();
+    assert!(device.answers(b"there", SOON));
+    assert_eq!(rig.daemon.count_log("the kernel doesn't tell when the network changes"), 1);
+}
