@@ -9,8 +9,8 @@ use crate::permits::Permit;
 const MAX_BYTES: usize = 64 * 1024;
 /// Bytes that need no permit of the device's memory: a prompt.
 const RESERVED: usize = 4096;
-/// Messages whose fate is remembered. Of a client that answers none can be on the way.
-const MAX_UNDER_WAY: usize = 256;
+/// Messages whose fate is remembered: those of a client that answers no ping until a dead link is noticed.
+const MAX_UNDER_WAY: usize = 1024;
 
 const ESCAPE: u8 = 0x1b;
 const BELL: u8 = 0x07;
