@@ -6,9 +6,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
+use std::time::Duration;
 
+use crate::harness::client::{Style, Terminal};
 use crate::harness::daemon::executable;
 use crate::harness::machine::{Machine, have_tools, tools};
+use crate::harness::rig::bash_config;
 use crate::harness::wait::{SOON, eventually, skip};
 
 const UNIT: &str = include_str!("../../yocto/files/mender-connect.service");
@@ -19,6 +22,7 @@ const CONFIG: &str = include_str!("../../yocto/files/debian/mender-connect.conf"
 const COPYRIGHT: &str = include_str!("../../yocto/files/debian/copyright");
 const BINARY: &str = "/usr/bin/mender-connect";
 const CONFFILE: &str = "/etc/mender/mender-connect.conf";
+const SCRIPT: &str = "/etc/init.d/mender-connect";
 pub const UNIT_FILE: &str = "/lib/systemd/system/mender-connect.service";
 const ENABLED: &str = "/etc/systemd/system/multi-user.target.wants/mender-connect.service";
 
@@ -50,6 +54,32 @@ fn systemd_understands_the_unit() {
         let printed = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && !printed.contains("mender-connect"), "{printed}");
     }
+    // A minimal Debian has no procps: what the unit runs is the agent or the shell.
+    let runs: Vec<_> = UNIT.lines().filter(|line| line.starts_with("Exec")).collect();
+    assert_eq!(runs.len(), 2, "{runs:?}");
+    for line in runs {
+        let (_, program) = line.split_once('=').unwrap();
+        assert!(program.starts_with("/usr/bin/mender-connect ") || program.starts_with("/bin/sh "), "{line}");
+    }
+}
+
+/// By systemd, where procps and with it /bin/kill are missing.
+#[test]
+fn a_reload_takes_no_kill_command() {
+    let Some(machine) = Machine::with_systemd() else { return };
+    machine.install(&executable(), BINARY);
+    machine.write(CONFFILE, bash_config().to_string());
+    machine.write("/run/systemd/system/mender-connect.service", UNIT);
+    machine.sh("rm -f /bin/kill; systemctl daemon-reload; systemctl start mender-connect");
+    machine.device();
+    let before = agent(&machine);
+    machine.write(CONFFILE, "{ \"User\": ");
+    machine.sh("systemctl reload mender-connect");
+    eventually(SOON, "systemd to be told that the configuration is broken", || {
+        let status = machine.sh("systemctl show --property StatusText mender-connect");
+        status.contains("not reloaded").then_some(())
+    });
+    assert_eq!(agent(&machine), before);
 }
 
 /// The README states them as systemd 252 gives them.
@@ -111,16 +141,66 @@ fn package() -> &'static Path {
     PACKAGE.get_or_init(|| {
         // A target folder of its own, where this executable is what a release build would have made.
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("deb");
-        let package = target.join("package.deb");
         fs::create_dir_all(target.join("release")).unwrap();
-        fs::copy(executable(), target.join("release/mender-connect")).unwrap();
-        let mut command = Command::new(tools().join("bin/cargo-deb"));
-        command.args(["--no-build", "--fast", "--quiet", "--output"]).arg(&package);
-        command.current_dir(env!("CARGO_MANIFEST_DIR")).env("CARGO_TARGET_DIR", &target);
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        package
+        let program = target.join("release/mender-connect");
+        // As cargo strips a release build.
+        let strip = Command::new("strip").arg("-o").arg(&program).arg(executable()).status();
+        assert!(strip.is_ok_and(|status| status.success()), "strip of binutils is needed");
+        cargo_deb(&target, &[])
     })
+}
+
+fn cargo_deb(target: &Path, options: &[&str]) -> PathBuf {
+    let package = target.join("package.deb");
+    let mut command = Command::new(tools().join("bin/cargo-deb"));
+    command.args(["--no-build", "--fast", "--quiet", "--output"]).arg(&package).args(options);
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).env("CARGO_TARGET_DIR", target);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    package
+}
+
+fn dpkg_deb(option: &str, package: &Path) -> String {
+    let output = Command::new("dpkg-deb").arg(option).arg(package).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn lintian_finds_no_error() {
+    if !have_tools(&["bin/cargo-deb"]) {
+        return;
+    }
+    let package = package();
+    let mut command = Command::new("lintian");
+    command.args(["--allow-root", "--fail-on=error"]).arg(package);
+    let Ok(output) = command.output() else { return skip("lintian is missing") };
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The package of a static executable has its licences, which .ci/release writes, and depends on no library.
+#[test]
+fn the_static_package_has_all_licences() {
+    if !have_tools(&["bin/cargo-deb"]) {
+        return;
+    }
+    let target = tempfile::tempdir().unwrap();
+    fs::create_dir(target.path().join("release")).unwrap();
+    fs::copy(executable(), target.path().join("release/mender-connect")).unwrap();
+    fs::write(target.path().join("release/THIRD-PARTY-LICENSES"), "theirs").unwrap();
+    let package = cargo_deb(target.path(), &["--variant=static"]);
+    let fields = dpkg_deb("--field", &package);
+    assert!(fields.starts_with("Package: mender-connect-rs\n"), "{fields}");
+    let manifest = include_str!("../../Cargo.toml");
+    let depends = fields.lines().find(|line| line.starts_with("Depends: ")).unwrap();
+    let wanted = depends.replace("Depends: ", "depends = \"$auto, ");
+    assert!(manifest.contains(&wanted), "{wanted}");
+    let contents = dpkg_deb("--contents", &package);
+    for file in ["THIRD-PARTY-LICENSES", "copyright", "changelog.Debian.gz"] {
+        let path = format!("/usr/share/doc/mender-connect-rs/{file}\n");
+        assert!(contents.contains(&path), "{path}: {contents}");
+    }
 }
 
 /// A machine with our package at /run/test/new.deb, and a systemd that takes orders and does nothing.
@@ -246,7 +326,7 @@ fn runs(machine: &Machine) {
 fn installed(machine: &Machine) {
     let status = machine.sh("dpkg-query -W -f '${Status}' mender-connect-rs");
     assert_eq!(status, "install ok installed");
-    for file in [BINARY, CONFFILE, UNIT_FILE] {
+    for file in [BINARY, CONFFILE, SCRIPT, UNIT_FILE] {
         machine.sh(&format!("test -f {file}"));
     }
     assert_eq!(machine.sh("dpkg --verify mender-connect-rs | grep -v ' c '; :"), "");
@@ -263,10 +343,19 @@ fn the_package_installs_upgrades_and_goes() {
     let mut listed: Vec<&str> = listed.lines().collect();
     listed.sort_unstable();
     let copyright = "/usr/share/doc/mender-connect-rs/copyright";
+    let changelog = "/usr/share/doc/mender-connect-rs/changelog.Debian.gz";
     let manual =
         ["5/mender-connect.conf.5", "8/mender-connect.8"].map(|page| format!("/usr/share/man/man{page}.gz"));
     let example = "/usr/share/doc/mender-connect-rs/examples/mender-connect.conf.example";
-    assert_eq!(listed, [CONFFILE, UNIT_FILE, BINARY, copyright, example, &manual[0], &manual[1]]);
+    assert_eq!(
+        listed,
+        [SCRIPT, CONFFILE, UNIT_FILE, BINARY, changelog, copyright, example, &manual[0], &manual[1]]
+    );
+    let newest = machine.sh(&format!("zcat {changelog} | head -n 1"));
+    assert!(
+        newest.starts_with(concat!("mender-connect-rs (", env!("CARGO_PKG_VERSION"), "-1) ")),
+        "{newest}"
+    );
     machine.sh(&format!("gzip -t {}", manual.join(" ")));
     assert_eq!(machine.read(CONFFILE), CONFIG);
     assert_eq!(machine.read(copyright), COPYRIGHT);
@@ -295,6 +384,61 @@ fn the_package_installs_upgrades_and_goes() {
     expect_order(&machine, "restart");
     machine.sh("dpkg -r mender-connect-rs");
     purge(&machine, &before);
+}
+
+/// A machine that sysvinit started: without systemd.
+fn without_systemd() -> Option<Machine> {
+    let machine = machine()?;
+    machine.sh("rmdir /run/systemd/system; rm -f /usr/bin/systemctl /sbin/runlevel /sbin/init");
+    // invoke-rc.d starts nothing without them.
+    machine.sh("touch /sbin/init; printf '#!/bin/sh\necho N 2\n' >/sbin/runlevel; chmod 755 /sbin/runlevel");
+    Some(machine)
+}
+
+fn agent(machine: &Machine) -> u32 {
+    eventually(SOON, "one agent", || match machine.pids_of("mender-connect")[..] {
+        [pid] => Some(pid),
+        _ => None,
+    })
+}
+
+#[test]
+fn without_systemd_the_script_is_run() {
+    let Some(machine) = without_systemd() else { return };
+    let before = changes(&machine);
+    machine.sh("dpkg -i /run/test/new.deb");
+    installed(&machine);
+    machine.device();
+    let first = agent(&machine);
+    assert!(!machine.sh("ls /etc/rc2.d").lines().all(|name| !name.ends_with("mender-connect")));
+
+    machine.sh("dpkg -i /run/test/new.deb");
+    machine.device();
+    assert_ne!(agent(&machine), first, "an upgrade starts the new one");
+
+    machine.sh("dpkg -r mender-connect-rs");
+    eventually(SOON, "the agent to end", || machine.pids_of("mender-connect").is_empty().then_some(()));
+    assert!(machine.exists(SCRIPT), "it is configuration");
+    purge(&machine, &before);
+}
+
+#[test]
+fn without_systemd_an_upgrade_in_its_own_terminal_is_finished() {
+    let Some(machine) = without_systemd() else { return };
+    machine.write(CONFFILE, bash_config().to_string());
+    machine.sh("dpkg --force-confold -i /run/test/new.deb");
+    let device = machine.device();
+    let first = agent(&machine);
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open();
+    terminal.input("dpkg -i /run/test/new.deb && echo 'finis''hed'\n");
+    let text = terminal.read_until("finished\r\n", Duration::from_secs(60));
+    assert!(text.contains("once you restart it"), "{text}");
+    installed(&machine);
+    assert_eq!(agent(&machine), first);
+    machine.sh("/etc/init.d/mender-connect restart");
+    machine.device();
+    assert_ne!(agent(&machine), first);
 }
 
 #[test]
