@@ -88,18 +88,24 @@ def filter_(name, wanted, d):
     return " ".join(word for word in (d.getVar(name) or "").split() if word in wanted.split())
 
 
+def vercmp_string_op(one, other, op):
+    one, other = ([int(part) for part in version.split(".") if part] for version in (one, other))
+    return {">=": one >= other}[op]
+
+
 def fatal(message):
     sys.exit(f"FATAL: {message}")
 
 
-BB = types.SimpleNamespace(fatal=fatal, utils=types.SimpleNamespace(contains=contains, filter=filter_))
+UTILS = types.SimpleNamespace(contains=contains, filter=filter_, vercmp_string_op=vercmp_string_op)
+BB = types.SimpleNamespace(fatal=fatal, utils=UTILS)
 
 
 def main():
     [recipe] = glob.glob(os.path.join(LAYER, "recipes-*/*/*.bb"))
     name, version = os.path.basename(recipe)[: -len(".bb")].split("_")
     data = Data(json.loads(sys.argv[1]))
-    data.values.update({"PN": name, "BPN": name, "PV": version, "BP": f"{name}-{version}", "LAYERDIR": LAYER})
+    data.values.update({"PN": name, "BPN": name, "PV": version, "BP": "${BPN}-${PV}", "LAYERDIR": LAYER})
     data.values["AUTOREV"] = "AUTOINC"
     data.read(os.path.join(LAYER, "conf/layer.conf"))
     data.read(recipe)

@@ -202,6 +202,44 @@ fn features_follow_packageconfig() {
     }
 }
 
+/// oe-core before and after it took SPDX expressions.
+#[test]
+fn licence_has_the_operators_that_the_series_reads() {
+    if !available("python3") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let settings = json!({ "COREBASE": dir.path(), "PACKAGECONFIG": "tls" });
+    let old = get(&settings, "LICENSE");
+    let module = dir.path().join("meta/lib/oe/spdx_license.py");
+    fs::create_dir_all(module.parent().expect("a parent")).expect("a folder");
+    fs::write(module, "").expect("write");
+    let new = get(&settings, "LICENSE");
+    assert!(new.ends_with(" AND (AFL-2.1 OR GPL-2.0-or-later)"), "{new}");
+    assert_eq!(new.replace("AND", "&").replace("OR", "|"), old);
+}
+
+/// A panic ends the agent either way, see daemon.rs. Rust 1.88's libstd-rs has a panic_abort that the linker refuses in
+/// programs that abort; 1.94's hasn't.
+#[test]
+fn panics_are_as_the_standard_library_has_them() {
+    if !available("python3") {
+        return;
+    }
+    for (rust, wanted) in [("1.88.0%", "unwind"), ("1.94.1", "abort"), ("1.100%", "abort"), ("%", "unwind")] {
+        let settings = json!({ "RUSTVERSION": rust });
+        assert_eq!(get(&settings, "CARGO_PROFILE_RELEASE_PANIC"), wanted, "{rust}");
+    }
+}
+
+/// The class's task would take the lock files of the tests, too, and runs by itself in devtool upgrade.
+#[test]
+fn crates_are_listed_by_the_project_alone() {
+    let recipe = read(recipes().join(concat!("mender-connect-rs_", env!("CARGO_PKG_VERSION"), ".bb")));
+    let inherited: Vec<_> = recipe.lines().filter_map(|line| line.strip_prefix("inherit ")).collect();
+    assert!(!inherited.concat().contains("cargo-update-recipe-crates"), "{inherited:?}");
+}
+
 const DEBUG_SOURCES: &str = "/usr/src/debug/mender-connect-rs/0.1.0";
 
 /// What oe-core sets for C compilers.
@@ -250,8 +288,12 @@ fn time_has_64_bits_wherever_the_project_says_so() {
         panic!("no flags in {config}");
     };
     let flags = flags.trim_end_matches("\"]");
-    let recipe = read(recipes().join(concat!("mender-connect-rs_", env!("CARGO_PKG_VERSION"), ".bb")));
-    assert_eq!(value(&recipe, "RUSTFLAGS:append:libc-musl:arm"), format!(" {flags}"));
+    if available("python3") {
+        for (bits, wanted) in [("32", format!(" {flags}")), ("64", String::new())] {
+            let settings = json!({ "SITEINFO_BITS": bits });
+            assert_eq!(get(&settings, "RUSTFLAGS:append:libc-musl"), wanted, "{bits} bits");
+        }
+    }
     let package = root().join("yocto/files/buildroot/package/mender-connect-rs/mender-connect-rs.mk");
     assert!(read(package).contains(&format!("$(if $(BR2_ARCH_IS_64),,{flags})")));
 }
@@ -266,7 +308,9 @@ fn source_is_the_checkout_unless_told_otherwise() {
     let here = format!("git://{};protocol=file;usehead=1;", checkout.display());
     assert!(source.starts_with(&here), "{source}");
     assert_eq!(get(&json!({}), "SRCREV"), "AUTOINC");
-    assert!(source.contains(&format!(";destsuffix=mender-connect-rs-{} ", env!("CARGO_PKG_VERSION"))));
+    let version = concat!(env!("CARGO_PKG_VERSION"), "+git");
+    assert_eq!(get(&json!({}), "PV"), version, "two commits mustn't have the same version");
+    assert!(source.contains(&format!(";destsuffix=mender-connect-rs-{version} ")));
     assert!(source.contains(" file://mender-connect.conf "), "{source}");
 
     let remote = json!({ "MCRS_GIT": "git://host/it.git;branch=main", "SRCREV": "0123" });

@@ -3,7 +3,10 @@ DESCRIPTION = "Takes the place of Mender's own mender-connect: same server, clie
 SECTION = "net"
 
 require ${BPN}-cargo.inc
-LICENSE = "${MCRS_LICENSES}${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', ' & (AFL-2.1 | GPL-2.0-or-later)', d)}"
+MCRS_LICENSE = "${MCRS_LICENSES}${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', ' & (AFL-2.1 | GPL-2.0-or-later)', d)}"
+# oe-core that reads SPDX expressions warns of the operators that all before it want.
+MCRS_SPDX = "${@os.path.exists(os.path.join(d.getVar('COREBASE') or '', 'meta/lib/oe/spdx_license.py'))}"
+LICENSE = "${@d.getVar('MCRS_LICENSE').replace('&', 'AND').replace('|', 'OR') if d.getVar('MCRS_SPDX') == 'True' else d.getVar('MCRS_LICENSE')}"
 LIC_FILES_CHKSUM = "file://LICENSE;md5=3b83ef96387f14655fc854ddc3c6bd57"
 
 # The commit that the layer's checkout is at. See the layer's README for building from elsewhere.
@@ -12,8 +15,16 @@ MCRS_GIT ?= "git://${MCRS_CHECKOUT};protocol=file;usehead=1;nobranch=1"
 SRC_URI = "${MCRS_GIT};destsuffix=${BP} file://mender-connect.conf"
 require ${BPN}-crates.inc
 SRCREV ?= "${AUTOREV}"
+# Of any commit: the classes add which, so that package feeds tell two of them apart.
+PV .= "+git"
 
-inherit cargo cargo-update-recipe-crates pkgconfig systemd update-rc.d
+# Without cargo-update-recipe-crates, whose task takes the lock files of the tests, too: yocto/update-crates is for that.
+inherit cargo pkgconfig siteinfo systemd update-rc.d
+
+# The crate of this name on crates.io is none.
+SPDX_PACKAGE_URLS = ""
+# What is found in Mender's own program, written in Go, isn't in this one.
+CVE_PRODUCT = "mender-connect-rs"
 
 PACKAGECONFIG ??= "system-dbus tls"
 PACKAGECONFIG[system-dbus] = ",,dbus"
@@ -25,13 +36,17 @@ MCRS_FEATURES = "dbus \
     ${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', 'vendored-dbus', d)}"
 CARGO_BUILD_FLAGS += "--bin mender-connect --no-default-features --features '${MCRS_FEATURES}'"
 # What .cargo/config.toml says of time_t and of the vendored libdbus. That file isn't read here.
-RUSTFLAGS:append:libc-musl:arm = " --cfg=libc_unstable_time64"
+RUSTFLAGS:append:libc-musl = "${@' --cfg=libc_unstable_time64' if d.getVar('SITEINFO_BITS') == '32' else ''}"
 CFLAGS:append = " ${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', '-DHAVE_POLL=1 -DHAVE_MONOTONIC_CLOCK=1 -DHAVE_GETRESUID=1', d)}"
 # DEBUG_PREFIX_MAP covers S and B only, but the crates' C is compiled in CARGO_HOME: without this, do_package_qa finds
 # the build's path in the debug information (buildpaths).
 CFLAGS += "-ffile-prefix-map=${CARGO_HOME}=${TARGET_DBGSRC_DIR}/cargo_home"
 # The packaging splits the debug information off.
 export CARGO_PROFILE_RELEASE_STRIP = "none"
+# Older Rust builds libstd-rs such that nothing that aborts links with it. A panic ends the agent either way.
+MCRS_STD_RUST = "${@(d.getVar('PREFERRED_VERSION_rust-native') or d.getVar('RUSTVERSION') or '0').rstrip('%')}"
+MCRS_PANIC ?= "${@'abort' if bb.utils.vercmp_string_op(d.getVar('MCRS_STD_RUST'), '1.94', '>=') else 'unwind'}"
+export CARGO_PROFILE_RELEASE_PANIC = "${MCRS_PANIC}"
 
 # Before the crates are fetched: without this, the first of them that needs the newer Rust fails.
 python mender_connect_rs_check_rust() {
