@@ -99,13 +99,43 @@ fn features_licences_and_flags() {
     assert!(shown.starts_with("Apache-2.0, "), "{shown}");
     assert!(licences.contains(&format!("\"{}\"", shown.replace(", ", " & "))), "{shown}");
 
-    assert_eq!(show(&[], "MENDER_CONNECT_RS_CARGO_ENV"), "");
+    // Buildroot's own profile comes before.
+    let profile = show(&[], "MENDER_CONNECT_RS_CARGO_ENV");
+    let manifest = read(root().join("Cargo.toml"));
+    let release = manifest.split("\n[profile.release]\n").nth(1).expect("a profile");
+    let mut wanted = Vec::new();
+    for key in ["opt-level", "lto", "codegen-units"] {
+        let line = release.lines().find_map(|line| line.strip_prefix(&format!("{key} = "))).expect(key);
+        let name = key.to_uppercase().replace('-', "_");
+        wanted.push(format!("CARGO_PROFILE_RELEASE_{name}=\"{}\"", line.trim_matches('"')));
+    }
+    assert_eq!(profile.split_whitespace().collect::<Vec<_>>(), wanted);
+
     let start = "CARGO_TARGET_ARMV7_UNKNOWN_LINUX_MUSLEABIHF_RUSTFLAGS=\"-Ctarget-feature=-crt-static";
     let arm = show(&["BR2_TOOLCHAIN_USES_MUSL=y"], "MENDER_CONNECT_RS_CARGO_ENV");
     let (time, link) = ("--cfg=libc_unstable_time64", "-Clink-arg=-Wl,--allow-multiple-definition");
-    assert_eq!(arm, format!("{start} {time} {link}\""));
+    assert_eq!(arm, format!("{} {start} {time} {link}\"", wanted.join(" ")));
     let aarch64 = ["BR2_TOOLCHAIN_USES_MUSL=y", "BR2_ARCH_IS_64=y", "NORMALIZED_ARCH=aarch64"];
-    assert_eq!(show(&aarch64, "MENDER_CONNECT_RS_CARGO_ENV").trim_end_matches(['"', ' ']), start);
+    let aarch64 = show(&aarch64, "MENDER_CONNECT_RS_CARGO_ENV");
+    assert_eq!(aarch64.trim_end_matches(['"', ' ']), format!("{} {start}", wanted.join(" ")));
+}
+
+#[test]
+fn an_old_rust_is_named_before_anything_is_downloaded() {
+    if !available("make") {
+        return;
+    }
+    let external = root().join("yocto/files/buildroot");
+    for (version, fits) in [("1.82.0", false), ("1.9.0", false), ("1.88.0", true), ("1.100.1", true)] {
+        for provider in ["RUST_BIN_VERSION", "RUST_VERSION"] {
+            let version = format!("{provider}={version}");
+            make(&external, &[&version], "show-PACKAGES").expect("not selected");
+            let result = make(&external, &["BR2_PACKAGE_MENDER_CONNECT_RS=y", &version], "show-PACKAGES");
+            assert_eq!(result.is_ok(), fits, "{version}: {result:?}");
+            let needed = concat!("needs Rust ", env!("CARGO_PKG_RUST_VERSION"), " or newer");
+            assert!(result.is_ok() || result.is_err_and(|said| said.contains(needed)));
+        }
+    }
 }
 
 #[test]
