@@ -96,7 +96,8 @@ fn the_configuration_adds_variables_and_replaces_them() {
     // The next login has what a reload brings.
     let mut config = script_config(PRINT);
     config["Terminal"] = json!({"Environment": {"TERM": "linux"}});
-    rig.reload(&config);
+    let mark = rig.reload(&config);
+    rig.daemon.wait_for_log_after(mark, "the new configuration is in use", SOON);
     assert!(variables(&device, "two").contains(&"TERM=linux".to_owned()));
 }
 

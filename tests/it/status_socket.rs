@@ -261,7 +261,8 @@ fn without_descriptors_it_waits_without_spinning() {
     eventually(SOON, "the answer to be over", || {
         (!proc::thread_names(pid).contains(&"status".to_owned())).then_some(())
     });
-    limit(&rig, "nofile", 3);
+    // Fewer than are open, but poll(2) refuses to look at more than the limit.
+    limit(&rig, "nofile", 8);
     let mut client = UnixStream::connect(socket(&rig)).expect("connect");
     let line = rig.daemon.wait_for_log("status can't be told: ", SOON);
     assert!(line.contains("too many open files"), "{line}");
