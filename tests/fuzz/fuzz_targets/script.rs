@@ -123,6 +123,7 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
         arguments: Vec::new(),
         user: lookup("root").expect("root is known"),
         no_new_privileges: false,
+        environment: Vec::new(),
     },
     terminal: Terminal { enabled: true, width: 80, height: 40 },
     sessions: Sessions {
