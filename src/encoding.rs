@@ -18,7 +18,7 @@ pub(crate) fn base64(bytes: &[u8]) -> String {
     text
 }
 
-/// Of the alphabet for URLs, padded or not.
+/// Decodes base64 in its alphabet for URLs, padded or not.
 pub(crate) fn from_base64url(text: &str) -> Option<Vec<u8>> {
     let (mut bytes, mut bits, mut count) = (Vec::new(), 0, 0);
     for digit in text.trim_end_matches('=').bytes() {

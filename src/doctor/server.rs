@@ -166,7 +166,7 @@ fn default_routes() -> String {
     format!("IPv4's default is by {v4}, IPv6's by {v6}")
 }
 
-/// What an answer of the look-up is to.
+/// Names the part of a look-up that was answered.
 fn source(query: Query) -> &'static str {
     match query {
         Query::Hosts => " (/etc/hosts)",

@@ -1,4 +1,4 @@
-//! Where to connect to, from the server's or a proxy's URL.
+//! Reads the place to connect to from the server's or a proxy's URL.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -10,7 +10,7 @@ pub(super) const USER_AGENT: &str = concat!("mender-connect/", env!("CARGO_PKG_V
 /// The path that devices connect to. A path in the server URL is ignored.
 pub(crate) const PATH: &str = "/api/devices/v1/deviceconnect/connect";
 
-/// What log, `doctor` and `check` say if [`Endpoint::sends_in_clear`].
+/// Log, `doctor` and `check` say this if [`Endpoint::sends_in_clear`].
 pub(crate) const IN_CLEAR: &str = "http: whoever is in between can read the token and all else";
 
 /// A server, or a proxy.
@@ -109,7 +109,7 @@ impl Endpoint {
         self.bare_host().parse().ok()
     }
 
-    /// What to connect to if `host` is no name.
+    /// The address to connect to if `host` is no name.
     pub(super) fn socket_address(&self) -> Option<SocketAddr> {
         net::literal(&self.host, self.port)
     }

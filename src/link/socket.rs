@@ -36,7 +36,7 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// Of a socket that is connected to `address`.
+    /// Takes over a socket that is connected to `address`.
     pub(super) fn new(socket: OwnedFd, address: SocketAddr, cancel: &Arc<Cancel>) -> io::Result<Self> {
         let stream = Arc::new(TcpStream::from(socket));
         stream.set_nonblocking(false)?;
@@ -58,7 +58,7 @@ impl Socket {
         let patience = (slowest * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE);
         self.stream.set_read_timeout(Some(heartbeat + patience))?;
         self.stream.set_write_timeout(Some(patience))?;
-        // Where the kernel doesn't know it, writing still ends in time.
+        // A kernel that doesn't know it still ends a write in time.
         let _ = net::set_user_timeout(self.stream.as_fd(), patience);
         let _ = self.cancel.patience.set(patience);
         Ok(())

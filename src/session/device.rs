@@ -34,7 +34,7 @@ pub struct Device {
     config: Mutex<Arc<Config>>,
     pub(crate) shells: Arc<Shells>,
     pub(crate) detached: Detached,
-    /// Where shells are kept when the agent ends.
+    /// It keeps shells when the agent ends.
     pub(crate) store: Option<Arc<Store>>,
     pub(crate) transferred: Counters,
     pub(crate) commands: Arc<Commands>,

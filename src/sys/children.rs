@@ -35,8 +35,7 @@ static NURSERY: OnceLock<Mutex<Nursery>> = OnceLock::new();
 
 /// To be called at the start, before files are opened. Without it programs are started by the thread that asks.
 pub(crate) fn prepare() -> io::Result<()> {
-    let kind = (AddressFamily::Unix, SockType::Datagram);
-    let (socket, theirs) = socketpair(kind.0, kind.1, None, SockFlag::SOCK_CLOEXEC)?;
+    let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
     let (jobs, queue) = unbounded();
     let (ready, is_ready) = bounded(1);
     thread::spawn("children", thread::SMALL_STACK, move || {

@@ -33,7 +33,7 @@ const OWNER: &str = "the file owner does not match";
 const GROUP: &str = "the file group does not match";
 const OVER_DIRECTORY: &str = "conflicting file path: cannot overwrite directory";
 
-/// What is read of a file to learn its size, in bytes.
+/// The agent reads so many bytes of a file at most to learn its size.
 const MAX_COPY: usize = 1 << 20;
 /// The largest page of any kernel.
 const LARGEST_PAGE: libc::off_t = 64 << 10;
@@ -223,7 +223,7 @@ pub(super) struct Known {
     pub(super) content: Option<Content>,
 }
 
-/// What is sent: the file or, with a permit for its memory, a copy.
+/// The client gets the file or, with a permit for its memory, a copy.
 pub(super) struct Content {
     pub(super) file: File,
     _memory: Permit,

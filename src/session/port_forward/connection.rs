@@ -61,7 +61,7 @@ pub(super) struct Connection {
     ended: bool,
     /// Bytes that were discarded since [`Connection::makes_progress`] was asked last.
     discarded: usize,
-    /// What was undelivered then.
+    /// The bytes that were undelivered then.
     left: u64,
     /// Opened by a datagram, of which the client doesn't know.
     pub(super) reopened: bool,
