@@ -99,6 +99,7 @@ mod reload;
 mod remote;
 #[cfg(feature = "dbus")]
 mod resources;
+#[cfg(feature = "dbus")]
 mod restart;
 #[cfg(feature = "dbus")]
 mod secrets;
