@@ -161,7 +161,7 @@ impl Supervisor {
     }
 
     fn look_at_network(&mut self) {
-        let changes = self.network.as_ref().map(Netlink::read).unwrap_or_default();
+        let changes = self.network.as_mut().map(Netlink::read).unwrap_or_default();
         let mut changed = changes.new | self.suspension.as_mut().is_some_and(Suspension::is_over);
         if let Some(link) = &self.link
             && let Some(address) = link.local_address().filter(|address| changes.gone.contains(address))

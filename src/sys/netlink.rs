@@ -1,17 +1,23 @@
 //! What the kernel tells about the network: rtnetlink(7).
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::ifaddrs::getifaddrs;
 use nix::libc;
+use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 
-const GROUPS: libc::c_int =
-    libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_IPV4_ROUTE | libc::RTMGRP_IPV6_ROUTE;
+const GROUPS: libc::c_int = libc::RTMGRP_LINK
+    | libc::RTMGRP_IPV4_IFADDR
+    | libc::RTMGRP_IPV6_IFADDR
+    | libc::RTMGRP_IPV4_ROUTE
+    | libc::RTMGRP_IPV6_ROUTE;
 
 /// The sizes of `struct nlmsghdr`, `struct ifaddrmsg` and `struct rtattr`.
 const MESSAGE: usize = 16;
@@ -19,12 +25,16 @@ const ADDRESS: usize = 8;
 const ATTRIBUTE: usize = 4;
 
 #[derive(Debug)]
-pub(crate) struct Netlink(OwnedFd);
+pub(crate) struct Netlink {
+    socket: OwnedFd,
+    /// The indexes of interfaces that were seen with a carrier.
+    running: BTreeSet<u32>,
+}
 
 /// What has an effect on a connection. Refreshed addresses and routes between machines nearby have none.
 #[derive(Debug, Default)]
 pub(crate) struct Changes {
-    /// There is a new default route or a new address, or the kernel couldn't tell all.
+    /// There is a new default route or a new address, an address has its carrier back, or the kernel couldn't tell all.
     pub(crate) new: bool,
     pub(crate) gone: Vec<IpAddr>,
 }
@@ -34,15 +44,15 @@ impl Netlink {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUPS.cast_unsigned()))?;
-        Ok(Netlink(socket))
+        Ok(Netlink { socket, running: BTreeSet::new() })
     }
 
     /// All since the last call.
-    pub(crate) fn read(&self) -> Changes {
+    pub(crate) fn read(&mut self) -> Changes {
         let (mut changes, mut buffer) = (Changes::default(), [0; 8192]);
         loop {
-            match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-                Ok(length) => changes.add(&buffer[..length]),
+            match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                Ok(length) => changes.add(&buffer[..length], &mut self.running),
                 Err(Errno::ENOBUFS) => changes.new = true,
                 Err(Errno::EINTR) => {}
                 Err(_) => return changes,
@@ -53,12 +63,12 @@ impl Netlink {
 
 impl AsFd for Netlink {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 
 impl Changes {
-    fn add(&mut self, mut bytes: &[u8]) {
+    fn add(&mut self, mut bytes: &[u8], running: &mut BTreeSet<u32>) {
         while let (Some(length), Some(kind)) = (word(bytes, 0), half(bytes, 4))
             && let Some(message) = bytes.get(MESSAGE..length as usize)
         {
@@ -79,11 +89,33 @@ impl Changes {
                     let own = attribute(message, libc::IFA_LOCAL);
                     self.gone.extend(own.or_else(|| attribute(message, libc::IFA_ADDRESS)).and_then(ip));
                 }
+                // An address that was configured by hand stays, as its routes do, while the cable is unplugged.
+                (libc::RTM_NEWLINK, _) => {
+                    let (Some(index), Some(flags)) = (word(message, 4), word(message, 8)) else { return };
+                    if flags & libc::IFF_RUNNING.cast_unsigned() == 0 {
+                        running.remove(&index);
+                    } else {
+                        self.new |= running.insert(index) && has_address(index);
+                    }
+                }
                 _ => {}
             }
             bytes = bytes.get((length as usize).next_multiple_of(4)..).unwrap_or_default();
         }
     }
+}
+
+/// True if an interface has an address by which it reaches more than its neighbours.
+fn has_address(index: u32) -> bool {
+    getifaddrs().is_ok_and(|mut addresses| {
+        addresses.any(|interface| {
+            let ip = interface.address.as_ref().and_then(|address| {
+                let v4 = address.as_sockaddr_in().map(|address| address.ip().is_link_local());
+                v4.or_else(|| Some(address.as_sockaddr_in6()?.ip().is_unicast_link_local()))
+            });
+            ip == Some(false) && if_nametoindex(&*interface.interface_name) == Ok(index)
+        })
+    })
 }
 
 fn half(bytes: &[u8], at: usize) -> Option<u16> {
@@ -136,7 +168,7 @@ mod tests {
             let mut message = [header.clone(), rest].concat();
             message[..4].copy_from_slice(&length.to_ne_bytes());
             let mut changes = Changes::default();
-            changes.add(&message);
+            changes.add(&message, &mut BTreeSet::new());
             assert!(!changes.new && changes.gone.is_empty(), "{message:?}: {changes:?}");
         }
     }
@@ -144,7 +176,7 @@ mod tests {
     /// The messages of a kernel are in the tests with network namespaces.
     #[test]
     fn the_kernel_lets_us_listen() {
-        let netlink = Netlink::open().unwrap();
+        let mut netlink = Netlink::open().unwrap();
         assert!(netlink.read().gone.is_empty());
     }
 }

@@ -23,6 +23,8 @@ fn connected(network: &Network, setup: Setup) -> (Rig, Server, Device) {
     let server = network.server();
     let rig = network.agent(setup, &server).start();
     let device = server.next_device(SOON);
+    // The server knows of it first.
+    rig.daemon.wait_for_log("Connection established", SOON);
     (rig, server, device)
 }
 
@@ -49,6 +51,24 @@ fn a_default_route_is_used_at_once() {
         throughout(outage(), "no way to the server", || server.try_device(millis(0)).is_none());
         let back = Instant::now();
         network.near("ip route add default via 192.0.2.1");
+        server.next_device(SOON);
+        assert_within(millis(1800), back);
+        rig.daemon.wait_for_log("the network has changed", SOON);
+    });
+}
+
+/// A static address and its routes stay while the cable is unplugged: the carrier alone tells that it is back.
+#[test]
+fn a_cable_that_is_plugged_in_again_is_used_at_once() {
+    with_network(|network| {
+        let (rig, server, device) = connected(network, Setup::new().set("ReconnectIntervalSeconds", 300));
+        device.reset();
+        rig.daemon.wait_for_log("connectionmanager backoff", SOON);
+        network.far("ip link set far down");
+        throughout(outage(), "no way to the server", || server.try_device(millis(0)).is_none());
+        assert_eq!(rig.daemon.count_log("the network has changed"), 0);
+        let back = Instant::now();
+        network.far("ip link set far up");
         server.next_device(SOON);
         assert_within(millis(1800), back);
         rig.daemon.wait_for_log("the network has changed", SOON);

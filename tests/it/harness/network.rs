@@ -65,6 +65,8 @@ impl Network {
         network.near("ip addr add 192.0.2.2/24 dev near");
         network.near("ip link set near up");
         network.near("ip route add default via 192.0.2.1");
+        // The kernel may take a second to say so, and that is a change of the network.
+        network.near("until ip link show near | grep -q 'state UP'; do sleep 0.02; done");
         Ok(network)
     }
 
