@@ -1,28 +1,30 @@
 //! How long to wait before the next attempt to connect. Pure.
 //!
-//! Full jitter: a fleet that lost its server together comes back spread out. The waits grow with the outage, so that a
-//! device is back in about the time that it was away for. A server that answers with a refusal is there and has too
-//! much to do: each refusal doubles the shortest limit.
+//! The first wait has full jitter: a fleet that lost its server together comes back spread out. The later ones have equal
+//! jitter, which spreads those that still wait evenly over the time after the outage, and they grow with it, so that a
+//! device is back in about the time that it was away for. A server that answers with a refusal is there and has too much
+//! to do: each refusal doubles the least limit. The factors are those that `tests/bench/fleet.rs` has found.
 
 use std::time::Duration;
 
 /// No wait is longer.
-pub(crate) const LONGEST: Duration = Duration::from_secs(300);
+pub(crate) const LONGEST: Duration = Duration::from_secs(290);
 
 /// A link that held this long was a success: the next wait starts from the base again.
 pub(crate) const STABLE_AFTER: Duration = Duration::from_secs(60);
 
-/// The wait before the next attempt, `outage` after the link was lost: uniform between nothing and the longer of
-/// `outage` and `base` doubled `doublings` times, at most `LONGEST`. `random` is a uniform 64-bit number.
-pub fn delay(doublings: u32, outage: Duration, base: Duration, random: u64) -> Duration {
+/// The wait before the next attempt, `outage` after the link was lost. `failures` counts the losses and the refusals so
+/// far, and as one all attempts that nobody answered, such as the last one if it was `unanswered`. `random` is a uniform
+/// 64-bit number.
+pub fn wait(failures: &mut u32, unanswered: bool, outage: Duration, base: Duration, random: u64) -> Duration {
+    let before = *failures;
+    *failures = if unanswered { before.max(1) } else { before.saturating_add(1) };
+    let Some(doublings) = before.checked_sub(1) else { return spread(base.min(LONGEST), random) };
     let factor = 1_u32.checked_shl(doublings).unwrap_or(u32::MAX);
-    spread(base.saturating_mul(factor).max(outage).min(LONGEST), random)
-}
-
-/// The doublings after an attempt that failed. One for all those that nobody answered, since with none at all a fleet
-/// would come back from a short outage faster than its server takes it.
-pub fn doublings(before: u32, refused: bool) -> u32 {
-    if refused { before.saturating_add(1) } else { before.max(1) }
+    let least = (base.saturating_mul(17) / 10).saturating_mul(factor);
+    let followed = if unanswered { outage.saturating_mul(9) / 5 } else { outage };
+    let limit = least.max(followed).min(LONGEST);
+    limit / 2 + spread(limit / 2, random)
 }
 
 /// Uniform between nothing and `ceiling`.
@@ -38,35 +40,42 @@ mod tests {
 
     const BASE: Duration = Duration::from_secs(5);
 
-    fn ceiling(doublings: u32, outage: u64) -> f64 {
-        delay(doublings, Duration::from_secs(outage), BASE, u64::MAX).as_secs_f64()
+    fn longest(mut failures: u32, unanswered: bool, outage: u64) -> f64 {
+        wait(&mut failures, unanswered, Duration::from_secs(outage), BASE, u64::MAX).as_secs_f64()
     }
 
     #[test]
     fn doubles_up_to_the_longest() {
-        for (doublings, seconds) in [(0, 5.0), (1, 10.0), (2, 20.0), (5, 160.0), (6, 300.0), (31, 300.0)] {
-            let ceiling = ceiling(doublings, 0);
-            assert!((ceiling - seconds).abs() < 0.001, "{doublings} doublings: {ceiling}");
+        for (failures, seconds) in [(0, 5.0), (1, 8.5), (2, 17.0), (6, 272.0), (7, 290.0), (32, 290.0)] {
+            let longest = longest(failures, false, 0);
+            assert!((longest - seconds).abs() < 0.001, "{failures} failures: {longest}");
         }
-        for doublings in [32, 33, 1000, u32::MAX] {
-            assert!((ceiling(doublings, 0) - 300.0).abs() < 0.001);
+        for failures in [33, 34, 1000, u32::MAX] {
+            assert!((longest(failures, false, 0) - 290.0).abs() < 0.001);
         }
     }
 
     #[test]
     fn follows_the_outage() {
-        for (outage, seconds) in [(1, 10.0), (35, 35.0), (299, 299.0), (86400, 300.0), (u64::MAX, 300.0)] {
-            assert!((ceiling(1, outage) - seconds).abs() < 0.001, "after {outage} s");
+        for (outage, seconds) in [(1, 8.5), (35, 63.0), (161, 289.8), (86400, 290.0), (u64::MAX, 290.0)] {
+            assert!((longest(1, true, outage) - seconds).abs() < 0.001, "after {outage} s");
         }
-        assert!((ceiling(4, 35) - 80.0).abs() < 0.001, "the server's refusals count more");
-        assert_eq!([doublings(0, false), doublings(1, false), doublings(4, false)], [1, 1, 4]);
-        assert_eq!([doublings(0, true), doublings(4, true), doublings(u32::MAX, true)], [1, 5, u32::MAX]);
+        assert!((longest(1, false, 35) - 35.0).abs() < 0.001, "a server that refuses is there");
+        assert!((longest(4, true, 35) - 68.0).abs() < 0.001, "the server's refusals count more");
+        let after = |mut failures, unanswered| {
+            wait(&mut failures, unanswered, Duration::ZERO, BASE, 0);
+            failures
+        };
+        assert_eq!([after(0, true), after(1, true), after(4, true)], [1, 1, 4]);
+        assert_eq!([after(0, false), after(4, false), after(u32::MAX, false)], [1, 5, u32::MAX]);
     }
 
     #[test]
     fn is_uniform() {
-        assert_eq!(delay(3, Duration::ZERO, BASE, 0), Duration::ZERO);
-        let middle = delay(3, Duration::ZERO, BASE, 1 << 63);
-        assert_eq!(middle, Duration::from_secs(20));
+        let waits = |failures: u32| {
+            [0, 1 << 63].map(|random| wait(&mut { failures }, false, Duration::ZERO, BASE, random))
+        };
+        assert_eq!(waits(0), [Duration::ZERO, Duration::from_millis(2500)]);
+        assert_eq!(waits(3), [Duration::from_secs(17), Duration::from_millis(25500)]);
     }
 }

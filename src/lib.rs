@@ -70,7 +70,7 @@ pub use self::sys::wipe::Wiping;
 /// For the benchmarks (`tests/bench`), the fuzz targets (`tests/fuzz`) and the tests of the documentation.
 #[doc(hidden)]
 pub mod internals {
-    pub use crate::backoff::{delay, doublings};
+    pub use crate::backoff::wait;
     #[cfg(fuzzing)]
     pub use crate::config::of_texts;
     pub use crate::config::{Allowed, Auth, Config, Expiry, Sessions, Shell, Terminal, load};

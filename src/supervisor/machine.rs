@@ -69,8 +69,8 @@ pub(crate) struct Machine {
     pub(crate) credentials: Option<Credentials>,
     /// Since when the manager has answered that there is no token, though none was withdrawn.
     doubted: Option<Instant>,
-    /// See [`backoff::doublings`]: since the token changed or a link was stable.
-    doublings: u32,
+    /// See [`backoff::wait`]: since the token changed or a link was stable.
+    failures: u32,
     /// When the last link was lost, or the start.
     lost: Instant,
     /// The last attempt was refused.
@@ -90,21 +90,18 @@ pub(crate) struct Machine {
 impl Machine {
     /// The manager is asked already.
     pub(crate) fn new(base: Duration, random: fn() -> u64, now: Instant) -> Self {
-        let state = State::Unauthorized;
-        let (credentials, doubted, doublings, failed, refused, changed) = Default::default();
-        let (since, until, lost, spare) = (now, now, now, [fresh(now); 2]);
         Machine {
-            state,
-            since,
-            until,
-            credentials,
-            doubted,
-            doublings,
-            lost,
-            refused,
-            changed,
-            spare,
-            failed,
+            state: State::Unauthorized,
+            since: now,
+            until: now,
+            credentials: None,
+            doubted: None,
+            failures: 0,
+            lost: now,
+            refused: false,
+            changed: None,
+            spare: [fresh(now); 2],
+            failed: 0,
             base,
             random,
         }
@@ -184,7 +181,7 @@ impl Machine {
             (_, Event::Auth(Changed(Some(new)) | Answered(Ok(Some(new))))) => {
                 if self.credentials.as_ref() != Some(&new) {
                     // The attempts so far say nothing about it.
-                    self.doublings = 0;
+                    self.failures = 0;
                     self.credentials = Some(new);
                 }
                 (Dialling, vec![Dial])
@@ -255,12 +252,14 @@ impl Machine {
         } else {
             self.lost = now;
             if now.saturating_duration_since(self.since) >= backoff::STABLE_AFTER {
-                self.doublings = 0;
+                self.failures = 0;
             }
         }
         let outage = now.saturating_duration_since(self.lost);
-        let mut wait = backoff::delay(self.doublings, outage, self.base, (self.random)());
         self.refused = refused.is_some();
+        // A server that takes links and ends them has too much to do, too.
+        let unanswered = dialled && !self.refused;
+        let mut wait = backoff::wait(&mut self.failures, unanswered, outage, self.base, (self.random)());
         // The network that was lost with it, or in which it failed, is the old one.
         if let Some(changed) = self.changed.take()
             && !self.refused
@@ -272,8 +271,6 @@ impl Machine {
             // A whole fleet may have been given the same Retry-After: spread the attempts.
             wait = wait.max(wish + backoff::spread(self.base, (self.random)()));
         }
-        // A server that takes links and ends them has too much to do, too.
-        self.doublings = backoff::doublings(self.doublings, refused.is_some() || !dialled);
         self.until = now + wait;
         let fetch = (refused == Some(401)).then_some(Action::Fetch);
         [Action::Close, Action::LogWait(wait)].into_iter().chain(fetch).collect()

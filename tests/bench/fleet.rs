@@ -12,7 +12,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
 
-use mender_connect::internals::{delay, doublings};
+use mender_connect::internals::wait;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -39,16 +39,15 @@ const BASE: Duration = Duration::from_secs(5);
 
 /// The supervisor's rule.
 fn here(count: &mut u32, time: u64, why: Why, random: u64) -> u64 {
-    let wait = delay(*count, Duration::from_nanos(time), BASE, random);
-    *count = doublings(*count, why != Why::Unanswered);
-    wait.as_nanos() as u64
+    let unanswered = why == Why::Unanswered;
+    wait(count, unanswered, Duration::from_nanos(time), BASE, random).as_nanos() as u64
 }
 
-/// Without the outage's length: each attempt doubles the wait.
+/// Full jitter without the outage's length: each attempt doubles the limit.
 fn doubling(count: &mut u32, _: u64, _: Why, random: u64) -> u64 {
-    let wait = delay(*count, Duration::ZERO, BASE, random);
+    let limit = (5 * SECOND).saturating_mul(1 << (*count).min(20)).min(300 * SECOND);
     *count += 1;
-    wait.as_nanos() as u64
+    below(limit, random)
 }
 
 /// Upstream's exponentialbackoff.go, with the shift that overflows from the 102nd attempt on. Nobody needs so

@@ -121,21 +121,21 @@ fn refusals_double_the_wait_until_a_link_was_stable_or_the_token_changes() {
     let mut now = Instant::now();
     let mut machine = machine();
     machine.step(changed("a"), now);
-    assert_eq!([Some(503), Some(503), None, None].map(|why| fail(&mut machine, now, why)), [5, 10, 20, 20]);
+    assert_eq!([Some(503), Some(503), None, None].map(|why| fail(&mut machine, now, why)), [5, 8, 17, 17]);
     // A link of a moment is no better.
     machine.state = State::Dialling;
     machine.step(Event::Connected, now);
     now += backoff::STABLE_AFTER / 2;
     machine.step(lost(), now);
-    assert_eq!(fail(&mut machine, now, Some(503)), 40);
+    assert_eq!(fail(&mut machine, now, Some(503)), 34);
     machine.state = State::Dialling;
     machine.step(Event::Connected, now);
     now += backoff::STABLE_AFTER;
     machine.step(lost(), now);
-    assert_eq!(fail(&mut machine, now, Some(503)), 10);
+    assert_eq!(fail(&mut machine, now, Some(503)), 8);
     // The same token announced again is tried at once, but doesn't shorten the waits afterwards.
     machine.step(changed("a"), now);
-    assert_eq!(fail(&mut machine, now, Some(503)), 20);
+    assert_eq!(fail(&mut machine, now, Some(503)), 17);
     machine.step(changed("b"), now);
     assert_eq!(fail(&mut machine, now, None), 5);
 }
@@ -148,7 +148,7 @@ fn waits_follow_the_outage() {
     machine.step(lost(), now);
     assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 5.0);
     let waits = [0, 1, 30, 70, 1000].map(|later| fail(&mut machine, now + Duration::from_secs(later), None));
-    assert_eq!(waits, [10, 10, 30, 70, 300]);
+    assert_eq!(waits, [8, 8, 54, 126, 290]);
 }
 
 #[test]
