@@ -46,8 +46,6 @@ pub enum Work {
     Pong(Bytes),
     /// Ask the server whether it is still there.
     Ping,
-    /// The TLS layer has something of its own to send.
-    FlushTls,
     /// The server answered this probe then.
     Answered(Probe, Instant),
 }

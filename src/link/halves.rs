@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use super::error::LinkError;
 use super::socket::Socket;
-use crate::outbox::{Outbox, Work};
 
 /// Read buffer of a plain connection in bytes: many small messages cost one system call.
 const BUFFER: usize = 32 * 1024;
@@ -20,10 +19,9 @@ const RECORD: usize = 16 * 1024 + 512;
 pub(super) trait Tls: Send + Sync {
     /// Reads plaintext, taking as much of `ciphertext` as that needs. `WouldBlock`: it needs more.
     fn decrypt(&self, ciphertext: &mut &[u8], plaintext: &mut [u8]) -> io::Result<usize>;
-    /// Appends to `ciphertext` everything that is ready to be sent. Returns how many bytes of `plaintext` it took.
+    /// Appends to `ciphertext` everything that is ready to be sent, such as the answer to a key update that came in. Returns
+    /// how many bytes of `plaintext` it took.
     fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<usize>;
-    /// Whether TLS has something of its own to send, such as an answer to a key update.
-    fn wants_write(&self) -> bool;
 }
 
 /// Also returns the version of TLS, and what the certificate is for.
@@ -33,20 +31,24 @@ pub(super) struct Half {
     source: BufReader<Socket>,
     tls: Option<Arc<dyn Tls>>,
     ciphertext: Vec<u8>,
-    /// Set in the half that only reads.
-    outbox: Option<Outbox>,
+    only_reads: bool,
 }
 
 impl Half {
     pub(super) fn new(socket: Socket, tls: Option<Arc<dyn Tls>>) -> Self {
         let capacity = if tls.is_some() { RECORD } else { BUFFER };
-        Half { source: BufReader::with_capacity(capacity, socket), tls, ciphertext: Vec::new(), outbox: None }
+        Half {
+            source: BufReader::with_capacity(capacity, socket),
+            tls,
+            ciphertext: Vec::new(),
+            only_reads: false,
+        }
     }
 
     /// Ends the handshakes: from now on this half only reads, and neither half has a deadline. Returns the writer's.
-    pub(super) fn open(&mut self, outbox: &Outbox, heartbeat: Duration) -> io::Result<Half> {
+    pub(super) fn open(&mut self, heartbeat: Duration) -> io::Result<Half> {
         self.socket().establish(heartbeat)?;
-        self.outbox = Some(outbox.clone());
+        self.only_reads = true;
         Ok(self.writing())
     }
 
@@ -57,7 +59,7 @@ impl Half {
     /// A half that only writes, and has no read buffer.
     pub(super) fn writing(&self) -> Half {
         let source = BufReader::with_capacity(0, self.source.get_ref().clone());
-        Half { source, tls: self.tls.clone(), ciphertext: Vec::new(), outbox: None }
+        Half { source, tls: self.tls.clone(), ciphertext: Vec::new(), only_reads: false }
     }
 }
 
@@ -70,12 +72,6 @@ impl Read for Half {
             let result = tls.decrypt(&mut ciphertext, buffer);
             let taken = before - ciphertext.len();
             self.source.consume(taken);
-            if let Some(outbox) = &self.outbox
-                && taken > 0
-                && tls.wants_write()
-            {
-                outbox.signal(Work::FlushTls);
-            }
             match result {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 other => return other,
@@ -88,9 +84,9 @@ impl Read for Half {
 }
 
 impl Write for Half {
-    /// Writes some of `bytes`, with TLS all of them and what TLS has to say itself.
+    /// Writes some of `bytes`, with TLS all of them.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.outbox.is_some() {
+        if self.only_reads {
             return Ok(bytes.len());
         }
         let socket = self.source.get_mut();

@@ -117,7 +117,7 @@ fn run<F: FnMut(Frame)>(
     accept: impl FnOnce(&Outbox) -> F,
     events: &impl Fn(LinkEvent),
 ) -> Result<Infallible, LinkError> {
-    let write_half = socket.get_mut().open(&outbox, heartbeat)?;
+    let write_half = socket.get_mut().open(heartbeat)?;
     let delivered = queue.delivered();
     let (report, ended) = crossbeam_channel::bounded(1);
     let theirs = Arc::clone(cancel);

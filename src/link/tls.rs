@@ -315,10 +315,6 @@ impl Tls for Mutex<ClientConnection> {
         }
         Ok(n)
     }
-
-    fn wants_write(&self) -> bool {
-        lock(self).wants_write()
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,5 @@
 //! The thread that writes to the websocket, the only one that does.
 
-use std::io::Write;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -88,7 +87,6 @@ impl Writer {
                     let socket = self.websocket.get_ref().socket();
                     asked = asked.or(Some((now + socket.answer_limit(), socket.received())));
                 }
-                Some(Work::FlushTls) => _ = self.websocket.get_mut().write(&[])?,
                 Some(Work::Close(code)) => {
                     self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }))?;
                     self.settle();
