@@ -5,7 +5,6 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::error::LinkError;
 use super::socket::Socket;
@@ -46,8 +45,8 @@ impl Half {
     }
 
     /// Ends the handshakes: from now on this half only reads, and neither half has a deadline. Returns the writer's.
-    pub(super) fn open(&mut self, heartbeat: Duration) -> io::Result<Half> {
-        self.socket().establish(heartbeat)?;
+    pub(super) fn open(&mut self) -> io::Result<Half> {
+        self.socket().establish()?;
         self.only_reads = true;
         Ok(self.writing())
     }

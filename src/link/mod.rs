@@ -74,8 +74,7 @@ impl Link {
             let result =
                 dialled.and_then(|socket| run(socket, &cancel, heartbeat, (outbox, queue), accept, &events));
             let Err(lost) = result;
-            let lost = cancel.death().map_or(lost, LinkError::Dead);
-            let lost = if cancel.is_cancelled() { LinkError::Cancelled } else { lost };
+            let lost = cancel.take_end().unwrap_or(lost);
             debug!("the link has ended: {lost}");
             events(LinkEvent::Lost(lost));
         })?;
@@ -87,13 +86,10 @@ impl Link {
         self.outbox.signal(Work::Ping);
     }
 
-    pub(crate) fn local_address(&self) -> Option<IpAddr> {
-        self.cancel.local_address()
-    }
-
-    /// Ends a link or a dial that is known to be dead, as if that had been noticed by itself.
-    pub(crate) fn give_up(&self, reason: String) {
-        self.cancel.give_up(reason);
+    /// Ends the link or the dial if its own address is one of these, and returns whether it is.
+    pub(crate) fn loses(&self, addresses: &[IpAddr]) -> bool {
+        let lost = self.cancel.local_address().filter(|address| addresses.contains(address));
+        lost.inspect(|address| self.cancel.give_up(format!("its address {address} is gone"))).is_some()
     }
 
     /// False if the thread hasn't read since the last call, though there was something to read, or has dialled for
@@ -117,7 +113,7 @@ fn run<F: FnMut(Frame)>(
     accept: impl FnOnce(&Outbox) -> F,
     events: &impl Fn(LinkEvent),
 ) -> Result<Infallible, LinkError> {
-    let write_half = socket.get_mut().open(heartbeat)?;
+    let write_half = socket.get_mut().open()?;
     let delivered = queue.delivered();
     let (report, ended) = crossbeam_channel::bounded(1);
     let theirs = Arc::clone(cancel);

@@ -77,6 +77,11 @@ impl Pace {
         Sendable { bulk: fits(window), interactive: fits(2 * window) }
     }
 
+    /// The server has not answered a probe yet.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.probes.is_empty()
+    }
+
     /// When the window opens although no answer came.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let patience = if self.quickest.is_some() { LOST } else { FIRST_ANSWER };

@@ -4,17 +4,18 @@ use std::io::{self, Read, Write};
 use std::mem;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::error::LinkError;
 use crate::sys::wake::Wake;
 use crate::sys::{lock, net};
 
-/// A link is dead that hasn't answered for this long, or for as many times as long as its slowest answer while it was
-/// dialled has taken: on NB-IoT and satellite links a round trip takes seconds.
+/// A link is dead that hasn't answered for this long, or for as many times as long as its handshakes have taken: on
+/// NB-IoT and satellite links a round trip takes seconds.
 const LEAST_PATIENCE: Duration = Duration::from_secs(10);
-const PATIENCE: u32 = 4;
+const PATIENCE: u32 = 3;
 /// As long as the server itself waits for an agent.
 const MOST_PATIENCE: Duration = Duration::from_secs(60);
 /// For the close frame and what was queued before it.
@@ -25,11 +26,21 @@ pub(super) const ATTEMPT_LIMIT: Duration = Duration::from_secs(45);
 /// TCP_NOTSENT_LOWAT in bytes. Small, so that an echo doesn't queue behind a download.
 const UNSENT_LIMIT: u16 = 16 * 1024;
 
+/// A ping, and by when the server has to answer it or to send something else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Question {
+    pub(super) limit: Instant,
+    asked: Instant,
+    patience: Duration,
+    silence: Duration,
+}
+
 /// A blocking socket. Before the websocket is open, each read and write ends by the deadline of `cancel`.
 #[derive(Clone)]
 pub(super) struct Socket {
     stream: Arc<TcpStream>,
     cancel: Arc<Cancel>,
+    began: Instant,
     /// A server on this machine, mender-auth's forwarder, writes with Nagle's algorithm on: a delayed acknowledgement
     /// would cost 40 ms a keystroke.
     quick_ack: bool,
@@ -43,20 +54,20 @@ impl Socket {
         stream.set_nodelay(true)?;
         net::set_unsent_limit(stream.as_fd(), UNSENT_LIMIT)?;
         cancel.register(&stream)?;
-        Ok(Socket { stream, cancel: Arc::clone(cancel), quick_ack: address.ip().is_loopback() })
+        let (cancel, began, quick_ack) = (Arc::clone(cancel), Instant::now(), address.ip().is_loopback());
+        Ok(Socket { stream, cancel, began, quick_ack })
     }
 
     #[cfg(test)]
     pub(super) fn of(stream: TcpStream) -> Self {
         let cancel = Cancel { patience: OnceLock::from(LEAST_PATIENCE), ..Cancel::new().unwrap() };
-        Socket { stream: Arc::new(stream), cancel: Arc::new(cancel), quick_ack: false }
+        Socket { stream: Arc::new(stream), cancel: Arc::new(cancel), began: Instant::now(), quick_ack: false }
     }
 
-    /// Ends the time of the handshakes. From here on the server answers a ping each `heartbeat`, or the link is dead.
-    pub(super) fn establish(&self, heartbeat: Duration) -> io::Result<()> {
-        let slowest = Duration::from_millis(self.cancel.slowest.load(Ordering::Relaxed));
-        let patience = (slowest * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE);
-        self.stream.set_read_timeout(Some(heartbeat + patience))?;
+    /// Ends the time of the handshakes.
+    pub(super) fn establish(&self) -> io::Result<()> {
+        let patience = (self.began.elapsed() * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE);
+        self.stream.set_read_timeout(None)?;
         self.stream.set_write_timeout(Some(patience))?;
         // A kernel that doesn't know it still ends a write in time.
         let _ = net::set_user_timeout(self.stream.as_fd(), patience);
@@ -64,32 +75,9 @@ impl Socket {
         Ok(())
     }
 
-    /// How long the server may take for an answer to a ping after the network has changed.
-    pub(super) fn answer_limit(&self) -> Duration {
-        self.cancel.patience() / 2
-    }
-
-    /// How often something was received.
-    pub(super) fn received(&self) -> usize {
-        self.cancel.received.load(Ordering::Relaxed)
-    }
-
-    /// Ends the link unless something came since there was `received`, or what was sent is still being delivered.
-    pub(super) fn expect_answer(&self, received: usize) {
-        let limit = self.answer_limit();
-        if self.received() == received && !net::is_delivering(self.stream.as_fd(), limit) {
-            self.cancel.give_up(format!("no answer to a ping in {} s", limit.as_secs()));
-        }
-    }
-
-    /// Says why the link ends with this time-out.
-    fn explain(&self, error: io::Error, silent: &str) -> io::Error {
-        if error.kind() == io::ErrorKind::TimedOut && self.cancel.is_established() {
-            // The kernel's own is TCP_USER_TIMEOUT.
-            let what = error.raw_os_error().map_or(silent, |_| "unacknowledged for");
-            self.cancel.give_up(format!("{what} {} s", self.cancel.patience().as_secs()));
-        }
-        error
+    /// How long the server may take for an answer to a ping.
+    pub(super) fn patience(&self) -> Duration {
+        self.cancel.patience.get().copied().unwrap_or(LEAST_PATIENCE)
     }
 
     /// In bytes.
@@ -97,47 +85,64 @@ impl Socket {
         self.cancel.written.load(Ordering::Relaxed)
     }
 
-    fn set_time_outs(&self) -> io::Result<()> {
-        if self.cancel.is_established() {
-            return Ok(());
-        }
-        let left = Some(self.cancel.left()).filter(|left| !left.is_zero());
-        left.ok_or(io::ErrorKind::TimedOut)?;
-        self.stream.set_read_timeout(left)?;
-        self.stream.set_write_timeout(left)
+    /// What a ping that is written now asks. The link may be silent for as long as `silence` before the answer's time.
+    pub(super) fn question(&self, patience: Duration, silence: Duration) -> Question {
+        let asked = Instant::now();
+        Question { limit: asked + patience, asked, patience, silence }
     }
-}
 
-/// The kernel calls a time-out "again". A process that is stopped and continued finds its waits interrupted.
-fn uninterrupted(mut operation: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
-    loop {
-        match operation() {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
-            other => return other,
+    /// At the limit: ends the link if nothing has come since, unless the ping may still wait behind what a slow link carries
+    /// away. Then there is more time.
+    pub(super) fn judge(&self, question: Question) -> Option<Question> {
+        let Question { limit, asked, patience, silence } = question;
+        let heard = self.began + Duration::from_micros(self.cancel.heard.load(Ordering::Relaxed));
+        if heard >= asked {
+            return None;
+        }
+        let delivering = net::is_delivering(self.stream.as_fd(), patience);
+        let later = if delivering { limit + patience } else { heard + silence + patience };
+        if later > limit {
+            return Some(Question { limit: later, ..question });
+        }
+        self.cancel.give_up(format!("no answer to a ping in {} s", patience.as_secs()));
+        None
+    }
+
+    /// Ends `operation` in time, during the handshakes by the dial's deadline.
+    fn limited(&self, mut operation: impl FnMut(&TcpStream) -> io::Result<usize>) -> io::Result<usize> {
+        let is_established = self.cancel.is_established();
+        if !is_established {
+            let left = Some(self.cancel.left()).filter(|left| !left.is_zero());
+            left.ok_or(io::ErrorKind::TimedOut)?;
+            self.stream.set_read_timeout(left)?;
+            self.stream.set_write_timeout(left)?;
+        }
+        loop {
+            let result = operation(&self.stream);
+            match result.as_ref().map_err(io::Error::kind) {
+                // A process that is stopped and continued finds its waits interrupted.
+                Err(io::ErrorKind::Interrupted) => {}
+                // The kernel calls a time-out "again". A slow link makes room for more only now and then.
+                Err(io::ErrorKind::WouldBlock)
+                    if is_established && net::is_delivering(self.stream.as_fd(), self.patience()) => {}
+                // The other one is TCP_USER_TIMEOUT's.
+                Err(io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                    if is_established {
+                        self.cancel.give_up(format!("unacknowledged for {} s", self.patience().as_secs()));
+                    }
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                _ => return result,
+            }
         }
     }
 }
 
 impl Read for Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.set_time_outs()?;
-        let start = Instant::now();
-        let n = loop {
-            match uninterrupted(|| (&*self.stream).read(buffer)) {
-                // The ping may still wait behind what a slow link carries away.
-                Err(e)
-                    if e.kind() == io::ErrorKind::TimedOut
-                        && self.cancel.is_established()
-                        && net::is_delivering(self.stream.as_fd(), self.cancel.patience()) => {}
-                result => break result.map_err(|e| self.explain(e, "no answer to a ping in"))?,
-            }
-        };
-        if !self.cancel.is_established() {
-            let took = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-            self.cancel.slowest.fetch_max(took, Ordering::Relaxed);
-        }
-        self.cancel.received.fetch_add(1, Ordering::Relaxed);
+        let n = self.limited(|mut stream| stream.read(buffer))?;
+        let now = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.cancel.heard.store(now, Ordering::Relaxed);
         if self.quick_ack {
             // Only a hint; a socket that can't do it still works.
             let _ = net::rearm_quick_ack(self.stream.as_fd());
@@ -148,21 +153,7 @@ impl Read for Socket {
 
 impl Write for Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.set_time_outs()?;
-        let mut before = u64::MAX;
-        let n = loop {
-            let error = match uninterrupted(|| (&*self.stream).write(bytes)) {
-                Ok(n) => break n,
-                Err(e) => e,
-            };
-            // A slow link makes room for more only now and then: as long as less and less waits, it works.
-            let waiting = net::undelivered(self.stream.as_fd());
-            let silent = error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_none();
-            if !silent || !self.cancel.is_established() || waiting >= before {
-                return Err(self.explain(error, "the server took nothing for"));
-            }
-            before = waiting;
-        };
+        let n = self.limited(|mut stream| stream.write(bytes))?;
         self.cancel.written.fetch_add(n as u64, Ordering::Relaxed);
         Ok(n)
     }
@@ -178,9 +169,8 @@ pub(super) struct Cancel {
     state: Mutex<State>,
     /// How long the server may take for an answer. Set once the websocket is open.
     patience: OnceLock<Duration>,
-    /// In milliseconds: how long the dial had to wait for something to read.
-    slowest: AtomicU64,
-    received: AtomicUsize,
+    /// When something was received last, in microseconds since the socket was connected.
+    heard: AtomicU64,
     /// To the socket, in bytes.
     written: AtomicU64,
     /// The dial's.
@@ -191,20 +181,19 @@ pub(super) struct Cancel {
 
 #[derive(Debug, Default)]
 struct State {
-    cancelled: bool,
+    /// Why the link ends, if it doesn't by itself.
+    end: Option<LinkError>,
     socket: Option<Arc<TcpStream>>,
-    /// When [`Cancel::reads`] was called last: whether something waited to be read, and how often the reader had read.
+    /// When [`Cancel::reads`] was called last: whether something waited to be read, and when the reader had read.
     had_unread: bool,
-    had_received: usize,
-    /// Why the link ends, if it was found dead.
-    dead: Option<String>,
+    had_heard: u64,
 }
 
 impl Cancel {
     pub(super) fn new() -> io::Result<Self> {
-        let (state, patience, slowest, received, written) = Default::default();
+        let (state, patience, heard, written) = Default::default();
         let (deadline, wake) = (Instant::now() + ATTEMPT_LIMIT, Arc::new(Wake::new()?));
-        Ok(Cancel { state, patience, slowest, received, written, deadline, wake })
+        Ok(Cancel { state, patience, heard, written, deadline, wake })
     }
 
     /// The dial's time.
@@ -213,14 +202,14 @@ impl Cancel {
     }
 
     pub(super) fn cancel(&self) {
-        lock(&self.state).cancelled = true;
+        lock(&self.state).end = Some(LinkError::Cancelled);
         self.wake.notify();
         self.interrupt();
     }
 
     /// Ends a dial or a link that is dead.
     pub(super) fn give_up(&self, reason: String) {
-        lock(&self.state).dead.get_or_insert(reason);
+        lock(&self.state).end.get_or_insert(LinkError::Dead(reason));
         self.interrupt();
     }
 
@@ -229,17 +218,13 @@ impl Cancel {
         self.shut_down(if self.is_established() { Shutdown::Read } else { Shutdown::Both });
     }
 
-    /// Why, if it was given up.
-    pub(super) fn death(&self) -> Option<String> {
-        lock(&self.state).dead.take()
+    /// Why the link has ended, if it was cancelled or given up.
+    pub(super) fn take_end(&self) -> Option<LinkError> {
+        lock(&self.state).end.take()
     }
 
     fn is_established(&self) -> bool {
         self.patience.get().is_some()
-    }
-
-    fn patience(&self) -> Duration {
-        self.patience.get().copied().unwrap_or(LEAST_PATIENCE)
     }
 
     pub(super) fn local_address(&self) -> Option<IpAddr> {
@@ -248,14 +233,14 @@ impl Cancel {
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
-        lock(&self.state).cancelled
+        matches!(lock(&self.state).end, Some(LinkError::Cancelled))
     }
 
-    /// From here on `socket` is the one to shut down. Fails once cancelled.
+    /// From here on `socket` is the one to shut down. Fails once the dial has been ended.
     pub(super) fn register(&self, socket: &Arc<TcpStream>) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.socket = Some(Arc::clone(socket));
-        if state.cancelled { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+        if state.end.is_some() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 
     pub(super) fn shut_down(&self, how: Shutdown) {
@@ -273,12 +258,12 @@ impl Cancel {
 
     /// False if the reader hasn't read since the last call though something waited then and now. `None` while dialling.
     pub(super) fn reads(&self) -> Option<bool> {
-        let received = self.received.load(Ordering::Relaxed);
+        let heard = self.heard.load(Ordering::Relaxed);
         let mut state = lock(&self.state);
-        let heard = mem::replace(&mut state.had_received, received) != received;
+        let has_read = mem::replace(&mut state.had_heard, heard) != heard;
         let socket = state.socket.as_ref().filter(|_| self.is_established())?;
         let unread = net::is_readable(socket.as_fd());
         let had_unread = mem::replace(&mut state.had_unread, unread);
-        Some(heard || !had_unread || !unread)
+        Some(has_read || !had_unread || !unread)
     }
 }

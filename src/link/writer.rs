@@ -10,6 +10,7 @@ use tungstenite::{Error, Message, WebSocket};
 use super::error::LinkError;
 use super::halves::Half;
 use super::pace::Pace;
+use super::socket::{Question, Socket};
 use crate::outbox::{Class, Mark, Queue, Work};
 
 /// As Mender's agent sends it.
@@ -40,15 +41,17 @@ fn websocket(half: Half) -> WebSocket<Half> {
 impl Writer {
     fn write(&mut self, queue: &mut Queue, heartbeat: Duration) -> Result<(), Error> {
         let mut next_ping = Instant::now() + heartbeat;
-        // The limit of an answer, and what was received when it was asked for.
-        let mut asked: Option<(Instant, usize)> = None;
+        let mut asked = None::<Question>;
         loop {
             let now = Instant::now();
-            if let Some((_, received)) = asked.take_if(|(limit, _)| now >= *limit) {
-                self.websocket.get_ref().socket().expect_answer(received);
+            if let Some(late) = asked.take_if(|asked| now >= asked.limit) {
+                asked = self.socket().judge(late);
             }
             if now >= next_ping {
                 self.websocket.send(Message::Ping(PING_PAYLOAD))?;
+                // mender-auth's forwarder takes more than a slow link carries away: the ping then waits behind that.
+                let silence = if self.pace.is_waiting() { heartbeat } else { Duration::ZERO };
+                asked = asked.or(Some(self.socket().question(self.socket().patience(), silence)));
                 next_ping = now + heartbeat;
                 queue.free_buffers();
                 // tungstenite's buffer has grown to the largest message, and never shrinks.
@@ -64,8 +67,8 @@ impl Writer {
                 // The batch goes out before the writer waits, and only then.
                 self.websocket.flush()?;
                 self.settle();
-                let patience = self.pace.deadline().filter(|deadline| *deadline > now);
-                let deadlines = patience.into_iter().chain(asked.map(|(limit, _)| limit));
+                let opening = self.pace.deadline().filter(|deadline| *deadline > now);
+                let deadlines = opening.into_iter().chain(asked.map(|asked| asked.limit));
                 work = queue.next(sendable, deadlines.fold(next_ping, Instant::min));
             }
             match work {
@@ -84,8 +87,9 @@ impl Writer {
                 Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
                 Some(Work::Ping) => {
                     self.websocket.write(Message::Ping(PING_PAYLOAD))?;
-                    let socket = self.websocket.get_ref().socket();
-                    asked = asked.or(Some((now + socket.answer_limit(), socket.received())));
+                    // The way to the server may be another one now.
+                    let soon = self.socket().question(self.socket().patience() / 2, Duration::ZERO);
+                    asked = Some(asked.map_or(soon, |asked| asked.min(soon)));
                 }
                 Some(Work::Close(code)) => {
                     self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }))?;
@@ -96,9 +100,13 @@ impl Writer {
         }
     }
 
+    fn socket(&self) -> &Socket {
+        self.websocket.get_ref().socket()
+    }
+
     /// Marks the messages of a batch that has been written: a batch is written as a whole.
     fn settle(&mut self) {
-        let written = self.websocket.get_ref().socket().written();
+        let written = self.socket().written();
         if written != self.written {
             self.written = written;
             self.marks.drain(..).for_each(|mark| mark.store(written, Ordering::SeqCst));
@@ -116,7 +124,6 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use super::super::socket::Socket;
     use super::*;
     use crate::outbox::{Outbox, Sink};
     use crate::proto::Frame;

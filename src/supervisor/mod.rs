@@ -162,14 +162,9 @@ impl Supervisor {
 
     fn look_at_network(&mut self) {
         let changes = self.network.as_mut().map(Netlink::read).unwrap_or_default();
-        let mut changed = changes.new | self.suspension.as_mut().is_some_and(Suspension::is_over);
-        if let Some(link) = &self.link
-            && let Some(address) = link.local_address().filter(|address| changes.gone.contains(address))
-        {
-            link.give_up(format!("its address {address} is gone"));
-            changed = true;
-        }
-        if changed {
+        let resumed = self.suspension.as_mut().is_some_and(Suspension::is_over);
+        let lost = self.link.as_ref().is_some_and(|link| link.loses(&changes.gone));
+        if changes.new || resumed || lost {
             self.step(Event::NetworkChanged);
         }
     }
