@@ -1,12 +1,12 @@
 //! The steps to the server: those of the daemon's dial, and what to do about each.
 
+use std::io::ErrorKind;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use super::{Break, Report, expiry, span};
 use crate::auth::Credentials;
 use crate::link::{
-    AnswerFault, Endpoint, IN_CLEAR, LinkError, PROXY_VARIABLES, Progress, ProxyKind, ProxySettings,
-    TlsFault, trial,
+    Endpoint, IN_CLEAR, LinkError, PROXY_VARIABLES, Progress, ProxyKind, ProxySettings, TlsFault, trial,
 };
 use crate::sys::clock;
 use crate::sys::names::Query;
@@ -257,11 +257,11 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
             }
             _ => "Is it a Mender server?",
         },
-        LinkError::NoAnswer(AnswerFault::Closed) if local => {
+        LinkError::NoAnswer(e) if local && e.kind() == ErrorKind::UnexpectedEof => {
             "mender-auth's forwarder does that when it can't reach its server: its log says why, journalctl \
              -u mender-authd"
         }
-        LinkError::NoAnswer(AnswerFault::NotHttp) => {
+        LinkError::NoAnswer(e) if e.kind() == ErrorKind::InvalidData => {
             "Something else listens on that port: is it the right one in the server's URL?"
         }
         LinkError::Broken(_) | LinkError::Closed { .. } | LinkError::TimedOut(_) if step == "round-trip" => {

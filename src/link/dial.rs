@@ -14,7 +14,7 @@ use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Bytes, Error, Message, WebSocket};
 
 use super::endpoint::{Endpoint, IN_CLEAR};
-use super::error::{AnswerFault, LinkError, MAX_MESSAGE};
+use super::error::{LinkError, MAX_MESSAGE};
 use super::halves::Half;
 use super::http::{self, Answer};
 use super::proxy::{Kind as ProxyKind, ProxySettings};
@@ -75,12 +75,10 @@ pub(super) fn dial(
     let (tls, version) = handshake.map(|handshake| handshake(&mut socket)).transpose()?.unzip();
     progress(Progress::Secured(version));
     let mut stream = Half::new(socket, tls);
-    let answer = http::ask(&mut stream, &request).map_err(|fault| match fault {
-        AnswerFault::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
-            LinkError::TimedOut(if upgrade { "the websocket handshake" } else { "the answer" })
-        }
-        AnswerFault::Io(e) => LinkError::Broken(reason(&e)),
-        fault => LinkError::NoAnswer(fault),
+    let answer = http::ask(&mut stream, &request).map_err(|e| match e.kind() {
+        io::ErrorKind::TimedOut if upgrade => LinkError::TimedOut("the websocket handshake"),
+        io::ErrorKind::TimedOut => LinkError::TimedOut("the answer"),
+        _ => LinkError::NoAnswer(e),
     })?;
     progress(Progress::Answered(&answer));
     answer.accepts(key.as_deref())?;

@@ -29,8 +29,9 @@ pub enum LinkError {
     /// Status 401 means that the server doesn't accept the token.
     #[error("websocket: bad handshake: HTTP status {status}")]
     Refused { status: u16, retry_after: Option<Duration> },
-    #[error("connection lost: {0}")]
-    NoAnswer(AnswerFault),
+    /// The request for the websocket, or for the tunnel: UnexpectedEof if nothing answered, InvalidData if it was no HTTP.
+    #[error("connection lost: {}", crate::sys::reason(.0))]
+    NoAnswer(io::Error),
     #[error("{0} timed out")]
     TimedOut(&'static str),
     /// The server, or the way to it, is gone without a word.
@@ -62,18 +63,6 @@ pub enum TlsFault {
     Kind,
     NotTls,
     Other,
-}
-
-#[derive(Debug, Error)]
-pub enum AnswerFault {
-    #[error("closed without an answer")]
-    Closed,
-    #[error("the answer is no HTTP")]
-    NotHttp,
-    #[error("the answer is too long")]
-    TooLong,
-    #[error("{}", crate::sys::reason(.0))]
-    Io(#[from] io::Error),
 }
 
 impl From<Option<CloseFrame>> for LinkError {

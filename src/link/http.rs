@@ -1,6 +1,6 @@
 //! One HTTP/1.1 request and the head of its answer, for the proxy's tunnel, the websocket's upgrade and `doctor`.
 
-use std::io::{Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::time::{Duration, UNIX_EPOCH};
 
 use log::warn;
@@ -9,7 +9,7 @@ use tungstenite::Error;
 use tungstenite::error::ProtocolError;
 
 use super::endpoint::{Endpoint, PATH, USER_AGENT};
-use super::error::{AnswerFault, LinkError};
+use super::error::LinkError;
 use crate::auth::Token;
 use crate::encoding::base64;
 use crate::sys::clock;
@@ -104,36 +104,39 @@ fn retry_after(value: &str) -> Option<Duration> {
     Some(wait.min(LONGEST_RETRY_AFTER))
 }
 
+fn no_http() -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, "the answer is no HTTP")
+}
+
 /// Sends a request and reads its answer's head, byte by byte: what follows belongs to the tunnel or the websocket.
-pub(super) fn ask(mut stream: impl Read + Write, request: &str) -> Result<Answer, AnswerFault> {
+pub(super) fn ask(mut stream: impl Read + Write, request: &str) -> io::Result<Answer> {
     stream.write_all(request.as_bytes())?;
     for _ in 0..=MAX_INTERIM {
-        let head = String::from_utf8_lossy(&read_head(&mut stream)?).into_owned();
-        let answer = Answer::parse(&head).ok_or(AnswerFault::NotHttp)?;
+        let answer = Answer::parse(&read_head(&mut stream)?).ok_or_else(no_http)?;
         if !matches!(answer.status, 100 | 102..=199) {
             return Ok(answer);
         }
     }
-    Err(AnswerFault::TooLong)
+    Err(io::Error::other("the answer is too long"))
 }
 
-fn read_head(stream: &mut impl Read) -> Result<Vec<u8>, AnswerFault> {
+fn read_head(stream: &mut impl Read) -> io::Result<String> {
     let mut head = Vec::new();
     while head.len() < MAX_HEAD {
         let mut byte = [0];
         if stream.read(&mut byte)? == 0 {
-            return Err(AnswerFault::Closed);
+            return Err(io::Error::new(ErrorKind::UnexpectedEof, "closed without an answer"));
         }
         head.push(byte[0]);
         // Another protocol is recognised at its first bytes, since it may send no more of them.
         if !head.starts_with(b"HTTP/1.") && !b"HTTP/1.".starts_with(&head) {
-            return Err(AnswerFault::NotHttp);
+            return Err(no_http());
         }
         if head.ends_with(b"\n\n") || head.ends_with(b"\n\r\n") {
-            return Ok(head);
+            return Ok(String::from_utf8_lossy(&head).into_owned());
         }
     }
-    Err(AnswerFault::TooLong)
+    Err(io::Error::other("the answer is too long"))
 }
 
 /// Asks the server for a websocket with this key. Without one it asks for none: the server judges the token, then

@@ -34,7 +34,7 @@ use crate::sys::thread;
 pub(crate) use dial::{Progress, trial};
 pub(crate) use endpoint::{Endpoint, IN_CLEAR, PATH};
 pub use error::LinkError;
-pub(crate) use error::{AnswerFault, TlsFault};
+pub(crate) use error::TlsFault;
 pub(crate) use proxy::{Kind as ProxyKind, PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;

@@ -1,12 +1,12 @@
 //! HTTP and SOCKS5 proxies: which one the environment names for a server, and how to get through.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::IpAddr;
 
 use percent_encoding::percent_decode_str;
 
 use super::endpoint::{Endpoint, USER_AGENT, Url};
-use super::error::{AnswerFault, LinkError};
+use super::error::LinkError;
 use super::http;
 use crate::encoding::base64;
 use crate::sys::net::contains;
@@ -126,10 +126,14 @@ impl Proxy {
             Kind::Http => self.connect(stream, server),
             Kind::Socks5 => self.socks(stream, server),
         };
-        result.map_err(|reason| LinkError::Proxy(format!("{}: {reason}", self.endpoint.authority())))
+        result.map_err(|e| {
+            let closed = e.kind() == ErrorKind::UnexpectedEof;
+            let reason = if closed { "closed the connection".to_owned() } else { reason(&e) };
+            LinkError::Proxy(format!("{}: {reason}", self.endpoint.authority()))
+        })
     }
 
-    fn connect(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), String> {
+    fn connect(&self, stream: impl Read + Write, server: &Endpoint) -> io::Result<()> {
         let target = server.target();
         let authorization = self.login.as_ref().map_or_else(String::new, |(user, word)| {
             format!("Proxy-Authorization: Basic {}\r\n", base64(&[user, &b":"[..], word].concat()))
@@ -137,25 +141,19 @@ impl Proxy {
         let request = format!(
             "CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {USER_AGENT}\r\n{authorization}\r\n"
         );
-        match http::ask(stream, &request) {
-            Ok(answer) if matches!(answer.status, 200..=299) => Ok(()),
-            Ok(answer) => Err(format!("answered with HTTP status {}", answer.status)),
-            Err(AnswerFault::Closed) => Err("closed the connection".to_owned()),
-            Err(fault) => Err(fault.to_string()),
+        match http::ask(stream, &request)?.status {
+            200..=299 => Ok(()),
+            status => Err(io::Error::other(format!("answered with HTTP status {status}"))),
         }
     }
 
-    fn socks(&self, mut stream: impl Read + Write, server: &Endpoint) -> Result<(), String> {
+    fn socks(&self, mut stream: impl Read + Write, server: &Endpoint) -> io::Result<()> {
         let mut say = |bytes: &[&[u8]], answer: &mut [u8]| {
-            stream.write_all(&bytes.concat()).and_then(|()| stream.read_exact(answer)).map_err(|e| {
-                match e.kind() {
-                    ErrorKind::UnexpectedEof => "closed the connection".to_owned(),
-                    _ => reason(&e),
-                }
-            })
+            stream.write_all(&bytes.concat()).and_then(|()| stream.read_exact(answer))
         };
+        let fault = |reason: &str| io::Error::other(reason);
         let length =
-            |text: &[u8]| u8::try_from(text.len()).map_err(|_| "a name is longer than 255 bytes".to_owned());
+            |text: &[u8]| u8::try_from(text.len()).map_err(|_| fault("a name is longer than 255 bytes"));
         let (mut answer, methods) = ([0; 2], if self.login.is_some() { &[0, 2][..] } else { &[0] });
         say(&[&[5, methods.len() as u8], methods], &mut answer)?;
         match (answer, &self.login) {
@@ -163,12 +161,12 @@ impl Proxy {
             ([5, 2], Some((user, word))) => {
                 say(&[&[1, length(user)?], user, &[length(word)?], word], &mut answer)?;
                 if answer[1] != 0 {
-                    return Err("user or password is wrong".to_owned());
+                    return Err(fault("user or password is wrong"));
                 }
             }
-            ([5, _], None) => return Err("wants a user and a password".to_owned()),
-            ([5, _], Some(_)) => return Err("takes no password".to_owned()),
-            _ => return Err("is no SOCKS5 proxy".to_owned()),
+            ([5, _], None) => return Err(fault("wants a user and a password")),
+            ([5, _], Some(_)) => return Err(fault("takes no password")),
+            _ => return Err(fault("is no SOCKS5 proxy")),
         }
         let host = server.bare_host().as_bytes();
         let place = match server.address() {
@@ -179,11 +177,11 @@ impl Proxy {
         // The first byte of the address that the proxy uses comes along: it may be a length.
         let mut answer = [0; 5];
         say(&[&[5, 1, 0], &place, &server.port.to_be_bytes()], &mut answer)?;
-        let [5, code, _, kind, first] = answer else { return Err("is no SOCKS5 proxy".to_owned()) };
+        let [5, code, _, kind, first] = answer else { return Err(fault("is no SOCKS5 proxy")) };
         if code != 0 {
-            let fault = SOCKS_FAULTS.get(usize::from(code) - 1);
+            let known = SOCKS_FAULTS.get(usize::from(code) - 1);
             return Err(
-                fault.map_or_else(|| format!("answered with code {code}"), |fault| (*fault).to_owned())
+                known.map_or_else(|| fault(&format!("answered with code {code}")), |known| fault(known))
             );
         }
         let rest = match kind {
