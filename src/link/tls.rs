@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{WebPkiServerVerifier, verify_server_name};
@@ -12,10 +13,10 @@ use rustls::sign::SigningKey;
 use rustls::time_provider::TimeProvider;
 use rustls::{
     AlertDescription, CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, Error,
-    InvalidMessage, RootCertStore, SignatureScheme,
+    InvalidMessage, OtherError, RootCertStore, SignatureScheme,
 };
-
-use webpki::EndEntityCert;
+use time::OffsetDateTime;
+use webpki::{EndEntityCert, KeyUsage};
 
 use super::endpoint::Endpoint;
 use super::error::{LinkError, TlsFault};
@@ -58,42 +59,21 @@ fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn 
 
 /// A certificate's dates and names.
 fn described(certificate: &CertificateDer<'_>) -> Option<String> {
-    let names: Vec<_> =
-        EndEntityCert::try_from(certificate).ok()?.valid_dns_names().map(str::to_owned).collect();
+    let certificate = EndEntityCert::try_from(certificate).ok()?;
+    let names: Vec<_> = certificate.valid_dns_names().collect();
     let names = if names.is_empty() { "no DNS name".to_owned() } else { names.join(", ") };
-    // RFC 5280, 4.1. Before the dates come version, serial number, algorithm and issuer.
-    let mut body = element(&mut element(&mut &**certificate)?)?;
-    for _ in 0..4 {
-        element(&mut body)?;
-    }
-    let mut validity = element(&mut body)?;
-    let mut date = || {
-        // A year of two digits is one from 1950 to 2049.
-        let text = std::str::from_utf8(element(&mut validity)?).ok()?;
-        let century = match text.len() {
-            13 if text < "5" => "20",
-            13 => "19",
-            _ => "",
-        };
-        let (day, _) = text.split_at_checked(text.len().checked_sub(7)?)?;
-        let (month, day) = day.split_at_checked(day.len().checked_sub(2)?)?;
-        let (year, month) = month.split_at_checked(month.len().checked_sub(2)?)?;
-        Some(format!("{century}{year}-{month}-{day}"))
+    // webpki tells a date only as the reason to refuse the certificate, which it looks for before any other.
+    let refused = |at| {
+        let at = UnixTime::since_unix_epoch(Duration::from_secs(at));
+        certificate.verify_for_usage(&[], &[], &[], at, KeyUsage::server_auth(), None, None).err()
     };
-    Some(format!("; the certificate is for {names}, from {} to {}", date()?, date()?))
-}
-
-/// The content of the first element, which is taken from `der`.
-fn element<'a>(der: &mut &'a [u8]) -> Option<&'a [u8]> {
-    let ([_, length], mut rest) = der.split_first_chunk()?;
-    let mut length = usize::from(*length);
-    if length >= 0x80 {
-        let (digits, after) = rest.split_at_checked(length & 0x7f)?;
-        (length, rest) = (digits.iter().fold(0, |length, digit| length << 8 | usize::from(*digit)), after);
-    }
-    let (content, after) = rest.split_at_checked(length)?;
-    *der = after;
-    Some(content)
+    let Some(webpki::Error::CertExpired { not_after, .. }) = refused(u64::MAX) else { return None };
+    let from = match refused(0) {
+        Some(webpki::Error::CertNotValidYet { not_before, .. }) => not_before.as_secs(),
+        _ => 0,
+    };
+    let day = |at| Some(OffsetDateTime::from_unix_timestamp(i64::try_from(at).ok()?).ok()?.date());
+    Some(format!("; the certificate is for {names}, from {} to {}", day(from)?, day(not_after.as_secs())?))
 }
 
 fn failed(reason: impl ToString) -> LinkError {
@@ -107,14 +87,23 @@ struct Verifier {
     roots: Arc<RootCertStore>,
 }
 
+/// Why a certificate is refused whoever is trusted.
+#[derive(Debug, thiserror::Error)]
+#[error("the server's certificate is of a kind that can't be verified: {0}")]
+struct Unverifiable(&'static str);
+
 impl Verifier {
-    /// ring refuses RSA keys below 2048 bits by calling their signatures wrong.
-    fn with_reason(
+    /// Names what ring can't verify in `certificate` or its issuers, if that is the error.
+    fn named<T>(
         &self,
-        error: Error,
+        result: Result<T, Error>,
         certificate: &CertificateDer<'_>,
         others: &[CertificateDer<'_>],
-    ) -> Error {
+    ) -> Result<T, Error> {
+        use CertificateError::{
+            BadSignature, Other, UnsupportedSignatureAlgorithmContext as Signature,
+            UnsupportedSignatureAlgorithmForPublicKeyContext as ForKey,
+        };
         let small = |key: &[u8]| key.len() < SMALL_RSA_KEY && has(key, RSA);
         let uses_small = |certificate: &CertificateDer<'_>| {
             let Ok(certificate) = EndEntityCert::try_from(certificate) else { return false };
@@ -122,17 +111,37 @@ impl Verifier {
             small(&certificate.subject_public_key_info())
                 || issuers.any(|root| small(&root.subject_public_key_info))
         };
-        if error == CertificateError::BadSignature.into()
-            && (uses_small(certificate) || others.iter().any(uses_small))
-        {
-            let (signature_algorithm_id, public_key_algorithm_id) = (Vec::new(), RSA.to_vec());
-            return CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext {
-                signature_algorithm_id,
-                public_key_algorithm_id,
-            }
-            .into();
-        }
-        error
+        result.map_err(|error| {
+            let Error::InvalidCertificate(cause) = &error else { return error };
+            let what = match cause {
+                Signature { signature_algorithm_id: signature, .. } => algorithm(signature, &[]),
+                ForKey { signature_algorithm_id: signature, public_key_algorithm_id: key } => {
+                    algorithm(signature, key)
+                }
+                // ring refuses such keys by calling their signatures wrong.
+                BadSignature if uses_small(certificate) || others.iter().any(uses_small) => {
+                    "an RSA key below 2048 bits"
+                }
+                Other(e) if matches!(e.0.downcast_ref(), Some(webpki::Error::UnsupportedCertVersion)) => {
+                    "X.509 before version 3"
+                }
+                _ => return error,
+            };
+            Other(OtherError(Arc::new(Unverifiable(what)))).into()
+        })
+    }
+}
+
+/// What is unknown to ring in a signature or a key.
+fn algorithm(signature: &[u8], key: &[u8]) -> &'static str {
+    // OIDs of RFC 5480 and RFC 5758.
+    let has = |oid| has(signature, oid) || has(key, oid);
+    if has(b"\x2b\x81\x04\x00\x23") {
+        "a key on the curve P-521"
+    } else if has(b"\x2a\x86\x48\xce\x3d\x04\x03\x04") {
+        "ECDSA with SHA-512"
+    } else {
+        "a signature of an unusual algorithm, or with SHA-1"
     }
 }
 
@@ -154,26 +163,27 @@ impl ServerCertVerifier for Verifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
+        use CertificateError::{
+            BadSignature, Other, UnknownIssuer, UnsupportedSignatureAlgorithmContext,
+            UnsupportedSignatureAlgorithmForPublicKeyContext,
+        };
         let verified = self.inner.verify_server_cert(end_entity, intermediates, name, ocsp_response, now);
-        verified.or_else(|error| {
-            // Each of these is found after the dates were found right.
-            let about_issuer = match &error {
-                Error::InvalidCertificate(CertificateError::Other(e)) => {
-                    matches!(e.0.downcast_ref(), Some(webpki::Error::CaUsedAsEndEntity))
-                }
-                Error::InvalidCertificate(e) => {
-                    matches!(e, CertificateError::UnknownIssuer | CertificateError::BadSignature)
-                        || algorithm(e).is_some()
-                }
-                _ => false,
-            };
-            // Read a second time instead of being kept for the rare case.
-            if !about_issuer || !rustls_native_certs::load_native_certs().certs.contains(end_entity) {
-                return Err(self.with_reason(error, end_entity, intermediates));
+        let verified = verified.or_else(|error| match &error {
+            // Each of these is found after the dates were found right, and is about the issuer, or about a CA's certificate
+            // at a server. The store is read a second time instead of being kept for the rare case.
+            Error::InvalidCertificate(
+                BadSignature
+                | UnknownIssuer
+                | UnsupportedSignatureAlgorithmContext { .. }
+                | UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
+                | Other(_),
+            ) if rustls_native_certs::load_native_certs().certs.contains(end_entity) => {
+                verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
+                Ok(ServerCertVerified::assertion())
             }
-            verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
-            Ok(ServerCertVerified::assertion())
-        })
+            _ => Err(error),
+        });
+        self.named(verified, end_entity, intermediates)
     }
 
     fn verify_tls12_signature(
@@ -182,8 +192,7 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let verified = self.inner.verify_tls12_signature(message, certificate, signed);
-        verified.map_err(|error| self.with_reason(error, certificate, &[]))
+        self.named(self.inner.verify_tls12_signature(message, certificate, signed), certificate, &[])
     }
 
     fn verify_tls13_signature(
@@ -192,8 +201,7 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let verified = self.inner.verify_tls13_signature(message, certificate, signed);
-        verified.map_err(|error| self.with_reason(error, certificate, &[]))
+        self.named(self.inner.verify_tls13_signature(message, certificate, signed), certificate, &[])
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -201,27 +209,21 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// A handshake's error, in our words where the certificate is one that ring can't verify.
+/// A handshake's error.
 fn explained(error: &io::Error) -> LinkError {
     use CertificateError::{
         Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
         Other,
     };
-    let cant = |what: &str| format!("the server's certificate is of a kind that can't be verified: {what}");
     let (fault, text) = match error.get_ref().and_then(|e| e.downcast_ref()) {
         Some(Error::InvalidCertificate(e)) => match e {
             Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => {
                 (TlsFault::Dates, None)
             }
             NotValidForName | NotValidForNameContext { .. } => (TlsFault::Name, None),
-            Other(e) if matches!(e.0.downcast_ref(), Some(webpki::Error::UnsupportedCertVersion)) => {
-                (TlsFault::Kind, Some(cant("X.509 before version 3")))
-            }
-            _ => match algorithm(e) {
-                Some(algorithm) => (TlsFault::Kind, Some(cant(algorithm))),
-                // Such as a certificate that signs itself.
-                None => (TlsFault::Issuer, None),
-            },
+            Other(e) if e.0.is::<Unverifiable>() => (TlsFault::Kind, Some(e.to_string())),
+            // Such as a certificate that signs itself.
+            _ => (TlsFault::Issuer, None),
         },
         // What a server with no other certificate says.
         Some(Error::AlertReceived(AlertDescription::HandshakeFailure)) => {
@@ -232,32 +234,6 @@ fn explained(error: &io::Error) -> LinkError {
         _ => (TlsFault::Other, None),
     };
     LinkError::Tls(text.unwrap_or_else(|| error.to_string()), fault)
-}
-
-/// The algorithm of a signature that ring doesn't know.
-fn algorithm(error: &CertificateError) -> Option<&'static str> {
-    use CertificateError::{
-        UnsupportedSignatureAlgorithmContext as Signature,
-        UnsupportedSignatureAlgorithmForPublicKeyContext as ForKey,
-    };
-    let (signature, key) = match error {
-        Signature { signature_algorithm_id: signature, .. } => (signature, &Vec::new()),
-        ForKey { signature_algorithm_id: signature, public_key_algorithm_id: key } => (signature, key),
-        _ => return None,
-    };
-    // OIDs of RFC 5480, RFC 5758 and RFC 8017.
-    let has = |oid: &[u8]| has(signature, oid) || has(key, oid);
-    Some(if has(RSA) && signature.is_empty() {
-        "an RSA key below 2048 bits"
-    } else if has(b"\x2b\x81\x04\x00\x23") {
-        "a key on the curve P-521"
-    } else if has(b"\x2a\x86\x48\xce\x3d\x04\x03\x04") {
-        "ECDSA with SHA-512"
-    } else if has(b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x05") || has(b"\x2a\x86\x48\xce\x3d\x04\x01") {
-        "a signature with SHA-1"
-    } else {
-        "a signature of an unusual algorithm"
-    })
 }
 
 /// The device has no certificate. ring's provider would bring along the code to sign with any kind of key.
