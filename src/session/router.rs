@@ -186,16 +186,12 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         if user.as_str().is_empty() {
             return warn!("StopShellMessage: sessionId not given and userId empty");
         }
-        let shells: Vec<SessionId> = lock(&self.table)
-            .iter()
-            .filter(|(_, entry)| entry.info.shell().is_some_and(|shell| shell.user == user))
-            .map(|(id, _)| id.clone())
-            .collect();
-        info!("stopping {} shells of user {user}", shells.len());
+        info!("stopping all shells of user {user}");
         while self.device.detached.take(|kept| kept.is_of(&user)).is_some() {}
-        for id in shells {
-            let stop = Frame { sid: Some(id.clone()), ..frame.clone() };
-            self.deliver(&id, stop);
+        // To all sessions: the router doesn't know of shells that are about to start. Each judges by its own shell.
+        let sessions: Vec<SessionId> = lock(&self.table).keys().cloned().collect();
+        for id in sessions {
+            self.deliver(&id, frame.clone());
         }
     }
 

@@ -349,6 +349,9 @@ impl Session {
     }
 
     fn handle(&mut self, frame: Frame, now: Instant) {
+        if frame.sid.is_none() && !self.terminal.is_meant(&frame) {
+            return;
+        }
         self.peer.info.heard(frame.proto, now);
         if self.close_at.is_some() || starts_idling(&frame) {
             (self.ping_at, self.close_at) = (Some(now + PING_AFTER), Some(now + CLOSE_AFTER));

@@ -97,6 +97,16 @@ impl Terminal {
         if room { inbox.pop() } else { None }
     }
 
+    /// Whether a `stop` of all shells of a user may be about this one's.
+    pub(crate) fn is_meant(&self, stop: &Frame) -> bool {
+        match &self.state {
+            State::Nothing => false,
+            State::Running(running) => running.info.user == stop.user(),
+            // The next one may wait in front of it.
+            State::Ending(_) => true,
+        }
+    }
+
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: Frame, now: Instant) {
         if !peer.device.config().terminal.enabled {
             return peer.reply(&unknown(&peer.id, &frame));

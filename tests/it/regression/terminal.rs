@@ -12,12 +12,15 @@ use nix::sys::stat::Mode;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::harness::client::{Style, Terminal};
+use crate::harness::aftermath::assert_healthy;
+use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::daemon::emulated;
 use crate::harness::device::{Device, Generation};
+use crate::harness::msg::{self, Ints, Msg, SHELL};
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, is_root, script_config};
 use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn};
+use crate::harness::wire;
 
 /// The output of [`long_output`]'s shell.
 fn numbers() -> String {
@@ -106,6 +109,29 @@ fn a_stopped_shell_is_in_nobodys_way() {
     let third = Terminal::of_user(&device, "alice");
     third.ask_new();
     third.expect("new", 2, Some("user has too many open sessions"));
+}
+
+/// A `stop` of all shells of a user passed over those that were about to start: they ran on until their client's health
+/// check.
+#[test]
+fn a_stop_of_all_shells_is_for_those_that_start_too() {
+    let (mut rig, device) = Setup::new().connected();
+    let user = [("user_id", "alice".into())];
+    let message = |sid: &str, typ| {
+        let value = msg::message(SHELL, typ, sid, &user, b"");
+        wire::encode(true, wire::BINARY, &msg::encode(&value, Ints::Compact))
+    };
+    for _ in 0..10 {
+        let sid = new_sid();
+        // In one write, so that the shell isn't there yet when the second one comes.
+        let both = [message(&sid, "new"), message("", "stop")].concat();
+        device.write(&both).expect("write to the device");
+        for typ in ["new", "stop"] {
+            let ours = |msg: &Msg| msg.sid.as_deref() == Some(&sid) && msg.typ == typ;
+            assert_eq!(device.take(SOON, typ, ours).status(), Some(1));
+        }
+    }
+    assert_healthy(&mut rig, &device);
 }
 
 /// Nothing but threads bounded how many programs that don't end could be left behind by reopening a terminal.
