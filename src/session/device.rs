@@ -1,17 +1,17 @@
 //! What all sessions of the device share, beyond the life of a link.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use log::info;
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::detached::Detached;
 use super::file_transfer::rate::Counters;
-use super::shells::{MAX_SHELLS, Refusal, ShellPermit, Shells};
+use super::inbox::Inbox;
+use super::shells::{Admission, Kept, MAX_SHELLS, Refusal, Shells};
 use super::stats::{Figures, Info, seconds};
 use super::store::Store;
-use super::table::Table;
 use crate::commands::Commands;
 use crate::config::Config;
 use crate::permits::Permits;
@@ -29,11 +29,20 @@ const MEMORY: usize = 16 << 20;
 /// Descriptors that forwards leave to sessions, one each, and to shells, files, `status` and the link.
 const RESERVED_DESCRIPTORS: usize = MAX_THREADS + 64;
 
+/// The sessions of one link, by their ids.
+pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
+
+/// A session as others see it.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) info: Arc<Info>,
+}
+
 #[derive(Debug)]
 pub struct Device {
     config: Mutex<Arc<Config>>,
     pub(crate) shells: Arc<Shells>,
-    pub(crate) detached: Detached,
     /// It keeps shells when the agent ends.
     pub(crate) store: Option<Arc<Store>>,
     pub(crate) transferred: Counters,
@@ -57,7 +66,6 @@ impl Device {
         Arc::new(Device {
             config: Mutex::new(Arc::new(config)),
             shells: Arc::default(),
-            detached: Detached::default(),
             store: Store::open(),
             transferred: Counters::default(),
             commands: Arc::default(),
@@ -74,10 +82,17 @@ impl Device {
         Arc::clone(&lock(&self.config))
     }
 
-    /// The right to a shell for the session of `wake`.
-    pub(crate) fn acquire_shell(&self, user: &UserId, wake: &Arc<Wake>) -> Result<ShellPermit, Refusal> {
-        let most = self.config().sessions.max_per_user;
-        self.shells.acquire(user, most, self.detached.has(user), wake, Instant::now())
+    /// See [`Shells::acquire`].
+    pub(crate) fn admit(&self, user: &UserId, wake: &Arc<Wake>, asks: bool) -> Result<Admission, Refusal> {
+        self.shells.acquire(user, self.config().sessions.max_per_user, wake, asks)
+    }
+
+    /// Keeps the shell of the session that `wake` wakes for its user, who has gone. False if it may not be kept.
+    pub(crate) fn detach(&self, id: &SessionId, info: &Arc<Info>, wake: &Arc<Wake>) -> bool {
+        let keeps = !self.config().sessions.keep_detached.is_zero();
+        let of_user = info.shell().is_some_and(|shell| !shell.user.as_str().is_empty());
+        let kept = Kept { id: id.clone(), info: Arc::clone(info), since: Instant::now() };
+        keeps && of_user && self.shells.detach(kept, wake)
     }
 
     /// Running shells expire by the new configuration, disabled protocols end, all else goes on as it was.
@@ -86,7 +101,7 @@ impl Device {
         for entry in lock(&self.table()).values() {
             entry.inbox.wake.notify();
         }
-        self.detached.wake();
+        self.shells.wake();
     }
 
     /// For a new link. The one before keeps its own until its sessions have ended.
@@ -132,7 +147,7 @@ impl Device {
                 None => info!("   {id} status:no shell started:{age} s ago"),
             }
         }
-        for (id, info, since) in self.detached.list() {
+        for Kept { id, info, since } in self.shells.kept() {
             let pid = info.shell().map_or(0, |shell| shell.pid);
             info!("   {id} status:detached for:{} s, pid:{pid}", seconds(since, now) as u64);
         }

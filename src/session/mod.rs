@@ -4,7 +4,6 @@
 //! nothing is left to do for it, and when the link is gone, unless there is a shell to keep.
 
 mod credit;
-mod detached;
 mod device;
 mod file_transfer;
 mod inbox;
@@ -16,7 +15,6 @@ mod session;
 mod shells;
 pub(crate) mod stats;
 mod store;
-mod table;
 mod terminal;
 
 pub use self::device::Device;

@@ -4,11 +4,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::credit::Credit;
-use super::device::Device;
+use super::device::{Device, Entry, Table};
 use super::inbox::Inbox;
-use super::shells::ShellPermit;
+use super::shells::Admission;
 use super::stats::Info;
-use super::table::{Client, Table};
 use crate::outbox::Sink;
 use crate::permits::{Permit, Permits};
 use crate::proto::{Frame, SessionId, control};
@@ -27,18 +26,42 @@ pub struct Peer {
     /// Wakes the session's thread.
     pub wake: Arc<Wake>,
     pub info: Arc<Info>,
-    /// For the shell that the session was started for, or waits for.
-    pub(crate) shell_permit: Option<ShellPermit>,
+    /// For the shell that the session was started for.
+    pub(crate) admission: Option<Admission>,
     pub sink: Sink,
     pub(crate) credit: Credit,
     /// For its forwards.
     pub(crate) look_ups: Arc<Permits>,
-    pub(crate) table: Arc<Table>,
+    table: Arc<Table>,
     /// Shared by a commit, which may outlive the session.
     pub(crate) thread: Arc<Permit>,
 }
 
 impl Peer {
+    /// Nobody finds it by its id yet.
+    pub(crate) fn new(
+        device: &Arc<Device>,
+        id: &SessionId,
+        info: &Arc<Info>,
+        sink: Sink,
+        wake: &Arc<Wake>,
+        thread: Permit,
+    ) -> Self {
+        Peer {
+            id: id.clone(),
+            device: Arc::clone(device),
+            inbox: Arc::new(Inbox::new(Arc::clone(wake), &device.memory)),
+            wake: Arc::clone(wake),
+            info: Arc::clone(info),
+            admission: None,
+            sink,
+            credit: Credit::new(Instant::now()),
+            look_ups: Permits::new(MAX_LOOK_UPS),
+            table: Arc::default(),
+            thread: Arc::new(thread),
+        }
+    }
+
     /// Sends a frame that waits for no credit, such as an answer.
     pub(crate) fn reply(&mut self, frame: &Frame) {
         self.credit.sent(frame.body.len(), Instant::now());
@@ -51,21 +74,11 @@ impl Peer {
         self.sink.reply(&control::ping(&self.id));
     }
 
-    pub(crate) fn new(device: &Arc<Device>, client: Client, thread: Permit, now: Instant) -> Self {
-        let Client { id, inbox, info, sink, wake, table } = client;
-        Peer {
-            id,
-            device: Arc::clone(device),
-            inbox,
-            wake,
-            info,
-            shell_permit: None,
-            sink,
-            credit: Credit::new(now),
-            look_ups: Permits::new(MAX_LOOK_UPS),
-            table,
-            thread: Arc::new(thread),
-        }
+    /// The session is found by its id from now on.
+    pub(crate) fn enter(&mut self, table: &Arc<Table>) {
+        self.table = Arc::clone(table);
+        let entry = Entry { inbox: Arc::clone(&self.inbox), info: Arc::clone(&self.info) };
+        lock(&self.table).insert(self.id.clone(), entry);
     }
 
     /// Frees the session's id.
@@ -75,31 +88,6 @@ impl Peer {
         if sessions.get(&self.id).is_some_and(|entry| Arc::ptr_eq(&entry.inbox, &self.inbox)) {
             sessions.remove(&self.id);
         }
-    }
-
-    /// Hands the client on to another thread. This one is left with nobody.
-    pub(crate) fn give_away(&mut self) -> Client {
-        Client {
-            id: self.id.clone(),
-            inbox: Arc::clone(&self.inbox),
-            info: Arc::clone(&self.info),
-            sink: self.sink.clone(),
-            wake: Arc::clone(&self.wake),
-            table: std::mem::take(&mut self.table),
-        }
-    }
-
-    /// Goes on with another client, or with the same by another link.
-    pub(crate) fn receive(&mut self, client: Client, now: Instant) {
-        self.leave();
-        let Client { id, inbox, info, sink, wake, table } = client;
-        if id == self.id {
-            self.credit.resume();
-        } else {
-            self.credit = Credit::new(now);
-        }
-        (self.id, self.inbox, self.info, self.sink, self.wake, self.table) =
-            (id, inbox, info, sink, wake, table);
     }
 }
 

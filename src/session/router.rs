@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use log::{debug, info, warn};
 
-use super::device::Device;
-use super::inbox::{HangUp, Inbox, Rejected};
+use super::device::{Device, Entry, Table};
+use super::inbox::{HangUp, Rejected};
 use super::peer::Peer;
+use super::shells::Admission;
 use super::stats::Info;
-use super::table::{Client, Entry, Table};
 use super::{session, terminal};
 use crate::commands;
 use crate::outbox::{Outbox, Sink};
@@ -47,8 +47,8 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
     pub fn with(device: &Arc<Device>, outbox: &Outbox, start: S) -> Self {
         let table = device.new_table();
         // A client that is still there answers, which leads it back to its shell. Servers drop what is for nobody.
-        for (id, ..) in device.detached.list() {
-            outbox.try_reply(&shell::ping(&id, terminal::PING_TIMEOUT));
+        for kept in device.shells.kept() {
+            outbox.try_reply(&shell::ping(&kept.id, terminal::PING_TIMEOUT));
         }
         Router { device: Arc::clone(device), table, outbox: outbox.clone(), start }
     }
@@ -74,9 +74,11 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             }
             return;
         };
-        let frame = self.deliver(&id, frame).and_then(|frame| self.attach(&id, frame));
-        let Some(frame) = frame else { return };
+        let Some(frame) = self.deliver(&id, frame) else { return };
+        // The client may have had a shell by an earlier link.
+        let kept = self.device.shells.resume(&id, &frame.user());
         match (frame.proto, frame.typ.as_str()) {
+            _ if kept.is_some() => self.create(&id, frame, kept),
             (SHELL, _) if !self.device.config().terminal.enabled => {
                 self.answer(&terminal::unknown(&id, &frame));
             }
@@ -87,7 +89,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             }
             // These are about a session that isn't there.
             (CONTROL, control::CLOSE | control::PONG | control::ERROR) => {}
-            _ => self.create(&id, frame),
+            _ => self.create(&id, frame, None),
         }
     }
 
@@ -115,23 +117,10 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         None
     }
 
-    /// Leads a client to the shell that it had by an earlier link. Hands the frame back if it had none.
-    fn attach(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
-        let user = frame.user();
-        let Some(kept) = self.device.detached.take(|kept| kept.id == *id && kept.is_of(&user)) else {
-            return Some(frame);
-        };
-        let client = self.client(id, kept.wake(), &kept.info);
-        let is_new = (frame.proto, frame.typ.as_str()) == (SHELL, shell::NEW);
-        let request = if is_new { Some(frame) } else { self.deliver(id, frame) };
-        kept.receive(client, request);
-        None
-    }
-
     /// Starts a session. Without a permit there will be no shell, and a refusal needs no thread.
-    fn create(&mut self, id: &SessionId, first: Frame) {
+    fn create(&mut self, id: &SessionId, first: Frame, kept: Option<(Arc<Info>, Admission)>) {
         let cause = first.without_body();
-        let Err(why) = self.try_create(id, first) else { return };
+        let Err(why) = self.try_create(id, first, kept) else { return };
         debug!("session {id}: {why}");
         self.answer(&match cause.proto {
             SHELL => terminal::refusal(id, &cause.user(), &why),
@@ -139,24 +128,35 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         });
     }
 
-    fn try_create(&mut self, id: &SessionId, first: Frame) -> Result<(), String> {
+    fn try_create(
+        &mut self,
+        id: &SessionId,
+        first: Frame,
+        kept: Option<(Arc<Info>, Admission)>,
+    ) -> Result<(), String> {
         let (user, is_shell) = (first.user(), first.proto == SHELL);
         let failed = |e: io::Error| {
             let before = if is_shell { "failed to start shell: " } else { "" };
             format!("{before}{}", reason(&e))
         };
         let wake = Arc::new(Wake::new().map_err(failed)?);
-        let permit = is_shell.then(|| self.device.acquire_shell(&user, &wake)).transpose();
-        let permit = permit.map_err(|refusal| refusal.text().to_owned())?;
         let taken = self.device.threads.taken();
         let room =
             is_shell || taken < MAX_SESSIONS || (taken < MAX_SESSIONS + MAKING_ROOM && self.make_room());
         let thread = room.then(|| self.device.threads.acquire()).flatten();
         let thread = thread.ok_or_else(|| failed(io::Error::other("too many sessions")))?;
-        let info = Arc::new(Info::of(user, Instant::now()));
-        let client = self.client(id, wake, &info);
-        let mut peer = Peer::new(&self.device, client, thread, Instant::now());
-        peer.shell_permit = permit;
+        let (info, admission) = match kept {
+            Some((info, resume)) => (info, Some(resume)),
+            None => {
+                let admission = is_shell.then(|| self.device.admit(&user, &wake, true)).transpose();
+                let admission = admission.map_err(|refusal| refusal.text().to_owned())?;
+                (Arc::new(Info::of(user, Instant::now())), admission)
+            }
+        };
+        let sink = Sink::new(&self.outbox, Arc::clone(&wake));
+        let mut peer = Peer::new(&self.device, id, &info, sink, &wake, thread);
+        peer.enter(&self.table);
+        peer.admission = admission;
         peer.inbox.push(first).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
         (self.start)(peer).map_err(failed)
     }
@@ -172,22 +172,13 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         longest.inspect(|entry| entry.inbox.hang_up(HangUp::NoRoom)).is_some()
     }
 
-    /// The client of a session that is found by its id from now on.
-    fn client(&self, id: &SessionId, wake: Arc<Wake>, info: &Arc<Info>) -> Client {
-        let inbox = Arc::new(Inbox::new(Arc::clone(&wake), &self.device.memory));
-        let entry = Entry { inbox: Arc::clone(&inbox), info: Arc::clone(info) };
-        lock(&self.table).insert(id.clone(), entry);
-        let sink = Sink::new(&self.outbox, Arc::clone(&wake));
-        Client { id: id.clone(), inbox, info: Arc::clone(info), sink, wake, table: Arc::clone(&self.table) }
-    }
-
     fn stop_shells_of_user(&mut self, frame: &Frame) {
         let user = frame.user();
         if user.as_str().is_empty() {
             return warn!("StopShellMessage: sessionId not given and userId empty");
         }
         info!("stopping all shells of user {user}");
-        while self.device.detached.take(|kept| kept.is_of(&user)).is_some() {}
+        self.device.shells.dismiss(|other| *other == user);
         // To all sessions: the router doesn't know of shells that are about to start. Each judges by its own shell.
         let sessions: Vec<SessionId> = lock(&self.table).keys().cloned().collect();
         for id in sessions {
@@ -205,12 +196,9 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 
 impl<S> Drop for Router<S> {
     fn drop(&mut self) {
-        let keeps = !self.device.config().sessions.keep_detached.is_zero();
         for (id, Entry { inbox, info }) in lock(&self.table).drain() {
             // Now, so that a client who is quicker than the shell's thread finds it.
-            if keeps && info.shell().is_some_and(|shell| !shell.user.as_str().is_empty()) {
-                self.device.detached.keep(&id, &info, &inbox.wake);
-            }
+            self.device.detach(&id, &info, &inbox.wake);
             inbox.hang_up(HangUp::LinkLost);
         }
     }

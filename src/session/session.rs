@@ -1,23 +1,20 @@
 //! A session's thread: one poll loop over its inbox, its terminal, its forwards and its timers.
 //!
-//! It outlives its link where it has a shell to keep: without a client then, until a visitor brings the client of the
-//! same or of another session, with which the thread goes on.
+//! It outlives its link where it has a shell to keep: without a client then, until another session of the user's takes
+//! the shell over.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, TryRecvError};
 use log::{error, info};
 use nix::poll::PollFlags;
 
-use super::detached::Kept;
 use super::file_transfer::FileTransfer;
 use super::inbox::HangUp;
 use super::peer::Peer;
 use super::port_forward::PortForward;
-use super::shells::{MAX_SHELLS, Refusal};
-use super::table::Visitor;
+use super::shells::{Admission, Refusal};
 use super::terminal::{self, Terminal};
 use crate::audit::Record;
 use crate::proto::control::{self, VERSION};
@@ -43,26 +40,15 @@ struct Session {
     close_at: Option<Instant>,
     /// The inbox's hang-up has been dealt with.
     hung_up: bool,
-    /// Why the session ends, as the audit log has it.
-    end: &'static str,
+    /// Why the session ends, as the audit log has it; `None` if it goes on by the next link.
+    end: Option<&'static str>,
     /// The `new` that waits for the answers of the user's other clients, at most until then.
     waiting: Option<(Frame, Instant)>,
-    /// Without a client: since when, and who comes.
-    away: Option<(Instant, Receiver<Visitor>)>,
-    /// The session goes on in the thread of this shell, with this `new`.
-    moves_to: Option<(Kept, Frame)>,
 }
 
 /// For a text that may hold some of a client's body.
 fn clip(text: &impl ToString) -> String {
     clipped(&text.to_string(), MAX_TEXT)
-}
-
-fn log_end(peer: &Peer, why: &str, good: bool) {
-    Record::new("session-end", Some(&peer.id), &peer.info.user)
-        .since(peer.info.traffic.since, Instant::now())
-        .text("reason", why)
-        .log(good);
 }
 
 /// Whether a frame starts the idle timer of a session. Those that the router ignores without a session don't: a `pong`
@@ -85,40 +71,38 @@ pub(crate) fn go_on(peer: Peer, terminal: Terminal) -> io::Result<()> {
     let name = format!("s-{}", peer.id.as_str());
     // File transfers look up owners and groups.
     let run = move || {
-        let (files, forwards, ping_at, close_at, hung_up, waiting, moves_to) = Default::default();
-        let visitors = peer.device.detached.claim(&peer.wake);
-        let away = visitors.map(|visitors| (Instant::now(), visitors));
-        let end = "done";
-        Session { peer, terminal, files, forwards, ping_at, close_at, hung_up, end, waiting, away, moves_to }
-            .run();
+        let (files, forwards, ping_at, close_at, hung_up, waiting) = Default::default();
+        let end = Some("done");
+        Session { peer, terminal, files, forwards, ping_at, close_at, hung_up, end, waiting }.run();
     };
     thread::spawn(&name, thread::LOOKUP_STACK, run).map(drop)
 }
 
 impl Session {
     fn run(mut self) {
-        Record::new("session-start", Some(&self.peer.id), &self.peer.info.user).log(true);
+        if !matches!(self.peer.admission, Some(Admission::Resume(_))) {
+            Record::new("session-start", Some(&self.peer.id), &self.peer.info.user).log(true);
+        }
         let served = self.serve();
         if let Err(e) = &served {
             let reason = reason(e);
-            self.end = "failed";
+            self.end = Some("failed");
             error!("session {}: {reason}", self.peer.id);
             self.peer.inbox.close();
             self.peer.reply(&control::error(&self.peer.id, &reason, true));
-            self.withdraw();
             // The audit log gets an end for each shell and transfer that has begun.
             self.terminal.abandon(&self.peer);
             self.files.abort(&self.peer, "failed", "the session failed");
         }
-        let Session { mut peer, terminal, files, forwards, end, moves_to, .. } = self;
-        if let Some((kept, request)) = moves_to {
-            // First, since a permit is found by what wakes its session.
-            peer.shell_permit = None;
-            return kept.receive(peer.give_away(), Some(request));
-        }
+        let Session { peer, terminal, files, forwards, end, .. } = self;
         // Forwards log their own lines before.
         drop((terminal, files, forwards));
-        log_end(&peer, end, served.is_ok());
+        if let Some(why) = end {
+            Record::new("session-end", Some(&peer.id), &peer.info.user)
+                .since(peer.info.traffic.since, Instant::now())
+                .text("reason", why)
+                .log(served.is_ok());
+        }
         // The daemon ends when no session is left, and must not miss their last lines.
         drop(peer);
     }
@@ -130,7 +114,9 @@ impl Session {
             {
                 self.hang_up(why, Instant::now());
             }
-            self.look_for_visitors(Instant::now());
+            if let Some(end) = self.terminal.follow_call(&mut self.peer, Instant::now()) {
+                self.end = end;
+            }
             if let Some((request, until)) = self.waiting.take() {
                 self.open_terminal(request, until, Instant::now());
             }
@@ -138,9 +124,6 @@ impl Session {
                 && let Some(frame) = self.terminal.next_frame(&self.peer.inbox)
             {
                 self.handle(frame, Instant::now());
-            }
-            if self.moves_to.is_some() {
-                return Ok(());
             }
             let now = Instant::now();
             if let Some(why) = self.terminal.left()
@@ -153,7 +136,7 @@ impl Session {
             self.check_idle(now);
             self.files.proceed(&mut self.peer, now);
             self.forwards.answer(&mut self.peer, now);
-            if self.is_over() && self.peer.inbox.close_if_empty() && !self.receive_last(now) {
+            if self.is_over() && self.peer.inbox.close_if_empty() {
                 return Ok(());
             }
             let mut set = PollSet::default();
@@ -176,134 +159,77 @@ impl Session {
             self.ping_at,
             self.close_at,
             self.waiting.as_ref().map(|(_, until)| *until),
-            self.away_until(),
         ];
         deadlines.into_iter().flatten().min()
     }
 
     fn hang_up(&mut self, why: HangUp, now: Instant) {
-        (self.hung_up, self.end) = (true, why.name());
+        (self.hung_up, self.end) = (true, Some(why.name()));
         (self.ping_at, self.close_at, self.waiting) = (None, None, None);
         self.files.hang_up(&self.peer, now);
         self.forwards = PortForward::default();
-        let visitors = self.peer.device.detached.claim(&self.peer.wake);
-        self.away = visitors.map(|visitors| (now, visitors));
-        if self.away.is_some() && self.can_detach() {
+        if let Some(Admission::Return(handover) | Admission::Resume(handover)) = self.peer.admission.take() {
+            // Otherwise it would end on its way here.
+            self.terminal.attach(&mut self.peer, &handover, None, true, now);
+        }
+        let Peer { device, id, info, wake, .. } = &self.peer;
+        // The router has kept it, unless it has come here since.
+        if self.terminal.is_kept() || why == HangUp::LinkLost && device.detach(id, info, wake) {
             self.terminal.detach(&mut self.peer, why.name(), now);
         } else {
             self.terminal.hang_up(&self.peer, why.name(), now);
-            if self.withdraw() {
-                self.away = None;
-            }
         }
     }
 
-    fn can_detach(&self) -> bool {
-        let keeps = !self.peer.device.config().sessions.keep_detached.is_zero();
-        keeps && self.has_only_terminal() && self.terminal.can_detach()
-    }
-
-    /// The shell is not kept any more. False if it wasn't, or if somebody is on the way to it.
-    fn withdraw(&self) -> bool {
-        self.peer.device.detached.take(|kept| kept.is_of_thread(&self.peer.wake)).is_some()
-    }
-
-    /// Leaves the client, and keeps the shell for whoever may come. False if there is no shell to keep.
+    /// Leaves the client, and keeps the shell for whoever may come. False if the shell may not be kept.
     fn detach(&mut self, why: &'static str, now: Instant) -> bool {
-        if !self.can_detach() {
-            return false;
-        }
-        self.peer.inbox.close();
-        self.peer.leave();
         let Peer { device, id, info, wake, .. } = &self.peer;
-        device.detached.keep(id, info, wake);
-        self.away = device.detached.claim(wake).map(|visitors| (now, visitors));
-        if self.away.is_some() {
+        let kept = self.has_only_terminal() && device.detach(id, info, wake);
+        if kept {
+            self.peer.inbox.close();
+            self.peer.leave();
             self.terminal.detach(&mut self.peer, why, now);
         }
-        self.away.is_some()
+        kept
     }
 
     fn has_only_terminal(&self) -> bool {
         self.files.is_idle() && self.forwards.is_idle()
     }
 
-    fn away_until(&self) -> Option<Instant> {
-        let (since, _) = self.away.as_ref()?;
-        since.checked_add(self.peer.device.config().sessions.keep_detached)
-    }
-
-    fn look_for_visitors(&mut self, now: Instant) {
-        let Some((_, visitors)) = &self.away else { return };
-        match visitors.try_recv() {
-            Ok(visitor) => self.receive(visitor, now),
-            Err(TryRecvError::Disconnected) if self.terminal.leave(&self.peer.id, now) => {}
-            Err(TryRecvError::Disconnected) => {
-                self.terminal.hang_up(&self.peer, HangUp::LinkLost.name(), now)
-            }
-            Err(TryRecvError::Empty) => {
-                if self.away_until().is_some_and(|until| now >= until) {
-                    self.terminal.end_alone(&mut self.peer, now);
-                }
-            }
-        }
-    }
-
-    /// The session is over. If somebody is on the way to it, it goes on with them all the same.
-    fn receive_last(&mut self, now: Instant) -> bool {
-        let claimed = || self.peer.device.detached.claim(&self.peer.wake);
-        let visitors = self.away.take().map(|(_, visitors)| visitors).or_else(claimed);
-        let visitor = visitors.filter(|_| !self.withdraw()).and_then(|visitors| visitors.recv().ok());
-        visitor.map(|visitor| self.receive(visitor, now)).is_some()
-    }
-
-    fn receive(&mut self, Visitor { client, request }: Visitor, now: Instant) {
-        let since = self.away.take().map_or(now, |(since, _)| since);
-        (self.hung_up, self.end) = (false, "done");
-        if client.id != self.peer.id {
-            log_end(&self.peer, "reattached", true);
-        }
-        self.peer.receive(client, now);
-        if let Some(request) = self.terminal.attach(&mut self.peer, request, since, now) {
-            self.handle(request, now);
-        }
-    }
-
     /// `new`: leads back to a shell of this user, or makes one as soon as there may be another.
     fn open_terminal(&mut self, request: Frame, until: Instant, now: Instant) {
-        let device = &self.peer.device;
-        let (user, most) = (request.user(), device.config().sessions.max_per_user);
-        let returns = self.has_only_terminal() && device.detached.has(&user);
-        let permit = match self.peer.shell_permit.take() {
-            Some(permit) => Ok(permit),
-            None => device.acquire_shell(&user, &self.peer.wake),
-        };
-        let settled = permit.and_then(|permit| match permit.settle(most, returns) {
-            None if now < until => Ok((permit, false)),
-            None => Err(Refusal::OfUser),
-            Some(result) => result.map(|()| (permit, true)),
-        });
-        match settled {
-            Err(refusal) => self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal.text())),
-            Ok((permit, false)) => {
-                self.peer.shell_permit = Some(permit);
-                self.waiting = Some((request, until));
-            }
-            Ok((permit, true)) => {
-                let kept = returns.then(|| device.detached.take(|kept| kept.is_of(&user))).flatten();
-                match kept {
-                    Some(kept) => self.moves_to = Some((kept, request)),
-                    // Another session was quicker.
-                    None if device.shells.running() > MAX_SHELLS => {
-                        let refusal = Refusal::OfDevice.text();
-                        self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal));
-                    }
-                    None => {
-                        self.peer.shell_permit = Some(permit);
-                        self.terminal.handle(&mut self.peer, request, now);
-                    }
+        let user = request.user();
+        loop {
+            let wake = &self.peer.wake;
+            let admission = match self.peer.admission.take() {
+                Some(Admission::Wait(permit)) => {
+                    drop(permit);
+                    self.peer.device.admit(&user, wake, false)
                 }
-            }
+                Some(admission) => Ok(admission),
+                None => self.peer.device.admit(&user, wake, true),
+            };
+            let refusal = match admission {
+                Ok(Admission::Start(permit)) => {
+                    return self.terminal.start(&mut self.peer, permit, &request, now);
+                }
+                Ok(Admission::Return(handover) | Admission::Resume(handover)) => {
+                    if self.terminal.attach(&mut self.peer, &handover, Some(&request), false, now) {
+                        return;
+                    }
+                    // It has ended meanwhile.
+                    continue;
+                }
+                Ok(wait) if now < until => {
+                    self.peer.admission = Some(wait);
+                    self.waiting = Some((request, until));
+                    return;
+                }
+                Ok(Admission::Wait(_)) => Refusal::OfUser,
+                Err(refusal) => refusal,
+            };
+            return self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal.text()));
         }
     }
 
@@ -329,7 +255,7 @@ impl Session {
     }
 
     fn end_because(&mut self, end: &'static str, text: &str) {
-        self.end = end;
+        self.end = Some(end);
         self.peer.reply(&control::error(&self.peer.id, text, true));
         self.close();
     }
@@ -352,13 +278,21 @@ impl Session {
         if frame.sid.is_none() && !self.terminal.is_meant(&frame) {
             return;
         }
+        let is_new = (frame.proto, frame.typ.as_str()) == (SHELL, shell::NEW);
+        if let Some(Admission::Resume(handover)) =
+            self.peer.admission.take_if(|admission| matches!(admission, Admission::Resume(_)))
+            && self.terminal.attach(&mut self.peer, &handover, Some(&frame).filter(|_| is_new), true, now)
+            && is_new
+        {
+            return;
+        }
         self.peer.info.heard(frame.proto, now);
         if self.close_at.is_some() || starts_idling(&frame) {
             (self.ping_at, self.close_at) = (Some(now + PING_AFTER), Some(now + CLOSE_AFTER));
         }
         let config = self.peer.device.config();
         match frame.proto {
-            SHELL if frame.typ == shell::NEW && config.terminal.enabled && self.terminal.is_idle() => {
+            SHELL if is_new && config.terminal.enabled && self.terminal.is_idle() => {
                 self.open_terminal(frame, now + WAITING_LIMIT, now);
             }
             SHELL => self.terminal.handle(&mut self.peer, frame, now),
@@ -403,7 +337,7 @@ impl Session {
             control::PING => control::pong(id),
             control::PONG => return self.peer.credit.answered(),
             control::CLOSE => {
-                self.end = "closed";
+                self.end = Some("closed");
                 return self.close();
             }
             control::ERROR => {

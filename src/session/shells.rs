@@ -1,9 +1,14 @@
-//! The limits on shells: who has one, who waits for one, and whether the users of those that run are still there.
+//! The shells of the device: how many there may be, whether the users of those that run are still there, and the way back
+//! to those without a client.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use crate::proto::UserId;
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use super::stats::Info;
+use super::terminal::Handover;
+use crate::proto::{SessionId, UserId};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
@@ -30,7 +35,14 @@ impl Refusal {
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct Shells(Mutex<Vec<Place>>);
+pub(crate) struct Shells(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    places: Vec<Place>,
+    /// False where no shell is kept without a client: the device isn't authorised, or the daemon ends.
+    keeps: bool,
+}
 
 #[derive(Debug)]
 struct Place {
@@ -42,12 +54,42 @@ struct Place {
     wake: Arc<Wake>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 enum Kind {
     /// For a shell of this user whose client has gone without a word.
     Waiting,
     Attached,
-    Detached,
+    Detached(Kept),
+    Called(Call),
+}
+
+/// A shell without a client, as others see it.
+#[derive(Debug, Clone)]
+pub(crate) struct Kept {
+    pub(crate) id: SessionId,
+    pub(crate) info: Arc<Info>,
+    pub(crate) since: Instant,
+}
+
+/// What the session of a detached shell has to do.
+#[derive(Debug, Clone)]
+pub(crate) enum Call {
+    /// Nobody may come back to the shell.
+    End,
+    /// Hand the shell over to the same client's session by the next link, or to another one of its user's.
+    HandOver { resumes: bool, to: Sender<Handover> },
+}
+
+/// What a session may have for its `new`.
+#[derive(Debug)]
+pub(crate) enum Admission {
+    Start(ShellPermit),
+    /// It has to wait for the answers of the user's other clients.
+    Wait(ShellPermit),
+    /// The user's shell that was detached last.
+    Return(Receiver<Handover>),
+    /// The session's own shell, by an earlier link.
+    Resume(Receiver<Handover>),
 }
 
 /// The right to one shell, or to wait for it, returned on drop.
@@ -57,122 +99,213 @@ pub(crate) struct ShellPermit {
     wake: Arc<Wake>,
 }
 
-fn count(places: &[Place], is: impl Fn(&Place) -> bool) -> usize {
-    places.iter().filter(|place| is(place)).count()
-}
+impl Place {
+    fn is_waiting(&self) -> bool {
+        matches!(self.kind, Kind::Waiting)
+    }
 
-/// Why `user`, who may have `most` shells, can't have another. The device's limit is checked first, unless the user
-/// returns to a shell without a client.
-fn refusal(places: &[Place], user: &UserId, most: u32, returns: bool) -> Option<Refusal> {
-    let of_user = count(places, |place| place.kind == Kind::Attached && place.user == *user);
-    match () {
-        () if !returns && count(places, |place| place.kind != Kind::Waiting) >= MAX_SHELLS => {
-            Some(Refusal::OfDevice)
-        }
-        () if of_user >= usize::try_from(most).unwrap_or(usize::MAX) => Some(Refusal::OfUser),
-        () => None,
+    /// Whether it counts for its user: it has a client, or will have one.
+    fn is_used(&self) -> bool {
+        matches!(self.kind, Kind::Attached | Kind::Called(Call::HandOver { .. }))
+    }
+
+    fn kept(&self) -> Option<&Kept> {
+        if let Kind::Detached(kept) = &self.kind { Some(kept) } else { None }
+    }
+
+    fn call(&mut self, call: Call) {
+        self.kind = Kind::Called(call);
+        self.wake.notify();
+    }
+
+    /// Has the session hand over its shell to the receiver.
+    fn want(&mut self, resumes: bool) -> Receiver<Handover> {
+        let (to, handover) = bounded(1);
+        self.call(Call::HandOver { resumes, to });
+        handover
     }
 }
 
-fn wake_waiting(places: &[Place], user: &UserId) {
-    let waiting = places.iter().filter(|place| place.kind == Kind::Waiting && place.user == *user);
-    waiting.for_each(|place| place.wake.notify());
+impl State {
+    fn count(&self, is: impl Fn(&Place) -> bool) -> usize {
+        self.places.iter().filter(|place| is(place)).count()
+    }
+
+    fn running(&self) -> usize {
+        self.count(|place| !place.is_waiting())
+    }
+
+    fn place(&mut self, wake: &Arc<Wake>) -> Option<&mut Place> {
+        self.places.iter_mut().find(|place| Arc::ptr_eq(&place.wake, wake))
+    }
+
+    /// The user's shell without a client that was detached last, of those that are `wanted`.
+    fn last(&mut self, user: &UserId, wanted: impl Fn(&Kept) -> bool) -> Option<(&mut Place, Kept)> {
+        let own = self.places.iter_mut().filter(|place| place.user == *user);
+        let kept = own.filter_map(|place| place.kept().cloned().map(|kept| (place, kept)));
+        kept.filter(|(_, kept)| wanted(kept)).max_by_key(|(_, kept)| kept.since)
+    }
+
+    fn wake_waiting(&self, user: &UserId) {
+        let waiting = self.places.iter().filter(|place| place.is_waiting() && place.user == *user);
+        waiting.for_each(|place| place.wake.notify());
+    }
 }
 
 impl Shells {
     pub(crate) fn running(&self) -> usize {
-        count(&lock(&self.0), |place| place.kind != Kind::Waiting)
+        lock(&self.0).running()
     }
 
-    /// A permit for the session of `wake`. If only the user's own limit is in the way, their clients are asked whether
-    /// they are there, and the permit has to wait for the answers.
+    /// What the session of `wake` gets for a `new` of `user`, who may have `most` shells. If only that limit is in the way
+    /// and `asks`, the user's clients are asked whether they are there; without `asks` they have been.
     pub(crate) fn acquire(
         self: &Arc<Self>,
         user: &UserId,
         most: u32,
-        returns: bool,
         wake: &Arc<Wake>,
-        now: Instant,
-    ) -> Result<ShellPermit, Refusal> {
-        let mut places = lock(&self.0);
-        let kind = match refusal(&places, user, most, returns) {
-            None => Kind::Attached,
-            Some(Refusal::OfUser) if count(&places, |place| place.kind == Kind::Waiting) < MAX_WAITING => {
-                for place in places.iter_mut() {
-                    if place.kind == Kind::Attached && place.user == *user && place.asked.is_none() {
-                        place.asked = Some(now);
-                        place.wake.notify();
-                    }
+        asks: bool,
+    ) -> Result<Admission, Refusal> {
+        let mut state = lock(&self.0);
+        let used = state.count(|place| place.is_used() && place.user == *user);
+        let room = used < usize::try_from(most).unwrap_or(usize::MAX);
+        let full = state.running() >= MAX_SHELLS;
+        let waiting = state.count(Place::is_waiting);
+        match state.last(user, |_| true) {
+            Some((place, _)) if room => return Ok(Admission::Return(place.want(false))),
+            None if full => return Err(Refusal::OfDevice),
+            _ => {}
+        }
+        if !room {
+            let mut own = state.places.iter_mut().filter(|place| place.is_used() && place.user == *user);
+            if asks && waiting < MAX_WAITING {
+                for place in own.filter(|place| place.asked.is_none()) {
+                    place.asked = Some(Instant::now());
+                    place.wake.notify();
                 }
-                Kind::Waiting
+            } else if asks || own.all(|place| place.asked.is_none()) {
+                return Err(Refusal::OfUser);
             }
-            Some(refusal) => return Err(refusal),
-        };
-        places.push(Place { user: user.clone(), kind, asked: None, wake: Arc::clone(wake) });
-        Ok(ShellPermit { shells: Arc::clone(self), wake: Arc::clone(wake) })
+        }
+        Ok(match room {
+            true => Admission::Start(self.place(&mut state, user, Kind::Attached, wake)),
+            false => Admission::Wait(self.place(&mut state, user, Kind::Waiting, wake)),
+        })
+    }
+
+    fn place(
+        self: &Arc<Self>,
+        state: &mut State,
+        user: &UserId,
+        kind: Kind,
+        wake: &Arc<Wake>,
+    ) -> ShellPermit {
+        state.places.push(Place { user: user.clone(), kind, asked: None, wake: Arc::clone(wake) });
+        ShellPermit { shells: Arc::clone(self), wake: Arc::clone(wake) }
+    }
+
+    /// For a shell that an earlier agent has left, without a client. `None` if there are too many.
+    pub(crate) fn adopt(
+        self: &Arc<Self>,
+        user: &UserId,
+        kept: Kept,
+        wake: &Arc<Wake>,
+    ) -> Option<ShellPermit> {
+        let mut state = lock(&self.0);
+        (state.running() < MAX_SHELLS).then(|| self.place(&mut state, user, Kind::Detached(kept), wake))
+    }
+
+    /// From now on shells may be kept without a client.
+    pub(crate) fn open(&self) {
+        lock(&self.0).keeps = true;
+    }
+
+    /// Ends all that have no client, and keeps no others.
+    pub(crate) fn close(&self) {
+        lock(&self.0).keeps = false;
+        self.dismiss(|_| true);
+    }
+
+    /// Ends the shells without a client of the users that are `meant`.
+    pub(crate) fn dismiss(&self, meant: impl Fn(&UserId) -> bool) {
+        let mut state = lock(&self.0);
+        let kept = state.places.iter_mut().filter(|place| place.kept().is_some() && meant(&place.user));
+        kept.for_each(|place| place.call(Call::End));
+    }
+
+    /// Keeps the shell of the session that `wake` wakes, which has lost its client. It doesn't count for its user then.
+    pub(crate) fn detach(&self, kept: Kept, wake: &Arc<Wake>) -> bool {
+        let mut state = lock(&self.0);
+        let keeps = state.keeps;
+        let Some(place) = state.place(wake).filter(|place| keeps && place.is_used()) else { return false };
+        (place.kind, place.asked) = (Kind::Detached(kept), None);
+        let user = place.user.clone();
+        state.wake_waiting(&user);
+        true
+    }
+
+    /// The shell of the session `id` of this user, for the same client's session by another link.
+    pub(crate) fn resume(&self, id: &SessionId, user: &UserId) -> Option<(Arc<Info>, Admission)> {
+        let mut state = lock(&self.0);
+        let (place, kept) = state.last(user, |kept| kept.id == *id)?;
+        Some((kept.info, Admission::Resume(place.want(true))))
+    }
+
+    /// Those without a client.
+    pub(crate) fn kept(&self) -> Vec<Kept> {
+        lock(&self.0).places.iter().filter_map(Place::kept).cloned().collect()
+    }
+
+    /// Has all of them look at the configuration.
+    pub(crate) fn wake(&self) {
+        lock(&self.0).places.iter().for_each(|place| place.wake.notify());
     }
 }
 
 impl ShellPermit {
-    fn with<T>(&self, change: impl FnOnce(&mut Vec<Place>, usize) -> T) -> Option<T> {
-        let mut places = lock(&self.shells.0);
-        let at = places.iter().position(|place| Arc::ptr_eq(&place.wake, &self.wake))?;
-        Some(change(&mut places, at))
-    }
-
-    /// Whether there may be a shell now: an error if there will be none, `None` while an answer is missing.
-    pub(crate) fn settle(&self, most: u32, returns: bool) -> Option<Result<(), Refusal>> {
-        self.with(|places, at| {
-            let Place { ref user, kind, .. } = places[at];
-            let refusal = if kind == Kind::Waiting { refusal(places, user, most, returns) } else { None };
-            let asked = |place: &Place| place.user == *user && place.asked.is_some();
-            match refusal {
-                Some(Refusal::OfUser) if places.iter().any(asked) => None,
-                Some(refusal) => Some(Err(refusal)),
-                None => {
-                    places[at].kind = Kind::Attached;
-                    Some(Ok(()))
-                }
-            }
-        })
-        .flatten()
+    fn with<T>(&self, look: impl FnOnce(&mut Place) -> T) -> Option<T> {
+        lock(&self.shells.0).place(&self.wake).map(look)
     }
 
     /// When the client was asked whether it is there, unless it has answered.
     pub(crate) fn asked(&self) -> Option<Instant> {
-        self.with(|places, at| places[at].asked).flatten()
+        self.with(|place| place.asked).flatten()
     }
 
     /// The client is there.
     pub(crate) fn answered(&self) {
-        self.with(|places, at| {
-            if places[at].asked.take().is_some() {
-                wake_waiting(places, &places[at].user);
-            }
-        });
+        let user = self.with(|place| place.asked.take().map(|_| place.user.clone())).flatten();
+        user.iter().for_each(|user| lock(&self.shells.0).wake_waiting(user));
     }
 
-    /// The shell has no client any more, and doesn't count for its user.
-    pub(crate) fn detach(&self) {
-        self.with(|places, at| {
-            (places[at].kind, places[at].asked) = (Kind::Detached, None);
-            wake_waiting(places, &places[at].user);
-        });
+    /// True if the shell has no client any more, and is kept.
+    pub(crate) fn is_detached(&self) -> bool {
+        self.with(|place| !matches!(place.kind, Kind::Attached)).unwrap_or(false)
+    }
+
+    pub(crate) fn call(&self) -> Option<Call> {
+        self.with(|place| if let Kind::Called(call) = &place.kind { Some(call.clone()) } else { None })
+            .flatten()
     }
 
     /// The shell has a client again, in the session of `wake`.
     pub(crate) fn attach(&mut self, wake: &Arc<Wake>) {
-        self.with(|places, at| (places[at].kind, places[at].wake) = (Kind::Attached, Arc::clone(wake)));
+        self.with(|place| (place.kind, place.wake) = (Kind::Attached, Arc::clone(wake)));
         self.wake = Arc::clone(wake);
     }
 }
 
 impl Drop for ShellPermit {
     fn drop(&mut self) {
-        self.with(|places, at| {
-            let place = places.swap_remove(at);
-            wake_waiting(places, &place.user);
-        });
+        let mut state = lock(&self.shells.0);
+        let Some(at) = state.places.iter().position(|place| Arc::ptr_eq(&place.wake, &self.wake)) else {
+            return;
+        };
+        let place = state.places.swap_remove(at);
+        // Otherwise those that wait would wake each other without end: each returns its permit to try again.
+        if !place.is_waiting() {
+            state.wake_waiting(&place.user);
+        }
     }
 }
 
@@ -184,43 +317,91 @@ mod tests {
         Arc::new(Wake::new().unwrap())
     }
 
-    fn acquire(shells: &Arc<Shells>, user: &str, most: u32) -> Result<ShellPermit, Refusal> {
-        shells.acquire(&user.into(), most, false, &wake(), Instant::now())
+    fn acquire(shells: &Arc<Shells>, user: &str, most: u32) -> Result<Admission, Refusal> {
+        shells.acquire(&user.into(), most, &wake(), true)
+    }
+
+    fn start(shells: &Arc<Shells>, user: &str, most: u32) -> ShellPermit {
+        match acquire(shells, user, most).unwrap() {
+            Admission::Start(permit) => permit,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn wait(shells: &Arc<Shells>, user: &str, most: u32) -> ShellPermit {
+        match acquire(shells, user, most).unwrap() {
+            Admission::Wait(permit) => permit,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// As a session does that waits.
+    fn again(shells: &Arc<Shells>, permit: ShellPermit, most: u32) -> Result<Admission, Refusal> {
+        let user = permit.with(|place| place.user.clone()).unwrap();
+        drop(permit);
+        shells.acquire(&user, most, &wake(), false)
+    }
+
+    fn detach(shells: &Shells, permit: &ShellPermit, id: &str) -> bool {
+        let info = Arc::new(Info::of("a".into(), Instant::now()));
+        let kept = Kept { id: SessionId::new(id).unwrap(), info, since: Instant::now() };
+        shells.detach(kept, &permit.wake)
     }
 
     #[test]
     fn counts_by_user_and_in_all() {
         let shells = Arc::<Shells>::default();
-        let first = acquire(&shells, "a", 2).unwrap();
-        let second = acquire(&shells, "a", 2).unwrap();
-        let third = acquire(&shells, "a", 2).unwrap();
-        assert_eq!(third.settle(2, false), None);
-        let _other = acquire(&shells, "", 2).unwrap();
+        let first = start(&shells, "a", 2);
+        let second = start(&shells, "a", 2);
+        let third = wait(&shells, "a", 2);
+        let _other = start(&shells, "", 2);
         assert_eq!(shells.running(), 3);
+        let Ok(Admission::Wait(third)) = again(&shells, third, 2) else { panic!("it has to wait") };
         drop(first);
-        assert_eq!(third.settle(2, false), Some(Ok(())));
-        let fourth = acquire(&shells, "a", 2).unwrap();
+        let Ok(Admission::Start(third)) = again(&shells, third, 2) else { panic!("there is room") };
+        let fourth = wait(&shells, "a", 2);
         second.answered();
-        assert_eq!(fourth.settle(2, false), None);
+        let Ok(Admission::Wait(fourth)) = again(&shells, fourth, 2) else { panic!("it has to wait") };
         third.answered();
-        assert_eq!(fourth.settle(2, false), Some(Err(Refusal::OfUser)));
-        let fifth = acquire(&shells, "a", 2).unwrap();
-        second.detach();
-        assert_eq!((fifth.settle(2, false), shells.running()), (Some(Ok(())), 4));
+        assert_eq!(again(&shells, fourth, 2).unwrap_err(), Refusal::OfUser);
+        shells.open();
+        let _waiting = wait(&shells, "a", 2);
+        assert!(detach(&shells, &second, "s") && shells.running() == 3);
         let many = Arc::<Shells>::default();
-        let mut permits: Vec<_> = (0..MAX_SHELLS).map(|_| acquire(&many, "a", 100).unwrap()).collect();
-        permits[0].detach();
-        assert_eq!(acquire(&many, "a", 100).unwrap_err(), Refusal::OfDevice);
+        many.open();
+        let mut permits: Vec<_> = (0..MAX_SHELLS).map(|_| start(&many, "a", 100)).collect();
+        assert!(detach(&many, &permits[0], "s"));
+        assert_eq!(acquire(&many, "b", 100).unwrap_err(), Refusal::OfDevice);
         permits.pop();
-        assert!(acquire(&many, "a", 100).is_ok());
+        start(&many, "b", 100);
     }
 
     #[test]
     fn few_wait() {
         let shells = Arc::<Shells>::default();
-        let _running = acquire(&shells, "a", 1).unwrap();
-        let _waiting: Vec<_> = (0..MAX_WAITING).map(|_| acquire(&shells, "a", 1).unwrap()).collect();
+        let _running = start(&shells, "a", 1);
+        let _waiting: Vec<_> = (0..MAX_WAITING).map(|_| wait(&shells, "a", 1)).collect();
         assert_eq!(acquire(&shells, "a", 1).unwrap_err(), Refusal::OfUser);
-        assert!(acquire(&shells, "b", 1).is_ok());
+        start(&shells, "b", 1);
+    }
+
+    #[test]
+    fn a_shell_without_a_client_is_for_one_session_of_its_user() {
+        let shells = Arc::<Shells>::default();
+        let (first, second) = (start(&shells, "a", 9), start(&shells, "a", 9));
+        assert!(!detach(&shells, &first, "1"), "none is kept yet");
+        shells.open();
+        assert!(detach(&shells, &second, "2") && detach(&shells, &first, "1"));
+        let id = SessionId::new("2").unwrap();
+        assert!(shells.resume(&id, &"b".into()).is_none());
+        assert!(matches!(acquire(&shells, "a", 9), Ok(Admission::Return(_))), "the last one");
+        assert!(matches!(first.call(), Some(Call::HandOver { resumes: false, .. })));
+        assert!(shells.resume(&id, &"a".into()).is_some() && shells.resume(&id, &"a".into()).is_none());
+        assert!(matches!(second.call(), Some(Call::HandOver { resumes: true, .. })));
+        let third = start(&shells, "a", 9);
+        assert!(detach(&shells, &third, "3") && third.call().is_none());
+        shells.close();
+        assert!(matches!(third.call(), Some(Call::End)) && shells.kept().is_empty());
+        assert!(!detach(&shells, &start(&shells, "a", 9), "4"));
     }
 }

@@ -14,11 +14,10 @@ use log::warn;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::device::Device;
-use super::inbox::Inbox;
 use super::peer::Peer;
 use super::session;
+use super::shells::Kept;
 use super::stats::Info;
-use super::table::Client;
 use super::terminal::Terminal;
 use crate::outbox::Sink;
 use crate::proto::{Frame, SHELL};
@@ -143,22 +142,12 @@ fn adopt(device: &Arc<Device>, name: &str, descriptors: Vec<OwnedFd>) -> io::Res
     let since = now.checked_sub(age).unwrap_or(now);
     let wake = Arc::new(Wake::new()?);
     let info = Arc::new(Info::of(user.clone(), since));
-    let permit = device.shells.acquire(&user, u32::MAX, false, &wake, now);
-    let permit = permit.map_err(|refusal| io::Error::other(refusal.text()))?;
-    permit.detach();
+    device.shells.open();
+    let kept = Kept { id: id.clone(), info: Arc::clone(&info), since: now };
+    let permit = device.shells.adopt(&user, kept, &wake).ok_or(io::ErrorKind::QuotaExceeded)?;
     let thread = device.threads.acquire().ok_or(io::ErrorKind::OutOfMemory)?;
-    let client = Client {
-        id: id.clone(),
-        inbox: Arc::new(Inbox::new(Arc::clone(&wake), &device.memory)),
-        info: Arc::clone(&info),
-        sink: Sink::closed(&wake),
-        wake: Arc::clone(&wake),
-        table: Arc::default(),
-    };
-    client.inbox.close();
-    let peer = Peer::new(device, client, thread, now);
+    let peer = Peer::new(device, &id, &info, Sink::closed(&wake), &wake, thread);
+    peer.inbox.close();
     let terminal = Terminal::adopt(&peer, &shell, (pty, size), permit, place, now)?;
-    device.detached.open();
-    device.detached.keep(&id, &info, &wake);
     session::go_on(peer, terminal)
 }

@@ -154,7 +154,7 @@ impl Status {
         let mut room = MAX_FORWARDS;
         let source = if device.config().auth == Auth::Dbus { "dbus" } else { "file" };
         let attached = device.sessions().into_iter().map(|(id, info)| (id, info, None));
-        let detached = device.detached.list().into_iter().map(|(id, info, since)| (id, info, Some(since)));
+        let detached = device.shells.kept().into_iter().map(|kept| (kept.id, kept.info, Some(kept.since)));
         let sessions = attached.chain(detached).map(|(id, info, since)| {
             let detached = since.map(|since| seconds(since, now));
             Session { detached, ..Session::new(&id, &info, &mut room, now) }

@@ -266,7 +266,7 @@ impl Supervisor {
                 }
                 Action::LogUnauthorized => {
                     let (sessions, shells) = self.context.counts();
-                    self.context.detached.close();
+                    self.context.shells.close();
                     info!("dbusEventLoop terminated {sessions} sessions, {shells} shells");
                 }
                 Action::LogNoReconnect(why) => {
@@ -295,7 +295,7 @@ impl Supervisor {
         };
         let heartbeat = self.context.config().heartbeat;
         let context = Arc::clone(&self.context);
-        context.detached.open();
+        context.shells.open();
         let accept = move |outbox: &_| {
             let mut router = Router::new(&context, outbox);
             move |frame| router.route(frame)
@@ -311,13 +311,13 @@ impl Supervisor {
         let deadline = Instant::now() + STOP_LIMIT;
         match &self.context.store {
             Some(store) => store.end(),
-            None => self.context.detached.close(),
+            None => self.context.shells.close(),
         }
         drop((self.status, self.link, self.reporter));
         // A link's thread drops its router, and so the sessions, before its reporter.
         while self.reports.recv_deadline(deadline).is_ok() {}
         // By now those shells are detached that are left to the next agent.
-        self.context.detached.close();
+        self.context.shells.close();
         if !self.context.wait_until_quiet(deadline) {
             warn!("some processes did not end in time");
             children::leave_descriptors_behind();

@@ -1,18 +1,30 @@
-//! A shell that outlives its client: it is left, and found again by the same client or by its user's next one.
+//! A shell that outlives its client: it is left, and goes on in the session of the same client or its user's next one.
 
 use std::time::{Duration, Instant};
 
-use super::{Discard, Frame, Peer, Record, Running, State, Terminal, WindowSize, wire};
+use crossbeam_channel::{Receiver, SendError};
+
+use super::{ANSWER_LIMIT, Discard, Frame, Peer, Record, Running, State, Terminal, WindowSize, wire};
 use crate::outbox::Sink;
+use crate::session::credit::Credit;
+use crate::session::inbox::HangUp;
+use crate::session::shells::Call;
 use crate::sys::clock;
 
 /// Programs that are told of two sizes at once look only at the second.
 const REPAINT: Duration = Duration::from_millis(50);
 
+/// A shell on its way to another session.
+pub(crate) struct Handover {
+    running: Box<Running>,
+    /// For the same client: what is on the way to it.
+    credit: Credit,
+}
+
 impl Terminal {
-    /// True if there is a shell that another session of its user may find.
-    pub(crate) fn can_detach(&self) -> bool {
-        matches!(&self.state, State::Running(running) if !running.info.user.as_str().is_empty())
+    /// True if the session's shell is kept without a client.
+    pub(crate) fn is_kept(&self) -> bool {
+        matches!(&self.state, State::Running(running) if running.permit.is_detached())
     }
 
     /// Why the user is gone, if the shell may be kept. It is told once.
@@ -32,21 +44,56 @@ impl Terminal {
             .log(true);
         (running.detached, running.asked) = (Some(now), None);
         running.history.rewind(sink.delivered());
-        running.permit.detach();
         running.clock.pause();
     }
 
-    /// A client is there, since `since` of the last one: the same, or with its `request` for a shell another of the same
-    /// user. Hands the request back if the shell has ended.
+    /// Lets the detached shell go where it is wanted, or ends it. Returns why the session ends then, if it is logged.
+    pub(crate) fn follow_call(&mut self, peer: &mut Peer, now: Instant) -> Option<Option<&'static str>> {
+        let State::Running(running) = &self.state else { return None };
+        let call = running.permit.call()?;
+        if running.detached.is_none() {
+            // The next link was quicker than this session.
+            self.detach(peer, HangUp::LinkLost.name(), now);
+        }
+        match (call, std::mem::take(&mut self.state)) {
+            (Call::HandOver { resumes, to }, State::Running(running)) => {
+                let credit = std::mem::replace(&mut peer.credit, Credit::new(now));
+                match to.send(Handover { running, credit }) {
+                    Ok(()) => return Some(if resumes { None } else { Some("reattached") }),
+                    Err(SendError(Handover { running, credit })) => {
+                        // That session has ended. Another one may come.
+                        (self.state, peer.credit) = (State::Running(running), credit);
+                        if peer.device.detach(&peer.id, &peer.info, &peer.wake) {
+                            return None;
+                        }
+                    }
+                }
+            }
+            (_, state) => self.state = state,
+        }
+        if !self.leave(&peer.id, now) {
+            self.hang_up(peer, HangUp::LinkLost.name(), now);
+        }
+        None
+    }
+
+    /// Goes on with a shell of another session: of the same client if it `resumes`, else with its user's `request` for a
+    /// shell. False if the shell has ended.
     pub(crate) fn attach(
         &mut self,
         peer: &mut Peer,
-        request: Option<Frame>,
-        since: Instant,
+        handover: &Receiver<Handover>,
+        request: Option<&Frame>,
+        resumes: bool,
         now: Instant,
-    ) -> Option<Frame> {
-        let State::Running(running) = &mut self.state else { return request };
-        running.detached = None;
+    ) -> bool {
+        let Ok(Handover { mut running, credit }) = handover.recv_timeout(ANSWER_LIMIT) else { return false };
+        let since = running.detached.take().unwrap_or(now);
+        if resumes {
+            // The client never answers what the lost link asked it.
+            peer.credit = credit;
+            peer.credit.resume();
+        }
         running.discard = Discard::default();
         running.permit.attach(&peer.wake);
         running.clock.resume(now);
@@ -56,7 +103,6 @@ impl Terminal {
             .with("pid", running.info.pid)
             .since(since, now)
             .log(true);
-        // The client never answers what the lost link asked it.
         if peer.credit.wants_probe(now) {
             super::ping(peer, now);
         }
@@ -68,16 +114,10 @@ impl Terminal {
                     peer.reply(&wire::output(&peer.id).with_body(text));
                 }
             }
-            Some(request) => running.welcome(peer, &request, now.saturating_duration_since(since), now),
+            Some(request) => running.welcome(peer, request, now.saturating_duration_since(since), now),
         }
-        None
-    }
-
-    /// Ends a shell to which nobody came back.
-    pub(crate) fn end_alone(&mut self, peer: &mut Peer, now: Instant) {
-        if matches!(self.state, State::Running(_)) {
-            self.end_because(peer, "not reattached", "nobody came back to the shell".to_owned(), now);
-        }
+        self.state = State::Running(running);
+        true
     }
 }
 

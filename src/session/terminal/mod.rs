@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use nix::poll::PollFlags;
 
+pub(crate) use self::attach::Handover;
 pub(crate) use self::clock::PING_TIMEOUT;
 use self::clock::{Clock, Due};
 use self::history::History;
@@ -31,7 +32,7 @@ use self::running::{Running, STOP_GRACE, ping, requested_size};
 use self::shell::Shell;
 use super::inbox::Inbox;
 use super::peer::Peer;
-use super::shells::{MAX_SHELLS, Refusal};
+use super::shells::{MAX_SHELLS, Refusal, ShellPermit};
 use crate::audit::Record;
 use crate::outbox::Discard;
 use crate::permits::Permit;
@@ -151,9 +152,10 @@ impl Terminal {
                 }
             }
             (_, wire::NEW) => {
-                if let Err(reason) = self.try_start(peer, &frame, now) {
-                    peer.reply(&refusal(&peer.id, &frame.user(), &reason));
-                }
+                let full = peer.device.shells.running() >= MAX_SHELLS;
+                let running = "failed to start shell: shell is already running";
+                let reason = if full { Refusal::OfDevice.text() } else { running };
+                peer.reply(&refusal(&peer.id, &frame.user(), reason));
             }
             _ => {
                 if let Some(answer) = answer_without_shell(&peer.id, &frame) {
@@ -163,14 +165,22 @@ impl Terminal {
         }
     }
 
-    fn try_start(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> Result<(), String> {
+    /// Starts a shell for a `new`.
+    pub(crate) fn start(&mut self, peer: &mut Peer, permit: ShellPermit, frame: &Frame, now: Instant) {
+        if let Err(reason) = self.try_start(peer, permit, frame, now) {
+            peer.reply(&refusal(&peer.id, &frame.user(), &reason));
+        }
+    }
+
+    fn try_start(
+        &mut self,
+        peer: &mut Peer,
+        permit: ShellPermit,
+        frame: &Frame,
+        now: Instant,
+    ) -> Result<(), String> {
         let user = frame.user();
         let config = peer.device.config();
-        let Some(permit) = peer.shell_permit.take() else {
-            let full = peer.device.shells.running() >= MAX_SHELLS;
-            let running = "failed to start shell: shell is already running";
-            return Err(if full { Refusal::OfDevice.text() } else { running }.to_owned());
-        };
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
         let keeps = !config.sessions.keep_detached.is_zero() && !user.as_str().is_empty();
@@ -259,7 +269,16 @@ impl Terminal {
 
     fn run(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
-        running.clock.follow(&peer.device.config().sessions);
+        let sessions = &peer.device.config().sessions;
+        running.clock.follow(sessions);
+        if running
+            .detached
+            .and_then(|since| since.checked_add(sessions.keep_detached))
+            .is_some_and(|at| now >= at)
+        {
+            let text = "nobody came back to the shell".to_owned();
+            return self.end_because(peer, "not reattached", text, now);
+        }
         let pty = events.of(&running.shell.pty);
         if pty.contains(PollFlags::POLLOUT)
             && let Err(e) = running.shell.pass_input()

@@ -87,11 +87,13 @@ impl Running {
     pub(super) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
         let credit = if self.detached.is_some() { None } else { peer.credit.deadline(now) };
         let answer = self.asked.map(|at| at + ANSWER_LIMIT);
+        let keep = peer.device.config().sessions.keep_detached;
+        let alone = self.detached.and_then(|since| since.checked_add(keep));
         let hold = self.detached.map(|since| since + HOLD_LIMIT).filter(|at| now < *at);
         let restore = self.restore.map(|(at, _)| at);
         let unsent = !self.history.is_sent() && self.detached.is_none();
         let unsent = (unsent && self.takes_output(peer, now)).then_some(now);
-        let deadlines = [self.give_up, credit, self.clock.deadline(), answer, restore, unsent, hold];
+        let deadlines = [self.give_up, credit, self.clock.deadline(), answer, restore, unsent, hold, alone];
         deadlines.into_iter().flatten().min()
     }
 
