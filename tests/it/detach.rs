@@ -1,6 +1,6 @@
 //! Terminals that outlive their connection, and the way back to them.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Terminal, size};
 use crate::harness::daemon::emulated;
 use crate::harness::device::{Device, Generation};
-use crate::harness::msg::{Msg, SHELL};
+use crate::harness::msg::SHELL;
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::wait::{SOON, eventually, millis, secs, skip};
@@ -32,26 +32,6 @@ fn cut(rig: &Rig, device: &Device) -> Device {
     // It isn't waited for.
     rig.daemon.signal(Signal::SIGHUP);
     rig.device()
-}
-
-impl Terminal {
-    /// The same client by the server's next connection to the device.
-    fn on(self, device: &Device) -> Terminal {
-        Terminal { device: device.clone(), ..self }
-    }
-
-    /// The client answers a ping, as the server passes it on.
-    fn pong(&self) {
-        self.send("pong", &[], b"");
-    }
-
-    /// Opens a terminal, which must lead back to the user's shell. Returns the agent's notice.
-    fn reattached(&mut self) -> String {
-        self.open();
-        let notice = self.read_until(" s ago\r\n", SOON);
-        assert!(notice.starts_with("[mender-connect] Reattached to your shell of "), "{notice:?}");
-        notice
-    }
 }
 
 #[test]
@@ -295,18 +275,6 @@ fn five_cuts_lose_no_byte() {
     }
 }
 
-/// Appends output of the terminal until `all` is longer than `wanted`, or nothing comes for `span`.
-pub fn collect(terminal: &Terminal, all: &mut Vec<u8>, wanted: usize, span: Duration) {
-    let ours = |msg: &Msg| msg.sid.as_deref() == Some(&terminal.sid);
-    while all.len() <= wanted
-        && let Some(Ok(msg)) = terminal.device.try_take(span, ours)
-    {
-        if msg.typ == "shell" {
-            all.extend(msg.body.unwrap_or_default());
-        }
-    }
-}
-
 /// The server takes what is under way before it cuts, since what is in its own hands can't be known to the agent.
 fn five_cuts(generation: Generation) {
     let shell = "stty -echo; echo ready; read line; seq 1 900000; echo do''ne; exec cat";
@@ -319,15 +287,15 @@ fn five_cuts(generation: Generation) {
     let expected: String = (1..=900_000).map(|n| format!("{n}\r\n")).collect::<String>() + "done\r\n";
     let mut all = Vec::new();
     for part in 1..=5 {
-        collect(&terminal, &mut all, part * 900_000, SOON);
+        terminal.collect(&mut all, part * 900_000, SOON);
         // A client that answers no more has the agent stop.
         device.clients_fall_silent();
-        collect(&terminal, &mut all, usize::MAX, millis(500));
+        terminal.collect(&mut all, usize::MAX, millis(500));
         device = cut(&rig, &device);
         terminal = terminal.on(&device);
         terminal.pong();
     }
-    collect(&terminal, &mut all, expected.len() - 1, SOON);
+    terminal.collect(&mut all, expected.len() - 1, SOON);
     let differs = all.iter().zip(expected.as_bytes()).position(|(a, b)| a != b);
     assert_eq!((all.len(), differs), (expected.len(), None), "{generation:?}");
 }
@@ -335,7 +303,7 @@ fn five_cuts(generation: Generation) {
 /// Waits until nothing comes, and returns the text on the client's screen.
 fn screen(terminal: &Terminal, screen: &mut vt100::Parser) -> String {
     let mut output = Vec::new();
-    collect(terminal, &mut output, usize::MAX, millis(700));
+    terminal.collect(&mut output, usize::MAX, millis(700));
     screen.process(&output);
     screen.screen().contents()
 }

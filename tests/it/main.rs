@@ -8,13 +8,11 @@
     allow(dead_code, reason = "the harness serves the tests of every feature")
 )]
 
-mod buildroot;
 mod cli;
 mod features;
 mod harness;
 mod layers;
 mod regression;
-mod sbom;
 mod selftest;
 mod selftest_forward;
 mod token_file;
@@ -41,8 +39,6 @@ mod control;
 mod detach;
 #[cfg(feature = "dbus")]
 mod disk;
-#[cfg(feature = "dbus")]
-mod docs;
 #[cfg(feature = "dbus")]
 mod doctor;
 #[cfg(feature = "dbus")]
@@ -72,8 +68,6 @@ mod heavy;
 #[cfg(feature = "dbus")]
 mod hostile;
 #[cfg(feature = "dbus")]
-mod inits;
-#[cfg(feature = "dbus")]
 mod kills;
 #[cfg(feature = "dbus")]
 mod limits;
@@ -85,8 +79,6 @@ mod logs;
 mod networks;
 #[cfg(feature = "dbus")]
 mod pace;
-#[cfg(feature = "dbus")]
-mod packaging;
 #[cfg(feature = "dbus")]
 mod playground;
 #[cfg(feature = "dbus")]
@@ -123,4 +115,3 @@ mod tls;
 mod unprivileged;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod year_2040;
-mod yocto;

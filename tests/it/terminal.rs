@@ -383,8 +383,8 @@ fn resize_is_never_answered() {
     unknown.send("resize", &[("terminal_width", "wide".into())], b"");
     unknown.send("resize", &[], b"");
     terminal.resize(100, 30);
-    terminal.send("pong", &[], b"");
-    unknown.send("pong", &[], b"");
+    terminal.pong();
+    unknown.pong();
     device.nothing(millis(200), "neither resize nor pong is answered", |_| true);
     assert_eq!(terminal.run("stty size"), "30 100");
 }

@@ -4,31 +4,14 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
+use crate::harness::bus::MENDERS_POLICY;
 use crate::harness::client::{Style, Terminal};
-use crate::harness::daemon::{emulated, executable};
-use crate::harness::machine::Machine;
-use crate::harness::manager::Manager;
 use crate::harness::proc;
 use crate::harness::rest::{Form, Rest};
 use crate::harness::rig::{Setup, is_root};
 use crate::harness::wait::{SOON, millis, skip};
 
-const TOKEN: &str = "of.the.machine";
 const POLICY: &str = include_str!("../../yocto/files/io.mender.connect.conf");
-const README: &str = include_str!("../../README.md");
-
-/// As Mender's own: only root may own the name, send to it or receive from it.
-const MENDERS: &str = r#"
-  <policy context="default">
-    <deny own="io.mender.AuthenticationManager"/>
-    <deny send_destination="io.mender.AuthenticationManager"/>
-    <deny receive_sender="io.mender.AuthenticationManager"/>
-  </policy>
-  <policy user="root">
-    <allow own="io.mender.AuthenticationManager"/>
-    <allow send_destination="io.mender.AuthenticationManager"/>
-    <allow receive_sender="io.mender.AuthenticationManager"/>
-  </policy>"#;
 
 /// The user nobody, who stands for mender-connect.
 const UID: u32 = 65534;
@@ -50,7 +33,7 @@ fn setup(policy: &str) -> Option<Setup> {
     let script = "chmod 755 . && chgrp 65534 *.conf && chmod 640 *.conf &&
         mkdir -m 700 run && chown 65534 run &&
         exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
-    let policy = format!("{MENDERS}{policy}");
+    let policy = format!("{MENDERS_POLICY}{policy}");
     Some(Setup::new().set("User", "nobody").policy(&policy).wrapper(script))
 }
 
@@ -120,51 +103,4 @@ fn it_does_what_its_user_may_do() {
     let refusal = Rest::upload(&device, &form, b"new").expect_err("it can't be given away");
     assert!(refusal.text.contains("operation not permitted"), "{refusal:?}");
     assert!(!own.join("roots").exists());
-}
-
-/// What the README says, on a machine of its own: its user, its configuration, its bus with Mender's policy and ours.
-#[test]
-fn the_readmes_commands_make_it_run() {
-    if emulated("another user may not run what root has built") {
-        return;
-    }
-    let Some(machine) = Machine::start() else { return };
-    let (_, section) = README.split_once("### Without root").expect("the section");
-    let commands = section.split("```").nth(1).expect("its commands");
-    machine.write("/usr/bin/orders", "#!/bin/sh\necho \"$@\" >>/run/orders");
-    machine.sh("chmod 755 /usr/bin/orders && mv /usr/bin/orders /usr/bin/systemctl");
-    machine.install(&executable(), "/usr/bin/mender-connect");
-    machine.write(
-        "/etc/mender/mender-connect.conf",
-        r#"{ "User": "mender-connect", "ShellCommand": "/bin/sh", "ShellArguments": ["-i"] }"#,
-    );
-    machine.sh("chmod 600 /etc/mender/mender-connect.conf");
-    machine.sh(&format!("set -e\ncd {}\n{commands}", env!("CARGO_MANIFEST_DIR")));
-    let stat = machine.sh("stat -c %a:%U:%G /etc/mender/mender-connect.conf");
-    assert_eq!(stat.trim(), "640:root:mender-connect");
-    assert!(machine.read("/run/orders").contains("restart mender-connect"));
-    let account = machine.sh("getent passwd mender-connect");
-    assert!(account.trim_end().ends_with(":/var/lib/mender-connect:/bin/sh"), "{account}");
-
-    // A second bus, since the machine's is open to all. The folder is the machine's and ours.
-    let policy = "<include>/etc/dbus-1/system.d/io.mender.connect.conf</include>";
-    let mut text = String::from("<busconfig><type>system</type><fork/><auth>EXTERNAL</auth>");
-    text += "<listen>unix:path=/run/test/second</listen><policy context=\"default\"><allow user=\"*\"/>";
-    text += "<allow send_destination=\"*\"/><allow own=\"*\"/><allow receive_sender=\"*\"/></policy>";
-    machine.write("/run/bus.conf", format!("{text}{MENDERS}{policy}</busconfig>"));
-    machine.sh("chmod 755 /run/test; dbus-daemon --nopidfile --config-file=/run/bus.conf >/run/bus.log 2>&1");
-    let address = format!("unix:path={}", machine.dir.path().join("second").display());
-    let _manager = Manager::start(&address, TOKEN, &machine.server.url());
-    let start = "export DBUS_SYSTEM_BUS_ADDRESS=unix:path=/run/test/second
-        exec setpriv --reuid=mender-connect --regid=mender-connect --init-groups \
-        mender-connect daemon >/run/agent.log 2>&1 &";
-    machine.sh(start);
-    let device = machine.device();
-    let bearer = format!("Bearer {TOKEN}");
-    assert_eq!(device.request().header("Authorization"), Some(bearer.as_str()));
-    let mut terminal = Terminal::new(&device, Style::Cli);
-    terminal.open();
-    terminal.input("id -un; echo ready''\n");
-    let output = terminal.read_until("ready\r", SOON);
-    assert!(output.contains("mender-connect\r"), "{output}");
 }

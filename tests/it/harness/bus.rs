@@ -7,6 +7,19 @@ use std::process::{Child, Command, Stdio};
 
 use super::wait::{SOON, spawn};
 
+/// The policy of Mender's own packages: only root may own the name, send to it or receive from it.
+pub const MENDERS_POLICY: &str = r#"
+  <policy context="default">
+    <deny own="io.mender.AuthenticationManager"/>
+    <deny send_destination="io.mender.AuthenticationManager"/>
+    <deny receive_sender="io.mender.AuthenticationManager"/>
+  </policy>
+  <policy user="root">
+    <allow own="io.mender.AuthenticationManager"/>
+    <allow send_destination="io.mender.AuthenticationManager"/>
+    <allow receive_sender="io.mender.AuthenticationManager"/>
+  </policy>"#;
+
 /// A `dbus-daemon` of our own on a socket of our own, killed on drop.
 #[derive(Debug)]
 pub struct Bus {

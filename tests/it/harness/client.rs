@@ -52,6 +52,11 @@ impl Terminal {
         Terminal { user: user.to_owned(), ..Terminal::new(device, Style::Cli) }
     }
 
+    /// The same client by the server's next connection to the device.
+    pub fn on(self, device: &Device) -> Terminal {
+        Terminal { device: device.clone(), ..self }
+    }
+
     // ---- sending
 
     pub fn send(&self, typ: &str, props: &[(&str, Value)], body: &[u8]) {
@@ -101,6 +106,11 @@ impl Terminal {
 
     pub fn ask_stop(&self) {
         self.send("stop", &[], b"");
+    }
+
+    /// The client answers a ping, as the server passes it on.
+    pub fn pong(&self) {
+        self.send("pong", &[], b"");
     }
 
     // ---- receiving
@@ -171,6 +181,18 @@ impl Terminal {
         self.output_until(SOON, "a prompt", |all| all.ends_with("# ") || all.ends_with("$ "))
     }
 
+    /// Appends output until `all` is longer than `wanted`, or nothing comes for `span`.
+    pub fn collect(&self, all: &mut Vec<u8>, wanted: usize, span: Duration) {
+        let ours = |msg: &Msg| msg.sid.as_deref() == Some(&self.sid);
+        while all.len() <= wanted
+            && let Some(Ok(msg)) = self.device.try_take(span, ours)
+        {
+            if msg.typ == "shell" {
+                all.extend(msg.body.unwrap_or_default());
+            }
+        }
+    }
+
     // ---- whole exchanges
 
     /// Asks for a shell; the next message must be the good answer.
@@ -182,6 +204,14 @@ impl Terminal {
     pub fn open_with_prompt(&mut self) {
         self.open();
         self.prompt();
+    }
+
+    /// Opens a terminal, which must lead back to the user's shell. Returns the agent's notice.
+    pub fn reattached(&mut self) -> String {
+        self.open();
+        let notice = self.read_until(" s ago\r\n", SOON);
+        assert!(notice.starts_with("[mender-connect] Reattached to your shell of "), "{notice:?}");
+        notice
     }
 
     /// Types a command at the prompt and returns what it printed, without echo and carriage returns.

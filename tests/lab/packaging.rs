@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use crate::harness::client::{Style, Terminal};
 use crate::harness::daemon::executable;
-use crate::harness::machine::{Machine, have_tools, tools};
 use crate::harness::rig::bash_config;
 use crate::harness::wait::{SOON, eventually, skip};
+use crate::machine::{Machine, have_tools, tools};
 
-const UNIT: &str = include_str!("../../yocto/files/mender-connect.service");
+pub const UNIT: &str = include_str!("../../yocto/files/mender-connect.service");
 const CONFINED: &str = include_str!("../../yocto/files/mender-connect-confined.conf");
 const USER: &str = include_str!("../../yocto/files/mender-connect-user.conf");
 const README: &str = include_str!("../../README.md");

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use super::{PAGES, commands_of, read, root};
 use crate::harness::daemon::executable;
-use crate::harness::machine::Machine;
+use crate::machine::Machine;
 use crate::harness::program;
 use crate::packaging;
 
@@ -40,7 +40,7 @@ const ELSEWHERE: [(&str, By); 12] = [
             "\n.ci/release $arm -- --no-default-features --features dbus,vendored-dbus\n",
         ),
     ),
-    ("cargo install cargo-deb", By::Script("tests/packaging-tools", "cargo install cargo-deb ")),
+    ("cargo install cargo-deb", By::Script("tests/lab/packaging-tools", "cargo install cargo-deb ")),
     // One of those that it builds without an argument.
     (".ci/release x86_64-unknown-linux-musl", By::Script(".ci/boards", "\n.ci/release\n")),
     (
@@ -235,7 +235,8 @@ fn those_run_elsewhere_are() {
             }
             By::Test(test, words) => {
                 let (module, name) = test.split_once("::").expect("a module");
-                let source = read(&format!("tests/it/{module}.rs"));
+                let folder = if module == "playground" { "it" } else { "lab" };
+                let source = read(&format!("tests/{folder}/{module}.rs"));
                 assert!(
                     source.contains(&format!("fn {name}()")) && source.contains(words),
                     "{test}: {command}"

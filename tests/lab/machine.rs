@@ -12,15 +12,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use super::bus::Bus;
-use super::daemon::{bare, executable};
-use super::device::{Device, Generation};
-use super::manager::Manager;
-use super::proc;
-use super::program;
-use super::rig::{TOKEN, is_root};
-use super::server::Server;
-use super::wait::{SOON, Watched, eventually, secs, skip, spawn};
+use crate::harness::bus::Bus;
+use crate::harness::daemon::{bare, executable};
+use crate::harness::device::{Device, Generation};
+use crate::harness::manager::Manager;
+use crate::harness::rig::{TOKEN, is_root};
+use crate::harness::server::Server;
+use crate::harness::wait::{SOON, Watched, eventually, secs, skip, spawn};
+use crate::harness::{proc, program};
 
 /// Runs in name spaces of its own; $1 is where the tools lie. What the machine's files have in addition to
 /// those they cover is at /run/changes, the test's folder at /run/test. The last shell is the machine's first process
@@ -81,7 +80,7 @@ pub struct Machine {
     pub dir: TempDir,
 }
 
-/// Where `tests/packaging-tools` puts what it fetches.
+/// Where `tests/lab/packaging-tools` puts what it fetches.
 pub fn tools() -> PathBuf {
     // target/<profile>/mender-connect -> target/packaging
     executable().ancestors().nth(2).expect("target/<profile>").join("packaging")
@@ -91,7 +90,7 @@ pub fn tools() -> PathBuf {
 pub fn have_tools(names: &[&str]) -> bool {
     let missing: Vec<_> = names.iter().filter(|name| !tools().join(name).exists()).collect();
     if !missing.is_empty() {
-        skip(&format!("{missing:?} missing below {}: run tests/packaging-tools", tools().display()));
+        skip(&format!("{missing:?} missing below {}: run tests/lab/packaging-tools", tools().display()));
     }
     missing.is_empty()
 }

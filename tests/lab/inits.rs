@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 
 use crate::harness::client::{Style, Terminal};
 use crate::harness::daemon::executable;
-use crate::harness::machine::{Machine, have_tools};
 use crate::harness::rig::bash_config;
 use crate::harness::wait::{SOON, eventually};
+use crate::machine::{Machine, have_tools};
 
 const INIT: &str = include_str!("../../yocto/files/mender-connect.init");
 const OPENRC: &str = include_str!("../../yocto/files/mender-connect.openrc");

@@ -1,4 +1,4 @@
-"""As much of bitbake as the layer's recipe needs, for tests/it/yocto.rs:
+"""As much of bitbake as the layer's recipe needs, for tests/lab/yocto.rs:
 
 bitbake.py SETTINGS get NAME...     prints the variables' values as JSON
 bitbake.py SETTINGS run FUNCTION    runs a function of the recipe

@@ -48,7 +48,7 @@ pub fn mode(path: impl AsRef<Path>) -> u32 {
 
 fn bitbake(settings: &Value, words: &[&str]) -> Output {
     let mut command = Command::new("python3");
-    command.arg(root().join("tests/it/bitbake.py")).arg(settings.to_string()).args(words);
+    command.arg(root().join("tests/lab/bitbake.py")).arg(settings.to_string()).args(words);
     command.output().expect("run python3")
 }
 
