@@ -3,6 +3,7 @@
 
 use std::time::Instant;
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::control::complaint;
@@ -14,7 +15,7 @@ use crate::harness::msg::{COMMANDS, CONTROL, Msg, SHELL};
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::targets::{Role, Target};
-use crate::harness::wait::{SOON, millis, secs, throughout};
+use crate::harness::wait::{SOON, eventually, millis, secs, throughout};
 
 #[test]
 fn health_check() {
@@ -36,11 +37,11 @@ fn health_check() {
     }
     let after = start.elapsed();
     assert!((millis(57_000)..secs(64)).contains(&after), "the first ping came after {after:?}");
-    healthy.send("pong", &[], b"");
+    healthy.pong();
     let shells = proc::children(rig.daemon.pid()).len();
     assert_eq!(shells, 2, "both are given time to answer");
     let deadline = secs(72) - start.elapsed();
-    crate::harness::wait::eventually(deadline, "the silent peer's shell to be ended", || {
+    eventually(deadline, "the silent peer's shell to be ended", || {
         (proc::children(rig.daemon.pid()).len() == 1).then_some(())
     });
     assert!(start.elapsed() > secs(62), "ended too early, after {:?}", start.elapsed());
@@ -87,7 +88,7 @@ fn session_timers() {
     let after = start.elapsed();
     assert!((millis(47_000)..secs(54)).contains(&after), "the ping came after {after:?}");
     device.send(CONTROL, "pong", &answering, &[], b"");
-    terminal.send("pong", &[], b"");
+    terminal.pong();
     let error = device.next_of(&silent, secs(20));
     assert_eq!(complaint(&error), ("session timeout".to_owned(), true, None, None));
     let after = start.elapsed();
@@ -137,7 +138,7 @@ fn data_alone_keeps_the_link_with_the_released_server() {
     let start = Instant::now();
     while start.elapsed() < secs(75) {
         device.nothing(secs(10), "a shell without control messages", |m| m.proto == CONTROL);
-        terminal.send("pong", &[], b"");
+        terminal.pong();
         assert!(!device.is_over(), "lost after {:?}", start.elapsed());
     }
     assert!(device.wait_pings(2, SOON).len() >= 2);
@@ -170,7 +171,7 @@ fn an_idle_agent_hardly_wakes_up() {
     let pid = rig.daemon.pid();
     // Let the dust settle: what the last command left to do is done when nothing changes for 2 s.
     let mut last = proc::voluntary_switches(pid);
-    crate::harness::wait::eventually(secs(20), "the agent to become idle", || {
+    eventually(secs(20), "the agent to become idle", || {
         throughout(secs(2), "running", || !device.is_over());
         let now = proc::voluntary_switches(pid);
         (std::mem::replace(&mut last, now) == now).then_some(())
@@ -215,4 +216,18 @@ fn a_forwarding_client_that_vanishes() {
     staying.write(b"alive");
     assert_eq!(staying.read(5), b"alive");
     alive.close();
+}
+
+/// A manager that has no token has a minute to fetch one.
+#[test]
+fn a_withdrawal_that_nobody_announced() {
+    let (rig, device) = Rig::connected();
+    rig.manager.set("", "");
+    let asked = Instant::now();
+    rig.daemon.signal(Signal::SIGHUP);
+    rig.manager.wait_calls("FetchJwtToken", 1, SOON);
+    throughout(millis(62_000).saturating_sub(asked.elapsed()), "the link", || !device.is_over());
+    rig.daemon.signal(Signal::SIGHUP);
+    rig.daemon.wait_for_log("dbusEventLoop terminated", SOON);
+    device.wait_end(SOON);
 }
