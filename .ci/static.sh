@@ -1,4 +1,5 @@
 # Sourced by the scripts here: cargo for static executables, with zig as the C compiler and linker of every target.
+. .ci/may-install
 
 # Cargo's target directory: CARGO_TARGET_DIR or a configuration file may move it out of the checkout.
 built=$(cargo metadata --format-version 1 --no-deps)
@@ -7,16 +8,26 @@ built=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directo
 # zig's own allocator, from 0.16 on, keeps three times as much memory as musl's.
 zig_tools=(ziglang==0.15.2 cargo-zigbuild==0.24.0)
 
-# static_cargo COMMAND TARGET… -- OPTIONS…: for the release profile, the standard library included.
-static_cargo() {
-    local command=$1 targets=() flags name zig=$built/tools/zig
-    shift
+# What static_cargo needs, where it is missing.
+static_tools() {
+    local zig=$built/tools/zig
     if [ "$(cat "$zig/versions" 2>/dev/null)" != "${zig_tools[*]}" ]; then
+        may_install "${zig_tools[*]}"
         rm -rf "$zig"
         python3 -m pip --disable-pip-version-check install --quiet --target "$zig" "${zig_tools[@]}"
         echo "${zig_tools[*]}" >"$zig/versions"
     fi
-    [ -d "$(rustc --print sysroot)/lib/rustlib/src" ] || rustup component add rust-src
+    if [ ! -d "$(rustc --print sysroot)/lib/rustlib/src" ]; then
+        may_install rust-src
+        rustup component add rust-src
+    fi
+}
+
+# static_cargo COMMAND TARGET… -- OPTIONS…: for the release profile, the standard library included.
+static_cargo() {
+    local command=$1 targets=() flags name zig=$built/tools/zig
+    shift
+    static_tools
     while [ "$1" != -- ]; do
         # zig brings crt and libc. Nothing unwinds: the tables would be a fifth of the executable.
         flags="-Clink-self-contained=no -Cforce-unwind-tables=no"

@@ -184,7 +184,7 @@ impl Project {
     fn new() -> Project {
         let project = Project { dir: tempfile::tempdir().unwrap() };
         for name in
-            ["Cargo.toml", "Cargo.lock", ".ci/release", ".ci/static.sh", ".ci/sbom"]
+            ["Cargo.toml", "Cargo.lock", ".ci/release", ".ci/static.sh", ".ci/may-install", ".ci/sbom"]
         {
             let copy = project.path("checkout").join(name);
             fs::create_dir_all(copy.parent().unwrap()).unwrap();
