@@ -79,23 +79,6 @@ fn arrows_point_one_way() {
     }
 }
 
-/// The tests that the README names.
-#[test]
-fn tests_that_are_named_exist() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let readme = fs::read_to_string(root.join("README.md")).expect("read the README");
-    let is_name = |name: &str| {
-        !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
-    };
-    let tests = readme.split('`').skip(1).step_by(2).filter_map(|code| code.split_once("::"));
-    let tests: Vec<_> = tests.filter(|(module, test)| is_name(module) && is_name(test)).collect();
-    assert!(tests.len() > 20, "{tests:?}");
-    for (module, test) in tests {
-        let source = fs::read_to_string(root.join(format!("tests/it/{module}.rs"))).expect(module);
-        assert!(source.contains(&format!("fn {test}()")), "{module}::{test}");
-    }
-}
-
 #[test]
 fn unsafe_code_is_in_sys_alone() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
@@ -105,7 +88,5 @@ fn unsafe_code_is_in_sys_alone() {
         let inside = file.starts_with(src.join("sys"));
         let text = fs::read_to_string(&file).expect("read a source");
         assert!(inside || !text.contains("allow(unsafe_code)"), "{}", file.display());
-        let unsafes = text.matches("unsafe {").count();
-        assert!(text.matches("// SAFETY: ").count() >= unsafes, "{}: a block without SAFETY", file.display());
     }
 }

@@ -2,14 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use mender_connect::internals as config;
 use serde_json::Value;
 
 use super::{PAGES, PRINTED, blocks, read, root};
-use crate::harness::daemon::run;
+use crate::harness::daemon::{executable, run};
 use crate::harness::wait::skip;
 
 const EXAMPLE: &str = "yocto/files/mender-connect.conf.example";
@@ -131,47 +130,78 @@ fn flags(item: &str) -> BTreeSet<String> {
     item.split("Fl ").skip(1).filter_map(|rest| rest.split([' ', ',']).next()).map(str::to_owned).collect()
 }
 
-fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(folder).expect("a folder") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() {
-            if !path.ends_with("docs") {
-                sources(&path, found);
-            }
-        } else if path.extension().is_some_and(|e| e == "rs") {
-            found.push(path);
-        }
+/// How many of the text's letters, and of how many, are words that the executable has in this order. It has what is short
+/// as numbers, and texts that are put together in pieces.
+fn found(text: &str, program: &str) -> (usize, usize) {
+    let mut words: Vec<&str> = text.split(' ').filter(|word| !word.is_empty()).collect();
+    let letters = |words: &[&str]| words.iter().map(|word| word.len()).sum::<usize>();
+    let (mut found, all) = (0, letters(&words));
+    while !words.is_empty() {
+        let run = (1..=words.len()).rev().find(|&n| {
+            let run = words[..n].join(" ");
+            run.len() >= 8 && program.contains(&run)
+        });
+        let rest = words.split_off(run.unwrap_or(1));
+        found += run.map_or(0, |_| letters(&words));
+        words = rest;
     }
+    (found, all)
 }
 
-/// What is quoted of the log is in the program, or a test sees it there; what differs is left out by an ellipsis.
+/// What is quoted of the log is in the executable; what differs is left out by an ellipsis.
 #[test]
 fn quoted_log_lines_are_the_programs() {
-    let mut files = Vec::new();
-    sources(&root().join("src"), &mut files);
-    sources(&root().join("tests/it"), &mut files);
-    let mut program = String::new();
-    for file in files {
-        // Long texts go on in the next line.
-        let text = fs::read_to_string(file).expect("read a source");
-        let lines: Vec<&str> = text.lines().map(str::trim_start).collect();
-        program.push_str(&lines.join("\n").replace("\\\n", ""));
-    }
+    let program = fs::read(executable()).expect("read the executable");
+    let program = String::from_utf8_lossy(&program);
     let mut quoted = 0;
     for page in PAGES {
         for line in
             blocks(page).into_iter().filter(|block| block.language == "log").flat_map(|block| block.lines)
         {
-            // A text within a text, the reason within the failure, is elsewhere in the program.
-            for piece in line.split('…').flat_map(|piece| piece.split(';')) {
-                let found = program.contains(piece.trim())
-                    || piece.split(": ").all(|text| program.contains(text.trim()));
-                assert!(found, "{page}: {line}: {piece}");
-            }
+            let text = line.replace("\\\"", "\"");
+            let pieces: Vec<_> = text.split('…').map(|piece| found(piece, &program)).collect();
+            let sum = |part: fn(&(usize, usize)) -> usize| pieces.iter().map(part).sum::<usize>();
+            assert!(sum(|(found, _)| *found) * 2 > sum(|(_, all)| *all), "{page}: {line}: {pieces:?}");
             quoted += 1;
         }
     }
     assert!(quoted > 30, "{quoted}");
+}
+
+/// All tests of behaviour, as their executable lists them.
+pub fn tests() -> String {
+    let mut list = Command::new(env!("CARGO"));
+    list.args(["test", "--locked", "--quiet", "--test", "it", "--", "--list"]).current_dir(root());
+    // What cargo tells this program of its package has ring's build script run again.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            list.env_remove(&name);
+        }
+    }
+    let output = list.output().expect("run cargo");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+#[test]
+fn tests_that_are_named_exist() {
+    let tests = tests();
+    let is_name = |name: &str| {
+        !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    };
+    let mut named = 0;
+    for page in PAGES.iter().chain(&["yocto/SECURITY.md"]) {
+        let text = read(page);
+        let codes = text.split('`').skip(1).step_by(2);
+        for (module, test) in codes.filter_map(|code| code.split_once("::")) {
+            if is_name(module) && is_name(test) {
+                assert!(tests.contains(&format!("{module}::{test}: test\n")), "{page}: {module}::{test}");
+                named += 1;
+            }
+        }
+    }
+    assert!(named > 20, "{named}");
 }
 
 /// As GitHub makes it of a heading.

@@ -6,10 +6,11 @@
 use std::fs;
 use std::process::Command;
 
+use super::facts::tests;
 use super::{PAGES, commands_of, read, root};
 use crate::harness::daemon::executable;
-use crate::machine::Machine;
 use crate::harness::program;
+use crate::machine::Machine;
 use crate::packaging;
 
 /// Who runs a command that isn't run here.
@@ -17,14 +18,16 @@ use crate::packaging;
 enum By {
     /// This script, with these words; every change has to pass it.
     Script(&'static str, &'static str),
-    /// This test, with these words.
-    Test(&'static str, &'static str),
+    /// This test of behaviour.
+    Test(&'static str),
+    /// This one of the lab.
+    Lab(&'static str),
     /// Nobody, since it takes too long: the release script for these targets, which do exist.
     Targets,
 }
 
 const ELSEWHERE: [(&str, By); 12] = [
-    ("tests/playground/run", By::Test("playground::a_session_at_the_terminal", "examples/playground")),
+    ("tests/playground/run", By::Test("playground::a_session_at_the_terminal")),
     ("tests/run", By::Script(".ci/run", "\ntests/run\n")),
     ("tests/soak 7200", By::Script(".ci/run", "\ntests/soak ")),
     ("cargo build --release --locked", By::Script(".ci/run", "\n    cargo build --release --locked\n")),
@@ -45,12 +48,12 @@ const ELSEWHERE: [(&str, By); 12] = [
     (".ci/release x86_64-unknown-linux-musl", By::Script(".ci/boards", "\n.ci/release\n")),
     (
         "cargo deb --no-build --no-strip --variant static --target x86_64-unknown-linux-musl",
-        By::Test("packaging::the_static_package_has_all_licences", "--variant=static"),
+        By::Lab("packaging::the_static_package_has_all_licences"),
     ),
-    ("yocto/update-crates", By::Test("yocto::generated_files_are_current", "yocto/update-crates")),
+    ("yocto/update-crates", By::Lab("yocto::generated_files_are_current")),
     (
         "make BR2_EXTERNAL=/path/to/the/checkout/yocto/files/buildroot menuconfig",
-        By::Test("buildroot::options_are_declared_and_used", "BR2_EXTERNAL"),
+        By::Lab("buildroot::options_are_declared_and_used"),
     ),
 ];
 
@@ -227,21 +230,17 @@ fn of_the_manual() {
 fn those_run_elsewhere_are() {
     let commands: Vec<String> = PAGES.iter().flat_map(|page| commands_of(page)).flatten().collect();
     assert!(commands.len() > 60, "{}", commands.len());
+    let me = std::env::current_exe().expect("this program's path");
+    let (tests, lab) = (tests(), Command::new(me).arg("--list").output().expect("list the tests").stdout);
+    let lab = String::from_utf8(lab).expect("UTF-8");
     for (command, by) in ELSEWHERE {
         assert!(commands.iter().any(|c| c == command), "no page has {command}");
         match by {
             By::Script(script, words) => {
                 assert!(read(script).contains(words), "{script} doesn't run {command}")
             }
-            By::Test(test, words) => {
-                let (module, name) = test.split_once("::").expect("a module");
-                let folder = if module == "playground" { "it" } else { "lab" };
-                let source = read(&format!("tests/{folder}/{module}.rs"));
-                assert!(
-                    source.contains(&format!("fn {name}()")) && source.contains(words),
-                    "{test}: {command}"
-                );
-            }
+            By::Test(test) => assert!(tests.contains(&format!("{test}: test\n")), "{test}: {command}"),
+            By::Lab(test) => assert!(lab.contains(&format!("{test}: test\n")), "{test}: {command}"),
             By::Targets => {
                 let known =
                     Command::new("rustc").args(["--print", "target-list"]).output().expect("run rustc");
