@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::fcntl::{OFlag, open};
-use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
@@ -22,8 +21,8 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use crate::files::{names, pattern};
 use crate::harness::daemon;
 use crate::harness::http::read_request;
-use crate::harness::proc;
 use crate::harness::wait::{SOON, Watched, eventually, millis, secs, skip, spawn};
+use crate::harness::{proc, pty};
 
 /// The example's executable; `cargo test` builds it, `cargo test --test it` alone doesn't.
 fn playground() -> Option<PathBuf> {
@@ -51,30 +50,14 @@ struct Session {
 
 impl Session {
     fn start() -> Option<Session> {
-        // Closed on exec from the start: other tests start processes meanwhile.
-        let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
-        let master = posix_openpt(flags).expect("a PTY");
-        grantpt(&master).and_then(|()| unlockpt(&master)).expect("a PTY");
-        let slave =
-            open(ptsname_r(&master).expect("a name").as_str(), flags, Mode::empty()).expect("its terminal");
+        let (master, slave) = pty::open_pair(OFlag::empty());
         tcsetwinsize(&slave, size(100, 30)).expect("its size");
         let before = tcgetattr(&slave).expect("terminal settings");
-        let copy = || Stdio::from(slave.try_clone().expect("clone"));
-        // setsid(1) makes the PTY the controlling terminal, which resizes and Ctrl-C go by.
-        let mut command = Command::new("setsid");
-        daemon::bare(&mut command);
-        command.arg("--ctty").arg(playground()?).env("SHELL", "/bin/sh").env("TERM", "xterm-256color");
-        let child = command.stdin(copy()).stdout(copy()).stderr(copy()).spawn().expect("start setsid");
+        let mut command = pty::session_on(&slave);
+        command.arg(playground()?).env("SHELL", "/bin/sh").env("TERM", "xterm-256color");
+        let child = command.spawn().expect("start setsid");
         let master = File::from(OwnedFd::from(master));
-        let screen = Arc::new(Watched::new(String::new()));
-        let (shown, mut reader) = (Arc::clone(&screen), master.try_clone().expect("clone"));
-        spawn("screen", move || {
-            let mut buffer = [0; 4096];
-            while let Ok(count @ 1..) = reader.read(&mut buffer) {
-                let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
-                shown.update(|s| s.push_str(&text));
-            }
-        });
+        let screen = pty::screen(&master);
         let session = Session { child, master, slave, screen, before };
         session.wait_for("Ctrl-] leaves.");
         session.wait_for_prompt();

@@ -1,30 +1,27 @@
 //! `mender-connect status`: what it tells, against the truth, as JSON, as text and on a screen.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-use nix::fcntl::{OFlag, open};
-use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
-use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 
 use crate::files::pattern;
 use crate::forwards::assert_echo;
 use crate::harness::client::{Style, Terminal};
-use crate::harness::daemon;
 use crate::harness::forward::Client;
 use crate::harness::msg::FILES;
-use crate::harness::proc;
 use crate::harness::rest::{Form, Rest, path_body};
 use crate::harness::rig::{Rig, Setup, TOKEN, script_config};
 use crate::harness::server::Reply;
 use crate::harness::targets::{Role, Target, UdpEcho, stream};
-use crate::harness::wait::{SOON, Watched, eventually, millis, spawn};
+use crate::harness::wait::{SOON, Watched, eventually, millis};
+use crate::harness::{proc, pty};
 
 /// What people read.
 fn text(rig: &Rig) -> String {
@@ -264,28 +261,13 @@ struct Screen {
 
 impl Screen {
     fn start(status: &Command) -> Screen {
-        let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
-        let master = posix_openpt(flags).expect("a PTY");
-        grantpt(&master).and_then(|()| unlockpt(&master)).expect("a PTY");
-        let name = ptsname_r(&master).expect("a name");
-        let slave = open(name.as_str(), flags, Mode::empty()).expect("a terminal");
-        let copy = || Stdio::from(slave.try_clone().expect("clone"));
-        // The PTY becomes the controlling terminal, which Ctrl-C goes by.
-        let mut command = Command::new("setsid");
-        daemon::bare(&mut command);
-        command.arg("--ctty").arg(status.get_program()).args(status.get_args());
+        let (master, slave) = pty::open_pair(OFlag::empty());
+        let mut command = pty::session_on(&slave);
+        command.arg(status.get_program()).args(status.get_args());
         command.envs(status.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        let child = command.stdin(copy()).stdout(copy()).stderr(copy()).spawn().expect("start setsid");
+        let child = command.spawn().expect("start setsid");
         let keyboard = File::from(OwnedFd::from(master));
-        let text = Arc::new(Watched::new(String::new()));
-        let (shown, mut reader) = (Arc::clone(&text), keyboard.try_clone().expect("clone"));
-        spawn("screen", move || {
-            let mut buffer = [0; 4096];
-            while let Ok(count @ 1..) = reader.read(&mut buffer) {
-                let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
-                shown.update(|s| s.push_str(&text));
-            }
-        });
+        let text = pty::screen(&keyboard);
         Screen { child, keyboard, text }
     }
 
