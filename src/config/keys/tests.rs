@@ -51,7 +51,7 @@ fn the_example_has_every_key_at_its_default() {
 
 #[test]
 fn the_manual_has_an_item_for_every_key_with_its_default() {
-    let manual = read("yocto/files/man/mender-connect.conf.5");
+    let manual = read("docs/man/mender-connect.conf.5");
     let mut items = BTreeMap::new();
     for item in manual.split("\n.It Va ").skip(1) {
         let (key, rest) = item.split_once('\n').unwrap_or((item, ""));
@@ -75,7 +75,7 @@ fn every_part_of_a_key_is_described() {
         let text = read(page);
         text.split(|c: char| !c.is_ascii_alphanumeric()).map(str::to_owned).collect::<BTreeSet<_>>()
     };
-    let manual = words("yocto/files/man/mender-connect.conf.5");
+    let manual = words("docs/man/mender-connect.conf.5");
     let readme = words("README.md");
     for key in Key::all() {
         for part in key.name().split('.') {

@@ -12,8 +12,8 @@ use crate::harness::daemon::{executable, run};
 use crate::harness::wait::skip;
 
 const EXAMPLE: &str = "yocto/files/mender-connect.conf.example";
-const CONF_5: &str = "yocto/files/man/mender-connect.conf.5";
-const MAIN_8: &str = "yocto/files/man/mender-connect.8";
+const CONF_5: &str = "docs/man/mender-connect.conf.5";
+const MAIN_8: &str = "docs/man/mender-connect.8";
 
 /// The example as the command that it names makes it.
 fn example() -> String {

@@ -17,8 +17,8 @@ const PAGES: [&str; 6] = [
     "yocto/README.md",
     "yocto/MIGRATION.md",
     "yocto/TROUBLESHOOTING.md",
-    "yocto/files/man/mender-connect.8",
-    "yocto/files/man/mender-connect.conf.5",
+    "docs/man/mender-connect.8",
+    "docs/man/mender-connect.conf.5",
 ];
 
 fn root() -> &'static Path {

@@ -221,8 +221,8 @@ fn of_troubleshooting() {
 
 #[test]
 fn of_the_manual() {
-    run("yocto/files/man/mender-connect.8");
-    run("yocto/files/man/mender-connect.conf.5");
+    run("docs/man/mender-connect.8");
+    run("docs/man/mender-connect.conf.5");
 }
 
 /// Whoever is said to run a command does, and each command that is said to be run elsewhere is in a page.

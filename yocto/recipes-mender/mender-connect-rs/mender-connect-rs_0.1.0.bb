@@ -97,8 +97,8 @@ INITSCRIPT_PARAMS = "defaults 90 10"
 do_install() {
     install -D -m 0755 ${B}/target/${CARGO_TARGET_SUBDIR}/mender-connect ${D}${bindir}/mender-connect
     install -D -m 0600 ${B}/mender-connect.conf ${D}${sysconfdir}/mender/mender-connect.conf
-    install -D -m 0644 ${S}/yocto/files/man/mender-connect.8 ${D}${mandir}/man8/mender-connect.8
-    install -D -m 0644 ${S}/yocto/files/man/mender-connect.conf.5 ${D}${mandir}/man5/mender-connect.conf.5
+    install -D -m 0644 ${S}/docs/man/mender-connect.8 ${D}${mandir}/man8/mender-connect.8
+    install -D -m 0644 ${S}/docs/man/mender-connect.conf.5 ${D}${mandir}/man5/mender-connect.conf.5
 
     if ${@bb.utils.contains('DISTRO_FEATURES', 'systemd', 'true', 'false', d)}; then
         install -D -m 0644 ${S}/yocto/files/mender-connect.service ${D}${systemd_system_unitdir}/mender-connect.service
