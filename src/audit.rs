@@ -1,5 +1,5 @@
 //! The audit log: a line `event=… key=value …` for each session, shell, transfer, forward and command. Its keys and
-//! their order, which the README describes, are stable. It has nothing that was typed, shown or transferred.
+//! their order, which docs/operations.md describes, are stable. It has nothing that was typed, shown or transferred.
 
 use std::ffi::OsStr;
 use std::fmt::{Display, Write};

@@ -1,5 +1,5 @@
 //! The daemon's state, as JSON in one line: durations in seconds, sizes in bytes, "in" is to the device.
-//! The README describes each field.
+//! docs/operations.md describes each field.
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! The audit log: the lines that the README promises, with these keys in this order.
+//! The audit log: the lines that docs/operations.md promises, with these keys in this order.
 
 use std::collections::BTreeMap;
 use std::fs;

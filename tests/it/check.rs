@@ -198,20 +198,21 @@ fn the_network_is_not_touched() {
     }
 }
 
-fn readme() -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("read the README")
+fn page() -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+    fs::read_to_string(path).expect("read the page")
 }
 
 /// The text between a heading and the next of its kind.
-fn section<'a>(readme: &'a str, heading: &str, next: &str) -> &'a str {
-    let (_, rest) = readme.split_once(heading).expect(heading);
+fn section<'a>(page: &'a str, heading: &str, next: &str) -> &'a str {
+    let (_, rest) = page.split_once(heading).expect(heading);
     rest.split(next).next().expect("a section")
 }
 
 #[test]
-fn the_example_of_the_readme_is_what_it_prints() {
-    let readme = readme();
-    let section = section(&readme, "### Check the configuration\n", "\n#");
+fn the_example_of_the_page_is_what_it_prints() {
+    let page = page();
+    let section = section(&page, "## Check the configuration\n", "\n#");
     let block =
         |fence: &str| section.split(fence).nth(1).expect(fence).split("\n```").next().expect("an end");
     let files = Files::new(Some(block("```json\n")), None);
@@ -225,13 +226,13 @@ fn the_example_of_the_readme_is_what_it_prints() {
 }
 
 #[test]
-fn every_key_of_the_readme_has_its_line_and_the_other_way_round() {
-    let readme = readme();
+fn every_key_of_the_page_has_its_line_and_the_other_way_round() {
+    let page = page();
     let (report, _) = check(Some(&good().to_string()), None);
     let listed: Vec<&str> = values(&report).into_iter().map(|(key, ..)| key).collect();
     let mut documented = Vec::new();
-    let section = section(&readme, "## Configuration\n", "\n## ");
-    let (first, limits) = section.split_once("The limits, all below").expect("the limits");
+    let section = section(&page, "## Keys\n", "\n## Reload");
+    let (first, limits) = section.split_once("## Limits on file transfer").expect("the limits");
     for (table, parent) in [(first, ""), (limits, "Limits.FileTransfer.")] {
         for row in table.lines().filter(|line| line.starts_with("| `")) {
             let keys = row.split('|').nth(1).expect("a column");
@@ -240,9 +241,9 @@ fn every_key_of_the_readme_has_its_line_and_the_other_way_round() {
     }
     assert!(documented.len() > 30, "{documented:?}");
     for key in &documented {
-        assert!(listed.contains(&key.as_str()), "{key} of the README isn't listed: {report}");
+        assert!(listed.contains(&key.as_str()), "{key} of the page isn't listed: {report}");
     }
     for key in listed {
-        assert!(documented.iter().any(|known| known == key), "{key} isn't in the README's tables");
+        assert!(documented.iter().any(|known| known == key), "{key} isn't in the page's tables");
     }
 }

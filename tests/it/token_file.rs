@@ -309,11 +309,11 @@ fn nothing_happens_without_a_change() {
     assert_eq!(self::watches(&rig), watches);
 }
 
-/// What the README says to make a token with.
+/// The guide's commands.
 #[test]
-fn the_readmes_commands_make_a_token() {
-    const README: &str = include_str!("../../README.md");
-    let (_, section) = README.split_once("### Without D-Bus").expect("the section");
+fn the_guides_commands_make_a_token() {
+    const GUIDE: &str = include_str!("../../docs/guide.md");
+    let (_, section) = GUIDE.split_once("## Without D-Bus").expect("the section");
     let commands = section.split("```\n").nth(2).expect("its commands");
     let place = Place::new();
     let commands = commands.replace("/run/mender", place.path("mender").to_str().expect("UTF-8"));

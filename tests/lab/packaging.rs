@@ -17,7 +17,7 @@ use crate::machine::{Machine, have_tools, tools};
 pub const UNIT: &str = include_str!("../../yocto/files/mender-connect.service");
 const CONFINED: &str = include_str!("../../yocto/files/mender-connect-confined.conf");
 const USER: &str = include_str!("../../yocto/files/mender-connect-user.conf");
-const README: &str = include_str!("../../README.md");
+const OPERATIONS: &str = include_str!("../../docs/operations.md");
 const CONFIG: &str = include_str!("../../yocto/files/debian/mender-connect.conf");
 const COPYRIGHT: &str = include_str!("../../yocto/files/debian/copyright");
 const BINARY: &str = "/usr/bin/mender-connect";
@@ -82,7 +82,7 @@ fn a_reload_takes_no_kill_command() {
     assert_eq!(agent(&machine), before);
 }
 
-/// The README states them as systemd 252 gives them.
+/// The page states them as systemd 252 gives them.
 #[test]
 fn exposure_is_as_stated() {
     let scores = [(&[][..], "9.6"), (&[CONFINED], "3.3"), (&[USER], "6.5"), (&[CONFINED, USER], "2.2")];
@@ -91,7 +91,8 @@ fn exposure_is_as_stated() {
         let printed = String::from_utf8_lossy(&output.stdout);
         let line = printed.lines().find(|line| line.contains("Overall exposure level")).unwrap_or(&printed);
         assert!(line.contains(&format!(": {score} ")), "{line}");
-        let stated = README.lines().any(|line| line.contains(score)) && README.contains("with systemd 252");
+        let stated =
+            OPERATIONS.lines().any(|line| line.contains(score)) && OPERATIONS.contains("with systemd 252");
         assert!(stated, "{score}");
     }
 }

@@ -1,4 +1,4 @@
-//! An agent without root, set up as the README says.
+//! An agent without root, set up as the guide says.
 
 use crate::harness::bus::MENDERS_POLICY;
 use crate::harness::client::{Style, Terminal};
@@ -8,13 +8,13 @@ use crate::harness::wait::SOON;
 use crate::machine::Machine;
 
 const TOKEN: &str = "of.the.machine";
-const README: &str = include_str!("../../README.md");
+const GUIDE: &str = include_str!("../../docs/guide.md");
 
-/// What the README says, on a machine of its own: its user, its configuration, its bus with Mender's policy and ours.
+/// The guide's commands, on a machine of its own: its user, its configuration, its bus with Mender's policy and ours.
 #[test]
-fn the_readmes_commands_make_it_run() {
+fn the_guides_commands_make_it_run() {
     let Some(machine) = Machine::start() else { return };
-    let (_, section) = README.split_once("### Without root").expect("the section");
+    let (_, section) = GUIDE.split_once("## Without root").expect("the section");
     let commands = section.split("```").nth(1).expect("its commands");
     machine.write("/usr/bin/orders", "#!/bin/sh\necho \"$@\" >>/run/orders");
     machine.sh("chmod 755 /usr/bin/orders && mv /usr/bin/orders /usr/bin/systemctl");

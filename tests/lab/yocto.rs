@@ -366,8 +366,8 @@ fn variables_with_menders_prefix_are_menders() {
     paths.retain(|path| !path.starts_with(root().join("yocto/files/buildroot")));
     let mut texts: Vec<(PathBuf, String)> =
         paths.into_iter().map(|path| (path.clone(), read(path))).collect();
-    let readme = read(root().join("README.md"));
-    texts.push(("README.md".into(), section(&readme, "### Yocto and Buildroot").to_owned()));
+    let guide = read(root().join("docs/guide.md"));
+    texts.push(("docs/guide.md".into(), section(&guide, "## Yocto and Buildroot").to_owned()));
 
     let mut found = 0;
     for (path, text) in &texts {

@@ -76,11 +76,11 @@ fn every_part_of_a_key_is_described() {
         text.split(|c: char| !c.is_ascii_alphanumeric()).map(str::to_owned).collect::<BTreeSet<_>>()
     };
     let manual = words("docs/man/mender-connect.conf.5");
-    let readme = words("README.md");
+    let page = words("docs/configuration.md");
     for key in Key::all() {
         for part in key.name().split('.') {
             assert!(manual.contains(part), "{part} of {key:?}");
-            assert!(readme.contains(part) || key.deprecated().is_some(), "{part} of {key:?}");
+            assert!(page.contains(part) || key.deprecated().is_some(), "{part} of {key:?}");
         }
     }
 }

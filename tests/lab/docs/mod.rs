@@ -12,11 +12,17 @@ mod facts;
 mod typed;
 
 /// Where commands are expected.
-const PAGES: [&str; 6] = [
+const PAGES: [&str; 12] = [
     "README.md",
+    "docs/guide.md",
+    "docs/configuration.md",
+    "docs/operations.md",
+    "docs/migration.md",
+    "docs/troubleshooting.md",
+    "docs/SECURITY.md",
+    "docs/performance.md",
+    "docs/architecture.md",
     "yocto/README.md",
-    "yocto/MIGRATION.md",
-    "yocto/TROUBLESHOOTING.md",
     "docs/man/mender-connect.8",
     "docs/man/mender-connect.conf.5",
 ];
@@ -31,7 +37,7 @@ fn read(path: &str) -> String {
 
 /// In place of a language: what a command prints, which starts with one of these.
 const PRINTED: &str = "printed";
-const STARTS: [&str; 3] = ["error: ", "✓ ", "mender-connect 0."];
+const STARTS: [&str; 4] = ["error: ", "✓ ", "mender-connect 0.", "mender-connect 1."];
 
 /// A literal piece of a page.
 struct Block {

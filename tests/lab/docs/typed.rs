@@ -26,10 +26,15 @@ enum By {
     Targets,
 }
 
-const ELSEWHERE: [(&str, By); 12] = [
+const ELSEWHERE: [(&str, By); 16] = [
     ("tests/playground/run", By::Test("playground::a_session_at_the_terminal")),
     ("tests/run", By::Script(".ci/run", "\ntests/run\n")),
-    ("tests/soak 7200", By::Script(".ci/run", "\ntests/soak ")),
+    // Parts of it.
+    ("tests/run --lib config::", By::Script(".ci/run", "\ntests/run\n")),
+    ("tests/run --test it check::", By::Script(".ci/run", "\ntests/run\n")),
+    ("tests/run --test it docs::", By::Script(".ci/run", "\ntests/run\n")),
+    ("tests/run --test it terminal::", By::Script(".ci/run", "\ntests/run\n")),
+    (".ci/size", By::Script(".ci/run", "\n    .ci/size\n")),
     ("cargo build --release --locked", By::Script(".ci/run", "\n    cargo build --release --locked\n")),
     (".ci/release", By::Script(".ci/boards", "\n.ci/release\n")),
     (
@@ -159,15 +164,15 @@ fn machine(page: &str) -> Option<Machine> {
     assert!(copied.success());
     program::copy(&executable(), &checkout.join("target/release/mender-connect"));
     let package = |architecture: &str| format!("mender-connect-rs_0.1.0-1_{architecture}.deb");
-    // The README's example is for a board.
-    let here = package(if page == "README.md" { "armhf" } else { "amd64" });
+    // The guide's example is for a board.
+    let here = package(if page == "docs/guide.md" { "armhf" } else { "amd64" });
     for copy in [format!("target/debian/{}", package("amd64")), here] {
         fs::copy(machine.dir.path().join("new.deb"), checkout.join(copy)).unwrap();
     }
     machine.sh(
         "cp $(find /usr/share/ca-certificates -name '*.crt' | head -n 1) /run/test/checkout/authority.crt",
     );
-    if page == "yocto/MIGRATION.md" {
+    if page == "docs/migration.md" {
         packaging::install_upstream(&machine, packaging::UNIT_FILE);
         machine.sh("cp /run/mender-connect.deb /run/test/checkout/mender-connect_2.3.1_amd64.deb");
     } else {
@@ -210,13 +215,23 @@ fn of_the_readme() {
 }
 
 #[test]
+fn of_the_guide() {
+    run("docs/guide.md");
+}
+
+#[test]
+fn of_operations() {
+    run("docs/operations.md");
+}
+
+#[test]
 fn of_the_migration() {
-    run("yocto/MIGRATION.md");
+    run("docs/migration.md");
 }
 
 #[test]
 fn of_troubleshooting() {
-    run("yocto/TROUBLESHOOTING.md");
+    run("docs/troubleshooting.md");
 }
 
 #[test]
