@@ -26,7 +26,7 @@ enum By {
     Targets,
 }
 
-const ELSEWHERE: [(&str, By); 16] = [
+const ELSEWHERE: [(&str, By); 17] = [
     ("tests/playground/run", By::Test("playground::a_session_at_the_terminal")),
     ("tests/run", By::Script(".ci/run", "\ntests/run\n")),
     // Parts of it.
@@ -34,6 +34,7 @@ const ELSEWHERE: [(&str, By); 16] = [
     ("tests/run --test it check::", By::Script(".ci/run", "\ntests/run\n")),
     ("tests/run --test it docs::", By::Script(".ci/run", "\ntests/run\n")),
     ("tests/run --test it terminal::", By::Script(".ci/run", "\ntests/run\n")),
+    ("tests/playground/record docs/terminal.svg", By::Script(".ci/run", "\ntests/playground/record ")),
     (".ci/size", By::Script(".ci/run", "\n    .ci/size\n")),
     ("cargo build --release --locked", By::Script(".ci/run", "\n    cargo build --release --locked\n")),
     (".ci/release", By::Script(".ci/boards", "\n.ci/release\n")),
