@@ -14,7 +14,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::encoding::from_base64url;
-use crate::sys::{print, privilege, visible};
+use crate::sys::{print, privilege, visible, visible_lines};
 
 /// Prints the steps, as JSON if `json` says so or, without it, where no terminal is. True if all steps worked.
 pub(crate) fn run(main: &Path, fallback: &Path, json: Option<bool>) -> bool {
@@ -67,7 +67,7 @@ impl Report {
     fn add(&mut self, step: &str, found: &str, advice: Option<&str>) {
         let seconds = self.since.elapsed().as_secs_f64();
         let (found, warnings) = (visible(found), std::mem::take(&mut self.warnings));
-        let advice = advice.map(visible);
+        let advice = advice.map(visible_lines);
         if self.json {
             self.steps.push(json!({
                 "step": step,

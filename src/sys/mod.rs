@@ -45,15 +45,20 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// A line without characters that a terminal obeys: C0, C1, line separators and what turns the direction of text. They
 /// become escapes of JSON, in which such a line stays valid.
 pub(crate) fn visible(line: &str) -> String {
-    let hidden = |c| {
-        let bidi = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        bidi || char::is_control(c)
-    };
-    line.chars().map(|c| if hidden(c) { format!("\\u{:04x}", c as u32) } else { c.to_string() }).collect()
+    escape(line, "")
 }
 
+/// The same for a text whose lines and columns are the agent's own.
 pub(crate) fn visible_lines(text: &str) -> String {
-    text.split('\n').map(visible).collect::<Vec<_>>().join("\n")
+    escape(text, "\n\t")
+}
+
+fn escape(text: &str, kept: &str) -> String {
+    let hidden = |c| {
+        let bidi = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        (bidi || char::is_control(c)) && !kept.contains(c)
+    };
+    text.chars().map(|c| if hidden(c) { format!("\\u{:04x}", c as u32) } else { c.to_string() }).collect()
 }
 
 /// Who, besides root and the user of this process, can change a file or put another in its place.
@@ -174,7 +179,7 @@ mod tests {
         assert_eq!(visible("\x1b[2J\r\n\u{9b}1m\x7f"), r"\u001b[2J\u000d\u000a\u009b1m\u007f");
         let bidi = "\u{200e}\u{200f}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}\u{61c}";
         assert_eq!(visible(bidi), r"\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\u061c");
-        assert_eq!(visible_lines("a\n\tb\n"), "a\n\\u0009b\n");
+        assert_eq!(visible_lines("a\n\tb\x1b\n"), "a\n\tb\\u001b\n");
     }
 
     #[test]

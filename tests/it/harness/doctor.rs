@@ -207,6 +207,8 @@ impl Findings {
         assert_eq!(last["step"], name, "{self:#?}");
         assert_eq!(last["ok"], false, "{self:#?}");
         let field = |name: &str| last[name].as_str().expect("a text").to_owned();
-        (field("found"), field("advice"))
+        let advice = field("advice");
+        assert!(!advice.contains("\\u000a"), "the advice's own lines: {advice}");
+        (field("found"), advice)
     }
 }
