@@ -21,6 +21,9 @@ const KILL: u64 = 1 << 5;
 const SETGID: u64 = 1 << 6;
 const SETUID: u64 = 1 << 7;
 
+/// linux/capability.h: the header of version 3, which has two sets.
+const THIS_THREAD: [u32; 2] = [0x2008_0522, 0];
+
 /// The process's umask and limits, soft and hard, at its start.
 struct Inherited {
     umask: Mode,
@@ -120,20 +123,29 @@ fn bound(kept: u64) -> io::Result<()> {
 /// exec(2) than its parent was permitted loses its parent-death signal.
 #[allow(unsafe_code)]
 fn limit(kept: u64, permitted: bool) -> io::Result<()> {
-    // linux/capability.h: version 3, this thread; then effective, permitted and inheritable ones, for the lower 32
-    // capabilities and for the upper ones.
-    let mut header = [0x2008_0522_u32, 0];
-    let mut sets = [[0_u32; 3]; 2];
-    // SAFETY: the kernel reads one header and writes two sets, which is what version 3 is defined to have; both
-    // live until the call returns.
-    Errno::result(unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) })?;
+    let mut sets = capabilities()?;
     for ([effective, allowed, _], kept) in sets.iter_mut().zip([kept as u32, (kept >> 32) as u32]) {
         *effective &= kept;
         *allowed &= if permitted { u32::MAX } else { kept };
     }
-    // SAFETY: as above, only that the sets are read.
-    Errno::result(unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()) })?;
+    // SAFETY: the kernel reads one header and two sets; both live until the call returns.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capset, THIS_THREAD.as_ptr(), sets.as_ptr()) })?;
     Ok(())
+}
+
+/// This thread's effective, permitted and inheritable capabilities: the lower 32 of each, then the upper ones.
+#[allow(unsafe_code)]
+fn capabilities() -> io::Result<[[u32; 3]; 2]> {
+    let mut sets = [[0; 3]; 2];
+    // SAFETY: the kernel reads one header, of a version that it knows, and writes two sets; both live until the call
+    // returns.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capget, THIS_THREAD.as_ptr(), sets.as_mut_ptr()) })?;
+    Ok(sets)
+}
+
+/// True if this thread may treat any file as its own, as in sticky directories.
+pub(crate) fn owns_all_files() -> bool {
+    capabilities().is_ok_and(|[[effective, ..], _]| u64::from(effective) & FOWNER != 0)
 }
 
 #[cfg(test)]

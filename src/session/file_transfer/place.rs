@@ -17,13 +17,14 @@ use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl, open};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
-use nix::unistd::{Gid, Group, Uid, UnlinkatFlags, User, unlinkat};
+use nix::unistd::{Gid, Group, Uid, User, geteuid};
 
 use crate::config::FileLimits;
 use crate::permits::{Permit, Permits};
 use crate::proto::file::Request;
 use crate::proto::{MAX_TEXT, clipped};
 use crate::sys::beneath::{self, Rules};
+use crate::sys::privilege::owns_all_files;
 use crate::sys::reason;
 
 pub(super) const TOO_LARGE: &str = "the file size is over the limit";
@@ -99,18 +100,23 @@ impl Target {
         }
     }
 
-    /// Finds what would keep rename(2) from replacing the target, a file: a mount, a read-only file system, permissions, a
-    /// sticky directory, attributes, swapping. rmdir(2) looks at all of it but mounts before it sees that a file is no
-    /// directory.
-    fn can_be_replaced(&self) -> Result<()> {
-        let result = match beneath::is_mount_point(self.dir.as_fd(), &self.name) {
-            true => Err(Errno::EBUSY),
-            false => unlinkat(&self.dir, self.name.as_os_str(), UnlinkatFlags::RemoveDir),
-        };
-        match result {
-            Err(Errno::ENOTDIR | Errno::ENOENT) => Ok(()),
-            other => other.map_err(|e| Failure::io(creating(&self.path), e)),
+    /// Finds what would keep rename(2) from replacing `existing`, but for what keeps the temporary file from being created,
+    /// too. No system call that would replace or remove it if it could is safe: the name may be another file's by now.
+    fn can_be_replaced(&self, existing: &FileStat) -> Result<()> {
+        let failed = |e| Failure::io(creating(&self.path), e);
+        let dir = fstat(&self.dir).map_err(failed)?;
+        let attributes = |name| beneath::attributes(self.dir.as_fd(), name);
+        let target = attributes(&self.name);
+        if target & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0 {
+            return Err(failed(Errno::EBUSY));
         }
+        let fixed = (libc::STATX_ATTR_IMMUTABLE | libc::STATX_ATTR_APPEND) as u64;
+        let sticky = dir.st_mode & libc::S_ISVTX != 0;
+        let ours = [dir.st_uid, existing.st_uid].contains(&geteuid().as_raw());
+        if (target | attributes(OsStr::new("."))) & fixed != 0 || sticky && !ours && !owns_all_files() {
+            return Err(failed(Errno::EPERM));
+        }
+        Ok(())
     }
 }
 
@@ -378,7 +384,7 @@ impl Attributes {
     pub(super) fn check(&self, target: &Target) -> Result<()> {
         let Some(existing) = target.lstat()? else { return Ok(()) };
         self.may_replace(&existing)?;
-        target.can_be_replaced()
+        target.can_be_replaced(&existing)
     }
 
     /// Whether it depends on what has the target's name.
@@ -410,5 +416,29 @@ fn named<T>(what: &str, name: Option<&str>, find: fn(&str) -> nix::Result<Option
     match find(name) {
         Ok(None) => Err((what + ": unknown name").into()),
         found => found.map_err(|e| Failure::io(what, e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// The check asked rmdir(2), which removes an empty directory that takes the name meanwhile.
+    #[test]
+    fn a_directory_that_takes_the_name_outlives_the_check() {
+        let base = tempfile::tempdir().unwrap();
+        let place = base.path().join("target");
+        fs::write(&place, "a file").unwrap();
+        let target = Target {
+            dir: File::open(base.path()).unwrap().into(),
+            name: "target".into(),
+            path: place.clone(),
+        };
+        let file = target.lstat().unwrap().unwrap();
+        fs::remove_file(&place).unwrap();
+        fs::create_dir(&place).unwrap();
+        assert_eq!(target.can_be_replaced(&file), Ok(()));
+        assert!(place.is_dir());
     }
 }
