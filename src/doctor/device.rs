@@ -34,10 +34,9 @@ pub(crate) fn daemon(report: &mut Report) -> bool {
     }
     let (found, occupied) = match status::fetch() {
         Ok(status) => {
-            use status::State::{Asking, Stopping, Unauthorized, Waiting};
-            let state = status::State::of(&status);
-            let free = matches!(state, Some(Unauthorized | Waiting | Asking | Stopping));
-            (format!("running, {}", state.map_or("in an unknown state", status::State::name)), !free)
+            let state = status.connection.state;
+            let occupied = matches!(state, status::State::Dialling | status::State::Connected);
+            (format!("running, {}", state.name()), occupied)
         }
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
             let running = |pid| format!("process {pid} runs, and doesn't tell its state");

@@ -6,44 +6,34 @@ use std::time::{Duration, Instant};
 
 use miniserde::Serialize;
 use nix::poll::PollFlags;
-use nix::sys::socket::SockFlag;
 
-use super::document::{Session, State, Status};
-use super::{ANSWER_LIMIT, connect, socket_path};
+use super::document::{Session, Status};
+use super::{connect, socket_path};
 use crate::sys::{poll_one, reason, visible, visible_lines};
 
 /// In bytes; the daemon's own bounds are far lower.
 const LARGEST_ANSWER: u64 = 16 << 20;
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// Forwards shown per session.
-const MAX_FORWARDS: usize = 16;
-/// Characters shown of a path or a target: its end.
-const MAX_NAME: usize = 40;
 
 const ADVICE: &str = "Is the daemon running, and are you root or the daemon's user? \
     If it couldn't make this socket, its log says so.";
 
 pub(crate) fn fetch() -> io::Result<Status> {
-    let stream = connect(&socket_path(), SockFlag::empty())?;
+    let stream = connect(&socket_path())?;
     stream.set_read_timeout(Some(ANSWER_LIMIT))?;
     let mut answer = String::new();
     stream.take(LARGEST_ANSWER).read_to_string(&mut answer).map_err(|e| match e.kind() {
         ErrorKind::WouldBlock => io::Error::new(ErrorKind::TimedOut, "no answer in time"),
         _ => e,
     })?;
-    match answer.len() as u64 {
-        0 => Err(io::Error::other("the daemon hung up without an answer")),
-        LARGEST_ANSWER => Err(io::Error::other("the answer has no end")),
-        _ => miniserde::json::from_str(&answer)
-            .map_err(|_| io::Error::other("the answer is no status document")),
-    }
+    miniserde::json::from_str(&answer).map_err(|_| io::Error::other("the answer is no status document"))
 }
 
 /// False if the daemon can't be asked.
 pub(crate) fn show(json: bool, watch: bool) -> bool {
     let mut out = io::stdout();
     loop {
-        let next = Instant::now() + WATCH_INTERVAL;
         let text = match fetch() {
             Ok(status) if json => line(&status),
             Ok(status) => describe(&status),
@@ -63,13 +53,12 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
             true => text + "\n",
             false => text,
         };
+        // Fails when the reader has closed its end of the pipe.
         let written = out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok();
-        // An event means that the reader has closed its end of the pipe.
-        let closed =
-            || poll_one(&out, PollFlags::empty(), Some(next)).map_or(true, |events| !events.is_empty());
-        if !written || !watch || closed() {
+        if !written || !watch {
             return true;
         }
+        let _ = poll_one(&out, PollFlags::empty(), Some(Instant::now() + WATCH_INTERVAL));
     }
 }
 
@@ -81,7 +70,7 @@ fn describe(status: &Status) -> String {
     let Status { connection, token, shells, transferred, .. } = status;
     let (version, pid) = (status.version.escape_debug(), status.pid);
     let mut out = format!("mender-connect {version}, pid {pid}, up {}\n", time(status.uptime));
-    out += State::of(status).map_or("in an unknown state", State::name);
+    out += &connection.state.name();
     out.extend(connection.server.as_ref().map(|server| format!(" ({})", server.escape_debug())));
     out += &format!(" for {}", time(connection.r#for));
     out.extend(connection.next_attempt_in.map(|next| format!(", next attempt in {}", time(next))));
@@ -116,10 +105,10 @@ fn describe_session(session: &Session) -> String {
             }
         };
         let direction = transfer.direction.escape_debug();
-        out += &format!("  {direction} {}, {done}, {}\n", clipped(&transfer.path), time(transfer.age));
+        out += &format!("  {direction} {}, {done}, {}\n", transfer.path.escape_debug(), time(transfer.age));
     }
-    for forward in session.forwards.iter().take(MAX_FORWARDS) {
-        let (protocol, target) = (forward.protocol.escape_debug(), clipped(&forward.target));
+    for forward in &session.forwards {
+        let (protocol, target) = (forward.protocol.escape_debug(), forward.target.escape_debug());
         let address = match &forward.address {
             Some(address) if *address == forward.target => String::new(),
             Some(address) => format!(" ({})", address.escape_debug()),
@@ -128,7 +117,7 @@ fn describe_session(session: &Session) -> String {
         let traffic = traffic(forward.age, forward.idle, forward.bytes_in, forward.bytes_out);
         out += &format!("  {protocol} {target}{address}, {traffic}\n");
     }
-    match session.forwards_open.saturating_sub(session.forwards.len().min(MAX_FORWARDS)) {
+    match session.forwards_open.saturating_sub(session.forwards.len()) {
         0 => out,
         more => out + &format!("  and {more} connections more\n"),
     }
@@ -136,15 +125,6 @@ fn describe_session(session: &Session) -> String {
 
 fn bytes(to_device: u64, from_device: u64) -> String {
     format!("{} in, {} out", amount(to_device), amount(from_device))
-}
-
-/// The last [`MAX_NAME`] characters of the escaped text.
-fn clipped(text: &str) -> String {
-    let text = text.escape_debug().to_string();
-    match text.char_indices().rev().nth(MAX_NAME) {
-        Some((at, c)) => format!("…{}", &text[at + c.len_utf8()..]),
-        None => text,
-    }
 }
 
 fn amount(bytes: u64) -> String {
@@ -184,22 +164,13 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_escaped_and_shortened_to_its_end() {
-        assert_eq!(clipped("/a\u{1b}[2J\u{9b}\u{202e}"), "/a\\u{1b}[2J\\u{9b}\\u{202e}");
-        let long = "ä".repeat(60) + "end";
-        assert_eq!(clipped(&long), format!("…{}end", "ä".repeat(37)));
-        assert_eq!(clipped(&"x".repeat(40)), "x".repeat(40));
-    }
-
-    #[test]
     fn a_daemon_of_another_version_is_understood() {
-        let text = r#"{ "connection": { "failed_attempts": 0, "for": 61.5, "new": 1, "state": "dancing" },
+        let text = r#"{ "connection": { "failed_attempts": 0, "for": 61.5, "new": 1, "state": "waiting" },
             "pid": 7, "sessions": [], "shells": { "max": 16, "running": 0 }, "token": { "source": "dbus" },
             "transferred": { "average_in": 0.0, "average_out": 0.0, "bytes_in": 0, "bytes_out": 0 },
             "uptime": 0.5, "version": "9" }"#;
         let text = describe(&miniserde::json::from_str(text).unwrap());
-        let start =
-            "mender-connect 9, pid 7, up 0 s\nin an unknown state for 1 min 1 s\nno token from dbus\n";
+        let start = "mender-connect 9, pid 7, up 0 s\nwaiting for 1 min 1 s\nno token from dbus\n";
         assert!(text.starts_with(start), "{text}");
     }
 }

@@ -35,8 +35,7 @@ pub(crate) struct Connection {
     pub(crate) last_error_age: Option<f64>,
     pub(crate) next_attempt_in: Option<f64>,
     pub(crate) server: Option<String>,
-    /// A name of a [`State`].
-    pub(crate) state: String,
+    pub(crate) state: State,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -109,37 +108,29 @@ pub(crate) struct Forward {
     pub(crate) target: String,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum State {
     /// There is no token; the authentication manager will announce one.
+    #[serde(rename = "unauthorized")]
     Unauthorized,
     /// The next attempt's time has not come.
+    #[serde(rename = "waiting")]
     Waiting,
     /// The manager was asked for the next attempt's token.
+    #[serde(rename = "asking")]
     Asking,
+    #[serde(rename = "connecting")]
     Dialling,
+    #[serde(rename = "connected")]
     Connected,
+    #[serde(rename = "stopping")]
     Stopping,
 }
 
 impl State {
-    const NAMES: [(State, &'static str); 6] = [
-        (State::Unauthorized, "unauthorized"),
-        (State::Waiting, "waiting"),
-        (State::Asking, "asking"),
-        (State::Dialling, "connecting"),
-        (State::Connected, "connected"),
-        (State::Stopping, "stopping"),
-    ];
-
-    pub(crate) fn name(self) -> &'static str {
-        State::NAMES.iter().find(|(state, _)| *state == self).map_or("", |(_, name)| name)
-    }
-
-    /// `None` if the daemon is of another version and in a state that this one doesn't know.
-    pub(crate) fn of(status: &Status) -> Option<State> {
-        let found = &status.connection.state;
-        State::NAMES.iter().find(|(_, name)| found == name).map(|(state, _)| *state)
+    /// As in the document.
+    pub(crate) fn name(self) -> String {
+        miniserde::json::to_string(&self).trim_matches('"').to_owned()
     }
 }
 

@@ -128,7 +128,7 @@ impl Machine {
             last_error_age: last_error.map(|(_, at)| seconds(*at, now)),
             next_attempt_in: (self.state == State::Waiting).then(|| seconds(now, self.until)),
             server: self.server(),
-            state: self.state.name().to_owned(),
+            state: self.state,
         }
     }
 

@@ -249,7 +249,7 @@ fn more_forwards_than_are_told_of() {
     let counts: Vec<_> = status["sessions"].as_array().unwrap().iter().map(count).collect();
     assert_eq!(counts, [400, 400, 224]);
     assert_eq!(status["sessions"][2]["forwards_open"], 400);
-    assert!(text(&rig).ends_with("  and 384 connections more\n"));
+    assert!(text(&rig).ends_with("  and 176 connections more\n"));
 }
 
 /// `status --watch` in a terminal of its own.
