@@ -66,19 +66,14 @@ fn names_of_a_name_server() {
     let names = NameServer::start(&[("both.test", known)]);
     let office = Office::open();
     let port = office.server.address().port();
-    let ask = |host: &str| {
-        office.manager.set(&office.token, &format!("http://{host}:{port}"));
-        office.tells("waiting");
-        office.run(names.asked_by(&office.command(&[])))
-    };
-    let findings = ask("both.test");
+    let findings = office.ask_by_name("both.test", &names);
     findings.assert_good();
     for address in ["127.0.0.1", "127.0.0.2"] {
         assert!(findings.found("dns").contains(address), "{findings:?}");
     }
     assert_eq!(findings.found("tcp"), format!("connected to 127.0.0.1:{port}"));
     assert!(findings.warnings("server").contains("http: whoever is in between"), "{findings:?}");
-    let (found, advice) = ask("none.test").assert_break("dns");
+    let (found, advice) = office.ask_by_name("none.test", &names).assert_break("dns");
     assert!(found.starts_with("lookup none.test: ") && advice.contains("getent hosts none.test"), "{advice}");
 }
 

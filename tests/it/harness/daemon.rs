@@ -1,7 +1,7 @@
 //! The real executable as a child process.
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::proc;
-use super::wait::{SOON, Watched, eventually, millis, spawn, tell};
+use super::wait::{SOON, Watched, eventually, millis, skip, spawn, tell};
 
 /// Where the executable lies. MENDER_CONNECT names another one than was built with the tests; else cargo tells
 /// integration tests, and an example looks beside itself.
@@ -55,6 +55,19 @@ pub fn emulated(why: &str) -> bool {
         tell(&format!("not possible in an emulator: {why}"));
     }
     emulated
+}
+
+/// Whether libfaketime can set the executable's clock, and no other's; says so if not.
+pub fn has_clock() -> bool {
+    if is_static() {
+        tell("the clock of a static executable can't be set for it alone");
+        return false;
+    }
+    let library = Path::new("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1").exists();
+    if !library {
+        skip("the Debian package 'libfaketime' is missing");
+    }
+    library
 }
 
 /// Takes everything out of the environment but what programs need to be found.

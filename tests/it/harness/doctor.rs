@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use super::bus::Bus;
 use super::daemon;
 use super::device::Generation;
+use super::dns::NameServer;
 use super::manager::Manager;
 use super::rig::bash_config;
 use super::server::Server;
@@ -138,6 +139,14 @@ impl Office {
     pub fn ask_beside(&self, state: &str) -> Findings {
         self.tells(state);
         self.run(self.command(&[]))
+    }
+
+    /// By a name that this name server knows, and beside a daemon that waits.
+    pub fn ask_by_name(&self, host: &str, names: &NameServer) -> Findings {
+        let port = self.server.address().port();
+        self.manager.set(&self.token, &format!("http://{host}:{port}"));
+        self.tells("waiting");
+        self.run(names.asked_by(&self.command(&[])))
     }
 
     pub fn run(&self, mut command: Command) -> Findings {

@@ -165,11 +165,8 @@ fn doctor_tells_answers_and_attempts_apart() {
         ("half.test", Answer::Each(Single::Address(V4), Single::Silence)),
     ]);
     let office = Office::open();
-    let port = office.server.address().port();
     let ask = |host: &str| {
-        office.manager.set(&office.token, &format!("http://{host}:{port}"));
-        office.tells("waiting");
-        let findings = office.run(names.asked_by(&office.command(&[])));
+        let findings = office.ask_by_name(host, &names);
         findings.assert_good();
         findings
     };
