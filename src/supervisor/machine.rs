@@ -169,7 +169,8 @@ impl Machine {
         }
         match (state, event) {
             (Stopping, _) => (Stopping, vec![]),
-            (_, Event::Stop) => (Stopping, vec![Close]),
+            // The link is closed when no shell is kept any more.
+            (_, Event::Stop) => (Stopping, vec![]),
 
             // An announcement is worth an attempt at once, even with the token we know; an answer isn't.
             (Dialling | Connected, Event::Auth(Changed(Some(new)) | Answered(Ok(Some(new)))))

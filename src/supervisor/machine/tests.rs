@@ -94,8 +94,8 @@ fn the_table() {
         (Waiting, Event::RetryNow, Asking, vec![Ask]),
         (Unauthorized, Event::RetryNow, Asking, vec![Ask]),
         (Asking, Event::RetryNow, Asking, vec![]),
-        (Connected, Event::Stop, Stopping, vec![Close]),
-        (Waiting, Event::Stop, Stopping, vec![Close]),
+        (Connected, Event::Stop, Stopping, vec![]),
+        (Waiting, Event::Stop, Stopping, vec![]),
         (Stopping, changed("b"), Stopping, vec![]),
         (Stopping, lost(), Stopping, vec![]),
     ];
