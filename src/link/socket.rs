@@ -16,6 +16,8 @@ use crate::sys::{lock, net};
 /// NB-IoT and satellite links a round trip takes seconds.
 const LEAST_PATIENCE: Duration = Duration::from_secs(10);
 const PATIENCE: u32 = 3;
+/// For an answer that waits in the kernel.
+const READERS_TURN: Duration = Duration::from_secs(1);
 /// As long as the server itself waits for an agent.
 const MOST_PATIENCE: Duration = Duration::from_secs(60);
 /// For the close frame and what was queued before it.
@@ -85,22 +87,28 @@ impl Socket {
         self.cancel.written.load(Ordering::Relaxed)
     }
 
-    /// What a ping that is written now asks. The link may be silent for as long as `silence` before the answer's time.
+    /// What a ping that is written next asks. The link may be silent for as long as `silence` before the answer's time.
     pub(super) fn question(&self, patience: Duration, silence: Duration) -> Question {
         let asked = Instant::now();
         Question { limit: asked + patience, asked, patience, silence }
     }
 
     /// At the limit: ends the link if nothing has come since, unless the ping may still wait behind what a slow link carries
-    /// away. Then there is more time.
+    /// away. Then there is more time, as there is for the reader of a process that was stopped beyond the limit.
     pub(super) fn judge(&self, question: Question) -> Option<Question> {
         let Question { limit, asked, patience, silence } = question;
         let heard = self.began + Duration::from_micros(self.cancel.heard.load(Ordering::Relaxed));
         if heard >= asked {
             return None;
         }
-        let delivering = net::is_delivering(self.stream.as_fd(), patience);
-        let later = if delivering { limit + patience } else { heard + silence + patience };
+        let now = Instant::now();
+        let later = if now > limit + READERS_TURN {
+            now + READERS_TURN
+        } else if net::is_delivering(self.stream.as_fd(), patience) {
+            limit + patience
+        } else {
+            heard + silence + patience
+        };
         if later > limit {
             return Some(Question { limit: later, ..question });
         }

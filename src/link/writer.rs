@@ -48,10 +48,10 @@ impl Writer {
                 asked = self.socket().judge(late);
             }
             if now >= next_ping {
-                self.websocket.send(Message::Ping(PING_PAYLOAD))?;
                 // mender-auth's forwarder takes more than a slow link carries away: the ping then waits behind that.
                 let silence = if self.pace.is_waiting() { heartbeat } else { Duration::ZERO };
-                asked = asked.or(Some(self.socket().question(self.socket().patience(), silence)));
+                let question = self.ask(self.socket().patience(), silence)?;
+                asked = asked.or(Some(question));
                 next_ping = now + heartbeat;
                 queue.free_buffers();
                 // tungstenite's buffer has grown to the largest message, and never shrinks.
@@ -86,9 +86,8 @@ impl Writer {
                 Some(Work::Answered(probe, when)) => self.pace.answered(probe, when),
                 Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
                 Some(Work::Ping) => {
-                    self.websocket.write(Message::Ping(PING_PAYLOAD))?;
                     // The way to the server may be another one now.
-                    let soon = self.socket().question(self.socket().patience() / 2, Duration::ZERO);
+                    let soon = self.ask(self.socket().patience() / 2, Duration::ZERO)?;
                     asked = Some(asked.map_or(soon, |asked| asked.min(soon)));
                 }
                 Some(Work::Close(code)) => {
@@ -98,6 +97,13 @@ impl Writer {
                 }
             }
         }
+    }
+
+    /// Sends a ping. The question is older: the answer may come before this thread goes on.
+    fn ask(&mut self, patience: Duration, silence: Duration) -> Result<Question, Error> {
+        let question = self.socket().question(patience, silence);
+        self.websocket.send(Message::Ping(PING_PAYLOAD))?;
+        Ok(question)
     }
 
     fn socket(&self) -> &Socket {

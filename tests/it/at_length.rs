@@ -15,7 +15,8 @@ use crate::harness::msg::{COMMANDS, CONTROL, Msg, SHELL};
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::targets::{Role, Target};
-use crate::harness::wait::{SOON, eventually, millis, secs, throughout};
+use crate::harness::trace;
+use crate::harness::wait::{SOON, eventually, millis, secs, skip, throughout};
 
 #[test]
 fn health_check() {
@@ -230,4 +231,33 @@ fn a_withdrawal_that_nobody_announced() {
     rig.daemon.signal(Signal::SIGHUP);
     rig.daemon.wait_for_log("dbusEventLoop terminated", SOON);
     device.wait_end(SOON);
+}
+
+/// The writer asked its question when it had sent the ping: a link whose answer was there by then was lost 10 s later.
+#[test]
+fn an_answer_that_is_quicker_than_the_writer() {
+    if !trace::is_possible() {
+        return skip("strace is missing");
+    }
+    let slow = "exec strace -D -f -o /dev/null -e trace=sendto -e inject=sendto:delay_exit=100000 \"$@\"";
+    let (rig, device) = Setup::new().wrapper(slow).set("HeartbeatSeconds", 15).connected();
+    device.wait_pings(1, secs(20));
+    throughout(secs(12), "the link", || !device.is_over());
+    assert_eq!(rig.daemon.count_log(" lost: "), 0);
+}
+
+/// The writer may go on first, when the answer's time is over, and the reader has not had its turn.
+#[test]
+fn an_agent_that_is_stopped_and_continued_keeps_its_link() {
+    let (rig, device) = Setup::new().set("HeartbeatSeconds", 10).connected();
+    device.go_mute();
+    device.wait_pings(1, SOON);
+    rig.daemon.signal(Signal::SIGSTOP);
+    let sid = new_sid();
+    device.send(CONTROL, "ping", &sid, &[], b"");
+    throughout(secs(12), "the link", || !device.is_over());
+    rig.daemon.signal(Signal::SIGCONT);
+    assert_eq!(device.next_of(&sid, SOON).typ, "pong");
+    throughout(secs(1), "the link", || !device.is_over());
+    assert_eq!(rig.daemon.count_log(" lost: "), 0);
 }
