@@ -128,18 +128,19 @@ fn limit(kept: u64, permitted: bool) -> io::Result<()> {
         *effective &= kept;
         *allowed &= if permitted { u32::MAX } else { kept };
     }
+    let mut header = THIS_THREAD;
     // SAFETY: the kernel reads one header and two sets; both live until the call returns.
-    Errno::result(unsafe { libc::syscall(libc::SYS_capset, THIS_THREAD.as_ptr(), sets.as_ptr()) })?;
+    Errno::result(unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()) })?;
     Ok(())
 }
 
 /// This thread's effective, permitted and inheritable capabilities: the lower 32 of each, then the upper ones.
 #[allow(unsafe_code)]
 fn capabilities() -> io::Result<[[u32; 3]; 2]> {
-    let mut sets = [[0; 3]; 2];
-    // SAFETY: the kernel reads one header, of a version that it knows, and writes two sets; both live until the call
-    // returns.
-    Errno::result(unsafe { libc::syscall(libc::SYS_capget, THIS_THREAD.as_ptr(), sets.as_mut_ptr()) })?;
+    // The kernel writes to the header where it doesn't know the version, and an emulator always needs it to be writable.
+    let (mut header, mut sets) = (THIS_THREAD, [[0; 3]; 2]);
+    // SAFETY: the kernel reads and writes one header and writes two sets; both live until the call returns.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) })?;
     Ok(sets)
 }
 
