@@ -87,7 +87,8 @@ impl Socket {
         self.cancel.written.load(Ordering::Relaxed)
     }
 
-    /// What a ping that is written next asks. The link may be silent for as long as `silence` before the answer's time.
+    /// The question of the ping that is written next. The link may be silent for as long as `silence` before the answer's
+    /// time.
     pub(super) fn question(&self, patience: Duration, silence: Duration) -> Question {
         let asked = Instant::now();
         Question { limit: asked + patience, asked, patience, silence }

@@ -132,7 +132,7 @@ impl Verifier {
     }
 }
 
-/// What is unknown to ring in a signature or a key.
+/// Names the part of a signature or a key that ring doesn't know.
 fn algorithm(signature: &[u8], key: &[u8]) -> &'static str {
     // OIDs of RFC 5480 and RFC 5758.
     let has = |oid| has(signature, oid) || has(key, oid);

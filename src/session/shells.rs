@@ -71,7 +71,7 @@ pub(crate) struct Kept {
     pub(crate) since: Instant,
 }
 
-/// What the session of a detached shell has to do.
+/// A request to the session of a detached shell.
 #[derive(Debug, Clone)]
 pub(crate) enum Call {
     /// Nobody may come back to the shell.
@@ -80,7 +80,7 @@ pub(crate) enum Call {
     HandOver { resumes: bool, to: Sender<Handover> },
 }
 
-/// What a session may have for its `new`.
+/// The answer to a session's request for a shell.
 #[derive(Debug)]
 pub(crate) enum Admission {
     Start(ShellPermit),
@@ -157,8 +157,8 @@ impl Shells {
         lock(&self.0).running()
     }
 
-    /// What the session of `wake` gets for a `new` of `user`, who may have `most` shells. If only that limit is in the way
-    /// and `asks`, the user's clients are asked whether they are there; without `asks` they have been.
+    /// Admits the session of `wake` for a `new` of `user`, who may have `most` shells. If only that limit is in the way and
+    /// `asks`, it asks the user's clients whether they are there; without `asks` they have been asked.
     pub(crate) fn acquire(
         self: &Arc<Self>,
         user: &UserId,

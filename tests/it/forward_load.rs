@@ -143,7 +143,7 @@ fn the_silent_the_deaf_and_the_loud_delay_nobody() {
     client.close();
 }
 
-/// Of which the agent may hold an eighth at most.
+/// In bytes. The agent may hold an eighth of it at most.
 const SIZE: u64 = 32 << 20;
 
 #[test]

@@ -1,4 +1,4 @@
-//! What a service manager has kept of the agent that was before: its store may have been tampered with, or be another's.
+//! Shells that a service manager has kept for an earlier agent: its store may have been tampered with, or be another's.
 
 use std::fs::File;
 use std::io::Write;

@@ -80,7 +80,7 @@ pub struct Machine {
     pub dir: TempDir,
 }
 
-/// Where `tests/lab/packaging-tools` puts what it fetches.
+/// The folder into which `tests/lab/packaging-tools` fetches.
 pub fn tools() -> PathBuf {
     // target/<profile>/mender-connect -> target/packaging
     executable().ancestors().nth(2).expect("target/<profile>").join("packaging")

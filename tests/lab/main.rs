@@ -1,4 +1,4 @@
-//! What becomes of the project on a distribution: its packages, the layer for Yocto, init systems, and the commands of
+//! The project on a distribution: its packages, the layer for Yocto, init systems, and the commands of
 //! its pages, on machines of their own. `tests/lab/run` runs them; most take root and Debian.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]

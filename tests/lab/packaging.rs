@@ -190,7 +190,7 @@ fn the_static_package_has_all_licences() {
     }
     let target = tempfile::tempdir().unwrap();
     fs::create_dir(target.path().join("release")).unwrap();
-    // What .ci/release makes isn't there in tests.
+    // Tests have no executable of .ci/release.
     let source = target.path().join("main.c");
     fs::write(&source, "int main(void) { return 0; }\n").unwrap();
     let mut cc = Command::new("cc");

@@ -88,7 +88,7 @@ fn the_same_client_misses_nothing_of_a_restart() {
     let mut all = Vec::new();
     for part in 1..=2 {
         terminal.collect(&mut all, part * 900_000, SOON);
-        // What the server has is taken before it notices the end.
+        // The client takes what the server has before the server notices the end.
         device.clients_fall_silent();
         terminal.collect(&mut all, usize::MAX, millis(500));
         machine.sh("systemctl restart mender-connect");

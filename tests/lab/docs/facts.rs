@@ -148,7 +148,7 @@ fn found(text: &str, program: &str) -> (usize, usize) {
     (found, all)
 }
 
-/// What is quoted of the log is in the executable; what differs is left out by an ellipsis.
+/// The executable has each line that the pages quote of the log; an ellipsis stands for the parts that differ.
 #[test]
 fn quoted_log_lines_are_the_programs() {
     let program = fs::read(executable()).expect("read the executable");
@@ -172,7 +172,7 @@ fn quoted_log_lines_are_the_programs() {
 pub fn tests() -> String {
     let mut list = Command::new(env!("CARGO"));
     list.args(["test", "--locked", "--quiet", "--test", "it", "--", "--list"]).current_dir(root());
-    // What cargo tells this program of its package has ring's build script run again.
+    // Cargo's variables about this program's package would have ring's build script run again.
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
         if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
