@@ -182,7 +182,8 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         // To all sessions: the router doesn't know of shells that are about to start. Each judges by its own shell.
         let sessions: Vec<SessionId> = lock(&self.table).keys().cloned().collect();
         for id in sessions {
-            self.deliver(&id, frame.clone());
+            // Without what it doesn't need, which would count for each of them.
+            self.deliver(&id, frame.without_body());
         }
     }
 

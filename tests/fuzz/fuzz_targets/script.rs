@@ -328,6 +328,7 @@ impl Link {
         let (id, user) = (sid.map(name), user(message.user));
         let props = Map::new().with_str("user_id", user.as_str()).with_i64(NUMBER, self.sent);
         let frame = Frame::new(proto, typ, id.as_ref()).with_props(props);
+        let without_body = frame.held();
         let frame = frame.with_body(BODY.slice(..message.size()));
         self.size = frame.held();
         let shells = self.device.counts().1;
@@ -337,10 +338,10 @@ impl Link {
             return self.expect_answer(proto, typ);
         }
         let Some(id) = id else {
-            let theirs = |session: &Session| session.user.as_ref() == Some(&user) && !user.is_empty();
-            if matches!(message.kind, Kind::ShellStop) {
-                let ids: Vec<_> =
-                    self.sessions.iter().filter(|(_, s)| theirs(s)).map(|(id, _)| id.clone()).collect();
+            if matches!(message.kind, Kind::ShellStop) && !user.is_empty() {
+                // Each session judges whether it is meant.
+                self.size = without_body;
+                let ids: Vec<_> = self.sessions.keys().cloned().collect();
                 for id in ids {
                     self.expect_delivery(&id, message);
                 }
