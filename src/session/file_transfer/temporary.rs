@@ -96,9 +96,15 @@ impl Temporary {
 
     fn complete(&self) -> Result<()> {
         let (mode, path) = (self.attributes.mode, place::shown(&self.target.path));
-        fchmod(&self.file, Mode::from_bits_truncate(mode)).map_err(|e| {
-            Failure::io(format!("failed to set file permissions: chmod {path} to {mode:o}"), e)
-        })?;
+        // A file that hasn't the mode it was created with is where files have none of their own, as on FAT.
+        let has_modes = fstat(&self.file).is_ok_and(|now| now.st_mode & 0o7777 == MODE.bits());
+        match fchmod(&self.file, Mode::from_bits_truncate(mode)) {
+            Err(e) if has_modes => {
+                let what = format!("failed to set file permissions: chmod {path} to {mode:o}");
+                return Err(Failure::io(what, e));
+            }
+            _ => {}
+        }
         fsync(&self.file).map_err(|e| self.not_committed(e))?;
         self.take_name()?;
         match fsync(&self.target.dir) {

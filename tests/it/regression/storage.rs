@@ -46,6 +46,18 @@ const STICK: &str = r#"exec unshare -m sh -c '
     losetup -d "$device"
     exec "$@"' sh "$@""#;
 
+/// FAT by FUSE at /mnt/fuse. Nothing has an owner there, and no name is given but by renaming.
+const FAT: &str = r#"exec unshare -m sh -c '
+    set -e
+    mount -t tmpfs tmpfs /mnt
+    mkdir /mnt/fuse
+    truncate -s 16M disk
+    mkfs.vfat disk >/dev/null
+    fusefat -f -o rw+ "$PWD/disk" /mnt/fuse >/dev/null 2>&1 &
+    echo $! >fuse.pid
+    until mountpoint -q /mnt/fuse; do kill -0 $!; sleep 0.02; done
+    exec "$@"' sh "$@""#;
+
 /// The server of a file system. Killed when dropped, which sets free those who wait for it.
 struct Fuse(Pid);
 
@@ -78,7 +90,7 @@ fn fuse(setup: Setup, mount: &'static str, program: &str) -> Option<(Rig, Device
     }
     if Command::new(program).arg("-V").output().is_err() || !Path::new("/dev/fuse").exists() {
         skip(&format!(
-            "{program} or FUSE is missing: install the packages 'bindfs', 'exfat-fuse' and 'exfatprogs'"
+            "{program} or FUSE is missing: install 'bindfs', 'exfat-fuse', 'exfatprogs', 'fusefat' and 'dosfstools'"
         ));
         return None;
     }
@@ -184,6 +196,45 @@ fn uploads_to_a_stick_with_exfat() {
     put(&device, &Form { uid: Some(1000), gid: Some(1000), ..Form::to("/mnt/fuse/f") }, b"x").unwrap();
     assert_eq!(seen.join("f").metadata().unwrap().uid(), 1000);
     uploads_work(&rig, &device, "/mnt/fuse");
+}
+
+#[test]
+fn uploads_to_a_stick_with_fat() {
+    let Some((rig, device, seen, _fuse)) = fuse(Setup::new(), FAT, "fusefat") else { return };
+    let form = Form { uid: Some(1), gid: Some(1), ..Form::to("/mnt/fuse/f") };
+    let refusal = Rest::open(&device).announce(&form).unwrap_err().text;
+    assert!(refusal.starts_with("failed to set file owner: chown /mnt/fuse/f to 1:1: "), "{refusal}");
+    assert!(names(&seen).is_empty());
+    uploads_work(&rig, &device, "/mnt/fuse");
+}
+
+/// Nobody can tell before the first byte: what statvfs(3) says is the disk's space.
+#[test]
+fn a_quota_that_is_used_up_is_told_and_nothing_is_left() {
+    if !is_root() {
+        return skip("mounting a file system needs root");
+    }
+    if Command::new("btrfs").arg("version").output().is_err() {
+        return skip("the package 'btrfs-progs' is missing");
+    }
+    let script = "exec unshare -m sh -c 'set -e
+        truncate -s 128M disk
+        mkfs.btrfs -q disk
+        mount -o loop disk /mnt
+        btrfs -q quota enable /mnt
+        btrfs -q subvolume create /mnt/home
+        btrfs -q qgroup limit 2M /mnt/home
+        exec \"$@\"' sh \"$@\"";
+    let (rig, device) = Setup::new().wrapper(script).connected();
+    let form = Form::to("/mnt/home/f");
+    put(&device, &form, b"old").unwrap();
+    let bytes = pattern(4 << 20);
+    let refusal = put(&device, &form, &bytes).unwrap_err();
+    assert!(refusal.text.contains("disk quota exceeded"), "{refusal:?}");
+    let seen = PathBuf::from(format!("/proc/{}/root/mnt/home", rig.daemon.pid()));
+    eventually(SOON, "nothing else", || (names(&seen) == ["f"]).then_some(()));
+    assert_eq!(fs::read(seen.join("f")).unwrap(), b"old");
+    put(&device, &form, b"new").unwrap();
 }
 
 /// Files on a disk at /mnt/disk that can't be replaced.
