@@ -1,6 +1,7 @@
 //! What takes a minute by its nature. The module's name sorts first, so that these tests start
 //! first and the others run meanwhile.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
@@ -13,10 +14,15 @@ use crate::harness::device::{Generation, Reading};
 use crate::harness::forward::Client;
 use crate::harness::msg::{COMMANDS, CONTROL, Msg, SHELL};
 use crate::harness::proc;
+use crate::harness::relay::{Relay, Shape};
 use crate::harness::rig::{Rig, Setup, script_config};
+use crate::harness::server::Server;
 use crate::harness::targets::{Role, Target};
+#[cfg(feature = "tls")]
+use crate::harness::tls::{Authority, TlsFront};
 use crate::harness::trace;
 use crate::harness::wait::{SOON, eventually, millis, secs, skip, throughout};
+use crate::remote::FAILED;
 
 #[test]
 fn health_check() {
@@ -260,4 +266,48 @@ fn an_agent_that_is_stopped_and_continued_keeps_its_link() {
     assert_eq!(device.next_of(&sid, SOON).typ, "pong");
     throughout(secs(1), "the link", || !device.is_over());
     assert_eq!(rig.daemon.count_log(" lost: "), 0);
+}
+
+/// Links by satellite, by NB-IoT or through a full modem: they connect in the time that it takes Mender's own agent and
+/// half of that more, and they last.
+#[test]
+fn slow_links_connect_and_last() {
+    let server = Server::start(Generation::Released);
+    let far = Shape::round_trip(12_000);
+    let mut relays = vec![Relay::link(server.address(), far).expect("a relay")];
+    let plain = Setup::new().url(&format!("http://{}", relays[0].address()));
+    let mut ways = vec![("a round trip of 12 s", millis(14_000), plain)];
+    #[cfg(feature = "tls")]
+    let (_front, _dir) = {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let authority = Authority::new();
+        let ca = authority.write(dir.path());
+        let front = TlsFront::start(&authority.identity(&["127.0.0.1"]), server.address());
+        let narrow = Shape { up: Some(150), down: Some(150), ..Shape::default() };
+        for (way, theirs, shape) in
+            [("150 byte/s with TLS", millis(17_000), narrow), ("12 s with TLS", millis(20_000), far)]
+        {
+            let relay = Relay::link(([127, 0, 0, 1], front.port()).into(), shape).expect("a relay");
+            let url = format!("https://{}", relay.address());
+            relays.push(relay);
+            ways.push((
+                way,
+                theirs,
+                Setup::new().url(&url).env("SSL_CERT_FILE", ca.to_str().expect("UTF-8")),
+            ));
+        }
+        (front, dir)
+    };
+    let start = Instant::now();
+    let rigs: Vec<_> = ways.into_iter().map(|(way, theirs, setup)| (way, theirs, setup.start())).collect();
+    for ((way, theirs, rig), relay) in rigs.iter().zip(&relays) {
+        rig.daemon.wait_for_log("Connection established", (*theirs * 3 / 2).saturating_sub(start.elapsed()));
+        let bytes = relay.sent_up.load(Ordering::Relaxed);
+        println!("{way}: connected after {:?}, by {bytes} bytes sent", start.elapsed());
+    }
+    throughout(secs(45), "the links", || {
+        rigs.iter().for_each(|(way, _, rig)| assert_eq!(rig.daemon.count_log(" lost: "), 0, "{way}"));
+        true
+    });
+    rigs.iter().for_each(|(way, _, rig)| assert_eq!(rig.daemon.count_log(FAILED), 0, "{way}"));
 }

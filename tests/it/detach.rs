@@ -308,37 +308,105 @@ fn screen(terminal: &Terminal, screen: &mut vt100::Parser) -> String {
     screen.screen().contents()
 }
 
+/// A full-screen program that `command` starts, with `input` typed when it shows `ready`: what its user had on the screen,
+/// and the terminal that has come back to it, with what that shows.
+fn come_back(rig: &Rig, device: &Device, command: &str, ready: &str, input: &str) -> Back {
+    let mut before = Terminal::of_user(device, "alice");
+    before.open_with_prompt();
+    before.input(format!("{command}\n"));
+    let mut parser = vt100::Parser::new(24, 80, 0);
+    eventually(SOON, "the program", || screen(&before, &mut parser).contains(ready).then_some(()));
+    before.input(input);
+    let before = screen(&before, &mut parser);
+    let device = cut(rig, device);
+    let terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    let mut parser = vt100::Parser::new(24, 80, 0);
+    let after = screen(&terminal, &mut parser);
+    Back { terminal, parser, before, after, _device: device }
+}
+
+struct Back {
+    terminal: Terminal,
+    parser: vt100::Parser,
+    before: String,
+    after: String,
+    _device: Device,
+}
+
+/// Why a test can't run: none of these programs is there.
+fn none_of(programs: &[&'static str]) -> Result<&'static str, String> {
+    let there = |program: &&&str| std::fs::exists(program).is_ok_and(|is| is);
+    programs.iter().find(there).copied().ok_or_else(|| format!("there is no {}", programs[0]))
+}
+
 #[test]
 fn a_full_screen_program_draws_itself_again() {
-    let Some(vi) =
-        ["/usr/bin/vim.tiny", "/usr/bin/vi"].into_iter().find(|vi| std::fs::exists(vi).is_ok_and(|is| is))
-    else {
-        return skip("there is no vi");
+    let vi = match none_of(&["/usr/bin/vim.tiny", "/usr/bin/vi"]) {
+        Ok(vi) => vi,
+        Err(why) => return skip(&why),
     };
     let (rig, device) = setup(json!({})).connected();
     let file = rig.dir.path().join("text");
     let text: String = (1..=200).map(|n| format!("line {n}: some text, ünïcödé and 漢字\n")).collect();
     std::fs::write(&file, text).expect("a file");
-    let mut before = Terminal::of_user(&device, "alice");
-    before.open_with_prompt();
-    before.input(format!("{vi} -u NONE {}\n", file.display()));
-    let mut parser = vt100::Parser::new(24, 80, 0);
-    eventually(SOON, "the file's text", || screen(&before, &mut parser).contains("line 1:").then_some(()));
-    before.input("50Gzzdd");
-    let drawn = screen(&before, &mut parser);
-    assert!(drawn.contains("line 51:") && !drawn.contains("line 50:"), "{drawn}");
-    let device = cut(&rig, &device);
-    let after = Terminal::of_user(&device, "alice");
-    after.open();
-    let mut parser = vt100::Parser::new(24, 80, 0);
-    assert_eq!(screen(&after, &mut parser), drawn);
-    after.input("u");
-    eventually(SOON, "line 50 again", || screen(&after, &mut parser).contains("line 50:").then_some(()));
+    let command = format!("{vi} -u NONE {}", file.display());
+    let mut back = come_back(&rig, &device, &command, "line 1:", "50Gzzdd");
+    assert!(back.before.contains("line 51:") && !back.before.contains("line 50:"), "{}", back.before);
+    assert_eq!(back.after, back.before);
+    back.terminal.input("u");
+    eventually(SOON, "line 50 again", || {
+        screen(&back.terminal, &mut back.parser).contains("line 50:").then_some(())
+    });
     // Nothing of the replay was taken for input.
-    after.input(":q!\n");
-    let mut after = after;
-    after.prompt();
-    after.stop();
+    back.terminal.input(":q!\n");
+    back.terminal.prompt();
+    back.terminal.stop();
+}
+
+/// Its own terminal emulator keeps a screen of its own: only what the agent's terminal shows has to be drawn again.
+#[test]
+fn a_terminal_multiplexer_draws_itself_again() {
+    let tmux = match none_of(&["/usr/bin/tmux"]) {
+        Ok(tmux) => tmux,
+        Err(why) => return skip(&why),
+    };
+    let (rig, device) = setup(json!({})).connected();
+    let file = rig.dir.path().join("tmux.conf");
+    std::fs::write(&file, "set -g status-right end\nset -g default-command \"exec sh\"\n").expect("a file");
+    let socket = rig.dir.path().join("tmux");
+    let command = format!("LC_ALL=C.UTF-8 {tmux} -f {} -S {} new", file.display(), socket.display());
+    let input = "PS1=; seq 100 110; echo in''side\n";
+    let mut back = come_back(&rig, &device, &command, "end", input);
+    assert!(back.before.contains("110\ninside") && back.before.ends_with("end"), "{}", back.before);
+    assert_eq!(back.after, back.before);
+    back.terminal.input("echo out''side\n");
+    eventually(SOON, "an answer", || {
+        screen(&back.terminal, &mut back.parser).contains("\noutside").then_some(())
+    });
+    back.terminal.input("exit\n");
+    back.terminal.prompt();
+    back.terminal.stop();
+}
+
+/// It changes what it shows by itself, by what it knows of the screen that was.
+#[test]
+fn a_program_that_goes_on_drawing_draws_itself_again() {
+    let htop = match none_of(&["/usr/bin/htop"]) {
+        Ok(htop) => htop,
+        Err(why) => return skip(&why),
+    };
+    let (rig, device) = setup(json!({})).connected();
+    let command = format!("HOME={} {htop} -C -d 20 -p $$", rig.dir.path().display());
+    let mut back = come_back(&rig, &device, &command, "F10Quit", "");
+    for drawn in [&back.before, &back.after] {
+        let has = |text| drawn.lines().filter(|line| line.contains(text)).count() == 1;
+        assert!(has("Load average:") && has("TIME+") && has("F1Help") && has("F10Quit"), "{drawn}");
+        assert_eq!(drawn.lines().count(), 24, "{drawn}");
+    }
+    back.terminal.input("q");
+    back.terminal.prompt();
+    back.terminal.stop();
 }
 
 /// A number that a longer run sets: `MENDER_CONNECT_ROUNDS=10000`.

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use crate::envelope::{CONTROL, FILES, Header, Kind, Message, Template};
 use crate::harness::msg::{self, Ints, map};
+use crate::harness::relay::Shape;
 use crate::link::Link;
 use crate::process::Meter;
-use crate::relay::Shape;
 use crate::row::{Figure, GIB, MIB, Measure, Row, SOON, Scale, figure, row};
 use crate::stage::{Agent, Stage, Way, config};
 

@@ -8,6 +8,7 @@ mod churn;
 mod cores;
 mod envelope;
 mod files;
+mod forwarder;
 mod forwards;
 #[path = "../../it/harness/mod.rs"]
 mod harness;
@@ -16,7 +17,6 @@ mod link;
 mod mixed;
 mod options;
 mod process;
-mod relay;
 mod resources;
 mod row;
 mod stage;

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::files::{Download, close};
+use crate::harness::relay::Shape;
 use crate::process::Meter;
-use crate::relay::{Relay, Shape};
 use crate::row::{Figure, MIB, Measure, Row, SOON, Scale, figure, percentile, row};
 use crate::stage::{Agent, Stage, Way, config};
 use crate::terminal::{ECHO, Keys, start_shell, stop_shell};
@@ -29,7 +30,7 @@ pub fn rows() -> Vec<Row> {
         let about = format!("the same with 1 Mbit/s towards the server and {each_way} ms each way");
         rows.push(row(format!("keys-1mbit-{}ms", 2 * each_way), about, move |agent, scale| {
             let delay = Duration::from_millis(each_way);
-            let shape = Shape { delay, uplink: Some(SLOW), queue: Shape::QUEUE };
+            let shape = Shape { delay, up: Some(SLOW), ..Shape::default() };
             prepare_slow(agent, scale, shape)
         }));
     }
@@ -112,7 +113,8 @@ fn type_for(
     keys: &mut Keys,
     download: &mut Download,
 ) -> Result<Phase, String> {
-    let passed = |stage: &Stage| stage.relay.as_ref().map_or(0, Relay::sent_up);
+    let passed =
+        |stage: &Stage| stage.relay.as_ref().map_or(0, |relay| relay.sent_up.load(Ordering::Relaxed));
     let started = Instant::now();
     let (bytes, link_bytes) = (download.bytes, passed(stage));
     let end = started + span;

@@ -16,15 +16,16 @@ use tempfile::TempDir;
 use tungstenite::handshake::derive_accept_key;
 
 use crate::cores::{Core, Pinned};
+use crate::forwarder;
 use crate::harness::bus::Bus;
 use crate::harness::daemon::{self, Daemon};
 use crate::harness::http;
 use crate::harness::manager::Manager;
+use crate::harness::relay::{Relay, Shape};
 use crate::harness::rig::{TOKEN, user_name};
 use crate::harness::wait::spawn;
 use crate::interrupt::unblocked;
 use crate::link::Link;
-use crate::relay::{Relay, Shape};
 use crate::row::{Figure, Measure};
 
 /// How long an agent may take to connect. Upstream's takes ten seconds.
@@ -104,7 +105,7 @@ impl Stage {
         let relay = match way {
             Way::Direct => None,
             Way::Link(shape) => Some(Relay::link(server, shape)?),
-            Way::Forwarder => Some(Relay::forwarder(server)?),
+            Way::Forwarder => Some(forwarder::start(server)?),
         };
         let address: SocketAddr = relay.as_ref().map_or(server, Relay::address);
         let manager = Manager::start(&bus.address(), TOKEN, &format!("http://{address}"));

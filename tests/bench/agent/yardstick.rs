@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use crate::envelope::{FILES, Message};
 use crate::files::CHUNK;
+use crate::forwarder;
 use crate::forwards::listen;
+use crate::harness::relay::{Relay, Shape};
 use crate::harness::wait::spawn;
 use crate::harness::wire;
 use crate::link::Link;
-use crate::relay::{Relay, Shape};
 use crate::row::{MIB, SOON};
 use crate::stage::wait;
 
@@ -23,7 +24,7 @@ type Between = fn(std::net::SocketAddr) -> Result<Option<Relay>, String>;
 pub fn run() -> Result<(), String> {
     let direct: Between = |_| Ok(None);
     let link: Between = |server| Relay::link(server, Shape::round_trip(20)).map(Some);
-    let forwarder: Between = |server| Relay::forwarder(server).map(Some);
+    let forwarder: Between = |server| forwarder::start(server).map(Some);
     for (what, between, body) in [
         ("messages of 256 KiB", direct, LARGE),
         ("messages of 4 KiB", direct, CHUNK),

@@ -23,6 +23,7 @@ pub mod proc;
 pub mod program;
 pub mod pty;
 mod reader;
+pub mod relay;
 pub mod rest;
 pub mod rig;
 pub mod root;

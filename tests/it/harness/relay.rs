@@ -1,8 +1,6 @@
-//! What may lie between agent and server: a link with a delay and, towards the server, a limited rate; or
-//! mender-auth's local forwarder.
+//! What may lie between agent and server: a link with a delay and limited rates.
 
 use std::collections::VecDeque;
-use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -13,8 +11,8 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 use nix::sys::time::TimeSpec;
 
-use crate::harness::front::Acceptor;
-use crate::harness::wait::spawn;
+use super::front::Acceptor;
+use super::wait::spawn;
 
 /// Read at once where only the delay counts.
 const BLOCK: usize = 128 << 10;
@@ -22,103 +20,74 @@ const BLOCK: usize = 128 << 10;
 const PACKET: usize = 1448;
 /// On the way at most, where the rate isn't limited.
 const DEEPEST: usize = 64 << 20;
-/// mender-auth's block.
-const FORWARDER_BLOCK: usize = 16_384;
-
 /// A link's properties.
 #[derive(Debug, Clone, Copy)]
 pub struct Shape {
     /// One way.
     pub delay: Duration,
     /// Towards the server, in bytes per second.
-    pub uplink: Option<u64>,
-    /// What waits to be sent towards the server at most; when it is full nothing more is taken.
+    pub up: Option<u64>,
+    /// Towards the agent, the same.
+    pub down: Option<u64>,
+    /// What waits to be sent at a limited rate at most; when it is full nothing more is taken.
     pub queue: usize,
 }
 
-impl Shape {
-    pub const QUEUE: usize = 256 << 10;
+impl Default for Shape {
+    fn default() -> Self {
+        Shape { delay: Duration::ZERO, up: None, down: None, queue: 256 << 10 }
+    }
+}
 
+impl Shape {
     /// A delay alone: half of this round trip each way.
     pub fn round_trip(millis: u64) -> Shape {
-        Shape { delay: Duration::from_millis(millis) / 2, uplink: None, queue: Shape::QUEUE }
+        Shape { delay: Duration::from_millis(millis) / 2, ..Shape::default() }
     }
 }
 
 /// A relay that is running; its connections end when either side ends them.
 pub struct Relay {
-    acceptor: Acceptor,
+    pub acceptor: Acceptor,
     /// Bytes that have left towards the server.
-    up: Arc<AtomicU64>,
+    pub sent_up: Arc<AtomicU64>,
 }
 
 impl Relay {
     /// A link of this shape to `target`.
     pub fn link(target: SocketAddr, shape: Shape) -> Result<Relay, String> {
-        let listener = listen()?;
-        if shape.uplink.is_some() {
+        let listener = TcpListener::bind("127.0.0.1:0").map_err(|e| format!("listen on loopback: {e}"))?;
+        if shape.up.is_some() {
             // Little may wait ahead of the queue, and in segments of a real link's size, lest the window opens
             // in leaps. Before accept, since both are said at the start.
             setsockopt(&listener, sockopt::RcvBuf, &(16 << 10)).map_err(|e| e.to_string())?;
             setsockopt(&listener, sockopt::TcpMaxSeg, &(PACKET as u32)).map_err(|e| e.to_string())?;
         }
-        let up = Arc::new(AtomicU64::new(0));
-        let counter = Arc::clone(&up);
+        let sent_up = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&sent_up);
         let acceptor = Acceptor::start("link", listener, move |agent| {
             let Ok(server) = TcpStream::connect(target) else { return };
             let _ = agent.set_nodelay(true);
             let _ = server.set_nodelay(true);
             let (Ok(agent_again), Ok(server_again)) = (agent.try_clone(), server.try_clone()) else { return };
-            let plain = Shape { uplink: None, ..shape };
             let down = spawn("link-down", move || {
-                Lane::new(plain).carry(&server_again, &agent_again, &AtomicU64::new(0));
+                Lane::new(shape, shape.down).carry(&server_again, &agent_again, &AtomicU64::new(0));
             });
-            Lane::new(shape).carry(&agent, &server, &counter);
+            Lane::new(shape, shape.up).carry(&agent, &server, &counter);
             let _ = down.join();
         });
-        Ok(Relay { acceptor, up })
-    }
-
-    /// mender-auth's forwarder to `target`: blocks of 16 KiB, and Nagle's algorithm as TCP comes with it.
-    pub fn forwarder(target: SocketAddr) -> Result<Relay, String> {
-        let acceptor = Acceptor::start("forwarder", listen()?, move |agent| {
-            let Ok(server) = TcpStream::connect(target) else { return };
-            let (Ok(agent_again), Ok(server_again)) = (agent.try_clone(), server.try_clone()) else { return };
-            let down = spawn("forwarder-down", move || copy(server_again, agent_again));
-            copy(agent, server);
-            let _ = down.join();
-        });
-        Ok(Relay { acceptor, up: Arc::default() })
+        Ok(Relay { acceptor, sent_up })
     }
 
     pub fn address(&self) -> SocketAddr {
         self.acceptor.address()
     }
-
-    /// Bytes that have left towards the server.
-    pub fn sent_up(&self) -> u64 {
-        self.up.load(Ordering::Relaxed)
-    }
-}
-
-fn listen() -> Result<TcpListener, String> {
-    TcpListener::bind("127.0.0.1:0").map_err(|e| format!("listen on loopback: {e}"))
-}
-
-fn copy(mut from: TcpStream, mut to: TcpStream) {
-    let mut block = [0; FORWARDER_BLOCK];
-    while let Ok(count @ 1..) = from.read(&mut block) {
-        if to.write_all(&block[..count]).is_err() {
-            break;
-        }
-    }
-    let _ = from.shutdown(Shutdown::Both);
-    let _ = to.shutdown(Shutdown::Both);
 }
 
 /// One direction of a link.
 struct Lane {
     shape: Shape,
+    rate: Option<u64>,
     on_the_way: VecDeque<Block>,
     bytes: usize,
     /// When what was taken so far has been sent at the limited rate.
@@ -136,10 +105,10 @@ struct Block {
 }
 
 impl Lane {
-    fn new(shape: Shape) -> Lane {
-        let size = if shape.uplink.is_some() { PACKET } else { BLOCK };
+    fn new(shape: Shape, rate: Option<u64>) -> Lane {
+        let size = if rate.is_some() { PACKET } else { BLOCK };
         let (on_the_way, spare) = (VecDeque::new(), Vec::new());
-        Lane { shape, on_the_way, bytes: 0, busy: Instant::now(), spare, size }
+        Lane { shape, rate, on_the_way, bytes: 0, busy: Instant::now(), spare, size }
     }
 
     /// Carries bytes until an end, of which it tells the other side.
@@ -186,7 +155,7 @@ impl Lane {
 
     /// When more may be taken; never before something has left, when there is no telling.
     fn room_at(&self, now: Instant) -> Option<Instant> {
-        match self.shape.uplink {
+        match self.rate {
             None => (self.bytes < DEEPEST).then_some(now),
             Some(rate) => {
                 let fits = self.shape.queue.saturating_sub(PACKET) as f64 / rate as f64;
@@ -208,7 +177,7 @@ impl Lane {
             Err(e) => return Err(e),
         };
         let mut due = Instant::now();
-        if let Some(rate) = self.shape.uplink {
+        if let Some(rate) = self.rate {
             self.busy = self.busy.max(due) + Duration::from_secs_f64(count as f64 / rate as f64);
             due = self.busy;
         }
