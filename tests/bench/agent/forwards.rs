@@ -1,7 +1,7 @@
 //! Forwarded ports, as mender-cli uses them: each message is acknowledged, and towards the device there is one at
 //! a time for each connection.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use crate::harness::msg::{self, Ints, map};
 use crate::harness::wait::{Watched, spawn};
 use crate::link::Link;
 use crate::process::Meter;
-use crate::row::{Measure, Row, SOON, Scale, row};
+use crate::row::{Measure, Row, SOON, Scale, figure, row};
 use crate::stage::{Agent, Stage, config, wait};
 
 pub fn rows() -> Vec<Row> {
@@ -26,7 +26,41 @@ pub fn rows() -> Vec<Row> {
     }
     let about = "a forward to a target that reads at once, with the agent on one core";
     rows.push(row("forward-to-device-0ms", about, prepare_to_device));
+    let about = "100 commands in one message to a target that takes 20 ms for each, and the end at once";
+    rows.push(row("pipelined", about, prepare_pipelined));
     rows
+}
+
+/// A script's way to talk to Redis or a modem: all lines at once, and then the end.
+fn prepare_pipelined(agent: &Agent, _: Scale) -> Result<Measure, String> {
+    let stage = Stage::start(agent, &config("exit 0"), way(0))?;
+    let target = listen()?;
+    stage.measured(move |stage| {
+        let session = stage.session();
+        let link = &mut stage.link;
+        open(link, session)?;
+        let arrived = Arc::new(Watched::new(0));
+        let counted = Arc::clone(&arrived);
+        let thread = serve(&target, move |stream| {
+            let Ok(mut answers) = stream.try_clone() else { return };
+            for _ in BufReader::new(stream).lines().map_while(Result::ok) {
+                counted.update(|lines| *lines += 1);
+                std::thread::sleep(Duration::from_millis(20));
+                if answers.write_all(b"OK\n").is_err() {
+                    return;
+                }
+            }
+        })?;
+        connect(link, session, 1, port(&target)?)?;
+        let lines: String = (0..100).map(|line| format!("command {line}\n")).collect();
+        push(link, session, &of_connection("forward", session, 1, lines.as_bytes()))?;
+        link.put(&of_connection("stop", session, 1, &[]))?;
+        // Long enough for all of them.
+        link.rest(Instant::now() + Duration::from_secs(4))?;
+        close(link, session)?;
+        let _ = thread.join();
+        Ok(vec![figure("commands that arrive", "of 100", arrived.peek(|lines| f64::from(*lines)))])
+    })
 }
 
 fn prepare_to_client(agent: &Agent, scale: Scale, millis: u64) -> Result<Measure, String> {

@@ -3,7 +3,7 @@
 //! read.
 
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
@@ -41,6 +41,10 @@ pub struct Link {
     pinged: Instant,
     /// Data frames received.
     pub frames: u64,
+    /// Pings of sessions are the caller's, too.
+    pub passes_pings: bool,
+    /// A session whose client has gone: nobody answers its pings.
+    pub gone: Option<u32>,
 }
 
 /// The frame that is being read.
@@ -85,6 +89,8 @@ impl Link {
             whole: None,
             pinged: Instant::now(),
             frames: 0,
+            passes_pings: false,
+            gone: None,
         })
     }
 
@@ -334,11 +340,22 @@ impl Link {
         let total = self.message.total;
         let head = self.whole.as_deref().unwrap_or(&self.message.head);
         let header = Header::read(&head[..total.min(head.len())], total)?;
-        if header.kind == Kind::Ping && matches!(header.proto, CONTROL | SHELL) {
-            let (proto, session) = (header.proto, header.session);
-            self.say(&Message { proto, typ: "pong", session, ..Message::default() })?;
+        if header.kind == Kind::Ping && matches!(header.proto, CONTROL | SHELL) && !self.passes_pings {
+            if self.gone != Some(header.session) {
+                self.pong(&header)?;
+            }
             return Ok(None);
         }
         Ok(Some(header))
+    }
+
+    /// Answers a session's ping.
+    pub fn pong(&mut self, ping: &Header) -> Result<(), String> {
+        self.say(&Message { proto: ping.proto, typ: "pong", session: ping.session, ..Message::default() })
+    }
+
+    /// Ends the connection.
+    pub fn close(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 }

@@ -2,6 +2,7 @@
 //! manager and a server on loopback. `tests/bench/README.md` says what is measured.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a benchmark fails by panicking")]
+#![allow(clippy::disallowed_methods, reason = "outages and slow targets last for a time")]
 #![allow(dead_code, reason = "the harness serves the integration tests first")]
 
 mod churn;
@@ -16,6 +17,7 @@ mod interrupt;
 mod link;
 mod mixed;
 mod options;
+mod people;
 mod process;
 mod resources;
 mod row;
@@ -79,10 +81,16 @@ fn main() -> ExitCode {
 }
 
 fn rows() -> Vec<Row> {
-    [resources::rows(), terminal::rows(), mixed::rows(), files::rows(), forwards::rows(), churn::rows()]
-        .into_iter()
-        .flatten()
-        .collect()
+    let rows = [
+        resources::rows(),
+        terminal::rows(),
+        mixed::rows(),
+        files::rows(),
+        forwards::rows(),
+        churn::rows(),
+        people::rows(),
+    ];
+    rows.into_iter().flatten().collect()
 }
 
 /// Measures all agents in turns.

@@ -1,7 +1,7 @@
 //! A bus, a manager and a server around one agent, whosever it is.
 
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -30,6 +30,8 @@ use crate::row::{Figure, Measure};
 
 /// How long an agent may take to connect. Upstream's takes ten seconds.
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+/// The same after an outage.
+const RETURN_LIMIT: Duration = Duration::from_secs(600);
 
 /// An executable that is measured.
 #[derive(Debug, Clone)]
@@ -42,6 +44,8 @@ pub struct Agent {
 #[derive(Debug, Clone, Copy)]
 pub enum Way {
     Direct,
+    /// The server at this address, at a port of its own.
+    At(Ipv4Addr),
     Link(Shape),
     Forwarder,
 }
@@ -53,6 +57,7 @@ pub struct Stage {
     pub relay: Option<Relay>,
     /// From its start to its handshake's request.
     pub connected_after: Duration,
+    listener: Option<TcpListener>,
     _manager: Manager,
     _bus: Bus,
     dir: TempDir,
@@ -100,21 +105,46 @@ impl Stage {
         let dir = folder()?;
         let mut bus = Bus::absent(dir.path());
         unblocked(|| bus.try_restart())?;
-        let listener = TcpListener::bind("127.0.0.1:0").map_err(|e| format!("listen on loopback: {e}"))?;
+        let address = if let Way::At(address) = way { address } else { Ipv4Addr::LOCALHOST };
+        let listener = listen((address, 0).into())?;
         let server = listener.local_addr().map_err(|e| e.to_string())?;
         let relay = match way {
-            Way::Direct => None,
+            Way::Direct | Way::At(_) => None,
             Way::Link(shape) => Some(Relay::link(server, shape)?),
             Way::Forwarder => Some(forwarder::start(server)?),
         };
         let address: SocketAddr = relay.as_ref().map_or(server, Relay::address);
         let manager = Manager::start(&bus.address(), TOKEN, &format!("http://{address}"));
         let daemon = unblocked(|| start(agent, config, dir.path(), &bus))?;
-        let (link, at) = accept(&listener)
+        let (link, at) = accept(&listener, CONNECT_LIMIT)
             .map_err(|why| format!("{why}; the end of its log:\n{}", log_tail(dir.path())))?;
         let connected_after = at.saturating_duration_since(daemon.started);
         let _manager = manager;
-        Ok(Stage { daemon, link, relay, connected_after, _manager, _bus: bus, dir, sessions: 0 })
+        let listener = Some(listener);
+        Ok(Stage { daemon, link, relay, connected_after, listener, _manager, _bus: bus, dir, sessions: 0 })
+    }
+
+    /// The link is lost, and the server is away while `outage` goes on, or only out of reach. How long it takes from
+    /// that one's end until the agent asks for a new link.
+    pub fn lose(
+        &mut self,
+        away: bool,
+        outage: impl FnOnce() -> Result<(), String>,
+    ) -> Result<Duration, String> {
+        let mut listener = self.listener.take().ok_or("there is no server")?;
+        let address = listener.local_addr().map_err(|e| e.to_string())?;
+        self.link.close();
+        if away {
+            drop(listener);
+            outage()?;
+            listener = listen(address)?;
+        } else {
+            outage()?;
+        }
+        let back = Instant::now();
+        let (link, at) = accept(&listener, RETURN_LIMIT)?;
+        (self.link, self.listener) = (link, Some(listener));
+        Ok(at.saturating_duration_since(back))
     }
 
     pub fn pid(&self) -> u32 {
@@ -202,8 +232,8 @@ fn start(agent: &Agent, config: &Value, dir: &Path, bus: &Bus) -> Result<Daemon,
 }
 
 /// The agent's connection, and when its handshake's request was there.
-fn accept(listener: &TcpListener) -> Result<(Link, Instant), String> {
-    let mut stream = wait(listener, CONNECT_LIMIT)?;
+fn accept(listener: &TcpListener, limit: Duration) -> Result<(Link, Instant), String> {
+    let mut stream = wait(listener, limit)?;
     let request = http::read_request(&mut stream)?;
     let key = request.header("Sec-WebSocket-Key").ok_or("not a websocket's handshake")?;
     let headers =
@@ -211,6 +241,10 @@ fn accept(listener: &TcpListener) -> Result<(Link, Instant), String> {
     let accept = ("Sec-WebSocket-Accept".to_owned(), derive_accept_key(key.as_bytes()));
     http::respond(&mut stream, 101, &[headers.as_slice(), &[accept]].concat(), None);
     Ok((Link::new(stream)?, request.at))
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener, String> {
+    TcpListener::bind(address).map_err(|e| format!("listen on {address}: {e}"))
 }
 
 /// The next connection.

@@ -1,6 +1,7 @@
 //! A network of two: the server's side is the calling thread's network namespace, the agent has one of its own. Nothing
 //! of it is seen in the machine's network.
 
+use std::net::Ipv4Addr;
 use std::process::{Child, Command, Stdio};
 
 use nix::sched::{CloneFlags, unshare};
@@ -11,7 +12,7 @@ use super::server::Server;
 use super::wait::{SOON, eventually, skip, spawn};
 
 /// The server's. Not of the agent's network: the way to it is the default route.
-const SERVER: &str = "198.51.100.1";
+pub const SERVER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 /// Starts the agent in its namespace.
 const NAMESPACE: &str = r#"exec nsenter --net="/proc/$NAMESPACE/ns/net" "$@""#;
 
@@ -50,7 +51,7 @@ impl Network {
         let holder = holder.spawn().map_err(|e| format!("cannot run unshare: {e}"))?;
         let network = Network { holder };
         let ours = std::fs::read_link("/proc/thread-self/ns/net").expect("our namespace");
-        let theirs = format!("/proc/{}/ns/net", network.holder.id());
+        let theirs = network.namespace();
         let parent = std::fs::read_link("/proc/self/ns/net").expect("the machine's namespace");
         eventually(SOON, "the agent's namespace", || {
             std::fs::read_link(&theirs).ok().filter(|theirs| *theirs != ours && *theirs != parent)
@@ -81,8 +82,13 @@ impl Network {
 
     /// Runs a command in the agent's namespace.
     pub fn near(&self, command: &str) {
-        let net = format!("--net=/proc/{}/ns/net", self.holder.id());
+        let net = format!("--net={}", self.namespace());
         run(Command::new("nsenter").args([&net, "sh", "-c", command])).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// The file of the agent's namespace.
+    pub fn namespace(&self) -> String {
+        format!("/proc/{}/ns/net", self.holder.id())
     }
 
     /// From now on nothing answers at the server's address, nor says that there is nothing.
@@ -96,7 +102,7 @@ impl Network {
     }
 
     pub fn server(&self) -> Server {
-        Server::bind(format!("{SERVER}:0").parse().expect("an address"), Generation::New)
+        Server::bind((SERVER, 0).into(), Generation::New)
     }
 
     /// An agent in its namespace, with this server.
