@@ -48,13 +48,20 @@ struct Session {
     before: Termios,
 }
 
+const COLUMNS: u16 = 100;
+const ROWS: u16 = 30;
+
 impl Session {
     fn start() -> Option<Session> {
+        Session::start_with(&[], "xterm-256color")
+    }
+
+    fn start_with(args: &[&str], term: &str) -> Option<Session> {
         let (master, slave) = pty::open_pair(OFlag::empty());
-        tcsetwinsize(&slave, size(100, 30)).expect("its size");
+        tcsetwinsize(&slave, size(COLUMNS, ROWS)).expect("its size");
         let before = tcgetattr(&slave).expect("terminal settings");
         let mut command = pty::session_on(&slave);
-        command.arg(playground()?).env("SHELL", "/bin/sh").env("TERM", "xterm-256color");
+        command.arg(playground()?).args(args).env("SHELL", "/bin/sh").env("TERM", term);
         let child = command.spawn().expect("start setsid");
         let master = File::from(OwnedFd::from(master));
         let screen = pty::screen(&master);
@@ -74,8 +81,36 @@ impl Session {
     }
 
     fn wait_for_prompt(&self) {
-        let found = self.screen.wait(secs(30), |s| (s.ends_with("# ") || s.ends_with("$ ")).then_some(()));
-        assert!(found.is_some(), "waited in vain for a prompt on the screen:\n{}", self.screen());
+        self.wait_for_row("a prompt", |rows| {
+            let above = rows[..rows.len() - 1].iter().rev().find(|row| !row.is_empty());
+            above.filter(|row| row.ends_with(['#', '$'])).map(drop)
+        });
+    }
+
+    /// Waits for something in the rows of the screen as they are seen.
+    fn wait_for_row<T>(&self, what: &str, pick: impl Fn(&[String]) -> Option<T>) -> T {
+        let found = self.screen.wait(secs(30), |s| {
+            let mut terminal = vt100::Parser::new(ROWS, COLUMNS, 0);
+            terminal.process(s.as_bytes());
+            let rows: Vec<_> =
+                terminal.screen().rows(0, COLUMNS).map(|row| row.trim_end().to_owned()).collect();
+            pick(&rows)
+        });
+        found.unwrap_or_else(|| panic!("waited in vain for {what} on the screen:\n{}", self.screen()))
+    }
+
+    /// The download's rate in Mbit/s.
+    fn wait_for_rate(&self) -> f64 {
+        self.wait_for_row("a rate in the last row", |rows| {
+            let (before, _) = rows.last()?.split_once(" Mbit/s")?;
+            before.rsplit_once(' ')?.1.parse().ok()
+        })
+    }
+
+    /// Waits until the last row has all of these.
+    fn wait_for_status(&self, parts: &[&str]) -> String {
+        let complete = |row: &&String| parts.iter().all(|part| row.contains(part));
+        self.wait_for_row(&format!("{parts:?} in the last row"), |rows| rows.last().filter(complete).cloned())
     }
 
     fn type_in(&mut self, keys: &str) {
@@ -138,11 +173,12 @@ fn a_session_at_the_terminal() {
     assert!(session.is_raw(), "keys go through one by one");
     assert!(proc::exists(session.agent()));
     session.type_in("stty size\r");
-    session.wait_for("30 100");
+    // One row is the status line's.
+    session.wait_for("29 100");
     tcsetwinsize(&session.master, size(120, 50)).expect("resize");
     eventually(SOON, "the new size to arrive", || {
         session.type_in("stty size\r");
-        session.screen.wait(secs(1), |s| s.contains("50 120").then_some(()))
+        session.screen.wait(secs(1), |s| s.contains("49 120").then_some(()))
     });
     session.type_in("cat\r");
     session.type_in("twice\r");
@@ -167,10 +203,100 @@ fn the_shell_outlives_its_connection() {
     let Some(mut session) = Session::start() else { return };
     session.type_in("here=kept; echo so''far\r");
     session.wait_for("sofar");
+    session.wait_for_status(&["link up 0:0", "  session ", "  echo ", " ms  ", "  Ctrl-] leave"]);
     session.type_in("\u{1e}");
+    session.wait_for_status(&["link cut 0:01", "  Ctrl-^ give it back"]);
+    session.type_in("lost\u{1e}");
     session.wait_for("[mender-connect] Reattached to your shell of ");
+    session.wait_for_status(&["link back 0:0", "  Ctrl-^ cut"]);
     session.type_in("echo [$here]\r");
     session.wait_for("[kept]");
+    session.type_in("\u{1d}");
+    assert_eq!(session.wait_end().0.code(), Some(0));
+}
+
+#[test]
+fn leaving_while_the_link_is_cut() {
+    let Some(mut session) = Session::start() else { return };
+    session.type_in("\u{1e}");
+    session.wait_for_status(&["link cut "]);
+    session.type_in("\u{1d}");
+    assert_eq!(session.wait_end().0.code(), Some(0));
+}
+
+#[test]
+fn the_status_line_survives_what_programs_do() {
+    let Some(mut session) = Session::start() else { return };
+    for (what, command) in [
+        ("scrolling", "seq 1000 1100; echo do''ne1"),
+        ("clearing", "printf '\\033[H\\033[2J\\033[3J'; echo do''ne2"),
+        ("a terminal reset", "printf '\\033c'; seq 1000 1100; echo do''ne3"),
+        (
+            "margins, and the alternate screen",
+            "printf '\\033[?1049h\\033[5;9r\\033[r'; seq 1000 1100; echo do''ne4",
+        ),
+        ("the main screen", "printf '\\033[?1049l'; seq 1000 1100; echo do''ne5"),
+    ] {
+        session.type_in(&format!("{command}\r"));
+        let done = command.rsplit_once(' ').expect("an echo").1.replace('\'', "");
+        session.wait_for_row(what, |rows| {
+            let (status, shell) = rows.split_last()?;
+            let ended = shell.iter().any(|row| row.ends_with(&done));
+            (ended && status.starts_with(" link up ") && !shell.iter().any(|row| row.contains("link up")))
+                .then_some(())
+        });
+    }
+    session.type_in("\u{1d}");
+    session.wait_for("the shell was stopped");
+    session.wait_for_row("an empty last row", |rows| rows.last().filter(|row| row.is_empty()).map(drop));
+    assert_eq!(session.wait_end().0.code(), Some(0));
+}
+
+#[test]
+fn a_dumb_terminal_has_no_status_line() {
+    let Some(mut session) = Session::start_with(&[], "dumb") else { return };
+    session.type_in("stty size\r");
+    session.wait_for("30 100");
+    session.type_in("\u{1d}");
+    let (status, screen) = session.wait_end();
+    assert_eq!(status.code(), Some(0));
+    assert!(!screen.contains("link up"), "{screen}");
+}
+
+/// On 1 Mbit/s a download takes nine minutes. What is typed beside it has to be quick all the same.
+#[test]
+fn keys_stay_quick_beside_a_download_on_a_slow_link() {
+    let Some(mut session) = Session::start_with(&["--slow"], "xterm-256color") else { return };
+    session.type_in("\u{1f}");
+    let first = session.wait_for_rate();
+    let mut echoes: Vec<_> = (0..15)
+        .map(|n| {
+            let start = Instant::now();
+            session.type_in(&format!("{}", n % 10));
+            let typed: String = (0..=n).map(|n| (b'0' + n % 10) as char).collect();
+            session
+                .wait_for_row("the echo", |rows| rows.iter().any(|row| row.ends_with(&typed)).then_some(()));
+            start.elapsed()
+        })
+        .collect();
+    echoes.sort();
+    let last = session.wait_for_rate();
+    assert!((0.3..=1.0).contains(&last), "{first} to {last} Mbit/s");
+    assert!(echoes[7] >= millis(40), "the link has a delay: {echoes:?}");
+    // One may be unlucky on a busy machine.
+    assert!(echoes[12] < millis(500), "{echoes:?}");
+    session.wait_for_status(&["  echo ", "  Ctrl-_ stop"]);
+    session.type_in("\u{1f}");
+    session.wait_for_status(&["  Ctrl-_ download"]);
+    session.type_in("\u{1d}");
+    assert_eq!(session.wait_end().0.code(), Some(0));
+}
+
+#[test]
+fn a_download_ends_and_tells_how_long_it_took() {
+    let Some(mut session) = Session::start() else { return };
+    session.type_in("\u{1f}");
+    session.wait_for_status(&["  64 MiB in ", "  Ctrl-_ download"]);
     session.type_in("\u{1d}");
     assert_eq!(session.wait_end().0.code(), Some(0));
 }
@@ -383,7 +509,12 @@ fn a_forward_carries_connections_until_interrupted() {
 fn unknown_arguments_are_answered_with_help() {
     let Some((status, stdout, _)) = run(&["--help"], "/bin/sh", "") else { return };
     assert_eq!(status, Some(0));
-    assert!(stdout.contains("put LOCAL REMOTE"), "{stdout}");
+    for text in
+        ["put LOCAL REMOTE", "Ctrl-^  cuts the link", "--slow  a link of 1 Mbit/s", "a temporary folder"]
+    {
+        assert!(stdout.contains(text), "{text}: {stdout}");
+    }
+    assert!(stdout.lines().all(|line| line.len() <= 120), "{stdout}");
     let ports = ["forward", "8080:localhost"];
     for args in [&["put", "/etc/hostname"][..], &["get", "not/absolute", "/tmp/x"], &["fetch"], &ports] {
         assert_eq!(run(args, "/bin/sh", ""), Some((Some(2), String::new(), stdout.clone())), "{args:?}");

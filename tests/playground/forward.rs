@@ -7,17 +7,14 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use rmpv::Value;
-
-use crate::harness::client::new_sid;
 use crate::harness::connection::PIECE;
 use crate::harness::device::Device;
 use crate::harness::forward::{new_id, target_body};
 use crate::harness::http::read_request;
-use crate::harness::msg::{self, CONTROL, Ints, PORTS, encode, map};
+use crate::harness::msg::PORTS;
 use crate::harness::wait::{SOON, Watched, secs, spawn};
-use crate::harness::wire;
 use crate::keyboard::{Signals, unless_signalled};
+use crate::session::Session;
 
 /// Longer than anybody plays.
 const AGES: Duration = secs(365 * 86_400);
@@ -128,23 +125,16 @@ fn ask(device: &Device, target: Target) -> Result<String, String> {
     Ok(format!("{status}, {} bytes, {:.1} ms", body.len(), start.elapsed().as_secs_f64() * 1000.0))
 }
 
-/// A connection's session.
+/// A connection's session, and the id that its messages carry.
 #[derive(Debug)]
-struct Session {
-    device: Device,
-    sid: String,
+struct Connection {
+    session: Session,
     id: String,
 }
 
-impl Session {
-    fn post(&self, proto: u16, typ: &str, body: &[u8]) {
-        let mut props = vec![("user_id", "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee".into())];
-        if proto == PORTS {
-            props.push(("connection_id", Value::from(self.id.as_str())));
-        }
-        let message = msg::message(proto, typ, &self.sid, &props, body);
-        // The end of the link is noticed where messages are taken.
-        let _ = self.device.try_frame(true, wire::BINARY, &encode(&message, Ints::Compact));
+impl Connection {
+    fn post(&self, typ: &str, body: &[u8]) {
+        self.session.post(PORTS, typ, &[("connection_id", self.id.as_str().into())], body);
     }
 }
 
@@ -158,29 +148,26 @@ struct State {
 /// Carries one connection to its end; an error is the device's. `tell` hears it before the application sees the
 /// end.
 fn carry(device: &Device, target: &Target, stream: TcpStream, tell: impl FnOnce(&str)) -> Result<(), String> {
-    let session = Arc::new(Session { device: device.clone(), sid: new_sid(), id: new_id() });
+    let connection = Arc::new(Connection { session: Session::open(device), id: new_id() });
     let state = Arc::new(Watched::new(State::default()));
-    let versions = map(&[("versions", Value::Array(vec![1.into()]))]);
-    session.post(CONTROL, "open", &encode(&versions, Ints::Compact));
-    session.post(PORTS, "new", &target_body(&target.host, target.port, "tcp"));
+    connection.post("new", &target_body(&target.host, target.port, "tcp"));
     let stream = Arc::new(stream);
     let up = {
-        let (session, state, stream) = (Arc::clone(&session), Arc::clone(&state), Arc::clone(&stream));
-        spawn("carry-up", move || send(&session, &state, &stream))
+        let (connection, state, stream) = (Arc::clone(&connection), Arc::clone(&state), Arc::clone(&stream));
+        spawn("carry-up", move || send(&connection, &state, &stream))
     };
-    let result = receive(&session, &state, &stream)
+    let result = receive(&connection, &state, &stream)
         .map_err(|why| format!("{}:{}: {why}", target.host, target.port))
         .inspect_err(|why| tell(why));
     state.update(|s| s.stopped = true);
     let _ = stream.shutdown(Shutdown::Both);
     let _ = up.join();
-    device.discard(&session.sid);
-    session.post(CONTROL, "close", b"");
+    connection.session.close();
     result
 }
 
 /// Sends what the application writes, one message at a time, and `stop` at its end.
-fn send(session: &Session, state: &Watched<State>, mut stream: &TcpStream) {
+fn send(connection: &Connection, state: &Watched<State>, mut stream: &TcpStream) {
     let mut buffer = [0; PIECE];
     while let Ok(count @ 1..) = stream.read(&mut buffer) {
         let stopped = state.wait(AGES, |s| {
@@ -191,24 +178,23 @@ fn send(session: &Session, state: &Watched<State>, mut stream: &TcpStream) {
         if stopped != Some(false) {
             return;
         }
-        session.post(PORTS, "forward", &buffer[..count]);
+        connection.post("forward", &buffer[..count]);
     }
     if !state.peek(|s| s.stopped) {
-        session.post(PORTS, "stop", b"");
+        connection.post("stop", b"");
     }
 }
 
 /// Passes to the application what comes, until the device stops or refuses the connection.
-fn receive(session: &Session, state: &Watched<State>, mut stream: &TcpStream) -> Result<(), String> {
+fn receive(connection: &Connection, state: &Watched<State>, mut stream: &TcpStream) -> Result<(), String> {
     let mut result = Ok(());
     loop {
-        let msg = match session.device.try_take(AGES, |m| m.sid.as_deref() == Some(&session.sid)) {
+        let msg = match connection.session.take(AGES) {
             Some(Ok(msg)) => msg,
             // The end of the link is told once for all connections.
             _ => return result,
         };
         match (msg.proto, msg.typ.as_str()) {
-            (CONTROL, "ping") => session.post(CONTROL, "pong", b""),
             (PORTS, "ack") => state.update(|s| s.in_flight = false),
             (PORTS, "forward") => {
                 if stream.write_all(msg.body.as_deref().unwrap_or_default()).is_err() {
@@ -216,7 +202,7 @@ fn receive(session: &Session, state: &Watched<State>, mut stream: &TcpStream) ->
                     let _ = stream.shutdown(Shutdown::Both);
                 }
                 // Not before: an application that doesn't read holds the device up.
-                session.post(PORTS, "ack", b"");
+                connection.post("ack", b"");
             }
             (PORTS, "stop") => return result,
             (PORTS, "error") => {

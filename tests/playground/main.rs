@@ -3,18 +3,23 @@
 //!
 //! `tests/playground/run` builds and starts it. With a terminal on standard input the shell gets
 //! it in raw mode; anything else is typed into the shell, whose end ends the playground. `put` and
-//! `get` transfer one file instead; `forward` carries connections.
+//! `get` transfer one file instead; `forward` carries connections. `--slow` puts a relay between
+//! agent and server.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a demonstration fails by panicking")]
 #![allow(dead_code, reason = "the harness serves the integration tests first")]
 
+mod display;
 mod forward;
 #[path = "../it/harness/mod.rs"]
 mod harness;
 mod keyboard;
 mod screen;
+mod session;
+mod status;
 mod transfer;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -26,34 +31,70 @@ use harness::client::{Style, Terminal};
 use harness::daemon::{self, Daemon};
 use harness::device::Generation;
 use harness::manager::Manager;
+use harness::relay::{Relay, Shape};
 use harness::rig::{TOKEN, user_name};
-use harness::server::Server;
+use harness::server::{Reply, Server};
+use harness::wait::millis;
 use keyboard::Signals;
+use screen::Stage;
 use serde_json::json;
 use transfer::Direction;
 
 const HELP: &str = "\
-The demonstration: a private D-Bus, a loopback server and the real agent, started for the occasion.
+A live terminal of mender-connect, without a Mender server and without a device. It starts a private D-Bus, a server
+on loopback and the real agent, and connects you with a shell of that agent.
 
-  tests/playground/run                   a live shell of the agent; Ctrl-^ cuts its connection, Ctrl-] leaves
-  tests/playground/run put LOCAL REMOTE  uploads LOCAL with its mode, as REMOTE on the device
-  tests/playground/run get REMOTE LOCAL  downloads the device's REMOTE, as LOCAL
-  tests/playground/run forward LOCAL_PORT:HOST:PORT
-                                         carries TCP connections to LOCAL_PORT through the agent to
-                                         HOST:PORT, until Ctrl-C
-  tests/playground/run --help            says this
+  tests/playground/run [--slow]                         a live shell
+  tests/playground/run [--slow] put LOCAL REMOTE        uploads the file LOCAL as REMOTE, with its mode
+  tests/playground/run [--slow] get REMOTE LOCAL        downloads the file REMOTE as LOCAL
+  tests/playground/run [--slow] forward PORT:HOST:PORT  forwards TCP connections, until Ctrl-C
+  tests/playground/run --help                           prints this
 
-The device is this machine, and the agent has your rights. REMOTE starts with a slash; files pass through
-memory. The exit status of a transfer is 0, or 1 with the device's reason on standard error.
+Keys of the live shell; all others go to the shell:
 
-A forward listens on 127.0.0.1 and tells where; LOCAL_PORT 0 is any free port. HOST is looked up and reached
-by the device; an IPv6 address may be in brackets. When standard input isn't a terminal, its end ends the
-forward too. The device's reasons against a connection go to standard error, the others go on.
+  Ctrl-^  cuts the link between agent and server. The shell goes on. Ctrl-^ again gives the link back, and the agent
+          takes you back to your shell, with a notice.
+  Ctrl-_  downloads a file of 64 MiB beside the shell; Ctrl-_ again stops it. The bytes are thrown away.
+  Ctrl-]  leaves. So do \"exit\" and the end of the shell.
+
+In most terminals Ctrl-6, Ctrl-7 and Ctrl-5 are the same three keys, whatever the keyboard's layout.
+
+The last row of the screen is the status line: the link and since when it has been so, the session's id, the time from
+a key to the shell's answer, the download's rate, and the keys.
+
+Options:
+
+  --slow  a link of 1 Mbit/s each way and 40 ms round trip. Start a download and type: the keys stay quick.
+
+The device is this machine, and the agent has your rights: what you do in the shell is real. The playground itself
+writes only to a temporary folder, which it removes at the end, and to target/, where it is built. It listens on
+loopback only. As root it installs the Debian package dbus if that is missing.
+
+REMOTE starts with a slash. The exit status of a transfer is 0, or 1 with the device's reason on standard error.
+PORT:HOST:PORT is the local port (0: any free one), and the host and port that the device connects to; an IPv6 address
+may be in brackets. Without a terminal, what you pipe in is typed into the shell, and its end ends the playground.
+
+Examples:
+
+  tests/playground/run
+  tests/playground/run --slow
+  tests/playground/run get /etc/hostname /tmp/hostname
+  tests/playground/run forward 8080:localhost:80
+  echo 'uname -a' | tests/playground/run
 ";
+
+/// A link that is slow, but no rarity.
+const SLOW: Shape = Shape { delay: millis(20), up: Some(125_000), down: Some(125_000), queue: 256 << 10 };
+/// Sparse.
+const FILE_SIZE: u64 = 64 << 20;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let slow = args.first() == Some(&"--slow");
+    if slow {
+        args.remove(0);
+    }
     // The script has left the directory it was called in.
     let local = |path| PathBuf::from(std::env::var_os("PLAYGROUND_CALLED_IN").unwrap_or_default()).join(path);
     let job = match args[..] {
@@ -77,7 +118,7 @@ fn main() -> ExitCode {
         eprint!("{HELP}");
         return ExitCode::from(2);
     };
-    match play(job) {
+    match play(job, slow) {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             eprintln!("playground: {why}");
@@ -94,7 +135,7 @@ enum Job {
 }
 
 /// Carries out the job.
-fn play(job: Job) -> Result<(), String> {
+fn play(job: Job, slow: bool) -> Result<(), String> {
     // First of all: every thread started from here on leaves these signals to us.
     let signals = Signals::block()?;
     let dir = tempfile::Builder::new().prefix("mender-playground-").tempdir().map_err(|e| e.to_string())?;
@@ -114,7 +155,9 @@ fn play(job: Job) -> Result<(), String> {
     let mut bus = Bus::absent(dir.path());
     signals.unblocked(|| bus.try_restart())?;
     let server = Server::start(Generation::New);
-    let _manager = Manager::start(&bus.address(), TOKEN, &server.url());
+    let relay = slow.then(|| Relay::link(server.address(), SLOW)).transpose()?;
+    let url = relay.as_ref().map_or_else(|| server.url(), |relay| format!("http://{}", relay.address()));
+    let manager = Manager::start(&bus.address(), TOKEN, &url);
     let agent = signals.unblocked(|| start_agent(&config, &log, &bus))?;
 
     let next = || {
@@ -133,15 +176,37 @@ fn play(job: Job) -> Result<(), String> {
         Job::Forward(job) => return forward::run(job, &device, &signals),
     }
     banner(&bus, &server, &agent, &config, &log);
+    if slow {
+        eprintln!("  link    1 Mbit/s each way, 40 ms round trip");
+    }
     transfer::demonstrate(dir.path(), &device, &signals)?;
     forward::demonstrate(&device, &signals)?;
     let leave = if std::io::stdin().is_terminal() {
-        "Ctrl-^ cuts the connection, Ctrl-] leaves."
+        "Ctrl-^ cuts the link and gives it back, Ctrl-_ starts and stops a download, Ctrl-] leaves."
     } else {
         "It ends with its input."
     };
-    eprintln!("You are in {shell} of that agent, as {}, through its websocket. {leave}", user_name());
-    screen::run(Terminal::new(&device, Style::Cli), &signals, next)
+    eprintln!("You are in {shell} of that agent, as {}, through its websocket.\n{leave}", user_name());
+    let file = dir.path().join("download");
+    let sized = File::create(&file).and_then(|file| file.set_len(FILE_SIZE));
+    sized.map_err(|e| format!("create {}: {e}", file.display()))?;
+    let outages = Cell::new(0);
+    let stage = Stage {
+        signals: &signals,
+        file: &file,
+        cut: &|device| {
+            server.always(Reply::Close);
+            device.reset();
+        },
+        give_back: &|| {
+            server.always(Reply::Upgrade);
+            // The agent's back-off grows with the outage, but it tries at once with another token.
+            outages.set(outages.get() + 1);
+            manager.change(&format!("{TOKEN}{}", outages.get()), &url);
+            next()
+        },
+    };
+    screen::run(Terminal::new(&device, Style::Cli), &stage)
 }
 
 /// The caller's shell if the agent may start it, else a common one.
@@ -171,7 +236,10 @@ fn banner(bus: &Bus, server: &Server, agent: &Daemon, config: &Path, log: &Path)
     eprintln!("mender-connect playground");
     eprintln!("  D-Bus   {} (dbus-daemon, pid {})", bus.address(), bus.pid().unwrap_or_default());
     eprintln!("  server  {} (in this process, pid {})", server.url(), std::process::id());
-    eprintln!("  agent   {} (pid {})", daemon::executable().display(), agent.pid());
+    let executable = daemon::executable();
+    let here = std::env::current_dir().unwrap_or_default();
+    let executable = executable.strip_prefix(here).unwrap_or(&executable);
+    eprintln!("  agent   {} (pid {})", executable.display(), agent.pid());
     eprintln!("  config  {}", config.display());
     eprintln!("  log     {}", log.display());
 }

@@ -1,28 +1,34 @@
 //! The live shell: keystrokes to the agent, output to the screen.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::Signal;
 
+use crate::display::Display;
 use crate::harness::client::{Terminal, size};
 use crate::harness::device::Device;
 use crate::harness::msg::SHELL;
 use crate::harness::wait::{SOON, Watched, secs, spawn};
-use crate::keyboard::{RawMode, Signals, window_size};
+use crate::keyboard::{RawMode, Signals};
+use crate::status::{Link, Status};
+use crate::transfer::Load;
 
-/// Ctrl-] and Ctrl-^.
+/// Ctrl-], Ctrl-^ and Ctrl-_: in most terminals Ctrl-5, Ctrl-6 and Ctrl-7, too.
 const LEAVE: u8 = 0x1d;
 const CUT: u8 = 0x1e;
+const LOAD: u8 = 0x1f;
 
 /// A key's command to the playground.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wish {
     Leave,
     Cut,
+    Load,
 }
 
 /// What the output thread found out.
@@ -32,150 +38,240 @@ struct Progress {
     output: bool,
     /// Why the session is over; `Ok` when it ended as it should.
     over: Option<Result<String, String>>,
-    /// A full-screen program has the alternate screen.
-    alternate: bool,
 }
 
-/// Opens a shell and connects it with the caller's terminal until either ends. When the caller cuts the connection, `next`
-/// waits for the agent's next one, in which the same user opens a shell.
-pub fn run(
-    mut terminal: Terminal,
-    signals: &Signals,
-    next: impl Fn() -> Result<Device, String>,
-) -> Result<(), String> {
+/// The surroundings of the shell.
+pub struct Stage<'a> {
+    pub signals: &'a Signals,
+    /// A file of the device that a key downloads.
+    pub file: &'a Path,
+    /// Ends the agent's link, and refuses others.
+    pub cut: &'a dyn Fn(&Device),
+    /// Refuses no more and waits for the agent's next link.
+    pub give_back: &'a dyn Fn() -> Result<Device, String>,
+}
+
+/// Opens a shell and connects it with the caller's terminal until either ends. When the caller has cut the link and
+/// given it back, the same user opens a shell on the next one.
+pub fn run(mut terminal: Terminal, stage: &Stage) -> Result<(), String> {
     let raw = RawMode::enter()?;
-    let mut alternate = false;
+    let display = Arc::new(Display::new(raw.is_raw()));
+    let status = Arc::new(Status::new(&display));
+    let keyboard = Keyboard { stage, display: &display, status: &status, raw: raw.is_raw() };
     let end = loop {
-        match session(&terminal, signals, raw.is_raw(), &mut alternate) {
-            Ok(None) => {
-                eprint!("\r\nplayground: the connection is cut, waiting for the agent\r\n");
-                terminal = Terminal::of_user(&next()?, &terminal.user);
-            }
+        match keyboard.session(&terminal) {
+            Ok(None) => {}
             Ok(Some(end)) => break Ok(end),
             Err(why) => break Err(why),
         }
+        match keyboard.outage() {
+            Ok(Some(device)) => terminal = Terminal::of_user(&device, &terminal.user),
+            Ok(None) => break Ok("you left, the shell was stopped".to_owned()),
+            Err(why) => break Err(why),
+        }
     };
-    if raw.is_raw() {
-        tidy(alternate);
-    }
+    status.end();
+    display.close();
     drop(raw);
     eprintln!("playground: {}", end?);
     Ok(())
 }
 
-/// Returns how the session ended, `None` if the caller has cut the connection.
-fn session(
-    terminal: &Terminal,
-    signals: &Signals,
+/// Keys, and all that they act upon.
+struct Keyboard<'a> {
+    stage: &'a Stage<'a>,
+    display: &'a Arc<Display>,
+    status: &'a Arc<Status>,
     raw: bool,
-    alternate: &mut bool,
-) -> Result<Option<String>, String> {
-    let (width, height) = window_size();
-    terminal.send("new", &size(width, height), b"");
-    let answer = terminal.next(SOON);
-    if (answer.typ.as_str(), answer.status()) != ("new", Some(1)) {
-        return Err(format!("no shell: {}", answer.text()));
-    }
-    let progress = Arc::new(Watched::new(Progress::default()));
-    let wake = Arc::new(
-        EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).map_err(|e| e.to_string())?,
-    );
-    let show = {
-        let (terminal, progress, wake) = (terminal.clone(), Arc::clone(&progress), Arc::clone(&wake));
-        spawn("screen", move || {
-            let end = show(&terminal, &progress, &wake);
-            progress.update(|p| p.over = Some(end));
-            let _ = wake.write(1);
-        })
-    };
-    let wish = type_in(terminal, signals, &progress, &wake, raw);
-    let cut = wish == Ok(Wish::Cut);
-    if cut {
-        terminal.device.reset();
-    } else if progress.peek(|p| p.over.is_none()) {
-        terminal.ask_stop();
-    }
-    let over = progress.wait(secs(10), |p| p.over.clone());
-    if over.is_some() {
-        let _ = show.join();
-    }
-    *alternate = progress.peek(|p| p.alternate);
-    match (wish, over) {
-        (_, Some(_)) if cut => Ok(None),
-        (Err(why), _) | (_, Some(Err(why))) => Err(why),
-        (_, Some(Ok(end))) => Ok(Some(end)),
-        (_, None) => Err("the agent did not answer the stop".to_owned()),
-    }
 }
 
-/// Sends what is typed until the caller leaves, cuts the connection, or the session is over.
-fn type_in(
-    terminal: &Terminal,
-    signals: &Signals,
-    progress: &Watched<Progress>,
-    wake: &EventFd,
-    raw: bool,
-) -> Result<Wish, String> {
-    let mut stdin = std::io::stdin();
-    let mut buffer = [0; 4096];
-    let mut open = true;
-    let mut complete_line = true;
-    if !raw {
-        // Input that arrives before the shell has set its terminal up could be lost.
-        progress.wait(secs(10), |p| (p.output || p.over.is_some()).then_some(()));
-    }
-    loop {
-        if progress.peek(|p| p.over.is_some()) {
-            return Ok(Wish::Leave);
+/// What the keyboard has waited for.
+enum Event {
+    Keys(Vec<u8>),
+    /// No more keys.
+    End,
+    Resized,
+    Signal,
+    /// The output thread has something to tell.
+    Woken,
+}
+
+impl Keyboard<'_> {
+    /// Returns how the session ended, `None` if the caller has cut the link.
+    fn session(&self, terminal: &Terminal) -> Result<Option<String>, String> {
+        let (width, height) = self.display.size();
+        terminal.send("new", &size(width, height), b"");
+        let answer = terminal.next(SOON);
+        if (answer.typ.as_str(), answer.status()) != ("new", Some(1)) {
+            return Err(format!("no shell: {}", answer.text()));
         }
-        let mut fds =
-            vec![PollFd::new(signals.fd(), PollFlags::POLLIN), PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
+        self.status.session(&terminal.sid);
+        let progress = Arc::new(Watched::new(Progress::default()));
+        let wake = Arc::new(
+            EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).map_err(|e| e.to_string())?,
+        );
+        let show = {
+            let (terminal, progress, wake) = (terminal.clone(), Arc::clone(&progress), Arc::clone(&wake));
+            let (display, status) = (Arc::clone(self.display), Arc::clone(self.status));
+            spawn("screen", move || {
+                let end = show(&terminal, &progress, &wake, &display, &status);
+                progress.update(|p| p.over = Some(end));
+                let _ = wake.write(1);
+            })
+        };
+        let wish = self.type_in(terminal, &progress, &wake);
+        let cut = wish == Ok(Wish::Cut);
+        if cut {
+            (self.stage.cut)(&terminal.device);
+        } else if progress.peek(|p| p.over.is_none()) {
+            terminal.ask_stop();
+        }
+        let over = progress.wait(secs(10), |p| p.over.clone());
+        if over.is_some() {
+            let _ = show.join();
+        }
+        match (wish, over) {
+            (_, Some(_)) if cut => Ok(None),
+            (Err(why), _) | (_, Some(Err(why))) => Err(why),
+            (_, Some(Ok(end))) => Ok(Some(end)),
+            (_, None) => Err("the agent did not answer the stop".to_owned()),
+        }
+    }
+
+    /// Waits until the caller gives the link back; `None` if the caller leaves.
+    fn outage(&self) -> Result<Option<Device>, String> {
+        let tell =
+            |text: &str| self.display.write(text.as_bytes()).map_err(|e| format!("standard output: {e}"));
+        self.status.link(Link::Cut);
+        tell("\r\nplayground: the link is cut, the shell goes on. Ctrl-^ gives the link back.\r\n")?;
+        loop {
+            let wish = match self.next(None)? {
+                Event::Keys(keys) => keys.into_iter().find_map(Wish::of),
+                Event::End | Event::Signal => Some(Wish::Leave),
+                Event::Resized | Event::Woken => None,
+            };
+            match wish {
+                Some(Wish::Leave) => return Ok(None),
+                Some(Wish::Cut) => break,
+                Some(Wish::Load) | None => {}
+            }
+        }
+        self.status.link(Link::Awaited);
+        tell("playground: the agent connects again\r\n")?;
+        let device = (self.stage.give_back)()?;
+        self.status.link(Link::Back);
+        Ok(Some(device))
+    }
+
+    /// Waits for keys, a signal, or the descriptor. Without one there is no session.
+    fn next(&self, wake: Option<(&EventFd, bool)>) -> Result<Event, String> {
+        let mut stdin = std::io::stdin();
+        let (wake, open) = wake.map_or((None, true), |(wake, open)| (Some(wake), open));
+        let mut fds = vec![PollFd::new(self.stage.signals.fd(), PollFlags::POLLIN)];
         if open {
             fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
         }
+        if let Some(wake) = wake {
+            fds.push(PollFd::new(wake.as_fd(), PollFlags::POLLIN));
+        }
         poll(&mut fds, PollTimeout::NONE).map_err(|e| format!("poll: {e}"))?;
-        let typed = fds.get(2).and_then(PollFd::any) == Some(true);
-        let _ = wake.read();
-        while let Some(signal) = signals.next() {
+        let typed = open && fds[1].any() == Some(true);
+        let _ = wake.map(EventFd::read);
+        if let Some(signal) = self.stage.signals.next() {
             if signal != Signal::SIGWINCH {
-                return Ok(Wish::Leave);
+                return Ok(Event::Signal);
             }
-            let (width, height) = window_size();
-            terminal.resize(width, height);
+            self.display.resize();
+            return Ok(Event::Resized);
         }
         if !typed {
-            continue;
+            return Ok(Event::Woken);
         }
-        let count = match stdin.read(&mut buffer) {
-            Ok(0) if raw => return Ok(Wish::Leave),
-            Ok(0) => {
-                open = false;
-                terminal.input(if complete_line { "exit\n" } else { "\nexit\n" });
-                continue;
+        let mut buffer = vec![0; 4096];
+        match stdin.read(&mut buffer) {
+            Ok(0) => Ok(Event::End),
+            Ok(count) => {
+                buffer.truncate(count);
+                Ok(Event::Keys(buffer))
             }
-            Ok(count) => count,
-            Err(e) => return Err(format!("standard input: {e}")),
-        };
-        let mut keys = &buffer[..count];
-        let wish = if raw { keys.iter().position(|&key| [LEAVE, CUT].contains(&key)) } else { None };
-        keys = &keys[..wish.unwrap_or(count)];
-        if let Some(last) = keys.last() {
-            complete_line = *last == b'\n';
-            let message_sent = progress.peek(|p| p.over.is_none());
-            if message_sent {
-                terminal.input(keys);
+            Err(e) => Err(format!("standard input: {e}")),
+        }
+    }
+
+    /// Sends what is typed until the caller leaves, cuts the link, or the session is over.
+    fn type_in(
+        &self,
+        terminal: &Terminal,
+        progress: &Watched<Progress>,
+        wake: &EventFd,
+    ) -> Result<Wish, String> {
+        let mut open = true;
+        let mut complete_line = true;
+        if !self.raw {
+            // Input that arrives before the shell has set its terminal up could be lost.
+            progress.wait(secs(10), |p| (p.output || p.over.is_some()).then_some(()));
+        }
+        let over = || progress.peek(|p| p.over.is_some());
+        while !over() {
+            let keys = match self.next(Some((wake, open)))? {
+                Event::Signal => return Ok(Wish::Leave),
+                Event::End if self.raw => return Ok(Wish::Leave),
+                Event::End => {
+                    open = false;
+                    terminal.input(if complete_line { "exit\n" } else { "\nexit\n" });
+                    continue;
+                }
+                Event::Resized => {
+                    let (width, height) = self.display.size();
+                    terminal.resize(width, height);
+                    continue;
+                }
+                Event::Woken => continue,
+                Event::Keys(keys) => keys,
+            };
+            // The playground's keys end what goes to the shell in one message.
+            for keys in keys.split_inclusive(|&key| self.raw && Wish::of(key).is_some()) {
+                let wish = keys.last().copied().filter(|_| self.raw).and_then(Wish::of);
+                let input = &keys[..keys.len() - usize::from(wish.is_some())];
+                if let Some(last) = input.last() {
+                    complete_line = *last == b'\n';
+                    if !over() {
+                        self.status.typed();
+                        terminal.input(input);
+                    }
+                }
+                match wish {
+                    Some(Wish::Load) => {
+                        self.status.toggle_load(|| Load::start(&terminal.device, self.stage.file))
+                    }
+                    Some(wish) => return Ok(wish),
+                    None => {}
+                }
             }
         }
-        if let Some(at) = wish {
-            return Ok(if buffer[at] == CUT { Wish::Cut } else { Wish::Leave });
+        Ok(Wish::Leave)
+    }
+}
+
+impl Wish {
+    fn of(key: u8) -> Option<Wish> {
+        match key {
+            LEAVE => Some(Wish::Leave),
+            CUT => Some(Wish::Cut),
+            LOAD => Some(Wish::Load),
+            _ => None,
         }
     }
 }
 
 /// Writes output until the session ends; returns how it ended.
-fn show(terminal: &Terminal, progress: &Watched<Progress>, wake: &EventFd) -> Result<String, String> {
-    let mut stdout = std::io::stdout();
-    let mut tail = Vec::new();
+fn show(
+    terminal: &Terminal,
+    progress: &Watched<Progress>,
+    wake: &EventFd,
+    display: &Display,
+    status: &Status,
+) -> Result<String, String> {
     loop {
         let next = terminal.device.try_take(secs(3600), |m| m.sid.as_deref() == Some(&terminal.sid));
         let msg = match next {
@@ -186,16 +282,10 @@ fn show(terminal: &Terminal, progress: &Watched<Progress>, wake: &EventFd) -> Re
         };
         match (msg.typ.as_str(), msg.status()) {
             ("shell", Some(1)) => {
+                status.answered();
                 let bytes = msg.body.unwrap_or_default();
-                if let Err(e) = stdout.write_all(&bytes).and_then(|()| stdout.flush()) {
-                    return Err(format!("standard output: {e}"));
-                }
-                tail.extend_from_slice(&bytes);
-                progress.update(|p| {
-                    p.output = true;
-                    p.alternate = alternate(&tail).unwrap_or(p.alternate);
-                });
-                tail.drain(..tail.len().saturating_sub(ALTERNATE_ON.len() - 1));
+                display.write(&bytes).map_err(|e| format!("standard output: {e}"))?;
+                progress.update(|p| p.output = true);
                 let _ = wake.write(1);
             }
             ("ping", _) => terminal.send("pong", &[], b""),
@@ -208,28 +298,4 @@ fn show(terminal: &Terminal, progress: &Watched<Progress>, wake: &EventFd) -> Re
             _ => {}
         }
     }
-}
-
-const ALTERNATE_ON: &[u8] = b"\x1b[?1049h";
-const ALTERNATE_OFF: &[u8] = b"\x1b[?1049l";
-
-/// Which of the two switches came last in this output, if any.
-fn alternate(output: &[u8]) -> Option<bool> {
-    let last = |needle: &[u8]| output.windows(needle.len()).rposition(|window| window == needle);
-    match (last(ALTERNATE_ON), last(ALTERNATE_OFF)) {
-        (None, None) => None,
-        (on, off) => Some(on > off),
-    }
-}
-
-/// Takes back what a full-screen program that was left alone had switched on.
-fn tidy(alternate: bool) {
-    let mut text = String::new();
-    if alternate {
-        text.push_str("\x1b[?1049l");
-    }
-    // Colours, cursor, cursor keys, keypad, bracketed paste, mouse.
-    text.push_str("\x1b[0m\x1b[?25h\x1b[?1l\x1b>\x1b[?2004l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\r\n");
-    let mut stdout = std::io::stdout();
-    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
 }

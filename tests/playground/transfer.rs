@@ -4,12 +4,15 @@ use std::fs::{self, OpenOptions};
 use std::io::{IsTerminal, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::harness::device::Device;
+use crate::harness::msg::{FILES, Msg};
 use crate::harness::rest::{Form, Refused, Rest, path_body};
-use crate::harness::wait::millis;
+use crate::harness::wait::{Watched, millis, secs, spawn};
 use crate::keyboard::{Signals, unless_signalled};
+use crate::session::Session;
 
 /// The server's size of an upload's chunks.
 const CHUNK: usize = 4096;
@@ -148,4 +151,80 @@ impl Drop for Progress {
             eprint!("\r\x1b[K");
         }
     }
+}
+
+/// A download beside the shell, whose bytes are counted and thrown away. Dropping it stops it.
+#[derive(Debug)]
+pub struct Load(Arc<Watched<Loading>>);
+
+#[derive(Debug, Default)]
+struct Loading {
+    bytes: u64,
+    stopped: bool,
+    /// The line that tells the result.
+    end: Option<String>,
+}
+
+impl Load {
+    pub fn start(device: &Device, path: &Path) -> Load {
+        let state = Arc::new(Watched::new(Loading::default()));
+        let (loading, session) = (Arc::clone(&state), Session::open(device));
+        session.post(FILES, "get_file", &[], &path_body(&path.to_string_lossy()));
+        spawn("load", move || {
+            let start = Instant::now();
+            let result = loading.receive(&session);
+            session.close();
+            let mib = loading.peek(|l| l.bytes) >> 20;
+            let end = result.map(|()| format!("{mib} MiB in {:.1} s", start.elapsed().as_secs_f64()));
+            loading.update(|l| l.end = Some(end.unwrap_or_else(|why| why)));
+        });
+        Load(state)
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.0.peek(|l| l.bytes)
+    }
+
+    pub fn end(&self) -> Option<String> {
+        self.0.peek(|l| l.end.clone())
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.update(|l| l.stopped = true);
+    }
+}
+
+impl Watched<Loading> {
+    /// Takes chunks until the end, acknowledging every tenth and the end, as the server does.
+    fn receive(&self, session: &Session) -> Result<(), String> {
+        let mut count = 0;
+        while !self.peek(|l| l.stopped) {
+            let Some(msg) = session.take(secs(1)).transpose()? else { continue };
+            match (msg.proto, msg.typ.as_str()) {
+                (FILES, "file_chunk") => {
+                    let size = msg.body.as_ref().map_or(0, Vec::len) as u64;
+                    let total = self.update(|l| {
+                        l.bytes += size;
+                        l.bytes
+                    });
+                    count += 1;
+                    if size == 0 || count % 10 == 0 {
+                        session.post(FILES, "ack", &[("offset", (total as i64).into())], b"");
+                    }
+                    if size == 0 {
+                        return Ok(());
+                    }
+                }
+                (FILES, "error") => return Err(reason(&msg)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn reason(msg: &Msg) -> String {
+    msg.field("err").and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
