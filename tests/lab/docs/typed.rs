@@ -26,8 +26,9 @@ enum By {
     Targets,
 }
 
-const ELSEWHERE: [(&str, By); 17] = [
+const ELSEWHERE: [(&str, By); 18] = [
     ("tests/playground/run", By::Test("playground::a_session_at_the_terminal")),
+    ("tests/playground/run --slow", By::Test("playground::keys_stay_quick_beside_a_download_on_a_slow_link")),
     ("tests/run", By::Script(".ci/run", "\ntests/run\n")),
     // Parts of it.
     ("tests/run config::", By::Script(".ci/run", "\ntests/run\n")),
