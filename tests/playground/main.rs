@@ -182,7 +182,7 @@ fn play(job: Job, slow: bool) -> Result<(), String> {
     transfer::demonstrate(dir.path(), &device, &signals)?;
     forward::demonstrate(&device, &signals)?;
     let leave = if std::io::stdin().is_terminal() {
-        "Ctrl-^ cuts the link and gives it back, Ctrl-_ starts and stops a download, Ctrl-] leaves."
+        "Ctrl-^ cuts the link and gives it back, Ctrl-_ downloads a file, Ctrl-] leaves."
     } else {
         "It ends with its input."
     };

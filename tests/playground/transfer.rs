@@ -54,6 +54,8 @@ pub fn demonstrate(dir: &Path, device: &Device, signals: &Signals) -> Result<(),
             (Ok(local), Ok(remote)) => local == remote,
             _ => false,
         };
+        // An ordinary window has 80 columns.
+        let line = line.replace(&format!("{}/", dir.display()), "");
         eprintln!("  {line}, {}", if same { "the same bytes" } else { "NOT the same bytes" });
     }
     Ok(())
