@@ -116,7 +116,8 @@ fn project() -> tempfile::TempDir {
     }
     let folder = dir.path().join("yocto/recipes-mender/mender-connect-rs");
     fs::create_dir_all(&folder).expect("a folder");
-    for name in ["Cargo.toml", "Cargo.lock", "yocto/update-crates"] {
+    fs::create_dir_all(dir.path().join("yocto/files/debian")).expect("a folder");
+    for name in ["Cargo.toml", "Cargo.lock", "yocto/update-crates", "yocto/files/debian/changelog"] {
         fs::copy(root().join(name), dir.path().join(name)).expect("a copy");
     }
     for name in ["mender-connect-rs-crates.inc", "mender-connect-rs-cargo.inc"] {
@@ -173,6 +174,46 @@ fn generator_notices_and_mends_what_drifted() {
 #[test]
 fn features_follow_packageconfig() {
     if !available("python3") {
+/// Who publishes is written in Cargo.toml and nowhere else.
+#[test]
+fn the_publisher_is_named_in_one_place() {
+    if !available("python3") {
+        return;
+    }
+    let manifest = read(root().join("Cargo.toml"));
+    let publisher = manifest.lines().find_map(|line| line.strip_prefix("authors = [\"")).expect("authors");
+    let publisher = publisher.trim_end_matches("\"]");
+    let address = publisher.split_once(" <").expect("an address").1.trim_end_matches('>');
+    let mut paths = Vec::new();
+    files(&root().join("yocto"), &mut paths);
+    for path in paths {
+        let named = read(&path).contains(address);
+        assert_eq!(named, path.ends_with("files/debian/changelog"), "{}", path.display());
+    }
+    // Nobody can have a host of that name (RFC 2606). There is no placeholder for a URL.
+    let placeholder = address.ends_with(".invalid");
+    assert_eq!(placeholder, !manifest.contains("\nrepository = "), "one of the two isn't filled in");
+
+    let project = project();
+    let url = "https://example.com/agent";
+    let anonymous = manifest.lines().filter(|line| !line.starts_with("repository = "));
+    let filled = anonymous.collect::<Vec<_>>().join("\n").replace(publisher, "Jo O'Neill <jo@example.com>");
+    let filled = filled.replacen("\n[[bin]]", &format!("repository = \"{url}\"\n\n[[bin]]"), 1);
+    fs::write(project.path().join("Cargo.toml"), filled).expect("write");
+    let said = update_crates(project.path(), &["--check"]).expect_err("another publisher");
+    assert!(said.contains("Jo O'Neill") && said.contains(url), "{said}");
+    update_crates(project.path(), &[]).expect("an update");
+    let changelog = read(project.path().join("yocto/files/debian/changelog"));
+    assert!(changelog.contains("\n -- Jo O'Neill <jo@example.com>  "), "{changelog}");
+    let inc = project.path().join("yocto/recipes-mender/mender-connect-rs/mender-connect-rs-cargo.inc");
+    assert!(read(inc).contains(&format!("\nMCRS_REPOSITORY ?= \"{url}\"\n")));
+    for (repository, tracker) in [("", String::new()), (url, format!("{url}/issues"))] {
+        let settings = json!({ "MCRS_REPOSITORY": repository });
+        assert_eq!(get(&settings, "HOMEPAGE"), repository);
+        assert_eq!(get(&settings, "BUGTRACKER"), tracker);
+    }
+}
+
         return;
     }
     let manifest = read(root().join("Cargo.toml"));

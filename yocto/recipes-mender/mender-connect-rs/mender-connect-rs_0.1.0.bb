@@ -1,5 +1,7 @@
 SUMMARY = "Remote terminal, files and ports of a device through its Mender server"
 DESCRIPTION = "Takes the place of Mender's own mender-connect: same server, clients, configuration and command line."
+HOMEPAGE = "${MCRS_REPOSITORY}"
+BUGTRACKER = "${@d.getVar('MCRS_REPOSITORY') and d.getVar('MCRS_REPOSITORY') + '/issues'}"
 SECTION = "net"
 
 require ${BPN}-cargo.inc
@@ -11,12 +13,12 @@ LIC_FILES_CHKSUM = "file://LICENSE;md5=3b83ef96387f14655fc854ddc3c6bd57"
 
 # The commit that the layer's checkout is at. See the layer's README for building from elsewhere.
 MCRS_GIT ?= "git://${MCRS_CHECKOUT};protocol=file;usehead=1;nobranch=1"
+# Of any commit: the classes add which, so that package feeds tell two of them apart.
+PV .= "+git"
 # With this name the source is in the default S of all series.
 SRC_URI = "${MCRS_GIT};destsuffix=${BP} file://mender-connect.conf"
 require ${BPN}-crates.inc
 SRCREV ?= "${AUTOREV}"
-# Of any commit: the classes add which, so that package feeds tell two of them apart.
-PV .= "+git"
 
 # Without cargo-update-recipe-crates, whose task takes the lock files of the tests, too: yocto/update-crates is for that.
 inherit cargo pkgconfig siteinfo systemd update-rc.d
