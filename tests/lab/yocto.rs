@@ -9,7 +9,10 @@ use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
+use crate::harness::daemon::executable;
+use crate::harness::program;
 use crate::harness::wait::skip;
+use crate::machine::Machine;
 
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -171,9 +174,6 @@ fn generator_notices_and_mends_what_drifted() {
     assert!(said.contains("can only fetch from crates.io"), "{said}");
 }
 
-#[test]
-fn features_follow_packageconfig() {
-    if !available("python3") {
 /// Who publishes is written in Cargo.toml and nowhere else.
 #[test]
 fn the_publisher_is_named_in_one_place() {
@@ -214,11 +214,14 @@ fn the_publisher_is_named_in_one_place() {
     }
 }
 
+#[test]
+fn features_follow_packageconfig() {
+    if !available("python3") {
         return;
     }
     let manifest = read(root().join("Cargo.toml"));
     let features = manifest.split("\n[features]\n").nth(1).expect("features").split("\n[").next();
-    let defaults = "--bin mender-connect --no-default-features --features";
+    let defaults = "--no-default-features --features";
     for (packageconfig, wanted, vendored) in [
         (None, "dbus tls", false),
         (Some("system-dbus"), "dbus", false),
@@ -234,12 +237,16 @@ fn the_publisher_is_named_in_one_place() {
         let licence = get(&settings, "LICENSE");
         assert_eq!(licence.contains(" & (AFL-2.1 | GPL-2.0-or-later)"), vendored, "{licence}");
         assert!(licence.starts_with("Apache-2.0 & "), "{licence}");
+        let mut tested = settings;
+        tested["PTEST_ENABLED"] = json!("1");
+        assert!(
+            get(&tested, "LICENSE").ends_with(" & (AFL-2.1 | GPL-2.0-or-later)"),
+            "the unit tests' licence"
+        );
         let of_libdbus = read(root().join(".cargo/config.toml"));
         let of_libdbus = value(&of_libdbus, "HOST_CFLAGS");
         let flags = get(&c_settings(packageconfig), "CFLAGS");
-        assert!(flags.starts_with("-g -O2 "), "{flags}");
-        assert_eq!(flags.ends_with(&format!(" {of_libdbus}")), vendored, "{flags}");
-        assert_eq!(flags.contains("-DHAVE_"), vendored, "{flags}");
+        assert!(flags.starts_with("-g -O2 ") && flags.ends_with(&format!(" {of_libdbus}")), "{flags}");
     }
 }
 
@@ -332,7 +339,7 @@ fn time_has_64_bits_wherever_the_project_says_so() {
     if available("python3") {
         for (bits, wanted) in [("32", format!(" {flags}")), ("64", String::new())] {
             let settings = json!({ "SITEINFO_BITS": bits });
-            assert_eq!(get(&settings, "RUSTFLAGS:append:libc-musl"), wanted, "{bits} bits");
+            assert_eq!(get(&settings, "RUSTFLAGS:append:libc-musl").trim_end(), wanted, "{bits} bits");
         }
     }
     let package = root().join("yocto/files/buildroot/package/mender-connect-rs/mender-connect-rs.mk");
@@ -534,4 +541,84 @@ fn installs_what_the_init_system_needs() {
     }
     assert_eq!(get(&json!({}), "SYSTEMD_SERVICE:mender-connect-rs"), "mender-connect.service");
     assert_eq!(get(&json!({}), "INITSCRIPT_NAME"), "mender-connect");
+}
+
+/// What cargo is asked to build for the package of tests: the library's own, and nothing that do_install takes.
+#[test]
+fn the_package_of_tests_has_the_librarys() {
+    if !available("python3") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let deps = dir.path().join("build/ptest/a-b/release/deps");
+    let (cargo, graph, ptest) =
+        (dir.path().join("cargo"), dir.path().join("graph"), dir.path().join("image/usr/lib/ptest"));
+    // Instead of the build: the real one's plan of it, and files such as it leaves.
+    let script = format!(
+        "#!/bin/sh -e
+        RUSTC_BOOTSTRAP=1 {cargo} \"$@\" -Zunstable-options --unit-graph >{graph}
+        mkdir -p {deps}
+        cd {deps}
+        echo tests >mender_connect-012d
+        touch mender_connect-012d.d libmender_connect-012.rlib other-012\n",
+        cargo = env!("CARGO"),
+        graph = graph.display(),
+        deps = deps.display(),
+    );
+    program::write(&cargo, script.as_bytes());
+    let settings = json!({
+        "CARGO": cargo, "CARGO_BUILD_FLAGS": "-v --frozen --release", "RUSTFLAGS": "",
+        "B": dir.path().join("build"), "CARGO_TARGET_SUBDIR": "a-b/release",
+        "D": dir.path().join("image"), "PTEST_PATH": "/usr/lib/ptest",
+    });
+    run(&settings, "do_compile_ptest").expect("do_compile_ptest");
+    let graph: Value = serde_json::from_str(&read(&graph)).expect("JSON");
+    let roots = graph["roots"].as_array().expect("roots").iter();
+    let units: Vec<_> =
+        roots.map(|root| &graph["units"][root.as_u64().expect("an index") as usize]).collect();
+    let [unit] = units[..] else { panic!("{units:?}") };
+    assert_eq!((&unit["mode"], &unit["target"]["kind"]), (&json!("test"), &json!(["lib"])));
+    assert_eq!(unit["features"], json!(["dbus", "tls"]));
+
+    run(&settings, "do_install_ptest").expect("do_install_ptest");
+    assert_eq!(read(ptest.join("unit-tests")), "tests\n");
+    assert_eq!(mode(ptest.join("unit-tests")), 0o755);
+    assert!(get(&settings, "SRC_URI").contains(" file://run-ptest"));
+}
+
+/// By ptest-runner's format, where the source isn't.
+#[test]
+fn the_package_of_tests_passes_on_a_device() {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["test", "--locked", "--lib", "--no-run", "--message-format=json"]).current_dir(root());
+    let built = cargo.output().expect("run cargo");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let messages = String::from_utf8(built.stdout).expect("UTF-8");
+    let mut messages = messages.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let unit_tests = messages.find_map(|message| message["executable"].as_str().map(PathBuf::from));
+
+    let Some(machine) = Machine::start() else { return };
+    machine.install(&executable(), "/usr/bin/mender-connect");
+    machine.write(
+        "/etc/mender/mender-connect.conf",
+        include_str!("../../yocto/files/debian/mender-connect.conf"),
+    );
+    machine.install(&unit_tests.expect("an executable"), "/usr/lib/ptest/unit-tests");
+    machine.install(&recipes().join("files/run-ptest"), "/usr/lib/ptest/run-ptest");
+    machine.sh(&format!("mount -t tmpfs tmpfs {}", root().display()));
+    let (status, said) = machine.try_sh("/usr/lib/ptest/run-ptest");
+    let names =
+        |result: &str| -> Vec<&str> { said.lines().filter_map(|line| line.strip_prefix(result)).collect() };
+    let passed = names("PASS: ");
+    assert!(names("FAIL: ").is_empty() && status == Some(0), "{status:?}: {said}");
+    assert_eq!(passed[..4], ["version", "check", "doctor", "unknown_command"]);
+    assert!(passed.len() > 150, "{said}");
+
+    machine.write("/usr/bin/mender-connect", "#!/bin/sh\nkill -ABRT $$\n");
+    machine.write("/usr/lib/ptest/unit-tests", "#!/bin/sh\necho 'test a::b ... FAILED'; exit 101\n");
+    let (status, said) = machine.try_sh("/usr/lib/ptest/run-ptest");
+    assert_eq!(status, Some(1));
+    for name in [&passed[..4], &["a::b"]].concat() {
+        assert!(said.contains(&format!("FAIL: {name}\n")), "{name}: {said}");
+    }
 }

@@ -5,23 +5,25 @@ BUGTRACKER = "${@d.getVar('MCRS_REPOSITORY') and d.getVar('MCRS_REPOSITORY') + '
 SECTION = "net"
 
 require ${BPN}-cargo.inc
-MCRS_LICENSE = "${MCRS_LICENSES}${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', ' & (AFL-2.1 | GPL-2.0-or-later)', d)}"
+# The unit tests have libdbus compiled in whatever the agent has.
+MCRS_LIBDBUS = "${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', d.getVar('PTEST_ENABLED') or '0', '1', d)}"
+MCRS_LICENSE = "${MCRS_LICENSES}${@' & (AFL-2.1 | GPL-2.0-or-later)' if d.getVar('MCRS_LIBDBUS') == '1' else ''}"
 # oe-core that reads SPDX expressions warns of the operators that all before it want.
 MCRS_SPDX = "${@os.path.exists(os.path.join(d.getVar('COREBASE') or '', 'meta/lib/oe/spdx_license.py'))}"
 LICENSE = "${@d.getVar('MCRS_LICENSE').replace('&', 'AND').replace('|', 'OR') if d.getVar('MCRS_SPDX') == 'True' else d.getVar('MCRS_LICENSE')}"
 LIC_FILES_CHKSUM = "file://LICENSE;md5=3b83ef96387f14655fc854ddc3c6bd57"
 
-# The commit that the layer's checkout is at. See the layer's README for building from elsewhere.
-MCRS_GIT ?= "git://${MCRS_CHECKOUT};protocol=file;usehead=1;nobranch=1"
 # Of any commit: the classes add which, so that package feeds tell two of them apart.
 PV .= "+git"
+# The commit that the layer's checkout is at. See the layer's README for building from elsewhere.
+MCRS_GIT ?= "git://${MCRS_CHECKOUT};protocol=file;usehead=1;nobranch=1"
 # With this name the source is in the default S of all series.
-SRC_URI = "${MCRS_GIT};destsuffix=${BP} file://mender-connect.conf"
+SRC_URI = "${MCRS_GIT};destsuffix=${BP} file://mender-connect.conf file://run-ptest"
 require ${BPN}-crates.inc
 SRCREV ?= "${AUTOREV}"
 
 # Without cargo-update-recipe-crates, whose task takes the lock files of the tests, too: yocto/update-crates is for that.
-inherit cargo pkgconfig siteinfo systemd update-rc.d
+inherit cargo pkgconfig ptest siteinfo systemd update-rc.d
 
 # The crate of this name on crates.io is none.
 SPDX_PACKAGE_URLS = ""
@@ -36,10 +38,10 @@ PACKAGECONFIG[tls] = ",,"
 MCRS_FEATURES = "dbus \
     ${@bb.utils.filter('PACKAGECONFIG', 'tls', d)} \
     ${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', 'vendored-dbus', d)}"
-CARGO_BUILD_FLAGS += "--bin mender-connect --no-default-features --features '${MCRS_FEATURES}'"
+CARGO_BUILD_FLAGS += "--no-default-features --features '${MCRS_FEATURES}'"
 # What .cargo/config.toml says of time_t and of the vendored libdbus. That file isn't read here.
-RUSTFLAGS:append:libc-musl = "${@' --cfg=libc_unstable_time64' if d.getVar('SITEINFO_BITS') == '32' else ''}"
-CFLAGS:append = " ${@bb.utils.contains('PACKAGECONFIG', 'system-dbus', '', '-DHAVE_POLL=1 -DHAVE_MONOTONIC_CLOCK=1 -DHAVE_GETRESUID=1', d)}"
+RUSTFLAGS:append:libc-musl = " ${@'--cfg=libc_unstable_time64' if d.getVar('SITEINFO_BITS') == '32' else ''}"
+CFLAGS:append = " -DHAVE_POLL=1 -DHAVE_MONOTONIC_CLOCK=1 -DHAVE_GETRESUID=1"
 # DEBUG_PREFIX_MAP covers S and B only, but the crates' C is compiled in CARGO_HOME: without this, do_package_qa finds
 # the build's path in the debug information (buildpaths).
 CFLAGS += "-ffile-prefix-map=${CARGO_HOME}=${TARGET_DBGSRC_DIR}/cargo_home"
@@ -110,6 +112,22 @@ do_install() {
         install -D -m 0755 ${S}/yocto/files/mender-connect.init ${D}${sysconfdir}/init.d/mender-connect
     fi
 }
+
+# Not by ptest-cargo: that class builds the integration tests, too, which need the source, and the agent once more, with
+# the tests' features, for do_install to find.
+do_compile_ptest() {
+    export RUSTFLAGS="${RUSTFLAGS}"
+    "${CARGO}" test --no-run --lib --target-dir ${B}/ptest ${CARGO_BUILD_FLAGS}
+}
+do_compile_ptest_base[cleandirs] = "${B}/ptest"
+
+do_install_ptest() {
+    # cargo adds a hash to the name.
+    tests=$(find ${B}/ptest/${CARGO_TARGET_SUBDIR}/deps -name 'mender_connect-*' ! -name '*.d')
+    install -D -m 0755 $tests ${D}${PTEST_PATH}/unit-tests
+}
+# The tests that compare the source's pages with the code name its folder.
+INSANE_SKIP:${PN}-ptest += "buildpaths"
 
 CONFFILES:${PN} = "${sysconfdir}/mender/mender-connect.conf"
 
