@@ -212,6 +212,25 @@ fn the_static_package_has_all_licences() {
     }
 }
 
+/// They are of the version that the guide names.
+#[test]
+fn cross_has_an_image_for_each_target() {
+    let guide = include_str!("../../docs/guide.md");
+    let (_, version) = guide.split_once("(https://github.com/cross-rs/cross) ").unwrap();
+    let (version, rest) = version.split_once(',').unwrap();
+    let (_, built) = rest.split_once(" cross build --release --locked --target ").unwrap();
+    let known = Command::new("rustc").args(["--print", "target-list"]).output().unwrap();
+    let known = String::from_utf8(known.stdout).unwrap();
+    let sections: Vec<_> = include_str!("../../cross.toml").split("\n[target.").skip(1).collect();
+    for section in &sections {
+        let (target, settings) = section.split_once("]\n").unwrap();
+        assert!(known.lines().any(|line| line == target), "{target}");
+        assert_eq!(settings.trim(), format!("image = \"ghcr.io/cross-rs/{target}:{version}\""));
+    }
+    let built = built.lines().next().unwrap();
+    assert!(sections.iter().any(|section| section.starts_with(&format!("{built}]"))), "{built}");
+}
+
 /// A machine with our package at /run/test/new.deb, and a systemd that takes orders and does nothing.
 pub fn machine() -> Option<Machine> {
     if !have_tools(&["bin/cargo-deb"]) {

@@ -27,6 +27,11 @@ enum By {
 }
 
 const ELSEWHERE: [(&str, By); 18] = [
+    // As far as it goes without a container engine.
+    (
+        "CROSS_CONFIG=cross.toml cross build --release --locked --target armv7-unknown-linux-musleabihf",
+        By::Lab("packaging::cross_has_an_image_for_each_target"),
+    ),
     ("tests/playground/run", By::Test("playground::a_session_at_the_terminal")),
     ("tests/playground/run --slow", By::Test("playground::keys_stay_quick_beside_a_download_on_a_slow_link")),
     ("tests/run", By::Script(".ci/run", "\ntests/run\n")),
@@ -50,7 +55,6 @@ const ELSEWHERE: [(&str, By); 18] = [
             "\n.ci/release $arm -- --no-default-features --features dbus,vendored-dbus\n",
         ),
     ),
-    ("cargo install cargo-deb", By::Script("tests/lab/packaging-tools", "cargo install cargo-deb ")),
     // One of those that it builds without an argument.
     (".ci/release x86_64-unknown-linux-musl", By::Script(".ci/boards", "\n.ci/release\n")),
     (
