@@ -42,16 +42,12 @@ impl Record {
     }
 
     pub(crate) fn path(self, key: &str, value: &Path) -> Self {
+        let bytes = value.as_os_str().as_bytes();
+        // As `\xFF`. No byte takes more than five characters.
+        let start = OsStr::from_bytes(bytes.get(..MAX_PATH / 5).unwrap_or(bytes));
         match value.to_str() {
             Some(text) => self.with(key, quoted(text, MAX_PATH)),
-            // As `\xFF`. No byte takes more than five characters.
-            None => {
-                let bytes = value.as_os_str().as_bytes();
-                self.with(
-                    key,
-                    format_args!("{:?}", OsStr::from_bytes(&bytes[..bytes.len().min(MAX_PATH / 5)])),
-                )
-            }
+            None => self.with(key, format_args!("{start:?}")),
         }
     }
 

@@ -5,8 +5,8 @@
 //! Other threads only queue.
 
 use std::io::{self, LineWriter, Stderr};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::mem;
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -49,7 +49,8 @@ pub(crate) struct Logger {
     queue: Queue,
     sink: Box<WriteLogger<LineWriter<Stderr>>>,
     journal: bool,
-    started: AtomicBool,
+    /// Disconnected when the log thread ends.
+    ended: OnceLock<Receiver<()>>,
 }
 
 /// Installs the logger. Lines are queued until [`Logger::start`]. Call it once.
@@ -58,8 +59,8 @@ pub(crate) fn init(level: LevelFilter) -> &'static Logger {
     // The queue's lines have time and level.
     config.set_time_level(LevelFilter::Off).set_max_level(LevelFilter::Off);
     let sink = WriteLogger::new(LevelFilter::Trace, config.build(), LineWriter::new(io::stderr()));
-    let (queue, journal, started) = (Queue::new(), stderr_is_journal(), AtomicBool::new(false));
-    let logger: &'static Logger = Box::leak(Box::new(Logger { queue, sink, journal, started }));
+    let logger = Logger { queue: Queue::new(), sink, journal: stderr_is_journal(), ended: OnceLock::new() };
+    let logger: &'static Logger = Box::leak(Box::new(logger));
     let _ = log::set_logger(logger);
     log::set_max_level(level);
     logger
@@ -80,26 +81,31 @@ fn time() -> String {
 impl Logger {
     /// Starts the log thread once. To be called with reduced privileges, which a thread inherits.
     pub(crate) fn start(&'static self) -> io::Result<()> {
-        if !self.started.load(Ordering::Relaxed) {
-            thread::spawn("log", STACK, || self.queue.entries.iter().for_each(|entry| self.write(entry)))?;
-            self.started.store(true, Ordering::Relaxed);
+        if self.ended.get().is_none() {
+            let (ends, ended) = bounded(0);
+            thread::spawn("log", STACK, move || {
+                self.queue.lines.iter().for_each(|line| self.write(&line));
+                drop::<Sender<()>>(ends);
+            })?;
+            let _ = self.ended.set(ended);
         }
         Ok(())
     }
 
-    /// Gives the log thread [`LAST_LINES`] to write what is queued. Call it before the process ends.
+    /// Gives the log thread [`LAST_LINES`] to write what is queued, and drops later lines. Call it before the process ends.
     pub(crate) fn finish(&'static self) {
-        match self.start() {
-            Ok(()) => self.queue.flush(LAST_LINES),
+        let _ = self.start();
+        lock(&self.queue.state).sender = None;
+        match self.ended.get() {
+            Some(ended) => _ = ended.recv_timeout(LAST_LINES),
             // No thread is to be had: better to block than to end without a reason.
-            Err(_) => self.queue.entries.try_iter().for_each(|entry| self.write(entry)),
+            None => self.queue.lines.iter().for_each(|line| self.write(&line)),
         }
     }
 
-    fn write(&self, entry: Entry) {
-        let Entry::Line(line) = entry else { return };
-        self.print(&line);
-        if let Some(report) = self.queue.written(&line) {
+    fn write(&self, line: &str) {
+        self.print(line);
+        if let Some(report) = self.queue.written(line) {
             self.print(&self.line(Level::Warn, &format!("\"{report}\"")));
         }
     }
@@ -139,18 +145,11 @@ impl Log for Logger {
     fn flush(&self) {}
 }
 
-#[derive(Debug)]
-enum Entry {
-    Line(String),
-    /// Dropped when all earlier lines are written.
-    Flush {
-        _written: Sender<()>,
-    },
-}
-
 /// Counts the lines that wait, and those that were dropped since the queue was empty last.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    /// `None` once the log is finished.
+    sender: Option<Sender<String>>,
     bytes: usize,
     lost: usize,
     /// How many of `lost` were audit lines.
@@ -159,15 +158,15 @@ struct State {
 
 #[derive(Debug)]
 struct Queue {
-    sender: Sender<Entry>,
-    entries: Receiver<Entry>,
+    lines: Receiver<String>,
     state: Mutex<State>,
 }
 
 impl Queue {
     fn new() -> Self {
-        let (sender, entries) = unbounded();
-        Queue { sender, entries, state: Mutex::default() }
+        let (sender, lines) = unbounded();
+        let state = State { sender: Some(sender), bytes: 0, lost: 0, lost_audit: 0 };
+        Queue { lines, state: Mutex::new(state) }
     }
 
     /// Appends a line, or counts it as lost. Never waits for the writer.
@@ -183,7 +182,7 @@ impl Queue {
         let bytes = state.bytes + line.len() + OVERHEAD;
         if bytes <= limit {
             state.bytes = bytes;
-            let _ = self.sender.send(Entry::Line(line));
+            let _ = state.sender.as_ref().map(|sender| sender.send(line));
         } else {
             state.lost += 1;
             state.lost_audit += usize::from(audit);
@@ -197,19 +196,12 @@ impl Queue {
         if state.bytes > 0 || state.lost == 0 {
             return None;
         }
-        let State { lost, lost_audit, .. } = std::mem::take(&mut *state);
-        let audit = match lost_audit {
+        let lost = mem::take(&mut state.lost);
+        let audit = match mem::take(&mut state.lost_audit) {
             0 => String::new(),
             lines => format!("; audit lines among them: {lines}"),
         };
         Some(format!("{lost} lines lost: standard error was blocked{audit}"))
-    }
-
-    /// Waits until all is written, but not longer than `limit`.
-    fn flush(&self, limit: Duration) {
-        let (_written, written) = bounded(0);
-        let _ = self.sender.send(Entry::Flush { _written });
-        let _ = written.recv_timeout(limit);
     }
 }
 
@@ -229,11 +221,7 @@ mod tests {
         (queue, lines - 1)
     }
 
-    fn write(queue: &Queue, entries: impl Iterator<Item = Entry>) -> Vec<String> {
-        let lines = entries.filter_map(|entry| match entry {
-            Entry::Line(line) => Some(line),
-            Entry::Flush { .. } => None,
-        });
+    fn write(queue: &Queue, lines: impl Iterator<Item = String>) -> Vec<String> {
         lines.flat_map(|line| [queue.written(&line), Some(line)].into_iter().flatten().rev()).collect()
     }
 
@@ -242,13 +230,13 @@ mod tests {
         let (queue, fitted) = full();
         assert!(fitted > 1000, "{fitted} lines");
         // There is room again, but these would come before the report.
-        assert_eq!(write(&queue, queue.entries.try_iter().take(1)), [LINE]);
+        assert_eq!(write(&queue, queue.lines.try_iter().take(1)), [LINE]);
         (0..4).for_each(|_| queue.push("late".to_owned(), false));
-        let entries = write(&queue, queue.entries.try_iter());
+        let entries = write(&queue, queue.lines.try_iter());
         assert_eq!(entries.len(), fitted);
         assert_eq!(entries.last().unwrap(), "5 lines lost: standard error was blocked");
         queue.push("after".to_owned(), false);
-        assert_eq!(write(&queue, queue.entries.try_iter()), ["after"]);
+        assert_eq!(write(&queue, queue.lines.try_iter()), ["after"]);
         assert_eq!(lock(&queue.state).bytes, 0);
     }
 
@@ -260,7 +248,7 @@ mod tests {
             queue.push("audit".to_owned(), true);
             audited += 1;
         }
-        let entries = write(&queue, queue.entries.try_iter());
+        let entries = write(&queue, queue.lines.try_iter());
         assert_eq!(entries.len(), fitted + audited);
         assert!(audited > fitted / 4, "{audited} audit lines beside {fitted}");
         let text = "2 lines lost: standard error was blocked; audit lines among them: 1";
@@ -268,13 +256,11 @@ mod tests {
     }
 
     #[test]
-    fn a_flush_waits_for_the_writer_but_not_for_ever() {
+    fn a_finished_queue_ends_behind_its_last_line() {
         let queue = Queue::new();
         queue.push(LINE.to_owned(), false);
-        queue.flush(Duration::from_millis(1));
-        std::thread::scope(|scope| {
-            scope.spawn(|| assert_eq!(write(&queue, queue.entries.iter().take(3)), [LINE]));
-            queue.flush(Duration::MAX);
-        });
+        lock(&queue.state).sender = None;
+        queue.push("late".to_owned(), false);
+        assert_eq!(write(&queue, queue.lines.iter()), [LINE]);
     }
 }

@@ -71,13 +71,18 @@ pub struct Outbox {
     /// By class. Boxed, so that the channels of an idle link are small.
     messages: [Sender<Box<Item>>; 2],
     signals: Sender<Work>,
-    /// See [`Sink::piece`].
-    piece: Arc<AtomicUsize>,
-    /// See [`Sink::delivered`].
-    delivered: Mark,
-    pool: Pool,
+    shared: Arc<Shared>,
     /// Behind the channels, which are dropped first.
     writer: Waiting,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// See [`Sink::piece`].
+    piece: AtomicUsize,
+    /// See [`Sink::delivered`].
+    delivered: AtomicU64,
+    pool: Pool,
 }
 
 /// Wakes the writer, also when it is dropped: nobody may be left.
@@ -94,9 +99,7 @@ impl Drop for Waiting {
 pub struct Queue {
     messages: [Receiver<Box<Item>>; 2],
     signals: Receiver<Work>,
-    piece: Arc<AtomicUsize>,
-    delivered: Mark,
-    pool: Pool,
+    shared: Arc<Shared>,
     // Not `select!`: the channels wake the writer with a lock held for which it then waits, 4 context switches a message
     // on a single core.
     parker: Parker,
@@ -119,19 +122,12 @@ impl Outbox {
         let (interactive, interactive_queue) = bounded(MAX_INTERACTIVE);
         let (bulk, bulk_queue) = bounded(MAX_BULK);
         let (signals, signal_queue) = bounded(MAX_SIGNALS);
-        let (parker, piece, pool) = (Parker::new(), Arc::default(), Pool::new(MAX_BUFFERS));
-        let delivered = Arc::new(AtomicU64::new(u64::MAX));
+        let (piece, delivered) = (AtomicUsize::new(0), AtomicU64::new(u64::MAX));
+        let shared = Arc::new(Shared { piece, delivered, pool: Pool::new(MAX_BUFFERS) });
+        let (parker, messages) = (Parker::new(), [interactive_queue, bulk_queue]);
         let writer = Waiting(parker.unparker().clone());
-        let outbox = Outbox {
-            messages: [interactive, bulk],
-            signals,
-            piece: Arc::clone(&piece),
-            delivered: Arc::clone(&delivered),
-            pool: pool.clone(),
-            writer,
-        };
-        let messages = [interactive_queue, bulk_queue];
-        (outbox, Queue { messages, signals: signal_queue, piece, delivered, pool, parker, favoured: 0 })
+        let outbox = Outbox { messages: [interactive, bulk], signals, shared: Arc::clone(&shared), writer };
+        (outbox, Queue { messages, signals: signal_queue, shared, parker, favoured: 0 })
     }
 
     /// For the reader: never waits, drops the signal while too many wait.
@@ -144,6 +140,11 @@ impl Outbox {
     pub(crate) fn close(&self, code: u16, deadline: Instant) {
         let _ = self.signals.send_deadline(Work::Close(code), deadline);
         self.writer.0.unpark();
+    }
+
+    /// Sets what [`Sink::delivered`] returns: to be called when the link has ended.
+    pub(crate) fn set_delivered(&self, bytes: u64) {
+        self.shared.delivered.store(bytes, Ordering::SeqCst);
     }
 
     /// Queues an answer, waiting for its place.
@@ -191,16 +192,11 @@ impl Drop for Item {
 impl Queue {
     /// Sets what [`Sink::piece`] returns.
     pub(crate) fn set_piece(&self, bytes: usize) {
-        self.piece.store(bytes, Ordering::Relaxed);
-    }
-
-    /// See [`Sink::delivered`].
-    pub(crate) fn delivered(&self) -> Mark {
-        Arc::clone(&self.delivered)
+        self.shared.piece.store(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn free_buffers(&self) {
-        self.pool.clear();
+        self.shared.pool.clear();
     }
 
     /// Takes the next task; `None` if none waits.
@@ -270,7 +266,7 @@ impl Sink {
 
     /// How many bytes a data message should have, so that an echo doesn't wait long behind it.
     pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
-        self.outbox.piece.load(Ordering::Relaxed).clamp(least, most)
+        self.outbox.shared.piece.load(Ordering::Relaxed).clamp(least, most)
     }
 
     /// Encodes `frame` with a body of up to `most` bytes into a pooled buffer, see [`Frame::encode_with`].
@@ -281,9 +277,9 @@ impl Sink {
         read: impl FnOnce(&mut [u8]) -> (usize, T),
     ) -> (Bytes, T) {
         let size = frame.head_room() + most;
-        let mut buffer = self.outbox.pool.take(size);
+        let mut buffer = self.outbox.shared.pool.take(size);
         let (part, result) = frame.encode_with(&mut buffer[..size], read);
-        (self.outbox.pool.freeze(buffer, part), result)
+        (self.outbox.shared.pool.freeze(buffer, part), result)
     }
 
     /// True if there is a place for data. If not, the session is woken when there is.
@@ -317,7 +313,7 @@ impl Sink {
 
     /// How many of the link's bytes the other side has got, as [`Mark`]s count them. While the link lives, it counts as all.
     pub(crate) fn delivered(&self) -> u64 {
-        self.outbox.delivered.load(Ordering::SeqCst)
+        self.outbox.shared.delivered.load(Ordering::SeqCst)
     }
 
     pub fn reply(&self, frame: &Frame) {

@@ -18,7 +18,6 @@ use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Shutdown};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use log::debug;
@@ -114,7 +113,6 @@ fn run<F: FnMut(Frame)>(
     events: &impl Fn(LinkEvent),
 ) -> Result<Infallible, LinkError> {
     let write_half = socket.get_mut().open()?;
-    let delivered = queue.delivered();
     let (report, ended) = crossbeam_channel::bounded(1);
     let theirs = Arc::clone(cancel);
     thread::spawn("link-writer", thread::LARGE_STACK, move || {
@@ -140,8 +138,7 @@ fn run<F: FnMut(Frame)>(
             cancel.shut_down(Shutdown::Write);
             writer = ended.recv_timeout(FAREWELL_LIMIT);
         }
-
-        delivered.store(cancel.abandon(waits), Ordering::SeqCst);
+        outbox.set_delivered(cancel.abandon(waits));
     }
     // Drops the router, and so ends the sessions.
     drop(inbound);

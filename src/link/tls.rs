@@ -4,6 +4,11 @@ use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustls::CertificateError::{
+    BadSignature, Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet,
+    NotValidYetContext, Other, UnknownIssuer, UnsupportedSignatureAlgorithmContext as Signature,
+    UnsupportedSignatureAlgorithmForPublicKeyContext as ForKey,
+};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{CryptoProvider, KeyProvider, ring};
@@ -12,8 +17,8 @@ use rustls::server::ParsedCertificate;
 use rustls::sign::SigningKey;
 use rustls::time_provider::TimeProvider;
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, Error,
-    InvalidMessage, OtherError, RootCertStore, SignatureScheme,
+    AlertDescription, ClientConfig, ClientConnection, DigitallySignedStruct, Error, InvalidMessage,
+    OtherError, RootCertStore, SignatureScheme,
 };
 use time::OffsetDateTime;
 use webpki::{EndEntityCert, KeyUsage};
@@ -100,10 +105,6 @@ impl Verifier {
         certificate: &CertificateDer<'_>,
         others: &[CertificateDer<'_>],
     ) -> Result<T, Error> {
-        use CertificateError::{
-            BadSignature, Other, UnsupportedSignatureAlgorithmContext as Signature,
-            UnsupportedSignatureAlgorithmForPublicKeyContext as ForKey,
-        };
         let small = |key: &[u8]| key.len() < SMALL_RSA_KEY && has(key, RSA);
         let uses_small = |certificate: &CertificateDer<'_>| {
             let Ok(certificate) = EndEntityCert::try_from(certificate) else { return false };
@@ -163,20 +164,12 @@ impl ServerCertVerifier for Verifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        use CertificateError::{
-            BadSignature, Other, UnknownIssuer, UnsupportedSignatureAlgorithmContext,
-            UnsupportedSignatureAlgorithmForPublicKeyContext,
-        };
         let verified = self.inner.verify_server_cert(end_entity, intermediates, name, ocsp_response, now);
         let verified = verified.or_else(|error| match &error {
             // Each of these is found after the dates were found right, and is about the issuer, or about a CA's certificate
             // at a server. The store is read a second time instead of being kept for the rare case.
             Error::InvalidCertificate(
-                BadSignature
-                | UnknownIssuer
-                | UnsupportedSignatureAlgorithmContext { .. }
-                | UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
-                | Other(_),
+                BadSignature | UnknownIssuer | Signature { .. } | ForKey { .. } | Other(_),
             ) if rustls_native_certs::load_native_certs().certs.contains(end_entity) => {
                 verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
                 Ok(ServerCertVerified::assertion())
@@ -211,10 +204,6 @@ impl ServerCertVerifier for Verifier {
 
 /// A handshake's error.
 fn explained(error: &io::Error) -> LinkError {
-    use CertificateError::{
-        Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
-        Other,
-    };
     let (fault, text) = match error.get_ref().and_then(|e| e.downcast_ref()) {
         Some(Error::InvalidCertificate(e)) => match e {
             Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => {

@@ -2,21 +2,131 @@
 //!
 //! The daemon listens on `status.sock` in `$RUNTIME_DIRECTORY` (systemd's; else `/run/mender-connect`). A client
 //! gets one JSON document and end of file. Only the daemon's user and root may connect.
+//!
+//! The socket is in the supervisor's poll loop. Each answer has a thread, so that a client that doesn't read can't block
+//! the daemon. Failures are warnings: the daemon works without the socket.
 
 mod command;
 mod document;
-mod server;
 
-use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::fs::{self, DirBuilder};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use log::warn;
+use nix::poll::PollFlags;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 
 pub(crate) use self::command::{fetch, show};
 pub(crate) use self::document::{Connection, State, Status};
-pub(crate) use self::server::Server;
+use crate::sys::wake::Wake;
+use crate::sys::{reason, thread};
+
+/// Answers in progress at a time. Further clients wait in the socket's queue.
+const MAX_ANSWERS: usize = 4;
+/// Limit of a write without progress.
+const WRITE_LIMIT: Duration = Duration::from_secs(1);
+/// Pause after accept(2) has failed.
+const PAUSE: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+pub(crate) struct Server {
+    listener: Option<UnixListener>,
+    /// Each answer in progress holds a clone.
+    answers: Arc<()>,
+    wake: Arc<Wake>,
+    pause: Option<Instant>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.listener.is_some() {
+            let _ = fs::remove_file(socket_path());
+        }
+    }
+}
+
+impl Server {
+    /// Calls `wake` when another answer may begin.
+    pub(crate) fn open(wake: &Arc<Wake>) -> Self {
+        let path = socket_path();
+        let listener = listen(&path).inspect_err(|e| warn!("no status: {}: {}", path.display(), reason(e)));
+        Server { listener: listener.ok(), answers: Arc::default(), wake: Arc::clone(wake), pause: None }
+    }
+
+    /// The socket, if another answer may begin.
+    fn ready(&self) -> Option<&UnixListener> {
+        let busy = Arc::strong_count(&self.answers) > MAX_ANSWERS;
+        self.listener.as_ref().filter(|_| !busy && self.pause.is_none())
+    }
+
+    pub(crate) fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        self.ready().map(|listener| (listener.as_fd(), PollFlags::POLLIN))
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.pause
+    }
+
+    pub(crate) fn answer(&mut self, now: Instant, status: impl Fn() -> Status) {
+        self.pause = self.pause.filter(|until| now < *until);
+        while let Some(listener) = self.ready() {
+            let started = match listener.accept() {
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                accepted => accepted.and_then(|(stream, _)| self.start(stream, status())),
+            };
+            if let Err(e) = started {
+                // Clients not accepted yet keep the socket readable.
+                self.pause = Some(now + PAUSE);
+                warn!("status can't be told: {}", reason(&e));
+            }
+        }
+    }
+
+    fn start(&self, mut stream: UnixStream, status: Status) -> io::Result<()> {
+        stream.set_write_timeout(Some(WRITE_LIMIT))?;
+        let (answer, wake) = (Arc::clone(&self.answers), Arc::clone(&self.wake));
+        let body = move || {
+            // Fails if the client has gone or doesn't read.
+            let _ = writeln!(stream, "{}", miniserde::json::to_string(&status));
+            drop((stream, answer));
+            wake.notify();
+        };
+        thread::spawn("status", thread::SMALL_STACK, body).map(drop)
+    }
+}
+
+/// The daemon's umask keeps others out of the socket, too.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let directory = path.parent().unwrap_or(path);
+    match DirBuilder::new().mode(0o700).create(directory) {
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
+        _ => {}
+    }
+    // Only we can write the directory: nobody can put another file in the socket's place.
+    let found = fs::symlink_metadata(directory)?;
+    if !found.is_dir() || found.uid() != nix::unistd::geteuid().as_raw() || found.mode() & 0o022 != 0 {
+        return Err(io::Error::other("its place is no directory of the daemon's own"));
+    }
+    if let Ok(found) = fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            return Err(io::Error::other("something is in its place"));
+        }
+        match connect(path) {
+            // A daemon that was killed left it.
+            Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path)?,
+            _ => return Err(io::Error::other("another daemon has it")),
+        }
+    }
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
 
 fn socket_path() -> PathBuf {
     let directories = std::env::var_os("RUNTIME_DIRECTORY").unwrap_or_default();

@@ -1,7 +1,6 @@
 //! The main thread: one poll(2) for all that may happen, [`machine`] to decide, and the actions.
 
 pub(crate) mod machine;
-mod systemd;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -14,7 +13,6 @@ use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 
 use self::machine::{Action, Event, Machine};
-use self::systemd::Service;
 use crate::auth::{self, Source};
 use crate::config::{Config, ConfigError};
 use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
@@ -22,6 +20,7 @@ use crate::session::stats::seconds;
 use crate::session::{self, Device, Router};
 use crate::status::{self, State, Status};
 use crate::sys::clock::Suspension;
+use crate::sys::manager::Service;
 use crate::sys::netlink::Netlink;
 use crate::sys::privilege::{self, Needs};
 use crate::sys::process;

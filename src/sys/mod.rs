@@ -3,7 +3,6 @@
 pub(crate) mod beneath;
 pub(crate) mod children;
 pub(crate) mod clock;
-mod errno;
 pub(crate) mod manager;
 pub(crate) mod names;
 pub(crate) mod net;
@@ -35,7 +34,29 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::unistd::geteuid;
 
-pub(crate) use self::errno::reason;
+/// Go's texts for errors that differ from nix's: clients and operators compare with them.
+const GO_TEXTS: [(Errno, &str); 9] = [
+    (Errno::EAGAIN, "resource temporarily unavailable"),
+    (Errno::EBADF, "bad file descriptor"),
+    (Errno::EDQUOT, "disk quota exceeded"),
+    (Errno::EIO, "input/output error"),
+    (Errno::ELOOP, "too many levels of symbolic links"),
+    (Errno::ENFILE, "too many open files in system"),
+    (Errno::ENOMEM, "cannot allocate memory"),
+    (Errno::EOPNOTSUPP, "operation not supported"),
+    (Errno::EXDEV, "invalid cross-device link"),
+];
+
+/// Go's text for an error: lower case, without the number.
+pub(crate) fn reason(error: &io::Error) -> String {
+    let Some(errno) = error.raw_os_error().map(Errno::from_raw) else { return error.to_string() };
+    let known = GO_TEXTS.iter().find(|(known, _)| *known == errno);
+    let mut text = known.map_or(errno.desc(), |(_, text)| text).to_owned();
+    if let Some(first) = text.get_mut(..1) {
+        first.make_ascii_lowercase();
+    }
+    text
+}
 
 /// Release builds abort on a panic, so that no lock is ever poisoned there.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -172,6 +193,16 @@ fn timeout_until(at: Instant) -> PollTimeout {
 mod tests {
     use super::*;
     use std::os::fd::AsFd;
+
+    #[test]
+    fn reasons_are_in_gos_words() {
+        let words = |errno: Errno| reason(&errno.into());
+        assert_eq!(words(Errno::ENOENT), "no such file or directory");
+        assert_eq!(words(Errno::EMFILE), "too many open files");
+        assert_eq!(words(Errno::EAGAIN), "resource temporarily unavailable");
+        assert_eq!(words(Errno::ENOMEM), "cannot allocate memory");
+        assert_eq!(reason(&io::Error::other("no number")), "no number");
+    }
 
     #[test]
     fn nothing_from_outside_moves_the_cursor() {
