@@ -42,11 +42,10 @@ struct Survey<'a> {
 impl<'a> Survey<'a> {
     /// Reads both files as the daemon does, but doesn't stop at errors.
     fn new(main: &'a Path, fallback: &'a Path, shells: &Path) -> Self {
-        let mut raw = Values::default();
-        let (fallback_state, mut misfits, mut findings) = read(fallback, Origin::Fallback, &mut raw);
-        let (main_state, more_misfits, more_findings) = read(main, Origin::Main, &mut raw);
+        let (mut raw, mut findings) = (Values::default(), Vec::new());
+        let (fallback_state, mut misfits) = read(fallback, Origin::Fallback, &mut raw, &mut findings);
+        let (main_state, more_misfits) = read(main, Origin::Main, &mut raw, &mut findings);
         misfits.extend(more_misfits);
-        findings.extend(more_findings);
         let broken = [main_state, fallback_state].contains(&BROKEN);
         let values = raw.filled(&mut Notes::new());
 
@@ -113,8 +112,12 @@ impl<'a> Survey<'a> {
     }
 }
 
-fn read<'a>(file: &'a Path, origin: Origin, raw: &mut Values) -> (State, Vec<Misfit>, Vec<Finding<'a>>) {
-    let mut findings = Vec::new();
+fn read<'a>(
+    file: &'a Path,
+    origin: Origin,
+    raw: &mut Values,
+    findings: &mut Vec<Finding<'a>>,
+) -> (State, Vec<Misfit>) {
     let mut push = |level, text| findings.push((level, file, text));
     let place = |path: &str| if path.is_empty() { String::new() } else { format!("{path}: ") };
     let (mut state, walk) = match raw.read(file, origin) {
@@ -153,7 +156,7 @@ fn read<'a>(file: &'a Path, origin: Origin, raw: &mut Values) -> (State, Vec<Mis
             push(Level::Warn, format!("{}: deprecated and ignored", key.name()));
         }
     }
-    (state, walk.misfits, findings)
+    (state, walk.misfits)
 }
 
 /// Tells if a `key` that a file gives has no effect or is replaced.
@@ -208,11 +211,6 @@ fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
 fn unusable(values: &Values) -> Vec<Advice> {
     let mut advice = Vec::new();
     let mut warn = |key, text| advice.push((Level::Warn, key, text));
-    let is_file = values.text(Key::AuthSource) == "file";
-    if is_file && Endpoint::parse(values.text(Key::AuthServerUrl)).is_ok_and(|server| server.sends_in_clear())
-    {
-        warn(Key::AuthServerUrl, IN_CLEAR.to_owned());
-    }
     let command = values.text(Key::ShellCommand);
     let arguments = values.list(Key::ShellArguments).unwrap_or_default();
     if !values.flag(Key::DisableTerminal) && config::knows_no_login(Path::new(command), &arguments) {
@@ -221,6 +219,9 @@ fn unusable(values: &Values) -> Vec<Advice> {
         warn(Key::ShellCommand, format!("{command} {text}"));
     }
     if values.text(Key::AuthSource) == "file" {
+        if Endpoint::parse(values.text(Key::AuthServerUrl)).is_ok_and(|server| server.sends_in_clear()) {
+            warn(Key::AuthServerUrl, IN_CLEAR.to_owned());
+        }
         let found = writers(Path::new(values.text(Key::TokenFile)));
         found.into_iter().for_each(|text| warn(Key::TokenFile, format!("the file {text}")));
     }

@@ -34,6 +34,7 @@ pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 const ASK_AGAIN: Duration = Duration::from_secs(30);
 /// At least this long between fetches, since each disturbs the manager's other users.
 const FETCH_INTERVAL: Duration = Duration::from_secs(60);
+const LOST: &str = "the connection was lost";
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
@@ -216,13 +217,11 @@ impl Manager {
             let messages: Vec<_> = std::iter::from_fn(|| channel.pop_message()).collect();
             self.reads = if messages.is_empty() { self.reads + usize::from(readable) } else { 0 };
             messages.into_iter().for_each(|message| self.handle(message, now));
-            let why = if self.reads > LARGEST_MESSAGE {
-                "a message is too large"
-            } else {
-                "the connection was lost"
-            };
-            if (!alive || self.reads > LARGEST_MESSAGE) && self.channel().is_some() {
-                self.went_down(now, why);
+            match self.reads > LARGEST_MESSAGE {
+                true => self.went_down(now, "a message is too large"),
+                // Unless a message has said so.
+                false if !alive && self.channel().is_some() => self.went_down(now, LOST),
+                false => {}
             }
             if !readable {
                 return;
@@ -302,7 +301,7 @@ impl Manager {
                 }
             }
             (Some("org.freedesktop.DBus.Local"), Some("Disconnected")) => {
-                self.went_down(now, "the connection was lost");
+                self.went_down(now, LOST);
             }
             _ => {}
         }

@@ -4,8 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use super::error::ConfigError;
-use super::keys::Key;
+use super::{ConfigError, Key};
 use crate::sys::net::{contains, zone_index};
 
 /// One entry, such as `tcp/192.168.1.0/24:80-443`.

@@ -20,8 +20,8 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Error, Number, Value};
 
-use super::error::{ConfigError, Misfit};
 use super::keys::{Key, Kind, join};
+use super::{ConfigError, Misfit};
 
 /// Digits of a number that an error shows.
 const MAX_NUMBER: usize = 40;

@@ -39,12 +39,11 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
                 return;
             }
             Progress::Resolved(query, addresses) => {
-                let host = proxy
-                    .as_ref()
-                    .map(|(_, proxy)| proxy)
-                    .or(server.as_ref())
-                    .map_or("", |target| &target.host);
-                let what = if proxy.is_some() { "the proxy, " } else { "" };
+                let (what, target) = match &proxy {
+                    Some((_, proxy)) => ("the proxy, ", Some(proxy)),
+                    None => ("", server.as_ref()),
+                };
+                let host = target.map_or("", |target| &target.host);
                 let addresses: Vec<_> = addresses.iter().map(|a| a.ip().to_string()).collect();
                 let is = query.map(|query| format!("{}{}", addresses.join(", "), source(query)));
                 answered.push(query);

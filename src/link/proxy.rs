@@ -181,7 +181,7 @@ impl Proxy {
         if code != 0 {
             let known = SOCKS_FAULTS.get(usize::from(code) - 1);
             return Err(
-                known.map_or_else(|| fault(&format!("answered with code {code}")), |known| fault(known))
+                known.map_or_else(|| fault(&format!("answered with code {code}")), |text| fault(text))
             );
         }
         let rest = match kind {

@@ -17,10 +17,9 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
 };
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{getpid, getppid};
 
-use super::process::{numbers_in, pid_of};
+use super::process::{numbers_in, pid_of, wait_for_exit};
 use super::{lock, reason, thread};
 
 type Job = (Command, Sender<io::Result<Child>>);
@@ -93,9 +92,7 @@ fn serve(jobs: &Receiver<Job>, socket: &OwnedFd) {
             let pid = child.as_ref().ok().map(pid_of);
             let _ = reply.send(child);
             // The child gets its parent-death signal when this thread ends.
-            while pid.is_some_and(|pid| {
-                waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(Errno::EINTR)
-            }) {}
+            pid.into_iter().for_each(wait_for_exit);
         });
         if let Err(e) = started {
             warn!("no thread for a program: {}", reason(&e));

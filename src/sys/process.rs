@@ -337,10 +337,15 @@ fn watch_with_thread(pid: Pid) -> io::Result<OwnedFd> {
     let wake = Wake::new()?;
     let exit = wake.as_fd().try_clone_to_owned()?;
     thread::spawn("exit-watch", thread::SMALL_STACK, move || {
-        while waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(Errno::EINTR) {}
+        wait_for_exit(pid);
         wake.notify();
     })?;
     Ok(exit)
+}
+
+/// Doesn't reap the child.
+pub(super) fn wait_for_exit(pid: Pid) {
+    while waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(Errno::EINTR) {}
 }
 
 #[allow(unsafe_code)]
