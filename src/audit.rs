@@ -1,5 +1,5 @@
-//! The audit log: a line `event=… key=value …` for each session, shell, transfer, forward and command. Its keys and
-//! their order, which docs/operations.md describes, are stable. It has nothing that was typed, shown or transferred.
+//! The audit log: a line `event=… key=value …` for each session, shell, transfer, forward and command.
+//! docs/operations.md describes its keys, whose order is stable. It never contains input, output or contents of files.
 
 use std::ffi::OsStr;
 use std::fmt::{Display, Write};
@@ -11,12 +11,12 @@ use log::{Level, log};
 
 use crate::proto::{SessionId, UserId};
 
-/// The log target by which the logger recognises these lines.
+/// Marks audit lines for the logger.
 pub(crate) const TARGET: &str = module_path!();
 
-/// Limit of a text in bytes, escaped. Keeps a line below 4 KiB.
+/// In bytes, escaped. Keeps a line below 4 KiB.
 const MAX_TEXT: usize = 256;
-/// Limit of a path in bytes, escaped.
+/// In bytes, escaped.
 const MAX_PATH: usize = 1024;
 
 #[derive(Debug)]
@@ -29,21 +29,20 @@ impl Record {
         Record(format!("event={event}")).text("session", session).text("user", user.as_str())
     }
 
-    /// Adds a number, or a word that needs no quotes.
+    /// `value` needs no quotes.
     pub(crate) fn with(mut self, key: &str, value: impl Display) -> Self {
-        // Writing to a String doesn't fail.
+        // Writing to a String cannot fail.
         let _ = write!(self.0, " {key}={value}");
         self
     }
 
-    /// Adds quoted and escaped text.
     pub(crate) fn text(self, key: &str, value: impl AsRef<str>) -> Self {
         self.with(key, quoted(value.as_ref(), MAX_TEXT))
     }
 
     pub(crate) fn path(self, key: &str, value: &Path) -> Self {
         let bytes = value.as_os_str().as_bytes();
-        // As `\xFF`. No byte takes more than five characters.
+        // Other bytes appear as `\xFF`; none takes more than five characters.
         let start = OsStr::from_bytes(bytes.get(..MAX_PATH / 5).unwrap_or(bytes));
         match value.to_str() {
             Some(text) => self.with(key, quoted(text, MAX_PATH)),
@@ -51,24 +50,23 @@ impl Record {
         }
     }
 
-    /// Adds the duration in seconds.
     pub(crate) fn since(self, start: Instant, now: Instant) -> Self {
         let seconds = now.saturating_duration_since(start).as_secs_f64();
         self.with("duration", format_args!("{seconds:.3}"))
     }
 
-    /// Adds the payload in bytes: to the device and from it.
+    /// Payload to the device, and from it.
     pub(crate) fn bytes(self, bytes_in: u64, bytes_out: u64) -> Self {
         self.with("bytes_in", bytes_in).with("bytes_out", bytes_out)
     }
 
-    /// Writes the line, as a warning unless `good`.
+    /// Logs a warning unless `good`.
     pub(crate) fn log(self, good: bool) {
         log!(target: TARGET, if good { Level::Info } else { Level::Warn }, "{}", self.0);
     }
 }
 
-/// Quotes and escapes `text`, truncated to `limit` bytes between the quotes.
+/// Truncates to `limit` bytes between the quotes.
 pub(crate) fn quoted(text: &str, limit: usize) -> String {
     let mut length = 0;
     let fits = |c: &char| {

@@ -1,21 +1,19 @@
-//! How long to wait before the next attempt to connect. Pure.
+//! Waits between attempts to connect.
 //!
-//! The first wait has full jitter: a fleet that lost its server together comes back spread out. The later ones have equal
-//! jitter, which spreads those that still wait evenly over the time after the outage, and they grow with it, so that a
-//! device is back in about the time that it was away for. A server that answers with a refusal is there and has too much
-//! to do: each refusal doubles the least limit. The factors are those that `tests/bench/fleet.rs` has found.
+//! The first wait has full jitter: a fleet that lost its server at once returns spread out. Later waits have equal
+//! jitter, which spreads the devices evenly over the time after the outage, and grow with the outage, so that a device
+//! is back within about the time that it was away. A refusal means an overloaded server: each one doubles the lower
+//! limit. tests/bench/fleet.rs found the factors.
 
 use std::time::Duration;
 
-/// No wait is longer.
 pub(crate) const LONGEST: Duration = Duration::from_secs(290);
 
-/// A link that held this long was a success: the next wait starts from the base again.
+/// A link that lasted this long resets the back-off.
 pub(crate) const STABLE_AFTER: Duration = Duration::from_secs(60);
 
-/// The wait before the next attempt, `outage` after the link was lost. `failures` counts the losses and the refusals so
-/// far, and as one all attempts that nobody answered, such as the last one if it was `unanswered`. `random` is a uniform
-/// 64-bit number.
+/// The wait before the next attempt, `outage` after the link was lost. `failures` counts losses and refusals, and all
+/// unanswered attempts together as one. `random` is uniform.
 pub fn wait(failures: &mut u32, unanswered: bool, outage: Duration, base: Duration, random: u64) -> Duration {
     let before = *failures;
     *failures = if unanswered { before.max(1) } else { before.saturating_add(1) };
@@ -27,7 +25,7 @@ pub fn wait(failures: &mut u32, unanswered: bool, outage: Duration, base: Durati
     limit / 2 + spread(limit / 2, random)
 }
 
-/// Uniform between nothing and `ceiling`.
+/// Uniform in 0..ceiling.
 pub(crate) fn spread(ceiling: Duration, random: u64) -> Duration {
     let nanos = u64::try_from(ceiling.as_nanos()).unwrap_or(u64::MAX);
     // The upper half of the product is uniform in 0..nanos.

@@ -1,4 +1,4 @@
-//! The command `check`: what the daemon would make of its configuration, without running it.
+//! The command `check`: reports what the daemon would make of its configuration.
 
 use std::fs;
 use std::path::Path;
@@ -12,20 +12,19 @@ use crate::config::{self, ConfigError, Key, Misfit, Notes, Origin, Values, Walk}
 use crate::link::{Endpoint, IN_CLEAR};
 use crate::sys::{print, reason, visible, writers};
 
-/// Prints what the daemon would make of the files. True if it would start with them.
+/// Returns whether the daemon would start with these files.
 pub(crate) fn run(main: &Path, fallback: &Path) -> bool {
     let survey = Survey::new(main, fallback, Path::new(config::SHELLS));
     print(&survey.report());
     survey.is_good()
 }
 
-/// The state of a file, as the report shows it; empty if it was read, though single values may be wrong.
+/// Suffix of a file's line in the report; empty if the file was read, even if some of its values are wrong.
 type State = &'static str;
 const ABSENT: State = " (absent)";
 const BROKEN: State = " (can't be read: not counted in)";
 
-/// Error: the daemon doesn't start. Warn: probably not what was meant. Info: good to know. The text begins with the path
-/// in the file, unless it is about the whole file.
+/// Error: the daemon won't start. Warn: probably a mistake. The text begins with the path in the file, if it has one.
 type Finding<'a> = (Level, &'a Path, String);
 type Advice = (Level, Key, String);
 
@@ -33,14 +32,13 @@ type Advice = (Level, Key, String);
 struct Survey<'a> {
     main: (&'a Path, State),
     fallback: (&'a Path, State),
-    /// Errors first.
     findings: Vec<Finding<'a>>,
-    /// As they take effect.
+    /// Effective values.
     values: Values,
 }
 
 impl<'a> Survey<'a> {
-    /// Reads both files as the daemon does, but doesn't stop at errors.
+    /// Reads both files as the daemon does, but continues after errors.
     fn new(main: &'a Path, fallback: &'a Path, shells: &Path) -> Self {
         let (mut raw, mut findings) = (Values::default(), Vec::new());
         let (fallback_state, mut misfits) = read(fallback, Origin::Fallback, &mut raw, &mut findings);
@@ -57,7 +55,7 @@ impl<'a> Survey<'a> {
         });
         let mut advice: Vec<Advice> = advice.collect();
         advice.sort_by_key(|(_, key, _)| *key == Key::User);
-        // Findings that may only follow from another error, or that an unreadable file may settle, are left out.
+        // Leave out findings that may only follow from another error, or that an unreadable file may settle.
         let settled = |key| !broken || raw.origin(key) != Origin::Default;
         advice.retain(|(_, key, _)| settled(*key) && !misfits.iter().any(|misfit| misfit.key == Some(*key)));
         if !broken {
@@ -70,7 +68,7 @@ impl<'a> Survey<'a> {
             advice.extend(unusable(&values));
         }
         findings.extend(advice.into_iter().map(|(level, key, text)| {
-            // If no file sets the key, the main one should.
+            // A key that neither file sets belongs in the main one.
             let file = if raw.origin(key) == Origin::Fallback { fallback } else { main };
             (level, file, format!("{}: {text}", key.name()))
         }));
@@ -101,7 +99,7 @@ impl<'a> Survey<'a> {
         };
         let rows: Vec<_> = Key::current().map(|key| (key, shown(key).to_string())).collect();
         let name_width = rows.iter().map(|(key, _)| key.name().len()).max().unwrap_or_default();
-        // Values longer than this may stick out of their column.
+        // Longer values may stick out of their column.
         let widths = rows.iter().map(|(_, value)| value.chars().count()).filter(|width| *width <= 24);
         let width = widths.max().unwrap_or_default();
         for (key, value) in rows {
@@ -132,7 +130,7 @@ fn read<'a>(
             (BROKEN, Walk::default())
         }
     };
-    // Others who can write the file control the daemon.
+    // Whoever can write the file controls the daemon.
     if file.is_file() || !file.exists() {
         writers(file).into_iter().for_each(|text| push(Level::Warn, text));
     }
@@ -159,7 +157,7 @@ fn read<'a>(
     (state, walk.misfits)
 }
 
-/// Tells if a `key` that a file gives has no effect or is replaced.
+/// Reports a given `key` that has no effect or is replaced.
 fn ineffective(key: Key, raw: &Values, values: &Values) -> Option<Advice> {
     let (given, used) = (raw.get(key), values.get(key));
     Some(match idle(key, values) {
@@ -170,7 +168,7 @@ fn ineffective(key: Key, raw: &Values, values: &Values) -> Option<Advice> {
     })
 }
 
-/// Why `key` has no effect. Warnings are for what suggests a misunderstanding.
+/// Why `key` has no effect. A warning suggests a misunderstanding.
 fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
     let below = |section: &str| key.name().starts_with(section);
     let (on, given) = (|key| values.flag(key), |key: Key| !key.is_unset(values.get(key)));
@@ -195,7 +193,7 @@ fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
         _ if !on(Key::Limits) && below("Limits.FileTransfer.") => {
             return Some((Level::Warn, "Limits.Enabled is false"));
         }
-        // Set-uid is then the only part of the mode left to preserve.
+        // Set-uid is then the only bit of the mode left to preserve.
         Key::PreserveMode if given(Key::Umask) && !on(Key::AllowSuid) => "Limits.FileTransfer.Umask is set",
         Key::PreserveOwner if given(Key::OwnerPut) && given(Key::GroupPut) => {
             "Limits.FileTransfer.OwnerPut and GroupPut are set"
@@ -206,8 +204,7 @@ fn idle(key: Key, values: &Values) -> Option<(Level, &'static str)> {
     Some((Level::Info, why))
 }
 
-/// Finds settings that this device can't fulfil, or that put it at risk: a token sent in clear, a shell that ends at once,
-/// a chroot that isn't usable, unknown owners.
+/// Reports settings that this device cannot honour, or that put it at risk.
 fn unusable(values: &Values) -> Vec<Advice> {
     let mut advice = Vec::new();
     let mut warn = |key, text| advice.push((Level::Warn, key, text));
@@ -242,7 +239,7 @@ fn unusable(values: &Values) -> Vec<Advice> {
     for key in [Key::OwnerPut, Key::OwnerGet, Key::GroupPut, Key::GroupGet] {
         let names = values.list(key).unwrap_or_else(|| vec![values.text(key).to_owned()]);
         for name in names.iter().filter(|name| !name.is_empty()) {
-            // An error isn't told: the user database may only be unavailable for now.
+            // Ignore errors: the user database may be unavailable only for now.
             let unknown = match key {
                 Key::OwnerPut | Key::OwnerGet => matches!(User::from_name(name), Ok(None)).then_some("user"),
                 _ => matches!(Group::from_name(name), Ok(None)).then_some("group"),
@@ -253,7 +250,7 @@ fn unusable(values: &Values) -> Vec<Advice> {
     advice
 }
 
-/// The key of the same name elsewhere, if there is just one; otherwise the most similar one.
+/// The key of the same name elsewhere if it is unique; otherwise the most similar one.
 fn suggest(unknown: &str) -> Option<&'static str> {
     let last = unknown.rsplit('.').next()?;
     let keys = || Key::current().map(Key::name);

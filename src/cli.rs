@@ -1,7 +1,7 @@
-//! The command line, in the syntax of Go's flag package, as existing scripts and units use it. Does no I/O.
+//! The command line in the syntax of Go's flag package, which existing scripts and units use. Does no I/O.
 //!
-//! `mender-connect [global options] command`: a global option after the command is an error. A flag takes one dash
-//! or two, and its value after `=` or as the next argument; `--` ends the flags.
+//! `mender-connect [global options] command`: a global option after the command is an error. A flag takes one or two
+//! dashes, and its value after `=` or as the next argument; `--` ends the flags.
 
 use std::ffi::{OsStr, OsString};
 use std::iter::Peekable;
@@ -17,7 +17,7 @@ const DEFAULT_FALLBACK_CONFIG: &str = "/var/lib/mender/mender-connect.conf";
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\ttarget: ", env!("TARGET"), "\n");
 
-/// Spellings and description in the help, and what a value of the flag does.
+/// Spellings, help text, effect.
 type Flag = (&'static str, &'static str, Set);
 
 enum Set {
@@ -47,7 +47,7 @@ const GLOBAL: &[Flag] = &[
     ("--version, -v", "print the version", Switch(|options, on| options.version = on)),
 ];
 
-/// Names, summary, flags and what runs.
+/// Names, summary, flags, what runs.
 type Command = (&'static str, &'static str, &'static [Flag], fn(Options) -> Invocation);
 
 const COMMANDS: &[Command] = &[
@@ -87,7 +87,6 @@ pub(crate) enum Invocation {
     Check(Options),
     Doctor(Options),
     Status(Options),
-    /// Print to standard output and exit with 0.
     Print(String),
     /// Print to standard error and exit with this code.
     Refuse(String, u8),
@@ -96,20 +95,18 @@ pub(crate) enum Invocation {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Options {
     pub(crate) config: PathBuf,
-    /// Read first; `config` wins over it.
     pub(crate) fallback_config: PathBuf,
     pub(crate) json: Option<bool>,
-    /// `status` prints a new picture each second.
     pub(crate) watch: bool,
     debug: bool,
     trace: bool,
     help: bool,
     version: bool,
-    /// The argument after the command, which only `help` uses.
+    /// Argument of `help`.
     topic: Option<OsString>,
 }
 
-/// `args` are without the program's name.
+/// `args` lacks the name of the program.
 pub(crate) fn parse<I: IntoIterator<Item = OsString>>(args: I) -> Invocation {
     try_parse(&mut args.into_iter().peekable()).unwrap_or_else(|invocation| invocation)
 }
@@ -159,7 +156,7 @@ fn help() -> String {
 
 fn help_of((names, summary, flags, _): &Command) -> String {
     let (name, arguments) = match names.split_once(", ") {
-        // Only `help` has a short name.
+        // Only `help` has a short name, and an argument.
         Some((name, _)) => (name, " [command]"),
         None => (*names, ""),
     };
@@ -184,7 +181,7 @@ impl Options {
         }
     }
 
-    /// Takes those of `flags` that come first in `args`, and `--`, which ends them.
+    /// Parses leading flags off `args`, and the `--` that ends them.
     fn take(
         &mut self,
         flags: &[Flag],

@@ -1,5 +1,5 @@
-//! The Mender client's commands: protocol 4. They need no session. Called in the link's reader, with a thread for each
-//! running command.
+//! Protocol 4, the Mender client's commands, which need no session. The link's reader calls this; each running command
+//! has a thread.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,13 +14,12 @@ use crate::proto::{Frame, MENDER_CLIENT, Map};
 use crate::sys::{lock, process, reason, thread};
 
 const COMMANDS: [&str; 2] = ["check-update", "send-inventory"];
-/// The first that exists is the client.
+/// The first of these that exists is run.
 const CLIENTS: [&str; 2] = ["/usr/bin/mender-update", "/usr/bin/mender"];
 const LIMIT: Duration = Duration::from_secs(600);
-/// Frames waiting for a running command. Further ones get no answer.
+/// Requests that wait for a running command; further ones get no answer.
 const MAX_WAITING: usize = 64;
 
-/// The running commands, with the frames that wait for each.
 #[derive(Debug, Default)]
 pub(crate) struct Commands(Mutex<HashMap<&'static str, Vec<Waiting>>>);
 
@@ -31,10 +30,10 @@ struct Waiting {
     since: Instant,
 }
 
-/// Runs the command, or waits for the run in progress if there is one. The answer goes to `outbox`.
+/// Runs the command, or joins the run in progress. The answer goes to `outbox`.
 pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, outbox: &Outbox) {
     let Some(command) = COMMANDS.into_iter().find(|command| *command == frame.typ) else {
-        // A server that asks without end and doesn't read the answers gets no more.
+        // Dropped if the outbox is full: a server that never reads its answers must not block the reader.
         outbox.try_reply(&answer(frame, &Err("unknown message type".to_owned())));
         return;
     };

@@ -11,10 +11,10 @@ use crate::supervisor;
 use crate::sys::signals::Signals;
 use crate::sys::{children, privilege, process, reason};
 
-/// Runs until a signal ends it. False if it couldn't start or go on, which has been logged.
+/// Returns false if the daemon could not start or go on, which it has logged.
 pub(crate) fn run(options: Options) -> bool {
     let log = logging::init(options.level());
-    // A panic in any thread ends the process, also in builds that unwind: the init system starts a sound one.
+    // A panic in any thread aborts the process, even in builds that unwind: the init system starts a new one.
     std::panic::set_hook(Box::new(|panic| {
         error!("panic: {panic}");
         log.finish();

@@ -1,4 +1,4 @@
-//! Bytes as text: hexadecimal and base64 (RFC 4648). A crate for any alphabet would make the executable 13 KB larger.
+//! Hexadecimal and base64 (RFC 4648). A crate for any alphabet would make the executable 13 KB larger.
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
@@ -18,7 +18,7 @@ pub(crate) fn base64(bytes: &[u8]) -> String {
     text
 }
 
-/// Decodes base64 in its alphabet for URLs, padded or not.
+/// Padded or not.
 pub(crate) fn from_base64url(text: &str) -> Option<Vec<u8>> {
     let (mut bytes, mut bits, mut count) = (Vec::new(), 0, 0);
     for digit in text.trim_end_matches('=').bytes() {

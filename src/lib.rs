@@ -17,21 +17,13 @@
 //!                 └─────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Beside the daemon run `check`, `doctor` and the command `status`. The log has a writing thread of its own. `sys` is
-//! kernel and libc, and has the only `unsafe`; `proto` and `backoff` do no I/O.
+//! Beside the daemon there are the commands `check`, `doctor` and `status`. docs/architecture.md defines the terms and
+//! follows a keystroke, a chunk and a token through the modules; tests/it/layers.rs has the arrows between them.
 //!
-//! Arrows point one way: `run → daemon → supervisor → { auth, link, status → session } → { outbox, audit, config,
-//! proto, permits, backoff, encoding, sys }`. `link` and `session` don't know each other; the supervisor joins them.
-//!
-//! A *message* is the websocket's; a *frame* is our decoded unit; a *session* is one session id's life; a *link* is one
-//! websocket's life; a *permit* is a counted right held by a guard.
-//!
-//! The reader waits for nobody: inboxes are bounded. A session waits only for its place in the outbox. Only the reader
-//! reads from the websocket, only the writer writes to it, and only the session touches its terminal. When the link is
-//! gone its router is dropped, which ends the sessions, and dropping them releases what they own. A session with a shell
-//! goes on without a client, until its user is back or its time is over.
+//! Every queue is bounded, and the reader never waits. A link that ends drops its router, which ends the sessions; a
+//! session with a shell goes on without a client until its user returns or its time is over.
 
-// Not for all of the package: the tests share their harness between crates.
+// Not in Cargo.toml: the test crates share a harness that not all of them use.
 #![deny(unreachable_pub)]
 
 mod audit;
@@ -49,7 +41,7 @@ mod logging;
 mod outbox;
 mod permits;
 mod proto;
-// Closed by its `mod` line; its items still say `pub`.
+// Its `mod` line closes it; its items still say `pub`.
 #[allow(unreachable_pub)]
 mod session;
 mod status;
@@ -61,13 +53,13 @@ use std::process::ExitCode;
 
 use self::cli::Invocation;
 
-// The executable is the only user of this library, with the exceptions below: everything else is `pub(crate)`, so that
-// the compiler reports what nobody uses.
+// Only the executable and the exceptions below use this library. Everything else is `pub(crate)`, so that the compiler
+// reports unused code.
 
-/// The executable installs it. Benchmarks and fuzz targets have allocators of their own.
+/// Installed by the executable; benchmarks and fuzz targets have allocators of their own.
 pub use self::sys::wipe::Wiping;
 
-/// For the benchmarks (`tests/bench`), the fuzz targets (`tests/fuzz`) and the tests of the documentation.
+/// For tests/bench, tests/fuzz and the tests of the documentation.
 #[doc(hidden)]
 pub mod internals {
     pub use crate::backoff::wait;
@@ -90,7 +82,6 @@ pub mod internals {
     pub use crate::sys::wake::Wake;
 }
 
-/// The whole program: runs what the command line asks for.
 pub fn run() -> ExitCode {
     let good = match cli::parse(std::env::args_os().skip(1)) {
         Invocation::Print(text) => {
@@ -101,7 +92,7 @@ pub fn run() -> ExitCode {
             let _ = std::io::stderr().write_all(sys::visible_lines(&text).as_bytes());
             return ExitCode::from(code);
         }
-        // A command that fails has told why.
+        // A command that fails prints its own report.
         Invocation::Daemon(options) => daemon::run(options),
         Invocation::Check(options) => check::run(&options.config, &options.fallback_config),
         Invocation::Doctor(options) => doctor::run(&options.config, &options.fallback_config, options.json),

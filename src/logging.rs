@@ -1,5 +1,5 @@
-//! Log lines on standard error, in the form of the reference agent:
-//! `time="…" level=info msg="…"`. For systemd's journal, which has its own time, with the priority instead.
+//! Log lines on standard error as the reference agent writes them: `time="…" level=info msg="…"`. The journal has its
+//! own time and gets the priority instead.
 //!
 //! A dedicated thread writes them, since standard error can block for any time: a stalled journal, a stopped `logger`.
 //! Other threads only queue.
@@ -23,26 +23,26 @@ use crate::sys::{clock, lock, thread};
 const TIME: &[BorrowedFormatItem<'static>] =
     format_description!("time=\"[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z\"");
 
-/// From [`Level::Error`] on, as logrus and syslog(3) have them.
+/// From [`Level::Error`] on; names are logrus's, numbers syslog(3)'s.
 const LEVELS: [(&str, u8); 5] = [("error", 3), ("warning", 4), ("info", 6), ("debug", 7), ("trace", 7)];
 
-/// Log lines of other crates are dropped: tungstenite would log keystrokes at trace level.
+/// Only our own lines are logged: tungstenite would log keystrokes at trace level.
 const OURS: &str = env!("CARGO_CRATE_NAME");
 
-/// Limit of a message in bytes, without its quotes. Keeps a line below 4 KiB.
+/// In bytes, without quotes. Keeps a line below 4 KiB.
 const MAX_MESSAGE: usize = 4000;
 
-/// Stack of the log thread in bytes. Small, since lines arrive formatted.
+/// In bytes. Small, since lines arrive formatted.
 const STACK: usize = 64 * 1024;
 
-/// Limit for writing the last lines. Sessions may have used 1.7 s of the 2 s in which SIGTERM ends everything.
+/// Sessions may have used 1.7 s of the 2 s in which SIGTERM ends everything.
 const LAST_LINES: Duration = Duration::from_millis(250);
 
-/// Limit of the queue in bytes: about 1,500 lines of usual length.
+/// In bytes: about 1,500 usual lines.
 const MAX_BYTES: usize = 256 * 1024;
-/// Part of [`MAX_BYTES`] that is reserved for audit lines.
+/// Share of [`MAX_BYTES`] that only audit lines may use.
 const AUDIT_RESERVE: usize = 64 * 1024;
-/// Bytes that a line takes beside its text: its place in the queue, and the allocator's bookkeeping.
+/// Bytes of a queued line beside its text: its slot, and the allocator's bookkeeping.
 const OVERHEAD: usize = 48;
 
 pub(crate) struct Logger {
@@ -53,10 +53,10 @@ pub(crate) struct Logger {
     ended: OnceLock<Receiver<()>>,
 }
 
-/// Installs the logger. Lines are queued until [`Logger::start`]. Call it once.
+/// Queues lines until [`Logger::start`].
 pub(crate) fn init(level: LevelFilter) -> &'static Logger {
     let mut config = ConfigBuilder::new();
-    // The queue's lines have time and level.
+    // Lines arrive with time and level.
     config.set_time_level(LevelFilter::Off).set_max_level(LevelFilter::Off);
     let sink = WriteLogger::new(LevelFilter::Trace, config.build(), LineWriter::new(io::stderr()));
     let logger = Logger { queue: Queue::new(), sink, journal: stderr_is_journal(), ended: OnceLock::new() };
@@ -66,20 +66,20 @@ pub(crate) fn init(level: LevelFilter) -> &'static Logger {
     logger
 }
 
-/// systemd sets JOURNAL_STREAM to the device and inode of the stream that goes to the journal.
+/// systemd sets JOURNAL_STREAM to device and inode of the journal's stream.
 fn stderr_is_journal() -> bool {
     let stream = std::env::var("JOURNAL_STREAM");
     fstat(io::stderr()).is_ok_and(|stat| stream == Ok(format!("{}:{}", stat.st_dev, stat.st_ino)))
 }
 
 fn time() -> String {
-    // Stays in the year 9999.
+    // Saturates in the year 9999.
     let now = OffsetDateTime::UNIX_EPOCH.saturating_add(clock::now().try_into().unwrap_or_default());
     now.format(TIME).unwrap_or_default()
 }
 
 impl Logger {
-    /// Starts the log thread once. To be called with reduced privileges, which a thread inherits.
+    /// Call it after dropping privileges: a thread inherits them.
     pub(crate) fn start(&'static self) -> io::Result<()> {
         if self.ended.get().is_none() {
             let (ends, ended) = bounded(0);
@@ -92,13 +92,13 @@ impl Logger {
         Ok(())
     }
 
-    /// Gives the log thread [`LAST_LINES`] to write what is queued, and drops later lines. Call it before the process ends.
+    /// Waits up to [`LAST_LINES`] for the queue to drain, and drops later lines. Call it before the process ends.
     pub(crate) fn finish(&'static self) {
         let _ = self.start();
         lock(&self.queue.state).sender = None;
         match self.ended.get() {
             Some(ended) => _ = ended.recv_timeout(LAST_LINES),
-            // No thread is to be had: better to block than to end without a reason.
+            // Without a thread: better to block than to end without a reason.
             None => self.queue.lines.iter().for_each(|line| self.write(&line)),
         }
     }
@@ -145,14 +145,13 @@ impl Log for Logger {
     fn flush(&self) {}
 }
 
-/// Counts the lines that wait, and those that were dropped since the queue was empty last.
+/// `lost` and `lost_audit` count since the queue was last empty.
 #[derive(Debug)]
 struct State {
     /// `None` once the log is finished.
     sender: Option<Sender<String>>,
     bytes: usize,
     lost: usize,
-    /// How many of `lost` were audit lines.
     lost_audit: usize,
 }
 
@@ -169,7 +168,7 @@ impl Queue {
         Queue { lines, state: Mutex::new(state) }
     }
 
-    /// Appends a line, or counts it as lost. Never waits for the writer.
+    /// Queues a line, or counts it as lost.
     fn push(&self, line: String, audit: bool) {
         let mut state = lock(&self.state);
         // After the first loss all but audit lines are dropped until the queue is empty, so that one report stands
@@ -189,7 +188,7 @@ impl Queue {
         }
     }
 
-    /// To be called when a line is written. Returns a report to write next if lines were lost after this one.
+    /// Call it when a line has been written. Returns the report to write next if lines were lost behind this one.
     fn written(&self, line: &str) -> Option<String> {
         let mut state = lock(&self.state);
         state.bytes -= line.len() + OVERHEAD;

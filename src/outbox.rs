@@ -1,5 +1,5 @@
-//! From the sessions and the reader to the link's writer: two bounded channels of messages, interactive before bulk,
-//! and one of signals. Sessions wait while a channel is full, the reader never does; nobody waits for an ended writer.
+//! From the sessions and the reader to the writer: two bounded channels of messages, interactive before bulk, and one
+//! of signals. Sessions wait while a channel is full, the reader never does; nobody waits for a writer that has ended.
 
 mod pool;
 
@@ -17,53 +17,51 @@ use crate::sys::wake::Wake;
 
 pub(crate) use self::pool::Pool;
 
-/// The payload of a ping that measures the link: the number of bytes written before it.
+/// Payload of a probe: the number of bytes written before it.
 pub(crate) type Probe = [u8; 8];
 
 const MAX_INTERACTIVE: usize = 256;
 const MAX_BULK: usize = 16;
 const MAX_SIGNALS: usize = 64;
-/// Buffers kept for messages to be composed in.
 const MAX_BUFFERS: usize = 4;
-/// Data messages of one class that a session may have here: one being written and one behind it.
+/// Queued data messages of a session and class: one being written, one behind it.
 const MAX_DATA: usize = 2;
-/// Interactive messages in a row before a bulk message that waits has its turn.
+/// Interactive messages in a row before a waiting bulk message has its turn.
 const MAX_FAVOURED: u32 = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
     Interactive,
-    /// Files and forwarded connections.
+    /// Files and forwards.
     Bulk,
 }
 
-/// A task for the writer. All but messages are signals, which go first.
+/// Everything but messages is a signal, which goes first.
 #[derive(Debug)]
 pub enum Work {
     Message(Bytes, Class, Option<Mark>),
-    /// Send a close frame with this code, and end.
+    /// Send a close frame, and end.
     Close(u16),
     Pong(Bytes),
-    /// Ask the server whether it is still there.
+    /// Ask the server whether it is alive.
     Ping,
-    /// The server answered this probe then.
     Answered(Probe, Instant),
 }
 
-/// The writer closes the websocket when every [`Outbox`] has been dropped.
+/// Sent when every [`Outbox`] has been dropped.
 const ABANDONED: Work = Work::Close(1000);
 
-/// The classes whose messages the window has credit for.
+/// Classes that the window has credit for.
 #[derive(Debug, Clone, Copy)]
 pub struct Sendable {
     pub interactive: bool,
     pub bulk: bool,
 }
 
-/// When set, the writer drops the messages that were queued with it.
+/// Once set, the writer drops the messages queued with it.
 pub(crate) type Discard = Arc<AtomicBool>;
 
-/// How many bytes the link had written when the message was, or 0 as long as it isn't.
+/// Bytes that the link had written when the message was; 0 until then.
 pub(crate) type Mark = Arc<AtomicU64>;
 
 #[derive(Debug, Clone)]
@@ -72,7 +70,7 @@ pub struct Outbox {
     messages: [Sender<Box<Item>>; 2],
     signals: Sender<Work>,
     shared: Arc<Shared>,
-    /// Behind the channels, which are dropped first.
+    /// Must be dropped after the channels.
     writer: Waiting,
 }
 
@@ -85,7 +83,7 @@ struct Shared {
     pool: Pool,
 }
 
-/// Wakes the writer, also when it is dropped: nobody may be left.
+/// Wakes the writer on drop: it may have been the last sender.
 #[derive(Debug, Clone)]
 struct Waiting(Unparker);
 
@@ -100,10 +98,10 @@ pub struct Queue {
     messages: [Receiver<Box<Item>>; 2],
     signals: Receiver<Work>,
     shared: Arc<Shared>,
-    // Not `select!`: the channels wake the writer with a lock held for which it then waits, 4 context switches a message
-    // on a single core.
+    // Not `select!`: the channels wake the writer while holding a lock that it then waits for, 4 context switches a
+    // message on a single core.
     parker: Parker,
-    /// Interactive messages that left in a row while bulk waited.
+    /// Interactive messages sent in a row while bulk waited.
     favoured: u32,
 }
 
@@ -113,7 +111,7 @@ struct Item {
     class: Class,
     discard: Option<Discard>,
     mark: Option<Mark>,
-    /// Counts the message while it is data in a channel.
+    /// Counts a data message while it is queued.
     account: Option<Arc<Account>>,
 }
 
@@ -130,29 +128,29 @@ impl Outbox {
         (outbox, Queue { messages, signals: signal_queue, shared, parker, favoured: 0 })
     }
 
-    /// For the reader: never waits, drops the signal while too many wait.
+    /// Never waits: drops the signal if the channel is full.
     pub(crate) fn signal(&self, signal: Work) {
         let _ = self.signals.try_send(signal);
         self.writer.0.unpark();
     }
 
-    /// Asks the writer to close the websocket. Waits until `deadline` if too many signals wait.
+    /// Has the writer close the websocket. Waits for a place until `deadline`.
     pub(crate) fn close(&self, code: u16, deadline: Instant) {
         let _ = self.signals.send_deadline(Work::Close(code), deadline);
         self.writer.0.unpark();
     }
 
-    /// Sets what [`Sink::delivered`] returns: to be called when the link has ended.
+    /// Call it when the link has ended.
     pub(crate) fn set_delivered(&self, bytes: u64) {
         self.shared.delivered.store(bytes, Ordering::SeqCst);
     }
 
-    /// Queues an answer, waiting for its place.
+    /// Waits for a place.
     pub fn reply(&self, frame: &Frame) {
         self.put(Item::of(frame, Class::Interactive));
     }
 
-    /// For the reader: never waits, returns false if there is no place for the answer.
+    /// Never waits: returns false if the channel is full.
     pub(crate) fn try_reply(&self, frame: &Frame) -> bool {
         let item = Item::of(frame, Class::Interactive);
         let sent = self.messages[item.class as usize].try_send(item).is_ok();
@@ -161,7 +159,7 @@ impl Outbox {
     }
 
     fn put(&self, item: Box<Item>) {
-        // Fails when the writer has ended.
+        // Fails once the writer has ended.
         let _ = self.messages[item.class as usize].send(item);
         self.writer.0.unpark();
     }
@@ -172,7 +170,7 @@ impl Item {
         Box::new(Item { message: frame.encode().into(), class, discard: None, mark: None, account: None })
     }
 
-    /// `None` if it is to be discarded.
+    /// `None` if discarded.
     fn work(mut self) -> Option<Work> {
         let discarded = self.discard.as_ref().is_some_and(|discard| discard.load(Ordering::SeqCst));
         (!discarded).then(|| Work::Message(mem::take(&mut self.message), self.class, self.mark.take()))
@@ -190,7 +188,6 @@ impl Drop for Item {
 }
 
 impl Queue {
-    /// Sets what [`Sink::piece`] returns.
     pub(crate) fn set_piece(&self, bytes: usize) {
         self.shared.piece.store(bytes, Ordering::Relaxed);
     }
@@ -199,7 +196,6 @@ impl Queue {
         self.shared.pool.clear();
     }
 
-    /// Takes the next task; `None` if none waits.
     pub fn try_next(&mut self, sendable: Sendable) -> Option<Work> {
         match self.signals.try_recv() {
             Ok(signal) => return Some(signal),
@@ -209,7 +205,7 @@ impl Queue {
         std::iter::from_fn(|| self.pop(sendable)).find_map(|item| item.work())
     }
 
-    /// As [`Queue::try_next`], but waits until `deadline`.
+    /// [`Queue::try_next`], waiting until `deadline`.
     pub fn next(&mut self, sendable: Sendable, deadline: Instant) -> Option<Work> {
         loop {
             let work = self.try_next(sendable);
@@ -220,7 +216,7 @@ impl Queue {
         }
     }
 
-    /// Interactive messages go first, but a terminal that never stops writing doesn't stop a transfer.
+    /// Interactive first, but a terminal that never stops writing must not stop a transfer.
     fn pop(&mut self, sendable: Sendable) -> Option<Box<Item>> {
         let [interactive, bulk] = &self.messages;
         let bulk_waits = sendable.bulk && !bulk.is_empty();
@@ -236,7 +232,7 @@ impl Queue {
     }
 }
 
-/// A session's way into the outbox, which counts the session's data there.
+/// A session's handle to the outbox; counts the data that the session has there.
 #[derive(Debug, Clone)]
 pub struct Sink {
     outbox: Outbox,
@@ -245,31 +241,31 @@ pub struct Sink {
 
 #[derive(Debug)]
 struct Account {
-    /// Data messages in the channels, by class: a transfer's must not be in the way of the same session's terminal.
+    /// By class: a transfer must not block the terminal of the same session.
     queued: [AtomicUsize; 2],
-    /// The session waits for a place and wants to be woken.
+    /// The session waits for a place.
     starved: AtomicBool,
     wake: Arc<Wake>,
 }
 
 impl Sink {
-    /// `wake` tells the session that there is a place for data again, after [`Sink::takes_data`] found none.
+    /// Notifies `wake` when there is a place again after [`Sink::takes_data`] found none.
     pub fn new(outbox: &Outbox, wake: Arc<Wake>) -> Self {
         let account = Account { queued: Default::default(), starved: AtomicBool::new(false), wake };
         Sink { outbox: outbox.clone(), account: Arc::new(account) }
     }
 
-    /// One that drops everything, for a session without a link.
+    /// For a session without a link: drops everything.
     pub(crate) fn closed(wake: &Arc<Wake>) -> Self {
         Sink::new(&Outbox::new().0, Arc::clone(wake))
     }
 
-    /// How many bytes a data message should have, so that an echo doesn't wait long behind it.
+    /// Size of a data message in bytes, such that an echo doesn't wait long behind it.
     pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
         self.outbox.shared.piece.load(Ordering::Relaxed).clamp(least, most)
     }
 
-    /// Encodes `frame` with a body of up to `most` bytes into a pooled buffer, see [`Frame::encode_with`].
+    /// [`Frame::encode_with`] into a pooled buffer, for a body of up to `most` bytes.
     pub fn compose<T>(
         &self,
         frame: &Frame,
@@ -282,7 +278,7 @@ impl Sink {
         (self.outbox.shared.pool.freeze(buffer, part), result)
     }
 
-    /// True if there is a place for data. If not, the session is woken when there is.
+    /// Has the session woken later if there is no place now.
     pub(crate) fn takes_data(&self, class: Class) -> bool {
         let queued = &self.account.queued[class as usize];
         if queued.load(Ordering::SeqCst) < MAX_DATA {
@@ -293,12 +289,12 @@ impl Sink {
         queued.load(Ordering::SeqCst) < MAX_DATA
     }
 
-    /// Queues data, waiting if many sessions have some. Ask [`Sink::takes_data`] before reading it from its source.
+    /// May wait, if many sessions send. Call [`Sink::takes_data`] before reading the data from its source.
     pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>) {
         self.send_marked(message, class, discard, None);
     }
 
-    /// The same for a message whose fate its sender wants to know.
+    /// [`Sink::send`] with a mark that tells when the message was written.
     pub(crate) fn send_marked(
         &self,
         message: Bytes,
@@ -311,7 +307,7 @@ impl Sink {
         self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), mark, account }));
     }
 
-    /// How many of the link's bytes the other side has got, as [`Mark`]s count them. While the link lives, it counts as all.
+    /// Bytes of the link that reached the other side, comparable with [`Mark`]s. All of them while the link lives.
     pub(crate) fn delivered(&self) -> u64 {
         self.outbox.shared.delivered.load(Ordering::SeqCst)
     }
@@ -320,7 +316,7 @@ impl Sink {
         self.outbox.reply(frame);
     }
 
-    /// Queues an answer behind the session's bulk data, waiting for its place.
+    /// Queues an answer behind the session's bulk data. Waits for a place.
     pub(crate) fn reply_behind_bulk(&self, frame: &Frame) {
         self.outbox.put(Item::of(frame, Class::Bulk));
     }

@@ -1,4 +1,4 @@
-//! Counted rights: threads, look-ups, forwards, bytes of memory. A guard holds some of them and returns them on drop.
+//! Counted rights: threads, look-ups, forwards, bytes of memory. Dropping a guard returns its share.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
@@ -6,7 +6,6 @@ use std::time::Instant;
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
-/// One kind of right, for the whole device.
 #[derive(Debug)]
 pub(crate) struct Permits {
     limit: usize,
@@ -17,13 +16,12 @@ pub(crate) struct Permits {
 #[derive(Debug, Default)]
 struct State {
     taken: usize,
-    /// Called when a permit is returned.
+    /// Notified when a permit is returned.
     refused: Vec<Arc<Wake>>,
-    /// Somebody waits for the last one.
+    /// [`Permits::wait_until_unused`] waits.
     awaited: bool,
 }
 
-/// A number of rights, which may change.
 #[derive(Debug)]
 pub(crate) struct Permit {
     permits: Arc<Permits>,
@@ -39,18 +37,17 @@ impl Permits {
         lock(&self.state).taken
     }
 
-    /// A permit for nothing yet.
+    /// A permit for zero, to be resized.
     pub(crate) fn none(self: &Arc<Self>) -> Permit {
         Permit { permits: Arc::clone(self), count: 0 }
     }
 
-    /// A permit for one, if there is one.
     pub(crate) fn acquire(self: &Arc<Self>) -> Option<Permit> {
         let mut permit = self.none();
         permit.resize(1).then_some(permit)
     }
 
-    /// A permit for one, if there is one; otherwise calls `wake` when there may be.
+    /// Notifies `wake` when a permit is returned, if there is none now.
     pub(crate) fn acquire_or_wake(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<Permit> {
         let mut state = lock(&self.state);
         if state.taken >= self.limit {
@@ -63,7 +60,7 @@ impl Permits {
         Some(Permit { permits: Arc::clone(self), count: 1 })
     }
 
-    /// Waits until all permits are returned. False if `deadline` came first.
+    /// Returns false at `deadline`.
     pub(crate) fn wait_until_unused(&self, deadline: Instant) -> bool {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut state = lock(&self.state);
@@ -78,7 +75,7 @@ impl Permit {
         self.count
     }
 
-    /// Takes more or returns some. Without effect, and false, if there are not as many more.
+    /// Fails without effect if there are not enough.
     pub(crate) fn resize(&mut self, count: usize) -> bool {
         if count == self.count {
             return true;
@@ -92,7 +89,7 @@ impl Permit {
         if !grows {
             let (refused, awaited) = (std::mem::take(&mut state.refused), state.awaited);
             drop(state);
-            // A system call whether anybody waits or not, and memory is returned for each message.
+            // Notifying is a system call even if nobody waits, and memory is returned for each message.
             if awaited {
                 self.permits.returned.notify_all();
             }

@@ -1,7 +1,7 @@
 //! The authentication manager on the system bus (`io.mender.AuthenticationManager`).
 //!
-//! Calls are sent without waiting, and their answers recognised by serial number. Only connecting to the bus blocks, and
-//! so has a thread of its own. The manager may come, go and be replaced at any time, and so may the bus.
+//! Calls never wait; answers are matched by serial number. Only connecting to the bus blocks, in a thread of its own.
+//! The manager and the bus may come, go and be replaced at any time.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,57 +24,56 @@ const MANAGER: &str = "io.mender.AuthenticationManager";
 const PATH: &str = "/io/mender/AuthenticationManager";
 const INTERFACE: &str = "io.mender.Authentication1";
 const BUS: &str = "org.freedesktop.DBus";
-/// Destination, path and interface of calls.
 const TO_MANAGER: [&str; 3] = [MANAGER, PATH, INTERFACE];
 const TO_BUS: [&str; 3] = [BUS, "/org/freedesktop/DBus", BUS];
 
-/// A later answer still counts.
+/// A later answer is still accepted.
 pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// A manager that didn't answer is asked again after this time.
+/// Interval between questions that get no answer.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
-/// At least this long between fetches, since each disturbs the manager's other users.
+/// Minimum between fetches, since each disturbs the other users of the manager.
 const FETCH_INTERVAL: Duration = Duration::from_secs(60);
 const LOST: &str = "the connection was lost";
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
-/// Reads of 2 KiB, as libdbus has them, without a whole message: what arrives is larger than anything that is meant for
-/// us. Any local user may send it, of up to 32 MiB, and libdbus' own limit can't be set through the crate.
+/// In reads of libdbus, of 2 KiB each. Any local user may send up to 32 MiB, and the crate cannot set libdbus' own
+/// limit.
 const LARGEST_MESSAGE: usize = (1 << 20) / 2048;
-/// Reads before other events have their turn.
+/// Reads in one turn of the poll loop.
 const MAX_READS: usize = 64;
 
 pub(crate) struct Manager {
     wake: Arc<Wake>,
     bus: Bus,
-    /// The absence of a bus ends the daemon: until the first connection, if the bus is required.
+    /// A missing bus ends the daemon. Only until the first connection, if the bus is required.
     fatal: bool,
     retry_delay: Duration,
-    /// The unique name of the manager's connection.
+    /// Unique name of the manager on the bus.
     pub(crate) owner: Option<String>,
-    /// Serial numbers of the last calls of GetNameOwner and GetJwtToken.
+    /// Serial numbers of the last calls to GetNameOwner and GetJwtToken.
     owner_query: Option<u32>,
     question: Option<u32>,
     timer: Option<(Instant, Timer)>,
-    /// The last answer had a token but no server. For doctor: to the daemon it is no token.
+    /// For doctor: the last answer had a token but no server.
     pub(crate) lacks_server: bool,
     last_fetch: Option<Instant>,
-    /// Reads since the last whole message.
+    /// Reads since the last complete message.
     reads: usize,
     events: Vec<AuthEvent>,
 }
 
 enum Bus {
-    /// Until this time.
+    /// Retry then.
     Down(Instant),
     Connecting(Receiver<Result<Bus, String>>),
-    /// The descriptor duplicates the channel's, to poll.
+    /// With a duplicate of the channel's descriptor, to poll.
     Up(Channel, OwnedFd),
 }
 
 #[derive(Clone, Copy)]
 enum Timer {
-    /// The last question counts as unanswered.
+    /// The current question counts as unanswered.
     Unanswered,
     AskAgain,
 }
@@ -120,7 +119,6 @@ impl Source for Manager {
 
     fn ask(&mut self, now: Instant) {
         self.question = self.call(TO_MANAGER, "GetJwtToken", &[]);
-        // Without a bus there is no answer to wait for.
         let patience = if self.question.is_some() { ANSWER_LIMIT } else { Duration::ZERO };
         self.timer = Some((now + patience, Timer::Unanswered));
     }
@@ -136,7 +134,7 @@ impl Source for Manager {
 }
 
 impl Manager {
-    /// Connects from the first [`Source::process`] on, which fails if the bus is `required` and the first attempt fails.
+    /// The first [`Source::process`] connects, and fails if the bus is `required` but missing.
     pub(crate) fn new(wake: Arc<Wake>, required: bool) -> Self {
         Manager {
             wake,
@@ -158,12 +156,12 @@ impl Manager {
         if let Bus::Up(channel, _) = &self.bus { Some(channel) } else { None }
     }
 
-    /// Ours on the bus; `None` while there is no connection.
+    /// Our unique name; `None` while disconnected.
     pub(crate) fn name(&self) -> Option<&str> {
         self.channel()?.unique_name()
     }
 
-    /// Waits until [`Source::process`] is due, at most until `limit`, and calls it. For doctor.
+    /// For doctor: waits until [`Source::process`] is due, at most until `limit`, and calls it.
     pub(crate) fn wait(&mut self, limit: Instant) -> io::Result<Vec<AuthEvent>> {
         let mut set = PollSet::default();
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
@@ -199,7 +197,7 @@ impl Manager {
         }
     }
 
-    /// Returns the call's serial number; `None` if there is no bus to send it on.
+    /// Returns the serial number; `None` without a bus.
     fn call(&self, [to, path, interface]: [&str; 3], method: &str, arguments: &[&str]) -> Option<u32> {
         let mut message = Message::new_method_call(to, path, interface, method).ok()?;
         for argument in arguments {
@@ -219,7 +217,7 @@ impl Manager {
             messages.into_iter().for_each(|message| self.handle(message, now));
             match self.reads > LARGEST_MESSAGE {
                 true => self.went_down(now, "a message is too large"),
-                // Unless a message has said so.
+                // Unless a Disconnected signal has already reported it.
                 false if !alive && self.channel().is_some() => self.went_down(now, LOST),
                 false => {}
             }
@@ -263,7 +261,7 @@ impl Manager {
             Err(e) => {
                 self.unanswered(refusal(&e), now);
                 if self.owner.is_none() {
-                    // NameOwnerChanged will announce the manager.
+                    // Don't ask again: NameOwnerChanged will announce the manager.
                     self.timer = None;
                 }
             }
@@ -326,7 +324,7 @@ impl Bus {
     }
 }
 
-/// A token supersedes one announced just before. Revocations are kept.
+/// Drops a queued token that this one supersedes. Revocations are kept.
 fn announce(events: &mut Vec<AuthEvent>, token: Option<Credentials>) {
     if token.is_some() {
         events.pop_if(|last| matches!(last, AuthEvent::Changed(Some(_))));

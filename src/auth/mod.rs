@@ -1,4 +1,4 @@
-//! Credentials, a token and the server that accepts it, from a [`Source`].
+//! Credentials: a token, and the server that accepts it.
 
 #[cfg(feature = "dbus")]
 mod dbus;
@@ -21,7 +21,7 @@ pub(crate) use dbus::{ANSWER_LIMIT, Manager};
 use token_file::TokenFile;
 pub(crate) use token_file::look_into;
 
-/// A device's JSON web token. Debug shows only its length.
+/// A JSON web token. Debug shows only its length.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Token(String);
 
@@ -30,7 +30,7 @@ impl Token {
         &self.0
     }
 
-    /// In bytes. Logs may show it.
+    /// Logs may show it.
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
@@ -45,12 +45,12 @@ impl fmt::Debug for Token {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Credentials {
     pub(crate) token: Token,
-    /// Usually that of mender-auth's forwarder on this device.
+    /// Usually mender-auth's forwarder on this device.
     pub(crate) server_url: String,
 }
 
 impl Credentials {
-    /// `None` if either is empty: the device isn't authorised.
+    /// `None` if either is empty: the device is not authorised.
     pub(crate) fn new(token: &str, server_url: &str) -> Option<Self> {
         let there = !token.is_empty() && !server_url.is_empty();
         there.then(|| Credentials { token: Token(token.to_owned()), server_url: server_url.to_owned() })
@@ -60,7 +60,7 @@ impl Credentials {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum AuthEvent {
     Changed(Option<Credentials>),
-    /// To [`Source::ask`].
+    /// The answer to [`Source::ask`].
     Answered(Result<Option<Credentials>, Refusal>),
 }
 
@@ -68,33 +68,33 @@ pub(crate) enum AuthEvent {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{0}")]
 pub(crate) enum Refusal {
-    /// The bus's policy denies the call.
+    /// By the policy of the bus.
     Denied(String),
-    /// Nobody owns the manager's name, and the bus can't start it.
+    /// Nobody owns the name of the manager, and the bus cannot start it.
     Absent(String),
     Silent(String),
     Failed(String),
 }
 
-/// A source of credentials. Runs in the supervisor's thread and never blocks it.
+/// Used by the supervisor, which it never blocks.
 pub(crate) trait Source {
     fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)>;
 
     fn deadline(&self) -> Option<Instant>;
 
-    /// To be called after an event on the descriptor, after a wake-up and at the deadline. Fails only until the source
-    /// is up for the first time.
+    /// Call it after an event on the descriptor, after a wake-up and at the deadline. Fails only until the source is up
+    /// for the first time.
     fn process(&mut self, now: Instant) -> io::Result<Vec<AuthEvent>>;
 
     /// [`AuthEvent::Answered`] follows.
     fn ask(&mut self, now: Instant);
 
-    /// Has the source fetch a new token from the server, unless it did so recently.
+    /// Fetches a new token from the server, unless that happened recently.
     fn fetch(&mut self, now: Instant);
 }
 
-/// The source that `auth` configures. It calls `wake` if `process` is due for another reason than descriptor and
-/// deadline. Unless the source is `required`, it waits for a bus that is missing at first, as it does later.
+/// Notifies `wake` when `process` is due for another reason than descriptor and deadline. A `required` source fails if
+/// its bus is missing at first; otherwise it waits.
 pub(crate) fn source(auth: &config::Auth, wake: &Arc<Wake>, required: bool) -> io::Result<Box<dyn Source>> {
     match auth {
         config::Auth::File { token, server_url } => Ok(Box::new(TokenFile::new(token, server_url))),

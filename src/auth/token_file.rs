@@ -1,8 +1,8 @@
-//! A token in a file that another program keeps up to date, watched with inotify.
+//! A token in a file that another program updates, watched with inotify.
 //!
-//! It watches the file, the directory of its path and, where that leads through symbolic links, the directory that the
-//! file really is in. What happens elsewhere (a directory further up is replaced, a file system is mounted, another
-//! machine writes) gives no event, so the file is also read at an interval.
+//! Watches the file, the directory of its path and, if symbolic links are involved, the directory that the file really
+//! is in. inotify does not report changes elsewhere (a directory further up, a mount, another host), so the file is
+//! also read at an interval.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
@@ -21,15 +21,15 @@ use nix::sys::inotify::{AddWatchFlags as Mask, InitFlags, Inotify, InotifyEvent,
 use super::{AuthEvent, Credentials, Source};
 use crate::sys::{reason, writers};
 
-/// In bytes: no server takes a larger token, and freed blocks up to this size are wiped.
+/// In bytes. No server accepts a larger token, and freed blocks up to this size are wiped.
 const LARGEST: usize = 16 * 1024;
-/// A token that is missing for this long is withdrawn, not just being replaced.
+/// A token that is missing for this long has been withdrawn, rather than being replaced.
 const SETTLING: Duration = Duration::from_secs(1);
-/// A writer is expected to write more, or to close the file, within this time.
+/// A writer has this long for its next write, or to close the file.
 const WRITING: Duration = Duration::from_secs(10);
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Events after which new content is complete.
+/// The file is complete after these.
 const COMPLETE: Mask = Mask::IN_CLOSE_WRITE.union(Mask::IN_MOVED_TO);
 
 #[derive(Default)]
@@ -38,14 +38,14 @@ pub(crate) struct TokenFile {
     server_url: String,
     inotify: Option<Inotify>,
     watches: Vec<WatchDescriptor>,
-    /// The path without symbolic links when it was watched; `None` if it led nowhere.
+    /// The path without symbolic links; `None` if it led nowhere.
     real: Option<PathBuf>,
     current: Option<Credentials>,
     asked: bool,
     last_read: Option<Instant>,
-    /// Something has changed: when to read the file, unless an event comes first.
+    /// When to read the file after a change, unless an event comes first.
     settles: Option<Instant>,
-    /// The last complaint of each kind that still holds: about watching, the file, its readers, its writers.
+    /// The last warning about watching the file, reading it, its readers, its writers; `None` if resolved.
     unwatched: Option<String>,
     unread: Option<String>,
     exposed: Option<String>,
@@ -66,7 +66,7 @@ impl Source for TokenFile {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        // An answer is due at once.
+        // A question is answered at once.
         self.asked.then(Instant::now).or(self.settles).or(self.last_read.map(|at| at + INTERVAL))
     }
 
@@ -74,7 +74,7 @@ impl Source for TokenFile {
         let complete = self.receive(now);
         let before = self.current.clone();
         let due = match self.settles {
-            // A question reads the file, but not while another program writes it.
+            // Don't read while another program writes, not even for a question.
             Some(at) => now >= at,
             None => self.asked || self.last_read.is_none_or(|at| now >= at + INTERVAL),
         };
@@ -98,9 +98,9 @@ impl Source for TokenFile {
 }
 
 impl TokenFile {
-    /// Reads inotify's events. True if the file should be read now.
+    /// Returns whether the file should be read now.
     fn receive(&mut self, now: Instant) -> bool {
-        // Events that don't fit into one read keep the descriptor readable.
+        // One read per turn: further events keep the descriptor readable.
         let events = match self.inotify.as_ref().map(Inotify::read_events) {
             None | Some(Err(Errno::EAGAIN | Errno::EINTR)) => return false,
             Some(Ok(events)) => events,
@@ -109,12 +109,13 @@ impl TokenFile {
                 return true;
             }
         };
-        // A link beside the file may have been swapped, as Kubernetes does with secrets: any name may be the file's.
+        // A link beside the file may have been swapped, as Kubernetes does with secrets: then any name may be the
+        // file's.
         let moved = fs::canonicalize(&self.path).ok() != self.real;
         let (paths, mut complete) = ([Some(&self.path), self.real.as_ref()], false);
         for InotifyEvent { wd, mask, name, .. } in events {
             let overflow = mask.contains(Mask::IN_Q_OVERFLOW);
-            // An event without a name is the file's own, or that a watch has ended.
+            // An event without a name is about the file itself, or the end of a watch.
             let named = |name| paths.iter().flatten().any(|path| path.file_name() == Some(name));
             let ours = moved || name.as_deref().is_none_or(named);
             if !(overflow || ours && self.watches.contains(&wd)) {
@@ -130,7 +131,7 @@ impl TokenFile {
         complete
     }
 
-    /// Reads the file. A missing token revokes the current one only once that has `settled`.
+    /// A missing token revokes the current one only once `settled`.
     fn look(&mut self, now: Instant, settled: bool) {
         (self.settles, self.last_read) = (None, Some(now));
         // Watch before reading, so that no change in between is missed.
@@ -140,7 +141,7 @@ impl TokenFile {
             Ok((credentials, mode)) => {
                 let exposed = format!("{shown} can be read by others than its owner");
                 complain(&mut self.exposed, Some(exposed).filter(|_| mode & 0o044 != 0));
-                // Another device's token would give this one to that device's account.
+                // Another device's token would connect this device to that one's account.
                 let writers = writers(&self.path).join("; it ");
                 let writable = Some(format!("{shown} may be replaced: it {writers}"));
                 complain(&mut self.writable, writable.filter(|_| !writers.is_empty()));
@@ -159,11 +160,11 @@ impl TokenFile {
         }
     }
 
-    /// Watches what the path leads to now, and nothing else.
+    /// Watches what the path leads to now.
     fn watch_all(&mut self) {
         self.real = fs::canonicalize(&self.path).ok();
         let failure = self.try_watch_all().err().map(|e| {
-            // Some of the watches may use up the user's limit, and miss changes nevertheless.
+            // Remove all of them: some would use up the user's limit and still miss changes.
             (self.inotify, self.watches) = (None, Vec::new());
             let (path, seconds, why) = (self.path.display(), INTERVAL.as_secs(), reason(&e.into()));
             format!("{path} can't be watched: {why}; looking at it every {seconds} s")
@@ -180,7 +181,7 @@ impl TokenFile {
             COMPLETE | Mask::IN_MODIFY | Mask::IN_ATTRIB | Mask::IN_CREATE | Mask::IN_DELETE | Mask::IN_MOVE;
         let (mut watches, mut refused) = (Vec::new(), Ok(()));
         let paths = [Some(&*self.path), self.real.as_deref()].into_iter().flatten();
-        // The file may be a mount of its own, or in a directory that may be passed but not read.
+        // The file itself too: it may be a mount, or in a directory that we may enter but not read.
         for path in paths.filter_map(Path::parent).chain([&*self.path]) {
             match inotify.add_watch(path, events) {
                 Ok(watch) => watches.push(watch),
@@ -191,7 +192,7 @@ impl TokenFile {
         }
         for old in mem::replace(&mut self.watches, watches) {
             if !self.watches.contains(&old) {
-                // The kernel may have removed the watch.
+                // Fails if the kernel has already removed the watch.
                 let _ = inotify.rm_watch(old);
             }
         }
@@ -199,7 +200,7 @@ impl TokenFile {
     }
 }
 
-/// Logs `text` unless it repeats the `last` complaint, which `None` ends.
+/// Warns, unless `text` repeats the last warning.
 fn complain(last: &mut Option<String>, text: Option<String>) {
     if *last != text {
         text.iter().for_each(|text| warn!("{text}"));
@@ -207,9 +208,9 @@ fn complain(last: &mut Option<String>, text: Option<String>) {
     }
 }
 
-/// The credentials in the file, and its mode. For doctor, too.
+/// Returns the mode of the file, too.
 pub(crate) fn look_into(path: &Path, server_url: &str) -> io::Result<(Credentials, u32)> {
-    // Opening a FIFO mustn't block, nor a terminal become our controlling one.
+    // Opening a FIFO must not block, nor a terminal become our controlling one.
     let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
     let stat = file.metadata()?;
@@ -221,11 +222,11 @@ pub(crate) fn look_into(path: &Path, server_url: &str) -> io::Result<(Credential
         return Err(io::Error::other("it is too large for a token"));
     }
     let token = match std::str::from_utf8(&bytes).map(str::trim) {
-        // As an HTTP header takes it.
+        // As HTTP headers allow.
         Ok(token) if token.bytes().all(|byte| byte.is_ascii_graphic()) => token,
         _ => return Err(io::Error::other("it has something else in it")),
     };
-    // The configuration has a server's URL wherever it has a file.
+    // The URL is never empty: the configuration requires one.
     let credentials = Credentials::new(token, server_url).ok_or_else(|| io::Error::other("it is empty"))?;
     Ok((credentials, stat.mode()))
 }

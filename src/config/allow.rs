@@ -1,4 +1,4 @@
-//! `PortForward.Allow`: which targets may be reached. Pure.
+//! `PortForward.Allow`: which targets may be reached.
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -12,7 +12,7 @@ use crate::sys::net::{contains, zone_index};
 pub struct Allowed {
     transport: String,
     host: Host,
-    /// An interface's name or number: other zones aren't permitted.
+    /// Name or number of the only interface permitted.
     zone: Option<String>,
     ports: RangeInclusive<u16>,
 }
@@ -54,7 +54,7 @@ impl Allowed {
         Ok(Allowed { transport, host, zone, ports })
     }
 
-    /// True if this entry permits `place`, whose address `name` resolved to.
+    /// `place` is an address that `name` resolved to.
     pub fn permits(&self, transport: &str, name: &str, place: SocketAddr) -> bool {
         let address = place.ip();
         if let (Some(zone), SocketAddr::V6(place)) = (&self.zone, place)
@@ -87,7 +87,7 @@ fn parse_host(host: &str) -> Result<Host, String> {
             _ => Host::Network(address, bits),
         });
     }
-    // Digits and dots that aren't an address are a typing error, not a name.
+    // Digits and dots that are no address are a typing error, not a name.
     let numeric = name.chars().all(|c| c.is_ascii_digit() || c == '.');
     let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
     match bits {
@@ -98,7 +98,7 @@ fn parse_host(host: &str) -> Result<Host, String> {
     }
 }
 
-/// Digits only: the standard library would accept a sign.
+/// Digits only: `parse` would accept a sign.
 fn number<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }

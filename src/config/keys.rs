@@ -1,4 +1,4 @@
-//! Every key of a configuration file. Parsing, defaults, `check` and the tests of the documentation follow this table.
+//! The table of configuration keys. Parsing, defaults, `check` and the documentation's tests follow it.
 
 use std::ops::RangeInclusive;
 
@@ -8,17 +8,16 @@ use self::Kind::{Flag, List, Map, Number, Objects, Text};
 
 pub(super) const SHELL: &str = "/bin/sh";
 
-/// The type of a key's value, and its default. 0, an empty text and `null` for a list (unless that is the default) count
-/// as not set.
+/// Type and default. 0, an empty text and `null` for a list (unless that is the default) count as unset.
 #[derive(Debug)]
 pub(super) enum Kind {
     Flag(bool),
     Number(RangeInclusive<i128>, u32),
     Text(&'static str),
     List(Option<&'static [&'static str]>),
-    /// Texts by names that are the file's own.
+    /// Strings by names of the file's choice.
     Map,
-    /// Their keys are those below this one.
+    /// Objects with the keys below this one.
     Objects,
 }
 
@@ -33,12 +32,12 @@ macro_rules! keys {
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Key { $($key),* }
 
-        /// Name, kind, and the name in upstream's warning if the key is deprecated.
+        /// The last column is the name in upstream's warning, if the key is deprecated.
         static TABLE: &[(Key, &str, Kind, &[&str])] = &[$((Key::$key, $name, $kind, &[$($deprecated)?])),*];
     };
 }
 
-// In the order of `check`'s list.
+// `check` prints them in this order.
 keys! {
     ShellCommand         "ShellCommand"                                     Text(SHELL);
     ShellArguments       "ShellArguments"                                   List(Some(&["--login"]));
@@ -81,7 +80,7 @@ keys! {
     AuthSource           "Auth.Source"                                      Text("dbus");
     TokenFile            "Auth.TokenFile"                                   Text("");
     AuthServerUrl        "Auth.ServerURL"                                   Text("");
-    // From the time when the agent found its server without mender-auth. A value of the wrong type is still an error.
+    // From before mender-auth: ignored, but a value of the wrong type is still an error.
     ServerUrl            "ServerURL"               Text(""),    deprecated "ServerURL";
     Servers              "Servers"                 Objects,     deprecated "Servers";
     ServersServerUrl     "Servers.ServerURL"       Text(""),    deprecated "Servers";
@@ -98,7 +97,6 @@ impl Key {
         TABLE.iter().map(|row| row.0)
     }
 
-    /// The keys that are not deprecated.
     pub(crate) fn current() -> impl Iterator<Item = Key> {
         Key::all().filter(|key| key.deprecated().is_none())
     }
@@ -111,18 +109,17 @@ impl Key {
         &TABLE[self as usize].2
     }
 
-    /// Upstream takes such a value for "not set"; it doesn't know the keys whose 0 is a value.
+    /// As upstream decides; it doesn't have the two keys for which 0 is a value.
     pub(crate) fn is_unset(self, value: &Value) -> bool {
         let zero_is_set = matches!(self, Key::KeepDetached | Key::ForwardIdle);
         value.is_null() || *value == "" || (*value == 0 && !zero_is_set)
     }
 
-    /// The name in upstream's warning.
     pub(crate) fn deprecated(self) -> Option<&'static str> {
         TABLE[self as usize].3.first().copied()
     }
 
-    /// The key or section that is called `member`, in any case, directly below `section`; the top's name is empty.
+    /// Finds the key or section `member` (any case) directly below `section`; the name of the top is empty.
     pub(super) fn find(section: &str, member: &str) -> Option<(&'static str, Option<Key>)> {
         let path = join(section, member);
         let mut keys = Key::all().filter(|_| !member.contains('.'));

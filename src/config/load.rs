@@ -1,11 +1,11 @@
-//! Reads JSON into values as Go's encoding/json fills a struct: the files in the field were written for that.
+//! Reads JSON as Go's encoding/json fills a struct: the files in the field were written for that.
 //!
-//! - Keys match in any case. Unknown ones are ignored, and reported to the caller.
+//! - Keys match in any case. Unknown keys are ignored, and reported to the caller; they may have numbers of any size
+//!   and any depth.
 //! - `null` leaves a value as it is, but empties an array or a map.
-//! - Of duplicate keys the last wins; objects merge field by field, arrays are replaced.
-//! - A number for an integer must be written without fraction and exponent, and fit.
-//! - Invalid UTF-8 becomes U+FFFD, one for each byte, and so does a lone surrogate escape.
-//! - Unknown keys may have numbers of any size and any depth.
+//! - The last of duplicate keys wins; objects merge field by field, arrays are replaced.
+//! - An integer must be written without fraction and exponent, and fit.
+//! - Each byte of invalid UTF-8 and each lone surrogate escape becomes U+FFFD.
 
 use std::fmt;
 use std::fs;
@@ -23,24 +23,24 @@ use serde_json::{Error, Number, Value};
 use super::keys::{Key, Kind, join};
 use super::{ConfigError, Misfit};
 
-/// Digits of a number that an error shows.
+/// Digits of a number shown in an error.
 const MAX_NUMBER: usize = 40;
 
-/// Log lines, kept apart from the logger so that tests can look at them.
+/// Log lines, collected so that tests can look at them.
 pub(crate) type Notes = Vec<(Level, String)>;
 
-/// Replaces a umask that can't be read: an error would disable the terminal that is needed to correct it.
+/// Replaces a malformed umask: an error would disable the terminal that is needed to correct it.
 const STRICT_UMASK: u32 = 0o077;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Origin {
-    /// Neither file has the key, or its value can't be used.
+    /// Unset, or unusable.
     Default,
     Fallback,
     Main,
 }
 
-/// The value of each key, with its origin. Types are those of [`Kind`].
+/// Indexed by key; types are those of [`Kind`].
 #[derive(Debug, Clone)]
 pub(crate) struct Values(Vec<(Value, Origin)>);
 
@@ -63,7 +63,7 @@ impl Values {
         *self.get(key) == true
     }
 
-    /// 0 for a number that doesn't fit, which the kind of `key` must rule out.
+    /// 0 if the number does not fit, which the kind of `key` must rule out.
     pub(crate) fn number<T: TryFrom<u64> + Default>(&self, key: Key) -> T {
         self.get(key).as_u64().and_then(|number| T::try_from(number).ok()).unwrap_or_default()
     }
@@ -77,13 +77,12 @@ impl Values {
         texts.filter_map(|(name, text)| Some((name.clone(), text.as_str()?.to_owned()))).collect()
     }
 
-    /// `None` for `null`.
     pub(crate) fn list(&self, key: Key) -> Option<Vec<String>> {
         let texts = self.get(key).as_array()?.iter().filter_map(Value::as_str);
         Some(texts.map(str::to_owned).collect())
     }
 
-    /// With defaults for values that are missing or can't be used.
+    /// Fills in defaults for missing and unusable values.
     pub(crate) fn filled(&self, notes: &mut Notes) -> Values {
         let mut filled = self.clone();
         let mut set = |key: Key, value: Value| {
@@ -122,7 +121,7 @@ impl Values {
             notes.push((Level::Warn, text));
             set(Key::ReconnectInterval, default);
         } else if seconds > u32::MAX.into() {
-            // Longer than anybody waits, and small enough that sums with it can't overflow.
+            // Small enough that sums with it cannot overflow.
             set(Key::ReconnectInterval, u32::MAX.into());
         }
         let (umask, used) = (self.text(Key::Umask), self.umask().unwrap_or(STRICT_UMASK) & 0o777);
@@ -140,7 +139,7 @@ impl Values {
         u32::from_str_radix(self.text(Key::Umask), 8).ok()
     }
 
-    /// Applies what fits in `file`; `None` if there is no such file.
+    /// Applies the values that fit; `None` if there is no such file.
     pub(crate) fn read(&mut self, file: &Path, origin: Origin) -> Result<Option<Walk>, ConfigError> {
         match read_file(file) {
             Ok(text) => self.lay(&text, origin).map(Some),
@@ -149,16 +148,16 @@ impl Values {
         }
     }
 
-    /// Applies what fits in the JSON `text`; [`Walk::misfits`] has the rest. Fails if it isn't JSON.
+    /// Applies the values that fit; [`Walk::misfits`] has the rest. Fails if `text` is not JSON.
     pub(super) fn lay(&mut self, text: &[u8], origin: Origin) -> Result<Walk, ConfigError> {
         let clean =
             |chunk: Utf8Chunk<'_>| chunk.valid().to_owned() + &"\u{fffd}".repeat(chunk.invalid().len());
         let mut clean: String = text.utf8_chunks().map(clean).collect();
         mend_surrogates(&mut clean);
         let mut walk = Walk::default();
-        // The whole text first: what is wrong later in it has precedence, and its place is right.
+        // Parse the whole text first: a later syntax error takes precedence, and its position is right.
         serde_json::from_str(&clean).and_then(|text| walk.object("", "", text)).map_err(|error| {
-            // It names more faults, such as a trailing comma, but takes less than Go.
+            // A `Value` names more faults, such as a trailing comma, but accepts less than Go does.
             let place = |error: &Error| (error.line(), error.column());
             let better = serde_json::from_str::<Value>(&clean).err();
             ConfigError::Syntax(better.filter(|other| place(other) == place(&error)).unwrap_or(error))
@@ -175,7 +174,7 @@ impl Values {
     }
 }
 
-/// Opening a FIFO would wait for whoever writes it. The pipe that a shell makes has a writer, and no name.
+/// Opening a FIFO would wait for a writer. The pipe of a shell's `<(…)` has a writer, and no name.
 fn read_file(file: &Path) -> io::Result<Vec<u8>> {
     let kind = fs::metadata(file)?.file_type();
     if kind.is_file() || kind.is_fifo() && fs::canonicalize(file).is_err() {
@@ -184,7 +183,7 @@ fn read_file(file: &Path) -> io::Result<Vec<u8>> {
     Err(io::Error::other("it is no regular file"))
 }
 
-/// Replaces the escapes of surrogates that have no partner by that of U+FFFD.
+/// Replaces escapes of lone surrogates by that of U+FFFD.
 fn mend_surrogates(text: &mut String) {
     let mut at = 0;
     while let Some(next) = text.get(at..).and_then(|rest| rest.find('\\')) {
@@ -204,7 +203,7 @@ fn mend_surrogates(text: &mut String) {
     }
 }
 
-/// Reads both files, if they exist. Values in `main` win over `fallback`.
+/// Values in `main` win over `fallback`; either file may be missing.
 pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Result<Values, ConfigError> {
     let mut values = Values::default();
     let mut note = |level, text: String| notes.push((level, text));
@@ -231,18 +230,17 @@ pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Resu
     Ok(values)
 }
 
-/// The content of one file, sorted by whether the table knows it.
+/// The keys of one file, by whether the table knows them.
 #[derive(Debug, Default)]
 pub(crate) struct Walk {
-    /// Paths in the file's own spelling, each once.
+    /// As the file spells them, each once.
     pub(crate) unknown: Vec<String>,
-    /// In the file's order: the last value of a repeated key counts.
+    /// In the order of the file: the last value of a key counts.
     pub(crate) given: Vec<(Key, Value)>,
     pub(crate) misfits: Vec<Misfit>,
 }
 
 impl Walk {
-    /// The first misfit as an error.
     pub(super) fn fit(self) -> Result<Self, ConfigError> {
         match self.misfits.first() {
             Some(misfit) => Err(misfit.clone().into()),
@@ -250,7 +248,7 @@ impl Walk {
         }
     }
 
-    /// Deprecated keys that have a value, as upstream's warnings name them.
+    /// As upstream's warnings name them; keys with their default value are left out.
     fn deprecated(&self) -> Vec<&'static str> {
         let last = |key: &Key| self.given.iter().rfind(|(given, _)| given == key);
         let used = |key: &Key| last(key).is_some_and(|(_, value)| *value != key.kind().default());
@@ -265,14 +263,14 @@ impl Walk {
             b'[' => "an array",
             b'"' => "a string",
             b't' | b'f' => "a boolean",
-            // Short enough for a line; JSON's numbers are ASCII.
+            // ASCII, so the cut is at a character.
             _ => found.get().get(..MAX_NUMBER).unwrap_or(found.get()),
         };
         let text = format!("expected {expected}, found {found}");
         self.misfits.push(Misfit { key, path: path.to_owned(), text });
     }
 
-    /// `section` in our spelling, `path` in the file's.
+    /// `section` as the table spells it, `path` as the file does.
     fn object(&mut self, section: &str, path: &str, text: &RawValue) -> Result<(), Error> {
         let members = match first(text) {
             b'{' => serde_json::Deserializer::from_str(text.get()).deserialize_map(Members)?,
@@ -284,7 +282,7 @@ impl Walk {
         };
         for (member, text) in members {
             let path = join(path, &member);
-            // Go folds two letters beyond ASCII into the keys'.
+            // Go folds U+017F and U+212A into the letters s and k.
             match Key::find(section, &member.replace('\u{17f}', "s").replace('\u{212a}', "k")) {
                 Some((_, Some(key))) => {
                     let misfits = self.misfits.len();
@@ -301,7 +299,7 @@ impl Walk {
         Ok(())
     }
 
-    /// `None` if the value doesn't fit, or is a `null` that leaves it as it is.
+    /// `None` if the value does not fit, or is a `null` without effect.
     fn value(&mut self, key: Key, path: &str, text: &RawValue) -> Result<Option<Value>, Error> {
         // A number beyond f64 has no value, and fits nowhere.
         let parsed = || serde_json::from_str::<Value>(text.get()).unwrap_or_default();
@@ -325,7 +323,7 @@ impl Walk {
                 return Ok(Some(parsed()));
             }
             (Kind::Objects, b'[') => {
-                // The elements are checked, but have no effect.
+                // Check the elements; they have no effect.
                 let given = self.given.len();
                 let texts: Vec<&RawValue> = serde_json::from_str(text.get())?;
                 let elements = Value::Array(vec![Value::Null; texts.len()]);
@@ -351,12 +349,12 @@ impl Walk {
     }
 }
 
-/// Tells the type: `n` stands for null, `t` and `f` for a boolean.
+/// Tells the type of a JSON value.
 fn first(text: &RawValue) -> u8 {
     text.get().bytes().next().unwrap_or_default()
 }
 
-/// Reads an object's members in their order, with duplicates.
+/// Members of an object in their order, with duplicates.
 struct Members;
 
 impl<'de> Visitor<'de> for Members {

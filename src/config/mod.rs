@@ -1,7 +1,5 @@
-//! The configuration: two JSON files become one validated [`Config`]. Runs on the main thread, and keeps nothing.
-//!
-//! `keys` is the table of all keys, `load` reads files against it and fills in defaults; here is what is
-//! refused.
+//! Two JSON files become one validated [`Config`]. `keys` is the table of all keys, `load` reads files against it and
+//! fills in defaults; this file refuses bad values.
 
 use std::fs;
 use std::io;
@@ -29,24 +27,24 @@ pub struct Config {
     pub sessions: Sessions,
     pub file_transfer: bool,
     pub port_forward: bool,
-    /// `None`: any target.
+    /// `None`: any.
     pub forward_targets: Option<Vec<Allowed>>,
-    /// How long a forward may be without traffic in either direction; 0: for any time.
+    /// Without traffic in either direction; 0: unlimited.
     pub forward_idle: Duration,
     pub mender_client: bool,
-    /// `Limits.FileTransfer`; `None` unless `Limits.Enabled`.
+    /// `None` unless `Limits.Enabled`.
     pub limits: Option<FileLimits>,
     pub auth: Auth,
-    /// The base of the back-off between connection attempts, above zero.
+    /// Base of the back-off; above zero.
     pub reconnect_interval: Duration,
-    /// Between a link's pings.
+    /// Interval of pings on the link.
     pub heartbeat: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Auth {
     Dbus,
-    /// `token` is an absolute path.
+    /// `token` is absolute.
     File {
         token: PathBuf,
         server_url: String,
@@ -55,21 +53,20 @@ pub enum Auth {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shell {
-    /// Absolute path of an executable that /etc/shells lists.
+    /// An absolute path that /etc/shells lists.
     pub command: PathBuf,
-    /// Without the program's name.
     pub arguments: Vec<String>,
     pub user: User,
-    /// Set-uid programs such as sudo don't work in the terminal.
+    /// sudo and other set-uid programs then fail in the terminal.
     pub no_new_privileges: bool,
-    /// Variables beside a login's, or instead of them.
+    /// Added to a login's variables, or replacing them.
     pub environment: Vec<(String, String)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Terminal {
     pub enabled: bool,
-    /// Columns and rows if the client names no size, above zero.
+    /// In characters, above zero, unless the client names a size.
     pub width: u16,
     pub height: u16,
 }
@@ -77,61 +74,58 @@ pub struct Terminal {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sessions {
     pub expiry: Expiry,
-    /// Above zero.
     pub max_per_user: u32,
     pub idle_includes_output: bool,
-    /// How long a shell whose link is lost waits for its user; 0: not at all.
+    /// How long a shell that has lost its link waits for its user; 0: not at all.
     pub keep_detached: Duration,
-    /// A shell whose user has left is kept, too.
     pub keep_when_user_leaves: bool,
 }
 
-/// When a session is ended. Durations are above zero.
+/// Durations are above zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expiry {
     Never,
     Idle(Duration),
-    /// Since the session's start.
+    /// Since the start of the session.
     Age(Duration),
 }
 
-/// A client puts files on the device and gets files from it.
+/// "Put" is to the device, "get" from it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileLimits {
-    /// As written: it may contain links.
+    /// May lead through symbolic links.
     pub chroot: Option<PathBuf>,
     pub(crate) follow_symlinks: bool,
     pub(crate) allow_overwrite: bool,
     pub owner_put: Option<String>,
     pub group_put: Option<String>,
-    /// Names; empty: any. `group_get` as well.
+    /// Empty: any. So is `group_get`.
     pub(crate) owner_get: Vec<String>,
     pub(crate) group_get: Vec<String>,
-    /// If set, a put file's permissions are 0o777 without these bits, whatever the client asked for; at most 0o777.
+    /// If set, uploaded files get mode 0o777 without these bits, whatever the client sent. At most 0o777.
     pub umask: Option<u32>,
-    /// In bytes.
     pub(crate) max_file_size: Option<NonZeroU64>,
-    /// Over all sessions, as the next.
+    /// Over all sessions, both.
     pub(crate) max_tx_bytes_per_minute: Option<NonZeroU64>,
     pub(crate) max_rx_bytes_per_minute: Option<NonZeroU64>,
     pub(crate) allow_suid: bool,
     pub(crate) regular_files_only: bool,
-    /// Mode, owner and group are those that the client sent; a `umask` wins over the mode.
+    /// As the client sent it, unless `umask` is set.
     pub(crate) preserve_mode: bool,
     pub(crate) preserve_owner: bool,
 }
 
-/// The texts are complete: no source is to be printed after them.
+/// The texts are complete: print no source after them.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// A file exists but can't be read: a configuration file, or /etc/shells.
+    /// A configuration file or /etc/shells exists, but cannot be read.
     #[error("open {}: {error}", file.display())]
     Open { file: PathBuf, error: io::Error },
     #[error("Error parsing mender configuration file: {0}")]
     Syntax(serde_json::Error),
     #[error(transparent)]
     Misfit(#[from] Misfit),
-    /// The value has the right type, but can't be used.
+    /// Right type, unusable value.
     #[error("{1}")]
     Unusable(Key, String),
     #[error("ShellCommand {0} is not present in /etc/shells")]
@@ -139,7 +133,7 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
-    /// The key at fault; `None` if a whole file is.
+    /// `None` if a whole file is at fault.
     pub(crate) fn key(&self) -> Option<Key> {
         match self {
             ConfigError::Syntax(_) => None,
@@ -150,21 +144,19 @@ impl ConfigError {
     }
 }
 
-/// A value of the wrong type or out of range.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("Error parsing config file: {}: {text}", if path.is_empty() { "top level" } else { path })]
 pub struct Misfit {
-    /// `None` for a section or the whole file.
+    /// `None` for a section or a whole file.
     pub(crate) key: Option<Key>,
-    /// In the file's own spelling: `Terminal.width`, `Servers[0].ServerURL`; empty for the whole file.
+    /// As the file spells it: `Terminal.width`, `Servers[0].ServerURL`; empty for the whole file.
     pub(crate) path: String,
-    /// Names the expected and the found type or number.
     pub(crate) text: String,
 }
 
 pub(crate) const SHELLS: &str = "/etc/shells";
 
-/// Reads `fallback`, then `main` over it; either may be missing. Logs what was defaulted, ignored or wrong.
+/// Reads `fallback`, then `main` over it; either may be missing. Logs defaults, ignored keys and errors.
 pub fn load(main: &Path, fallback: &Path) -> Result<Config, ConfigError> {
     let mut notes = Notes::new();
     let config = load_with(main, fallback, Path::new(SHELLS), &mut notes);
@@ -176,7 +168,6 @@ pub fn load(main: &Path, fallback: &Path) -> Result<Config, ConfigError> {
 
 fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> Result<Config, ConfigError> {
     let values = load::read_both(main, fallback, notes)?.filled(notes);
-    // The daemon stops at the first error.
     let config =
         validate(&values, user_of_shell(&values, shells)).map_err(|mut errors| errors.swap_remove(0));
     if let Err(error @ ConfigError::ShellNotListed(_)) = &config {
@@ -185,7 +176,7 @@ fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> 
     config
 }
 
-/// Returns all errors, in upstream's order, but for those that follow from others. `values` have their defaults.
+/// Returns all errors in upstream's order, without those that follow from others. `values` have their defaults.
 pub(crate) fn validate(
     values: &Values,
     user: Result<User, Vec<ConfigError>>,
@@ -283,7 +274,7 @@ fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
     Auth::File { token: token.into(), server_url: server_url.to_owned() }
 }
 
-/// Checks the shell and its user on this device. Returns the errors in upstream's order.
+/// Checks the shell and its user against this device; errors are in upstream's order.
 pub(crate) fn user_of_shell(values: &Values, shells: &Path) -> Result<User, Vec<ConfigError>> {
     let (command, name) = (values.text(Key::ShellCommand), values.text(Key::User));
     let wrong = match fs::metadata(command) {
@@ -302,20 +293,20 @@ pub(crate) fn user_of_shell(values: &Values, shells: &Path) -> Result<User, Vec<
         _ if wrong.is_some() => {}
         Ok(text) if String::from_utf8_lossy(&text).lines().any(|line| line == command) => {}
         Ok(_) => errors.push(ConfigError::ShellNotListed(command.to_owned())),
-        // Small images have no /etc/shells: then only /bin/sh counts as listed.
+        // Small images lack /etc/shells: then /bin/sh is the only shell allowed.
         Err(_) if command == keys::SHELL => {}
         Err(error) => errors.push(ConfigError::Open { file: shells.to_owned(), error }),
     }
     user.filter(|_| errors.is_empty()).ok_or(errors)
 }
 
-/// dash ends at once if started with --login.
+/// dash exits at once if started with --login.
 pub(crate) fn knows_no_login(command: &Path, arguments: &[String]) -> bool {
     arguments.iter().any(|argument| argument == "--login")
         && fs::canonicalize(command).is_ok_and(|program| program.ends_with("dash"))
 }
 
-/// The URL for people: without user and password. `url` may be any text.
+/// Strips user and password from a URL for display. `url` may be any text.
 pub(crate) fn without_password(url: &str) -> String {
     let start = url.find("://").map_or(0, |at| at + 3);
     let end = url[start..].find('/').map_or(url.len(), |at| start + at);
@@ -325,7 +316,7 @@ pub(crate) fn without_password(url: &str) -> String {
     }
 }
 
-/// [`load`] for the fuzz target: of texts, on a device where every shell exists and every user is `user`.
+/// [`load`] for the fuzz target, on a device where every shell exists and every user is `user`.
 #[cfg(fuzzing)]
 pub fn of_texts(main: &[u8], fallback: &[u8], user: &User) -> Result<Config, ConfigError> {
     let mut values = Values::default();

@@ -1,4 +1,4 @@
-//! The steps of a token from mender-auth: the daemon's own client, driven until it has an answer.
+//! The steps to a token from mender-auth, with the daemon's own client.
 
 use std::io;
 use std::sync::Arc;
@@ -50,13 +50,13 @@ pub(crate) fn credentials(report: &mut Report) -> Result<Credentials, Break> {
     Err(report.bad("token", found, advice))
 }
 
-/// Connects to the bus, and waits until mender-auth answers or can't.
+/// Connects to the bus, and waits until mender-auth answers or cannot.
 fn ask(report: &mut Report) -> io::Result<(Manager, Result<Option<Credentials>, Refusal>)> {
     let mut manager = Manager::new(Arc::new(Wake::new()?), true);
     let start = Instant::now();
     let mut connected = false;
     loop {
-        // The manager bounds the time for the answer.
+        // Once connected the manager has a timer of its own.
         let limit = if connected { Instant::now() } else { start } + ANSWER_LIMIT;
         let events = manager.wait(limit)?;
         if let (false, Some(name)) = (connected, manager.name()) {

@@ -1,4 +1,4 @@
-//! The steps on the device: the daemon, its configuration, what a terminal needs, the token.
+//! The steps on the device: daemon, configuration, PTY, token.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -15,13 +15,13 @@ use crate::status;
 use crate::sys::pty::{Pty, WindowSize};
 use crate::sys::{clock, reason, writers};
 
-/// Environment variables that the daemon uses, besides the proxy's.
+/// Variables that change the daemon's behaviour, besides those for proxies.
 const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "DBUS_SYSTEM_BUS_ADDRESS"];
 
-/// In seconds: a token that expires sooner is worth a warning.
+/// Warn about a token that expires sooner; in seconds.
 const SOON: u64 = 3600;
 
-/// True if another agent has a connection, or may have one, that a second one with the same token would end.
+/// Returns whether an agent is or may be connected: a second websocket with its token would end it.
 pub(crate) fn daemon(report: &mut Report) -> bool {
     let processes = daemons();
     for pid in &processes {
@@ -49,7 +49,7 @@ pub(crate) fn daemon(report: &mut Report) -> bool {
     occupied
 }
 
-/// Process ids of all that run `mender-connect … daemon`, upstream's included.
+/// Pids of all `mender-connect … daemon`, upstream's included.
 fn daemons() -> Vec<String> {
     let is_daemon = |pid: &str| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -62,7 +62,7 @@ fn daemons() -> Vec<String> {
     names.filter(|name| name.bytes().all(|b| b.is_ascii_digit()) && is_daemon(name)).collect()
 }
 
-/// The variables that differ between a process and doctor; empty if its environment can't be read.
+/// Variables that differ from ours; empty if the environment cannot be read.
 fn differing(pid: &str) -> Vec<&'static str> {
     let Ok(environment) = fs::read(format!("/proc/{pid}/environ")) else { return Vec::new() };
     let theirs = |name: &str| {

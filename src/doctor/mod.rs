@@ -1,6 +1,5 @@
-//! The command `doctor`: tries the steps of a connection with the daemon's own code, and says which one fails.
-//!
-//! `device` has the steps up to the token, `server` those from there on; this file writes the report.
+//! The command `doctor`: takes the steps of a connection with the daemon's own code, and reports which one fails.
+//! `device` has the steps up to the token, `server` the rest; this file writes the report.
 
 #[cfg(feature = "dbus")]
 mod bus;
@@ -16,9 +15,9 @@ use serde_json::{Value, json};
 use crate::encoding::from_base64url;
 use crate::sys::{print, privilege, visible, visible_lines};
 
-/// Prints the steps, as JSON if `json` says so or, without it, where no terminal is. True if all steps worked.
+/// JSON is the default where standard output is no terminal. Returns whether all steps succeeded.
 pub(crate) fn run(main: &Path, fallback: &Path, json: Option<bool>) -> bool {
-    // Keeps the token out of core files.
+    // Keep the token out of core files.
     let _ = privilege::keep_to_oneself();
     let json = json.unwrap_or_else(|| !std::io::stdout().is_terminal());
     let mut report = Report { json, steps: Vec::new(), warnings: Vec::new(), since: Instant::now() };
@@ -37,16 +36,16 @@ fn walk(report: &mut Report, main: &Path, fallback: &Path) -> Result<(), Break> 
     server::reach(report, &credentials, !occupied)
 }
 
-/// A step failed, and the report says so: the later ones can't work.
+/// A step failed, which the report says; later steps would fail, too.
 struct Break;
 
-/// Collects the results. Prints text at once, JSON at the end.
+/// Prints text step by step, JSON at the end.
 struct Report {
     json: bool,
     steps: Vec<Value>,
-    /// For the step that is reported next.
+    /// Of the next step.
     warnings: Vec<String>,
-    /// End of the last step.
+    /// When the last step ended.
     since: Instant,
 }
 
@@ -79,7 +78,6 @@ impl Report {
             }));
         } else {
             let mark = if advice.is_none() { '✓' } else { '✗' };
-            // Slow steps show their duration.
             let took = if seconds < 0.001 { String::new() } else { format!(" ({:.0} ms)", seconds * 1e3) };
             let mut text = format!("{mark} {step}: {found}{took}\n");
             text.extend(warnings.iter().map(|warning| format!("  ! {warning}\n")));
@@ -90,13 +88,13 @@ impl Report {
     }
 }
 
-/// The token's `exp`, in seconds since 1970; `None` if it has none or isn't a JSON web token.
+/// `exp` in seconds since 1970; `None` if there is none, or the token is no JSON web token.
 pub(crate) fn expiry(token: &str) -> Option<u64> {
     let mut parts = token.split('.');
     let (payload, 3) = (parts.clone().nth(1)?, parts.by_ref().count()) else { return None };
     let payload = from_base64url(payload)?;
     let exp = serde_json::from_slice::<Value>(&payload).ok()?.get("exp")?.as_f64()?;
-    // A cast doesn't overflow; the number may have a fraction (RFC 7519, NumericDate).
+    // The cast saturates; the number may have a fraction (RFC 7519, NumericDate).
     Some(exp as u64)
 }
 

@@ -1,4 +1,4 @@
-//! The steps to the server: those of the daemon's dial, and what to do about each.
+//! The steps to the server, as the daemon dials, and advice for each error.
 
 use std::io::ErrorKind;
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -13,11 +13,11 @@ use crate::sys::names::Query;
 
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
-/// Connects to the server, with `upgrade` up to a websocket.
+/// Opens a websocket with `upgrade`; otherwise stops at the server's answer.
 pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
     let (mut server, mut proxy) = (None::<Endpoint>, None::<(ProxyKind, Endpoint)>);
     let (mut step, mut to_https) = ("server", false);
-    // The look-up's two queries, and the attempts to connect, run beside each other.
+    // The two queries of a look-up run in parallel, as do attempts to connect.
     let (mut begun, mut answered, mut failures) = (Instant::now(), Vec::new(), Vec::new());
     let outcome = trial(credentials, &ProxySettings::from_environment(), upgrade, &mut |progress| {
         let (found, next) = match progress {
@@ -112,7 +112,7 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
             report.good("round-trip", "a ping came back, the websocket was closed");
             return Ok(());
         }
-        // A server checks the token before it complains about missing headers.
+        // The server checks the token before it complains about missing headers.
         Err(LinkError::Refused { status: status @ (400 | 426), .. }) if !upgrade => {
             let found = "the token is accepted. No websocket was asked for, it would end the agent's";
             let took = report.since.elapsed();
@@ -129,7 +129,7 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
         LinkError::Tls(..) => step = "tls",
         _ => {}
     }
-    // The last failure is the step's error.
+    // The last failure is the error of the step.
     let text = error.to_string();
     failures.retain(|failure| !failure.starts_with(&text));
     failures.drain(..).for_each(|failure| report.warn(failure));
@@ -144,7 +144,6 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
     Err(report.bad(step, &error.to_string(), &advice))
 }
 
-/// The interfaces of the default routes, from the kernel's tables.
 fn default_routes() -> String {
     let interfaces = |table: &str, interface: usize, zeros: [usize; 2]| {
         let table = std::fs::read_to_string(table).unwrap_or_default();
@@ -152,7 +151,7 @@ fn default_routes() -> String {
         let is_zero =
             |row: &[&str], at: usize| row.get(at).is_some_and(|text| text.bytes().all(|b| b == b'0'));
         let rows = rows.filter(|row| zeros.iter().all(|at| is_zero(row, *at)));
-        // The kernel's rejecting route is at the loopback interface.
+        // The kernel keeps its rejecting route on the loopback interface.
         let mut names: Vec<_> = rows
             .filter_map(|row| row.get(interface).map(|name| (*name).to_owned()))
             .filter(|name| name != "lo")
@@ -160,12 +159,11 @@ fn default_routes() -> String {
         names.dedup();
         if names.is_empty() { "none".to_owned() } else { names.join(", ") }
     };
-    // Destination and mask, or destination and its length.
+    // Columns of destination and mask, or of destination and prefix length.
     let (v4, v6) = (interfaces("/proc/net/route", 0, [1, 7]), interfaces("/proc/net/ipv6_route", 9, [0, 1]));
     format!("IPv4's default is by {v4}, IPv6's by {v6}")
 }
 
-/// Names the part of a look-up that was answered.
 fn source(query: Query) -> &'static str {
     match query {
         Query::Hosts => " (/etc/hosts)",
@@ -178,7 +176,7 @@ fn is_forwarder(server: &Option<Endpoint>) -> bool {
     server.as_ref().is_some_and(|server| server.is_loopback() && !server.tls)
 }
 
-/// `{host}` stands for the name to resolve or the server's, `{now}` for the time. `local`: to mender-auth's forwarder.
+/// `{host}` and `{now}` are placeholders. `local`: the server is mender-auth's forwarder.
 fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'static str {
     match error {
         LinkError::Url(_) => {

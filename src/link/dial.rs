@@ -1,4 +1,4 @@
-//! From credentials to an open websocket.
+//! Dials: from credentials to an open websocket.
 
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
@@ -30,18 +30,17 @@ use crate::sys::{PollSet, reason};
 const BUFFER: usize = 16 * 1024;
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
 
-/// The steps of a dial in their order.
+/// In the order of the dial.
 pub(crate) enum Progress<'a> {
     Server(&'a Endpoint),
     Proxy(Option<(ProxyKind, &'a Endpoint)>),
-    /// The addresses of the proxy, or else of the server; without a query they weren't looked up.
+    /// Of the proxy, or else the server; without a query the host is an address.
     Resolved(Option<Query>, &'a [SocketAddr]),
     Unresolved(Query, &'a LinkError),
-    /// For one of the addresses.
     Failed(&'a LinkError),
     Connected(SocketAddr),
     Tunnel,
-    /// The version of TLS, and what the certificate is for; `None` without TLS.
+    /// TLS version, and what the certificate is for; `None` without TLS.
     Secured(Option<String>),
     Answered(&'a Answer),
     Opened,
@@ -49,7 +48,7 @@ pub(crate) enum Progress<'a> {
 
 pub(super) type Observer<'a> = &'a mut dyn FnMut(Progress<'_>);
 
-/// Without `upgrade` it asks for no websocket, and any answer is [`LinkError::Refused`].
+/// Without `upgrade` it asks for no websocket, and fails with [`LinkError::Refused`] at best.
 pub(super) fn dial(
     credentials: &Credentials,
     proxies: &ProxySettings,
@@ -101,8 +100,7 @@ fn tls_client(_: &Endpoint) -> Result<super::halves::Handshake, LinkError> {
     Err(LinkError::Tls(reason, super::error::TlsFault::LeftOut))
 }
 
-/// `doctor`'s trial. With `upgrade` it pings through a websocket of its own, which ends the one that the device may
-/// have.
+/// A trial for `doctor`. With `upgrade` it opens a websocket and pings; that ends the device's own, if any.
 pub(crate) fn trial(
     credentials: &Credentials,
     proxies: &ProxySettings,
@@ -115,7 +113,7 @@ pub(crate) fn trial(
         match websocket.read() {
             Ok(Message::Pong(payload)) if payload == PING_PAYLOAD => break,
             Ok(Message::Close(frame)) => {
-                // A stranger's text is no finding.
+                // The report must not repeat the server's text.
                 return Err(frame.map(|frame| CloseFrame { reason: "".into(), ..frame }).into());
             }
             Ok(_) => {}
@@ -125,13 +123,13 @@ pub(crate) fn trial(
             Err(e) => return Err(e.into()),
         }
     }
-    // The trial has succeeded, whether or not the server receives the close frame.
+    // The trial has succeeded even if the server never gets the close frame.
     let _ = websocket.close(Some(CloseFrame { code: 1000.into(), reason: "".into() }));
     let _ = websocket.flush();
     Ok(())
 }
 
-/// `most` is the largest inbound message in bytes.
+/// `most`: largest inbound message in bytes.
 pub(super) fn websocket<S: Read + Write>(stream: S, most: usize) -> WebSocket<S> {
     let config = WebSocketConfig::default().read_buffer_size(BUFFER);
     let config = config.max_message_size(Some(most)).max_frame_size(Some(most));
@@ -170,7 +168,7 @@ fn open_socket(
             Event::Answered(query, Err(e)) => {
                 let failure = no_addresses(e.to_string());
                 progress(Progress::Unresolved(query, &failure));
-                // IPv4's error is told, unless there is an address.
+                // IPv4's error is reported, unless there is an address.
                 if last.is_none() || query == Query::A {
                     last = Some(failure);
                 }

@@ -1,23 +1,23 @@
-//! Reads the place to connect to from the server's or a proxy's URL.
+//! The place to connect to, from the URL of a server or proxy.
 
 use std::net::{IpAddr, SocketAddr};
 
 use super::error::LinkError;
 use crate::sys::net;
 
-/// Web application firewalls refuse requests without one.
+/// Web application firewalls refuse requests without a user agent.
 pub(super) const USER_AGENT: &str = concat!("mender-connect/", env!("CARGO_PKG_VERSION"));
-/// The path that devices connect to. A path in the server URL is ignored.
+/// A path in the server URL is ignored.
 pub(crate) const PATH: &str = "/api/devices/v1/deviceconnect/connect";
 
-/// Log, `doctor` and `check` say this if [`Endpoint::sends_in_clear`].
+/// Warning of log, `doctor` and `check`.
 pub(crate) const IN_CLEAR: &str = "http: whoever is in between can read the token and all else";
 
-/// A server, or a proxy.
+/// A server or a proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Endpoint {
     pub(crate) tls: bool,
-    /// A name or an address, without brackets. An IPv6 address may have a zone, which means nothing to anybody else.
+    /// Name or address, without brackets. The zone of an IPv6 address means nothing to other hosts.
     pub(crate) host: String,
     pub(super) port: u16,
 }
@@ -41,7 +41,7 @@ impl<'a> Url<'a> {
         let (host, port) = match place.strip_prefix('[') {
             Some(place) => {
                 let (host, port) = place.split_once(']').ok_or("a bracket that isn't closed")?;
-                // A zone's percent sign is escaped (RFC 6874), though not by everybody.
+                // The percent sign of a zone should be escaped (RFC 6874); accept both.
                 let host = host.replacen("%25", "%", 1);
                 if net::without_zone(&host).parse::<IpAddr>().is_err() {
                     return Err("no IPv6 address in its brackets");
@@ -63,7 +63,7 @@ impl<'a> Url<'a> {
         let port = match port.strip_prefix(':') {
             None if !port.is_empty() => return Err("something behind the brackets"),
             None | Some("") => None,
-            // A number's sign would be accepted.
+            // `parse` would accept it.
             Some(digits) if digits.starts_with('+') => return Err("a port with a sign"),
             Some(digits) => Some(digits.parse().map_err(|_| "a port that is no number up to 65535")?),
         };
@@ -89,7 +89,7 @@ impl Endpoint {
         joined(&self.host, self.port)
     }
 
-    /// For others: without a zone.
+    /// Without zone, for others.
     pub(super) fn target(&self) -> String {
         joined(self.bare_host(), self.port)
     }
@@ -100,7 +100,6 @@ impl Endpoint {
         target.strip_suffix(default_port).unwrap_or(&target).to_owned()
     }
 
-    /// Without a zone.
     pub(super) fn bare_host(&self) -> &str {
         net::without_zone(&self.host)
     }
@@ -109,7 +108,7 @@ impl Endpoint {
         self.bare_host().parse().ok()
     }
 
-    /// The address to connect to if `host` is no name.
+    /// `None` if `host` is a name.
     pub(super) fn socket_address(&self) -> Option<SocketAddr> {
         net::literal(&self.host, self.port)
     }

@@ -1,4 +1,4 @@
-//! Why there is no link.
+//! Why a link ended, or couldn't be made.
 
 use std::io;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use thiserror::Error;
 use tungstenite::error::ProtocolError;
 use tungstenite::protocol::CloseFrame;
 
-/// The largest inbound message in bytes: the server sends a pasted text of up to 1 MiB as one.
+/// In bytes: the server sends a pasted text of up to 1 MiB as one message.
 pub(super) const MAX_MESSAGE: usize = (1 << 20) + (1 << 10);
 
 #[derive(Debug, Error)]
@@ -19,25 +19,25 @@ pub enum LinkError {
     Token,
     #[error("lookup {host}: {reason}")]
     Resolve { host: String, reason: String },
-    /// `address` is the last one that was tried.
+    /// `address`: the last one tried.
     #[error("dial tcp {address}: connect: {reason}")]
     Connect { address: String, reason: String },
     #[error("proxy: {0}")]
     Proxy(String),
     #[error("tls: {0}")]
     Tls(String, TlsFault),
-    /// Status 401 means that the server doesn't accept the token.
+    /// 401: the server does not accept the token.
     #[error("websocket: bad handshake: HTTP status {status}")]
     Refused { status: u16, retry_after: Option<Duration> },
-    /// The request for the websocket, or for the tunnel: UnexpectedEof if nothing answered, InvalidData if it was no HTTP.
+    /// The request for the websocket or the tunnel failed. UnexpectedEof: no answer; InvalidData: no HTTP.
     #[error("connection lost: {}", crate::sys::reason(.0))]
     NoAnswer(io::Error),
     #[error("{0} timed out")]
     TimedOut(&'static str),
-    /// The server, or the way to it, is gone without a word.
+    /// The server or the network stopped answering.
     #[error("{0}")]
     Dead(String),
-    /// The server closed the websocket with this code (RFC 6455, 7.4), or 1005 if it sent none.
+    /// RFC 6455, 7.4; 1005 if the server sent no code.
     #[error("closed by the server: {code} {reason:?}")]
     Closed { code: u16, reason: String },
     #[error("connection lost: the server sent a message that is too large")]
@@ -54,12 +54,12 @@ pub enum LinkError {
 pub enum TlsFault {
     LeftOut,
     NoRoots,
-    /// No trusted certificate vouches for the server's.
+    /// No trusted certificate signed the server's.
     Issuer,
     Name,
-    /// The certificate isn't valid yet, or any more, by the system's clock.
+    /// Expired or not yet valid, by the system's clock.
     Dates,
-    /// A key or signature that ring can't verify, whoever is trusted.
+    /// A key or signature that ring cannot verify, trusted or not.
     Kind,
     NotTls,
     Other,
@@ -72,7 +72,6 @@ impl From<Option<CloseFrame>> for LinkError {
     }
 }
 
-/// For an open websocket.
 impl From<tungstenite::Error> for LinkError {
     fn from(error: tungstenite::Error) -> Self {
         use tungstenite::Error;

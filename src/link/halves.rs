@@ -1,7 +1,7 @@
 //! The two halves of a connection, plain or TLS.
 //!
-//! During the handshakes one half is the whole connection. Afterwards it only reads: tungstenite answers pings and
-//! closes on the half that it reads from, so what it writes there is dropped, and the writer thread sends those answers.
+//! During the handshakes one half is the whole connection, afterwards it only reads. tungstenite answers pings and
+//! closes on the half that it reads from; those writes are dropped, and the writer thread answers instead.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::Arc;
@@ -9,21 +9,21 @@ use std::sync::Arc;
 use super::error::LinkError;
 use super::socket::Socket;
 
-/// Read buffer of a plain connection in bytes: many small messages cost one system call.
+/// In bytes, without TLS: many small messages cost one system call.
 const BUFFER: usize = 32 * 1024;
-/// Read buffer of a TLS connection in bytes: a record and its framing.
+/// In bytes, with TLS: a record and its framing.
 const RECORD: usize = 16 * 1024 + 512;
 
-/// A TLS connection, shared by the two halves. It does no I/O, so that no half waits for the network with its lock.
+/// TLS state shared by both halves. It does no I/O, so that no half waits for the network while it holds the lock.
 pub(super) trait Tls: Send + Sync {
-    /// Reads plaintext, taking as much of `ciphertext` as that needs. `WouldBlock`: it needs more.
+    /// Takes as much of `ciphertext` as it needs. `WouldBlock`: it needs more.
     fn decrypt(&self, ciphertext: &mut &[u8], plaintext: &mut [u8]) -> io::Result<usize>;
-    /// Appends to `ciphertext` everything that is ready to be sent, such as the answer to a key update that came in. Returns
-    /// how many bytes of `plaintext` it took.
+    /// Appends all pending output to `ciphertext`, such as the answer to a key update. Returns how many bytes of
+    /// `plaintext` it took.
     fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<usize>;
 }
 
-/// Also returns the version of TLS, and what the certificate is for.
+/// Returns the TLS version and what the certificate is for, too.
 pub(super) type Handshake = Box<dyn FnOnce(&mut Socket) -> Result<(Arc<dyn Tls>, String), LinkError>>;
 
 pub(super) struct Half {
@@ -44,7 +44,7 @@ impl Half {
         }
     }
 
-    /// Ends the handshakes: from now on this half only reads, and neither half has a deadline. Returns the writer's.
+    /// Ends the handshakes, and returns the writing half. This one only reads from now on; neither has a deadline.
     pub(super) fn open(&mut self) -> io::Result<Half> {
         self.socket().establish()?;
         self.only_reads = true;
@@ -55,7 +55,7 @@ impl Half {
         self.source.get_ref()
     }
 
-    /// A half that only writes, and has no read buffer.
+    /// Without a read buffer.
     pub(super) fn writing(&self) -> Half {
         let source = BufReader::with_capacity(0, self.source.get_ref().clone());
         Half { source, tls: self.tls.clone(), ciphertext: Vec::new(), only_reads: false }
@@ -83,7 +83,7 @@ impl Read for Half {
 }
 
 impl Write for Half {
-    /// Writes some of `bytes`, with TLS all of them.
+    /// With TLS, writes all of `bytes`.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.only_reads {
             return Ok(bytes.len());
@@ -96,7 +96,7 @@ impl Write for Half {
             socket.write_all(&self.ciphertext)?;
             self.ciphertext.clear();
             if written == bytes.len() {
-                // One large message doesn't keep its memory.
+                // Don't keep the memory of one large message.
                 self.ciphertext.shrink_to(2 * RECORD);
                 return Ok(written);
             }

@@ -1,4 +1,4 @@
-//! One HTTP/1.1 request and the head of its answer, for the proxy's tunnel, the websocket's upgrade and `doctor`.
+//! One HTTP/1.1 request and the head of its answer: for a tunnel, an upgrade and `doctor`.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::time::{Duration, UNIX_EPOCH};
@@ -14,39 +14,37 @@ use crate::auth::Token;
 use crate::encoding::base64;
 use crate::sys::clock;
 
-/// In bytes.
 const MAX_HEAD: usize = 16 * 1024;
-/// Answers like "103 Early Hints" before the one that counts. As in Go's client.
+/// Interim answers such as "103 Early Hints", as in Go's client.
 const MAX_INTERIM: usize = 5;
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 const UPGRADE: &str =
     "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ";
-/// RFC 6455, 1.3.
 const ACCEPT: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
-/// The parts of an answer's head that the agent uses. None of its texts is shown: the server may echo the token.
+/// The fields that the agent uses. Never show other text of an answer: the server may echo the token.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Answer {
     pub(super) status: u16,
     /// Since 1970.
     pub(crate) date: Option<Duration>,
     pub(crate) redirects_to_https: bool,
-    /// Retry-After of an answer 429 or 503, at most an hour.
+    /// Of an answer 429 or 503; at most an hour.
     retry_after: Option<Duration>,
-    /// Sec-WebSocket-Accept, if the other headers are a websocket's.
+    /// Sec-WebSocket-Accept, if the other headers fit a websocket.
     accept: Option<String>,
     /// The server chose a subprotocol, though none was offered.
     has_subprotocol: bool,
 }
 
 impl Answer {
-    /// Line ends may lack their carriage return, as for Go. `None`: it is no HTTP.
+    /// `None` if it is no HTTP. Accepts bare line feeds, as Go does.
     fn parse(head: &str) -> Option<Self> {
         let mut lines = head.lines();
         let status = lines.next()?.strip_prefix("HTTP/1.")?.split(' ').nth(1)?;
         let status = status.parse().ok().filter(|_| status.len() == 3)?;
-        // Lines that begin with a blank go on with the one before (RFC 9112, 5.2); no header here is that long.
+        // Continuation lines (RFC 9112, 5.2); no header read here is that long.
         let lines = lines.filter(|line| !line.is_empty() && !line.starts_with([' ', '\t']));
         let headers = lines.map(|line| line.split_once(':').filter(|(name, _)| !name.ends_with(' ')));
         let headers: Vec<(&str, &str)> = headers.collect::<Option<_>>()?;
@@ -69,7 +67,7 @@ impl Answer {
         })
     }
 
-    /// Checks that the server opens a websocket for the request with this key (RFC 6455, 4.1). Without one it is refused.
+    /// Verifies the upgrade for a request with this key (RFC 6455, 4.1). Without a key any answer is a refusal.
     pub(super) fn accepts(&self, key: Option<&str>) -> Result<(), LinkError> {
         let Some(key) = key.filter(|_| self.status == 101) else {
             return Err(LinkError::Refused { status: self.status, retry_after: self.retry_after });
@@ -108,7 +106,7 @@ fn no_http() -> io::Error {
     io::Error::new(ErrorKind::InvalidData, "the answer is no HTTP")
 }
 
-/// Sends a request and reads its answer's head, byte by byte: what follows belongs to the tunnel or the websocket.
+/// Reads the head byte by byte: what follows belongs to the tunnel or the websocket.
 pub(super) fn ask(mut stream: impl Read + Write, request: &str) -> io::Result<Answer> {
     stream.write_all(request.as_bytes())?;
     for _ in 0..=MAX_INTERIM {
@@ -128,7 +126,7 @@ fn read_head(stream: &mut impl Read) -> io::Result<String> {
             return Err(io::Error::new(ErrorKind::UnexpectedEof, "closed without an answer"));
         }
         head.push(byte[0]);
-        // Another protocol is recognised at its first bytes, since it may send no more of them.
+        // Recognise other protocols at their first bytes: they may send no more.
         if !head.starts_with(b"HTTP/1.") && !b"HTTP/1.".starts_with(&head) {
             return Err(no_http());
         }
@@ -139,8 +137,7 @@ fn read_head(stream: &mut impl Read) -> io::Result<String> {
     Err(io::Error::other("the answer is too long"))
 }
 
-/// Asks the server for a websocket with this key. Without one it asks for none: the server judges the token, then
-/// refuses. The text contains the token.
+/// Without a key it asks for no websocket: the server judges the token, then refuses. Contains the token.
 pub(super) fn request(server: &Endpoint, token: &Token, key: Option<&str>) -> Result<String, LinkError> {
     let token = token.reveal();
     if !token.bytes().all(|byte| matches!(byte, b' '..=b'~' | b'\t')) {

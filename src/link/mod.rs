@@ -1,5 +1,5 @@
-//! One websocket's life. A link has two threads. The first dials and then becomes the reader, which hands each frame on
-//! without waiting. The second, the writer, starts when the websocket is open and is the only one that writes to it.
+//! One websocket's life, in two threads: the first dials and then reads, handing on each frame without waiting; the
+//! second, the writer, starts with the open websocket and is the only one that writes to it.
 
 mod dial;
 mod endpoint;
@@ -38,17 +38,17 @@ pub(crate) use proxy::{Kind as ProxyKind, PROXY_VARIABLES, ProxySettings};
 #[cfg(fuzzing)]
 pub use reader::read;
 
-/// A dial hangs that goes on for so long after its deadline: trusted certificates may come from slow storage.
+/// A dial that exceeds its deadline by this long is stuck: trusted certificates may come from slow storage.
 const OVERTIME: Duration = ATTEMPT_LIMIT.saturating_mul(3);
 
 #[derive(Debug)]
 pub(crate) enum LinkEvent {
     Connected,
-    /// The link has ended, or was never established.
+    /// Also if it was never established.
     Lost(LinkError),
 }
 
-/// Dropping it ends the link: at once while it dials, else with a short goodbye that nobody waits for.
+/// Dropping it ends the link: a dial at once, an open websocket after a short goodbye that nobody waits for.
 #[derive(Debug)]
 pub(crate) struct Link {
     cancel: Arc<Cancel>,
@@ -56,8 +56,8 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Starts dialling. The websocket is pinged each `heartbeat`. `accept` is called when the websocket is open. It returns what takes each frame, must not wait,
-    /// and is dropped when the link ends. `events` hears of the link's fate, last of all always [`LinkEvent::Lost`].
+    /// Dials in a new thread. `accept` is called when the websocket is open; the handler that it returns gets each
+    /// frame, must not wait, and is dropped when the link ends. `events` gets [`LinkEvent::Lost`] last, in any case.
     pub(crate) fn dial<F: FnMut(Frame)>(
         credentials: Credentials,
         proxies: Arc<ProxySettings>,
@@ -80,19 +80,18 @@ impl Link {
         Ok(link)
     }
 
-    /// Has the server show that it is still there, or the link ends.
+    /// Ends the link unless the server answers.
     pub(crate) fn ping(&self) {
         self.outbox.signal(Work::Ping);
     }
 
-    /// Ends the link or the dial if its own address is one of these, and returns whether it is.
+    /// Ends the link or dial if its local address is among `addresses`; returns whether it is.
     pub(crate) fn loses(&self, addresses: &[IpAddr]) -> bool {
         let lost = self.cancel.local_address().filter(|address| addresses.contains(address));
         lost.inspect(|address| self.cancel.give_up(format!("its address {address} is gone"))).is_some()
     }
 
-    /// False if the thread hasn't read since the last call, though there was something to read, or has dialled for
-    /// longer than any dial can take.
+    /// False if the reader has ignored readable data since the last call, or the dial is stuck.
     pub(crate) fn makes_progress(&self, now: Instant) -> bool {
         self.cancel.reads().unwrap_or_else(|| now < self.cancel.deadline + OVERTIME)
     }
@@ -117,7 +116,7 @@ fn run<F: FnMut(Frame)>(
     let theirs = Arc::clone(cancel);
     thread::spawn("link-writer", thread::LARGE_STACK, move || {
         let result = writer::run(write_half, queue, heartbeat);
-        // The reader ends, too.
+        // End the reader, too.
         theirs.shut_down(Shutdown::Read);
         let _ = report.send(result);
     })?;
@@ -125,14 +124,14 @@ fn run<F: FnMut(Frame)>(
     events(LinkEvent::Connected);
     let Err(lost) = reader::run(&mut socket, &outbox, &mut inbound, cancel);
     let too_large = matches!(lost, LinkError::TooLarge);
-    // Where we end the link, the kernel still delivers what was written, and the sessions end at once. A link that ended by
-    // itself has lost what was under way, and a session that goes on has to know how much.
+    // If we end the link, the kernel still delivers what was written, and the sessions end at once. A link that ended
+    // by itself has lost what was on the way, and a session that goes on has to know how much.
     let inbound = (!too_large && !cancel.is_cancelled()).then_some(inbound);
     let farewell = Instant::now() + FAREWELL_LIMIT;
     outbox.close(if too_large { 1009 } else { 1000 }, farewell);
     let mut writer = ended.recv_deadline(farewell);
     if inbound.is_some() {
-        // A write that waits for a dead server only then ends and tells how much of it was written.
+        // A write blocked by a dead server ends only now, and then counts what it has written.
         let waits = writer.is_err();
         if waits {
             cancel.shut_down(Shutdown::Write);
@@ -140,9 +139,9 @@ fn run<F: FnMut(Frame)>(
         }
         outbox.set_delivered(cancel.abandon(waits));
     }
-    // Drops the router, and so ends the sessions.
+    // Drops the router, which ends the sessions.
     drop(inbound);
     cancel.shut_down(Shutdown::Both);
-    // A writer that failed is why the reader did.
+    // If the writer failed, that is why the reader did.
     Err(writer.ok().and_then(Result::err).unwrap_or(lost))
 }

@@ -1,9 +1,9 @@
-//! How much may be on the way to the server. Pure.
+//! The window: how many bytes may be on the way to the server. Pure.
 //!
-//! Bytes that a slow connection doesn't carry away wait in modems, in the kernel, in mender-auth's forwarder, and a
-//! keystroke's echo waits behind them. So the writer keeps no more bytes on the way than keep the connection busy. A
-//! ping between messages is a probe: its pong proves that everything before it has arrived, and how long that took.
-//! A server that answers no pings gets everything as fast as it takes it.
+//! What a slow connection hasn't carried yet waits in modems, in the kernel and in mender-auth's forwarder, and an echo
+//! waits behind it. So the writer keeps only as many bytes on the way as keep the connection busy. A ping between
+//! messages is a probe: its pong proves that everything before it has arrived, and how long that took. A server that
+//! answers no pings gets everything as fast as it takes it.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -13,24 +13,25 @@ use crate::outbox::{Probe, Sendable};
 const SMALLEST_WINDOW: u64 = 8 * 1024;
 const FIRST_WINDOW: u64 = 32 * 1024;
 const LARGEST_WINDOW: u64 = 4 * 1024 * 1024;
-/// Messages of bulk in a window: a keystroke's echo can go ahead of those that aren't written yet.
+/// Bulk messages in a window: an echo can pass those not written yet.
 const PIECES: u64 = 8;
-/// A message may always have what the link carries in this time, up to [`LARGEST_QUICK_PIECE`]: each costs the server.
+/// A message may always be as large as what the link carries in this time, up to [`LARGEST_QUICK_PIECE`]: the server
+/// has a fixed cost per message.
 const PIECE_TIME: Duration = Duration::from_millis(8);
 const LARGEST_QUICK_PIECE: u64 = 64 * 1024;
-/// Parts of a window between probes.
+/// Probes in a window.
 const PROBES: u64 = 4;
-/// A server that has not answered the first probe within this time is taken for one that answers no pings.
+/// A server that hasn't answered its first probe by then is assumed to answer no pings.
 const FIRST_ANSWER: Duration = Duration::from_millis(300);
-/// A probe without an answer for so long is given up.
+/// An unanswered probe is given up after this time.
 const LOST: Duration = Duration::from_secs(10);
-/// The minimum RTT is measured anew after this time, since routes change.
+/// Measured anew after this time, since routes change.
 const QUICKEST_HOLDS: Duration = Duration::from_secs(10);
 /// Allowed queueing delay: `SLACK` × minimum RTT within these bounds, so that a link of varying speed stays busy.
 const SLACK: u32 = 4;
 const LEAST_SLACK: Duration = Duration::from_micros(300);
 const MOST_SLACK: Duration = Duration::from_millis(50);
-/// Steps in which the window changes at most.
+/// The largest factor by which one probe changes the window.
 const STEP: u64 = 4;
 
 #[derive(Debug, Default)]
@@ -39,17 +40,17 @@ pub(super) struct Pace {
     written: u64,
     arrived: u64,
     probes: VecDeque<Sent>,
-    /// The minimum RTT and when it was measured; `None` before the first answer.
+    /// Minimum RTT and when it was measured.
     quickest: Option<(Duration, Instant)>,
-    /// A piece that takes [`PIECE_TIME`].
+    /// Size of a message that takes [`PIECE_TIME`].
     quick_piece: u64,
-    /// Probes up to here were sent before the window was changed.
+    /// Probes up to this byte were sent before the window changed.
     changed: u64,
 }
 
 #[derive(Debug)]
 struct Sent {
-    /// Bytes written before it, and those of them that were on the way.
+    /// Bytes written before it, and how many of them were on the way.
     at: u64,
     behind: u64,
     when: Instant,
@@ -64,7 +65,7 @@ impl Pace {
         self.written += bytes as u64;
     }
 
-    /// How large a bulk message should be, in bytes.
+    /// Size of a bulk message in bytes.
     pub(super) fn piece(&self, now: Instant) -> usize {
         let piece = if self.is_unanswered(now) { LARGEST_WINDOW } else { self.window } / PIECES;
         piece.max(self.quick_piece) as usize
@@ -73,16 +74,16 @@ impl Pace {
     pub(super) fn sendable(&self, now: Instant) -> Sendable {
         let (window, unanswered) = (self.current_window(now), self.is_unanswered(now));
         let fits = |window| unanswered || self.on_the_way() < window;
-        // Twice the window, so that a transfer which has used it up doesn't hold up an echo.
+        // Twice the window, so that a transfer that has used it up does not delay an echo.
         Sendable { bulk: fits(window), interactive: fits(2 * window) }
     }
 
-    /// The server has not answered a probe yet.
+    /// A probe is unanswered.
     pub(super) fn is_waiting(&self) -> bool {
         !self.probes.is_empty()
     }
 
-    /// When the window opens although no answer came.
+    /// When the window opens without an answer.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let patience = if self.quickest.is_some() { LOST } else { FIRST_ANSWER };
         self.probes.front().map(|probe| probe.when + patience)
@@ -92,10 +93,10 @@ impl Pace {
         self.deadline().is_some_and(|deadline| now >= deadline)
     }
 
-    /// The probe to write now, if one is due. With `bulk` a bulk message comes next.
+    /// A probe, if one is due now. `bulk`: a bulk message follows.
     pub(super) fn probe(&mut self, bulk: bool, now: Instant) -> Option<Probe> {
         let before = self.probes.back().map_or(self.arrived, |probe| probe.at);
-        // The first message of a transfer has one in front of it, whose answer nothing delays.
+        // A transfer starts with a probe, whose answer nothing delays.
         let due =
             self.written - before >= self.current_window(now) / PROBES || bulk && self.probes.is_empty();
         (due && !self.is_unanswered(now)).then(|| {
@@ -106,7 +107,7 @@ impl Pace {
 
     pub(super) fn answered(&mut self, probe: Probe, now: Instant) {
         let at = u64::from_be_bytes(probe);
-        // Any other ping isn't a probe.
+        // Other pings are no probes.
         let Some(place) = self.probes.iter().position(|probe| probe.at == at) else { return };
         let Some(probe) = self.probes.drain(..=place).next_back() else { return };
         self.arrived = at;
@@ -117,14 +118,14 @@ impl Pace {
         if known.is_none() {
             self.quickest = Some((took, now));
         }
-        // Only a probe sent with a full window says anything about the window.
+        // Only a probe behind a full window measures it.
         if probe.at <= self.changed || probe.behind < self.window / 8 * 7 {
             return;
         }
         let slack = (quickest * SLACK).clamp(LEAST_SLACK, MOST_SLACK);
-        // An answer this quick means that nothing queues yet: the window may grow.
+        // Nothing queues yet: the window may grow.
         let target = if took < quickest * 5 / 4 { quickest * 2 } else { quickest * 3 / 2 } + slack;
-        // What the connection carries in that time.
+        // Bytes carried in `time`.
         let carried = |time: Duration| {
             let bytes = u128::from(probe.behind) * time.as_nanos() / took.as_nanos().max(1);
             u64::try_from(bytes).unwrap_or(u64::MAX)
@@ -146,7 +147,7 @@ impl Pace {
         self.quickest.is_some_and(|(_, when)| now >= when + QUICKEST_HOLDS)
     }
 
-    /// Smaller while the minimum RTT is measured anew: a full window's own queueing would be measured with it.
+    /// Smaller while the minimum RTT is measured anew: a full window's queueing would be measured with it.
     fn current_window(&self, now: Instant) -> u64 {
         if self.is_stale(now) { self.window / STEP } else { self.window }
     }

@@ -1,4 +1,4 @@
-//! HTTP and SOCKS5 proxies: which one the environment names for a server, and how to get through.
+//! HTTP and SOCKS5 proxies, configured by the environment.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::IpAddr;
@@ -12,11 +12,11 @@ use crate::encoding::base64;
 use crate::sys::net::contains;
 use crate::sys::reason;
 
-/// In upper and lower case: for http, for https, and the exceptions.
+/// For http, for https, exceptions.
 pub(crate) const PROXY_VARIABLES: [[&str; 3]; 2] =
     [["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"], ["http_proxy", "https_proxy", "no_proxy"]];
 
-/// As curl and Go read them.
+/// Read as curl and Go do.
 #[derive(Default, Clone)]
 pub(crate) struct ProxySettings {
     http: Option<String>,
@@ -27,19 +27,18 @@ pub(crate) struct ProxySettings {
 pub(super) struct Proxy {
     pub(super) endpoint: Endpoint,
     pub(super) kind: Kind,
-    /// User and password.
     login: Option<(Vec<u8>, Vec<u8>)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// By CONNECT (RFC 9110, 9.3.6).
+    /// CONNECT (RFC 9110, 9.3.6).
     Http,
-    /// RFC 1928, and RFC 1929 for a user with password.
+    /// RFC 1928, and RFC 1929 for user and password.
     Socks5,
 }
 
-/// RFC 1928, section 6, from code 1 on.
+/// RFC 1928, section 6; from code 1 on.
 const SOCKS_FAULTS: [&str; 8] = [
     "general SOCKS server failure",
     "connection not allowed by ruleset",
@@ -63,7 +62,7 @@ impl ProxySettings {
         ProxySettings { http, https, exceptions: exceptions.unwrap_or_default() }
     }
 
-    /// The proxy for `server`; none for the device itself, where mender-auth's forwarder listens.
+    /// None for the device itself, where mender-auth's forwarder listens.
     pub(super) fn proxy_for(&self, server: &Endpoint) -> Result<Option<Proxy>, LinkError> {
         let setting = if server.tls { &self.https } else { &self.http };
         let mut exceptions = self.exceptions.split(',').map(str::trim).filter(|entry| !entry.is_empty());
@@ -72,8 +71,8 @@ impl ProxySettings {
     }
 }
 
-/// `entry` of NO_PROXY is `*`, an address, a network, a name (which covers its subdomains), or a name after a dot or `*.`
-/// (which covers only those). All but the network may have a port; IPv6 is in brackets then, and only then.
+/// NO_PROXY entries: `*`, an address, a network, a name (covers its subdomains), or a name after a dot or `*.` (covers
+/// only those). All but networks may have a port; IPv6 is in brackets if and only if it has one.
 fn covers(entry: &str, server: &Endpoint) -> bool {
     let (entry, host) = (entry.to_ascii_lowercase(), server.host.to_ascii_lowercase());
     let address = server.address().map(|address| address.to_canonical());
@@ -110,7 +109,7 @@ impl Proxy {
         let url = Url::parse(&url).map_err(bad)?;
         let (kind, default_port) = match &*url.scheme {
             "http" => (Kind::Http, 80),
-            // Go lets the proxy look up names with either.
+            // As in Go, the proxy resolves names for both.
             "socks5" | "socks5h" => (Kind::Socks5, 1080),
             _ => return Err(bad("a scheme other than http, socks5 and socks5h")),
         };
@@ -120,7 +119,7 @@ impl Proxy {
         Ok(Proxy { kind, login, endpoint: url.endpoint(false, default_port) })
     }
 
-    /// Asks the proxy on `stream` for a connection to `server`.
+    /// Has the proxy connect `stream` to `server`.
     pub(super) fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
         let result = match self.kind {
             Kind::Http => self.connect(stream, server),
@@ -174,7 +173,7 @@ impl Proxy {
             Some(IpAddr::V6(address)) => [&[4], &address.octets()[..]].concat(),
             None => [&[3, length(host)?], host].concat(),
         };
-        // The first byte of the address that the proxy uses comes along: it may be a length.
+        // With the first byte of the bound address, which may be a length.
         let mut answer = [0; 5];
         say(&[&[5, 1, 0], &place, &server.port.to_be_bytes()], &mut answer)?;
         let [5, code, _, kind, first] = answer else { return Err(fault("is no SOCKS5 proxy")) };

@@ -1,4 +1,4 @@
-//! The link thread after the websocket is open: message by message, frame by frame, to its session.
+//! The link thread once the websocket is open: reads messages and hands their frames on.
 
 use std::convert::Infallible;
 use std::io::{Read, Write};
@@ -13,17 +13,16 @@ use super::socket::Cancel;
 use crate::outbox::{Outbox, Pool, Work};
 use crate::proto::Frame;
 
-/// Messages up to this size, in bytes, share a read buffer with others.
+/// In bytes. Messages up to this size share tungstenite's read buffer with others.
 const SMALL: usize = 5 * 1024;
-/// Messages below this size, in bytes, would waste too much of a pooled buffer.
+/// In bytes. Smaller messages would waste a pooled buffer.
 const TINY: usize = 2 * 1024;
-/// More than the messages of a file that the server sends without an ack.
+/// More than the chunks that the server sends without an ack.
 const MAX_BUFFERS: usize = 24;
 
-/// Malformed messages per link that are warned about.
+/// Warnings about malformed messages, per link.
 const WARNINGS: u32 = 5;
 
-/// Reads until the link ends.
 pub(super) fn run(
     socket: &mut WebSocket<impl Read + Write>,
     outbox: &Outbox,
@@ -33,7 +32,7 @@ pub(super) fn run(
     let pool = Pool::new(MAX_BUFFERS);
     let mut malformed = 0_u32;
     let mut receive = |bytes: Bytes| {
-        // A piece of the read buffer would keep all of it, and have another one allocated.
+        // Copy: a slice would keep the whole read buffer, and tungstenite would allocate another.
         let bytes = match bytes.len() {
             ..TINY => Bytes::copy_from_slice(&bytes),
             length @ TINY..=SMALL => {
@@ -56,14 +55,14 @@ pub(super) fn run(
     loop {
         match socket.read()? {
             _ if cancel.is_cancelled() => return Err(LinkError::Cancelled),
-            // The peers don't tell the two apart.
+            // Clients use both alike.
             Message::Binary(bytes) => receive(bytes),
             Message::Text(text) => receive(text.into()),
             Message::Ping(payload) => outbox.signal(Work::Pong(payload)),
             Message::Pong(payload) => match payload.as_ref().try_into() {
-                // Only a probe's has this length.
+                // Only probes have this length.
                 Ok(probe) => outbox.signal(Work::Answered(probe, Instant::now())),
-                // The answer to the writer's own ping, once in a while.
+                // The answer to the heartbeat: a good time to free memory.
                 Err(_) => pool.clear(),
             },
             Message::Close(frame) => return Err(frame.into()),
@@ -72,7 +71,7 @@ pub(super) fn run(
     }
 }
 
-/// Reads what a server sends after the upgrade, in messages of up to `most` bytes. For the fuzz target.
+/// For the fuzz target: reads messages of up to `most` bytes, as after the upgrade.
 #[cfg(fuzzing)]
 pub fn read(
     stream: impl Read + Write,

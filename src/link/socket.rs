@@ -1,4 +1,4 @@
-//! A link's time limits, and its socket: each operation ends in time, or when another thread cancels it.
+//! A socket whose operations end in time, or when another thread cancels them.
 
 use std::io::{self, Read, Write};
 use std::mem;
@@ -12,23 +12,23 @@ use super::error::LinkError;
 use crate::sys::wake::Wake;
 use crate::sys::{lock, net};
 
-/// A link is dead that hasn't answered for this long, or for as many times as long as its handshakes have taken: on
-/// NB-IoT and satellite links a round trip takes seconds.
+/// Time for an answer: this, or a multiple of what the handshakes took. On NB-IoT and satellite links a round trip
+/// takes seconds.
 const LEAST_PATIENCE: Duration = Duration::from_secs(10);
 const PATIENCE: u32 = 3;
-/// For an answer that waits in the kernel.
+/// For the reader to fetch an answer that waits in the kernel.
 const READERS_TURN: Duration = Duration::from_secs(1);
-/// As long as the server itself waits for an agent.
+/// The server waits as long for an agent.
 const MOST_PATIENCE: Duration = Duration::from_secs(60);
-/// For the close frame and what was queued before it.
+/// For the close frame and what is queued before it.
 pub(super) const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
-/// For all steps of a dial together, as in Mender's agent: on a slow link TLS alone may need half of it.
+/// For all steps of a dial, as in Mender's agent: on a slow link TLS alone may take half of it.
 pub(super) const ATTEMPT_LIMIT: Duration = Duration::from_secs(45);
 
 /// TCP_NOTSENT_LOWAT in bytes. Small, so that an echo doesn't queue behind a download.
 const UNSENT_LIMIT: u16 = 16 * 1024;
 
-/// A ping, and by when the server has to answer it or to send something else.
+/// A ping, and when the server has to answer it or to send something else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Question {
     pub(super) limit: Instant,
@@ -37,19 +37,18 @@ pub(super) struct Question {
     silence: Duration,
 }
 
-/// A blocking socket. Before the websocket is open, each read and write ends by the deadline of `cancel`.
+/// Blocks. Until the websocket is open, each read and write ends at the deadline of `cancel`.
 #[derive(Clone)]
 pub(super) struct Socket {
     stream: Arc<TcpStream>,
     cancel: Arc<Cancel>,
     began: Instant,
-    /// A server on this machine, mender-auth's forwarder, writes with Nagle's algorithm on: a delayed acknowledgement
-    /// would cost 40 ms a keystroke.
+    /// mender-auth's forwarder, on this machine, uses Nagle's algorithm: delayed acknowledgements would cost 40 ms a
+    /// keystroke.
     quick_ack: bool,
 }
 
 impl Socket {
-    /// Takes over a socket that is connected to `address`.
     pub(super) fn new(socket: OwnedFd, address: SocketAddr, cancel: &Arc<Cancel>) -> io::Result<Self> {
         let stream = Arc::new(TcpStream::from(socket));
         stream.set_nonblocking(false)?;
@@ -66,36 +65,34 @@ impl Socket {
         Socket { stream: Arc::new(stream), cancel: Arc::new(cancel), began: Instant::now(), quick_ack: false }
     }
 
-    /// Ends the time of the handshakes.
+    /// Ends the handshakes: their deadline no longer applies.
     pub(super) fn establish(&self) -> io::Result<()> {
         let patience = (self.began.elapsed() * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE);
         self.stream.set_read_timeout(None)?;
         self.stream.set_write_timeout(Some(patience))?;
-        // A kernel that doesn't know it still ends a write in time.
+        // Without it a write still times out.
         let _ = net::set_user_timeout(self.stream.as_fd(), patience);
         let _ = self.cancel.patience.set(patience);
         Ok(())
     }
 
-    /// How long the server may take for an answer to a ping.
+    /// Time for the answer to a ping.
     pub(super) fn patience(&self) -> Duration {
         self.cancel.patience.get().copied().unwrap_or(LEAST_PATIENCE)
     }
 
-    /// In bytes.
     pub(super) fn written(&self) -> u64 {
         self.cancel.written.load(Ordering::Relaxed)
     }
 
-    /// The question of the ping that is written next. The link may be silent for as long as `silence` before the answer's
-    /// time.
+    /// Call it before writing the ping. The link may be silent for `silence` before the answer's time begins.
     pub(super) fn question(&self, patience: Duration, silence: Duration) -> Question {
         let asked = Instant::now();
         Question { limit: asked + patience, asked, patience, silence }
     }
 
-    /// At the limit: ends the link if nothing has come since, unless the ping may still wait behind what a slow link carries
-    /// away. Then there is more time, as there is for the reader of a process that was stopped beyond the limit.
+    /// At the limit: ends the link if nothing has come since. Grants more time if the ping may still be queued on a
+    /// slow link, or if the process was stopped and the reader has yet to read.
     pub(super) fn judge(&self, question: Question) -> Option<Question> {
         let Question { limit, asked, patience, silence } = question;
         let heard = self.began + Duration::from_micros(self.cancel.heard.load(Ordering::Relaxed));
@@ -117,7 +114,7 @@ impl Socket {
         None
     }
 
-    /// Ends `operation` in time, during the handshakes by the dial's deadline.
+    /// Applies the deadline of the dial, later the link's patience.
     fn limited(&self, mut operation: impl FnMut(&TcpStream) -> io::Result<usize>) -> io::Result<usize> {
         let is_established = self.cancel.is_established();
         if !is_established {
@@ -129,12 +126,12 @@ impl Socket {
         loop {
             let result = operation(&self.stream);
             match result.as_ref().map_err(io::Error::kind) {
-                // A process that is stopped and continued finds its waits interrupted.
+                // By SIGSTOP and SIGCONT.
                 Err(io::ErrorKind::Interrupted) => {}
-                // The kernel calls a time-out "again". A slow link makes room for more only now and then.
+                // A time-out. A slow link makes room only now and then.
                 Err(io::ErrorKind::WouldBlock)
                     if is_established && net::is_delivering(self.stream.as_fd(), self.patience()) => {}
-                // The other one is TCP_USER_TIMEOUT's.
+                // ETIMEDOUT comes from TCP_USER_TIMEOUT.
                 Err(io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
                     if is_established {
                         self.cancel.give_up(format!("unacknowledged for {} s", self.patience().as_secs()));
@@ -153,7 +150,7 @@ impl Read for Socket {
         let now = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.cancel.heard.store(now, Ordering::Relaxed);
         if self.quick_ack {
-            // Only a hint; a socket that can't do it still works.
+            // Only a hint.
             let _ = net::rearm_quick_ack(self.stream.as_fd());
         }
         Ok(n)
@@ -172,28 +169,28 @@ impl Write for Socket {
     }
 }
 
-/// Ends a dial in time, and a dial or a link from another thread, whatever it waits for. Tells whether the reader reads.
+/// Ends a dial or a link from another thread, whatever it waits for. Tells whether the reader reads.
 #[derive(Debug)]
 pub(super) struct Cancel {
     state: Mutex<State>,
-    /// How long the server may take for an answer. Set once the websocket is open.
+    /// Time for an answer. Set once the websocket is open.
     patience: OnceLock<Duration>,
-    /// When something was received last, in microseconds since the socket was connected.
+    /// When data last arrived, in µs since the connection.
     heard: AtomicU64,
-    /// To the socket, in bytes.
+    /// Bytes written to the socket.
     written: AtomicU64,
-    /// The dial's.
+    /// Of the dial.
     pub(super) deadline: Instant,
-    /// Wakes a dial that has no socket yet; called by [`Cancel::cancel`], too.
+    /// Wakes a dial that has no socket yet.
     pub(super) wake: Arc<Wake>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// Why the link ends, if it doesn't by itself.
+    /// Why the link was ended from outside.
     end: Option<LinkError>,
     socket: Option<Arc<TcpStream>>,
-    /// When [`Cancel::reads`] was called last: whether something waited to be read, and when the reader had read.
+    /// State at the last [`Cancel::reads`]: whether data was readable, and `heard`.
     had_unread: bool,
     had_heard: u64,
 }
@@ -205,7 +202,7 @@ impl Cancel {
         Ok(Cancel { state, patience, heard, written, deadline, wake })
     }
 
-    /// The dial's time.
+    /// Time left for the dial.
     pub(super) fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(Instant::now())
     }
@@ -216,18 +213,18 @@ impl Cancel {
         self.interrupt();
     }
 
-    /// Ends a dial or a link that is dead.
+    /// Ends a dead dial or link.
     pub(super) fn give_up(&self, reason: String) {
         lock(&self.state).end.get_or_insert(LinkError::Dead(reason));
         self.interrupt();
     }
 
     fn interrupt(&self) {
-        // An open websocket is shut for reading alone: the reader then ends, and the writer sends a close frame.
+        // Shut an open websocket for reading only: the reader ends, and the writer can still send a close frame.
         self.shut_down(if self.is_established() { Shutdown::Read } else { Shutdown::Both });
     }
 
-    /// Why the link has ended, if it was cancelled or given up.
+    /// Why the link was cancelled or given up, if it was.
     pub(super) fn take_end(&self) -> Option<LinkError> {
         lock(&self.state).end.take()
     }
@@ -245,7 +242,7 @@ impl Cancel {
         matches!(lock(&self.state).end, Some(LinkError::Cancelled))
     }
 
-    /// From here on `socket` is the one to shut down. Fails once the dial has been ended.
+    /// Fails if the dial has been ended meanwhile.
     pub(super) fn register(&self, socket: &Arc<TcpStream>) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.socket = Some(Arc::clone(socket));
@@ -253,19 +250,19 @@ impl Cancel {
     }
 
     pub(super) fn shut_down(&self, how: Shutdown) {
-        // Fails when it has ended already.
+        // Fails if it has ended.
         let _ = lock(&self.state).socket.as_ref().map(|socket| socket.shutdown(how));
     }
 
-    /// How many of the written bytes have reached the other side. The rest never will: the connection is reset. Its end,
-    /// if that was written, counts as one of those that don't reach it.
+    /// Resets the connection. Returns how many written bytes have reached the other side; the FIN, if it was sent
+    /// (`ended`), is among the undelivered.
     pub(super) fn abandon(&self, ended: bool) -> u64 {
         let state = lock(&self.state);
         let lost = state.socket.as_ref().map_or(0, |socket| net::discard_undelivered(socket.as_fd()));
         self.written.load(Ordering::Relaxed).saturating_sub(lost.saturating_sub(ended.into()))
     }
 
-    /// False if the reader hasn't read since the last call though something waited then and now. `None` while dialling.
+    /// False if data was readable at the last call and is now, and the reader hasn't read. `None` while dialling.
     pub(super) fn reads(&self) -> Option<bool> {
         let heard = self.heard.load(Ordering::Relaxed);
         let mut state = lock(&self.state);

@@ -1,4 +1,4 @@
-//! TLS towards the server, when mender-auth's local forwarder isn't in between.
+//! TLS to the server, for use without mender-auth's local forwarder.
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex};
@@ -29,14 +29,14 @@ use super::halves::{Handshake, Tls};
 use super::socket::Socket;
 use crate::sys::{clock, lock};
 
-/// Fails for a name that no certificate can be for, before anything is connected.
+/// Fails before connecting if no certificate can be for this name.
 pub(super) fn client(server: &Endpoint) -> Result<Handshake, LinkError> {
     let name = ServerName::try_from(server.bare_host().to_owned()).map_err(failed)?;
     Ok(Box::new(|socket| handshake(name, socket)))
 }
 
-/// Reads the system's store of certificates (or SSL_CERT_FILE, SSL_CERT_DIR) anew each time: it may have been repaired
-/// since, and costs memory while loaded.
+/// Loads the system's certificates (or SSL_CERT_FILE, SSL_CERT_DIR) each time: they may have been repaired, and take
+/// memory while loaded.
 fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn Tls>, String), LinkError> {
     let provider = Arc::new(CryptoProvider { key_provider: &NoKeys, ..ring::default_provider() });
     let roots = Arc::new(roots()?);
@@ -62,12 +62,12 @@ fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn 
     Ok((Arc::new(Mutex::new(connection)), version + &certificate))
 }
 
-/// A certificate's dates and names.
+/// Dates and names of a certificate.
 fn described(certificate: &CertificateDer<'_>) -> Option<String> {
     let certificate = EndEntityCert::try_from(certificate).ok()?;
     let names: Vec<_> = certificate.valid_dns_names().collect();
     let names = if names.is_empty() { "no DNS name".to_owned() } else { names.join(", ") };
-    // webpki tells a date only as the reason to refuse the certificate, which it looks for before any other.
+    // webpki tells dates only in the error for a date, which it checks first.
     let refused = |at| {
         let at = UnixTime::since_unix_epoch(Duration::from_secs(at));
         certificate.verify_for_usage(&[], &[], &[], at, KeyUsage::server_auth(), None, None).err()
@@ -85,20 +85,20 @@ fn failed(reason: impl ToString) -> LinkError {
     LinkError::Tls(reason.to_string(), TlsFault::Other)
 }
 
-/// Beside what rustls accepts: a certificate that is itself among the trusted ones, whoever signed it, as Go does.
+/// Accepts what rustls does and, as Go does, a certificate that is itself trusted, whoever signed it.
 #[derive(Debug)]
 struct Verifier {
     inner: Arc<WebPkiServerVerifier>,
     roots: Arc<RootCertStore>,
 }
 
-/// Why a certificate is refused whoever is trusted.
+/// Refused even if trusted.
 #[derive(Debug, thiserror::Error)]
 #[error("the server's certificate is of a kind that can't be verified: {0}")]
 struct Unverifiable(&'static str);
 
 impl Verifier {
-    /// Names what ring can't verify in `certificate` or its issuers, if that is the error.
+    /// Explains the error if ring cannot verify `certificate` or one of its issuers.
     fn named<T>(
         &self,
         result: Result<T, Error>,
@@ -119,7 +119,7 @@ impl Verifier {
                 ForKey { signature_algorithm_id: signature, public_key_algorithm_id: key } => {
                     algorithm(signature, key)
                 }
-                // ring refuses such keys by calling their signatures wrong.
+                // ring reports small keys as bad signatures.
                 BadSignature if uses_small(certificate) || others.iter().any(uses_small) => {
                     "an RSA key below 2048 bits"
                 }
@@ -133,7 +133,7 @@ impl Verifier {
     }
 }
 
-/// Names the part of a signature or a key that ring doesn't know.
+/// Names the algorithm that ring lacks.
 fn algorithm(signature: &[u8], key: &[u8]) -> &'static str {
     // OIDs of RFC 5480 and RFC 5758.
     let has = |oid| has(signature, oid) || has(key, oid);
@@ -148,7 +148,7 @@ fn algorithm(signature: &[u8], key: &[u8]) -> &'static str {
 
 /// rsaEncryption (RFC 8017), in DER.
 const RSA: &[u8] = b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01";
-/// In bytes, with what DER has around the key. One of 2048 bits has at least 288.
+/// Bytes of DER around the key. A key of 2048 bits takes at least 288.
 const SMALL_RSA_KEY: usize = 280;
 
 fn has(der: &[u8], oid: &[u8]) -> bool {
@@ -166,8 +166,8 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, Error> {
         let verified = self.inner.verify_server_cert(end_entity, intermediates, name, ocsp_response, now);
         let verified = verified.or_else(|error| match &error {
-            // Each of these is found after the dates were found right, and is about the issuer, or about a CA's certificate
-            // at a server. The store is read a second time instead of being kept for the rare case.
+            // webpki reports these errors after it has checked the dates; they are about the issuer, or a CA
+            // certificate used by a server. Reading the store again is for rare cases cheaper than keeping it.
             Error::InvalidCertificate(
                 BadSignature | UnknownIssuer | Signature { .. } | ForKey { .. } | Other(_),
             ) if rustls_native_certs::load_native_certs().certs.contains(end_entity) => {
@@ -202,7 +202,6 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// A handshake's error.
 fn explained(error: &io::Error) -> LinkError {
     let (fault, text) = match error.get_ref().and_then(|e| e.downcast_ref()) {
         Some(Error::InvalidCertificate(e)) => match e {
@@ -211,10 +210,10 @@ fn explained(error: &io::Error) -> LinkError {
             }
             NotValidForName | NotValidForNameContext { .. } => (TlsFault::Name, None),
             Other(e) if e.0.is::<Unverifiable>() => (TlsFault::Kind, Some(e.to_string())),
-            // Such as a certificate that signs itself.
+            // Such as a self-signed certificate.
             _ => (TlsFault::Issuer, None),
         },
-        // What a server with no other certificate says.
+        // The alert of a server that has no other certificate.
         Some(Error::AlertReceived(AlertDescription::HandshakeFailure)) => {
             let why = "handshake_failure, as where its key is on the curve P-521, or TLS is older than 1.2";
             (TlsFault::Kind, Some(format!("the server has no certificate or cipher for this agent: {why}")))
@@ -225,7 +224,7 @@ fn explained(error: &io::Error) -> LinkError {
     LinkError::Tls(text.unwrap_or_else(|| error.to_string()), fault)
 }
 
-/// The device has no certificate. ring's provider would bring along the code to sign with any kind of key.
+/// There is no client certificate: ring's provider would add code to sign with any kind of key.
 #[derive(Debug)]
 struct NoKeys;
 
@@ -235,7 +234,7 @@ impl KeyProvider for NoKeys {
     }
 }
 
-/// rustls's own clock panics from 2038 on 32-bit musl, as `SystemTime::now` does.
+/// rustls's clock panics from 2038 on 32-bit musl, as `SystemTime::now` does.
 #[derive(Debug)]
 struct WallClock;
 
@@ -263,7 +262,7 @@ impl Tls for Mutex<ClientConnection> {
         loop {
             match connection.reader().read(plaintext) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock && !ciphertext.is_empty() => {}
-                // Closed without a goodbye of the TLS layer: the websocket has its own.
+                // The TLS goodbye may be missing: the websocket has its own.
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
                 other => return other,
             }

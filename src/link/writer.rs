@@ -1,4 +1,4 @@
-//! The thread that writes to the websocket, the only one that does.
+//! The only thread that writes to an open websocket.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -18,7 +18,6 @@ const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
 /// Bytes batched into one write.
 const BATCH: usize = 16 * 1024;
 
-/// Writes until asked to close or until writing fails.
 pub(super) fn run(half: Half, mut queue: Queue, heartbeat: Duration) -> Result<(), LinkError> {
     let mut writer = Writer { websocket: websocket(half), pace: Pace::new(), written: 0, marks: Vec::new() };
     Ok(writer.write(&mut queue, heartbeat)?)
@@ -27,9 +26,9 @@ pub(super) fn run(half: Half, mut queue: Queue, heartbeat: Duration) -> Result<(
 struct Writer {
     websocket: WebSocket<Half>,
     pace: Pace,
-    /// In bytes, on the socket.
+    /// Bytes on the socket.
     written: u64,
-    /// The batch's messages have these marks.
+    /// Of the messages in the current batch.
     marks: Vec<Mark>,
 }
 
@@ -48,23 +47,23 @@ impl Writer {
                 asked = self.socket().judge(late);
             }
             if now >= next_ping {
-                // mender-auth's forwarder takes more than a slow link carries away: the ping then waits behind that.
+                // mender-auth's forwarder buffers more than a slow link carries: the ping waits behind that.
                 let silence = if self.pace.is_waiting() { heartbeat } else { Duration::ZERO };
                 let question = self.ask(self.socket().patience(), silence)?;
                 asked = asked.or(Some(question));
                 next_ping = now + heartbeat;
                 queue.free_buffers();
-                // tungstenite's buffer has grown to the largest message, and never shrinks.
+                // Drop tungstenite's buffer, which grows to the largest message and never shrinks.
                 self.websocket = websocket(self.websocket.get_ref().writing());
             }
             queue.set_piece(self.pace.piece(now));
             let sendable = self.pace.sendable(now);
             let mut work = queue.try_next(sendable);
             if work.is_none() {
-                // The window may have shrunk below what was written since the last probe, and without another one no
-                // answer would open it again.
+                // The window may have shrunk below what was written since the last probe: without another probe no
+                // answer would ever open it.
                 self.probe(false)?;
-                // The batch goes out before the writer waits, and only then.
+                // Flush before waiting, and only then.
                 self.websocket.flush()?;
                 self.settle();
                 let opening = self.pace.deadline().filter(|deadline| *deadline > now);
@@ -86,7 +85,7 @@ impl Writer {
                 Some(Work::Answered(probe, when)) => self.pace.answered(probe, when),
                 Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
                 Some(Work::Ping) => {
-                    // The way to the server may be another one now.
+                    // The route may have changed.
                     let soon = self.ask(self.socket().patience() / 2, Duration::ZERO)?;
                     asked = Some(asked.map_or(soon, |asked| asked.min(soon)));
                 }
@@ -99,7 +98,7 @@ impl Writer {
         }
     }
 
-    /// Sends a ping. The question is older: the answer may come before this thread goes on.
+    /// Takes the time before it sends the ping: the answer may come before this thread goes on.
     fn ask(&mut self, patience: Duration, silence: Duration) -> Result<Question, Error> {
         let question = self.socket().question(patience, silence);
         self.websocket.send(Message::Ping(PING_PAYLOAD))?;
@@ -110,7 +109,7 @@ impl Writer {
         self.websocket.get_ref().socket()
     }
 
-    /// Marks the messages of a batch that has been written: a batch is written as a whole.
+    /// Marks the messages of a written batch; batches are written as a whole.
     fn settle(&mut self) {
         let written = self.socket().written();
         if written != self.written {
@@ -119,7 +118,7 @@ impl Writer {
         }
     }
 
-    /// Sends a probe if one is due; `bulk` if a bulk message follows.
+    /// `bulk`: a bulk message follows.
     fn probe(&mut self, bulk: bool) -> Result<(), Error> {
         match self.pace.probe(bulk, Instant::now()) {
             Some(probe) => self.websocket.write(Message::Ping(Bytes::copy_from_slice(&probe))),

@@ -13,7 +13,7 @@ pub(crate) struct Pool {
     buffers: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
-/// A part of a buffer that goes back to its pool.
+/// Returns its buffer to the pool on drop.
 struct Part {
     buffer: Vec<u8>,
     range: Range<usize>,
@@ -21,23 +21,23 @@ struct Part {
 }
 
 impl Pool {
-    /// Keeps at most so many buffers that nobody uses.
+    /// Keeps up to `most` unused buffers.
     pub(crate) fn new(most: usize) -> Self {
         Pool { most, buffers: Arc::default() }
     }
 
-    /// A buffer of at least `size` bytes with any content.
+    /// At least `size` bytes with any content.
     pub(crate) fn take(&self, size: usize) -> Vec<u8> {
         let mut buffers = lock(&self.buffers);
         if let Some(at) = buffers.iter().position(|buffer| buffer.len() >= size) {
             return buffers.swap_remove(at);
         }
-        // One that is too small makes way for the new one.
+        // Replace one that is too small.
         buffers.pop();
         vec![0; size]
     }
 
-    /// The bytes in `range` of a buffer, which comes back when they are dropped.
+    /// The buffer returns to the pool when the last clone is dropped.
     pub(crate) fn freeze(&self, buffer: Vec<u8>, range: Range<usize>) -> Bytes {
         Bytes::from_owner(Part { buffer, range, pool: self.clone() })
     }

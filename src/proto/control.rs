@@ -1,4 +1,4 @@
-//! Session control: opening, keeping and closing a session that isn't a terminal.
+//! Session control: opens, probes and closes sessions.
 
 use rmp::encode;
 use serde::Deserialize;
@@ -32,7 +32,7 @@ pub struct Accept {
 pub struct Error {
     pub err: Option<String>,
     pub close: Option<bool>,
-    /// The message at fault's, as are `typ` and `id`.
+    /// Of the message at fault, as are `typ` and `id`.
     #[serde(rename = "msgproto")]
     pub proto: Option<u16>,
     #[serde(rename = "msgtype")]
@@ -59,12 +59,12 @@ pub(crate) fn pong(sid: &SessionId) -> Frame {
     Frame::new(CONTROL, PONG, Some(sid))
 }
 
-/// Reports an error that no message of the client's caused. With `close` the session is over.
+/// An error that no message caused. With `close` the session is over.
 pub(crate) fn error(sid: &SessionId, text: &str, close: bool) -> Frame {
     error_about(sid, &Frame::new(0, "", None), text, close)
 }
 
-/// Refuses `cause`. With `close` the session is over.
+/// With `close` the session is over.
 pub fn error_about(sid: &SessionId, cause: &Frame, text: &str, close: bool) -> Frame {
     let mut body = Map::new().with_str("err", text).with("close", |out| encode::write_bool(out, close));
     if cause.proto != 0 {

@@ -1,5 +1,5 @@
-//! File transfer's frames: `stat` → `file_info`; `get_file` and `put_file`, then `file_chunk` one way, without a body
-//! at the end of the file, and `ack` the other; `error`, which ends a transfer.
+//! Frames of file transfer: `stat` → `file_info`; `get_file` and `put_file`, then `file_chunk` one way (an empty one is
+//! the end of the file) and `ack` the other; `error`, which ends a transfer.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -19,16 +19,16 @@ pub(crate) const FILE_CHUNK: &str = "file_chunk";
 pub(crate) const ACK: &str = "ack";
 pub(crate) const ERROR: &str = "error";
 
-/// PATH_MAX in bytes, with the terminating zero, as in the kernel.
+/// The kernel's PATH_MAX in bytes, including the terminating NUL.
 const PATH_MAX: usize = 4096;
 
 const OFFSET: &str = "offset";
 
-/// The body of `stat`, `get_file` and `put_file`. Only `put_file` has more than a path.
+/// Body of `stat`, `get_file` and `put_file`. Only `put_file` has more than a path.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Request {
     pub path: PathBuf,
-    /// The name at the source, used when `path` is a directory.
+    /// Name at the source, used if `path` is a directory.
     pub src_path: Option<PathBuf>,
     pub size: Option<u64>,
     pub uid: Option<u32>,
@@ -38,7 +38,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// The error is the text for the client.
+    /// The error goes to the client.
     pub fn decode(body: &[u8]) -> Result<Self, String> {
         let request = Self::parse(body).map_err(|e| format!("malformed request parameters: {e}"))?;
         let too_long = |path: &PathBuf| path.as_os_str().len() >= PATH_MAX;
@@ -71,12 +71,12 @@ impl Request {
     }
 }
 
-/// Bytes: a path needn't be UTF-8.
+/// A path need not be UTF-8.
 fn path(cursor: &mut Cursor<'_>, what: &'static str) -> Result<Option<PathBuf>, DecodeError> {
     Ok(cursor.blob(what)?.map(|bytes| OsString::from_vec(bytes.to_vec()).into()))
 }
 
-/// Converts `st_mode` to Go's `os.FileMode`, by which clients recognise regular files.
+/// Go's `os.FileMode`, by which clients recognise regular files.
 pub(crate) fn go_mode(mode: u32) -> u32 {
     const DEVICE: u32 = 1 << 26;
     let kind = match mode & 0o170_000 {
@@ -94,7 +94,7 @@ pub(crate) fn go_mode(mode: u32) -> u32 {
     bits.iter().filter(|(bit, _)| mode & bit != 0).fold(kind | mode & 0o777, |all, (_, bit)| all | bit)
 }
 
-/// Seconds since 1970 and nanoseconds as msgpack's timestamp extension, in the shortest of its three forms.
+/// Msgpack's timestamp extension, in the shortest of its three forms.
 fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<(), encode::ValueWriteError> {
     let bytes = match u64::try_from(seconds) {
         Ok(s) if nanoseconds == 0 && s <= u64::from(u32::MAX) => (s as u32).to_be_bytes().to_vec(),
@@ -111,7 +111,7 @@ pub(crate) fn file_info(sid: &SessionId, path: &Path, stat: &FileStat) -> Frame 
     let modified = (stat.st_mtime.into(), u32::try_from(stat.st_mtime_nsec).unwrap_or(0));
     let path = path.as_os_str().as_bytes();
     let body = Map::new()
-        // Its very bytes, UTF-8 or not: Go's strings may be either.
+        // Bytes, UTF-8 or not, as Go's strings may be.
         .with("path", |out| encode::write_str_len(out, path.len() as u32).map(|_| out.extend(path)))
         .with_i64("size", stat.st_size.into())
         .with("uid", |out| encode::write_u32(out, stat.st_uid))
@@ -126,7 +126,7 @@ fn at(offset: u64) -> Map {
     Map::new().with_i64(OFFSET, i64::try_from(offset).unwrap_or(i64::MAX))
 }
 
-/// The head of a chunk at `offset`; without a body it marks the end of the file.
+/// Without a body it is the end of the file.
 pub fn chunk(sid: &SessionId, offset: u64) -> Frame {
     Frame::new(FILE_TRANSFER, FILE_CHUNK, Some(sid)).with_props(at(offset))
 }
@@ -136,8 +136,8 @@ pub fn ack(sid: &SessionId, offset: u64, user: Option<&str>) -> Frame {
     Frame::new(FILE_TRANSFER, ACK, Some(sid)).with_props(at(offset).with_str("user_id", user))
 }
 
-/// Repeats the properties of `cause` that the server can read: it closes the link for a message that it can't read.
-/// `code` is an HTTP status, for clients that asked the server over HTTP.
+/// Repeats only properties that the server can read, since it closes the link for others. `code` is an HTTP status, for
+/// clients that asked the server over HTTP.
 pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> Frame {
     let mut body = Map::new().with_str("err", text).with_cause(&cause.typ, cause.props.str("msgid"));
     if let Some(code) = code {
@@ -146,7 +146,7 @@ pub fn error(sid: &SessionId, cause: &Frame, text: &str, code: Option<u16>) -> F
     Frame::new(FILE_TRANSFER, ERROR, Some(sid)).with_props(cause.props.readable()).with_body(body.finish())
 }
 
-/// The offset of a chunk or an ack: `None` if absent, an error if it isn't a number of bytes.
+/// `None` if absent, an error if it is no number of bytes.
 pub fn offset(frame: &Frame) -> Option<Result<u64, ()>> {
     frame.props.has(OFFSET).then(|| frame.props.int(OFFSET).and_then(|n| u64::try_from(n).ok()).ok_or(()))
 }

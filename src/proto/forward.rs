@@ -1,5 +1,5 @@
-//! Port forwarding's frames: `new` opens a connection to a target, `forward` carries its data both ways, each
-//! answered by one `ack`, `stop` ends it.
+//! Frames of port forwarding: `new` opens a forward, `forward` carries data both ways, each answered by one `ack`, and
+//! `stop` ends it.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::msgpack::parse;
 use super::{Frame, MAX_TEXT, Map, PORT_FORWARD, SessionId, clipped};
 
-/// The request for a connection and its answer.
+/// The request and its answer.
 pub const NEW: &str = "new";
 pub(crate) const FORWARD: &str = "forward";
 /// Acknowledges one `FORWARD`.
@@ -17,9 +17,9 @@ pub(crate) const STOP: &str = "stop";
 pub(crate) const ERROR: &str = "error";
 
 const CONNECTION_ID: &str = "connection_id";
-/// Longest host name in bytes, as in DNS.
+/// In bytes, as in DNS.
 const MAX_HOST: usize = 255;
-/// Upstream's text, whichever field of `new` is missing.
+/// Upstream's text, whichever field is missing.
 const INCOMPLETE: &str = "invalid port-forward message: missing connection_id, remote_port or protocol";
 
 /// Chosen by the client; never empty.
@@ -27,7 +27,7 @@ const INCOMPLETE: &str = "invalid port-forward message: missing connection_id, r
 pub struct ConnectionId(Arc<str>);
 
 impl ConnectionId {
-    /// The error, if `frame` has no id, is the text for the client.
+    /// The error goes to the client.
     pub fn of(frame: &Frame) -> Result<Self, String> {
         match frame.props.str(CONNECTION_ID) {
             Some(id) if !id.is_empty() => Ok(ConnectionId(id.into())),
@@ -53,7 +53,6 @@ impl Transport {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
-    /// A name or an address.
     pub host: String,
     pub port: u16,
     pub transport: Transport,
@@ -67,7 +66,7 @@ struct New {
 }
 
 impl Target {
-    /// The error is the text for the client.
+    /// The error goes to the client.
     pub fn decode(body: &[u8]) -> Result<Self, String> {
         let new: New = parse(body).map_err(|e| clipped(&e.to_string(), MAX_TEXT))?;
         let (host, port) = (new.remote_host.unwrap_or_default(), new.remote_port.unwrap_or_default());
@@ -84,7 +83,7 @@ impl Target {
     }
 }
 
-/// A frame about a connection, without data.
+/// Without data.
 pub fn about(sid: &SessionId, typ: &str, connection: &ConnectionId) -> Frame {
     Frame::new(PORT_FORWARD, typ, Some(sid)).with_props(Map::new().with_str(CONNECTION_ID, &*connection.0))
 }

@@ -1,7 +1,5 @@
-//! The envelope: [`Frame`], its properties, and the codec.
-//!
-//! Where the exact encoding matters to a client or server:
-//! - `body` is bin, never an array, and left out when empty: the released server takes an empty bin for data.
+//! The envelope and its codec. Clients and the server depend on this encoding:
+//! - `body` is bin, never an array, and absent if empty: the released server takes an empty bin for data.
 //! - `proto` is a 16-bit integer: JavaScript clients get a 64-bit one as a BigInt and compare with `===`.
 //! - `offset` and `status` are 64-bit integers whatever their value: Go clients assert the type `int64`.
 
@@ -16,15 +14,15 @@ use super::MAX_ID;
 use super::map::Map;
 use super::msgpack::{Cursor, DecodeError, Value};
 
-/// In bytes, as much as the reference agent accepts for a message. Answers and log lines repeat parts of it.
+/// In bytes, as in the reference agent. Answers and log lines repeat parts of it.
 const MAX_HEADER: usize = 8 * 1024;
 
-/// A session's name, chosen by the server; never empty.
+/// Chosen by the server; never empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SessionId(Arc<str>);
 
 impl SessionId {
-    /// An empty `id` means that the frame belongs to no session.
+    /// An empty `id` means no session.
     pub fn new(id: &str) -> Option<Self> {
         (!id.is_empty()).then(|| SessionId(id.into()))
     }
@@ -41,7 +39,7 @@ impl fmt::Display for SessionId {
     }
 }
 
-/// The property `user_id`, by which the server names a message's sender; empty if it names none.
+/// The property `user_id`: the sender, if the server names one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct UserId(Arc<str>);
 
@@ -91,7 +89,7 @@ impl Frame {
         self.props.str("user_id").unwrap_or_default().into()
     }
 
-    /// The first identifier that is longer than [`MAX_ID`]. Answers and log lines repeat identifiers.
+    /// The first identifier longer than [`MAX_ID`]: answers and log lines repeat identifiers.
     pub(crate) fn too_long(&self) -> Option<&'static str> {
         let ids = ["user_id", "connection_id", "msgid"].map(|key| (key, self.props.str(key)));
         let sid = self.sid.as_ref().map(SessionId::as_str);
@@ -103,12 +101,12 @@ impl Frame {
         Frame { body: Bytes::new(), ..self.clone() }
     }
 
-    /// Bytes of memory that the frame holds, roughly.
+    /// Memory held, in bytes, roughly.
     pub fn held(&self) -> usize {
         size_of::<Frame>() + self.typ.len() + self.props.len() + self.body.len()
     }
 
-    /// A body that makes up most of the message shares its memory. Bytes after the document are ignored.
+    /// Shares the memory of the message if the body is most of it. Ignores bytes after the document.
     pub fn decode(message: &Bytes) -> Result<Self, DecodeError> {
         let mut cursor = Cursor { rest: message };
         let mut header = None;
@@ -126,7 +124,7 @@ impl Frame {
                 _ => cursor.skip(1)?,
             }
         }
-        // A slice keeps the whole message in memory, but `held` counts only the body.
+        // A slice keeps the whole message, but `held` counts only the body.
         let body = match body.len() < message.len() / 4 * 3 {
             true => Bytes::copy_from_slice(body),
             false => message.slice_ref(body),
@@ -134,7 +132,7 @@ impl Frame {
         Ok(header.ok_or(DecodeError::NoHeader)?.with_body(body))
     }
 
-    /// All but the body; `None` for nil.
+    /// `None` for nil.
     fn decode_header(cursor: &mut Cursor<'_>) -> Result<Option<Self>, DecodeError> {
         let Some(fields) = cursor.map("the header")? else { return Ok(None) };
         let mut frame = Frame::new(0, "", None);
@@ -157,8 +155,8 @@ impl Frame {
         out
     }
 
-    /// Encodes the frame with a body that `read` puts behind [`Frame::head_room`] in `buffer`; `read` returns its length
-    /// and a result to hand on. Returns the message's place in `buffer`.
+    /// `read` writes the body behind [`Frame::head_room`] in `buffer` and returns its length and a result to pass on.
+    /// Returns the place of the message in `buffer`.
     pub fn encode_with<T>(
         &self,
         buffer: &mut [u8],
@@ -173,19 +171,19 @@ impl Frame {
         (start..body + length, result)
     }
 
-    /// Upper bound of a head in bytes.
+    /// Upper bound of the head in bytes.
     pub fn head_room(&self) -> usize {
         let sid = self.sid.as_ref().map_or(0, |sid| sid.as_str().len());
         54 + self.typ.len() + sid + self.props.len()
     }
 
-    /// Encodes all but the body, for one of `length` bytes.
+    /// For a body of `length` bytes.
     fn encode_head(&self, length: usize, out: &mut Vec<u8>) {
         let sid = self.sid.as_ref().map_or("", SessionId::as_str);
         let texts = [("typ", &*self.typ), ("sid", sid)].into_iter().filter(|(_, text)| !text.is_empty());
         let fields = 1 + texts.clone().count() + usize::from(!self.props.is_empty());
         out.push(if length == 0 { 0x81 } else { 0x82 });
-        // Writing to a Vec doesn't fail.
+        // Writing to a Vec cannot fail.
         let _ = encode::write_str(out, "hdr");
         out.push(0x80 | fields as u8);
         let _ = encode::write_str(out, "proto");

@@ -1,4 +1,4 @@
-//! Maps with string keys: a frame's properties, and the bodies that the agent writes.
+//! Maps with string keys: properties of frames, and bodies that the agent writes.
 
 use std::io::Write;
 
@@ -7,14 +7,14 @@ use rmp::encode;
 use super::MAX_ID;
 use super::msgpack::{Cursor, DecodeError, Value};
 
-/// Bytes of properties that an answer repeats, not counting the last property.
+/// Bytes of properties that an answer repeats, not counting the last one.
 const MAX_READABLE: usize = 512;
 
-/// Kept in its encoded form, so that properties can be sent back unchanged.
+/// Stays encoded, so that properties can be sent back unchanged.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Map {
     pairs: u32,
-    /// Without the map's header.
+    /// Without the header.
     bytes: Vec<u8>,
 }
 
@@ -38,7 +38,7 @@ impl Map {
         self.bytes.len()
     }
 
-    /// Adds a pair whose value `write` writes. Writing to a Vec doesn't fail.
+    /// `write` writes the value; writing to a Vec cannot fail.
     pub(crate) fn with<E>(mut self, key: &str, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Self {
         self.pairs += 1;
         let _ = encode::write_str(&mut self.bytes, key);
@@ -46,17 +46,17 @@ impl Map {
         self
     }
 
-    /// In its shortest form.
+    /// In the shortest form.
     pub(crate) fn with_int(self, key: &str, value: i64) -> Self {
         self.with(key, |out| encode::write_sint(out, value).map(drop))
     }
 
-    /// In its 64-bit form.
+    /// In 64 bits.
     pub fn with_i64(self, key: &str, value: i64) -> Self {
         self.with(key, |out| encode::write_i64(out, value))
     }
 
-    /// Leaves out `None`.
+    /// Omits `None`.
     pub fn with_str<'a>(self, key: &str, value: impl Into<Option<&'a str>>) -> Self {
         match value.into() {
             Some(value) => self.with(key, |out| encode::write_str(out, value)),
@@ -64,7 +64,7 @@ impl Map {
         }
     }
 
-    /// Adds type and id of the message that an error is about, unless they are empty or `None`.
+    /// Type and id of the message that an error is about, if it has them.
     pub(crate) fn with_cause(self, typ: &str, id: Option<&str>) -> Self {
         self.with_str("msgtype", Some(typ).filter(|typ| !typ.is_empty())).with_str("msgid", id)
     }
@@ -80,7 +80,7 @@ impl Map {
         out
     }
 
-    /// The part that every client can read: scalars with names, limited in length and number.
+    /// The part that every decoder can read: scalars with names, limited in length and number.
     pub(crate) fn readable(&self) -> Self {
         let mut kept = Map::new();
         for (name, encoded) in self.pairs() {
@@ -101,7 +101,7 @@ impl Map {
         (0..self.pairs).map_while(move |_| Some((cursor.value().ok()?, cursor.raw(1).ok()?)))
     }
 
-    /// The last value under `key`, as in Go's maps. nil counts as absent.
+    /// The last value wins, as in Go's maps. nil counts as absent.
     fn get(&self, key: &str) -> Option<Value<'_>> {
         let (_, value) = self.pairs().filter(|(name, _)| *name == Value::Blob(key.as_bytes())).last()?;
         Cursor { rest: value }.value().ok().filter(|value| *value != Value::Nil)
@@ -111,7 +111,7 @@ impl Map {
         self.get(key).is_some()
     }
 
-    /// An integer of any width, or a float without a fraction.
+    /// Any width; also a float without fraction.
     pub fn int(&self, key: &str) -> Option<i64> {
         match self.get(key)? {
             Value::Int(n) => i64::try_from(n).ok(),

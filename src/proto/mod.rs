@@ -1,8 +1,8 @@
-//! The language spoken through the websocket. Does no I/O. One websocket message carries one [`Frame`], a msgpack map:
-//! `{ "hdr": { "proto": u16, "typ": str?, "sid": str?, "props": { str: any }? }, "body": bin? }`
+//! The protocol spoken through the websocket. Does no I/O. A message carries one [`Frame`], a msgpack map: `{ "hdr": {
+//! "proto": u16, "typ": str?, "sid": str?, "props": { str: any }? }, "body": bin? }`
 //!
-//! Decoding accepts any form that a client may send: integers of any width, bodies as str or bin, nil for absent
-//! values, unknown keys. Encoding produces the form that the other decoders insist on; [`frame`] says where it matters.
+//! Decoding accepts whatever clients send: integers of any width, bodies as str or bin, nil for absent values, unknown
+//! keys. Encoding produces what strict decoders require; [`frame`] says where that matters.
 
 pub mod control;
 pub mod file;
@@ -16,7 +16,7 @@ pub(crate) use frame::UserId;
 pub use frame::{Frame, SessionId};
 pub use map::Map;
 
-/// Longest identifier in bytes: a session's, a user's, a connection's, a message's, a message type.
+/// Largest identifier in bytes: of a session, user, forward or message, or a message type.
 pub(crate) const MAX_ID: usize = 256;
 
 /// Characters of a client's text that answers and log lines repeat.

@@ -1,5 +1,5 @@
 //! Msgpack: a reader for the envelope, which accepts any width and order and copies nothing, and one for typed bodies.
-//! Nesting can't exhaust a stack, and no length that a message only claims is allocated.
+//! Neither recurses without limit or allocates what a length only claims.
 
 use rmp::Marker;
 use serde::Deserialize;
@@ -8,7 +8,7 @@ use thiserror::Error;
 /// Bodies are flat; deeper nesting is an attempt to exhaust the stack.
 const MAX_DEPTH: usize = 16;
 
-/// Reads a typed body: integers of any width, texts as str or bin; unknown keys are skipped.
+/// Accepts integers of any width, texts as str or bin, unknown keys.
 pub fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, rmp_serde::decode::Error> {
     let mut deserializer = rmp_serde::Deserializer::from_read_ref(body);
     deserializer.set_max_depth(MAX_DEPTH);
@@ -41,7 +41,7 @@ pub(crate) enum Value<'a> {
     /// str or bin.
     Blob(&'a [u8]),
     Map,
-    /// An array or an extension.
+    /// Array or extension.
     Other,
 }
 
@@ -53,7 +53,7 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
-    /// Reads a value, without those nested in it. Returns their number, too.
+    /// Reads one value, and returns the number of values nested in it, which are still to be read.
     fn element(&mut self) -> Result<(Value<'a>, u64), DecodeError> {
         use Marker::*;
         let marker = Marker::from_u8(self.take(1)?[0]);
@@ -85,15 +85,15 @@ impl<'a> Cursor<'a> {
             F32 => Value::Float(f32::from_bits(number(self.take(length)?) as u32).into()),
             F64 => Value::Float(f64::from_bits(number(self.take(length)?))),
             FixStr(_) | Str8 | Str16 | Str32 | Bin8 | Bin16 | Bin32 => Value::Blob(self.take(length)?),
-            // An extension has one byte of type besides its data.
+            // An extension has a byte of type besides its data.
             _ => self.take(length + 1).map(|_| Value::Other)?,
         };
         Ok((value, 0))
     }
 
-    /// Skips the next `count` values, however deep.
+    /// Skips `count` values, however deep.
     pub(crate) fn skip(&mut self, mut count: u64) -> Result<(), DecodeError> {
-        // Each value takes a byte at least, so a message's end bounds the loop whatever it claims.
+        // Each value takes at least a byte, so the end of the message bounds the loop.
         while count > 0 {
             let (_, inner) = self.element()?;
             count = (count - 1).saturating_add(inner);
@@ -101,14 +101,14 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 
-    /// Skips the next `count` values and returns their bytes.
+    /// Skips `count` values, and returns their bytes.
     pub(crate) fn raw(&mut self, count: u64) -> Result<&'a [u8], DecodeError> {
         let start = self.rest;
         self.skip(count)?;
         Ok(&start[..start.len() - self.rest.len()])
     }
 
-    /// Reads a map's header and returns the number of pairs; `None` for nil.
+    /// The number of pairs; `None` for nil.
     pub(crate) fn map(&mut self, what: &'static str) -> Result<Option<u32>, DecodeError> {
         match self.element()? {
             (Value::Nil, _) => Ok(None),
@@ -117,14 +117,14 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Reads the next value, and skips the contents of maps and arrays.
+    /// Skips the contents of maps and arrays.
     pub(crate) fn value(&mut self) -> Result<Value<'a>, DecodeError> {
         let (value, inner) = self.element()?;
         self.skip(inner)?;
         Ok(value)
     }
 
-    /// Reads a str or bin; `None` for nil.
+    /// A str or bin; `None` for nil.
     pub(crate) fn blob(&mut self, what: &'static str) -> Result<Option<&'a [u8]>, DecodeError> {
         match self.value()? {
             Value::Nil => Ok(None),
@@ -133,7 +133,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Reads an integer; `None` for nil.
+    /// `None` for nil.
     pub(crate) fn int<T: TryFrom<i128>>(&mut self, what: &'static str) -> Result<Option<T>, DecodeError> {
         match self.value()? {
             Value::Nil => Ok(None),

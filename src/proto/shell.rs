@@ -1,14 +1,14 @@
-//! The terminal's frames. Both directions use the same types: `new`, `shell`, `resize`, `stop`, `ping`, `pong`.
+//! Frames of the terminal. Both directions use the types `new`, `shell`, `resize`, `stop`, `ping`, `pong`.
 
 use bytes::Bytes;
 
 use super::{Frame, Map, SHELL, SessionId};
 
-/// The request for a shell and its answer.
+/// The request and its answer.
 pub(crate) const NEW: &str = "new";
 pub(crate) const DATA: &str = "shell";
 pub(crate) const RESIZE: &str = "resize";
-/// Ends the shell, or reports that it has ended.
+/// Ends the shell, or reports its end.
 pub(crate) const STOP: &str = "stop";
 pub(crate) const PING: &str = "ping";
 pub(crate) const PONG: &str = "pong";
@@ -17,7 +17,7 @@ const NORMAL: i64 = 1;
 const ERROR: i64 = 2;
 const CONTROL: i64 = 3;
 
-/// As a 64-bit integer: mender-cli notices failures only in this form, and other clients read any.
+/// In 64 bits: mender-cli notices failures only in this form; other clients read any.
 fn status(value: i64) -> Map {
     Map::new().with_i64("status", value)
 }
@@ -26,7 +26,7 @@ pub(crate) fn started(sid: &SessionId) -> Frame {
     Frame::new(SHELL, NEW, Some(sid)).with_props(status(NORMAL)).with_body("Shell started")
 }
 
-/// The head of a frame of output, without the output.
+/// Without the output itself.
 pub fn output(sid: &SessionId) -> Frame {
     Frame::new(SHELL, DATA, Some(sid)).with_props(status(NORMAL))
 }
@@ -35,23 +35,23 @@ pub(crate) fn stopped(sid: &SessionId) -> Frame {
     Frame::new(SHELL, STOP, Some(sid)).with_props(status(NORMAL))
 }
 
-/// Reports that a frame of type `typ` failed or, with [`STOP`], that the shell has ended.
+/// The frame `typ` failed; with [`STOP`] the shell has ended.
 pub(crate) fn failure(sid: &SessionId, typ: &str, reason: impl Into<Bytes>) -> Frame {
     Frame::new(SHELL, typ, Some(sid)).with_props(status(ERROR)).with_body(reason)
 }
 
-/// A `stop` that the server sends for a user whose connection has ended.
+/// The server sends this `stop` for a user whose connection has ended.
 pub(crate) fn is_of_absent_user(frame: &Frame) -> bool {
     frame.props.int("status") == Some(ERROR) && frame.body == "user disconnected"
 }
 
-/// Asks whether the client is there. `timeout` announces the next ping, in seconds.
+/// `timeout`: until the next ping, in seconds.
 pub(crate) fn ping(sid: &SessionId, timeout: u16) -> Frame {
-    // In the shortest form: mender-cli would count seconds strictly if it could read the number.
+    // In the shortest form: mender-cli would enforce the seconds if it could read the number.
     Frame::new(SHELL, PING, Some(sid)).with_props(status(CONTROL).with_int("timeout", timeout.into()))
 }
 
-/// Columns and rows in `new` and `resize`, if both are positive. They lose bits beyond 16, as in Go.
+/// Columns and rows, if both are positive. Truncated to 16 bits, as in Go.
 pub fn window_size(frame: &Frame) -> Option<(u16, u16)> {
     let dimension = |key| frame.props.int(key).filter(|n| *n > 0).map(|n| n as u16);
     Some((dimension("terminal_width")?, dimension("terminal_height")?))

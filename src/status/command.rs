@@ -1,4 +1,4 @@
-//! The command: asks the daemon and prints the answer. Texts from clients are escaped.
+//! The command `status`: asks the daemon and prints the answer, with texts from clients escaped.
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
@@ -30,7 +30,7 @@ pub(crate) fn fetch() -> io::Result<Status> {
     miniserde::json::from_str(&answer).map_err(|_| io::Error::other("the answer is no status document"))
 }
 
-/// False if the daemon can't be asked.
+/// Returns false if the daemon does not answer.
 pub(crate) fn show(json: bool, watch: bool) -> bool {
     let mut out = io::stdout();
     loop {
@@ -48,12 +48,12 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
         };
         let text = visible_lines(&text);
         let text = match watch && !json {
-            // Overwrites from the top, and clears the rest of each line and of the screen: no flicker.
+            // Overwrite from the top, and clear the rest of each line and of the screen: no flicker.
             true if out.is_terminal() => format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")),
             true => text + "\n",
             false => text,
         };
-        // Fails when the reader has closed its end of the pipe.
+        // Fails if the reader has closed the pipe.
         let written = out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok();
         if !written || !watch {
             return true;

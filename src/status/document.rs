@@ -1,9 +1,9 @@
-//! The daemon's state, as JSON in one line: durations in seconds, sizes in bytes, "in" is to the device.
-//! docs/operations.md describes each field.
+//! The status document: durations in seconds, sizes in bytes, "in" is to the device. docs/operations.md describes each
+//! field.
 
 use std::time::Instant;
 
-// Not serde: what it derives for these types makes a release build for x86_64 40 KiB larger.
+// Not serde: its derived code makes a release build for x86_64 40 KiB larger.
 use miniserde::{Deserialize, Serialize};
 
 use crate::config::Auth;
@@ -11,10 +11,10 @@ use crate::proto::{FILE_TRANSFER, MAX_TEXT, PORT_FORWARD, SHELL, SessionId, clip
 use crate::session::stats::{Figures, Info, seconds};
 use crate::session::{Device, Direction, MAX_SHELLS};
 
-/// Forwards listed, of all sessions together.
+/// Forwards listed, over all sessions.
 const MAX_FORWARDS: usize = 1024;
 
-/// A daemon of another version may write it: fields that a later version adds are `Option`s.
+/// A daemon of another version may write it: fields added later are `Option`s.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Status {
     pub(crate) connection: Connection,
@@ -50,7 +50,7 @@ pub(crate) struct Shells {
     pub(crate) running: usize,
 }
 
-/// All files since the daemon's start. The averages are what the limits are about.
+/// Files since the daemon's start. The limits apply to the averages.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Transferred {
     pub(crate) average_in: f64,
@@ -64,7 +64,7 @@ pub(crate) struct Session {
     pub(crate) age: f64,
     pub(crate) bytes_in: u64,
     pub(crate) bytes_out: u64,
-    /// How long its shell has been without a client.
+    /// Time without a client.
     pub(crate) detached: Option<f64>,
     pub(crate) forwards: Vec<Forward>,
     /// Including those not listed.
@@ -110,13 +110,12 @@ pub(crate) struct Forward {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum State {
-    /// There is no token; the authentication manager will announce one.
+    /// The authentication manager will announce a token.
     #[serde(rename = "unauthorized")]
     Unauthorized,
-    /// The next attempt's time has not come.
     #[serde(rename = "waiting")]
     Waiting,
-    /// The manager was asked for the next attempt's token.
+    /// The manager was asked for the token of the next attempt.
     #[serde(rename = "asking")]
     Asking,
     #[serde(rename = "connecting")]
@@ -171,7 +170,7 @@ impl Status {
 }
 
 impl Session {
-    /// Lists at most `room` forwards and takes their number off `room`.
+    /// Lists at most `room` forwards, and subtracts their number.
     fn new(id: &SessionId, info: &Info, room: &mut usize, now: Instant) -> Self {
         let shell = info.shell().map(|shell| {
             let Figures { age, idle, bytes_in, bytes_out } = shell.traffic.figures(now);

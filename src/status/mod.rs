@@ -1,10 +1,9 @@
-//! The daemon's state, over a socket to the command `status`.
+//! The daemon's state, over a socket to the command `status`: `status.sock` in `$RUNTIME_DIRECTORY` (systemd's; else
+//! `/run/mender-connect`). A client gets one JSON document and end of file. Only root and the daemon's user may
+//! connect.
 //!
-//! The daemon listens on `status.sock` in `$RUNTIME_DIRECTORY` (systemd's; else `/run/mender-connect`). A client
-//! gets one JSON document and end of file. Only the daemon's user and root may connect.
-//!
-//! The socket is in the supervisor's poll loop. Each answer has a thread, so that a client that doesn't read can't block
-//! the daemon. Failures are warnings: the daemon works without the socket.
+//! The socket is in the supervisor's poll loop, each answer in a thread of its own, so that a client that doesn't read
+//! blocks nothing. Failures are warnings: the daemon works without the socket.
 
 mod command;
 mod document;
@@ -27,17 +26,17 @@ pub(crate) use self::document::{Connection, State, Status};
 use crate::sys::wake::Wake;
 use crate::sys::{reason, thread};
 
-/// Answers in progress at a time. Further clients wait in the socket's queue.
+/// Concurrent answers. Further clients wait in the socket's queue.
 const MAX_ANSWERS: usize = 4;
-/// Limit of a write without progress.
+/// Of a write without progress.
 const WRITE_LIMIT: Duration = Duration::from_secs(1);
-/// Pause after accept(2) has failed.
+/// After accept(2) has failed.
 const PAUSE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(crate) struct Server {
     listener: Option<UnixListener>,
-    /// Each answer in progress holds a clone.
+    /// Cloned by each answer in progress.
     answers: Arc<()>,
     wake: Arc<Wake>,
     pause: Option<Instant>,
@@ -52,14 +51,14 @@ impl Drop for Server {
 }
 
 impl Server {
-    /// Calls `wake` when another answer may begin.
+    /// Notifies `wake` when another answer may begin.
     pub(crate) fn open(wake: &Arc<Wake>) -> Self {
         let path = socket_path();
         let listener = listen(&path).inspect_err(|e| warn!("no status: {}: {}", path.display(), reason(e)));
         Server { listener: listener.ok(), answers: Arc::default(), wake: Arc::clone(wake), pause: None }
     }
 
-    /// The socket, if another answer may begin.
+    /// `None` while no other answer may begin.
     fn ready(&self) -> Option<&UnixListener> {
         let busy = Arc::strong_count(&self.answers) > MAX_ANSWERS;
         self.listener.as_ref().filter(|_| !busy && self.pause.is_none())
@@ -92,7 +91,7 @@ impl Server {
         stream.set_write_timeout(Some(WRITE_LIMIT))?;
         let (answer, wake) = (Arc::clone(&self.answers), Arc::clone(&self.wake));
         let body = move || {
-            // Fails if the client has gone or doesn't read.
+            // Fails if the client has gone or does not read.
             let _ = writeln!(stream, "{}", miniserde::json::to_string(&status));
             drop((stream, answer));
             wake.notify();
@@ -108,7 +107,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
         Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
         _ => {}
     }
-    // Only we can write the directory: nobody can put another file in the socket's place.
+    // Nobody else may write the directory, or they could replace the socket.
     let found = fs::symlink_metadata(directory)?;
     if !found.is_dir() || found.uid() != nix::unistd::geteuid().as_raw() || found.mode() & 0o022 != 0 {
         return Err(io::Error::other("its place is no directory of the daemon's own"));
@@ -118,7 +117,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
             return Err(io::Error::other("something is in its place"));
         }
         match connect(path) {
-            // A daemon that was killed left it.
+            // Left by a daemon that was killed.
             Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path)?,
             _ => return Err(io::Error::other("another daemon has it")),
         }
@@ -134,7 +133,7 @@ fn socket_path() -> PathBuf {
     first.unwrap_or_else(|| "/run/mender-connect".into()).join("status.sock")
 }
 
-/// Fails at once where a hung daemon's queue is full.
+/// Fails at once if the queue of a hung daemon is full.
 fn connect(path: &Path) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let ours = UnixStream::from(socket(AddressFamily::Unix, SockType::Stream, flags, None)?);

@@ -1,4 +1,4 @@
-//! When to connect: a table of states and events. Pure; nothing else decides it.
+//! When to connect: State × Event → State + Actions. Pure.
 
 use std::time::{Duration, Instant};
 
@@ -8,50 +8,50 @@ use crate::config::without_password;
 use crate::session::stats::seconds;
 use crate::status::{Connection, State};
 
-/// Time between questions for the token while there is a link: the bus may have dropped the announcement of a
-/// withdrawal, as it does when another program floods it.
+/// Interval of questions for the token while connected: the bus may have dropped the signal that revokes it, as it does
+/// when another program floods it.
 const ASK_INTERVAL: Duration = Duration::from_secs(180);
-/// A manager that still has no token so long after it was asked to fetch one has none to give.
+/// A manager without a token so long after it was asked to fetch one has none.
 const FETCH_LIMIT: Duration = Duration::from_secs(60);
-/// Places in [`Machine::spare`].
+/// Indexes of [`Machine::spare`].
 const ATTEMPT: usize = 0;
 const PING: usize = 1;
-/// The network's changes have an effect this many times in a row, and then once an interval.
+/// Changes of the network that count in a row; further ones count once an interval.
 const CHANGES: u32 = 3;
 const CHANGE_INTERVAL: Duration = Duration::from_secs(10);
-/// The wait after a change of the network.
+/// Wait after a change of the network.
 const SOON: Duration = Duration::from_secs(1);
-/// A link that is lost this long after a change of the network, or later, isn't lost because of it.
+/// A later loss is not blamed on the change of the network.
 const STALE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
     Auth(AuthEvent),
     Connected,
-    /// The link has ended, or the attempt failed. The server refused it with this HTTP status.
+    /// `refused`: the HTTP status of a refusal.
     Lost {
         refused: Option<u16>,
         retry_after: Option<Duration>,
     },
     Tick,
-    /// There is another way to the server, maybe, and the old one may be gone.
+    /// There may be a new route to the server, and the old one may be gone.
     NetworkChanged,
-    /// By the operator: look at the token and, unless there is a link or an attempt, try now.
+    /// By the operator: check the token and, if there is no link or dial, try now.
     RetryNow,
     Stop,
 }
 
-/// Actions in a list are to be taken in this order.
+/// To be taken in the order of the list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// End the link or the attempt, with all its sessions.
+    /// Ends the sessions, too.
     Close,
-    /// Replaces a link or an attempt.
+    /// Replaces a link or dial.
     Dial,
     Ask,
     /// Have the manager fetch a new token.
     Fetch,
-    /// Have the server show that it is still there.
+    /// Have the server prove that it is alive.
     Ping,
     LogNetworkChanged,
     LogWait(Duration),
@@ -63,32 +63,31 @@ pub(crate) enum Action {
 pub(crate) struct Machine {
     pub(crate) state: State,
     since: Instant,
-    /// Time of the next attempt, in [`State::Waiting`], or question, in [`State::Connected`].
+    /// Of the next attempt, in [`State::Waiting`], or question, in [`State::Connected`].
     until: Instant,
     /// For the next attempt.
     pub(crate) credentials: Option<Credentials>,
-    /// Since when the manager has answered that there is no token, though none was withdrawn.
+    /// Since when the manager has answered that there is no token, without revoking one.
     doubted: Option<Instant>,
-    /// See [`backoff::wait`]: since the token changed or a link was stable.
+    /// Since the token changed or a link was stable: see [`backoff::wait`].
     failures: u32,
-    /// When the last link was lost, or the start.
+    /// When the last link was lost; initially the start.
     lost: Instant,
     /// The last attempt was refused.
     refused: bool,
-    /// When the network has changed, unless an attempt has come of it.
+    /// Last change of the network that has caused no attempt yet.
     changed: Option<Instant>,
-    /// The changes of the network so far leave room for another attempt then, and for another ping.
+    /// When the budget of changes allows another attempt, and another ping.
     spare: [Instant; 2],
-    /// Attempts that failed since the last link, stable or not.
+    /// Failed attempts since the last link, stable or not.
     failed: u64,
     /// ReconnectIntervalSeconds.
     pub(crate) base: Duration,
-    /// Uniform.
     random: fn() -> u64,
 }
 
 impl Machine {
-    /// The manager is asked already.
+    /// The source asks on its own at the start.
     pub(crate) fn new(base: Duration, random: fn() -> u64, now: Instant) -> Self {
         Machine {
             state: State::Unauthorized,
@@ -111,7 +110,7 @@ impl Machine {
         matches!(self.state, State::Waiting | State::Connected).then_some(self.until)
     }
 
-    /// The server's URL for people.
+    /// For display: without password.
     pub(crate) fn server(&self) -> Option<String> {
         self.credentials.as_ref().map(|credentials| without_password(&credentials.server_url))
     }
@@ -132,7 +131,7 @@ impl Machine {
         }
     }
 
-    /// For the log with the times as of `now`, for systemd without, so that the text changes with the state only.
+    /// With times as of `now` for the log; without them for systemd, so that the text changes only with the state.
     pub(crate) fn describe(&self, now: Option<Instant>) -> String {
         let server = self.server().unwrap_or_default();
         let (left, age) = now.map_or_else(Default::default, |now| {
@@ -169,10 +168,10 @@ impl Machine {
         }
         match (state, event) {
             (Stopping, _) => (Stopping, vec![]),
-            // The link is closed when no shell is kept any more.
+            // The supervisor closes the link once no shell is kept any more.
             (_, Event::Stop) => (Stopping, vec![]),
 
-            // An announcement is worth an attempt at once, even with the token we know; an answer isn't.
+            // Even a known token is worth an attempt at once if announced, but not if it is an answer.
             (Dialling | Connected, Event::Auth(Changed(Some(new)) | Answered(Ok(Some(new)))))
             | (Waiting, Event::Auth(Answered(Ok(Some(new)))))
                 if self.credentials.as_ref() == Some(&new) =>
@@ -181,7 +180,7 @@ impl Machine {
             }
             (_, Event::Auth(Changed(Some(new)) | Answered(Ok(Some(new))))) => {
                 if self.credentials.as_ref() != Some(&new) {
-                    // The attempts so far say nothing about it.
+                    // Earlier failures say nothing about the new token.
                     self.failures = 0;
                     self.credentials = Some(new);
                 }
@@ -195,7 +194,7 @@ impl Machine {
                 let lost = self.credentials.take().map(|_| LogNoReconnect("there is no token".to_owned()));
                 (Unauthorized, lost.into_iter().collect())
             }
-            // A working link stays at first: a manager that has just started knows no token until somebody fetches one.
+            // Keep a working link at first: a manager that has just started knows no token until it fetches one.
             (_, Event::Auth(Answered(Ok(None)))) => {
                 let doubted = *self.doubted.get_or_insert(now);
                 if self.credentials.is_some() && now.saturating_duration_since(doubted) >= FETCH_LIMIT {
@@ -224,7 +223,7 @@ impl Machine {
                 (state, vec![Ask])
             }
 
-            // A server that has refused is no nearer now, or it is tried within a second anyway.
+            // A server that has refused is reachable as it is; a wait below a second is short enough.
             (Waiting, Event::NetworkChanged) if self.refused || self.until <= now + SOON => (state, vec![]),
             (Waiting, Event::NetworkChanged) => {
                 let cut = self.soon(ATTEMPT, now, self.until).inspect(|at| self.until = *at);
@@ -258,10 +257,10 @@ impl Machine {
         }
         let outage = now.saturating_duration_since(self.lost);
         self.refused = refused.is_some();
-        // A server that takes links and ends them has too much to do, too.
+        // A server that accepts links and ends them is overloaded, too.
         let unanswered = dialled && !self.refused;
         let mut wait = backoff::wait(&mut self.failures, unanswered, outage, self.base, (self.random)());
-        // The network that was lost with it, or in which it failed, is the old one.
+        // The change explains the loss or the failure: try soon.
         if let Some(changed) = self.changed.take()
             && !self.refused
             && now < changed + STALE
@@ -269,7 +268,7 @@ impl Machine {
             wait = self.soon(ATTEMPT, now, now + wait).map_or(wait, |at| at - now);
         }
         if let Some(wish) = retry_after {
-            // A whole fleet may have been given the same Retry-After: spread the attempts.
+            // A whole fleet may have got the same Retry-After: spread the attempts.
             wait = wait.max(wish + backoff::spread(self.base, (self.random)()));
         }
         self.until = now + wait;
@@ -277,8 +276,8 @@ impl Machine {
         [Action::Close, Action::LogWait(wait)].into_iter().chain(fetch).collect()
     }
 
-    /// When a change of the network has an effect, if that is before `limit`: spread over a second, since a whole site may
-    /// have it, and later where the network changes all the time.
+    /// When a change of the network takes effect, if that is before `limit`: spread over a second, since a whole site
+    /// may see it, and later if the network changes all the time.
     fn soon(&mut self, what: usize, now: Instant, limit: Instant) -> Option<Instant> {
         let at = (now + backoff::spread(SOON, (self.random)())).max(self.spare[what]);
         if at >= limit {
@@ -289,7 +288,7 @@ impl Machine {
     }
 }
 
-/// [`Machine::spare`] if the network has not changed for long.
+/// [`Machine::spare`] of a quiet network.
 fn fresh(now: Instant) -> Instant {
     now.checked_sub((CHANGES - 1) * CHANGE_INTERVAL).unwrap_or(now)
 }

@@ -1,4 +1,4 @@
-//! The main thread: one poll(2) for all that may happen, [`machine`] to decide, and the actions.
+//! The main thread: polls everything, asks [`machine`] what to do, and does it.
 
 pub(crate) mod machine;
 
@@ -28,7 +28,7 @@ use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
 use crate::sys::{PollSet, children, clock, reason};
 
-/// Limit of the sessions' clean-up at the end. The init system is promised two seconds.
+/// For the sessions' clean-up at the end. Init systems are promised 2 s.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
 
 type Error = Box<dyn std::error::Error>;
@@ -59,26 +59,26 @@ struct Supervisor {
     context: Arc<Device>,
     proxies: Arc<ProxySettings>,
     link: Option<Link>,
-    /// Incremented whenever a link is made or closed; events of an older epoch are ignored.
+    /// Incremented per link made or closed; events of an older epoch are ignored.
     epoch: u64,
-    /// Cloned for each link, whose thread drops the clone when it ends.
+    /// Each link's thread has a clone, and drops it when it ends.
     reporter: Sender<(u64, LinkEvent)>,
     reports: Receiver<(u64, LinkEvent)>,
     wake: Arc<Wake>,
     status: status::Server,
-    /// `None` where the kernel doesn't offer them.
+    /// `None` if the kernel lacks it.
     network: Option<Netlink>,
     suspension: Option<Suspension>,
 }
 
-/// Runs until SIGTERM or SIGINT. SIGHUP calls `load` for a new configuration. Fails if the bus is missing at the start.
+/// SIGHUP calls `load` for a new configuration. Fails if the bus is missing at the start.
 pub(crate) fn run(
     config: Config,
     load: impl Fn() -> Result<Config, ConfigError> + 'static,
     signals: &Signals,
 ) -> Result<(), Error> {
     let (wake, now) = (Arc::new(Wake::new().map_err(out_of_resources)?), Instant::now());
-    // At most two reports a link, and links are made one after another.
+    // Unbounded, but a link sends at most two reports, and links are made one after another.
     let (reporter, reports) = crossbeam_channel::unbounded();
     let context = Device::new(config);
     session::adopt_all(&context);
@@ -193,7 +193,7 @@ impl Supervisor {
         }
     }
 
-    /// Reloads the configuration: all of it or, with the reason in the log, nothing.
+    /// Adopts all of the new configuration or, with the reason in the log, nothing.
     fn reload(&mut self) {
         self.service.reloading();
         let result = (self.load)().map_err(Error::from).and_then(|config| self.adopt(config));
@@ -305,7 +305,7 @@ impl Supervisor {
         }
     }
 
-    /// Ends and reaps every session's processes, as far as that is possible in time.
+    /// Ends and reaps the processes of all sessions, as far as time allows.
     fn stop(self) {
         let deadline = Instant::now() + STOP_LIMIT;
         match &self.context.store {
@@ -313,9 +313,9 @@ impl Supervisor {
             None => self.context.shells.close(),
         }
         drop((self.status, self.link, self.reporter));
-        // A link's thread drops its router, and so the sessions, before its reporter.
+        // A link's thread drops its router, which ends the sessions, before its reporter.
         while self.reports.recv_deadline(deadline).is_ok() {}
-        // By now those shells are detached that are left to the next agent.
+        // Shells left to the next agent are detached by now.
         self.context.shells.close();
         if !self.context.wait_until_quiet(deadline) {
             warn!("some processes did not end in time");
@@ -325,7 +325,7 @@ impl Supervisor {
 }
 
 fn random() -> u64 {
-    // Early in a boot there may be no randomness yet: the clock has to do.
+    // Early in a boot there may be no randomness yet: use the clock.
     getrandom::u64()
         .unwrap_or_else(|_| u64::from(clock::now().subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }

@@ -1,11 +1,10 @@
-//! Opens files by path without leaving a directory, whatever happens to that path meanwhile. For any thread.
+//! Opens files by path without leaving a directory, whatever happens to that path meanwhile.
 //!
-//! Where there is openat2(2) (Linux 5.6) the boundary is the kernel's. Elsewhere the path is opened component by
-//! component, each with O_NOFOLLOW in a directory that is held open, so that it reaches an entry of that directory and
-//! nothing else. Links can't be followed safely that way: below a boundary they are refused.
+//! With openat2(2) (Linux 5.6) the kernel enforces the boundary. Older kernels: the path is opened component by
+//! component, each with O_NOFOLLOW in a directory that is held open, so that it can only reach an entry of that
+//! directory. Symbolic links cannot be followed safely that way, and are refused.
 //!
-//! Neither is a boundary against mounts and hard links in the directory. A directory that was reached stays open,
-//! wherever it is moved afterwards.
+//! Mounts and hard links in the directory are not covered. An open directory stays open wherever it is moved.
 
 use std::ffi::{CStr, OsStr};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -19,22 +18,21 @@ use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2
 use nix::libc;
 use nix::sys::stat::{Mode, SFlag, fstat};
 
-/// Retries of openat2(2) after EAGAIN, which any rename(2) on the system may cause.
+/// Retries after EAGAIN, which any rename(2) on the system may cause.
 const MAX_RACES: usize = 32;
 const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rules {
-    /// Nothing above the starting directory is reachable: not by `..`, not by an absolute path, and not through a
-    /// link.
+    /// Nothing above the starting directory is reachable, be it by `..`, an absolute path or a link.
     pub(crate) beneath: bool,
-    /// Follow symbolic links. Otherwise any link in the path is ELOOP, the last component included, unless that is
-    /// opened as the link itself (O_PATH and O_NOFOLLOW). With `beneath` it needs [`follows_links`].
+    /// Otherwise any link in the path is ELOOP, even the last component, unless that is opened as a link (O_PATH and
+    /// O_NOFOLLOW). With `beneath` it needs [`follows_links`].
     pub(crate) follow_links: bool,
 }
 
-/// True if links can be followed without leaving the directory. Probes openat2(2) once: older container runtimes answer
-/// EPERM to system calls that they don't know.
+/// Whether links can be followed within a boundary. Probes openat2(2) once: older container runtimes answer EPERM to
+/// unknown system calls.
 pub(crate) fn follows_links() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
@@ -44,8 +42,8 @@ pub(crate) fn follows_links() -> bool {
     })
 }
 
-/// Opens `path`, from `dir` if it is relative, with O_PATH or as a directory; O_CLOEXEC is always added. Fails with EXDEV
-/// for a way out, ELOOP for a link that isn't to be followed, else as open(2).
+/// `path` may be relative to `dir`; `flags` need O_PATH or O_DIRECTORY. EXDEV: a way out, ELOOP: a link that is not to
+/// be followed; else as open(2).
 pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {
     let flags = flags | OFlag::O_CLOEXEC;
     if !follows_links() {
@@ -57,17 +55,17 @@ pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules)
     answer.unwrap_or(Err(Errno::EAGAIN))
 }
 
-/// Opens the very file that `fd` (O_PATH) refers to, so that the checks on `fd` hold for it; O_CLOEXEC and O_LARGEFILE are
-/// always added. Needs procfs on `/proc`, which only root can change, else ENOENT. A link is ELOOP.
+/// Opens the very file behind an O_PATH descriptor, so that checks of `fd` hold for it. Needs procfs on /proc, else
+/// ENOENT. A link is ELOOP.
 pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> nix::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     openat(AT_FDCWD, path.as_str(), flags | OFlag::O_CLOEXEC | OFlag::O_LARGEFILE, Mode::empty())
 }
 
-/// Attributes of `name` in `dir`, a set of STATX_ATTR_*. None before Linux 4.11; nothing tells of mounts before 5.8.
+/// STATX_ATTR_* bits; 0 before Linux 4.11. Mounts are reported since 5.8.
 #[allow(unsafe_code)]
 pub(crate) fn attributes(dir: BorrowedFd<'_>, name: &OsStr) -> u64 {
-    // struct statx: 256 bytes, whose second eight are stx_attributes. Older versions of musl don't have it.
+    // struct statx has 256 bytes; stx_attributes are the second eight. Older versions of musl lack it.
     let mut statx = [0_u64; 32];
     let (dir, flags, place) = (dir.as_raw_fd(), AtFlags::AT_SYMLINK_NOFOLLOW.bits(), statx.as_mut_ptr());
     // SAFETY: the name ends in NUL, the kernel writes one struct statx, and both outlive the call.
@@ -77,7 +75,7 @@ pub(crate) fn attributes(dir: BorrowedFd<'_>, name: &OsStr) -> u64 {
 }
 
 fn ask_kernel(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Result<OwnedFd> {
-    // Links of procfs lead to what a process has open, wherever that is.
+    // Links of procfs lead to whatever a process has open.
     let mut resolve = ResolveFlag::RESOLVE_NO_MAGICLINKS;
     resolve.set(ResolveFlag::RESOLVE_BENEATH, rules.beneath);
     resolve.set(ResolveFlag::RESOLVE_NO_SYMLINKS, !rules.follow_links);
@@ -107,7 +105,7 @@ fn walk(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules) -> nix::Re
             return Err(Errno::ELOOP);
         }
     }
-    // A slash at the end means a directory as well.
+    // A trailing slash means a directory, too.
     if flags.contains(OFlag::O_DIRECTORY) || path.as_os_str().as_bytes().ends_with(b"/") {
         return openat(&here, ".", flags | OFlag::O_DIRECTORY, Mode::empty());
     }

@@ -1,7 +1,7 @@
-//! Starts programs from a descriptor table of their own, in which no file of a client is open.
+//! Starts programs from a thread whose own descriptor table has no client's file open.
 //!
-//! A child that is forked has all of its parent's descriptors and closes them at execve(2). FUSE, NFS and CIFS answer that
-//! with a flush, so that no shell would start while an upload waits for storage that hangs.
+//! A forked child inherits all descriptors and closes them at execve(2). FUSE, NFS and CIFS answer that with a flush,
+//! so that no shell would start while an upload waits for hung storage.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -26,13 +26,13 @@ type Job = (Command, Sender<io::Result<Child>>);
 
 struct Nursery {
     jobs: Sender<Job>,
-    /// Takes the descriptor for each job, in the jobs' order.
+    /// Carries the descriptor of each job, in order.
     socket: OwnedFd,
 }
 
 static NURSERY: OnceLock<Mutex<Nursery>> = OnceLock::new();
 
-/// To be called at the start, before files are opened. Without it programs are started by the thread that asks.
+/// Call it before files are opened. Without it the calling thread starts programs itself.
 pub(crate) fn prepare() -> io::Result<()> {
     let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
     let (jobs, queue) = unbounded();
@@ -46,13 +46,13 @@ pub(crate) fn prepare() -> io::Result<()> {
         let _ = ready.send(());
         serve(&queue, &theirs);
     })?;
-    // What is opened later isn't in that table.
+    // Files opened later are not in that table.
     let _ = is_ready.recv();
     let _ = NURSERY.set(Mutex::new(Nursery { jobs, socket }));
     Ok(())
 }
 
-/// Starts `command` with `stdio` as its three standard descriptors.
+/// `stdio` becomes all three standard descriptors.
 pub(crate) fn start(command: Command, stdio: OwnedFd) -> io::Result<Child> {
     let Some(nursery) = NURSERY.get() else { return start_here(command, stdio) };
     let (reply, child) = bounded(1);
@@ -72,7 +72,7 @@ fn start_here(mut command: Command, stdio: OwnedFd) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Terminals that the service manager has kept would never hang up while they are open here.
+/// Terminals kept by the service manager would never hang up while they are open here.
 #[allow(unsafe_code)]
 fn close_all_but(socket: &OwnedFd) {
     let others = numbers_in("/proc/thread-self/fd").into_iter();
@@ -86,7 +86,7 @@ fn close_all_but(socket: &OwnedFd) {
 fn serve(jobs: &Receiver<Job>, socket: &OwnedFd) {
     for (command, reply) in jobs {
         let stdio = receive(socket);
-        // One for each program: the shell, or the user's home, may be on storage that hangs.
+        // A thread each: the shell, or the user's home, may be on hung storage.
         let started = thread::spawn("child", thread::SMALL_STACK, move || {
             let child = stdio.and_then(|stdio| start_here(command, stdio));
             let pid = child.as_ref().ok().map(pid_of);
@@ -100,19 +100,19 @@ fn serve(jobs: &Receiver<Job>, socket: &OwnedFd) {
     }
 }
 
-/// For an end while threads wait for storage that hangs. Leaves the descriptors to a process that does nothing else: the
-/// kernel lets whoever closes the last of them wait for the flush, and the daemon wouldn't be gone before.
+/// For an exit while threads wait for hung storage: the kernel makes whoever closes the last descriptor wait for the
+/// flush. A process that does nothing else keeps them, so that the daemon can end.
 #[allow(unsafe_code)]
 pub(crate) fn leave_descriptors_behind() {
     let parent = getpid();
     // SAFETY: fork(2), only that both have one table of descriptors. The new process makes system calls only, and ends here.
     unsafe {
         if libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) == 0 {
-            // It has another parent when all threads of this one are done with the table.
+            // Its parent changes when all threads of this process have let go of the table.
             while getppid() == parent {
                 libc::poll(std::ptr::null_mut(), 0, 50);
             }
-            // Whoever reads the log waits for its end.
+            // Readers of the log wait for end of file.
             for fd in 0..=libc::STDERR_FILENO {
                 libc::close(fd);
             }
@@ -132,7 +132,7 @@ fn receive(socket: &OwnedFd) -> io::Result<OwnedFd> {
         ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
         _ => None,
     });
-    // EMFILE: the kernel leaves out what the table has no room for.
+    // EMFILE: the kernel omits descriptors that the table has no room for.
     let fd = fd.ok_or(Errno::EMFILE)?;
     // SAFETY: the kernel has just made this descriptor for the message, which has a single one; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

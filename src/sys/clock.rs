@@ -1,4 +1,4 @@
-//! The wall clock, and the time that the system sleeps.
+//! The wall clock, and suspensions of the system.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -7,26 +7,26 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId as TimerClock, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::time::{ClockId, clock_gettime};
 
-/// The time since 1970, UTC. To be used instead of `SystemTime::now`, which panics from 2038 on 32-bit musl.
+/// Time since 1970, UTC. `SystemTime::now` panics from 2038 on 32-bit musl.
 #[cfg(not(all(target_env = "musl", target_pointer_width = "32")))]
 #[allow(clippy::disallowed_methods, reason = "the standard library knows the way everywhere else")]
 pub(crate) fn now() -> Duration {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
 }
 
-/// As above: the standard library's `time_t` has 32 bits here, ours has 64 (see `.cargo/config.toml`).
+/// The standard library's `time_t` has 32 bits here, ours has 64 (see .cargo/config.toml).
 #[cfg(all(target_env = "musl", target_pointer_width = "32"))]
 pub(crate) fn now() -> Duration {
     let Ok(now) = clock_gettime(ClockId::CLOCK_REALTIME) else { return Duration::ZERO };
-    // A clock may stand before 1970.
+    // The clock may be before 1970.
     u64::try_from(now.tv_sec()).map_or(Duration::ZERO, |_| now.into())
 }
 
-/// Notices that the system was suspended, which timers and time-outs don't count.
+/// Notices suspensions, which timers and time-outs don't count.
 #[derive(Debug)]
 pub(crate) struct Suspension {
     timer: TimerFd,
-    /// All of them so far.
+    /// Sum of all suspensions.
     slept: Duration,
 }
 
@@ -37,8 +37,7 @@ impl Suspension {
     pub(crate) fn watch() -> nix::Result<Self> {
         let timer =
             TimerFd::new(TimerClock::CLOCK_REALTIME, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
-        // It becomes readable when the wall clock jumps, as it does after a suspension, see timerfd_create(2), and
-        // never else.
+        // Readable when the wall clock jumps, as it does after a suspension (timerfd_create(2)), and never otherwise.
         let never = Expiration::OneShot(TimeSpec::from_duration(Duration::from_secs(u32::MAX.into())));
         timer
             .set(never, TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET)?;
@@ -47,7 +46,7 @@ impl Suspension {
 
     /// True if there was one since the last call.
     pub(crate) fn is_over(&mut self) -> bool {
-        // Makes it unreadable.
+        // Make it unreadable again.
         let _ = self.timer.wait();
         self.grew_to(asleep())
     }
@@ -64,7 +63,7 @@ impl AsFd for Suspension {
     }
 }
 
-/// How long the system has been suspended since it was started.
+/// Time suspended since boot.
 fn asleep() -> Duration {
     let [awake, all] = [ClockId::CLOCK_MONOTONIC, ClockId::CLOCK_BOOTTIME]
         .map(|clock| clock_gettime(clock).map_or(Duration::ZERO, Duration::from));

@@ -1,5 +1,6 @@
-//! The service manager's socket, as sd_notify(3) has it, and its store of descriptors. Elsewhere nobody listens.
-// Not the crate sd-notify: its messages wait for a manager that doesn't read.
+//! The service manager: notifications as in sd_notify(3), and its store of descriptors. Without a manager nothing
+//! happens.
+// Not the crate sd-notify: it blocks on a manager that does not read.
 
 use std::ffi::OsStr;
 use std::io::IoSlice;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::time::{ClockId, clock_gettime};
 
-/// From the service manager to this process, not to its children.
+/// For this process, not for its children.
 pub(crate) const VARIABLES: [&str; 8] = [
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -23,7 +24,7 @@ pub(crate) const VARIABLES: [&str; 8] = [
     "LISTEN_FDNAMES",
     "LISTEN_PIDFDID",
 ];
-/// The first descriptor that the manager passes on.
+/// SD_LISTEN_FDS_START.
 const FIRST: RawFd = 3;
 
 pub(crate) fn variable<T: std::str::FromStr>(name: &str) -> Option<T> {
@@ -38,7 +39,7 @@ impl Manager {
         Manager(std::env::var_os("NOTIFY_SOCKET").and_then(|name| connect(&name)))
     }
 
-    /// A manager that doesn't read mustn't hold anything up, so a message may be lost.
+    /// Never blocks on a manager that does not read: a message may be lost.
     pub(crate) fn send(&self, state: &str, descriptors: &[RawFd]) -> bool {
         let Some(socket) = &self.0 else { return false };
         let rights = [ControlMessage::ScmRights(descriptors)];
@@ -65,12 +66,12 @@ pub(crate) struct Service {
     pub(crate) ready: bool,
     /// The last one sent.
     status: String,
-    /// The interval of signs of life, and when the next one is due.
+    /// Interval of watchdog messages, and when the next is due.
     watchdog: Option<(Duration, Instant)>,
 }
 
 impl Service {
-    /// Reads the environment; intervals start at `now`.
+    /// Reads the environment.
     pub(crate) fn new(now: Instant) -> Self {
         let absent = std::env::var_os("WATCHDOG_PID").is_none();
         let ours = absent || variable("WATCHDOG_PID") == Some(std::process::id());
@@ -81,7 +82,7 @@ impl Service {
     }
 
     fn send(&self, state: &str) {
-        // A lost message is either repeated or not important.
+        // A lost message is repeated or unimportant.
         self.manager.send(state, &[]);
     }
 
@@ -91,7 +92,7 @@ impl Service {
         self.send("READY=1");
     }
 
-    /// Reports a reload, until the next [`Service::ready`]. During the start there is nothing to report.
+    /// Announces a reload, which [`Service::ready`] ends. Does nothing during the start.
     pub(crate) fn reloading(&self) {
         if self.ready
             && let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC)
@@ -104,7 +105,7 @@ impl Service {
         self.send("STOPPING=1");
     }
 
-    /// Sends a status text, unless it repeats the last one.
+    /// Skips a repeated status.
     pub(crate) fn status(&mut self, status: String) {
         if status != self.status {
             self.send(&format!("STATUS={}", status.escape_debug()));
@@ -116,7 +117,7 @@ impl Service {
         self.watchdog.map(|(_, at)| at)
     }
 
-    /// Sends a sign of life if one is due and `makes_progress` confirms that the link isn't stuck.
+    /// Feeds the watchdog if that is due, and the link makes progress.
     pub(crate) fn feed(&mut self, now: Instant, makes_progress: impl FnOnce() -> bool) {
         if let Some((interval, at)) = &mut self.watchdog
             && now >= *at
@@ -129,7 +130,7 @@ impl Service {
     }
 }
 
-/// The descriptors that the manager has kept for this process, with their names. To be called once.
+/// Descriptors that the manager has kept for this process, with their names. Call it once.
 #[allow(unsafe_code)]
 pub(crate) fn kept_descriptors() -> Vec<(String, OwnedFd)> {
     if variable("LISTEN_PID") != Some(std::process::id()) {

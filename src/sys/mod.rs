@@ -1,4 +1,4 @@
-//! Wrappers of the kernel and libc. The only place with `unsafe`.
+//! Wrappers of kernel and libc; all of the `unsafe` code.
 
 pub(crate) mod beneath;
 pub(crate) mod children;
@@ -47,7 +47,7 @@ const GO_TEXTS: [(Errno, &str); 9] = [
     (Errno::EXDEV, "invalid cross-device link"),
 ];
 
-/// Go's text for an error: lower case, without the number.
+/// Go's text: lower case, without the number.
 pub(crate) fn reason(error: &io::Error) -> String {
     let Some(errno) = error.raw_os_error().map(Errno::from_raw) else { return error.to_string() };
     let known = GO_TEXTS.iter().find(|(known, _)| *known == errno);
@@ -58,18 +58,18 @@ pub(crate) fn reason(error: &io::Error) -> String {
     text
 }
 
-/// Release builds abort on a panic, so that no lock is ever poisoned there.
+/// Ignores poison: release builds abort on a panic.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A line without characters that a terminal obeys: C0, C1, line separators and what turns the direction of text. They
-/// become escapes of JSON, in which such a line stays valid.
+/// Escapes what a terminal obeys: C0, C1, line separators and bidirectional controls. The escapes are JSON's, so that
+/// JSON stays valid.
 pub(crate) fn visible(line: &str) -> String {
     escape(line, "")
 }
 
-/// The same for a text whose lines and columns are the agent's own.
+/// The same for a text with lines and columns of our own.
 pub(crate) fn visible_lines(text: &str) -> String {
     escape(text, "\n\t")
 }
@@ -82,7 +82,7 @@ fn escape(text: &str, kept: &str) -> String {
     text.chars().map(|c| if hidden(c) { format!("\\u{:04x}", c as u32) } else { c.to_string() }).collect()
 }
 
-/// Who, besides root and the user of this process, can change a file or put another in its place.
+/// Lists who, besides root and this process's user, can change a file or replace it.
 pub(crate) fn writers(file: &Path) -> Vec<String> {
     let exists = file.exists();
     let nearest = if exists { Some(file) } else { file.parent() };
@@ -91,7 +91,7 @@ pub(crate) fn writers(file: &Path) -> Vec<String> {
     for (n, place) in real.ancestors().enumerate() {
         let Ok(stat) = fs::metadata(place) else { continue };
         let (owner, group, mode) = (stat.uid(), stat.gid(), stat.mode());
-        // In a sticky directory others can only add what is not there.
+        // In a sticky directory others can only add names that don't exist.
         let sticky = stat.is_dir() && mode & 0o1000 != 0 && (exists || n > 0);
         let mut add = |who: String| {
             found.push(match exists && n == 0 {
@@ -112,15 +112,15 @@ pub(crate) fn writers(file: &Path) -> Vec<String> {
     found
 }
 
-/// To the standard output. A reader that closed its end of the pipe is no reason to fail.
+/// Ignores errors: the reader may have closed the pipe.
 pub(crate) fn print(text: &str) {
     let mut out = io::stdout();
     let _ = out.write_all(visible_lines(text).as_bytes());
     let _ = out.flush();
 }
 
-/// renameat2(2) within a directory, with RENAME_NOREPLACE or RENAME_EXCHANGE. nix has it for glibc only. EINVAL: the file
-/// system, ENOSYS: the kernel (before 3.15) doesn't support it.
+/// renameat2(2) within a directory, which nix has for glibc only. EINVAL: unsupported by the file system, ENOSYS: by
+/// the kernel (before 3.15).
 #[allow(unsafe_code)]
 pub(crate) fn rename(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr, flags: libc::c_uint) -> nix::Result<()> {
     let dir = dir.as_raw_fd();
@@ -132,8 +132,8 @@ pub(crate) fn rename(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr, flags: libc:
     Errno::result(result).map(drop)
 }
 
-/// A duplicate of the socket of a bus connection whose watch is enabled. libdbus names its own by number only, and
-/// closes it in whichever call notices that the connection is lost.
+/// Duplicates the socket of a channel whose watch is enabled. libdbus tells only its number, and closes it in whichever
+/// call notices that the connection is lost.
 #[cfg(feature = "dbus")]
 #[allow(unsafe_code)]
 pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Result<OwnedFd> {
@@ -145,7 +145,6 @@ pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Resu
     unsafe { BorrowedFd::borrow_raw(channel.watch().fd) }.try_clone_to_owned()
 }
 
-/// The descriptors for one poll(2).
 #[derive(Default)]
 pub(crate) struct PollSet<'a>(Vec<PollFd<'a>>);
 
@@ -154,7 +153,7 @@ impl<'a> PollSet<'a> {
         self.0.push(PollFd::new(fd, events));
     }
 
-    /// Waits until an event or `deadline`. An interruption counts as no event.
+    /// Waits for an event or `deadline`. An interruption counts as no event.
     pub(crate) fn wait(mut self, deadline: Option<Instant>) -> io::Result<Events> {
         match nix::poll::poll(&mut self.0, deadline.map_or(PollTimeout::NONE, timeout_until)) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -165,7 +164,7 @@ impl<'a> PollSet<'a> {
     }
 }
 
-/// The events that poll(2) found. Only a hint: a descriptor that was opened since may have the number of a closed one.
+/// Only a hint: a descriptor opened since may have the number of a closed one.
 #[derive(Debug, Default)]
 pub(crate) struct Events(Vec<(RawFd, PollFlags)>);
 
@@ -176,14 +175,14 @@ impl Events {
     }
 }
 
-/// Waits for a single descriptor as a poll set does for many, and returns its events.
+/// [`PollSet::wait`] for one descriptor.
 pub fn poll_one(fd: &impl AsFd, events: PollFlags, deadline: Option<Instant>) -> io::Result<PollFlags> {
     let mut set = PollSet::default();
     set.add(fd.as_fd(), events);
     Ok(set.wait(deadline)?.of(fd))
 }
 
-/// Rounded up to milliseconds: waking a moment early would only cost a second turn.
+/// Rounded up to milliseconds: waking early would cost a second turn.
 fn timeout_until(at: Instant) -> PollTimeout {
     let left = at.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
     PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)

@@ -1,5 +1,5 @@
-//! Host names to addresses. IPv4 and IPv6 addresses are asked for in two queries: with one for both, musl lets the
-//! worse answer win, and glibc waits for the slower one. Name servers that refuse, deny or drop AAAA queries are common.
+//! Resolves host names with one query per family: in a joint query musl lets the worse answer win, and glibc waits for
+//! the slower one. Name servers that refuse, deny or drop AAAA queries are common.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -16,18 +16,17 @@ use super::thread;
 
 pub(crate) type Answer = io::Result<Vec<SocketAddr>>;
 
-/// What an answer is to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Query {
-    /// For both families, to a name that /etc/hosts has.
+    /// Both families, for a name in /etc/hosts.
     Hosts,
     A,
     Aaaa,
 }
 
-/// Resolves `host` in threads, because getaddrinfo(3) can't be interrupted: it may go on after the caller has given
-/// up. The one that ends last drops `permit`. Calls `wake` when there is an answer, or the receiver is disconnected
-/// after the last one. Fails if no thread can be started.
+/// Resolves `host` in threads, since getaddrinfo(3) cannot be interrupted and may outlast the caller. The last thread
+/// drops `permit`. Calls `wake` for each answer, and once the channel is disconnected. Fails if no thread can be
+/// started.
 pub(crate) fn look_up(
     host: &str,
     port: u16,
@@ -37,7 +36,7 @@ pub(crate) fn look_up(
     let (sender, answers) = crossbeam_channel::bounded(2);
     let (name, permit) = (host.to_owned(), Arc::new(permit));
     let ask = move |query| {
-        // Fails when the caller has given up.
+        // Fails if the caller has given up.
         let _ = sender.send((query, resolve(&name, port, query)));
         drop(sender);
         wake();
@@ -46,11 +45,11 @@ pub(crate) fn look_up(
     let host = host.to_owned();
     thread::spawn("resolver", thread::LARGE_STACK, move || {
         if is_in_hosts_file(&host) {
-            // An entry for one family overrides DNS for both; two queries would find the other family's in DNS.
+            // An entry for one family overrides DNS for both; two queries would find the other family in DNS.
             return ask(Query::Hosts);
         }
         let other = ask.clone();
-        // Without a thread for it the look-up uses IPv4's answer alone.
+        // Without a second thread there is only IPv4's answer.
         let _ = thread::spawn("resolver", thread::LARGE_STACK, move || other(Query::Aaaa));
         ask(Query::A);
     })?;
@@ -76,7 +75,7 @@ fn resolve(host: &str, port: u16, query: Query) -> Answer {
     let host = CString::new(host)?;
     // SAFETY: addrinfo consists of integers and pointers, for which zero is a valid value.
     let zero: libc::addrinfo = unsafe { mem::zeroed() };
-    // A type, else there is an entry per address and type.
+    // With a type, or there is an entry per address and type.
     let hints = libc::addrinfo { ai_family: family, ai_socktype: libc::SOCK_STREAM, ..zero };
     let mut list = ptr::null_mut();
     // SAFETY: the name ends with NUL, no service is named, and all three pointers are valid during the call.

@@ -1,4 +1,4 @@
-//! Sockets and addresses: what std doesn't offer.
+//! Sockets and addresses, beyond std.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
@@ -25,45 +25,42 @@ nix::setsockopt_impl!(UnsentLimit, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, u
 nix::ioctl_read_bad!(unacknowledged, libc::TIOCOUTQ, libc::c_int);
 nix::ioctl_read_bad!(unsent, 0x894b, libc::c_int);
 
-/// Acknowledges received bytes at once. The kernel forgets it after a while, hence "re-arm".
+/// Acknowledges at once. The kernel forgets the option after a while.
 pub(crate) fn rearm_quick_ack(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(setsockopt(&socket, QuickAck, &true)?)
 }
 
-/// A write waits while more than `bytes` have not been sent yet, so that the messages queued behind it in this program
-/// can still be reordered.
+/// Limits unsent bytes in the kernel: messages still in this program can be reordered.
 pub(crate) fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result<()> {
     Ok(setsockopt(&socket, UnsentLimit, &bytes.into())?)
 }
 
-/// Makes closing a TCP socket reset its connection, so that nothing is sent any more. Returns how many written bytes the
-/// other side has not got: those that were not sent and, if it has fallen silent, those that it has not acknowledged.
-/// Otherwise the acknowledgement of what it has read may only be late.
+/// Makes close(2) reset the connection. Returns how many written bytes the other side has not got: the unsent ones and,
+/// if it has fallen silent, the unacknowledged ones. Otherwise an acknowledgement may only be late.
 pub(crate) fn discard_undelivered(socket: BorrowedFd<'_>) -> u64 {
     let _ = setsockopt(&socket, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
     // tcpi_retransmits: time-outs since the last acknowledgement.
     waiting(socket, if tcp_info(socket)[2] > 0 { unacknowledged } else { unsent })
 }
 
-/// True if something waits for its acknowledgement, and the last one was less than `limit` ago.
+/// True if unacknowledged bytes remain, and the last acknowledgement came less than `limit` ago.
 pub(crate) fn is_delivering(socket: BorrowedFd<'_>, limit: Duration) -> bool {
-    // tcpi_last_ack_recv: milliseconds.
+    // tcpi_last_ack_recv, in milliseconds.
     let [.., a, b, c, d] = tcp_info(socket);
     undelivered(socket) > 0 && u128::from(u32::from_ne_bytes([a, b, c, d])) < limit.as_millis()
 }
 
-/// Bytes that were written and not acknowledged.
 pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
     waiting(socket, unacknowledged)
 }
 
-/// The other side is gone if it acknowledges nothing, or has no room for more, for `limit`.
+/// The connection fails if the other side acknowledges nothing, or has no room, for `limit`.
 pub(crate) fn set_user_timeout(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
     let millis = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
     Ok(setsockopt(&socket, TcpUserTimeout, &millis)?)
 }
 
-/// The begin of `struct tcp_info`. Not by nix, which panics where the system has another length for it.
+/// The first bytes of `struct tcp_info`. nix panics if the kernel's length differs.
 #[allow(unsafe_code)]
 fn tcp_info(socket: BorrowedFd<'_>) -> [u8; 60] {
     let (mut info, mut length) = ([0; 60], 60);
@@ -75,7 +72,6 @@ fn tcp_info(socket: BorrowedFd<'_>) -> [u8; 60] {
     info
 }
 
-/// Bytes that were written to a socket and that `count` counts.
 #[allow(unsafe_code)]
 fn waiting(
     socket: BorrowedFd<'_>,
@@ -87,13 +83,13 @@ fn waiting(
     result.ok().and_then(|_| u64::try_from(bytes).ok()).unwrap_or(0)
 }
 
-/// True if something waits to be read: bytes, an end or an error.
+/// Also true for end of file and errors.
 pub(crate) fn is_readable(socket: BorrowedFd<'_>) -> bool {
     let look = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
     recv(socket.as_raw_fd(), &mut [0], look) != Err(Errno::EAGAIN)
 }
 
-/// True if `address` is in the network of `network`'s first `prefix` bits.
+/// `prefix` in bits.
 pub(crate) fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
     match (network, address) {
         (IpAddr::V4(a), IpAddr::V4(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros() >= prefix,
@@ -102,13 +98,11 @@ pub(crate) fn contains(network: IpAddr, prefix: u32, address: IpAddr) -> bool {
     }
 }
 
-/// Without the zone of an IPv6 address.
 pub(crate) fn without_zone(host: &str) -> &str {
     host.split_once('%').map_or(host, |(address, _)| address)
 }
 
-/// The address that `host` is, if it is one. An IPv6 address may have a zone, the name or number of an interface. If
-/// that doesn't exist the address is none, either.
+/// `None` for names and unknown zones. The zone of an IPv6 address is the name or number of an interface.
 pub(crate) fn literal(host: &str, port: u16) -> Option<SocketAddr> {
     let Some((address, zone)) = host.split_once('%') else {
         return Some(SocketAddr::new(host.parse().ok()?, port));
@@ -116,12 +110,12 @@ pub(crate) fn literal(host: &str, port: u16) -> Option<SocketAddr> {
     Some(SocketAddrV6::new(address.parse().ok()?, port, 0, zone_index(zone)?).into())
 }
 
-/// Of an interface that is named, or given by this number.
+/// `zone`: name or number of an interface.
 pub(crate) fn zone_index(zone: &str) -> Option<u32> {
     zone.parse().ok().or_else(|| if_nametoindex(zone).ok())
 }
 
-/// Begins to connect a non-blocking socket, which becomes writable when that is decided.
+/// The socket becomes writable once the connection succeeds or fails.
 pub(crate) fn begin_connect(address: SocketAddr, kind: SockType) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;

@@ -1,4 +1,4 @@
-//! What the kernel tells about the network: rtnetlink(7).
+//! Changes of the network, by rtnetlink(7).
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,7 +19,7 @@ const GROUPS: libc::c_int = libc::RTMGRP_LINK
     | libc::RTMGRP_IPV4_ROUTE
     | libc::RTMGRP_IPV6_ROUTE;
 
-/// The sizes of `struct nlmsghdr`, `struct ifaddrmsg` and `struct rtattr`.
+/// Sizes of `struct nlmsghdr`, `struct ifaddrmsg` and `struct rtattr`.
 const MESSAGE: usize = 16;
 const ADDRESS: usize = 8;
 const ATTRIBUTE: usize = 4;
@@ -27,14 +27,14 @@ const ATTRIBUTE: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Netlink {
     socket: OwnedFd,
-    /// The indexes of interfaces that were seen with a carrier.
+    /// Indexes of interfaces that have had a carrier.
     running: BTreeSet<u32>,
 }
 
-/// What has an effect on a connection. Refreshed addresses and routes between machines nearby have none.
+/// Only what affects connections: not refreshed addresses, nor routes between nearby hosts.
 #[derive(Debug, Default)]
 pub(crate) struct Changes {
-    /// There is a new default route or a new address, an address has its carrier back, or the kernel couldn't tell all.
+    /// A new default route or address, an address whose carrier is back, or the kernel lost messages.
     pub(crate) new: bool,
     pub(crate) gone: Vec<IpAddr>,
 }
@@ -73,23 +73,23 @@ impl Changes {
             && let Some(message) = bytes.get(MESSAGE..length as usize)
         {
             match (kind, message) {
-                // A default route has no bits of a destination.
+                // The destination of a default route has 0 bits.
                 (libc::RTM_NEWROUTE, [_family, 0, _, _, _table, _, _scope, libc::RTN_UNICAST, ..]) => {
                     self.new = true;
                 }
                 (libc::RTM_NEWADDR, [_family, _, flags, libc::RT_SCOPE_UNIVERSE, ..]) => {
                     let tentative = u32::from(*flags) & libc::IFA_F_TENTATIVE != 0;
-                    // `struct ifa_cacheinfo`: when it was made, and when it was changed.
+                    // `struct ifa_cacheinfo`: created, changed.
                     let times = attribute(message, libc::IFA_CACHEINFO);
                     let refreshed = times.is_some_and(|times| word(times, 8) != word(times, 12));
                     self.new |= !tentative && !refreshed;
                 }
                 (libc::RTM_DELADDR, _) => {
-                    // Of a point-to-point interface the other one is the peer's.
+                    // On point-to-point interfaces IFA_ADDRESS is the peer's.
                     let own = attribute(message, libc::IFA_LOCAL);
                     self.gone.extend(own.or_else(|| attribute(message, libc::IFA_ADDRESS)).and_then(ip));
                 }
-                // An address that was configured by hand stays, as its routes do, while the cable is unplugged.
+                // A static address and its routes stay while the cable is unplugged.
                 (libc::RTM_NEWLINK, _) => {
                     let (Some(index), Some(flags)) = (word(message, 4), word(message, 8)) else { return };
                     if flags & libc::IFF_RUNNING.cast_unsigned() == 0 {
@@ -105,7 +105,7 @@ impl Changes {
     }
 }
 
-/// True if an interface has an address by which it reaches more than its neighbours.
+/// Link-local addresses don't count.
 fn has_address(index: u32) -> bool {
     getifaddrs().is_ok_and(|mut addresses| {
         addresses.any(|interface| {
@@ -131,7 +131,7 @@ fn ip(bytes: &[u8]) -> Option<IpAddr> {
     <[u8; 4]>::try_from(bytes).map(IpAddr::from).or_else(|_| v6()).ok()
 }
 
-/// An attribute's value in a message about an address.
+/// An attribute of a message about an address.
 fn attribute(message: &[u8], wanted: u16) -> Option<&[u8]> {
     let mut rest = message.get(ADDRESS..)?;
     loop {

@@ -1,5 +1,5 @@
-//! Privileges and limits that the process changes at its start, and that its programs get back. For use before any other
-//! thread is started: capabilities belong to threads, and are inherited.
+//! Privileges and limits that the process changes at its start, and that programs get back. Call these before starting
+//! threads: capabilities belong to threads, and are inherited.
 
 use std::io;
 use std::sync::OnceLock;
@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
 
-// Sets of one capability, by the numbers of capabilities(7).
+// Bits of capabilities(7).
 const CHOWN: u64 = 1 << 0;
 const DAC_OVERRIDE: u64 = 1 << 1;
 const DAC_READ_SEARCH: u64 = 1 << 2;
@@ -21,10 +21,10 @@ const KILL: u64 = 1 << 5;
 const SETGID: u64 = 1 << 6;
 const SETUID: u64 = 1 << 7;
 
-/// linux/capability.h: the header of version 3, which has two sets.
+/// linux/capability.h: header of version 3, with two sets.
 const THIS_THREAD: [u32; 2] = [0x2008_0522, 0];
 
-/// The process's umask and limits, soft and hard, at its start.
+/// Umask, and soft and hard limits, at the start.
 struct Inherited {
     umask: Mode,
     core: (rlim_t, rlim_t),
@@ -33,20 +33,19 @@ struct Inherited {
 
 static INHERITED: OnceLock<Inherited> = OnceLock::new();
 
-/// Keeps the memory, which holds the token, out of core files and away from other processes of the user; new files
-/// are for the user alone. Raises the limit on descriptors to the hard one: systemd's soft limit, 1024, is for
-/// programs that use select(2), and one session's forwards could use it up.
+/// Keeps the token in memory out of core files and away from the user's other processes, and new files private. Raises
+/// the limit on descriptors to the hard one: systemd's soft limit, 1024, is for programs that use select(2), and one
+/// session's forwards could use it up.
 pub(crate) fn keep_to_oneself() -> io::Result<()> {
     let (core, files) = (getrlimit(Resource::RLIMIT_CORE)?, getrlimit(Resource::RLIMIT_NOFILE)?);
     let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), core, files });
     setrlimit(Resource::RLIMIT_CORE, 0, core.1)?;
     setrlimit(Resource::RLIMIT_NOFILE, files.1, files.1)?;
-    // The limit doesn't count where core files are piped to a program.
+    // The limit does not apply where core files are piped to a program.
     Ok(prctl::set_dumpable(false)?)
 }
 
-/// Gives a program the umask and limits that the daemon was started with. Async-signal-safe, for use between fork and
-/// exec.
+/// For a child between fork and exec: async-signal-safe.
 pub(crate) fn restore() -> io::Result<()> {
     let Some(inherited) = INHERITED.get() else { return Ok(()) };
     umask(inherited.umask);
@@ -57,11 +56,11 @@ pub(crate) fn restore() -> io::Result<()> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Needs {
     pub(crate) shells: bool,
-    /// Shells of root, with all privileges.
+    /// With all privileges.
     pub(crate) root_shells: bool,
-    /// Reading and writing files of any user.
+    /// Access to files of any user.
     pub(crate) files: bool,
-    /// Running programs with all of root's privileges: shells with sudo, the Mender client.
+    /// Programs with all of root's privileges: sudo in shells, the Mender client.
     pub(crate) privileged_programs: bool,
 }
 
@@ -70,14 +69,14 @@ impl Needs {
     fn capabilities(self) -> u64 {
         let shells = if self.shells { CHOWN | KILL | SETGID | SETUID } else { 0 };
         let files = if self.files { CHOWN | DAC_OVERRIDE | FOWNER | FSETID } else { 0 };
-        // Certificates and other things to be read may belong to anybody.
+        // Certificates and the like may belong to anybody.
         DAC_READ_SEARCH | shells | files
     }
 }
 
 static HELD: OnceLock<Needs> = OnceLock::new();
 
-/// True if [`reduce`] kept enough for `needs`.
+/// Whether [`reduce`] kept enough for `needs`.
 pub(crate) fn suffices_for(needs: Needs) -> bool {
     let Some(held) = HELD.get() else { return true };
     let programs = held.privileged_programs || !needs.privileged_programs;
@@ -86,8 +85,8 @@ pub(crate) fn suffices_for(needs: Needs) -> bool {
     programs && (!geteuid().is_root() || capabilities && root_shells)
 }
 
-/// Drops root's capabilities beyond `needs`, for ever. Unless a program run by the daemon may need more, such
-/// programs can't get any either (the bounding set, no_new_privs). On an error it has dropped as many as it could.
+/// Drops root's capabilities beyond `needs`, for ever, and bars programs from regaining them (bounding set,
+/// no_new_privs) unless one may need them. On an error it has dropped as many as it could.
 pub(crate) fn reduce(needs: Needs) -> io::Result<()> {
     let kept = needs.capabilities();
     let _ = HELD.set(needs);
@@ -104,14 +103,14 @@ pub(crate) fn reduce(needs: Needs) -> io::Result<()> {
     limit(kept, needs.root_shells)
 }
 
-/// Removes all capabilities but `kept` from the bounding set.
+/// Drops all but `kept` from the bounding set.
 #[allow(unsafe_code)]
 fn bound(kept: u64) -> io::Result<()> {
     for capability in (0..u64::BITS).filter(|capability| kept & 1 << capability == 0) {
         // SAFETY: takes integers and touches no memory of ours.
         let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) };
         match Errno::result(result) {
-            // Beyond the last one that the kernel knows.
+            // Beyond the last capability of this kernel.
             Err(Errno::EINVAL) => break,
             other => other?,
         };
@@ -119,8 +118,8 @@ fn bound(kept: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Drops all capabilities but `kept` from this thread. They may stay permitted: a program that gets more of them by
-/// exec(2) than its parent was permitted loses its parent-death signal.
+/// Drops all but `kept` from this thread. Root shells need them `permitted`: a program that gains capabilities by
+/// exec(2) beyond its parent's loses its parent-death signal.
 #[allow(unsafe_code)]
 fn limit(kept: u64, permitted: bool) -> io::Result<()> {
     let mut sets = capabilities()?;
@@ -134,17 +133,17 @@ fn limit(kept: u64, permitted: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// This thread's effective, permitted and inheritable capabilities: the lower 32 of each, then the upper ones.
+/// Effective, permitted and inheritable: the lower 32 bits of each, then the upper ones.
 #[allow(unsafe_code)]
 fn capabilities() -> io::Result<[[u32; 3]; 2]> {
-    // The kernel writes to the header where it doesn't know the version, and an emulator always needs it to be writable.
+    // The kernel writes to the header if it doesn't know the version; emulators need it writable in any case.
     let (mut header, mut sets) = (THIS_THREAD, [[0; 3]; 2]);
     // SAFETY: the kernel reads and writes one header and writes two sets; both live until the call returns.
     Errno::result(unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) })?;
     Ok(sets)
 }
 
-/// True if this thread may treat any file as its own, as in sticky directories.
+/// CAP_FOWNER, which overrides sticky directories.
 pub(crate) fn owns_all_files() -> bool {
     capabilities().is_ok_and(|[[effective, ..], _]| u64::from(effective) & FOWNER != 0)
 }

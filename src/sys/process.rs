@@ -1,4 +1,4 @@
-//! The shell's process: started on its terminal, watched, ended, reaped.
+//! Child processes: a shell on its terminal, the Mender client; starting, watching, ending, reaping.
 
 use std::collections::HashSet;
 use std::ffi::{CString, OsString};
@@ -27,34 +27,33 @@ use super::{children, lock, manager, poll_one, privilege, thread};
 
 nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 
-/// The number of signals on every architecture but MIPS.
+/// On every architecture but MIPS.
 const KERNEL_SIGNALS: usize = 64;
 /// Rounds of signalling, to catch processes forked meanwhile.
 const HANG_UP_ROUNDS: u32 = 20;
 
-/// A process that leads a session of its own, on a terminal of its own. Dropping it before it was reaped kills it and
-/// waits for it.
+/// Leader of a session on a terminal. Dropping it before it was reaped kills it and waits for it.
 #[derive(Debug)]
 pub(crate) struct SessionLeader {
     pid: Pid,
-    /// `None` if an earlier process of the service has started it: then init reaps it.
+    /// `None` if an earlier agent started it: init reaps it.
     child: Option<Child>,
-    /// Readable when the process has ended.
+    /// Readable once the process has ended.
     exit: OwnedFd,
     ended: bool,
 }
 
-/// How a process ended; `None` if only its parent was told.
+/// `None` if only its parent was told.
 pub(crate) type Exit = Option<ExitStatus>;
 
 impl SessionLeader {
-    /// Starts `command` on the terminal `tty` as `user` if this process is root, in `user`'s home or, if the user
-    /// can't enter that, in `/`.
+    /// Starts `command` on the terminal `tty`; if this process is root, as `user`. The working directory is `user`'s
+    /// home or, if the user cannot enter that, `/`.
     ///
-    /// Of `environment` the last of several variables with one name counts; there are no others. Signals have their default effect, umask and limits are
-    /// those that this process was started with, and no descriptor of ours but the terminal is open. With
-    /// `no_new_privileges` no program can become more than the user is. It ends with this process, unless it `outlives`
-    /// that.
+    /// `environment` is complete, and its last variable of a name counts. Signals have default actions, umask and
+    /// limits are those that the daemon was started with, and `tty` is the only open descriptor. With
+    /// `no_new_privileges` no program can become more than the user. Unless it `outlives` this process, it gets SIGTERM
+    /// when that ends.
     pub(crate) fn spawn(
         command: &Path,
         arguments: &[String],
@@ -78,21 +77,21 @@ impl SessionLeader {
             if no_new_privileges {
                 prctl::set_no_new_privs()?;
             }
-            // The user last: it may not change the groups.
+            // The user last: it may not change groups.
             if let Some((groups, gid, uid)) = &switch {
                 setgroups(groups)?;
                 setgid(*gid)?;
                 setuid(*uid)?;
             }
-            // As the user, not before: root may not enter every home (NFS with root_squash), and may enter directories
-            // that the user may not.
+            // As the user: root may not enter every home (NFS with root_squash), but may enter directories that the
+            // user may not.
             chdir(home.as_c_str()).or_else(|_| chdir(c"/"))?;
             if outlives {
                 return Ok(());
             }
-            // The kernel sends this when the thread that forked it ends, as in a kill of the daemon, besides the
-            // terminal's hang-up, which the shell might ignore. Changing the user would undo it. Not SIGKILL: an
-            // interactive shell, which ignores SIGTERM, passes the hang-up on to its jobs.
+            // Sent when the forking thread ends, such as when the daemon is killed, besides the terminal's hang-up,
+            // which the shell might ignore. Setting it before setuid would be undone. Not SIGKILL: an interactive
+            // shell, which ignores SIGTERM, passes the hang-up on to its jobs.
             prctl::set_pdeathsig(Signal::SIGTERM)?;
             // The parent may have ended before.
             if getppid() == parent { Ok(()) } else { Err(Errno::ESRCH.into()) }
@@ -113,11 +112,11 @@ impl SessionLeader {
         Ok(SessionLeader { pid, child: Some(child), exit, ended: false })
     }
 
-    /// The leader of the session on this terminal, a process of `user`'s that is nobody's child here.
+    /// The leader of the session on this terminal: a process of `user`, and not our child.
     pub(crate) fn of_terminal(pty: &Pty, user: Uid) -> io::Result<Self> {
         let pid = pty.session()?;
         let exit = pidfd_open(pid)?;
-        // Its id was another's if the process has ended meanwhile, and then the terminal has no session.
+        // If the process has ended meanwhile, its pid may be another's, but then the terminal has no session.
         if pty.session()? != pid || real_uid(pid)? != user.as_raw() {
             return Err(Errno::EPERM.into());
         }
@@ -128,7 +127,7 @@ impl SessionLeader {
         self.pid.as_raw()
     }
 
-    /// Reaps the process if it has ended. To be called when the descriptor is readable.
+    /// Reaps the process. Call it when the descriptor is readable.
     pub(crate) fn try_wait(&mut self) -> Option<Exit> {
         let Some(child) = &mut self.child else {
             self.ended = true;
@@ -141,14 +140,14 @@ impl SessionLeader {
         status.map(Some)
     }
 
-    /// Sends SIGHUP (and SIGCONT, so that stopped ones notice) to every process of the session, and SIGTERM to the
-    /// shell's own group. Jobs that were made to outlive a hang-up do.
+    /// Sends SIGHUP (and SIGCONT, for stopped ones) to all processes of the session, and SIGTERM to the shell's group.
+    /// Jobs that ignore a hang-up survive.
     pub(crate) fn hang_up(&self) {
         if self.ended {
             return;
         }
-        // As long as the leader isn't reaped its id, and so the session's and the group's, can't be anyone else's. Init
-        // may reap one at any time, but no other process gets that id so soon.
+        // Until the leader is reaped, its pid, session and group are reserved. Init may reap one at any time, but pids
+        // are not reused so soon.
         let (leader, mut told) = (self.pid, HashSet::new());
         for _ in 0..HANG_UP_ROUNDS {
             let before = told.len();
@@ -163,7 +162,7 @@ impl SessionLeader {
         let _ = killpg(leader, Signal::SIGTERM);
     }
 
-    /// Sends SIGKILL to the shell's own group, which it can't leave.
+    /// To the shell's own group, which the shell cannot leave.
     pub(crate) fn kill(&self) {
         if !self.ended {
             let _ = killpg(self.pid, Signal::SIGKILL);
@@ -189,8 +188,8 @@ impl Drop for SessionLeader {
     }
 }
 
-/// Runs `program` with one argument to its end, without input and with its output discarded. Errors are in Go's
-/// words: "exit status 1", "signal: killed", or why it didn't start.
+/// Runs `program` without input, and discards its output. Errors are in Go's words: "exit status 1", "signal: killed",
+/// or why it did not start.
 pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(), String> {
     let failed = |e: io::Error| format!("fork/exec {}: {}", program.display(), super::reason(&e));
     let mut command = Command::new(program);
@@ -210,7 +209,7 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
         let deadline = Instant::now() + limit;
         loop {
             let ended = !poll_one(&exit, PollFlags::POLLIN, Some(deadline))?.is_empty();
-            // A wait may be interrupted, so it isn't over before its time.
+            // An interrupted wait returns before the deadline.
             if ended || Instant::now() >= deadline {
                 return Ok(ended);
             }
@@ -238,10 +237,10 @@ fn real_uid(pid: Pid) -> io::Result<u32> {
     uid.ok_or_else(|| Errno::ESRCH.into())
 }
 
-/// What this process has started and not reaped. Process 1 has other children, too: orphans.
+/// Started and not reaped. Process 1 has other children, too: orphans.
 #[derive(Debug)]
 struct Children {
-    /// Their process ids aren't known yet.
+    /// Their pids are not known yet.
     starting: usize,
     running: Vec<Pid>,
 }
@@ -260,19 +259,19 @@ fn start(command: Command, stdio: OwnedFd) -> io::Result<Child> {
     child
 }
 
-/// To be called once when a child has been reaped: its id may be another's from then on.
+/// Call it right after reaping: the pid may be reused from then on.
 fn forget(child: &Child) {
     lock(&CHILDREN).running.retain(|pid| *pid != pid_of(child));
-    // Its remains may have been in front of an orphan's.
+    // It may have hidden an orphan from waitid.
     reap_orphans();
 }
 
-/// True if processes whose parents have ended become this one's children, as those of a container do.
+/// Whether orphans become our children, as in a container.
 pub(crate) fn adopts_orphans() -> bool {
     getpid() == Pid::from_raw(1) || prctl::get_child_subreaper() == Ok(true)
 }
 
-/// Reaps every orphan that has ended. Those who have started a child wait for it themselves.
+/// Reaps ended orphans; our own children are reaped by their owners.
 pub(crate) fn reap_orphans() {
     let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
     while adopts_orphans()
@@ -280,7 +279,7 @@ pub(crate) fn reap_orphans() {
         && let Some(pid) = status.pid()
     {
         let children = lock(&CHILDREN);
-        // Otherwise whoever makes it false looks again.
+        // Whoever changes that calls again.
         if children.starting > 0 || children.running.contains(&pid) || waitid(Id::Pid(pid), ended).is_err() {
             return;
         }
@@ -291,12 +290,11 @@ pub(crate) fn pid_of(child: &Child) -> Pid {
     Pid::from_raw(child.id().cast_signed())
 }
 
-/// Gives a program default signals and the umask and limits that the daemon was started with.
+/// Restores default signals, umask and limits for a program.
 #[allow(unsafe_code)]
 fn give_back_defaults() -> io::Result<()> {
-    // By number and past libc, which keeps some real-time signals to itself.
-    // The kernel's `struct sigaction` is no larger than this on any architecture, and all zeroes say
-    // "default action, no flags, empty mask" in each one's layout.
+    // By number, bypassing libc, which reserves some real-time signals. On no architecture is the kernel's `struct
+    // sigaction` larger than this, and in each layout zeroes mean "default action, no flags, empty mask".
     let (default, none) = ([0_u64; 8], std::ptr::null::<u64>());
     for signal in 1..=KERNEL_SIGNALS {
         // SAFETY: reads one kernel sigaction from memory that is at least as large; the default action installs no
@@ -307,8 +305,7 @@ fn give_back_defaults() -> io::Result<()> {
     privilege::restore()
 }
 
-/// Marks every descriptor but the standard ones close-on-exec. The daemon's own always are; this is for inherited
-/// ones. To be called at the start.
+/// Marks inherited descriptors but the standard ones close-on-exec; the daemon's own always are. Call it at the start.
 #[allow(unsafe_code)]
 pub(crate) fn keep_descriptors_private() {
     for fd in numbers_in("/proc/self/fd").into_iter().filter(|fd| *fd > libc::STDERR_FILENO) {
@@ -318,13 +315,13 @@ pub(crate) fn keep_descriptors_private() {
     }
 }
 
-/// The entries of a directory of procfs whose names are numbers.
+/// Numeric names in a directory of procfs.
 pub(super) fn numbers_in(path: &str) -> Vec<i32> {
     let entries = fs::read_dir(path).into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// A descriptor that becomes readable when the child has ended.
+/// Readable once the child has ended.
 fn watch_exit(pid: Pid) -> io::Result<OwnedFd> {
     match pidfd_open(pid) {
         Err(Errno::ENOSYS | Errno::EPERM) => watch_with_thread(pid),
@@ -332,7 +329,7 @@ fn watch_exit(pid: Pid) -> io::Result<OwnedFd> {
     }
 }
 
-/// For kernels before 5.3: a thread that waits, without reaping.
+/// For kernels before 5.3.
 fn watch_with_thread(pid: Pid) -> io::Result<OwnedFd> {
     let wake = Wake::new()?;
     let exit = wake.as_fd().try_clone_to_owned()?;
@@ -343,7 +340,7 @@ fn watch_with_thread(pid: Pid) -> io::Result<OwnedFd> {
     Ok(exit)
 }
 
-/// Doesn't reap the child.
+/// Does not reap the child.
 pub(super) fn wait_for_exit(pid: Pid) {
     while waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(Errno::EINTR) {}
 }
@@ -356,7 +353,7 @@ fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// The processes of the session that `leader` leads, itself included even where there is no /proc.
+/// Includes `leader` even without /proc.
 fn session_members(leader: Pid) -> Vec<Pid> {
     let all = numbers_in("/proc").into_iter().map(Pid::from_raw);
     all.filter(|pid| getsid(Some(*pid)) == Ok(leader)).chain([leader]).collect()

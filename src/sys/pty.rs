@@ -1,4 +1,4 @@
-//! Pseudo-terminals: the master side, and how big the terminal is.
+//! Pseudo-terminals: the master side.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -21,13 +21,13 @@ pub(crate) struct WindowSize {
     pub(crate) height: u16,
 }
 
-/// The master side of a PTY. Non-blocking; closed on exec; closing it hangs the terminal up.
+/// Non-blocking and close-on-exec; closing it hangs the terminal up.
 #[derive(Debug)]
 pub(crate) struct Pty(PtyMaster);
 
 impl Pty {
-    /// Opens a pair. The second value is the shell's side; it belongs to `owner`, as after a login, since some programs
-    /// open their terminal by its name. ENOSPC: the system has no more PTYs (`kernel.pty.max`).
+    /// Returns the slave, too. It belongs to `owner`, as after a login, since some programs open their terminal by
+    /// name. ENOSPC: out of PTYs (`kernel.pty.max`).
     pub(crate) fn open(size: WindowSize, owner: Option<Uid>) -> io::Result<(Self, OwnedFd)> {
         let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         grantpt(&master)?;
@@ -37,7 +37,7 @@ impl Pty {
         if owner.is_some() {
             fchown(&slave, owner, None)?;
         }
-        // All clients speak UTF-8: in cooked mode a backspace removes a character, not a byte.
+        // Clients speak UTF-8: in cooked mode backspace must remove a character, not a byte.
         let mut modes = tcgetattr(&slave)?;
         modes.input_flags.insert(InputFlags::IUTF8);
         tcsetattr(&slave, SetArg::TCSANOW, &modes)?;
@@ -55,7 +55,7 @@ impl Pty {
         Ok(())
     }
 
-    /// A master that another process has opened, and its size. Fails for any other descriptor.
+    /// Takes over a master that another process opened. Fails for any other descriptor.
     #[allow(unsafe_code)]
     pub(crate) fn adopt(master: OwnedFd) -> io::Result<(Self, WindowSize)> {
         // SAFETY: the descriptor is the wrapper's now; TIOCGPTN, below, fails if it isn't a master.
@@ -67,12 +67,12 @@ impl Pty {
         Ok((pty, WindowSize { width: size.ws_col, height: size.ws_row }))
     }
 
-    /// The session that this terminal controls. ENOTTY: none, its leader has ended.
+    /// The session on this terminal. ENOTTY: its leader has ended.
     pub(crate) fn session(&self) -> io::Result<Pid> {
         tcgetsid(&self.0).map_err(Into::into)
     }
 
-    /// Reads output. `Ok(0)` is the end: no process holds the other side any more (the kernel says EIO).
+    /// `Ok(0)`: no process holds the slave any more (EIO in the kernel).
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match nix::unistd::read(&self.0, buffer) {
             Err(Errno::EIO) => Ok(0),
@@ -80,7 +80,7 @@ impl Pty {
         }
     }
 
-    /// Writes input, as much of it as the terminal takes now. EIO means that no process holds the other side.
+    /// Writes as much as the terminal takes now. EIO: no process holds the slave.
     pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         nix::unistd::write(&self.0, bytes).map_err(Into::into)
     }

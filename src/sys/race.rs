@@ -1,5 +1,5 @@
-//! Connecting to a name: the first of its addresses to answer wins (RFC 8305, "Happy Eyeballs"). A state machine without
-//! a thread: whoever drives it polls the sockets.
+//! Connects to the first address that answers (RFC 8305, "Happy Eyeballs"). A state machine without a thread: its owner
+//! polls the sockets.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,25 +15,25 @@ use nix::sys::socket::{SockType, getsockopt, sockopt};
 use super::names::{self, Answer, Query};
 use super::{net, poll_one};
 
-/// RFC 8305, section 3: how long IPv4 addresses wait for the answer of the query for IPv6.
+/// RFC 8305, section 3: IPv4 addresses wait this long for IPv6's answer.
 const RESOLUTION_DELAY: Duration = Duration::from_millis(50);
-/// RFC 8305, section 5: between the begin of an attempt and of the next one.
+/// RFC 8305, section 5: between attempts.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-/// Attempts at a time. Then the oldest makes room, but not before [`PATIENCE`]: a slow link takes seconds to answer.
+/// Concurrent attempts. Then the oldest makes room, but not before [`PATIENCE`]: a slow link takes seconds to answer.
 const MOST: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(crate) struct Race {
     kind: SockType,
-    /// While the look-up is under way.
+    /// `None` after the look-up.
     answers: Option<Receiver<(Query, Answer)>>,
-    /// In the order to try them.
+    /// In the order of the attempts.
     waiting: VecDeque<SocketAddr>,
     running: Vec<Attempt>,
-    /// Whether the attempt that began last is one of IPv6.
+    /// Whether the last attempt was IPv6.
     last: Option<bool>,
-    /// The next attempt begins then.
+    /// When the next attempt begins.
     next: Instant,
 }
 
@@ -45,7 +45,7 @@ struct Attempt {
 }
 
 pub(crate) enum Event<'a> {
-    /// The addresses that remain in it are tried.
+    /// The observer may remove addresses from the answer.
     Answered(Query, &'a mut Answer),
     Failed(SocketAddr, io::Error),
 }
@@ -57,7 +57,7 @@ impl Race {
         Race { kind, answers, waiting: addresses.into(), running, last, next: now }
     }
 
-    /// `permit` and `wake` as for [`names::look_up`].
+    /// See [`names::look_up`] for `permit` and `wake`.
     pub(crate) fn look_up(
         kind: SockType,
         (host, port): (&str, u16),
@@ -73,27 +73,27 @@ impl Race {
         self.answers.is_some()
     }
 
-    /// Nobody has won, and nobody will.
+    /// No attempt has won, and none will.
     pub(crate) fn is_over(&self) -> bool {
         self.answers.is_none() && self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// They become writable when their attempts are decided.
+    /// Writable once their attempts succeed or fail.
     pub(crate) fn sockets(&self) -> impl Iterator<Item = &OwnedFd> {
         self.running.iter().map(|attempt| &attempt.socket)
     }
 
-    /// The address that has been tried for longest.
+    /// The address tried for longest.
     pub(crate) fn pending(&self) -> Option<SocketAddr> {
         self.running.first().map(|attempt| attempt.address)
     }
 
-    /// When [`Race::advance`] has something to do though no socket and no answer is ready.
+    /// When [`Race::advance`] is due without an event.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         (!self.waiting.is_empty()).then_some(self.next)
     }
 
-    /// Returns the winner, once there is one. `may` tells whether there may be so many sockets; one always may.
+    /// Returns the winner. `may` tells whether so many sockets are allowed; one always is.
     pub(crate) fn advance(
         &mut self,
         now: Instant,
@@ -164,7 +164,7 @@ impl Race {
         }
     }
 
-    /// In the order of [`rank`], but so that the families take turns (RFC 8305, section 4).
+    /// Sorts by [`rank`], then alternates families (RFC 8305, section 4).
     fn add(&mut self, addresses: Vec<SocketAddr>) {
         self.waiting.extend(addresses);
         self.waiting.make_contiguous().sort_by_cached_key(|address| (rank(address), address.is_ipv6()));
@@ -179,16 +179,16 @@ impl Race {
     }
 }
 
-/// True if a connect(2) in progress has succeeded or failed.
+/// True once connect(2) has succeeded or failed.
 fn is_writable(socket: &OwnedFd) -> bool {
     poll_one(socket, PollFlags::POLLOUT, Some(Instant::now())).is_ok_and(|events| !events.is_empty())
 }
 
-/// RFC 6724, section 6, as far as it saves time-outs: addresses without a route come last (rule 1), IPv6 whose source
-/// address is of another scope after IPv4 (rules 2 and 5), else IPv6 first (rule 6).
+/// RFC 6724, section 6, as far as it saves time-outs: addresses without a route last (rule 1), IPv6 with a source of
+/// another scope after IPv4 (rules 2 and 5), otherwise IPv6 first (rule 6).
 fn rank(address: &SocketAddr) -> u8 {
     let scope = |a: Ipv6Addr| (a.is_loopback(), a.is_unicast_link_local(), a.is_unique_local());
-    // Sends nothing: the kernel looks for a route and a source address.
+    // Sends nothing: the kernel picks route and source address.
     let source =
         net::begin_connect(*address, SockType::Datagram).and_then(|fd| UdpSocket::from(fd).local_addr());
     match (source.map(|source| source.ip()), address.ip()) {

@@ -1,4 +1,4 @@
-//! The daemon's signals, read from a descriptor by the supervisor's poll loop.
+//! The daemon's signals, as a descriptor for the poll loop.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,16 +10,16 @@ use nix::sys::stat::Mode;
 
 use super::process;
 
-/// The signals that the daemon handles. Blocked while this exists.
+/// Blocked while this exists.
 #[derive(Debug)]
 pub(crate) struct Signals {
     fd: SignalFd,
-    /// The process was started on a controlling terminal, and not with SIGHUP ignored (nohup).
+    /// Started on a controlling terminal, without nohup.
     on_terminal: bool,
 }
 
 impl Signals {
-    /// Blocks the signals in the calling thread and in all threads that it starts later: to be called first.
+    /// Call it first: it blocks the signals in this thread and those that it starts later.
     pub(crate) fn block() -> io::Result<Self> {
         let mut set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP]);
         if process::adopts_orphans() {
@@ -30,7 +30,7 @@ impl Signals {
         Ok(Signals { fd, on_terminal: has_terminal() && !ignores_hang_up() })
     }
 
-    /// True if the terminal that the process was started on is gone, which SIGHUP then means.
+    /// SIGHUP then means that the terminal is gone.
     pub(crate) fn lost_terminal(&self) -> bool {
         self.on_terminal && !has_terminal()
     }
@@ -41,13 +41,13 @@ impl Signals {
     }
 }
 
-/// /dev/tty can be opened only with a controlling terminal.
+/// /dev/tty opens only with a controlling terminal.
 fn has_terminal() -> bool {
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     open("/dev/tty", flags, Mode::empty()).is_ok()
 }
 
-/// SigIgn in proc(5): whether the process was started with SIGHUP ignored.
+/// SigIgn in proc(5): the daemon was started by nohup.
 fn ignores_hang_up() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

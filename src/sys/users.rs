@@ -1,8 +1,5 @@
-//! Looks up the account that the shells run as, when the configuration is read and at each login, in a thread of its own:
-//! a directory service may hang.
-//!
-//! Under glibc the answer comes from NSS (so LDAP, systemd-userdb and the like work), under musl from
-//! `/etc/passwd` and `/etc/group` alone.
+//! Looks up the account of the shells, when the configuration is read and at each login, in a thread: a directory
+//! service may hang. glibc asks NSS (LDAP, systemd-userdb and so on), musl only reads /etc/passwd and /etc/group.
 
 use std::ffi::CString;
 use std::path::PathBuf;
@@ -14,20 +11,19 @@ use nix::unistd::{self, Gid, Uid};
 
 use super::thread;
 
-/// How long an answer may take.
+/// For an answer.
 const LIMIT: Duration = Duration::from_secs(5);
-/// Look-ups at a time, those that hang included.
+/// Concurrent look-ups, including hung ones.
 const MAX_LOOK_UPS: usize = 16;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     pub(crate) name: String,
     pub(crate) uid: Uid,
-    /// The primary group.
     pub(crate) gid: Gid,
-    /// All groups for setgroups(2), the primary one included.
+    /// For setgroups(2), including the primary group.
     pub(crate) groups: Vec<Gid>,
-    /// As in the user database: it may not exist.
+    /// May not exist.
     pub(crate) home: PathBuf,
 }
 
@@ -35,13 +31,12 @@ pub struct User {
 pub enum UserError {
     #[error("user: unknown user {0}")]
     Unknown(String),
-    /// The user database couldn't be asked: trying again later may help.
+    /// Trying again later may help.
     #[error("user: cannot look up {name}: {errno}")]
     Database { name: String, errno: Errno },
 }
 
-/// The account as it is at a login: groups may have been added since `known` was looked up, which has to do where the
-/// database doesn't answer.
+/// Groups may have changed since `known` was looked up; `known` is used if the database does not answer.
 pub(crate) fn current(known: &User) -> Result<User, UserError> {
     match lookup(&known.name) {
         Err(e @ UserError::Database { .. }) => {
@@ -52,7 +47,7 @@ pub(crate) fn current(known: &User) -> Result<User, UserError> {
     }
 }
 
-/// Counts the look-ups under way.
+/// Counts look-ups in progress.
 struct UnderWay;
 
 static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
@@ -83,7 +78,7 @@ fn ask(name: &str) -> Result<User, UserError> {
     let database = |errno| UserError::Database { name: name.to_owned(), errno };
     let entry = match unistd::User::from_name(name) {
         Ok(entry) => entry,
-        // getpwnam_r(3): some databases say "no such name" with an error.
+        // getpwnam_r(3): some databases report an unknown name as an error.
         Err(Errno::ENOENT | Errno::ESRCH) => None,
         Err(errno) => return Err(database(errno)),
     };

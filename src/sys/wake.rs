@@ -1,4 +1,4 @@
-//! Waking a thread that waits in poll(2), from any other thread.
+//! Wakes a thread in poll(2) from any other thread.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// An eventfd that wakes a poll(2). Any number of calls before the sleeper clears it are one.
+/// An eventfd. Notifications before a clear count as one.
 #[derive(Debug)]
 pub struct Wake {
     fd: EventFd,
@@ -22,16 +22,17 @@ impl Wake {
     /// Wakes the sleeper, now or at its next poll(2).
     pub(crate) fn notify(&self) {
         if !self.pending.swap(true, Ordering::SeqCst) {
-            // Can't fail: the counter is at most one.
+            // The counter is at most one, so this cannot fail.
             let _ = self.fd.write(1);
         }
     }
 
-    /// Clears the calls so far. Check their reasons afterwards, not before.
+    /// Check the reasons for the wake-up afterwards, not before.
     pub fn clear(&self) {
-        // Fails when nobody called, which is fine.
+        // Fails if nobody has notified.
         let _ = self.fd.read();
-        // A swap, not a store: a thread that called meanwhile wrote nothing, so its earlier writes must be visible now.
+        // A swap, not a store: a thread that notified meanwhile wrote nothing, so its earlier writes must be visible
+        // now.
         self.pending.swap(false, Ordering::SeqCst);
     }
 }

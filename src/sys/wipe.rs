@@ -1,12 +1,12 @@
-//! An allocator that wipes memory before it is given back: libraries make copies of the token and of typed passwords.
+//! An allocator that wipes freed memory: libraries copy the token and typed passwords.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
 
-/// In bytes: larger blocks hold files and output; a token is in no more than the headers a server takes.
+/// In bytes. Larger blocks hold files and output; a token is never larger than the headers that a server accepts.
 const LARGEST: usize = 16 * 1024;
 
-/// The system's allocator, with blocks of up to 16 KiB wiped when they are freed.
+/// Wipes blocks of up to 16 KiB when they are freed.
 #[derive(Debug)]
 pub struct Wiping;
 
@@ -28,17 +28,17 @@ unsafe impl GlobalAlloc for Wiping {
         if layout.size() <= LARGEST {
             // SAFETY: the block has that size and is the caller's to give up.
             unsafe { block.write_bytes(0, layout.size()) };
-            // Best effort: otherwise the compiler would leave out a write that it believes nobody reads.
+            // Best effort: otherwise the compiler would drop a write that nobody reads.
             black_box(block);
         }
         // SAFETY: as the caller promises.
         unsafe { System.dealloc(block, layout) }
     }
 
-    // The default `realloc` moves a block by the functions above; the system's would leave the old one as it is.
+    // The default `realloc` moves a block by these functions; the system's would leave a copy behind.
 }
 
-/// Wipes the texts of a processed message: libdbus keeps freed messages for reuse.
+/// Wipes the strings of a processed message: libdbus reuses freed messages.
 #[cfg(feature = "dbus")]
 #[allow(unsafe_code)]
 pub(crate) fn wipe_texts(message: &mut dbus::Message) {
@@ -46,7 +46,7 @@ pub(crate) fn wipe_texts(message: &mut dbus::Message) {
     loop {
         if let Some(text) = arguments.get::<&str>() {
             let (start, length) = (text.as_ptr().addr(), text.len());
-            // From the address: the text was borrowed for reading only.
+            // By address: the text was borrowed for reading only.
             let start = std::ptr::with_exposed_provenance_mut::<u8>(start);
             // SAFETY: these bytes are the text without the zero behind it, in memory of libdbus that lives as long as
             // the message. The message is borrowed exclusively, and no borrow of the text lives any more.
