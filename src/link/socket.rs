@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
+
 use super::error::LinkError;
 use crate::sys::wake::Wake;
 use crate::sys::{lock, net};
@@ -26,7 +28,7 @@ pub(super) const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 pub(super) const ATTEMPT_LIMIT: Duration = Duration::from_secs(45);
 
 /// TCP_NOTSENT_LOWAT in bytes. Small, so that an echo doesn't queue behind a download.
-const UNSENT_LIMIT: u16 = 16 * 1024;
+const UNSENT_LIMIT: u32 = 16 * 1024;
 
 /// A ping, and when the server has to answer it or to send something else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,7 +55,7 @@ impl Socket {
         let stream = Arc::new(TcpStream::from(socket));
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
-        net::set_unsent_limit(stream.as_fd(), UNSENT_LIMIT)?;
+        setsockopt(&stream, net::UnsentLimit, &UNSENT_LIMIT)?;
         cancel.register(&stream)?;
         let (cancel, began, quick_ack) = (Arc::clone(cancel), Instant::now(), address.ip().is_loopback());
         Ok(Socket { stream, cancel, began, quick_ack })
@@ -71,7 +73,7 @@ impl Socket {
         self.stream.set_read_timeout(None)?;
         self.stream.set_write_timeout(Some(patience))?;
         // Without it a write still times out.
-        let _ = net::set_user_timeout(self.stream.as_fd(), patience);
+        let _ = setsockopt(&self.stream, TcpUserTimeout, &(patience.as_millis() as u32));
         let _ = self.cancel.patience.set(patience);
         Ok(())
     }
@@ -151,7 +153,7 @@ impl Read for Socket {
         self.cancel.heard.store(now, Ordering::Relaxed);
         if self.quick_ack {
             // Only a hint.
-            let _ = net::rearm_quick_ack(self.stream.as_fd());
+            let _ = setsockopt(&self.stream, net::QuickAck, &true);
         }
         Ok(n)
     }

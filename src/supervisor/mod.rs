@@ -138,19 +138,16 @@ impl Supervisor {
                 Status::new(connection, token, uptime, &self.context, now)
             });
         }
-        self.service.stopping();
+        self.service.send("STOPPING=1");
         self.stop();
         Ok(())
     }
 
     fn wait(&self, signals: &Signals) -> io::Result<()> {
         let mut set = PollSet::default();
-        set.add(signals.as_fd(), PollFlags::POLLIN);
-        set.add(self.wake.as_fd(), PollFlags::POLLIN);
-        let network = self.network.iter().map(AsFd::as_fd);
-        for fd in network.chain(self.suspension.iter().map(AsFd::as_fd)) {
-            set.add(fd, PollFlags::POLLIN);
-        }
+        let inputs = [signals.as_fd(), self.wake.as_fd()].into_iter();
+        let inputs = inputs.chain(self.network.iter().map(AsFd::as_fd));
+        inputs.chain(self.suspension.iter().map(AsFd::as_fd)).for_each(|fd| set.add(fd, PollFlags::POLLIN));
         for (fd, events) in self.source.watch().into_iter().chain(self.status.watch()) {
             set.add(fd, events);
         }

@@ -81,7 +81,7 @@ impl Service {
         Service { manager: Manager::from_environment(), ready: false, status: String::new(), watchdog }
     }
 
-    fn send(&self, state: &str) {
+    pub(crate) fn send(&self, state: &str) {
         // A lost message is repeated or unimportant.
         self.manager.send(state, &[]);
     }
@@ -99,10 +99,6 @@ impl Service {
         {
             self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", Duration::from(now).as_micros()));
         }
-    }
-
-    pub(crate) fn stopping(&self) {
-        self.send("STOPPING=1");
     }
 
     /// Skips a repeated status.

@@ -8,32 +8,24 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::libc;
 use nix::net::if_::if_nametoindex;
-use nix::sys::socket::sockopt::{Linger, SetBool, SetStruct, TcpUserTimeout};
+use nix::sys::socket::sockopt::{Linger, SetBool, SetStruct};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, recv, setsockopt, socket,
 };
 
+/// Acknowledges at once. The kernel forgets the option after a while.
 #[derive(Clone)]
-struct QuickAck;
+pub(crate) struct QuickAck;
 nix::setsockopt_impl!(QuickAck, libc::IPPROTO_TCP, libc::TCP_QUICKACK, bool, SetBool);
 
+/// Limits unsent bytes in the kernel: messages still in this program can be reordered.
 #[derive(Clone)]
-struct UnsentLimit;
+pub(crate) struct UnsentLimit;
 nix::setsockopt_impl!(UnsentLimit, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, u32, SetStruct<u32>);
 
 // SIOCOUTQ by its other name, and SIOCOUTQNSD.
 nix::ioctl_read_bad!(unacknowledged, libc::TIOCOUTQ, libc::c_int);
 nix::ioctl_read_bad!(unsent, 0x894b, libc::c_int);
-
-/// Acknowledges at once. The kernel forgets the option after a while.
-pub(crate) fn rearm_quick_ack(socket: BorrowedFd<'_>) -> io::Result<()> {
-    Ok(setsockopt(&socket, QuickAck, &true)?)
-}
-
-/// Limits unsent bytes in the kernel: messages still in this program can be reordered.
-pub(crate) fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: u16) -> io::Result<()> {
-    Ok(setsockopt(&socket, UnsentLimit, &bytes.into())?)
-}
 
 /// Makes close(2) reset the connection. Returns how many written bytes the other side has not got: the unsent ones and,
 /// if it has fallen silent, the unacknowledged ones. Otherwise an acknowledgement may only be late.
@@ -52,12 +44,6 @@ pub(crate) fn is_delivering(socket: BorrowedFd<'_>, limit: Duration) -> bool {
 
 pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
     waiting(socket, unacknowledged)
-}
-
-/// The connection fails if the other side acknowledges nothing, or has no room, for `limit`.
-pub(crate) fn set_user_timeout(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
-    let millis = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
-    Ok(setsockopt(&socket, TcpUserTimeout, &millis)?)
 }
 
 /// The first bytes of `struct tcp_info`. nix panics if the kernel's length differs.

@@ -3,7 +3,7 @@
 
 use std::ffi::CString;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -47,22 +47,14 @@ pub(crate) fn current(known: &User) -> Result<User, UserError> {
     }
 }
 
-/// Counts look-ups in progress.
-struct UnderWay;
-
-static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        UNDER_WAY.fetch_sub(1, Ordering::SeqCst);
-    }
-}
+/// Cloned by each look-up in progress.
+static LOOK_UPS: LazyLock<Arc<()>> = LazyLock::new(Arc::default);
 
 pub fn lookup(name: &str) -> Result<User, UserError> {
     let failed = |errno| UserError::Database { name: name.to_owned(), errno };
-    let before = UNDER_WAY.fetch_add(1, Ordering::SeqCst);
-    let (counted, wanted) = (UnderWay, name.to_owned());
-    if before >= MAX_LOOK_UPS {
+    let (counted, wanted) = (Arc::clone(&LOOK_UPS), name.to_owned());
+    // One is the static's.
+    if Arc::strong_count(&counted) > MAX_LOOK_UPS + 1 {
         return Err(failed(Errno::EBUSY));
     }
     let (report, answer) = crossbeam_channel::bounded(1);
