@@ -290,18 +290,7 @@ impl Sink {
     }
 
     /// May wait, if many sessions send. Call [`Sink::takes_data`] before reading the data from its source.
-    pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>) {
-        self.send_marked(message, class, discard, None);
-    }
-
-    /// [`Sink::send`] with a mark that tells when the message was written.
-    pub(crate) fn send_marked(
-        &self,
-        message: Bytes,
-        class: Class,
-        discard: Option<&Discard>,
-        mark: Option<Mark>,
-    ) {
+    pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>, mark: Option<Mark>) {
         self.account.queued[class as usize].fetch_add(1, Ordering::SeqCst);
         let account = Some(Arc::clone(&self.account));
         self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), mark, account }));

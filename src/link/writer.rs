@@ -158,7 +158,7 @@ mod tests {
         .unwrap();
         let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));
         let message = Bytes::from(Frame::new(2, "file_chunk", None).encode());
-        sink.send(message.clone(), Class::Bulk, None);
+        sink.send(message.clone(), Class::Bulk, None, None);
         let Message::Ping(probe) = server.read().unwrap() else { panic!("no probe") };
         outbox.signal(Work::Answered(probe.as_ref().try_into().unwrap(), Instant::now()));
         // A probe goes in front of a transfer's first message.

@@ -22,11 +22,11 @@ fn soon() -> Instant {
 
 impl Sink {
     fn output(&self, typ: &str) {
-        self.send(frame(typ).encode().into(), Class::Interactive, None);
+        self.send(frame(typ).encode().into(), Class::Interactive, None, None);
     }
 
     fn chunk(&self, typ: &str) {
-        self.send(frame(typ).encode().into(), Class::Bulk, None);
+        self.send(frame(typ).encode().into(), Class::Bulk, None, None);
     }
 }
 
@@ -77,8 +77,8 @@ fn places_come_back_with_each_message_that_leaves() {
 fn what_is_discarded_gives_its_places_back_and_the_rest_stays() {
     let (_outbox, mut queue, sink) = sink();
     let discard = Discard::default();
-    sink.send(frame("old").encode().into(), Class::Interactive, Some(&discard));
-    sink.send(frame("chunk").encode().into(), Class::Bulk, Some(&discard));
+    sink.send(frame("old").encode().into(), Class::Interactive, Some(&discard), None);
+    sink.send(frame("chunk").encode().into(), Class::Bulk, Some(&discard), None);
     sink.reply(&frame("reply"));
     sink.reply_behind_bulk(&frame("stop"));
     discard.store(true, Ordering::SeqCst);

@@ -77,7 +77,7 @@ impl Download {
             self.in_flight.push_back((about.bytes, peer.credit.sent(read, now)));
             // An empty chunk is the end.
             self.at_end = read == 0;
-            peer.sink.send(message, Class::Bulk, Some(&self.discard));
+            peer.sink.send(message, Class::Bulk, Some(&self.discard), None);
         }
         Ok(())
     }

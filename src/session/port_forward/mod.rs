@@ -374,7 +374,7 @@ impl PortForward {
             Ok(None) => {}
             Ok(Some(length)) => {
                 connection.unacknowledged.push_back(peer.credit.sent(length, now));
-                peer.sink.send(message, Class::Bulk, None);
+                peer.sink.send(message, Class::Bulk, None, None);
             }
             Err(end) => self.stop(peer, id, end, now),
         }

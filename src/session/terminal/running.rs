@@ -122,7 +122,7 @@ impl Running {
             });
             if length > 0 && self.detached.is_none() {
                 let mark = self.history.mark(length);
-                peer.sink.send_marked(message, Class::Interactive, Some(&self.discard), Some(mark));
+                peer.sink.send(message, Class::Interactive, Some(&self.discard), Some(mark));
                 peer.credit.sent(length, now);
             }
             match then {

@@ -51,7 +51,7 @@ fn writing(c: &mut Criterion) {
                 let frame = file::chunk(&sid, 1 << 30);
                 // What a read of that size would cost isn't part of it.
                 let (message, ()) = sink.compose(&frame, size, |place| (place.len(), ()));
-                sink.send(message, Class::Bulk, None);
+                sink.send(message, Class::Bulk, None, None);
                 drop(next());
             });
         });
