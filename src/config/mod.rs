@@ -66,7 +66,7 @@ pub struct Shell {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Terminal {
     pub enabled: bool,
-    /// In characters, above zero, unless the client names a size.
+    /// Columns and rows unless the client names a size; above zero.
     pub width: u16,
     pub height: u16,
 }
@@ -99,13 +99,13 @@ pub struct FileLimits {
     pub(crate) allow_overwrite: bool,
     pub owner_put: Option<String>,
     pub group_put: Option<String>,
-    /// Empty: any. So is `group_get`.
+    /// Empty: any. `group_get` as well.
     pub(crate) owner_get: Vec<String>,
     pub(crate) group_get: Vec<String>,
     /// If set, uploaded files get mode 0o777 without these bits, whatever the client sent. At most 0o777.
     pub umask: Option<u32>,
     pub(crate) max_file_size: Option<NonZeroU64>,
-    /// Over all sessions, both.
+    /// Over all sessions, as `max_rx_bytes_per_minute`.
     pub(crate) max_tx_bytes_per_minute: Option<NonZeroU64>,
     pub(crate) max_rx_bytes_per_minute: Option<NonZeroU64>,
     pub(crate) allow_suid: bool,

@@ -43,7 +43,7 @@ struct Break;
 struct Report {
     json: bool,
     steps: Vec<Value>,
-    /// Of the next step.
+    /// For the step that is reported next.
     warnings: Vec<String>,
     /// When the last step ended.
     since: Instant,

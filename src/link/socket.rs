@@ -181,7 +181,7 @@ pub(super) struct Cancel {
     heard: AtomicU64,
     /// Bytes written to the socket.
     written: AtomicU64,
-    /// Of the dial.
+    /// When the dial has to end.
     pub(super) deadline: Instant,
     /// Wakes a dial that has no socket yet.
     pub(super) wake: Arc<Wake>,

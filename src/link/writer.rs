@@ -28,7 +28,7 @@ struct Writer {
     pace: Pace,
     /// Bytes on the socket.
     written: u64,
-    /// Of the messages in the current batch.
+    /// To be set when the current batch has been written.
     marks: Vec<Mark>,
 }
 

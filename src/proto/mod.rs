@@ -1,5 +1,5 @@
-//! The protocol spoken through the websocket. Does no I/O. A message carries one [`Frame`], a msgpack map: `{ "hdr": {
-//! "proto": u16, "typ": str?, "sid": str?, "props": { str: any }? }, "body": bin? }`
+//! The protocol spoken through the websocket. Does no I/O. A message carries one [`Frame`], a msgpack map:
+//! `{ "hdr": { "proto": u16, "typ": str?, "sid": str?, "props": { str: any }? }, "body": bin? }`
 //!
 //! Decoding accepts whatever clients send: integers of any width, bodies as str or bin, nil for absent values, unknown
 //! keys. Encoding produces what strict decoders require; [`frame`] says where that matters.

@@ -28,7 +28,7 @@ use crate::sys::{reason, thread};
 
 /// Concurrent answers. Further clients wait in the socket's queue.
 const MAX_ANSWERS: usize = 4;
-/// Of a write without progress.
+/// Limit of a write without progress.
 const WRITE_LIMIT: Duration = Duration::from_secs(1);
 /// After accept(2) has failed.
 const PAUSE: Duration = Duration::from_secs(5);

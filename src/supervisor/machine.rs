@@ -63,7 +63,7 @@ pub(crate) enum Action {
 pub(crate) struct Machine {
     pub(crate) state: State,
     since: Instant,
-    /// Of the next attempt, in [`State::Waiting`], or question, in [`State::Connected`].
+    /// When the next attempt is due, in [`State::Waiting`], or the next question, in [`State::Connected`].
     until: Instant,
     /// For the next attempt.
     pub(crate) credentials: Option<Credentials>,
