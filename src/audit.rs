@@ -19,7 +19,6 @@ const MAX_TEXT: usize = 256;
 /// In bytes, escaped.
 const MAX_PATH: usize = 1024;
 
-#[derive(Debug)]
 #[must_use]
 pub(crate) struct Record(String);
 

@@ -146,7 +146,6 @@ impl Log for Logger {
 }
 
 /// `lost` and `lost_audit` count since the queue was last empty.
-#[derive(Debug)]
 struct State {
     /// `None` once the log is finished.
     sender: Option<Sender<String>>,
@@ -155,7 +154,6 @@ struct State {
     lost_audit: usize,
 }
 
-#[derive(Debug)]
 struct Queue {
     lines: Receiver<String>,
     state: Mutex<State>,

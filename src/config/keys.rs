@@ -9,7 +9,6 @@ use self::Kind::{Flag, List, Map, Number, Objects, Text};
 pub(super) const SHELL: &str = "/bin/sh";
 
 /// Type and default. 0, an empty text and `null` for a list (unless that is the default) count as unset.
-#[derive(Debug)]
 pub(super) enum Kind {
     Flag(bool),
     Number(RangeInclusive<i128>, u32),

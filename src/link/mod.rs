@@ -41,7 +41,6 @@ pub use reader::read;
 /// A dial that exceeds its deadline by this long is stuck: trusted certificates may come from slow storage.
 const OVERTIME: Duration = ATTEMPT_LIMIT.saturating_mul(3);
 
-#[derive(Debug)]
 pub(crate) enum LinkEvent {
     Connected,
     /// Also if it was never established.
@@ -49,7 +48,6 @@ pub(crate) enum LinkEvent {
 }
 
 /// Dropping it ends the link: a dial at once, an open websocket after a short goodbye that nobody waits for.
-#[derive(Debug)]
 pub(crate) struct Link {
     cancel: Arc<Cancel>,
     outbox: Outbox,

@@ -172,7 +172,6 @@ impl Write for Socket {
 }
 
 /// Ends a dial or a link from another thread, whatever it waits for. Tells whether the reader reads.
-#[derive(Debug)]
 pub(super) struct Cancel {
     state: Mutex<State>,
     /// Time for an answer. Set once the websocket is open.
@@ -187,7 +186,7 @@ pub(super) struct Cancel {
     pub(super) wake: Arc<Wake>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct State {
     /// Why the link was ended from outside.
     end: Option<LinkError>,

@@ -33,7 +33,6 @@ const WRITE_LIMIT: Duration = Duration::from_secs(1);
 /// After accept(2) has failed.
 const PAUSE: Duration = Duration::from_secs(5);
 
-#[derive(Debug)]
 pub(crate) struct Server {
     listener: Option<UnixListener>,
     /// Cloned by each answer in progress.

@@ -63,7 +63,6 @@ pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> nix::Result<OwnedFd> {
 }
 
 /// STATX_ATTR_* bits; 0 before Linux 4.11. Mounts are reported since 5.8.
-#[allow(unsafe_code)]
 pub(crate) fn attributes(dir: BorrowedFd<'_>, name: &OsStr) -> u64 {
     // struct statx has 256 bytes; stx_attributes are the second eight. Older versions of musl lack it.
     let mut statx = [0_u64; 32];

@@ -73,7 +73,6 @@ fn start_here(mut command: Command, stdio: OwnedFd) -> io::Result<Child> {
 }
 
 /// Terminals kept by the service manager would never hang up while they are open here.
-#[allow(unsafe_code)]
 fn close_all_but(socket: &OwnedFd) {
     let others = numbers_in("/proc/thread-self/fd").into_iter();
     for fd in others.filter(|fd| *fd > libc::STDERR_FILENO && *fd != socket.as_raw_fd()) {
@@ -102,7 +101,6 @@ fn serve(jobs: &Receiver<Job>, socket: &OwnedFd) {
 
 /// For an exit while threads wait for hung storage: the kernel makes whoever closes the last descriptor wait for the
 /// flush. A process that does nothing else keeps them, so that the daemon can end.
-#[allow(unsafe_code)]
 pub(crate) fn leave_descriptors_behind() {
     let parent = getpid();
     // SAFETY: fork(2), only that both have one table of descriptors. The new process makes system calls only, and ends here.
@@ -120,8 +118,6 @@ pub(crate) fn leave_descriptors_behind() {
         }
     }
 }
-
-#[allow(unsafe_code)]
 fn receive(socket: &OwnedFd) -> io::Result<OwnedFd> {
     let mut space = nix::cmsg_space!(RawFd);
     let mut byte = [0];

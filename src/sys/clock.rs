@@ -23,7 +23,6 @@ pub(crate) fn now() -> Duration {
 }
 
 /// Notices suspensions, which timers and time-outs don't count.
-#[derive(Debug)]
 pub(crate) struct Suspension {
     timer: TimerFd,
     /// Sum of all suspensions.

@@ -60,7 +60,6 @@ fn connect(name: &OsStr) -> Option<UnixDatagram> {
     Some(socket)
 }
 
-#[derive(Debug)]
 pub(crate) struct Service {
     manager: Manager,
     pub(crate) ready: bool,
@@ -127,7 +126,6 @@ impl Service {
 }
 
 /// Descriptors that the manager has kept for this process, with their names. Call it once.
-#[allow(unsafe_code)]
 pub(crate) fn kept_descriptors() -> Vec<(String, OwnedFd)> {
     if variable("LISTEN_PID") != Some(std::process::id()) {
         return Vec::new();

@@ -1,5 +1,7 @@
 //! Wrappers of kernel and libc; all of the `unsafe` code.
 
+#![allow(unsafe_code)]
+
 pub(crate) mod beneath;
 pub(crate) mod children;
 pub(crate) mod clock;
@@ -121,7 +123,6 @@ pub(crate) fn print(text: &str) {
 
 /// renameat2(2) within a directory, which nix has for glibc only. EINVAL: unsupported by the file system, ENOSYS: by
 /// the kernel (before 3.15).
-#[allow(unsafe_code)]
 pub(crate) fn rename(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr, flags: libc::c_uint) -> nix::Result<()> {
     let dir = dir.as_raw_fd();
     let rename = |from: &CStr, to: &CStr| {
@@ -135,7 +136,6 @@ pub(crate) fn rename(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr, flags: libc:
 /// Duplicates the socket of a channel whose watch is enabled. libdbus tells only its number, and closes it in whichever
 /// call notices that the connection is lost.
 #[cfg(feature = "dbus")]
-#[allow(unsafe_code)]
 pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Result<OwnedFd> {
     if !channel.is_connected() {
         return Err(io::Error::other("the connection was lost"));

@@ -65,7 +65,6 @@ fn is_in_hosts_file(host: &str) -> bool {
 }
 
 /// getaddrinfo(3), with the error texts of std's `ToSocketAddrs`.
-#[allow(unsafe_code)]
 fn resolve(host: &str, port: u16, query: Query) -> Answer {
     let family = match query {
         Query::Hosts => libc::AF_UNSPEC,

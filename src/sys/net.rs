@@ -47,7 +47,6 @@ pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
 }
 
 /// The first bytes of `struct tcp_info`. nix panics if the kernel's length differs.
-#[allow(unsafe_code)]
 fn tcp_info(socket: BorrowedFd<'_>) -> [u8; 60] {
     let (mut info, mut length) = ([0; 60], 60);
     let place = info.as_mut_ptr().cast();
@@ -57,8 +56,6 @@ fn tcp_info(socket: BorrowedFd<'_>) -> [u8; 60] {
     };
     info
 }
-
-#[allow(unsafe_code)]
 fn waiting(
     socket: BorrowedFd<'_>,
     count: unsafe fn(RawFd, *mut libc::c_int) -> nix::Result<libc::c_int>,

@@ -24,7 +24,6 @@ const MESSAGE: usize = 16;
 const ADDRESS: usize = 8;
 const ATTRIBUTE: usize = 4;
 
-#[derive(Debug)]
 pub(crate) struct Netlink {
     socket: OwnedFd,
     /// Indexes of interfaces that have had a carrier.

@@ -104,7 +104,6 @@ pub(crate) fn reduce(needs: Needs) -> io::Result<()> {
 }
 
 /// Drops all but `kept` from the bounding set.
-#[allow(unsafe_code)]
 fn bound(kept: u64) -> io::Result<()> {
     for capability in (0..u64::BITS).filter(|capability| kept & 1 << capability == 0) {
         // SAFETY: takes integers and touches no memory of ours.
@@ -120,7 +119,6 @@ fn bound(kept: u64) -> io::Result<()> {
 
 /// Drops all but `kept` from this thread. Root shells need them `permitted`: a program that gains capabilities by
 /// exec(2) beyond its parent's loses its parent-death signal.
-#[allow(unsafe_code)]
 fn limit(kept: u64, permitted: bool) -> io::Result<()> {
     let mut sets = capabilities()?;
     for ([effective, allowed, _], kept) in sets.iter_mut().zip([kept as u32, (kept >> 32) as u32]) {
@@ -134,7 +132,6 @@ fn limit(kept: u64, permitted: bool) -> io::Result<()> {
 }
 
 /// Effective, permitted and inheritable: the lower 32 bits of each, then the upper ones.
-#[allow(unsafe_code)]
 fn capabilities() -> io::Result<[[u32; 3]; 2]> {
     // The kernel writes to the header if it doesn't know the version; emulators need it writable in any case.
     let (mut header, mut sets) = (THIS_THREAD, [[0; 3]; 2]);

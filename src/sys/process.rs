@@ -71,7 +71,6 @@ impl SessionLeader {
         let prepare = move || {
             setsid()?;
             // SAFETY: takes an integer; standard input is the terminal by now.
-            #[allow(unsafe_code)]
             unsafe { set_controlling_terminal(libc::STDIN_FILENO, 0) }?;
             give_back_defaults()?;
             if no_new_privileges {
@@ -98,10 +97,7 @@ impl SessionLeader {
         };
         // SAFETY: between fork and exec another thread may hold any lock for ever. `prepare` neither locks nor allocates:
         // it makes system calls on values made above and, in `privilege::restore`, on a static that is only read.
-        #[allow(unsafe_code)]
-        unsafe {
-            spawn.pre_exec(prepare)
-        };
+        unsafe { spawn.pre_exec(prepare) };
         let mut child = start(spawn, tty)?;
         let pid = pid_of(&child);
         let exit = watch_exit(pid).inspect_err(|_| {
@@ -198,10 +194,7 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
         command.env_remove(ours);
     }
     // SAFETY: as for a shell; the calls are on constants and that static.
-    #[allow(unsafe_code)]
-    unsafe {
-        command.pre_exec(give_back_defaults)
-    };
+    unsafe { command.pre_exec(give_back_defaults) };
     let nothing = fs::File::options().read(true).write(true).open("/dev/null");
     let child = nothing.and_then(|nothing| start(command, nothing.into()));
     let mut child = child.map_err(failed)?;
@@ -238,7 +231,6 @@ fn real_uid(pid: Pid) -> io::Result<u32> {
 }
 
 /// Started and not reaped. Process 1 has other children, too: orphans.
-#[derive(Debug)]
 struct Children {
     /// Their pids are not known yet.
     starting: usize,
@@ -291,7 +283,6 @@ pub(crate) fn pid_of(child: &Child) -> Pid {
 }
 
 /// Restores default signals, umask and limits for a program.
-#[allow(unsafe_code)]
 fn give_back_defaults() -> io::Result<()> {
     // By number, bypassing libc, which reserves some real-time signals. On no architecture is the kernel's `struct
     // sigaction` larger than this, and in each layout zeroes mean "default action, no flags, empty mask".
@@ -306,7 +297,6 @@ fn give_back_defaults() -> io::Result<()> {
 }
 
 /// Marks inherited descriptors but the standard ones close-on-exec; the daemon's own always are. Call it at the start.
-#[allow(unsafe_code)]
 pub(crate) fn keep_descriptors_private() {
     for fd in numbers_in("/proc/self/fd").into_iter().filter(|fd| *fd > libc::STDERR_FILENO) {
         // SAFETY: sets a flag of the descriptor and touches no memory; one that is closed by now (the directory's own)
@@ -344,8 +334,6 @@ fn watch_with_thread(pid: Pid) -> io::Result<OwnedFd> {
 pub(super) fn wait_for_exit(pid: Pid) {
     while waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(Errno::EINTR) {}
 }
-
-#[allow(unsafe_code)]
 fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {
     // SAFETY: takes two integers and touches no memory of ours.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;

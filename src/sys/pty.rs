@@ -47,7 +47,6 @@ impl Pty {
     }
 
     /// The kernel sends SIGWINCH to the foreground process group.
-    #[allow(unsafe_code)]
     pub(crate) fn resize(&self, size: WindowSize) -> io::Result<()> {
         let size = libc::winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: the kernel reads one winsize before the call returns; the descriptor is open as long as `self` lives.
@@ -56,7 +55,6 @@ impl Pty {
     }
 
     /// Takes over a master that another process opened. Fails for any other descriptor.
-    #[allow(unsafe_code)]
     pub(crate) fn adopt(master: OwnedFd) -> io::Result<(Self, WindowSize)> {
         // SAFETY: the descriptor is the wrapper's now; TIOCGPTN, below, fails if it isn't a master.
         let pty = Pty(unsafe { PtyMaster::from_owned_fd(master) });
@@ -127,7 +125,6 @@ mod tests {
     }
 
     #[test]
-    #[allow(unsafe_code)]
     fn has_its_size_from_the_start() {
         let (_pty, slave) = Pty::open(SIZE, None).unwrap();
         let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };

@@ -11,7 +11,6 @@ use nix::sys::stat::Mode;
 use super::process;
 
 /// Blocked while this exists.
-#[derive(Debug)]
 pub(crate) struct Signals {
     fd: SignalFd,
     /// Started on a controlling terminal, without nohup.

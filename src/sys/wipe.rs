@@ -7,12 +7,10 @@ use std::hint::black_box;
 const LARGEST: usize = 16 * 1024;
 
 /// Wipes blocks of up to 16 KiB when they are freed.
-#[derive(Debug)]
 pub struct Wiping;
 
 // SAFETY: memory comes from the system's allocator and goes back to it with the same layout. Writes stay
 // within a block that its owner has given up.
-#[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Wiping {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: as the caller promises.
@@ -40,7 +38,6 @@ unsafe impl GlobalAlloc for Wiping {
 
 /// Wipes the strings of a processed message: libdbus reuses freed messages.
 #[cfg(feature = "dbus")]
-#[allow(unsafe_code)]
 pub(crate) fn wipe_texts(message: &mut dbus::Message) {
     let mut arguments = message.iter_init();
     loop {
