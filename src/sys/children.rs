@@ -5,6 +5,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, OnceLock};
 
@@ -13,10 +14,7 @@ use log::warn;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    socketpair,
-};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::{getpid, getppid};
 
 use super::process::{numbers_in, pid_of, wait_for_exit};
@@ -27,14 +25,14 @@ type Job = (Command, Sender<io::Result<Child>>);
 struct Nursery {
     jobs: Sender<Job>,
     /// Carries the descriptor of each job, in order.
-    socket: OwnedFd,
+    socket: UnixDatagram,
 }
 
 static NURSERY: OnceLock<Mutex<Nursery>> = OnceLock::new();
 
 /// Call it before files are opened. Without it the calling thread starts programs itself.
 pub(crate) fn prepare() -> io::Result<()> {
-    let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
+    let (socket, theirs) = UnixDatagram::pair()?;
     let (jobs, queue) = unbounded();
     let (ready, is_ready) = bounded(1);
     thread::spawn("children", thread::SMALL_STACK, move || {
@@ -58,8 +56,8 @@ pub(crate) fn start(command: Command, stdio: OwnedFd) -> io::Result<Child> {
     let (reply, child) = bounded(1);
     let nursery = lock(nursery);
     let rights = [stdio.as_raw_fd()];
-    let message = [IoSlice::new(&[0])];
     let control = [ControlMessage::ScmRights(&rights)];
+    let message = [IoSlice::new(&[0])];
     sendmsg::<()>(nursery.socket.as_raw_fd(), &message, &control, MsgFlags::empty(), None)?;
     let _ = nursery.jobs.send((command, reply));
     drop(nursery);
@@ -73,7 +71,7 @@ fn start_here(mut command: Command, stdio: OwnedFd) -> io::Result<Child> {
 }
 
 /// Terminals kept by the service manager would never hang up while they are open here.
-fn close_all_but(socket: &OwnedFd) {
+fn close_all_but(socket: &UnixDatagram) {
     let others = numbers_in("/proc/thread-self/fd").into_iter();
     for fd in others.filter(|fd| *fd > libc::STDERR_FILENO && *fd != socket.as_raw_fd()) {
         // SAFETY: in a table of this thread's own, where nobody else uses it; one that is closed by now (the directory's
@@ -82,7 +80,7 @@ fn close_all_but(socket: &OwnedFd) {
     }
 }
 
-fn serve(jobs: &Receiver<Job>, socket: &OwnedFd) {
+fn serve(jobs: &Receiver<Job>, socket: &UnixDatagram) {
     for (command, reply) in jobs {
         let stdio = receive(socket);
         // A thread each: the shell, or the user's home, may be on hung storage.
@@ -118,7 +116,7 @@ pub(crate) fn leave_descriptors_behind() {
         }
     }
 }
-fn receive(socket: &OwnedFd) -> io::Result<OwnedFd> {
+fn receive(socket: &UnixDatagram) -> io::Result<OwnedFd> {
     let mut space = nix::cmsg_space!(RawFd);
     let mut byte = [0];
     let mut message = [IoSliceMut::new(&mut byte)];
