@@ -128,7 +128,7 @@ impl Socket {
         loop {
             let result = operation(&self.stream);
             match result.as_ref().map_err(io::Error::kind) {
-                // By SIGSTOP and SIGCONT.
+                // SIGSTOP and SIGCONT interrupt a wait.
                 Err(io::ErrorKind::Interrupted) => {}
                 // A time-out. A slow link makes room only now and then.
                 Err(io::ErrorKind::WouldBlock)
