@@ -177,12 +177,12 @@ impl Queue {
             (false, _) => 0,
         };
         let bytes = state.bytes + line.len() + OVERHEAD;
-        if bytes <= limit {
-            state.bytes = bytes;
-            let _ = state.sender.as_ref().map(|sender| sender.send(line));
-        } else {
+        if bytes > limit {
             state.lost += 1;
             state.lost_audit += usize::from(audit);
+        } else if let Some(sender) = &state.sender {
+            let _ = sender.send(line);
+            state.bytes = bytes;
         }
     }
 
