@@ -157,7 +157,6 @@ fn read<'a>(
     (state, walk.misfits)
 }
 
-/// Reports a given `key` that has no effect or is replaced.
 fn ineffective(key: Key, raw: &Values, values: &Values) -> Option<Advice> {
     let (given, used) = (raw.get(key), values.get(key));
     Some(match idle(key, values) {

@@ -166,7 +166,6 @@ impl Queue {
         Queue { lines, state: Mutex::new(state) }
     }
 
-    /// Queues a line, or counts it as lost.
     fn push(&self, line: String, audit: bool) {
         let mut state = lock(&self.state);
         // After the first loss all but audit lines are dropped until the queue is empty, so that one report stands

@@ -76,9 +76,7 @@ pub struct Outbox {
 
 #[derive(Debug)]
 struct Shared {
-    /// See [`Sink::piece`].
     piece: AtomicUsize,
-    /// See [`Sink::delivered`].
     delivered: AtomicU64,
     pool: Pool,
 }

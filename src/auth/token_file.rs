@@ -160,7 +160,6 @@ impl TokenFile {
         }
     }
 
-    /// Watches what the path leads to now.
     fn watch_all(&mut self) {
         self.real = fs::canonicalize(&self.path).ok();
         let failure = self.try_watch_all().err().map(|e| {

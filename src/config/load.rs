@@ -82,7 +82,6 @@ impl Values {
         Some(texts.map(str::to_owned).collect())
     }
 
-    /// Fills in defaults for missing and unusable values.
     pub(crate) fn filled(&self, notes: &mut Notes) -> Values {
         let mut filled = self.clone();
         let mut set = |key: Key, value: Value| {

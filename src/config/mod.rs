@@ -37,7 +37,6 @@ pub struct Config {
     pub auth: Auth,
     /// Base of the back-off; above zero.
     pub reconnect_interval: Duration,
-    /// Interval of pings on the link.
     pub heartbeat: Duration,
 }
 
@@ -86,7 +85,6 @@ pub struct Sessions {
 pub enum Expiry {
     Never,
     Idle(Duration),
-    /// Since the start of the session.
     Age(Duration),
 }
 

@@ -30,7 +30,6 @@ use crate::sys::{PollSet, reason};
 const BUFFER: usize = 16 * 1024;
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
 
-/// In the order of the dial.
 pub(crate) enum Progress<'a> {
     Server(&'a Endpoint),
     Proxy(Option<(ProxyKind, &'a Endpoint)>),

@@ -13,7 +13,6 @@ pub(crate) const PATH: &str = "/api/devices/v1/deviceconnect/connect";
 /// Warning of log, `doctor` and `check`.
 pub(crate) const IN_CLEAR: &str = "http: whoever is in between can read the token and all else";
 
-/// A server or a proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Endpoint {
     pub(crate) tls: bool,

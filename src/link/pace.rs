@@ -78,7 +78,6 @@ impl Pace {
         Sendable { bulk: fits(window), interactive: fits(2 * window) }
     }
 
-    /// A probe is unanswered.
     pub(super) fn is_waiting(&self) -> bool {
         !self.probes.is_empty()
     }

@@ -119,7 +119,6 @@ impl Proxy {
         Ok(Proxy { kind, login, endpoint: url.endpoint(false, default_port) })
     }
 
-    /// Has the proxy connect `stream` to `server`.
     pub(super) fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
         let result = match self.kind {
             Kind::Http => self.connect(stream, server),

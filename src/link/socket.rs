@@ -178,7 +178,6 @@ pub(super) struct Cancel {
     patience: OnceLock<Duration>,
     /// When data last arrived, in µs since the connection.
     heard: AtomicU64,
-    /// Bytes written to the socket.
     written: AtomicU64,
     /// When the dial has to end.
     pub(super) deadline: Instant,
@@ -214,7 +213,6 @@ impl Cancel {
         self.interrupt();
     }
 
-    /// Ends a dead dial or link.
     pub(super) fn give_up(&self, reason: String) {
         lock(&self.state).end.get_or_insert(LinkError::Dead(reason));
         self.interrupt();

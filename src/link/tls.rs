@@ -62,7 +62,6 @@ fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn 
     Ok((Arc::new(Mutex::new(connection)), version + &certificate))
 }
 
-/// Dates and names of a certificate.
 fn described(certificate: &CertificateDer<'_>) -> Option<String> {
     let certificate = EndEntityCert::try_from(certificate).ok()?;
     let names: Vec<_> = certificate.valid_dns_names().collect();

@@ -15,7 +15,6 @@ use crate::outbox::{Class, Mark, Queue, Work};
 
 /// As Mender's agent sends it.
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
-/// Bytes batched into one write.
 const BATCH: usize = 16 * 1024;
 
 pub(super) fn run(half: Half, mut queue: Queue, heartbeat: Duration) -> Result<(), LinkError> {

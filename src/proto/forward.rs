@@ -8,10 +8,8 @@ use serde::Deserialize;
 use super::msgpack::parse;
 use super::{Frame, MAX_TEXT, Map, PORT_FORWARD, SessionId, clipped};
 
-/// The request and its answer.
 pub const NEW: &str = "new";
 pub(crate) const FORWARD: &str = "forward";
-/// Acknowledges one `FORWARD`.
 pub const ACK: &str = "ack";
 pub(crate) const STOP: &str = "stop";
 pub(crate) const ERROR: &str = "error";

@@ -46,12 +46,10 @@ impl Map {
         self
     }
 
-    /// In the shortest form.
     pub(crate) fn with_int(self, key: &str, value: i64) -> Self {
         self.with(key, |out| encode::write_sint(out, value).map(drop))
     }
 
-    /// In 64 bits.
     pub fn with_i64(self, key: &str, value: i64) -> Self {
         self.with(key, |out| encode::write_i64(out, value))
     }

@@ -4,11 +4,9 @@ use bytes::Bytes;
 
 use super::{Frame, Map, SHELL, SessionId};
 
-/// The request and its answer.
 pub(crate) const NEW: &str = "new";
 pub(crate) const DATA: &str = "shell";
 pub(crate) const RESIZE: &str = "resize";
-/// Ends the shell, or reports its end.
 pub(crate) const STOP: &str = "stop";
 pub(crate) const PING: &str = "ping";
 pub(crate) const PONG: &str = "pong";

@@ -73,7 +73,6 @@ pub(crate) struct Machine {
     failures: u32,
     /// When the last link was lost; initially the start.
     lost: Instant,
-    /// The last attempt was refused.
     refused: bool,
     /// Last change of the network that has caused no attempt yet.
     changed: Option<Instant>,

@@ -63,14 +63,12 @@ fn connect(name: &OsStr) -> Option<UnixDatagram> {
 pub(crate) struct Service {
     manager: Manager,
     pub(crate) ready: bool,
-    /// The last one sent.
     status: String,
     /// Interval of watchdog messages, and when the next is due.
     watchdog: Option<(Duration, Instant)>,
 }
 
 impl Service {
-    /// Reads the environment.
     pub(crate) fn new(now: Instant) -> Self {
         let absent = std::env::var_os("WATCHDOG_PID").is_none();
         let ours = absent || variable("WATCHDOG_PID") == Some(std::process::id());

@@ -46,7 +46,6 @@ impl Netlink {
         Ok(Netlink { socket, running: BTreeSet::new() })
     }
 
-    /// All since the last call.
     pub(crate) fn read(&mut self) -> Changes {
         let (mut changes, mut buffer) = (Changes::default(), [0; 8192]);
         loop {

@@ -51,7 +51,6 @@ pub(crate) enum Event<'a> {
 }
 
 impl Race {
-    /// Tries the addresses in this order.
     pub(crate) fn new(kind: SockType, addresses: Vec<SocketAddr>, now: Instant) -> Self {
         let (answers, running, last) = Default::default();
         Race { kind, answers, waiting: addresses.into(), running, last, next: now }

@@ -11,7 +11,6 @@ use nix::unistd::{self, Gid, Uid};
 
 use super::thread;
 
-/// For an answer.
 const LIMIT: Duration = Duration::from_secs(5);
 /// Concurrent look-ups, including hung ones.
 const MAX_LOOK_UPS: usize = 16;
