@@ -288,7 +288,7 @@ fn crates_are_listed_by_the_project_alone() {
     assert!(!inherited.concat().contains("cargo-update-recipe-crates"), "{inherited:?}");
 }
 
-const DEBUG_SOURCES: &str = "/usr/src/debug/mender-connect-rs/0.1.0";
+const DEBUG_SOURCES: &str = "/usr/src/debug/mender-connect-rs/1.0.0";
 
 /// What oe-core sets for C compilers.
 fn c_settings(packageconfig: Option<&str>) -> Value {

@@ -37,7 +37,7 @@ fn read(path: &str) -> String {
 
 /// In place of a language: what a command prints, which starts with one of these.
 const PRINTED: &str = "printed";
-const STARTS: [&str; 4] = ["error: ", "✓ ", "mender-connect 0.", "mender-connect 1."];
+const STARTS: [&str; 3] = ["error: ", "✓ ", "mender-connect 1."];
 
 /// A literal piece of a page.
 struct Block {

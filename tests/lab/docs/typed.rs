@@ -169,7 +169,7 @@ fn machine(page: &str) -> Option<Machine> {
     let copied = Command::new("cp").arg("-r").arg(root().join("yocto")).arg(&checkout).status().unwrap();
     assert!(copied.success());
     program::copy(&executable(), &checkout.join("target/release/mender-connect"));
-    let package = |architecture: &str| format!("mender-connect-rs_0.1.0-1_{architecture}.deb");
+    let package = |architecture: &str| format!("mender-connect-rs_1.0.0-1_{architecture}.deb");
     // The guide's example is for a board.
     let here = package(if page == "docs/guide.md" { "armhf" } else { "amd64" });
     for copy in [format!("target/debian/{}", package("amd64")), here] {
