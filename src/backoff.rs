@@ -3,7 +3,7 @@
 //! The first wait has full jitter: a fleet that lost its server at once returns spread out. Later waits have equal
 //! jitter, which spreads the devices evenly over the time after the outage, and grow with the outage, so that a device
 //! is back within about the time that it was away. A refusal means an overloaded server: each one doubles the lower
-//! limit. tests/bench/fleet.rs found the factors.
+//! limit. `tests/bench/fleet` found the factors.
 
 use std::time::Duration;
 

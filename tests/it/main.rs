@@ -10,6 +10,7 @@
 
 mod cli;
 mod features;
+mod fleet;
 mod harness;
 mod layers;
 mod regression;
