@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use super::wire::{PING, PONG, Parser, encode};
 /// Agents that may be starting at a time: more than the server's queue holds would be back-off before the outage.
 const STARTING: usize = 32;
 /// All agents have to be back after this time.
-const LIMIT: Duration = Duration::from_secs(900);
+const LIMIT: Duration = Duration::from_secs(1800);
 /// The memory of so many agents is read, since the kernel walks all their pages for it.
 const SAMPLE: usize = 100;
 /// How the server names an agent's token, before its number.
@@ -113,7 +114,8 @@ fn start(scene: &Scene, folder: &Path, url: &str) -> Child {
     let agent = folder.file_name().unwrap().display().to_string();
     let file = |name: &str, text: &str| {
         let path = folder.join(name);
-        fs::write(&path, text).unwrap();
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
         path
     };
     fs::create_dir(folder).unwrap();
