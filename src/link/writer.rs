@@ -1,5 +1,6 @@
 //! The only thread that writes to an open websocket.
 
+use std::io::ErrorKind;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -19,7 +20,11 @@ const BATCH: usize = 16 * 1024;
 
 pub(super) fn run(half: Half, mut queue: Queue, heartbeat: Duration) -> Result<(), LinkError> {
     let mut writer = Writer { websocket: websocket(half), pace: Pace::new(), written: 0, marks: Vec::new() };
-    Ok(writer.write(&mut queue, heartbeat)?)
+    match writer.write(&mut queue, heartbeat) {
+        // The connection was over already, and the reader has the reason.
+        Err(Error::Io(e)) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
 }
 
 struct Writer {

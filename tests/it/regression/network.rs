@@ -244,3 +244,13 @@ fn every_request_has_a_user_agent() {
     let requests = office.server.requests();
     assert_eq!(requests.iter().map(|r| r.header("User-Agent")).collect::<Vec<_>>(), [agent; 2]);
 }
+
+/// The reader got the reset, and the writer, about to say goodbye, a broken pipe, which was what the log told.
+#[test]
+fn a_reset_is_told_as_one() {
+    let (rig, device) = Setup::new().connected();
+    rig.daemon.wait_for_log("Connection established", SOON);
+    device.reset();
+    let line = rig.daemon.wait_for_log(" lost: ", SOON);
+    assert!(line.contains("connection reset by peer"), "{line}");
+}
