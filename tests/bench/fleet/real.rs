@@ -70,15 +70,11 @@ pub fn measure(scene: &Scene) -> Measured {
     let mut server = Server::new(scene);
     let mut fleet = Fleet(Vec::new());
     let begin = Instant::now();
-    while server.links < scene.agents {
-        if fleet.0.len() < scene.agents {
-            fleet.0.push(start(scene, &folder.path().join(fleet.0.len().to_string()), &server.url));
-        }
-        let started = fleet.0.len();
-        let least = if started < scene.agents { (started + 1).saturating_sub(STARTING) } else { started };
-        let connected = server.serve(Duration::from_secs(60), |server| server.links >= least);
-        assert!(connected, "{} of {started} agents are connected", server.links);
+    for agent in 0..scene.agents {
+        fleet.0.push(start(scene, &folder.path().join(agent.to_string()), &server.url));
+        server.expect_links((agent + 1).saturating_sub(STARTING));
     }
+    server.expect_links(scene.agents);
     let start = begin.elapsed();
     let (before, starting) = (fleet.memory(), fleet.cpu());
 
@@ -88,7 +84,7 @@ pub fn measure(scene: &Scene) -> Measured {
     let all_back = server.serve(LIMIT, |server| server.links >= scene.agents);
     let log = |agent: usize| fs::read_to_string(folder.path().join(format!("{agent}/log"))).unwrap();
     if !all_back {
-        let missing = server.agents.iter().position(|agent| agent.back.is_none()).unwrap();
+        let missing = server.agents.iter().position(|agent| agent.back.is_none()).unwrap_or_default();
         panic!("{} of {} agents are back; one isn't:\n{}", server.links, scene.agents, log(missing));
     }
     let mut returns: Vec<_> = server.agents.iter().flat_map(|agent| agent.back).collect();
@@ -255,6 +251,11 @@ impl Server {
     fn recover(&mut self) {
         self.end = Some(Instant::now());
         self.listen(TcpListener::bind(self.address).unwrap());
+    }
+
+    fn expect_links(&mut self, number: usize) {
+        let connected = self.serve(Duration::from_secs(60), |server| server.links >= number);
+        assert!(connected, "{} links in place of {number}", self.links);
     }
 
     /// Until that is so. False if it isn't in time.
