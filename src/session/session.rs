@@ -126,7 +126,7 @@ impl Session {
                 self.handle(frame, Instant::now());
             }
             let now = Instant::now();
-            if let Some(why) = self.terminal.left()
+            if let Some(why) = self.terminal.left.take()
                 && !self.detach(why, now)
             {
                 self.terminal.hang_up(&self.peer, why, now);

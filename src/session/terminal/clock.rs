@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::config::{Expiry, Sessions};
+use crate::config::Expiry;
 
 /// How often the client is asked whether it is there.
 const PING_INTERVAL: Duration = Duration::from_secs(60);
@@ -16,17 +16,16 @@ const NOTICE: Duration = Duration::from_secs(60);
 pub(crate) const PING_TIMEOUT: u16 = 65;
 
 #[derive(Debug)]
-pub(crate) struct Clock {
-    sessions: Sessions,
+pub(super) struct Clock {
     started: Instant,
     last_activity: Instant,
     warned: bool,
     /// When the next ping is due, and until when its answer; `None` without a client.
-    health: Option<(Instant, Instant)>,
+    pub(super) health: Option<(Instant, Instant)>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Due {
+pub(super) enum Due {
     Ping,
     /// Tell the user how soon the shell is closed.
     Warn(Duration),
@@ -35,57 +34,31 @@ pub(crate) enum Due {
 }
 
 /// For a client that was heard at `now`.
-fn health(now: Instant) -> Option<(Instant, Instant)> {
+pub(super) fn health(now: Instant) -> Option<(Instant, Instant)> {
     Some((now + PING_INTERVAL, now + PING_INTERVAL + PONG_GRACE))
 }
 
 impl Clock {
-    pub(crate) fn new(sessions: &Sessions, now: Instant) -> Self {
-        Clock {
-            sessions: sessions.clone(),
-            started: now,
-            last_activity: now,
-            warned: false,
-            health: health(now),
-        }
+    pub(super) fn new(started: Instant) -> Self {
+        Clock { started, last_activity: started, warned: false, health: health(started) }
     }
 
-    /// There is no client to ask.
-    pub(crate) fn pause(&mut self) {
-        self.health = None;
-    }
-
-    pub(crate) fn resume(&mut self, now: Instant) {
-        self.health = health(now);
-    }
-
-    pub(crate) fn input(&mut self, now: Instant) {
+    pub(super) fn active(&mut self, now: Instant) {
         if now > self.last_activity {
             self.last_activity = now;
             self.warned = false;
         }
     }
 
-    pub(crate) fn output(&mut self, now: Instant) {
-        if self.sessions.idle_includes_output {
-            self.input(now);
-        }
-    }
-
-    /// From now on the shell expires by this.
-    pub(crate) fn follow(&mut self, sessions: &Sessions) {
-        self.sessions.clone_from(sessions);
-    }
-
-    pub(crate) fn pong(&mut self, now: Instant) {
+    pub(super) fn pong(&mut self, now: Instant) {
         if let Some((_, pong_limit)) = &mut self.health {
             *pong_limit = now + PING_INTERVAL + PONG_GRACE;
         }
     }
 
     /// When the shell ends, and by which limit.
-    fn expires(&self) -> Option<(Instant, &'static str, Duration)> {
-        let (since, what, limit) = match self.sessions.expiry {
+    fn expires(&self, expiry: Expiry) -> Option<(Instant, &'static str, Duration)> {
+        let (since, what, limit) = match expiry {
             Expiry::Never => return None,
             Expiry::Idle(limit) => (self.last_activity, "no input", limit),
             Expiry::Age(limit) => (self.started, "open", limit),
@@ -93,8 +66,8 @@ impl Clock {
         Some((since.checked_add(limit)?, what, limit))
     }
 
-    fn warns(&self) -> Option<Instant> {
-        match self.sessions.expiry {
+    fn warns(&self, expiry: Expiry) -> Option<Instant> {
+        match expiry {
             Expiry::Idle(limit) if limit > NOTICE && !self.warned => {
                 self.last_activity.checked_add(limit - NOTICE)
             }
@@ -103,14 +76,14 @@ impl Clock {
     }
 
     /// When [`Clock::due`] has something to say.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        let expiry = self.warns().or(self.expires().map(|(at, ..)| at));
+    pub(super) fn deadline(&self, expiry: Expiry) -> Option<Instant> {
+        let ends = self.warns(expiry).or(self.expires(expiry).map(|(at, ..)| at));
         let health = self.health.map(|(ping, limit)| ping.min(limit));
-        expiry.into_iter().chain(health).min()
+        ends.into_iter().chain(health).min()
     }
 
-    pub(crate) fn due(&mut self, now: Instant) -> Option<Due> {
-        let expires = self.expires();
+    pub(super) fn due(&mut self, expiry: Expiry, now: Instant) -> Option<Due> {
+        let expires = self.expires(expiry);
         if let Some((at, what, limit)) = expires
             && now >= at
         {
@@ -121,7 +94,7 @@ impl Clock {
             let text = "health check failed: the client did not answer".to_owned();
             return Some(Due::End("health check failed", text));
         }
-        if self.warns().is_some_and(|at| now >= at) {
+        if self.warns(expiry).is_some_and(|at| now >= at) {
             self.warned = true;
             return expires.map(|(at, ..)| Due::Warn(at - now));
         }
@@ -140,16 +113,6 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn sessions(expiry: Expiry) -> Sessions {
-        Sessions {
-            expiry,
-            max_per_user: 1,
-            idle_includes_output: false,
-            keep_detached: SECOND,
-            keep_when_user_leaves: false,
-        }
-    }
-
     fn end(due: Option<Due>) -> String {
         match due {
             Some(Due::End(_, text)) => text,
@@ -160,52 +123,52 @@ mod tests {
     #[test]
     fn pings_each_minute_and_wants_answers() {
         let start = Instant::now();
-        let mut clock = Clock::new(&sessions(Expiry::Never), start);
-        assert_eq!(clock.due(start + 59 * SECOND), None);
-        assert_eq!(clock.deadline(), Some(start + 60 * SECOND));
-        assert_eq!(clock.due(start + 60 * SECOND), Some(Due::Ping));
-        assert_eq!(clock.deadline(), Some(start + 65 * SECOND));
+        let mut clock = Clock::new(start);
+        assert_eq!(clock.due(Expiry::Never, start + 59 * SECOND), None);
+        assert_eq!(clock.deadline(Expiry::Never), Some(start + 60 * SECOND));
+        assert_eq!(clock.due(Expiry::Never, start + 60 * SECOND), Some(Due::Ping));
+        assert_eq!(clock.deadline(Expiry::Never), Some(start + 65 * SECOND));
         clock.pong(start + 61 * SECOND);
-        assert_eq!(clock.due(start + 119 * SECOND), None);
-        assert_eq!(clock.due(start + 120 * SECOND), Some(Due::Ping));
-        assert_eq!(clock.deadline(), Some(start + 126 * SECOND));
-        assert!(end(clock.due(start + 126 * SECOND)).starts_with("health check failed"));
+        assert_eq!(clock.due(Expiry::Never, start + 119 * SECOND), None);
+        assert_eq!(clock.due(Expiry::Never, start + 120 * SECOND), Some(Due::Ping));
+        assert_eq!(clock.deadline(Expiry::Never), Some(start + 126 * SECOND));
+        assert!(end(clock.due(Expiry::Never, start + 126 * SECOND)).starts_with("health check failed"));
     }
 
     #[test]
     fn idleness_counts_from_the_last_input_and_age_from_the_start() {
         let start = Instant::now();
-        let mut idle = Clock::new(&sessions(Expiry::Idle(10 * SECOND)), start);
-        idle.input(start + 5 * SECOND);
-        assert_eq!(idle.due(start + 14 * SECOND), None);
-        assert_eq!(end(idle.due(start + 15 * SECOND)), "session expired: no input for 10 s");
-        let mut age = Clock::new(&sessions(Expiry::Age(10 * SECOND)), start);
-        age.input(start + 5 * SECOND);
-        assert_eq!(age.deadline(), Some(start + 10 * SECOND));
-        assert_eq!(end(age.due(start + 10 * SECOND)), "session expired: open for 10 s");
+        let (mut clock, idle) = (Clock::new(start), Expiry::Idle(10 * SECOND));
+        clock.active(start + 5 * SECOND);
+        assert_eq!(clock.due(idle, start + 14 * SECOND), None);
+        assert_eq!(end(clock.due(idle, start + 15 * SECOND)), "session expired: no input for 10 s");
+        let age = Expiry::Age(10 * SECOND);
+        assert_eq!(clock.deadline(age), Some(start + 10 * SECOND));
+        assert_eq!(end(clock.due(age, start + 10 * SECOND)), "session expired: open for 10 s");
     }
 
     #[test]
     fn the_idle_are_warned_a_minute_before() {
         let start = Instant::now();
-        let mut clock = Clock::new(&sessions(Expiry::Idle(70 * SECOND)), start);
+        let (mut clock, idle) = (Clock::new(start), Expiry::Idle(70 * SECOND));
         clock.pong(start + 60 * SECOND);
-        assert_eq!(clock.deadline(), Some(start + 10 * SECOND));
-        assert_eq!(clock.due(start + 9 * SECOND), None);
-        assert_eq!(clock.due(start + 10 * SECOND), Some(Due::Warn(60 * SECOND)));
-        assert_eq!(clock.due(start + 11 * SECOND), None);
+        assert_eq!(clock.deadline(idle), Some(start + 10 * SECOND));
+        assert_eq!(clock.due(idle, start + 9 * SECOND), None);
+        assert_eq!(clock.due(idle, start + 10 * SECOND), Some(Due::Warn(60 * SECOND)));
+        assert_eq!(clock.due(idle, start + 11 * SECOND), None);
         // What is known already is no activity.
-        clock.input(start);
-        assert_eq!(clock.due(start + 12 * SECOND), None);
-        clock.input(start + 20 * SECOND);
-        assert_eq!(clock.deadline(), Some(start + 30 * SECOND));
-        assert_eq!(clock.due(start + 31 * SECOND), Some(Due::Warn(59 * SECOND)));
+        clock.active(start);
+        assert_eq!(clock.due(idle, start + 12 * SECOND), None);
+        clock.active(start + 20 * SECOND);
+        assert_eq!(clock.deadline(idle), Some(start + 30 * SECOND));
+        assert_eq!(clock.due(idle, start + 31 * SECOND), Some(Due::Warn(59 * SECOND)));
         // Another limit counts from the same moment.
-        clock.follow(&sessions(Expiry::Idle(12 * SECOND)));
-        assert_eq!(end(clock.due(start + 32 * SECOND)), "session expired: no input for 12 s");
+        assert_eq!(
+            end(clock.due(Expiry::Idle(12 * SECOND), start + 32 * SECOND)),
+            "session expired: no input for 12 s"
+        );
         for expiry in [Expiry::Idle(60 * SECOND), Expiry::Age(70 * SECOND), Expiry::Never] {
-            let mut clock = Clock::new(&sessions(expiry), start);
-            assert_eq!(clock.due(start + 59 * SECOND), None, "{expiry:?}");
+            assert_eq!(Clock::new(start).due(expiry, start + 59 * SECOND), None, "{expiry:?}");
         }
     }
 }

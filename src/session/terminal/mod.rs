@@ -8,10 +8,9 @@
 //! ```
 //! A shell that runs is attached to a client or, when its link is gone, detached: it fills its history then.
 
-mod attach;
 mod clock;
+mod detached;
 mod history;
-mod kept;
 mod running;
 mod shell;
 
@@ -23,9 +22,9 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use nix::poll::PollFlags;
 
-pub(crate) use self::attach::Handover;
 pub(crate) use self::clock::PING_TIMEOUT;
-use self::clock::{Clock, Due};
+use self::clock::{Due, health};
+pub(crate) use self::detached::Handover;
 use self::history::History;
 pub(crate) use self::running::ANSWER_LIMIT;
 use self::running::{Running, STOP_GRACE, ping, requested_size};
@@ -59,7 +58,7 @@ pub(crate) struct Terminal {
     /// Frames that came while a shell ended.
     deferred: VecDeque<Frame>,
     /// The user has left the shell, which may be kept: how.
-    left: Option<&'static str>,
+    pub(super) left: Option<&'static str>,
 }
 
 #[derive(Default)]
@@ -124,7 +123,7 @@ impl Terminal {
             // Frames that come while a shell ends are for the next one.
             (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
-                running.clock.input(now);
+                running.clock.active(now);
                 running.permit.answered();
                 let typed = running.shell.type_in(&frame.body);
                 running.info.traffic.add_in(if typed.is_ok() { frame.body.len() } else { 0 }, now);
@@ -185,16 +184,13 @@ impl Terminal {
         let size = requested_size(frame).unwrap_or(default);
         let keeps = !config.sessions.keep_detached.is_zero() && !user.as_str().is_empty();
         let store = peer.device.store.as_ref().filter(|_| keeps);
-        let (shell, place) =
-            Shell::start(&config.shell, size, (&peer.id, &user), store, peer.device.memory.none())
-                .map_err(|e| format!("failed to start shell: {e}"))?;
+        let shell = Shell::start(&config.shell, size, (&peer.id, &user), store, peer.device.memory.none())
+            .map_err(|e| format!("failed to start shell: {e}"))?;
         let pid = shell.process.pid();
         Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);
         let info = peer.info.set_shell(user, pid, now);
         peer.reply(&wire::started(&peer.id));
-        let (clock, history) = (Clock::new(&config.sessions, now), History::new(peer.device.memory.none()));
-        let mut running = Running::new(shell, info, permit, clock, size, history);
-        running.place = place;
+        let running = Running::new(shell, info, permit, size, History::new(peer.device.memory.none()));
         running.describe(&peer.id, now);
         self.state = State::Running(Box::new(running));
         Ok(())
@@ -270,7 +266,6 @@ impl Terminal {
     fn run(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
         let sessions = &peer.device.config().sessions;
-        running.clock.follow(sessions);
         if running
             .detached
             .and_then(|since| since.checked_add(sessions.keep_detached))
@@ -317,7 +312,7 @@ impl Terminal {
         }
         running.asked = asked;
         if asked.is_some_and(|at| now >= at + ANSWER_LIMIT) {
-            if peer.device.config().sessions.keep_when_user_leaves {
+            if sessions.keep_when_user_leaves {
                 self.left = Some("user gone");
             } else {
                 let text = "the client did not answer, and its user wants another terminal";
@@ -325,7 +320,7 @@ impl Terminal {
             }
             return;
         }
-        match running.clock.due(now) {
+        match running.clock.due(sessions.expiry, now) {
             Some(Due::Ping) => ping(peer, now),
             Some(Due::Warn(left)) => {
                 let left = left.as_secs_f32().ceil();

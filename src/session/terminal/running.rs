@@ -13,10 +13,10 @@ use super::shell::{Shell, Then};
 use crate::outbox::{Class, Discard};
 use crate::proto::Frame;
 use crate::proto::shell as wire;
+use crate::session::device::Device;
 use crate::session::peer::Peer;
 use crate::session::shells::ShellPermit;
 use crate::session::stats::ShellInfo;
-use crate::session::store::Place;
 use crate::sys::process::Exit;
 use crate::sys::pty::WindowSize;
 use crate::sys::{PollSet, reason};
@@ -53,8 +53,6 @@ pub(super) struct Running {
     pub(super) at_end: bool,
     /// When not to wait any longer for the other of the two.
     pub(super) give_up: Option<Instant>,
-    /// Where the shell is kept when the agent ends.
-    pub(super) place: Option<Place>,
 }
 
 impl Running {
@@ -62,15 +60,14 @@ impl Running {
         shell: Shell,
         info: Arc<ShellInfo>,
         permit: ShellPermit,
-        clock: Clock,
         size: WindowSize,
         history: History,
     ) -> Self {
         Running {
+            clock: Clock::new(info.traffic.since),
             shell,
             info,
             permit,
-            clock,
             size,
             history,
             detached: None,
@@ -80,20 +77,20 @@ impl Running {
             exit: None,
             at_end: false,
             give_up: None,
-            place: None,
         }
     }
 
     pub(super) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
         let credit = if self.detached.is_some() { None } else { peer.credit.deadline(now) };
         let answer = self.asked.map(|at| at + ANSWER_LIMIT);
-        let keep = peer.device.config().sessions.keep_detached;
-        let alone = self.detached.and_then(|since| since.checked_add(keep));
+        let sessions = &peer.device.config().sessions;
+        let clock = self.clock.deadline(sessions.expiry);
+        let alone = self.detached.and_then(|since| since.checked_add(sessions.keep_detached));
         let hold = self.detached.map(|since| since + HOLD_LIMIT).filter(|at| now < *at);
         let restore = self.restore.map(|(at, _)| at);
         let unsent = !self.history.is_sent() && self.detached.is_none();
         let unsent = (unsent && self.takes_output(peer, now)).then_some(now);
-        let deadlines = [self.give_up, credit, self.clock.deadline(), answer, restore, unsent, hold, alone];
+        let deadlines = [self.give_up, credit, clock, answer, restore, unsent, hold, alone];
         deadlines.into_iter().flatten().min()
     }
 
@@ -117,8 +114,8 @@ impl Running {
         {
             let most = peer.sink.piece(SMALLEST_OUTPUT, LARGEST_OUTPUT);
             let (message, (length, then)) = peer.sink.compose(&wire::output(&peer.id), most, |place| {
-                let (length, then) = self.next_output(place, now);
-                (length, (length, then))
+                let output = self.next_output(&peer.device, place, now);
+                (output.0, output)
             });
             if length > 0 && self.detached.is_none() {
                 let mark = self.history.mark(length);
@@ -139,7 +136,7 @@ impl Running {
         }
     }
 
-    fn next_output(&mut self, place: &mut [u8], now: Instant) -> (usize, Then) {
+    fn next_output(&mut self, device: &Device, place: &mut [u8], now: Instant) -> (usize, Then) {
         if self.detached.is_none() && !self.history.is_sent() {
             return (self.history.unsent(place), Then::More);
         }
@@ -149,7 +146,9 @@ impl Running {
         if length > 0 {
             self.history.push(&place[..length]);
             self.info.traffic.add_out(length);
-            self.clock.output(now);
+            if device.config().sessions.idle_includes_output {
+                self.clock.active(now);
+            }
         }
         (length, then)
     }

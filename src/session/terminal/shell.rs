@@ -31,6 +31,8 @@ pub(crate) struct Shell {
     pub(crate) process: SessionLeader,
     pub(crate) pty: Pty,
     pub(crate) input: VecDeque<u8>,
+    /// Where it is kept when the agent ends.
+    pub(crate) place: Option<Place>,
     /// For the input beyond [`SMALL_INPUT`].
     memory: Permit,
 }
@@ -52,7 +54,7 @@ impl Shell {
         (session, of): (&SessionId, &UserId),
         store: Option<&Arc<Store>>,
         memory: Permit,
-    ) -> Result<(Self, Option<Place>), String> {
+    ) -> Result<Self, String> {
         let is_root = nix::unistd::geteuid().is_root();
         // Only root can give groups.
         let user =
@@ -64,13 +66,19 @@ impl Shell {
         let (environment, outlives) = (environment(shell, user, session, of), place.is_some());
         let process = SessionLeader::spawn(command, arguments, user, *confined, environment, outlives, tty)
             .map_err(|e| format!("fork/exec {}: {}", command.display(), reason(&e)))?;
-        Ok((Shell { process, pty, input: VecDeque::new(), memory }, place))
+        Ok(Shell { process, pty, input: VecDeque::new(), place, memory })
     }
 
     /// Goes on with a shell, for which `input` waits.
-    pub(crate) fn adopt(process: SessionLeader, pty: Pty, input: &[u8], mut memory: Permit) -> Self {
+    pub(crate) fn adopt(
+        process: SessionLeader,
+        pty: Pty,
+        input: &[u8],
+        place: Place,
+        mut memory: Permit,
+    ) -> Self {
         memory.resize(input.len().saturating_sub(SMALL_INPUT));
-        Shell { process, pty, input: input.iter().copied().collect(), memory }
+        Shell { process, pty, input: input.to_vec().into(), place: Some(place), memory }
     }
 
     /// Types `bytes`, all or, when too much waits already, nothing.

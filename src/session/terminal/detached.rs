@@ -1,15 +1,24 @@
 //! A shell that outlives its client: it is left, and goes on in the session of the same client or its user's next one.
+//! One that outlives the agent goes on in the next.
 
 use std::time::{Duration, Instant};
+use std::{io, mem};
 
 use crossbeam_channel::{Receiver, SendError};
 
-use super::{ANSWER_LIMIT, Discard, Frame, Peer, Record, Running, State, Terminal, WindowSize, wire};
+use super::shell::Shell;
+use super::{
+    ANSWER_LIMIT, Discard, History, Peer, Record, Running, State, Terminal, WindowSize, health, wire,
+};
 use crate::outbox::Sink;
+use crate::proto::{Frame, Map, SHELL, SessionId};
 use crate::session::credit::Credit;
 use crate::session::inbox::HangUp;
-use crate::session::shells::Call;
+use crate::session::shells::{Call, ShellPermit};
+use crate::session::store::Place;
 use crate::sys::clock;
+use crate::sys::process::SessionLeader;
+use crate::sys::pty::Pty;
 
 /// Programs that are told of two sizes at once look only at the second.
 const REPAINT: Duration = Duration::from_millis(50);
@@ -27,16 +36,14 @@ impl Terminal {
         matches!(&self.state, State::Running(running) if running.permit.is_detached())
     }
 
-    /// Why the user is gone, if the shell may be kept. It is told once.
-    pub(crate) fn left(&mut self) -> Option<&'static str> {
-        self.left.take()
-    }
-
     /// The client is gone, and may come back.
     pub(crate) fn detach(&mut self, peer: &mut Peer, why: &str, now: Instant) {
-        self.deferred.clear();
-        let sink = std::mem::replace(&mut peer.sink, Sink::closed(&peer.wake));
         let State::Running(running) = &mut self.state else { return };
+        if running.detached.is_some() {
+            return;
+        }
+        self.deferred.clear();
+        let sink = mem::replace(&mut peer.sink, Sink::closed(&peer.wake));
         Record::new("shell-detach", Some(&peer.id), &running.info.user)
             .with("pid", running.info.pid)
             .since(running.info.traffic.since, now)
@@ -44,34 +51,34 @@ impl Terminal {
             .log(true);
         (running.detached, running.asked) = (Some(now), None);
         running.history.rewind(sink.delivered());
-        running.clock.pause();
+        running.clock.health = None;
     }
 
     /// Lets the detached shell go where it is wanted, or ends it. Returns why the session ends then, if it is logged.
     pub(crate) fn follow_call(&mut self, peer: &mut Peer, now: Instant) -> Option<Option<&'static str>> {
         let State::Running(running) = &self.state else { return None };
         let call = running.permit.call()?;
-        if running.detached.is_none() {
-            // The next link was quicker than this session.
-            self.detach(peer, HangUp::LinkLost.name(), now);
-        }
-        match (call, std::mem::take(&mut self.state)) {
-            (Call::HandOver { resumes, to }, State::Running(running)) => {
-                let credit = std::mem::replace(&mut peer.credit, Credit::new(now));
-                match to.send(Handover { running, credit }) {
-                    Ok(()) => return Some(if resumes { None } else { Some("reattached") }),
-                    Err(SendError(Handover { running, credit })) => {
-                        // That session has ended. Another one may come.
-                        (self.state, peer.credit) = (State::Running(running), credit);
-                        if peer.device.detach(&peer.id, &peer.info, &peer.wake) {
-                            return None;
-                        }
-                    }
-                }
+        // The next link may have been quicker than this session.
+        self.detach(peer, HangUp::LinkLost.name(), now);
+        let State::Running(mut running) = mem::take(&mut self.state) else { return None };
+        if let Call::HandOver { resumes, to } = call {
+            let credit = mem::replace(&mut peer.credit, Credit::new(now));
+            match to.send(Handover { running, credit }) {
+                Ok(()) => return Some(if resumes { None } else { Some("reattached") }),
+                // That session has ended. Another one may come.
+                Err(SendError(handover)) => (running, peer.credit) = (handover.running, handover.credit),
             }
-            (_, state) => self.state = state,
+            if peer.device.detach(&peer.id, &peer.info, &peer.wake) {
+                self.state = State::Running(running);
+                return None;
+            }
         }
-        if !self.leave(&peer.id, now) {
+        if running.shell.place.as_ref().is_some_and(Place::is_left) {
+            running.describe(&peer.id, now);
+            // Its end would be the process's.
+            mem::forget(running.shell.process);
+        } else {
+            self.state = State::Running(running);
             self.hang_up(peer, HangUp::LinkLost.name(), now);
         }
         None
@@ -96,7 +103,7 @@ impl Terminal {
         }
         running.discard = Discard::default();
         running.permit.attach(&peer.wake);
-        running.clock.resume(now);
+        running.clock.health = health(now);
         running.info = peer.info.adopt_shell(&running.info);
         running.describe(&peer.id, now);
         Record::new("shell-attach", Some(&peer.id), &running.info.user)
@@ -118,6 +125,32 @@ impl Terminal {
         }
         self.state = State::Running(running);
         true
+    }
+
+    /// Goes on with a shell, without a client yet.
+    pub(crate) fn adopt(
+        peer: &Peer,
+        description: &Frame,
+        (pty, size): (Pty, WindowSize),
+        permit: ShellPermit,
+        place: Place,
+        now: Instant,
+    ) -> io::Result<Self> {
+        let number = |key| description.props.int(key).and_then(|number| u64::try_from(number).ok());
+        let numbers = number("end").zip(number("sent")).zip(number("typed"));
+        let ((end, sent), typed) = numbers.ok_or(io::ErrorKind::InvalidData)?;
+        let output = description.body.len().checked_sub(usize::try_from(typed).unwrap_or(usize::MAX));
+        let (output, input) = description.body.split_at(output.ok_or(io::ErrorKind::InvalidData)?);
+        let history = History::adopt(output, (end, sent), peer.device.memory.none());
+        let history = history.ok_or(io::ErrorKind::InvalidData)?;
+        // Last: on an error behind it the process would be killed instead of hung up.
+        let process = SessionLeader::of_terminal(&pty, peer.device.config().shell.user.uid)?;
+        let info = peer.info.set_shell(description.user(), process.pid(), peer.info.traffic.since);
+        let shell = Shell::adopt(process, pty, input, place, peer.device.memory.none());
+        let mut running = Running::new(shell, info, permit, size, history);
+        running.clock.active(now);
+        (running.detached, running.clock.health) = (Some(now), None);
+        Ok(Terminal { state: State::Running(Box::new(running)), ..Terminal::default() })
     }
 }
 
@@ -146,5 +179,23 @@ impl Running {
                 self.restore = Some((now + REPAINT, size));
             }
         }
+    }
+
+    /// Tells the next agent of the shell, which belongs to this session now.
+    pub(super) fn describe(&self, id: &SessionId, now: Instant) {
+        let Some(place) = &self.shell.place else { return };
+        let age = now.saturating_duration_since(self.info.traffic.since);
+        let started = clock::now().saturating_sub(age).as_secs();
+        // Before this agent ends they change too often to be written down.
+        let (output, (end, sent), input) = match place.is_left() {
+            true => (self.history.bytes(), self.history.numbers(), self.shell.input.clone()),
+            false => Default::default(),
+        };
+        let number = |number: u64| i64::try_from(number).unwrap_or_default();
+        let props = Map::new().with_str("user_id", self.info.user.as_str());
+        let props = props.with_i64("started", number(started)).with_i64("typed", number(input.len() as u64));
+        let props = props.with_i64("end", number(end)).with_i64("sent", number(sent));
+        let body: Vec<u8> = output.into_iter().chain(input).collect();
+        place.describe(Frame::new(SHELL, "", Some(id)).with_props(props).with_body(body));
     }
 }
