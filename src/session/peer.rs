@@ -1,5 +1,6 @@
 //! A session's identity and its way to the client, lent to the handlers of its protocols.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -8,7 +9,7 @@ use super::device::{Device, Entry, Table};
 use super::inbox::Inbox;
 use super::shells::Admission;
 use super::stats::Info;
-use crate::outbox::Sink;
+use crate::outbox::{Outbox, Sink};
 use crate::permits::{Permit, Permits};
 use crate::proto::{Frame, SessionId, control};
 use crate::sys::lock;
@@ -42,24 +43,24 @@ impl Peer {
     pub(crate) fn new(
         device: &Arc<Device>,
         id: &SessionId,
-        info: &Arc<Info>,
-        sink: Sink,
-        wake: &Arc<Wake>,
+        info: Arc<Info>,
+        outbox: &Outbox,
         thread: Permit,
-    ) -> Self {
-        Peer {
+    ) -> io::Result<Self> {
+        let wake = Arc::new(Wake::new()?);
+        Ok(Peer {
             id: id.clone(),
             device: Arc::clone(device),
-            inbox: Arc::new(Inbox::new(Arc::clone(wake), &device.memory)),
-            wake: Arc::clone(wake),
-            info: Arc::clone(info),
+            inbox: Arc::new(Inbox::new(Arc::clone(&wake), &device.memory)),
+            sink: Sink::new(outbox, Arc::clone(&wake)),
+            wake,
+            info,
             admission: None,
-            sink,
             credit: Credit::new(Instant::now()),
             look_ups: Permits::new(MAX_LOOK_UPS),
             table: Arc::default(),
             thread: Arc::new(thread),
-        }
+        })
     }
 
     /// Sends a frame that waits for no credit, such as an answer.

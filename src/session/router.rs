@@ -9,13 +9,13 @@ use log::{debug, info, warn};
 use super::device::{Device, Entry, Table};
 use super::inbox::{HangUp, Rejected};
 use super::peer::Peer;
+use super::session;
 use super::shells::Admission;
 use super::stats::Info;
-use super::{session, terminal};
+use super::terminal::{self, Terminal};
 use crate::commands;
-use crate::outbox::{Outbox, Sink};
+use crate::outbox::Outbox;
 use crate::proto::{CONTROL, Frame, MAX_ID, MENDER_CLIENT, SHELL, SessionId, control, shell};
-use crate::sys::wake::Wake;
 use crate::sys::{lock, reason};
 
 /// Session threads on the device, those of earlier links included, but for shells. A server has a handful; this only
@@ -38,7 +38,7 @@ pub struct Router<S = Start> {
 impl Router {
     /// For a link whose writer empties `outbox`.
     pub fn new(device: &Arc<Device>, outbox: &Outbox) -> Self {
-        Router::with(device, outbox, session::start)
+        Router::with(device, outbox, |peer| session::start(peer, Terminal::default()))
     }
 }
 
@@ -139,24 +139,22 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             let before = if is_shell { "failed to start shell: " } else { "" };
             format!("{before}{}", reason(&e))
         };
-        let wake = Arc::new(Wake::new().map_err(failed)?);
         let taken = self.device.threads.taken();
         let room =
             is_shell || taken < MAX_SESSIONS || (taken < MAX_SESSIONS + MAKING_ROOM && self.make_room());
         let thread = room.then(|| self.device.threads.acquire()).flatten();
         let thread = thread.ok_or_else(|| failed(io::Error::other("too many sessions")))?;
-        let (info, admission) = match kept {
-            Some((info, resume)) => (info, Some(resume)),
-            None => {
-                let admission = is_shell.then(|| self.device.admit(&user, &wake, true)).transpose();
-                let admission = admission.map_err(|refusal| refusal.text().to_owned())?;
-                (Arc::new(Info::of(user, Instant::now())), admission)
+        let (info, resume) = kept.unzip();
+        let info = info.unwrap_or_else(|| Info::of(user.clone(), Instant::now()));
+        let mut peer = Peer::new(&self.device, id, info, &self.outbox, thread).map_err(failed)?;
+        peer.admission = match resume {
+            None if is_shell => {
+                let admission = self.device.admit(&user, &peer.wake, true);
+                Some(admission.map_err(|refusal| refusal.text().to_owned())?)
             }
+            resume => resume,
         };
-        let sink = Sink::new(&self.outbox, Arc::clone(&wake));
-        let mut peer = Peer::new(&self.device, id, &info, sink, &wake, thread);
         peer.enter(&self.table);
-        peer.admission = admission;
         peer.inbox.push(first).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
         (self.start)(peer).map_err(failed)
     }

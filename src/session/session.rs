@@ -61,20 +61,15 @@ fn starts_idling(frame: &Frame) -> bool {
     }
 }
 
-/// Runs a session in a thread of its own.
-pub(crate) fn start(peer: Peer) -> io::Result<()> {
-    go_on(peer, Terminal::default())
-}
-
-/// The same with a shell that is there already.
-pub(crate) fn go_on(peer: Peer, terminal: Terminal) -> io::Result<()> {
+/// Runs a session in a thread of its own, with a shell if there is one already.
+pub(crate) fn start(peer: Peer, terminal: Terminal) -> io::Result<()> {
     let name = format!("s-{}", peer.id.as_str());
-    // File transfers look up owners and groups.
     let run = move || {
         let (files, forwards, ping_at, close_at, hung_up, waiting) = Default::default();
         let end = Some("done");
         Session { peer, terminal, files, forwards, ping_at, close_at, hung_up, end, waiting }.run();
     };
+    // File transfers look up owners and groups.
     thread::spawn(&name, thread::LOOKUP_STACK, run).map(drop)
 }
 
@@ -126,10 +121,8 @@ impl Session {
                 self.handle(frame, Instant::now());
             }
             let now = Instant::now();
-            if let Some(why) = self.terminal.left.take()
-                && !self.detach(why, now)
-            {
-                self.terminal.hang_up(&self.peer, why, now);
+            if let Some(why) = self.terminal.left.take() {
+                self.lose_client(why, self.has_only_terminal(), now);
             }
             self.end_disabled(now);
             self.files.acknowledge(&self.peer);
@@ -172,25 +165,20 @@ impl Session {
             // Otherwise it would end on its way here.
             self.terminal.attach(&mut self.peer, &handover, None, true, now);
         }
-        let Peer { device, id, info, wake, .. } = &self.peer;
-        // The router has kept it, unless it has come here since.
-        if self.terminal.is_kept() || why == HangUp::LinkLost && device.detach(id, info, wake) {
-            self.terminal.detach(&mut self.peer, why.name(), now);
-        } else {
-            self.terminal.hang_up(&self.peer, why.name(), now);
-        }
+        self.lose_client(why.name(), why == HangUp::LinkLost, now);
     }
 
-    /// Leaves the client, and keeps the shell for whoever may come. False if the shell may not be kept.
-    fn detach(&mut self, why: &'static str, now: Instant) -> bool {
+    /// Leaves the shell without a client if it may be kept, or ends it.
+    fn lose_client(&mut self, why: &'static str, may_keep: bool, now: Instant) {
         let Peer { device, id, info, wake, .. } = &self.peer;
-        let kept = self.has_only_terminal() && device.detach(id, info, wake);
-        if kept {
+        // The router has kept it, unless it has come here since.
+        if self.terminal.is_kept() || may_keep && device.detach(id, info, wake) {
             self.peer.inbox.close();
             self.peer.leave();
             self.terminal.detach(&mut self.peer, why, now);
+        } else {
+            self.terminal.hang_up(&self.peer, why, now);
         }
-        kept
     }
 
     fn has_only_terminal(&self) -> bool {
@@ -314,27 +302,24 @@ impl Session {
 
     fn handle_control(&mut self, frame: &Frame) {
         let id = &self.peer.id;
-        let answer = match frame.typ.as_str() {
+        // A handshake that can't be agreed on ends the session.
+        let refusal = match frame.typ.as_str() {
             control::OPEN => match control::parse::<control::Open>(&frame.body) {
                 Ok(open) if open.versions.iter().flatten().any(|v| *v == VERSION) => {
-                    control::accept(id, &self.protocols())
+                    let accept = control::accept(id, &self.protocols());
+                    return self.peer.reply(&accept);
                 }
-                Ok(_) => {
-                    return self.refuse(frame, &format!("handshake rejected: require version {VERSION}"));
-                }
-                Err(e) => {
-                    return self.refuse(frame, &format!("failed to decode handshake request: {}", clip(&e)));
-                }
+                Ok(_) => format!("handshake rejected: require version {VERSION}"),
+                Err(e) => format!("failed to decode handshake request: {}", clip(&e)),
             },
             control::ACCEPT => match control::parse::<control::Accept>(&frame.body) {
                 Ok(accept) if accept.version == VERSION => return,
                 Ok(control::Accept { version, .. }) => {
-                    let text = format!("unsupported protocol version {version}: require version {VERSION}");
-                    return self.refuse(frame, &text);
+                    format!("unsupported protocol version {version}: require version {VERSION}")
                 }
-                Err(e) => return self.refuse(frame, &format!("malformed handshake response: {}", clip(&e))),
+                Err(e) => format!("malformed handshake response: {}", clip(&e)),
             },
-            control::PING => control::pong(id),
+            control::PING => return self.peer.reply(&control::pong(&self.peer.id)),
             control::PONG => return self.peer.credit.answered(),
             control::CLOSE => {
                 self.end = Some("closed");
@@ -350,15 +335,10 @@ impl Session {
             }
             other => {
                 let text = format!("session: control type message not understood: '{other}'");
-                control::error_about(id, frame, &text, false)
+                return self.peer.reply(&control::error_about(&self.peer.id, frame, &text, false));
             }
         };
-        self.peer.reply(&answer);
-    }
-
-    /// Ends the session for a handshake that can't be agreed on.
-    fn refuse(&mut self, cause: &Frame, text: &str) {
-        self.peer.reply(&control::error_about(&self.peer.id, cause, text, true));
+        self.peer.reply(&control::error_about(&self.peer.id, frame, &refusal, true));
         self.close();
     }
 

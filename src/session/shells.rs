@@ -343,7 +343,7 @@ mod tests {
     }
 
     fn detach(shells: &Shells, permit: &ShellPermit, id: &str) -> bool {
-        let info = Arc::new(Info::of("a".into(), Instant::now()));
+        let info = Info::of("a".into(), Instant::now());
         let kept = Kept { id: SessionId::new(id).unwrap(), info, since: Instant::now() };
         shells.detach(kept, &permit.wake)
     }

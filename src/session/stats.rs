@@ -123,15 +123,15 @@ pub(crate) struct ForwardInfo {
 }
 
 impl Info {
-    pub(crate) fn of(user: UserId, now: Instant) -> Self {
-        Info {
+    pub(crate) fn of(user: UserId, now: Instant) -> Arc<Self> {
+        Arc::new(Info {
             user,
             traffic: Arc::new(Traffic::new(now, None)),
             protocols: AtomicU32::new(0),
             shell: Mutex::default(),
             transfer: Mutex::default(),
             forwards: Mutex::default(),
-        }
+        })
     }
 
     pub(crate) fn heard(&self, proto: u16, now: Instant) {

@@ -19,11 +19,10 @@ use super::session;
 use super::shells::Kept;
 use super::stats::Info;
 use super::terminal::Terminal;
-use crate::outbox::Sink;
+use crate::outbox::Outbox;
 use crate::proto::{Frame, SHELL};
 use crate::sys::manager::{self, Manager};
 use crate::sys::pty::Pty;
-use crate::sys::wake::Wake;
 use crate::sys::{clock, reason};
 
 /// The type of the frame that describes a shell. Of another version's agent it may be another.
@@ -140,14 +139,13 @@ fn adopt(device: &Arc<Device>, name: &str, descriptors: Vec<OwnedFd>) -> io::Res
     let age =
         clock::now().saturating_sub(Duration::from_secs(shell.props.int("started").unwrap_or(0) as u64));
     let since = now.checked_sub(age).unwrap_or(now);
-    let wake = Arc::new(Wake::new()?);
-    let info = Arc::new(Info::of(user.clone(), since));
-    device.shells.open();
-    let kept = Kept { id: id.clone(), info: Arc::clone(&info), since: now };
-    let permit = device.shells.adopt(&user, kept, &wake).ok_or(io::ErrorKind::QuotaExceeded)?;
+    let info = Info::of(user.clone(), since);
     let thread = device.threads.acquire().ok_or(io::ErrorKind::OutOfMemory)?;
-    let peer = Peer::new(device, &id, &info, Sink::closed(&wake), &wake, thread);
+    let peer = Peer::new(device, &id, Arc::clone(&info), &Outbox::new().0, thread)?;
+    device.shells.open();
+    let kept = Kept { id, info, since: now };
+    let permit = device.shells.adopt(&user, kept, &peer.wake).ok_or(io::ErrorKind::QuotaExceeded)?;
     peer.inbox.close();
     let terminal = Terminal::adopt(&peer, &shell, (pty, size), permit, place, now)?;
-    session::go_on(peer, terminal)
+    session::start(peer, terminal)
 }
