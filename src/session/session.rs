@@ -87,7 +87,7 @@ impl Session {
             self.peer.reply(&control::error(&self.peer.id, &reason, true));
             // The audit log gets an end for each shell and transfer that has begun.
             self.terminal.abandon(&self.peer);
-            self.files.abort(&self.peer, "failed", "the session failed");
+            self.files.abort(&self.peer, &"the session failed".into());
         }
         let Session { peer, terminal, files, forwards, end, .. } = self;
         // Forwards log their own lines before.

@@ -43,7 +43,7 @@ pub(crate) struct Traffic {
 }
 
 impl Traffic {
-    fn new(since: Instant, session: Option<&Arc<Traffic>>) -> Self {
+    pub(crate) fn new(since: Instant, session: Option<&Arc<Traffic>>) -> Self {
         let counts = Counts { last_activity: since, bytes_in: 0, bytes_out: 0 };
         Traffic { since, counts: Mutex::new(counts), session: session.cloned() }
     }
@@ -109,7 +109,7 @@ pub(crate) struct TransferInfo {
     pub(crate) direction: Direction,
     pub(crate) path: String,
     pub(crate) size: Option<u64>,
-    pub(crate) traffic: Traffic,
+    pub(crate) traffic: Arc<Traffic>,
 }
 
 /// Data in either direction is activity.
@@ -172,10 +172,9 @@ impl Info {
         direction: Direction,
         path: &Path,
         size: Option<u64>,
-        now: Instant,
+        traffic: &Arc<Traffic>,
     ) -> Arc<TransferInfo> {
-        let path = clipped(&path.to_string_lossy(), MAX_PATH);
-        let traffic = Traffic::new(now, Some(&self.traffic));
+        let (path, traffic) = (clipped(&path.to_string_lossy(), MAX_PATH), Arc::clone(traffic));
         let transfer = Arc::new(TransferInfo { direction, path, size, traffic });
         *lock(&self.transfer) = Arc::downgrade(&transfer);
         transfer

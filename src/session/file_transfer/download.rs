@@ -40,7 +40,7 @@ impl Download {
         let limits = config.limits.as_ref();
         let (content, stat) = place::source(limits, &about.path, known, &peer.device.memory)?;
         let max_rate = limits.and_then(|l| l.max_tx_bytes_per_minute);
-        if peer.device.transferred.exhausted(Direction::Sent, max_rate, about.started) {
+        if peer.device.transferred.exhausted(Direction::Sent, max_rate, about.traffic.since) {
             return Err(Failure { text: EXHAUSTED.to_owned(), denied: true });
         }
         // Files of /proc that are too large to be read first say zero and have content all the same.
@@ -69,11 +69,10 @@ impl Download {
             let (message, read) = peer.sink.compose(&chunk, most, |place| {
                 let read = self.read(place, about);
                 let filled = *read.as_ref().unwrap_or(&0);
-                about.count(&place[..filled]);
+                about.count(&place[..filled], peer, now);
                 (filled, read)
             });
             let read = read?;
-            peer.device.transferred.add(Direction::Sent, read as u64, now);
             self.in_flight.push_back((about.bytes, peer.credit.sent(read, now)));
             // An empty chunk is the end.
             self.at_end = read == 0;

@@ -19,7 +19,7 @@ use self::place::{Failure, Known, Result};
 use self::rate::Direction;
 use self::upload::{Commit, Upload};
 use super::peer::Peer;
-use super::stats::TransferInfo;
+use super::stats::{Traffic, TransferInfo};
 use crate::audit::Record;
 use crate::encoding::hex;
 use crate::proto::control;
@@ -28,6 +28,7 @@ use crate::proto::{Frame, MAX_TEXT, clipped};
 
 /// Error code for violated limits: the server passes it on as the HTTP status.
 const FORBIDDEN: u16 = 403;
+const LINK_LOST: &str = "the connection was lost";
 /// Time for a commit in progress after the link is gone.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 
@@ -44,7 +45,7 @@ pub(crate) struct FileTransfer {
 struct Transfer {
     about: About,
     stage: Stage,
-    shown: Arc<TransferInfo>,
+    _shown: Arc<TransferInfo>,
 }
 
 enum Stage {
@@ -58,19 +59,24 @@ struct About {
     direction: Direction,
     /// Without its body. Errors refer to it.
     request: Frame,
-    started: Instant,
     path: PathBuf,
     /// In bytes, if known: when it began, the size of a file to be sent.
     size: Option<u64>,
     /// Payload so far.
     bytes: u64,
     digest: Sha256,
+    traffic: Arc<Traffic>,
 }
 
 impl About {
-    fn count(&mut self, payload: &[u8]) {
+    fn count(&mut self, payload: &[u8], peer: &Peer, now: Instant) {
         self.bytes += payload.len() as u64;
         self.digest.update(payload);
+        peer.device.transferred.add(self.direction, payload.len() as u64, now);
+        match self.direction {
+            Direction::Sent => self.traffic.add_out(payload.len()),
+            Direction::Received => self.traffic.add_in(payload.len(), now),
+        }
     }
 
     /// Acknowledges `offset` bytes. Repeats the request's user, if any.
@@ -85,7 +91,7 @@ impl About {
             .with("direction", self.direction.name())
             .path("path", &self.path)
             .with("bytes", self.bytes)
-            .since(self.started, Instant::now());
+            .since(self.traffic.since, Instant::now());
         match outcome {
             Ok(()) => {
                 let digest = hex(&self.digest.clone().finalize());
@@ -134,25 +140,22 @@ impl FileTransfer {
 
     /// Does what is possible now.
     pub(crate) fn proceed(&mut self, peer: &mut Peer, now: Instant) {
-        let Some(Transfer { about, stage, shown }) = self.transfer.as_deref_mut() else { return };
+        let Some(Transfer { about, stage, .. }) = self.transfer.as_deref_mut() else { return };
         match stage {
             Stage::Receiving(_) => {}
-            Stage::Sending(download) => {
-                let before = about.bytes;
-                let result = download.proceed(about, peer, now);
-                shown.traffic.add_out((about.bytes - before) as usize);
-                if let Err(failure) = result {
+            Stage::Sending(download) => match download.proceed(about, peer, now) {
+                Ok(()) => self.finish_sending(peer),
+                Err(failure) => {
                     let request = about.request.clone();
-                    self.abort(peer, failure.result(), &failure.text);
-                    return refuse(peer, &request, &failure);
+                    self.abort(peer, &failure);
+                    refuse(peer, &request, &failure);
                 }
-                self.finish_sending(peer);
-            }
+            },
             Stage::Committing(commit) => {
                 if let Ok(result) = commit.result.try_recv() {
                     self.finish_receiving(peer, result);
                 } else if commit.give_up.is_some_and(|at| now >= at) {
-                    self.abort(peer, "failed", "the connection was lost");
+                    self.abort(peer, &LINK_LOST.into());
                 }
             }
         }
@@ -179,14 +182,14 @@ impl FileTransfer {
     /// Ends the session: aborts a transfer in progress, but still commits a complete file.
     pub(crate) fn close(&mut self, peer: &Peer) {
         if !matches!(self.stage(), Some(Stage::Committing(_))) {
-            self.abort(peer, "failed", "the session was closed");
+            self.abort(peer, &"the session was closed".into());
         }
     }
 
     pub(crate) fn hang_up(&mut self, peer: &Peer, now: Instant) {
         match self.stage() {
             Some(Stage::Committing(commit)) => commit.give_up = Some(now + HANG_UP_GRACE),
-            _ => self.abort(peer, "failed", "the connection was lost"),
+            _ => self.abort(peer, &LINK_LOST.into()),
         }
     }
 
@@ -214,11 +217,11 @@ impl FileTransfer {
         let mut about = About {
             direction: if receives { Direction::Received } else { Direction::Sent },
             request: frame.without_body(),
-            started: now,
             path: PathBuf::new(),
             size: None,
             bytes: 0,
             digest: Sha256::new(),
+            traffic: Arc::new(Traffic::new(now, Some(&peer.info.traffic))),
         };
         self.stray_chunks |= receives;
         let begun = Request::decode(&frame.body).map_err(Failure::from).and_then(|request| {
@@ -230,8 +233,8 @@ impl FileTransfer {
         });
         let stage = begun.inspect_err(|failure| about.log(peer, Err((failure.result(), &failure.text))))?;
         debug!("session {}: {} of {:?}", peer.id, about.direction.name(), about.path);
-        let shown = peer.info.set_transfer(about.direction, &about.path, about.size, now);
-        self.transfer = Some(Box::new(Transfer { about, stage, shown }));
+        let _shown = peer.info.set_transfer(about.direction, &about.path, about.size, &about.traffic);
+        self.transfer = Some(Box::new(Transfer { about, stage, _shown }));
         self.stray_acks |= !receives;
         if receives {
             peer.reply(&file::ack(&peer.id, 0, None));
@@ -258,11 +261,9 @@ impl FileTransfer {
     }
 
     fn take_chunk(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> Result<()> {
-        let Some(Transfer { about, stage, shown }) = self.transfer.as_deref_mut() else { return Ok(()) };
+        let Some(Transfer { about, stage, .. }) = self.transfer.as_deref_mut() else { return Ok(()) };
         let Stage::Receiving(upload) = stage else { return Ok(()) };
-        let before = about.bytes;
         let mut result = upload.chunk(about, frame, peer, now);
-        shown.traffic.add_in((about.bytes - before) as usize, now);
         if result.is_ok() && frame.body.is_empty() {
             result = upload.commit(peer).map(|commit| *stage = Stage::Committing(commit));
         }
@@ -295,23 +296,25 @@ impl FileTransfer {
     /// Ends the transfer in progress and returns the reason.
     fn fail(&mut self, peer: &Peer, failure: impl Into<Failure>) -> Result<()> {
         let failure = failure.into();
-        self.abort(peer, failure.result(), &failure.text);
+        self.abort(peer, &failure);
         Err(failure)
     }
 
-    /// Ends an incomplete transfer, with `result` in the audit log.
-    pub(crate) fn abort(&mut self, peer: &Peer, result: &str, why: &str) {
-        let Some(transfer) = self.transfer.take() else { return };
-        match &transfer.stage {
+    pub(crate) fn abort(&mut self, peer: &Peer, failure: &Failure) {
+        let Some(Transfer { about, stage, .. }) = self.transfer.take().map(|transfer| *transfer) else {
+            return;
+        };
+        let mut result = failure.result();
+        match &stage {
             Stage::Sending(download) => download.discard.store(true, Ordering::SeqCst),
             Stage::Receiving(_) => {}
             Stage::Committing(commit) => {
                 // The target stays as it is, unless the commit has replaced it already.
                 commit.temporary.give_up();
-                return transfer.about.log(peer, Err(("abandoned", why)));
+                result = "abandoned";
             }
         }
-        transfer.about.log(peer, Err((result, why)));
+        about.log(peer, Err((result, &failure.text)));
     }
 }
 

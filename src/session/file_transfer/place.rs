@@ -47,7 +47,7 @@ pub(super) type Limits<'a> = Option<&'a FileLimits>;
 pub(super) type Result<T> = std::result::Result<T, Failure>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Failure {
+pub(crate) struct Failure {
     /// For the client.
     pub(super) text: String,
     /// Denied by the limits, not by the system.

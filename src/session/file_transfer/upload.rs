@@ -40,7 +40,7 @@ impl Upload {
         let limits = config.limits.as_ref();
         let (target, attributes) = place::target(limits, request)?;
         let max_rate = limits.and_then(|l| l.max_rx_bytes_per_minute);
-        if peer.device.transferred.exhausted(Direction::Received, max_rate, about.started) {
+        if peer.device.transferred.exhausted(Direction::Received, max_rate, about.traffic.since) {
             return Err(EXHAUSTED.into());
         }
         enough_space(&target, request.size)?;
@@ -74,11 +74,9 @@ impl Upload {
         let failed =
             |e| Failure::io(format!("failed to write file chunk: write {}", place::shown(&about.path)), e);
         (&self.temporary.file).write_all(&frame.body).map_err(failed)?;
-        about.count(&frame.body);
-        let counters = &peer.device.transferred;
-        counters.add(Direction::Received, frame.body.len() as u64, now);
+        about.count(&frame.body, peer, now);
         let too_large = self.max_size.is_some_and(|max| about.bytes >= max.get());
-        if too_large || counters.exhausted(Direction::Received, self.max_rate, now) {
+        if too_large || peer.device.transferred.exhausted(Direction::Received, self.max_rate, now) {
             return Err(format!("failed to write file chunk: {EXHAUSTED}").into());
         }
         // Released servers don't pass on an error that comes after the file's end.
