@@ -86,7 +86,7 @@ impl Session {
             self.peer.inbox.close();
             self.peer.reply(&control::error(&self.peer.id, &reason, true));
             // The audit log gets an end for each shell and transfer that has begun.
-            self.terminal.abandon(&self.peer);
+            terminal::log_end(&self.peer, "", "failed", Instant::now());
             self.files.abort(&self.peer, &"the session failed".into());
         }
         let Session { peer, terminal, files, forwards, end, .. } = self;

@@ -166,34 +166,27 @@ impl Terminal {
 
     /// Starts a shell for a `new`.
     pub(crate) fn start(&mut self, peer: &mut Peer, permit: ShellPermit, frame: &Frame, now: Instant) {
-        if let Err(reason) = self.try_start(peer, permit, frame, now) {
-            peer.reply(&refusal(&peer.id, &frame.user(), &reason));
-        }
-    }
-
-    fn try_start(
-        &mut self,
-        peer: &mut Peer,
-        permit: ShellPermit,
-        frame: &Frame,
-        now: Instant,
-    ) -> Result<(), String> {
-        let user = frame.user();
-        let config = peer.device.config();
+        let (user, config) = (frame.user(), peer.device.config());
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
         let keeps = !config.sessions.keep_detached.is_zero() && !user.as_str().is_empty();
         let store = peer.device.store.as_ref().filter(|_| keeps);
-        let shell = Shell::start(&config.shell, size, (&peer.id, &user), store, peer.device.memory.none())
-            .map_err(|e| format!("failed to start shell: {e}"))?;
+        let memory = &peer.device.memory;
+        let shell = match Shell::start(&config.shell, size, (&peer.id, &user), store, memory.none()) {
+            Ok(shell) => shell,
+            Err(e) => {
+                let reason = format!("failed to start shell: {e}");
+                drop(permit);
+                return peer.reply(&refusal(&peer.id, &user, &reason));
+            }
+        };
         let pid = shell.process.pid();
         Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);
         let info = peer.info.set_shell(user, pid, now);
+        let running = Running::new(shell, info, permit, size, History::new(memory.none()));
         peer.reply(&wire::started(&peer.id));
-        let running = Running::new(shell, info, permit, size, History::new(peer.device.memory.none()));
         running.describe(&peer.id, now);
         self.state = State::Running(Box::new(running));
-        Ok(())
     }
 
     /// Ends the shell without an answer: the client is gone.
@@ -204,11 +197,6 @@ impl Terminal {
             ending.answer = false;
             ending.deadline = ending.deadline.map(|at| at.min(now + HANG_UP_GRACE));
         }
-    }
-
-    /// Leaves a shell whose session can't go on: its process is killed when it is dropped.
-    pub(crate) fn abandon(&mut self, peer: &Peer) {
-        log_end(peer, "", "failed", Instant::now());
     }
 
     pub(crate) fn disable(&mut self, peer: &mut Peer, now: Instant) {
@@ -387,7 +375,7 @@ fn text(status: Exit) -> String {
     status.map_or_else(|| "unknown".to_owned(), |status| status.to_string())
 }
 
-fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
+pub(crate) fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
     let Some(shell) = lock(&peer.info.shell).take() else { return };
     let figures = shell.traffic.figures(now);
     Record::new("shell-end", Some(&peer.id), &shell.user)
