@@ -9,7 +9,7 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::file_transfer::rate::Counters;
 use super::inbox::Inbox;
-use super::shells::{Admission, Kept, MAX_SHELLS, Refusal, Shells};
+use super::shells::{Admission, Kept, MAX_SHELLS, Shells};
 use super::stats::{Figures, Info, seconds};
 use super::store::Store;
 use crate::commands::Commands;
@@ -83,7 +83,12 @@ impl Device {
     }
 
     /// See [`Shells::acquire`].
-    pub(crate) fn admit(&self, user: &UserId, wake: &Arc<Wake>, asks: bool) -> Result<Admission, Refusal> {
+    pub(crate) fn admit(
+        &self,
+        user: &UserId,
+        wake: &Arc<Wake>,
+        asks: bool,
+    ) -> Result<Admission, &'static str> {
         self.shells.acquire(user, self.config().sessions.max_per_user, wake, asks)
     }
 

@@ -148,10 +148,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         let info = info.unwrap_or_else(|| Info::of(user.clone(), Instant::now()));
         let mut peer = Peer::new(&self.device, id, info, &self.outbox, thread).map_err(failed)?;
         peer.admission = match resume {
-            None if is_shell => {
-                let admission = self.device.admit(&user, &peer.wake, true);
-                Some(admission.map_err(|refusal| refusal.text().to_owned())?)
-            }
+            None if is_shell => Some(self.device.admit(&user, &peer.wake, true)?),
             resume => resume,
         };
         peer.enter(&self.table);

@@ -14,7 +14,7 @@ use super::file_transfer::FileTransfer;
 use super::inbox::HangUp;
 use super::peer::Peer;
 use super::port_forward::PortForward;
-use super::shells::{Admission, Refusal};
+use super::shells::{Admission, USER_FULL};
 use super::terminal::{self, Terminal};
 use crate::audit::Record;
 use crate::proto::control::{self, VERSION};
@@ -214,10 +214,10 @@ impl Session {
                     self.waiting = Some((request, until));
                     return;
                 }
-                Ok(Admission::Wait(_)) => Refusal::OfUser,
+                Ok(Admission::Wait(_)) => USER_FULL,
                 Err(refusal) => refusal,
             };
-            return self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal.text()));
+            return self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal));
         }
     }
 

@@ -17,22 +17,9 @@ pub(crate) const MAX_SHELLS: usize = 16;
 /// Sessions at a time that wait for the answers of a user's other clients. Further ones are refused at once.
 const MAX_WAITING: usize = 4;
 
-/// Why there can't be another shell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    OfDevice,
-    OfUser,
-}
-
-impl Refusal {
-    /// As clients know it.
-    pub(crate) fn text(self) -> &'static str {
-        match self {
-            Refusal::OfDevice => "too many shells spawned",
-            Refusal::OfUser => "user has too many open sessions",
-        }
-    }
-}
+/// Why there can't be another shell, as clients know it.
+pub(crate) const DEVICE_FULL: &str = "too many shells spawned";
+pub(crate) const USER_FULL: &str = "user has too many open sessions";
 
 #[derive(Debug, Default)]
 pub(crate) struct Shells(Mutex<State>);
@@ -165,7 +152,7 @@ impl Shells {
         most: u32,
         wake: &Arc<Wake>,
         asks: bool,
-    ) -> Result<Admission, Refusal> {
+    ) -> Result<Admission, &'static str> {
         let mut state = lock(&self.0);
         let used = state.count(|place| place.is_used() && place.user == *user);
         let room = used < usize::try_from(most).unwrap_or(usize::MAX);
@@ -173,33 +160,25 @@ impl Shells {
         let waiting = state.count(Place::is_waiting);
         match state.last(user, |_| true) {
             Some((place, _)) if room => return Ok(Admission::Return(place.want(false))),
-            None if full => return Err(Refusal::OfDevice),
+            None if full => return Err(DEVICE_FULL),
             _ => {}
         }
-        if !room {
-            let mut own = state.places.iter_mut().filter(|place| place.is_used() && place.user == *user);
-            if asks && waiting < MAX_WAITING {
-                for place in own.filter(|place| place.asked.is_none()) {
-                    place.asked = Some(Instant::now());
-                    place.wake.notify();
-                }
-            } else if asks || own.all(|place| place.asked.is_none()) {
-                return Err(Refusal::OfUser);
-            }
+        if room {
+            return Ok(Admission::Start(self.add(&mut state, user, Kind::Attached, wake)));
         }
-        Ok(match room {
-            true => Admission::Start(self.place(&mut state, user, Kind::Attached, wake)),
-            false => Admission::Wait(self.place(&mut state, user, Kind::Waiting, wake)),
-        })
+        let mut own = state.places.iter_mut().filter(|place| place.is_used() && place.user == *user);
+        if asks && waiting < MAX_WAITING {
+            for place in own.filter(|place| place.asked.is_none()) {
+                place.asked = Some(Instant::now());
+                place.wake.notify();
+            }
+        } else if asks || own.all(|place| place.asked.is_none()) {
+            return Err(USER_FULL);
+        }
+        Ok(Admission::Wait(self.add(&mut state, user, Kind::Waiting, wake)))
     }
 
-    fn place(
-        self: &Arc<Self>,
-        state: &mut State,
-        user: &UserId,
-        kind: Kind,
-        wake: &Arc<Wake>,
-    ) -> ShellPermit {
+    fn add(self: &Arc<Self>, state: &mut State, user: &UserId, kind: Kind, wake: &Arc<Wake>) -> ShellPermit {
         state.places.push(Place { user: user.clone(), kind, asked: None, wake: Arc::clone(wake) });
         ShellPermit { shells: Arc::clone(self), wake: Arc::clone(wake) }
     }
@@ -212,7 +191,7 @@ impl Shells {
         wake: &Arc<Wake>,
     ) -> Option<ShellPermit> {
         let mut state = lock(&self.0);
-        (state.running() < MAX_SHELLS).then(|| self.place(&mut state, user, Kind::Detached(kept), wake))
+        (state.running() < MAX_SHELLS).then(|| self.add(&mut state, user, Kind::Detached(kept), wake))
     }
 
     /// From now on shells may be kept without a client.
@@ -317,7 +296,7 @@ mod tests {
         Arc::new(Wake::new().unwrap())
     }
 
-    fn acquire(shells: &Arc<Shells>, user: &str, most: u32) -> Result<Admission, Refusal> {
+    fn acquire(shells: &Arc<Shells>, user: &str, most: u32) -> Result<Admission, &'static str> {
         shells.acquire(&user.into(), most, &wake(), true)
     }
 
@@ -336,7 +315,7 @@ mod tests {
     }
 
     /// As a session does that waits.
-    fn again(shells: &Arc<Shells>, permit: ShellPermit, most: u32) -> Result<Admission, Refusal> {
+    fn again(shells: &Arc<Shells>, permit: ShellPermit, most: u32) -> Result<Admission, &'static str> {
         let user = permit.with(|place| place.user.clone()).unwrap();
         drop(permit);
         shells.acquire(&user, most, &wake(), false)
@@ -363,7 +342,7 @@ mod tests {
         second.answered();
         let Ok(Admission::Wait(fourth)) = again(&shells, fourth, 2) else { panic!("it has to wait") };
         third.answered();
-        assert_eq!(again(&shells, fourth, 2).unwrap_err(), Refusal::OfUser);
+        assert_eq!(again(&shells, fourth, 2).unwrap_err(), USER_FULL);
         shells.open();
         let _waiting = wait(&shells, "a", 2);
         assert!(detach(&shells, &second, "s") && shells.running() == 3);
@@ -371,7 +350,7 @@ mod tests {
         many.open();
         let mut permits: Vec<_> = (0..MAX_SHELLS).map(|_| start(&many, "a", 100)).collect();
         assert!(detach(&many, &permits[0], "s"));
-        assert_eq!(acquire(&many, "b", 100).unwrap_err(), Refusal::OfDevice);
+        assert_eq!(acquire(&many, "b", 100).unwrap_err(), DEVICE_FULL);
         permits.pop();
         start(&many, "b", 100);
     }
@@ -381,7 +360,7 @@ mod tests {
         let shells = Arc::<Shells>::default();
         let _running = start(&shells, "a", 1);
         let _waiting: Vec<_> = (0..MAX_WAITING).map(|_| wait(&shells, "a", 1)).collect();
-        assert_eq!(acquire(&shells, "a", 1).unwrap_err(), Refusal::OfUser);
+        assert_eq!(acquire(&shells, "a", 1).unwrap_err(), USER_FULL);
         start(&shells, "b", 1);
     }
 

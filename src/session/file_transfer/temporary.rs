@@ -34,7 +34,7 @@ pub(super) struct Temporary {
     /// For writing.
     pub(super) file: File,
     pub(super) target: Target,
-    attributes: Attributes,
+    pub(super) attributes: Attributes,
     /// The temporary name, if it has one.
     name: OnceLock<OsString>,
     /// Whether it takes its target's name, or is given up: whichever comes first.
@@ -80,11 +80,6 @@ impl Temporary {
         let temporary = Temporary { file, target, attributes, name, decided: AtomicBool::new(false) };
         temporary.give_to_owner()?;
         Ok(temporary)
-    }
-
-    /// Looks again whether the file may take its target's name.
-    pub(super) fn check(&self) -> Result<()> {
-        self.attributes.check(&self.target)
     }
 
     /// Sets the mode, syncs the file, and gives it its target's name. After an error the target is as before.

@@ -81,7 +81,7 @@ impl Upload {
         }
         // Released servers don't pass on an error that comes after the file's end.
         if about.size == Some(about.bytes) {
-            self.temporary.check()?;
+            self.temporary.attributes.check(&self.temporary.target)?;
         }
         self.due_acks.truncate(MAX_ACKS - 1);
         // A chunk of one byte at the start has none.

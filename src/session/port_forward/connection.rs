@@ -109,7 +109,7 @@ impl Connection {
     pub(super) fn new(target: Target, peer: &Peer, user: UserId, descriptor: Permit, now: Instant) -> Self {
         let shown = peer.info.add_forward(target, now);
         Connection {
-            state: State::Opening(Opening::new(&shown, now)),
+            state: State::Opening(Opening::new(now)),
             to_target: VecDeque::new(),
             queued: 0,
             lost: 0,
@@ -154,7 +154,7 @@ impl Connection {
     /// Continues opening. True if that is done now. The error is the text for the client.
     pub(super) fn advance(&mut self, peer: &Peer, now: Instant) -> Result<bool, String> {
         let State::Opening(opening) = &mut self.state else { return Ok(false) };
-        match opening.advance(peer, &mut self.descriptors, now) {
+        match opening.advance(peer, &self.shown.target, &mut self.descriptors, now) {
             Ok(None) => Ok(false),
             Ok(Some((socket, address))) => {
                 // Only a matter of speed; a datagram socket has no such option.

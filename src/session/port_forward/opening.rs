@@ -14,7 +14,6 @@ use crate::config::Allowed;
 use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
 use crate::session::peer::Peer;
-use crate::session::stats::ForwardInfo;
 use crate::sys::names::Query;
 use crate::sys::race::{Event, Race};
 use crate::sys::{net, reason};
@@ -32,7 +31,6 @@ type Opened = Result<Option<(OwnedFd, SocketAddr)>, End>;
 
 #[derive(Debug)]
 pub(super) struct Opening {
-    shown: Arc<ForwardInfo>,
     deadline: Instant,
     /// From when the target's name can be looked up, if that is needed.
     race: Option<Race>,
@@ -43,9 +41,8 @@ pub(super) struct Opening {
 }
 
 impl Opening {
-    pub(super) fn new(shown: &Arc<ForwardInfo>, now: Instant) -> Self {
-        let (race, look_up, last) = Default::default();
-        Opening { shown: Arc::clone(shown), deadline: now + OPEN_LIMIT, race, look_up, last }
+    pub(super) fn new(now: Instant) -> Self {
+        Opening { deadline: now + OPEN_LIMIT, race: None, look_up: None, last: None }
     }
 
     /// They become writable when their attempts to connect are decided.
@@ -60,19 +57,22 @@ impl Opening {
     }
 
     /// `descriptors` is for the sockets: at least for one.
-    pub(super) fn advance(&mut self, peer: &Peer, descriptors: &mut Permit, now: Instant) -> Opened {
+    pub(super) fn advance(
+        &mut self,
+        peer: &Peer,
+        target: &Target,
+        descriptors: &mut Permit,
+        now: Instant,
+    ) -> Opened {
         if self.race.is_none() {
-            self.race = self.begin(peer, now)?;
+            self.race = self.begin(peer, target, now)?;
         }
-        let (shown, last) = (&self.shown, &mut self.last);
-        let Target { host, .. } = &shown.target;
+        let (host, last) = (&target.host, &mut self.last);
         let Some(race) = &mut self.race else {
-            let late = now >= self.deadline;
-            return if late {
-                Err(failed(shown, &format!(": lookup {host}: i/o timeout")))
-            } else {
-                Ok(None)
-            };
+            if now < self.deadline {
+                return Ok(None);
+            }
+            return Err(failed(target, &format!(": lookup {host}: i/o timeout")));
         };
         let config = peer.device.config();
         let mut note = |weight, end| {
@@ -83,15 +83,15 @@ impl Opening {
         let winner =
             race.advance(now, &mut |sockets| descriptors.resize(sockets), &mut |event| match event {
                 Event::Answered(_, Ok(addresses)) => {
-                    if let Err(denied) = permit(shown, addresses, config.forward_targets.as_deref()) {
+                    if let Err(denied) = permit(target, addresses, config.forward_targets.as_deref()) {
                         note(2, denied);
                     }
                 }
                 Event::Answered(query, Err(e)) => {
                     let weight = u8::from(query == Query::A);
-                    note(weight, failed(shown, &format!(": lookup {host}: {e}")));
+                    note(weight, failed(target, &format!(": lookup {host}: {e}")));
                 }
-                Event::Failed(address, e) => note(3, failed(shown, &not_connected(address, &e))),
+                Event::Failed(address, e) => note(3, failed(target, &not_connected(address, &e))),
             });
         if !race.looks_up() {
             self.look_up = None;
@@ -102,23 +102,23 @@ impl Opening {
             }
             let late = |address| not_connected(address, &Errno::ETIMEDOUT.into());
             let what = race.pending().map_or_else(|| format!(": lookup {host}: i/o timeout"), late);
-            return Err(failed(shown, &what));
+            return Err(failed(target, &what));
         }
         self.race = None;
         descriptors.resize(1);
-        let nothing = || failed(&self.shown, &format!(": lookup {}: no such host", self.shown.target.host));
+        let nothing = || failed(target, &format!(": lookup {host}: no such host"));
         winner.map(Some).ok_or_else(|| self.last.take().map_or_else(nothing, |(_, end)| end))
     }
 
     /// `None`: a permit for a look-up has to be waited for.
-    fn begin(&mut self, peer: &Peer, now: Instant) -> Result<Option<Race>, End> {
-        let Target { host, port, transport } = &self.shown.target;
+    fn begin(&mut self, peer: &Peer, target: &Target, now: Instant) -> Result<Option<Race>, End> {
+        let Target { host, port, transport } = target;
         let kind = match transport {
             Transport::Tcp => SockType::Stream,
             Transport::Udp => SockType::Datagram,
         };
         if let Some(mut addresses) = known_addresses(host, *port) {
-            permit(&self.shown, &mut addresses, peer.device.config().forward_targets.as_deref())?;
+            permit(target, &mut addresses, peer.device.config().forward_targets.as_deref())?;
             return Ok(Some(Race::new(kind, addresses, now)));
         }
         let Some(ours) = peer.look_ups.acquire_or_wake(&peer.wake) else { return Ok(None) };
@@ -126,17 +126,13 @@ impl Opening {
         let wake = Arc::clone(&peer.wake);
         let race = Race::look_up(kind, (host, *port), permit, move || wake.notify(), now);
         self.look_up = Some(ours);
-        race.map(Some).map_err(|e| failed(&self.shown, &format!(": lookup {host}: {}", reason(&e))))
+        race.map(Some).map_err(|e| failed(target, &format!(": lookup {host}: {}", reason(&e))))
     }
 }
 
 /// Keeps the addresses that may be reached, and no others, whatever the name resolves to later.
-fn permit(
-    shown: &ForwardInfo,
-    addresses: &mut Vec<SocketAddr>,
-    allowed: Option<&[Allowed]>,
-) -> Result<(), End> {
-    let Target { host, port, transport } = &shown.target;
+fn permit(target: &Target, addresses: &mut Vec<SocketAddr>, allowed: Option<&[Allowed]>) -> Result<(), End> {
+    let Target { host, port, transport } = target;
     let (transport, any) = (transport.name(), !addresses.is_empty());
     addresses
         .retain(|address| allowed.is_none_or(|all| all.iter().any(|a| a.permits(transport, host, *address))));
@@ -155,8 +151,8 @@ fn not_connected(address: SocketAddr, error: &io::Error) -> String {
 }
 
 /// As Go words it: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
-fn failed(shown: &ForwardInfo, what: &str) -> End {
-    (FAILED, format!("dial {}{what}", shown.target.transport.name()))
+fn failed(target: &Target, what: &str) -> End {
+    (FAILED, format!("dial {}{what}", target.transport.name()))
 }
 
 /// The addresses of a host that needs no look-up.

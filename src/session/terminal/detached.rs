@@ -188,7 +188,9 @@ impl Running {
         let started = clock::now().saturating_sub(age).as_secs();
         // Before this agent ends they change too often to be written down.
         let (output, (end, sent), input) = match place.is_left() {
-            true => (self.history.bytes(), self.history.numbers(), self.shell.input.clone()),
+            true => {
+                (self.history.bytes.clone(), (self.history.end, self.history.sent), self.shell.input.clone())
+            }
             false => Default::default(),
         };
         let number = |number: u64| i64::try_from(number).unwrap_or_default();

@@ -18,11 +18,11 @@ const BELL: u8 = 0x07;
 /// The end of a shell's output. Its bytes are numbered from the shell's start.
 #[derive(Debug)]
 pub(super) struct History {
-    bytes: VecDeque<u8>,
+    pub(super) bytes: VecDeque<u8>,
     /// The number of the byte behind the last one.
-    end: u64,
+    pub(super) end: u64,
     /// The number of the first byte that was not sent.
-    sent: u64,
+    pub(super) sent: u64,
     /// The messages sent last: their first bytes, and whether they have left the device.
     under_way: VecDeque<(u64, Mark)>,
     /// For the bytes beyond [`RESERVED`].
@@ -34,22 +34,13 @@ impl History {
         History { bytes: VecDeque::new(), end: 0, sent: 0, under_way: VecDeque::new(), memory }
     }
 
-    /// A history that another agent has begun, with its [`History::numbers`]; `None` if they can't be.
+    /// A history that another agent has begun, with its numbers; `None` if they can't be.
     pub(super) fn adopt(bytes: &[u8], (end, sent): (u64, u64), memory: Permit) -> Option<Self> {
         let possible = bytes.len() as u64 <= end && sent <= end;
         let mut history = History::new(memory);
         history.push(bytes);
         (history.end, history.sent) = (end, sent);
         possible.then_some(history)
-    }
-
-    pub(super) fn bytes(&self) -> VecDeque<u8> {
-        self.bytes.clone()
-    }
-
-    /// Of the byte behind the last one, and of the first that was not sent.
-    pub(super) fn numbers(&self) -> (u64, u64) {
-        (self.end, self.sent)
     }
 
     fn start(&self) -> u64 {

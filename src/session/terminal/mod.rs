@@ -31,7 +31,7 @@ use self::running::{Running, STOP_GRACE, ping, requested_size};
 use self::shell::Shell;
 use super::inbox::Inbox;
 use super::peer::Peer;
-use super::shells::{MAX_SHELLS, Refusal, ShellPermit};
+use super::shells::{DEVICE_FULL, MAX_SHELLS, ShellPermit};
 use crate::audit::Record;
 use crate::outbox::Discard;
 use crate::permits::Permit;
@@ -153,7 +153,7 @@ impl Terminal {
             (_, wire::NEW) => {
                 let full = peer.device.shells.running() >= MAX_SHELLS;
                 let running = "failed to start shell: shell is already running";
-                let reason = if full { Refusal::OfDevice.text() } else { running };
+                let reason = if full { DEVICE_FULL } else { running };
                 peer.reply(&refusal(&peer.id, &frame.user(), reason));
             }
             _ => {
