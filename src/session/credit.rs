@@ -1,48 +1,45 @@
-//! How many messages may be on the way to a session's client. Pure.
+//! How many messages may be in flight to a session's client. No I/O.
 //!
 //! The released server keeps 25 messages for a session's client and silently drops further ones. Messages keep their
-//! order, so a client's answer to one, such as a `pong` or an `ack`, proves that all before it have left those places.
+//! order, so a client's answer to one, such as a `pong` or an `ack`, proves that all before it were delivered.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Messages that are not proved delivered. The rest of the 25 is for answers and probes.
+/// Messages in flight. The rest of the 25 is for answers and probes.
 pub(crate) const LIMIT: usize = 16;
-/// Further answers of forwards, which their clients wait for.
+/// Further answers of forwards: their clients wait for these.
 const ANSWERS: usize = 4;
-/// An older message has left the server's places, one way or the other.
+/// Older messages have left the server's queue, one way or the other.
 const PLACES: usize = 25;
-/// After so many messages a probe follows. The first one comes only when the credit is used up: the test client of
-/// Mender's servers takes no ping between the lines of a short output.
+/// Messages between probes. The first probe comes only when the credit is used up: the test client of Mender's servers
+/// takes no ping between the lines of a short output.
 const PROBE_EVERY: u64 = 6;
-/// Unanswered probes; more would take the places of messages.
+/// Unanswered probes. More would take the places of messages.
 const MAX_PROBES: usize = 4;
-/// A probe or its answer may get lost: a session that can't go on asks again after this time.
+/// A probe or its answer may get lost: a session without credit repeats it after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
-/// A client that has never answered may not know `ping`. Its messages are presumed delivered: the first after this time,
-/// each of the others when the client can have read it at this speed.
+/// A client that has never answered may not know `ping`. Its messages are presumed delivered: the first after this
+/// time, the others when the client can have read them at this speed.
 const PATIENCE: Duration = Duration::from_millis(300);
 const BYTES_PER_SECOND: u32 = 1 << 20;
-/// Each message takes a client this long at least, however small it is.
+/// Time that a client takes for the smallest message.
 const SHORTEST: Duration = Duration::from_millis(2);
 
-/// Messages are numbered from the session's start.
 #[derive(Debug)]
 pub(crate) struct Credit {
     sent: u64,
-    /// How long the client may take to read each message that is not proved delivered.
+    /// For each message in flight, how long the client may take to read it.
     on_the_way: VecDeque<Duration>,
-    /// The numbers of those that were not answered.
+    /// Numbers of the unanswered probes. Messages are numbered from 1.
     probes: VecDeque<u64>,
     last_probe: Instant,
-    /// The client has answered a probe.
     answers: bool,
-    /// When the first message on the way is presumed delivered, unless the client answers.
+    /// When the first message in flight is presumed delivered, unless the client answers.
     presume_at: Instant,
 }
 
 impl Credit {
-    /// `now` is the session's start.
     pub(crate) fn new(now: Instant) -> Self {
         let (on_the_way, probes) = (VecDeque::new(), VecDeque::new());
         Credit { sent: 0, on_the_way, probes, last_probe: now, answers: false, presume_at: now }
@@ -61,7 +58,7 @@ impl Credit {
         self.on_the_way.len() - presumed
     }
 
-    /// How many messages are presumed delivered if the client doesn't answer, and when the next one will be.
+    /// How many messages are presumed delivered, and when the next one will be.
     fn presumed(&self, now: Instant) -> (usize, Instant) {
         let (mut count, mut next) = (0, self.presume_at);
         while now >= next && count < self.on_the_way.len() {
@@ -71,7 +68,7 @@ impl Credit {
         (count, next)
     }
 
-    /// A message of so many bytes was sent. Returns its number.
+    /// Returns the message's number.
     pub(crate) fn sent(&mut self, bytes: usize, now: Instant) -> u64 {
         if !self.answers {
             let (presumed, next) = self.presumed(now);
@@ -87,7 +84,7 @@ impl Credit {
         self.sent
     }
 
-    /// The number of the last message that was proved or presumed delivered.
+    /// The last message that was proved or presumed delivered.
     fn proved(&self) -> u64 {
         self.sent - self.on_the_way.len() as u64
     }
@@ -107,31 +104,31 @@ impl Credit {
         self.probes.push_back(probe);
     }
 
-    /// A probe was answered. Answers have no name, so it is the oldest.
+    /// A pong doesn't say which probe it answers: it is the oldest one's.
     pub(crate) fn answered(&mut self) {
         if let Some(probe) = self.probes.pop_front() {
             self.prove(probe);
         }
     }
 
-    /// The client has acted upon the message of this number.
+    /// The client has acted upon this message.
     pub(crate) fn prove(&mut self, number: u64) {
         self.answers = true;
         let proved = number.saturating_sub(self.proved()) as usize;
         self.on_the_way.drain(..proved.min(self.on_the_way.len()));
     }
 
-    /// The same client comes by another link: answers to what it was asked before are lost.
+    /// The client comes by another link: answers to the probes of the lost one are lost, too.
     pub(crate) fn resume(&mut self) {
         self.probes.clear();
     }
 
-    /// The client has acted upon the last message: it asks and waits for the answer.
+    /// All messages have arrived.
     pub(crate) fn prove_all(&mut self) {
         self.on_the_way.clear();
     }
 
-    /// When a session that may not send now may send or ask again.
+    /// When a session without credit may send or probe again.
     pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
         match self.answers {
             _ if self.takes(now) => None,

@@ -1,4 +1,4 @@
-//! What all sessions of the device share, beyond the life of a link.
+//! What all sessions share, beyond the life of a link.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -19,20 +19,18 @@ use crate::proto::{SessionId, UserId};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
-/// Session threads. Beyond [`super::router::MAX_SESSIONS`] they are for shells, and for sessions that make room.
+/// Session threads. Those beyond [`super::router::MAX_SESSIONS`] are for shells and for sessions that make room.
 pub(crate) const MAX_THREADS: usize = 272;
-/// Look-ups at a time, of up to two threads each. An abandoned one still counts, since the resolver can't be interrupted:
-/// a silent name server mustn't fill the memory with threads.
+/// Look-ups at a time, of up to two threads each. An abandoned one counts until it ends, since the resolver can't be
+/// interrupted: a silent name server must not fill the memory with threads.
 const MAX_LOOK_UPS: usize = 16;
-/// Bytes that wait in inboxes, for programs and for forwards' targets, beyond a small share of each session.
+/// Bytes that wait in inboxes, for shells and for targets, beyond a small share of each session.
 const MEMORY: usize = 16 << 20;
-/// Descriptors that forwards leave to sessions, one each, and to shells, files, `status` and the link.
+/// Descriptors that forwards leave: one for each session, and those of shells, files, `status` and the link.
 const RESERVED_DESCRIPTORS: usize = MAX_THREADS + 64;
 
-/// The sessions of one link, by their ids.
 pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
 
-/// A session as others see it.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
     pub(crate) inbox: Arc<Inbox>,
@@ -43,19 +41,19 @@ pub(crate) struct Entry {
 pub struct Device {
     config: Mutex<Arc<Config>>,
     pub(crate) shells: Arc<Shells>,
-    /// It keeps shells when the agent ends.
+    /// Keeps shells when the agent ends.
     pub(crate) store: Option<Arc<Store>>,
     pub(crate) transferred: Counters,
     pub(crate) commands: Arc<Commands>,
     pub(crate) look_ups: Arc<Permits>,
-    /// Forwards' sockets.
+    /// Sockets.
     pub(crate) forwards: Arc<Permits>,
     pub(crate) memory: Arc<Permits>,
-    /// Shells that are told to end and may take their time. Those beyond are killed.
+    /// Shells that have time to end. Further ones are killed at once.
     pub(crate) dying: Arc<Permits>,
-    /// Session threads, those of earlier links included.
+    /// Includes the sessions of earlier links.
     pub(crate) threads: Arc<Permits>,
-    /// The sessions of the current link.
+    /// Of the current link.
     table: Mutex<Arc<Table>>,
 }
 
@@ -82,7 +80,6 @@ impl Device {
         Arc::clone(&lock(&self.config))
     }
 
-    /// See [`Shells::acquire`].
     pub(crate) fn admit(
         &self,
         user: &UserId,
@@ -92,7 +89,7 @@ impl Device {
         self.shells.acquire(user, self.config().sessions.max_per_user, wake, asks)
     }
 
-    /// Keeps the shell of the session that `wake` wakes for its user, who has gone. False if it may not be kept.
+    /// False if the session of `wake` has no shell that may be kept.
     pub(crate) fn detach(&self, id: &SessionId, info: &Arc<Info>, wake: &Arc<Wake>) -> bool {
         let keeps = !self.config().sessions.keep_detached.is_zero();
         let of_user = info.shell().is_some_and(|shell| !shell.user.as_str().is_empty());
@@ -100,7 +97,7 @@ impl Device {
         keeps && of_user && self.shells.detach(kept, wake)
     }
 
-    /// Running shells expire by the new configuration, disabled protocols end, all else goes on as it was.
+    /// Wakes all sessions: running shells expire by the new configuration, disabled protocols end.
     pub(crate) fn reconfigure(&self, config: Config) {
         *lock(&self.config) = Arc::new(config);
         for entry in lock(&self.table()).values() {
@@ -109,7 +106,7 @@ impl Device {
         self.shells.wake();
     }
 
-    /// For a new link. The one before keeps its own until its sessions have ended.
+    /// The link before keeps its own table until its sessions have ended.
     pub(crate) fn new_table(&self) -> Arc<Table> {
         let table = Arc::default();
         *lock(&self.table) = Arc::clone(&table);
@@ -120,12 +117,12 @@ impl Device {
         Arc::clone(&lock(&self.table))
     }
 
-    /// Sessions and shells.
+    /// Numbers of sessions and shells.
     pub fn counts(&self) -> (usize, usize) {
         (lock(&self.table()).len(), self.shells.running())
     }
 
-    /// The sessions, the longest-lived first.
+    /// The longest-lived first.
     pub(crate) fn sessions(&self) -> Vec<(SessionId, Arc<Info>)> {
         let mut sessions: Vec<_> =
             lock(&self.table()).iter().map(|(id, entry)| (id.clone(), Arc::clone(&entry.info))).collect();
@@ -162,7 +159,7 @@ impl Device {
         }
     }
 
-    /// Waits until no session thread is left. False if `deadline` came first.
+    /// Waits for the end of all session threads. False if `deadline` came first.
     pub fn wait_until_quiet(&self, deadline: Instant) -> bool {
         self.threads.wait_until_unused(deadline)
     }

@@ -1,4 +1,4 @@
-//! Frames that wait for a session. The link's reader fills it and never waits: a full inbox is its session's problem.
+//! Frames that wait for a session. The link's reader fills the inbox and never waits.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -8,11 +8,10 @@ use crate::proto::{Frame, SHELL, shell};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
-/// A session empties its inbox each time it wakes; only a busy one lets it grow.
 const MAX_FRAMES: usize = 1024;
 /// The first frame is taken whatever its size.
 const MAX_BYTES: usize = 2 << 20;
-/// Bytes that need no permit of the device's memory: a keystroke gets through when others have used that up.
+/// Bytes without a permit for the device's memory: a keystroke gets through when others have used that up.
 const RESERVED: usize = 16 << 10;
 
 #[derive(Debug)]
@@ -25,25 +24,20 @@ pub struct Inbox {
 struct State {
     frames: VecDeque<Frame>,
     bytes: usize,
-    /// For the bytes beyond [`RESERVED`].
     memory: Permit,
     hung_up: Option<HangUp>,
-    /// Nothing more will be read.
     closed: bool,
     overflowed: bool,
 }
 
-/// Why a session has to end at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HangUp {
     LinkLost,
     InboxFull,
-    /// Others need its place.
     NoRoom,
 }
 
 impl HangUp {
-    /// As the audit log has it.
     pub(crate) fn name(self) -> &'static str {
         match self {
             HangUp::LinkLost => "link lost",
@@ -53,17 +47,15 @@ impl HangUp {
     }
 }
 
-/// Why the inbox hands a frame back.
 #[derive(Debug)]
 pub(crate) enum Rejected {
-    /// There is no room, or the session was hung up; true the first time.
+    /// No room, or the session was hung up. True the first time.
     Full(Frame, bool),
-    /// The session has ended.
     Closed(Frame),
 }
 
 impl State {
-    /// Counts `bytes` instead of what was counted. False if there is no memory for them.
+    /// False if the device has no memory for them.
     fn count(&mut self, bytes: usize) -> bool {
         let room = self.memory.resize(bytes.saturating_sub(RESERVED));
         if room {
@@ -74,7 +66,7 @@ impl State {
 
     fn close(&mut self) {
         self.closed = true;
-        // A cleared queue would keep its memory, which is no longer counted.
+        // clear() would keep the queue's memory, which is no longer counted.
         self.frames = VecDeque::new();
         self.count(0);
     }
@@ -97,8 +89,8 @@ impl Inbox {
         Inbox { state: Mutex::new(state), wake }
     }
 
-    /// Takes a frame and wakes the session. Coalesces resizes, so that dragging a window can't fill the inbox; but only
-    /// the last frame is replaced: a resize must not overtake others, such as a `stop` and a `new`.
+    /// Queues a frame and wakes the session. Coalesces resizes, so that dragging a window can't fill the inbox, but
+    /// replaces only the last frame: a resize must not overtake others, such as a `stop` and a `new`.
     pub(crate) fn push(&self, frame: Frame) -> Result<(), Rejected> {
         let mut state = lock(&self.state);
         match state.hung_up {
@@ -133,7 +125,7 @@ impl Inbox {
         Some(frame)
     }
 
-    /// Ends the session. Nothing is taken from now on: what began later would outlive the link.
+    /// Ends the session. Takes nothing more: what began later would outlive the link.
     pub(crate) fn hang_up(&self, why: HangUp) {
         let mut state = lock(&self.state);
         state.hung_up.get_or_insert(why);
@@ -146,14 +138,13 @@ impl Inbox {
         lock(&self.state).hung_up
     }
 
-    /// Takes no more frames, unless one has come that is to be read first.
+    /// Closes the inbox unless a frame has come meanwhile.
     pub fn close_if_empty(&self) -> bool {
         let mut state = lock(&self.state);
         state.closed = state.frames.is_empty();
         state.closed
     }
 
-    /// Takes no more frames, and drops those that wait.
     pub fn close(&self) {
         lock(&self.state).close();
     }

@@ -1,7 +1,5 @@
-//! Sessions: from a frame to the thread that owns what it is about.
-//!
-//! The [`Router`] runs in the link's reader and never blocks. Each session has a thread with one poll loop. It ends when
-//! nothing is left to do for it, and when the link is gone, unless there is a shell to keep.
+//! Sessions: the [`Router`], in the link's reader, brings each frame to the thread of its session, which runs one poll
+//! loop. A session ends when nothing is left to do, or with its link unless it keeps a shell.
 
 mod credit;
 mod device;

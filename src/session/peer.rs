@@ -1,4 +1,4 @@
-//! A session's identity and its way to the client, lent to the handlers of its protocols.
+//! A session's identity and its way to the client, lent to its protocols' handlers.
 
 use std::io;
 use std::sync::Arc;
@@ -15,31 +15,27 @@ use crate::proto::{Frame, SessionId, control};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
-/// Look-ups of a session at a time.
 const MAX_LOOK_UPS: usize = 4;
 
-/// When it is dropped the session is over, and its id free.
+/// Dropping it frees the session's id.
 #[derive(Debug)]
 pub struct Peer {
     pub id: SessionId,
     pub(crate) device: Arc<Device>,
     pub inbox: Arc<Inbox>,
-    /// Wakes the session's thread.
     pub wake: Arc<Wake>,
     pub info: Arc<Info>,
-    /// For the shell that the session was started for.
+    /// What the router was granted for a first frame that needs a shell.
     pub(crate) admission: Option<Admission>,
     pub sink: Sink,
     pub(crate) credit: Credit,
-    /// For its forwards.
     pub(crate) look_ups: Arc<Permits>,
     table: Arc<Table>,
-    /// Shared by a commit, which may outlive the session.
+    /// A commit holds it, too: it may outlive the session.
     pub(crate) thread: Arc<Permit>,
 }
 
 impl Peer {
-    /// Nobody finds it by its id yet.
     pub(crate) fn new(
         device: &Arc<Device>,
         id: &SessionId,
@@ -63,29 +59,27 @@ impl Peer {
         })
     }
 
-    /// Sends a frame that waits for no credit, such as an answer.
+    /// Needs no credit, but uses some.
     pub(crate) fn reply(&mut self, frame: &Frame) {
         self.credit.sent(frame.body.len(), Instant::now());
         self.sink.reply(frame);
     }
 
-    /// Asks the client for a proof of delivery in a protocol that all clients of forwards know.
+    /// Sends a probe in the protocol that all clients of forwards know.
     pub(crate) fn ping(&mut self, now: Instant) {
         self.credit.probed(now);
         self.sink.reply(&control::ping(&self.id));
     }
 
-    /// The session is found by its id from now on.
     pub(crate) fn enter(&mut self, table: &Arc<Table>) {
         self.table = Arc::clone(table);
         let entry = Entry { inbox: Arc::clone(&self.inbox), info: Arc::clone(&self.info) };
         lock(&self.table).insert(self.id.clone(), entry);
     }
 
-    /// Frees the session's id.
     pub(crate) fn leave(&self) {
         let mut sessions = lock(&self.table);
-        // Another session may have the id by now.
+        // Another session may have taken the id.
         if sessions.get(&self.id).is_some_and(|entry| Arc::ptr_eq(&entry.inbox, &self.inbox)) {
             sessions.remove(&self.id);
         }

@@ -1,4 +1,4 @@
-//! From the reader to the sessions. Runs in the link's reader thread and never blocks it.
+//! Routes frames from the reader to the sessions. Runs in the link's reader thread and never blocks it.
 
 use std::io;
 use std::sync::Arc;
@@ -18,16 +18,15 @@ use crate::outbox::Outbox;
 use crate::proto::{CONTROL, Frame, MAX_ID, MENDER_CLIENT, SHELL, SessionId, control, shell};
 use crate::sys::{lock, reason};
 
-/// Session threads on the device, those of earlier links included, but for shells. A server has a handful; this only
-/// keeps a mad one from taking all memory.
+/// Sessions without a shell, those of earlier links included. A server has a handful; the limit keeps a mad one from
+/// taking all memory.
 pub(crate) const MAX_SESSIONS: usize = 256;
-/// Sessions that may still be ending when others have taken their place.
+/// Sessions that may still be ending while others take their place.
 const MAKING_ROOM: usize = 8;
 
-/// Starts a session.
 pub type Start = fn(Peer) -> io::Result<()>;
 
-/// Knows the sessions of one link. When it is dropped they all end.
+/// The sessions of one link. Dropping it ends them all.
 pub struct Router<S = Start> {
     device: Arc<Device>,
     table: Arc<Table>,
@@ -36,24 +35,21 @@ pub struct Router<S = Start> {
 }
 
 impl Router {
-    /// For a link whose writer empties `outbox`.
     pub fn new(device: &Arc<Device>, outbox: &Outbox) -> Self {
         Router::with(device, outbox, |peer| session::start(peer, Terminal::default()))
     }
 }
 
 impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
-    /// The same with sessions that `start` starts.
     pub fn with(device: &Arc<Device>, outbox: &Outbox, start: S) -> Self {
         let table = device.new_table();
-        // A client that is still there answers, which leads it back to its shell. Servers drop what is for nobody.
+        // A client that is still there answers, which leads it back to its shell. Servers drop a ping for nobody.
         for kept in device.shells.kept() {
             outbox.try_reply(&shell::ping(&kept.id, terminal::PING_TIMEOUT));
         }
         Router { device: Arc::clone(device), table, outbox: outbox.clone(), start }
     }
 
-    /// Brings a frame to its session, which is made if need be.
     pub fn route(&mut self, frame: Frame) {
         if let Some(what) = frame.too_long() {
             debug!("ignoring a message: its {what} is too long");
@@ -75,7 +71,6 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             return;
         };
         let Some(frame) = self.deliver(&id, frame) else { return };
-        // The client may have had a shell by an earlier link.
         let kept = self.device.shells.resume(&id, &frame.user());
         match (frame.proto, frame.typ.as_str()) {
             _ if kept.is_some() => self.create(&id, frame, kept),
@@ -87,13 +82,13 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
                     self.answer(&answer);
                 }
             }
-            // These are about a session that isn't there.
+            // These concern a session that has ended.
             (CONTROL, control::CLOSE | control::PONG | control::ERROR) => {}
             _ => self.create(&id, frame, None),
         }
     }
 
-    /// Hands the frame to its session; back if there is none.
+    /// Returns the frame if it has no session.
     fn deliver(&mut self, id: &SessionId, frame: Frame) -> Option<Frame> {
         let inbox = lock(&self.table).get(id).map(|entry| Arc::clone(&entry.inbox));
         let Some(inbox) = inbox else { return Some(frame) };
@@ -108,7 +103,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         match (frame.proto, frame.typ.as_str()) {
             (SHELL, shell::RESIZE | shell::PONG) => {}
             (SHELL, typ) => self.answer(&shell::failure(id, typ, "inbox full: the message was dropped")),
-            // Keystrokes may be refused, but in anything else a gap would corrupt data.
+            // A client may repeat a keystroke, but a gap in anything else corrupts data.
             _ => {
                 self.answer(&control::error_about(id, &frame, "inbox full: the session is closed", true));
                 inbox.hang_up(HangUp::InboxFull);
@@ -117,7 +112,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         None
     }
 
-    /// Starts a session. Without a permit there will be no shell, and a refusal needs no thread.
+    /// A shell without a permit is refused here, without a thread.
     fn create(&mut self, id: &SessionId, first: Frame, kept: Option<(Arc<Info>, Admission)>) {
         let cause = first.without_body();
         let Err(why) = self.try_create(id, first, kept) else { return };
@@ -156,10 +151,10 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         (self.start)(peer).map_err(failed)
     }
 
-    /// Ends the session that has been idle longest of those that have nothing open. False if there is none.
+    /// Ends the session that has been idle longest and has nothing open. False if there is none.
     fn make_room(&self) -> bool {
         let mut sessions = lock(&self.table);
-        // One that was hung up before ends anyway.
+        // A session that was hung up ends anyway.
         let may_end = |entry: &Entry| !entry.info.is_busy() && entry.inbox.hung_up().is_none();
         let idle = sessions.iter().filter(|(_, entry)| may_end(entry));
         let longest = idle.min_by_key(|(_, entry)| entry.info.traffic.last_activity());
@@ -174,15 +169,16 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         }
         info!("stopping all shells of user {user}");
         self.device.shells.dismiss(|other| *other == user);
-        // To all sessions: the router doesn't know of shells that are about to start. Each judges by its own shell.
+        // To all sessions, since the router doesn't know which shells are about to start. Each session compares the
+        // user.
         let sessions: Vec<SessionId> = lock(&self.table).keys().cloned().collect();
         for id in sessions {
-            // Without what it doesn't need, which would count for each of them.
+            // The body would count for each of them.
             self.deliver(&id, frame.without_body());
         }
     }
 
-    /// Answers in place of a session. A server that asks without end and doesn't read the answers gets no more.
+    /// Dropped while too many wait: a server may ask without end and read nothing.
     fn answer(&self, frame: &Frame) {
         if !self.outbox.try_reply(frame) {
             debug!("dropping an answer {}/{:?}: too many wait", frame.proto, frame.typ);
@@ -193,7 +189,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 impl<S> Drop for Router<S> {
     fn drop(&mut self) {
         for (id, Entry { inbox, info }) in lock(&self.table).drain() {
-            // Now, so that a client who is quicker than the shell's thread finds it.
+            // Here rather than in the session's thread: a quicker client has to find its shell.
             self.device.detach(&id, &info, &inbox.wake);
             inbox.hang_up(HangUp::LinkLost);
         }

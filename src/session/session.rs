@@ -1,7 +1,5 @@
-//! A session's thread: one poll loop over its inbox, its terminal, its forwards and its timers.
-//!
-//! It outlives its link where it has a shell to keep: without a client then, until another session of the user's takes
-//! the shell over.
+//! A session's thread: one poll loop over its inbox, its terminal, its forwards and its timers. With a shell to keep it
+//! outlives its link, until another session of the user takes the shell over.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -23,10 +21,10 @@ use crate::proto::{
 };
 use crate::sys::{PollSet, reason, thread};
 
-/// Silence after which the client is asked whether it is there, and after which the session is over.
+/// Silence before the client is pinged, and before the session ends.
 const PING_AFTER: Duration = Duration::from_secs(48);
 const CLOSE_AFTER: Duration = Duration::from_secs(60);
-/// How long a `new` waits for the answers of the user's other clients.
+/// Time that a `new` waits for answers of the user's other clients.
 const WAITING_LIMIT: Duration = terminal::ANSWER_LIMIT.saturating_add(Duration::from_millis(400));
 
 struct Session {
@@ -34,25 +32,21 @@ struct Session {
     terminal: Terminal,
     files: FileTransfer,
     forwards: PortForward,
-    /// When the client is asked whether it is there, and when its silence ends the session. Set once another protocol
-    /// than the terminal's was spoken: terminal clients don't answer these pings.
+    /// Set once the client has spoken another protocol than the terminal's: terminal clients don't answer these pings.
     ping_at: Option<Instant>,
     close_at: Option<Instant>,
-    /// The inbox's hang-up has been dealt with.
     hung_up: bool,
-    /// Why the session ends, as the audit log has it; `None` if it goes on by the next link.
+    /// Reason for the audit log; `None` if the session continues on the next link.
     end: Option<&'static str>,
-    /// The `new` that waits for the answers of the user's other clients, at most until then.
+    /// A `new` that waits for answers of the user's other clients, and its deadline.
     waiting: Option<(Frame, Instant)>,
 }
 
-/// For a text that may hold some of a client's body.
 fn clip(text: &impl ToString) -> String {
     clipped(&text.to_string(), MAX_TEXT)
 }
 
-/// Whether a frame starts the idle timer of a session. Those that the router ignores without a session don't: a `pong`
-/// may follow a `close`.
+/// Frames that the router ignores without a session don't count: a `pong` may follow a `close`.
 fn starts_idling(frame: &Frame) -> bool {
     match frame.proto {
         SHELL => false,
@@ -61,7 +55,6 @@ fn starts_idling(frame: &Frame) -> bool {
     }
 }
 
-/// Runs a session in a thread of its own, with a shell if there is one already.
 pub(crate) fn start(peer: Peer, terminal: Terminal) -> io::Result<()> {
     let name = format!("s-{}", peer.id.as_str());
     let run = move || {
@@ -69,7 +62,7 @@ pub(crate) fn start(peer: Peer, terminal: Terminal) -> io::Result<()> {
         let end = Some("done");
         Session { peer, terminal, files, forwards, ping_at, close_at, hung_up, end, waiting }.run();
     };
-    // File transfers look up owners and groups.
+    // File transfers look up owners and groups, which takes stack in glibc.
     thread::spawn(&name, thread::LOOKUP_STACK, run).map(drop)
 }
 
@@ -85,12 +78,12 @@ impl Session {
             error!("session {}: {reason}", self.peer.id);
             self.peer.inbox.close();
             self.peer.reply(&control::error(&self.peer.id, &reason, true));
-            // The audit log gets an end for each shell and transfer that has begun.
+            // The audit log has an end for each shell and transfer that has begun.
             terminal::log_end(&self.peer, "", "failed", Instant::now());
             self.files.abort(&self.peer, &"the session failed".into());
         }
         let Session { peer, terminal, files, forwards, end, .. } = self;
-        // Forwards log their own lines before.
+        // First, since forwards log their own lines.
         drop((terminal, files, forwards));
         if let Some(why) = end {
             Record::new("session-end", Some(&peer.id), &peer.info.user)
@@ -98,7 +91,7 @@ impl Session {
                 .text("reason", why)
                 .log(served.is_ok());
         }
-        // The daemon ends when no session is left, and must not miss their last lines.
+        // Last: the daemon ends when no session is left, and must not miss these lines.
         drop(peer);
     }
 
@@ -137,7 +130,7 @@ impl Session {
             self.terminal.watch(&self.peer, &mut set, now);
             self.forwards.watch(&self.peer, &mut set, now);
             let events = set.wait(self.deadline(now))?;
-            // Before anything is looked at: the session is also woken by others than its inbox.
+            // Cleared before anything is looked at, since others than the inbox wake the session, too.
             self.peer.wake.clear();
             self.terminal.proceed(&mut self.peer, &events, Instant::now());
             self.forwards.proceed(&mut self.peer, &events, Instant::now());
@@ -162,16 +155,15 @@ impl Session {
         self.files.hang_up(&self.peer, now);
         self.forwards = PortForward::default();
         if let Some(Admission::Return(handover) | Admission::Resume(handover)) = self.peer.admission.take() {
-            // Otherwise it would end on its way here.
+            // Dropping the handover would end the shell that is on its way here.
             self.terminal.attach(&mut self.peer, &handover, None, true, now);
         }
         self.lose_client(why.name(), why == HangUp::LinkLost, now);
     }
 
-    /// Leaves the shell without a client if it may be kept, or ends it.
     fn lose_client(&mut self, why: &'static str, may_keep: bool, now: Instant) {
         let Peer { device, id, info, wake, .. } = &self.peer;
-        // The router has kept it, unless it has come here since.
+        // The router detaches shells when the link is lost, but not one that came here since.
         if self.terminal.is_kept() || may_keep && device.detach(id, info, wake) {
             self.peer.inbox.close();
             self.peer.leave();
@@ -185,7 +177,7 @@ impl Session {
         self.files.is_idle() && self.forwards.is_idle()
     }
 
-    /// `new`: leads back to a shell of this user, or makes one as soon as there may be another.
+    /// Leads a `new` back to a shell of its user, or starts one when the limits allow it.
     fn open_terminal(&mut self, request: Frame, until: Instant, now: Instant) {
         let user = request.user();
         loop {
@@ -206,7 +198,7 @@ impl Session {
                     if self.terminal.attach(&mut self.peer, &handover, Some(&request), false, now) {
                         return;
                     }
-                    // It has ended meanwhile.
+                    // That shell has ended meanwhile.
                     continue;
                 }
                 Ok(wait) if now < until => {
@@ -221,7 +213,6 @@ impl Session {
         }
     }
 
-    /// What the configuration doesn't allow any more ends.
     fn end_disabled(&mut self, now: Instant) {
         let config = self.peer.device.config();
         if !config.terminal.enabled {
@@ -248,7 +239,7 @@ impl Session {
         self.close();
     }
 
-    /// Ends everything but a shell, which session control doesn't govern.
+    /// Session control doesn't govern shells.
     fn close(&mut self) {
         (self.ping_at, self.close_at) = (None, None);
         self.files.close(&self.peer);
@@ -302,7 +293,6 @@ impl Session {
 
     fn handle_control(&mut self, frame: &Frame) {
         let id = &self.peer.id;
-        // A handshake that can't be agreed on ends the session.
         let refusal = match frame.typ.as_str() {
             control::OPEN => match control::parse::<control::Open>(&frame.body) {
                 Ok(open) if open.versions.iter().flatten().any(|v| *v == VERSION) => {
@@ -342,7 +332,6 @@ impl Session {
         self.close();
     }
 
-    /// The protocols that a session may speak.
     fn protocols(&self) -> Vec<u16> {
         let config = self.peer.device.config();
         let enabled = [

@@ -1,5 +1,4 @@
-//! The shells of the device: how many there may be, whether the users of those that run are still there, and the way back
-//! to those without a client.
+//! The device's shells: their limits, whether their clients are still there, and the way back to detached ones.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -12,12 +11,12 @@ use crate::proto::{SessionId, UserId};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
-/// Shells on the device at a time, those without a client included.
+/// Attached and detached ones.
 pub(crate) const MAX_SHELLS: usize = 16;
-/// Sessions at a time that wait for the answers of a user's other clients. Further ones are refused at once.
+/// Sessions that wait for answers of their user's other clients. Further ones are refused at once.
 const MAX_WAITING: usize = 4;
 
-/// Why there can't be another shell, as clients know it.
+/// Upstream's texts.
 pub(crate) const DEVICE_FULL: &str = "too many shells spawned";
 pub(crate) const USER_FULL: &str = "user has too many open sessions";
 
@@ -27,7 +26,7 @@ pub(crate) struct Shells(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     places: Vec<Place>,
-    /// False where no shell is kept without a client: the device isn't authorised, or the daemon ends.
+    /// Detached shells are kept: the device is authorised, and the daemon isn't ending.
     keeps: bool,
 }
 
@@ -35,22 +34,21 @@ struct State {
 struct Place {
     user: UserId,
     kind: Kind,
-    /// When the client was asked whether it is there, unless it has answered.
+    /// When the client was asked whether it is there. `None` once it has answered.
     asked: Option<Instant>,
-    /// The session's, which is also what tells places apart.
+    /// The session's. Identifies the place.
     wake: Arc<Wake>,
 }
 
 #[derive(Debug)]
 enum Kind {
-    /// For a shell of this user whose client has gone without a word.
+    /// A `new` that waits for one of its user's clients to be gone.
     Waiting,
     Attached,
     Detached(Kept),
     Called(Call),
 }
 
-/// A shell without a client, as others see it.
 #[derive(Debug, Clone)]
 pub(crate) struct Kept {
     pub(crate) id: SessionId,
@@ -58,28 +56,26 @@ pub(crate) struct Kept {
     pub(crate) since: Instant,
 }
 
-/// A request to the session of a detached shell.
 #[derive(Debug, Clone)]
 pub(crate) enum Call {
     /// Nobody may come back to the shell.
     End,
-    /// Hand the shell over to the same client's session by the next link, or to another one of its user's.
+    /// To the same client's session if it `resumes`, otherwise to another one of its user's.
     HandOver { resumes: bool, to: Sender<Handover> },
 }
 
-/// The answer to a session's request for a shell.
 #[derive(Debug)]
 pub(crate) enum Admission {
     Start(ShellPermit),
-    /// It has to wait for the answers of the user's other clients.
+    /// The user's other clients are being asked whether they are there.
     Wait(ShellPermit),
-    /// The user's shell that was detached last.
+    /// The user's last detached shell.
     Return(Receiver<Handover>),
-    /// The session's own shell, by an earlier link.
+    /// The client's own shell, from an earlier link.
     Resume(Receiver<Handover>),
 }
 
-/// The right to one shell, or to wait for it, returned on drop.
+/// The right to one shell, or to wait for one.
 #[derive(Debug)]
 pub(crate) struct ShellPermit {
     shells: Arc<Shells>,
@@ -91,7 +87,7 @@ impl Place {
         matches!(self.kind, Kind::Waiting)
     }
 
-    /// Whether it counts for its user: it has a client, or will have one.
+    /// Counts for its user: it has a client, or will have one.
     fn is_used(&self) -> bool {
         matches!(self.kind, Kind::Attached | Kind::Called(Call::HandOver { .. }))
     }
@@ -105,7 +101,6 @@ impl Place {
         self.wake.notify();
     }
 
-    /// Has the session hand over its shell to the receiver.
     fn want(&mut self, resumes: bool) -> Receiver<Handover> {
         let (to, handover) = bounded(1);
         self.call(Call::HandOver { resumes, to });
@@ -126,7 +121,7 @@ impl State {
         self.places.iter_mut().find(|place| Arc::ptr_eq(&place.wake, wake))
     }
 
-    /// The user's shell without a client that was detached last, of those that are `wanted`.
+    /// The user's last detached shell that is `wanted`.
     fn last(&mut self, user: &UserId, wanted: impl Fn(&Kept) -> bool) -> Option<(&mut Place, Kept)> {
         let own = self.places.iter_mut().filter(|place| place.user == *user);
         let kept = own.filter_map(|place| place.kept().cloned().map(|kept| (place, kept)));
@@ -144,8 +139,8 @@ impl Shells {
         lock(&self.0).running()
     }
 
-    /// Admits the session of `wake` for a `new` of `user`, who may have `most` shells. If only that limit is in the way and
-    /// `asks`, it asks the user's clients whether they are there; without `asks` they have been asked.
+    /// Admits a `new` of `user`, who may have `most` shells, in the session of `wake`. If only that limit is in the way
+    /// and `asks` is set, asks the user's clients whether they are there; if it isn't, they have been asked.
     pub(crate) fn acquire(
         self: &Arc<Self>,
         user: &UserId,
@@ -183,7 +178,7 @@ impl Shells {
         ShellPermit { shells: Arc::clone(self), wake: Arc::clone(wake) }
     }
 
-    /// For a shell that an earlier agent has left, without a client. `None` if there are too many.
+    /// Admits a detached shell of the agent before; `None` if there are too many.
     pub(crate) fn adopt(
         self: &Arc<Self>,
         user: &UserId,
@@ -194,25 +189,24 @@ impl Shells {
         (state.running() < MAX_SHELLS).then(|| self.add(&mut state, user, Kind::Detached(kept), wake))
     }
 
-    /// From now on shells may be kept without a client.
     pub(crate) fn open(&self) {
         lock(&self.0).keeps = true;
     }
 
-    /// Ends all that have no client, and keeps no others.
+    /// Ends the detached shells, and keeps no others.
     pub(crate) fn close(&self) {
         lock(&self.0).keeps = false;
         self.dismiss(|_| true);
     }
 
-    /// Ends the shells without a client of the users that are `meant`.
+    /// Ends detached shells of the users that are `meant`.
     pub(crate) fn dismiss(&self, meant: impl Fn(&UserId) -> bool) {
         let mut state = lock(&self.0);
         let kept = state.places.iter_mut().filter(|place| place.kept().is_some() && meant(&place.user));
         kept.for_each(|place| place.call(Call::End));
     }
 
-    /// Keeps the shell of the session that `wake` wakes, which has lost its client. It doesn't count for its user then.
+    /// It doesn't count for its user then.
     pub(crate) fn detach(&self, kept: Kept, wake: &Arc<Wake>) -> bool {
         let mut state = lock(&self.0);
         let keeps = state.keeps;
@@ -223,19 +217,17 @@ impl Shells {
         true
     }
 
-    /// The shell of the session `id` of this user, for the same client's session by another link.
+    /// For the same client on another link.
     pub(crate) fn resume(&self, id: &SessionId, user: &UserId) -> Option<(Arc<Info>, Admission)> {
         let mut state = lock(&self.0);
         let (place, kept) = state.last(user, |kept| kept.id == *id)?;
         Some((kept.info, Admission::Resume(place.want(true))))
     }
 
-    /// Those without a client.
     pub(crate) fn kept(&self) -> Vec<Kept> {
         lock(&self.0).places.iter().filter_map(Place::kept).cloned().collect()
     }
 
-    /// Has all of them look at the configuration.
     pub(crate) fn wake(&self) {
         lock(&self.0).places.iter().for_each(|place| place.wake.notify());
     }
@@ -246,18 +238,15 @@ impl ShellPermit {
         lock(&self.shells.0).place(&self.wake).map(look)
     }
 
-    /// When the client was asked whether it is there, unless it has answered.
     pub(crate) fn asked(&self) -> Option<Instant> {
         self.with(|place| place.asked).flatten()
     }
 
-    /// The client is there.
     pub(crate) fn answered(&self) {
         let user = self.with(|place| place.asked.take().map(|_| place.user.clone())).flatten();
         user.iter().for_each(|user| lock(&self.shells.0).wake_waiting(user));
     }
 
-    /// True if the shell has no client any more, and is kept.
     pub(crate) fn is_detached(&self) -> bool {
         self.with(|place| !matches!(place.kind, Kind::Attached)).unwrap_or(false)
     }
@@ -267,7 +256,6 @@ impl ShellPermit {
             .flatten()
     }
 
-    /// The shell has a client again, in the session of `wake`.
     pub(crate) fn attach(&mut self, wake: &Arc<Wake>) {
         self.with(|place| (place.kind, place.wake) = (Kind::Attached, Arc::clone(wake)));
         self.wake = Arc::clone(wake);
@@ -281,7 +269,8 @@ impl Drop for ShellPermit {
             return;
         };
         let place = state.places.swap_remove(at);
-        // Otherwise those that wait would wake each other without end: each returns its permit to try again.
+        // A waiting session returns its permit to try again: if that woke the others, they would wake each other
+        // without end.
         if !place.is_waiting() {
             state.wake_waiting(&place.user);
         }

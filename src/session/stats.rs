@@ -1,5 +1,4 @@
-//! Statistics of a session, for `status`, SIGUSR1 and the audit log. The session's threads write, any thread reads;
-//! locks are held only to copy.
+//! Statistics of a session, for `status`, SIGUSR1 and the audit log. The session's threads write, any thread reads.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -12,14 +11,13 @@ use crate::proto::forward::Target;
 use crate::proto::{UserId, clipped};
 use crate::sys::lock;
 
-/// Characters kept of a path.
 const MAX_PATH: usize = 4096;
 
 pub(crate) fn seconds(since: Instant, now: Instant) -> f64 {
     now.saturating_duration_since(since).as_secs_f64()
 }
 
-/// Times in seconds, payload to the device and from it in bytes.
+/// Seconds, and bytes of payload to the device and from it.
 pub(crate) struct Figures {
     pub(crate) age: f64,
     pub(crate) idle: f64,
@@ -34,7 +32,7 @@ struct Counts {
     bytes_out: u64,
 }
 
-/// Traffic of a session, or of a shell, transfer or forward, whose bytes count for its session, too.
+/// The bytes of a shell, transfer or forward count for its `session`, too.
 #[derive(Debug)]
 pub(crate) struct Traffic {
     pub(crate) since: Instant,
@@ -48,7 +46,6 @@ impl Traffic {
         Traffic { since, counts: Mutex::new(counts), session: session.cloned() }
     }
 
-    /// The same, to be counted for another session from now on.
     fn of_session(&self, session: &Arc<Traffic>) -> Self {
         let counts = lock(&self.counts).clone();
         Traffic { since: self.since, counts: Mutex::new(counts), session: Some(Arc::clone(session)) }
@@ -85,9 +82,8 @@ impl Traffic {
 
 #[derive(Debug)]
 pub struct Info {
-    /// The sender of the first message.
+    /// Of the first message.
     pub(crate) user: UserId,
-    /// Every inbound frame is activity.
     pub(crate) traffic: Arc<Traffic>,
     /// A bit for each protocol that the client has used.
     protocols: AtomicU32,
@@ -96,7 +92,6 @@ pub struct Info {
     pub(crate) forwards: Mutex<Vec<Arc<ForwardInfo>>>,
 }
 
-/// Input is activity.
 #[derive(Debug)]
 pub struct ShellInfo {
     pub(crate) user: UserId,
@@ -112,12 +107,9 @@ pub(crate) struct TransferInfo {
     pub(crate) traffic: Arc<Traffic>,
 }
 
-/// Data in either direction is activity.
 #[derive(Debug)]
 pub(crate) struct ForwardInfo {
-    /// As the client named it.
     pub(crate) target: Target,
-    /// Set once connected.
     pub(crate) address: OnceLock<SocketAddr>,
     pub(crate) traffic: Traffic,
 }
@@ -149,7 +141,7 @@ impl Info {
         shell
     }
 
-    /// Takes over a shell from another session, with its age and what it has passed on.
+    /// Takes over another session's shell, with its age and its traffic.
     pub(crate) fn adopt_shell(&self, shell: &ShellInfo) -> Arc<ShellInfo> {
         let traffic = shell.traffic.of_session(&self.traffic);
         let shell = Arc::new(ShellInfo { user: shell.user.clone(), pid: shell.pid, traffic });
@@ -161,12 +153,11 @@ impl Info {
         lock(&self.shell).clone()
     }
 
-    /// True while there is a shell, a transfer or a forward.
     pub(crate) fn is_busy(&self) -> bool {
         self.shell().is_some() || self.transfer().is_some() || self.forwards(0).0 > 0
     }
 
-    /// Lists a transfer for as long as the returned Arc lives.
+    /// Lists the transfer as long as the returned Arc lives.
     pub(crate) fn set_transfer(
         &self,
         direction: Direction,

@@ -1,5 +1,5 @@
-//! Shells that outlive the agent. The service manager's store has their terminals, and what is to be known about each;
-//! the next process of the service gets both, and goes on with the shells as detached ones.
+//! Shells that outlive the agent. The service manager's store has their terminals and descriptions; the next process of
+//! the service gets both, and takes the shells over as detached ones.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -25,21 +25,19 @@ use crate::sys::manager::{self, Manager};
 use crate::sys::pty::Pty;
 use crate::sys::{clock, reason};
 
-/// The type of the frame that describes a shell. Of another version's agent it may be another.
+/// Type of the frame that describes a shell. Other versions may have another.
 const KEPT: &str = "kept-1";
-/// Bytes read of a description: output and input at their most, and the frame around them.
+/// Bytes: the most output and input, and the frame around them.
 const MAX_DESCRIPTION: usize = 2 << 20;
 
-/// The manager's store, where it has one for this service.
 #[derive(Debug)]
 pub(crate) struct Store {
     manager: Manager,
-    /// Those that were ever taken.
     places: AtomicU32,
     ends: AtomicBool,
 }
 
-/// The place of a shell in the store, which is free again when this is dropped.
+/// A shell's place in the store. Dropping it frees the place unless the agent ends.
 #[derive(Debug)]
 pub(crate) struct Place {
     store: Arc<Store>,
@@ -48,7 +46,7 @@ pub(crate) struct Place {
 }
 
 impl Store {
-    /// Managers before systemd 254 don't tell that they have one: the unit does.
+    /// FDSTORE is set by systemd 254 and later; the unit sets it for older ones.
     pub(crate) fn open() -> Option<Arc<Self>> {
         let places = manager::variable::<u32>("FDSTORE").filter(|places| *places > 0);
         places.map(|_| {
@@ -57,18 +55,17 @@ impl Store {
         })
     }
 
-    /// From now on shells are left to the next agent rather than ended.
     pub(crate) fn end(&self) {
         self.ends.store(true, Ordering::SeqCst);
     }
 
-    /// `None` if the store has no room, or the manager no time.
+    /// `None` if the store is full, or the manager too busy.
     pub(crate) fn keep(self: &Arc<Self>, pty: &Pty) -> Option<Place> {
-        // An earlier agent's must have another.
+        // The time makes the name differ from those of an earlier agent.
         let number = self.places.fetch_add(1, Ordering::Relaxed);
         let name = format!("shell-{}-{number}", clock::now().as_millis());
         let description: File = memfd_create(c"mender-connect", MFdFlags::MFD_CLOEXEC).ok()?.into();
-        // The manager is not to drop a terminal that a program has closed and will open again.
+        // FDPOLL=0: without it the manager drops a terminal that a program closes, even if it opens it again.
         let told = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
         let kept = self.manager.send(&told, &[pty.as_fd().as_raw_fd(), description.as_raw_fd()]);
         kept.then(|| Place { store: Arc::clone(self), name, description })
@@ -76,7 +73,6 @@ impl Store {
 }
 
 impl Place {
-    /// Describes the shell.
     pub(crate) fn describe(&self, shell: Frame) {
         let text = Frame { proto: SHELL, typ: KEPT.to_owned(), ..shell }.encode();
         let written = self.description.set_len(0).and_then(|()| self.description.write_all_at(&text, 0));
@@ -85,7 +81,6 @@ impl Place {
         }
     }
 
-    /// True if the agent ends, and the shell goes on.
     pub(crate) fn is_left(&self) -> bool {
         self.store.ends.load(Ordering::SeqCst)
     }
@@ -106,8 +101,8 @@ impl Drop for Place {
     }
 }
 
-/// Goes on with the shells that an earlier process of the service has left. What can't be verified loses its terminal,
-/// which hangs it up.
+/// Takes over the shells of an earlier process of the service. A shell that can't be verified loses its terminal, which
+/// hangs it up.
 pub(crate) fn adopt_all(device: &Arc<Device>) {
     let mut shells = BTreeMap::<String, Vec<OwnedFd>>::new();
     for (name, descriptor) in manager::kept_descriptors() {

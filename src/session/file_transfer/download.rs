@@ -1,7 +1,7 @@
-//! A file to the server: chunks, each with its offset, then the end.
+//! A file to the server: chunks with their offsets, then an empty one.
 //!
-//! The server acknowledges every tenth chunk whatever its size, so that the session's credit must be more than that. It
-//! is the chunks' size that adapts to the connection.
+//! The server acknowledges every tenth chunk whatever its size, so the credit has to be more than that, and the chunks'
+//! size adapts to the link.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -18,23 +18,22 @@ use crate::session::peer::Peer;
 use crate::sys::reason;
 
 const SMALLEST_CHUNK: usize = 2 * 1024;
-/// With 16 of them in flight it decides how fast downloads over long ways are.
+/// With 16 in flight it limits a download's rate on a link with a long RTT.
 const LARGEST_CHUNK: usize = 384 * 1024;
 
 pub(super) struct Download {
     content: Content,
-    /// MaxFileSize. Checked against the size at the start and, if that is unknown, on the way.
+    /// MaxFileSize: checked against the size at the start or, if that is unknown, on the way.
     max_size: Option<NonZeroU64>,
-    /// The chunks in flight: their end offsets and their numbers among the session's messages.
+    /// Chunks in flight: end offset, and number among the session's messages.
     in_flight: VecDeque<(u64, u64)>,
     at_end: bool,
     max_rate: Option<NonZeroU64>,
-    /// Set to drop the chunks that are still queued.
     pub(super) discard: Discard,
 }
 
 impl Download {
-    /// Opens the file. `known` is the metadata that the client was told before.
+    /// `known` is the answer to the `stat` before.
     pub(super) fn start(peer: &Peer, known: Option<Known>, about: &mut About) -> Result<Self> {
         let config = peer.device.config();
         let limits = config.limits.as_ref();
@@ -43,23 +42,22 @@ impl Download {
         if peer.device.transferred.exhausted(Direction::Sent, max_rate, about.traffic.since) {
             return Err(Failure { text: EXHAUSTED.to_owned(), denied: true });
         }
-        // Files of /proc that are too large to be read first say zero and have content all the same.
+        // Files of /proc that are too large to be read first have the size zero, and content.
         about.size = u64::try_from(stat.st_size).ok().filter(|size| *size > 0);
         let max_size = limits.and_then(|l| l.max_file_size);
         let (in_flight, discard) = (VecDeque::new(), Discard::default());
         Ok(Download { content, max_size, in_flight, at_end: false, max_rate, discard })
     }
 
-    /// Sends what may be sent now. An error is for the client and ends the download.
     pub(super) fn proceed(&mut self, about: &mut About, peer: &mut Peer, now: Instant) -> Result<()> {
-        // The client acknowledges chunks for certain, so none is presumed to be delivered.
+        // By chunks instead of credit: clients do acknowledge chunks, so none is presumed delivered.
         while !self.at_end && self.in_flight.len() < credit::LIMIT && peer.sink.takes_data(Class::Bulk) {
             if peer.device.transferred.exhausted(Direction::Sent, self.max_rate, now) {
                 return Err(EXHAUSTED.into());
             }
             let end = about.size.or(self.max_size.map(NonZeroU64::get));
             let left = end.map_or(u64::MAX, |end| end - about.bytes);
-            // Without a size only another byte, which isn't sent, tells whether the limit is the file's end.
+            // Without a size only another byte, which isn't sent, tells whether the file is over the limit.
             if left == 0 && about.size.is_none() && self.read(&mut [0], about)? > 0 {
                 return Err(Failure::denied(place::TOO_LARGE));
             }
@@ -74,14 +72,12 @@ impl Download {
             });
             let read = read?;
             self.in_flight.push_back((about.bytes, peer.credit.sent(read, now)));
-            // An empty chunk is the end.
             self.at_end = read == 0;
             peer.sink.send(message, Class::Bulk, Some(&self.discard), None);
         }
         Ok(())
     }
 
-    /// Fills `place`, or up to the end.
     fn read(&mut self, place: &mut [u8], about: &About) -> Result<usize> {
         let path = || place::shown(&about.path);
         let mut filled = 0;
@@ -93,7 +89,7 @@ impl Download {
                 Err(e) => return Err(Failure::io(format!("failed to read file: read {}", path()), e)),
             }
         }
-        // Some files, as in procfs, always give fewer bytes than their size. One that has shrunk isn't the file that
+        // Some files, as in procfs, always have fewer bytes than their size. One that has shrunk isn't the file that
         // was asked for.
         if filled < place.len()
             && let Some(size) = about.size
@@ -111,7 +107,6 @@ impl Download {
         Ok(filled)
     }
 
-    /// All bytes before `offset` have arrived.
     pub(super) fn ack(&mut self, peer: &mut Peer, offset: u64) {
         while let Some(&(_, number)) = self.in_flight.front().filter(|(end, _)| *end <= offset) {
             peer.credit.prove(number);
@@ -119,7 +114,7 @@ impl Download {
         }
     }
 
-    /// True if the client has acknowledged the whole file. The end itself, the last chunk, needs no answer.
+    /// The last chunk, which is empty, needs no ack.
     pub(super) fn is_complete(&self) -> bool {
         self.at_end && self.in_flight.len() <= 1
     }

@@ -1,4 +1,4 @@
-//! File transfer: protocol 2 for one session, one file at a time. Runs in the session's thread.
+//! File transfer: protocol 2 for one session, one file at a time, in the session's thread.
 
 mod download;
 mod place;
@@ -26,18 +26,16 @@ use crate::proto::control;
 use crate::proto::file::{self, Request};
 use crate::proto::{Frame, MAX_TEXT, clipped};
 
-/// Error code for violated limits: the server passes it on as the HTTP status.
+/// The server passes it on as the HTTP status.
 const FORBIDDEN: u16 = 403;
 const LINK_LOST: &str = "the connection was lost";
-/// Time for a commit in progress after the link is gone.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 pub(crate) struct FileTransfer {
     transfer: Option<Box<Transfer>>,
-    /// The latest answer to `stat`.
     known: Option<Known>,
-    /// Chunks of an earlier transfer may still arrive, and are ignored without an error.
+    /// Set once there may be late chunks or acks of an earlier transfer, which are ignored.
     stray_chunks: bool,
     stray_acks: bool,
 }
@@ -54,15 +52,13 @@ enum Stage {
     Committing(Commit),
 }
 
-/// The part of a transfer that all stages have in common.
 struct About {
     direction: Direction,
-    /// Without its body. Errors refer to it.
+    /// Without its body, for errors.
     request: Frame,
     path: PathBuf,
-    /// In bytes, if known: when it began, the size of a file to be sent.
+    /// In bytes, if known. The size of a sent file is that of its start.
     size: Option<u64>,
-    /// Payload so far.
     bytes: u64,
     digest: Sha256,
     traffic: Arc<Traffic>,
@@ -79,13 +75,13 @@ impl About {
         }
     }
 
-    /// Acknowledges `offset` bytes. Repeats the request's user, if any.
+    /// Acknowledges `offset` bytes. Repeats the request's user, as upstream does.
     fn ack(&self, peer: &Peer, offset: u64) -> Frame {
         let user = self.request.props.str("user_id").filter(|user| !user.is_empty());
         file::ack(&peer.id, offset, user)
     }
 
-    /// Writes the transfer's line in the audit log. An error is the `result` field and the reason.
+    /// Writes the audit log. An error has the `result` and the reason.
     fn log(&self, peer: &Peer, outcome: std::result::Result<(), (&str, &str)>) {
         let record = Record::new("transfer", Some(&peer.id), &self.request.user())
             .with("direction", self.direction.name())
@@ -103,15 +99,13 @@ impl About {
 }
 
 impl FileTransfer {
-    /// True if nothing is left to do. A complete file is committed even after its session's end.
     pub(crate) fn is_idle(&self) -> bool {
         self.transfer.is_none()
     }
 
-    /// Handles a frame of the file transfer protocol.
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: Frame, now: Instant) {
         if self.is_idle() {
-            // The client, which waits for each answer, has read the last one.
+            // The client waits for each answer, so it has read the last one.
             peer.credit.prove_all();
         }
         let result = match (self.transfer.as_deref().map(|transfer| &transfer.stage), frame.typ.as_str()) {
@@ -127,7 +121,7 @@ impl FileTransfer {
             (Some(Stage::Receiving(_)), file::ACK) => {
                 self.fail(peer, "received unexpected message type 'ack' during file upload")
             }
-            // On the way when their transfer ended.
+            // In flight when their transfer ended.
             (_, file::ACK) if self.stray_acks => return,
             (_, file::FILE_CHUNK) if self.stray_chunks => return,
             (_, file::FILE_CHUNK | file::ACK) => Err("no file transfer in progress".into()),
@@ -138,7 +132,6 @@ impl FileTransfer {
         }
     }
 
-    /// Does what is possible now.
     pub(crate) fn proceed(&mut self, peer: &mut Peer, now: Instant) {
         let Some(Transfer { about, stage, .. }) = self.transfer.as_deref_mut() else { return };
         match stage {
@@ -161,17 +154,16 @@ impl FileTransfer {
         }
     }
 
-    /// Acknowledges received chunks. To be called when the inbox is empty.
+    /// Acknowledges received chunks. Called when the inbox is empty.
     pub(crate) fn acknowledge(&mut self, peer: &Peer) {
         if let Some(Transfer { about, stage: Stage::Receiving(upload), .. }) = self.transfer.as_deref_mut() {
-            // The server sends a chunk only for an ack that it has read: it never has too many of them on the way.
+            // These acks need no credit: the server sends a chunk only for an ack that it has read.
             for offset in upload.due_acks.drain(..) {
                 peer.sink.reply(&about.ack(peer, offset));
             }
         }
     }
 
-    /// When to call [`FileTransfer::proceed`] without an event.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.transfer.as_deref()?.stage {
             Stage::Committing(commit) => commit.give_up,
@@ -179,7 +171,7 @@ impl FileTransfer {
         }
     }
 
-    /// Ends the session: aborts a transfer in progress, but still commits a complete file.
+    /// A complete file is still committed.
     pub(crate) fn close(&mut self, peer: &Peer) {
         if !matches!(self.stage(), Some(Stage::Committing(_))) {
             self.abort(peer, &"the session was closed".into());
@@ -273,7 +265,7 @@ impl FileTransfer {
     fn finish_receiving(&mut self, peer: &mut Peer, result: Result<()>) {
         let Some(transfer) = self.transfer.take() else { return };
         let Transfer { about, stage, .. } = *transfer;
-        // First: as long as the file is open for writing it can't be executed.
+        // First, since a file that is open for writing can't be executed.
         drop(stage);
         match result {
             Ok(()) => {
@@ -293,7 +285,6 @@ impl FileTransfer {
         self.close(peer);
     }
 
-    /// Ends the transfer in progress and returns the reason.
     fn fail(&mut self, peer: &Peer, failure: impl Into<Failure>) -> Result<()> {
         let failure = failure.into();
         self.abort(peer, &failure);
@@ -309,7 +300,7 @@ impl FileTransfer {
             Stage::Sending(download) => download.discard.store(true, Ordering::SeqCst),
             Stage::Receiving(_) => {}
             Stage::Committing(commit) => {
-                // The target stays as it is, unless the commit has replaced it already.
+                // The target stays as it is unless the commit has replaced it already.
                 commit.temporary.give_up();
                 result = "abandoned";
             }
@@ -318,10 +309,9 @@ impl FileTransfer {
     }
 }
 
-/// Refuses a request, or reports why a transfer has ended.
 fn refuse(peer: &mut Peer, cause: &Frame, failure: &Failure) {
     debug!("session {}: {}: {}", peer.id, cause.typ.escape_debug(), failure.text);
-    // Not for uploads: the server's answer would be another one than upstream's.
+    // Not for uploads: the server would answer otherwise than with upstream's agent.
     let code = (failure.denied && cause.typ != file::PUT_FILE).then_some(FORBIDDEN);
     peer.reply(&file::error(&peer.id, cause, &failure.text, code));
 }

@@ -1,7 +1,7 @@
-//! Where a file is, and whether it may be touched: Limits.FileTransfer as a boundary.
+//! Finds files within Limits.FileTransfer.
 //!
-//! A path is resolved once, by [`beneath`]'s rules, into a descriptor. Every check after that is about the descriptor, so
-//! nothing can be exchanged between a check and what it was for.
+//! A path is resolved once, by [`beneath`]'s rules, into a descriptor, and all checks are about the descriptor. So
+//! nothing can be exchanged between a check and its use.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
@@ -34,13 +34,12 @@ const OWNER: &str = "the file owner does not match";
 const GROUP: &str = "the file group does not match";
 const OVER_DIRECTORY: &str = "conflicting file path: cannot overwrite directory";
 
-/// The agent reads so many bytes of a file at most to learn its size.
+/// Bytes that are read at most to learn a file's size.
 const MAX_COPY: usize = 1 << 20;
-/// The largest page of any kernel.
 const LARGEST_PAGE: libc::off_t = 64 << 10;
 
 const DEFAULT_MODE: u32 = 0o644;
-/// Set-uid and set-gid in a requested mode: as chmod(2) has them, and as Go does.
+/// Set-uid and set-gid, as chmod(2) and as Go have them.
 const SET_ID: u32 = 0o6000 | 1 << 23 | 1 << 22;
 
 pub(super) type Limits<'a> = Option<&'a FileLimits>;
@@ -48,9 +47,8 @@ pub(super) type Result<T> = std::result::Result<T, Failure>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
-    /// For the client.
     pub(super) text: String,
-    /// Denied by the limits, not by the system.
+    /// By the limits, not by the system.
     pub(super) denied: bool,
 }
 
@@ -69,18 +67,15 @@ impl Failure {
         Failure { text: format!("access denied: {limit}"), denied: true }
     }
 
-    /// The `result` field of the audit log.
     pub(super) fn result(&self) -> &'static str {
         if self.denied { "denied" } else { "failed" }
     }
 }
 
-/// A place that may be written: `name` in `dir`.
 #[derive(Debug)]
 pub(super) struct Target {
     pub(super) dir: OwnedFd,
     pub(super) name: OsString,
-    /// The whole path, for messages.
     pub(super) path: PathBuf,
 }
 
@@ -89,7 +84,6 @@ impl Target {
         self.look_at(&self.name)
     }
 
-    /// Another name in the same directory.
     pub(super) fn look_at(&self, name: &OsStr) -> Result<Option<FileStat>> {
         match fstatat(&self.dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(stat)),
@@ -100,8 +94,8 @@ impl Target {
         }
     }
 
-    /// Finds what would keep rename(2) from replacing `existing`, but for what keeps the temporary file from being created,
-    /// too. No system call that would replace or remove it if it could is safe: the name may be another file's by now.
+    /// Finds what would keep rename(2) from replacing `existing`, besides what keeps the temporary file from being
+    /// created. Trying it out isn't safe: the name may be another file's by now.
     fn can_be_replaced(&self, existing: &FileStat) -> Result<()> {
         let failed = |e| Failure::io(creating(&self.path), e);
         let dir = fstat(&self.dir).map_err(failed)?;
@@ -124,22 +118,21 @@ fn kind(stat: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
 }
 
-/// Opens `path` as the limits allow; `what` is for errors.
 fn resolve(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<OwnedFd> {
     let failed = |e| Failure::io(what, e);
     let Some(limits) = limits else {
         return open(path, flags | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed);
     };
     let beneath = limits.chroot.is_some();
-    // Before Linux 5.6 links below a chroot are refused.
+    // Before Linux 5.6, links below a chroot can't be followed safely, and are refused.
     let follow_links = limits.follow_symlinks && (!beneath || beneath::follows_links());
     let (start, rest) = match &limits.chroot {
-        // By components: a sibling whose name begins like the chroot's is outside. Its own path may hold links.
+        // By components, since a sibling's name may begin like the chroot's. The chroot's own path may hold links.
         Some(chroot) => (chroot.as_path(), path.strip_prefix(chroot).map_err(|_| Failure::denied(OUTSIDE))?),
         None => (Path::new("."), path),
     };
     let mut rest = if rest.as_os_str().is_empty() { OsString::from(".") } else { rest.into() };
-    // Stripping a prefix drops a slash at the end, by which a directory is meant.
+    // Stripping the prefix has dropped a slash at the end, which means a directory.
     if path.as_os_str().as_bytes().ends_with(b"/") {
         rest.push("/");
     }
@@ -153,14 +146,14 @@ fn resolve(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<
     })
 }
 
-/// Finds a file without opening it, which has no effect on a device or a FIFO, and doesn't wait for one.
+/// O_PATH has no effect on a device or a FIFO, and doesn't wait for one.
 fn find(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<(OwnedFd, FileStat)> {
     let fd = resolve(limits, path, OFlag::O_PATH | flags, what)?;
     let stat = fstat(&fd).map_err(|e| Failure::io(what, e))?;
     Ok((fd, stat))
 }
 
-/// Follows a link if the limits allow it. With the content of a file that doesn't know its size, if it may be sent.
+/// Reads the content of a file that doesn't know its size, if it may be sent.
 pub(super) fn stat(
     limits: Limits<'_>,
     path: &Path,
@@ -169,13 +162,12 @@ pub(super) fn stat(
     let what = format!("failed to get file info from path '{0}': stat {0}", shown(path));
     let (found, mut stat) = find(limits, path, OFlag::empty(), &what)?;
     let may = kind(&stat) == SFlag::S_IFREG && limits.is_none_or(|limits| may_get(limits, &stat).is_ok());
-    // The client hears of a file that can't be read when it asks for it.
+    // A file that can't be read is an error when the client asks for it.
     let content = if may { read_first(&found, &mut stat, memory).unwrap_or(None) } else { None };
     Ok((stat, content))
 }
 
-/// Opens a file to be sent, and returns it with the metadata that the limits were checked against. Only regular files:
-/// others have no content with a known end. `known` is the answer to the `stat` before.
+/// Opens a regular file; others have no content with a known end. The metadata is what the limits were checked against.
 pub(super) fn source(
     limits: Limits<'_>,
     path: &Path,
@@ -183,7 +175,7 @@ pub(super) fn source(
     memory: &Arc<Permits>,
 ) -> Result<(Content, FileStat)> {
     let what = format!("failed to open file for reading: open {}", shown(path));
-    // A link is not a regular file here, wherever it leads.
+    // For this limit a link is not a regular file, wherever it leads.
     if limits.is_some_and(|l| l.regular_files_only)
         && kind(&find(limits, path, OFlag::O_NOFOLLOW, &what)?.1) != SFlag::S_IFREG
     {
@@ -216,36 +208,35 @@ pub(super) fn source(
         }
         return Ok((content, stat));
     }
-    // A file that has grown is sent up to the size that the client was told, and expects.
+    // The client expects the size that it was told, even if the file has grown.
     stat.st_size = told.map_or(stat.st_size, |told| told.min(stat.st_size));
     let file = open_for_reading(&found).map_err(|e| Failure::io(what, e))?;
     Ok((Content { file, _memory: memory.none() }, stat))
 }
 
-/// The answer to a `stat`: the client expects a download of that size.
 pub(super) struct Known {
     pub(super) path: PathBuf,
     pub(super) stat: FileStat,
     pub(super) content: Option<Content>,
 }
 
-/// The client gets the file or, with a permit for its memory, a copy.
+/// The file, or a copy with a permit for its memory.
 pub(super) struct Content {
     pub(super) file: File,
     _memory: Permit,
 }
 
 fn open_for_reading(found: &OwnedFd) -> io::Result<File> {
-    // O_NONBLOCK would fail with EAGAIN on a file that smbd or knfsd holds a lease on. Without it open(2) waits for the
-    // holder to give way, for at most /proc/sys/fs/lease-break-time, and holds up this session's thread only.
+    // Opened without O_NONBLOCK, which fails with EAGAIN while smbd or knfsd holds a lease on the file. So open(2)
+    // waits for the holder to give way, at most /proc/sys/fs/lease-break-time, and holds up this session's thread only.
     let file = beneath::reopen(found.as_fd(), OFlag::O_RDONLY)?;
-    // For files such as trace_pipe, where there is nothing to read for now.
+    // Read with O_NONBLOCK, since a file such as trace_pipe may have nothing to read for now.
     fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     Ok(file.into())
 }
 
-/// Reads a file that doesn't know its size: procfs claims none, sysfs a page, and both occupy no blocks. `None` if it is
-/// another file, or too large.
+/// Copies a file that doesn't know its size: procfs claims none, sysfs a page, and both occupy no blocks. `None` for
+/// other files and large ones.
 fn read_first(found: &OwnedFd, stat: &mut FileStat, memory: &Arc<Permits>) -> io::Result<Option<Content>> {
     let mut permit = memory.none();
     if stat.st_blocks != 0 || stat.st_size > LARGEST_PAGE || !permit.resize(MAX_COPY) {
@@ -253,7 +244,7 @@ fn read_first(found: &OwnedFd, stat: &mut FileStat, memory: &Arc<Permits>) -> io
     }
     let mut bytes = Vec::new();
     open_for_reading(found)?.take(MAX_COPY as u64 + 1).read_to_end(&mut bytes)?;
-    // Linux 3.17.
+    // Fails before Linux 3.17.
     let Ok(copy) = memfd_create(c"copy", MFdFlags::MFD_CLOEXEC) else { return Ok(None) };
     if bytes.len() > MAX_COPY {
         return Ok(None);
@@ -267,7 +258,7 @@ fn read_first(found: &OwnedFd, stat: &mut FileStat, memory: &Arc<Permits>) -> io
 }
 
 fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<()> {
-    // An owner without a name matches none.
+    // An owner or group without a name matches none.
     let owner = || User::from_uid(Uid::from_raw(stat.st_uid)).ok().flatten().map(|user| user.name);
     if !limits.owner_get.is_empty() && !owner().is_some_and(|name| limits.owner_get.contains(&name)) {
         return Err(Failure::denied(OWNER));
@@ -283,7 +274,6 @@ fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<()> {
     Ok(())
 }
 
-/// Finds the place for a file to be received.
 pub(super) fn target(limits: Limits<'_>, request: &Request) -> Result<(Target, Attributes)> {
     let max = limits.and_then(|l| l.max_file_size);
     if request.size.zip(max).is_some_and(|(size, max)| size > max.get()) {
@@ -298,17 +288,16 @@ pub(super) fn target(limits: Limits<'_>, request: &Request) -> Result<(Target, A
     Ok((target, attributes))
 }
 
-/// The directory and the name in it: those of the path or, if the path is a directory, the source's name in it.
+/// If the path is a directory, the file gets the source's name in it.
 fn locate(limits: Limits<'_>, request: &Request) -> Result<Target> {
     let path = &request.path;
     let source = request.src_path.as_deref().and_then(Path::file_name);
-    // The chroot itself is a directory whose parent is none of our business.
+    // The chroot's parent is outside, and none of our business.
     let is_chroot = limits.and_then(|l| l.chroot.as_ref()).is_some_and(|chroot| chroot == path);
     let names_directory =
         is_chroot || path.as_os_str().as_bytes().ends_with(b"/") || path.file_name().is_none();
     let (parent, name) = match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) if !names_directory => (parent, name),
-        // A path that can only be a directory.
         _ => return inside(limits, path, source),
     };
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
@@ -326,40 +315,35 @@ fn inside(limits: Limits<'_>, path: &Path, source: Option<&OsStr>) -> Result<Tar
 
 fn open_directory(limits: Limits<'_>, dir: &Path, path: &Path) -> Result<OwnedFd> {
     let open = |flags| resolve(limits, dir, flags | OFlag::O_DIRECTORY, &creating(path));
-    // A directory that may be written but not listed serves as well, only its own fsync(2) can't be had.
+    // O_PATH serves for a directory that may be written but not listed; only fsync(2) fails on it.
     open(OFlag::O_RDONLY).or_else(|_| open(OFlag::O_PATH))
 }
 
-/// A path in an answer, which repeats at most [`MAX_TEXT`] characters of a client's text. In quotes, with `\xFF`, if
-/// it isn't UTF-8.
+/// A path for an answer, clipped to [`MAX_TEXT`]. Quoted, with `\xFF`, if it isn't UTF-8.
 pub(super) fn shown(path: &Path) -> String {
     let text = path.to_str().map_or_else(|| format!("{path:?}"), str::to_owned);
     clipped(&text, MAX_TEXT)
 }
 
-/// The beginning of the error when `path` can't be created.
 pub(super) fn creating(path: &Path) -> String {
     format!("failed to create target file: failed to create file: open {}", shown(path))
 }
 
-/// Owner and mode of a received file, and what it may replace. The latter is checked before the first byte and again at
-/// the commit: the client decides how long after that it comes.
+/// Checked before the first byte and again at the commit: the client decides how long after that it comes.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Attributes {
-    /// Named by the request or OwnerPut.
+    /// By the request or OwnerPut.
     pub(super) uid: Option<Uid>,
-    /// As `uid`, with GroupPut.
+    /// By the request or GroupPut.
     pub(super) gid: Option<Gid>,
-    /// Permissions, at most 0o4777.
+    /// At most 0o4777.
     pub(super) mode: u32,
-    /// AllowOverwrite is off.
     pub(super) replaces_nothing: bool,
     pub(super) owner_put: Option<Uid>,
     pub(super) group_put: Option<Gid>,
 }
 
 impl Attributes {
-    /// Combines the request with the limits. Fails if OwnerPut or GroupPut is unknown.
     fn new(limits: Limits<'_>, request: &Request) -> Result<Self> {
         let owner = named("owner", limits.and_then(|l| l.owner_put.as_deref()), User::from_name)?;
         let group = named("group", limits.and_then(|l| l.group_put.as_deref()), Group::from_name)?;
@@ -368,7 +352,7 @@ impl Attributes {
         let preserve_mode = limits.is_none_or(|l| l.preserve_mode);
         let wanted = request.mode.filter(|_| preserve_mode).unwrap_or(DEFAULT_MODE);
         let plain = limits.and_then(|l| l.umask).map_or(wanted, |umask| !umask) & 0o777;
-        // Set-gid and sticky never survive, set-uid only where limits are on and allow it.
+        // As upstream: never set-gid and sticky, and set-uid only where limits allow it.
         let set_uid = if limits.is_some_and(|l| l.allow_suid) { wanted & 0o4000 } else { 0 };
         Ok(Attributes {
             uid: owner_put.or(request.uid.filter(|_| preserve_owner).map(Uid::from_raw)),
@@ -380,14 +364,12 @@ impl Attributes {
         })
     }
 
-    /// Whether an existing target may, and can, be replaced.
     pub(super) fn check(&self, target: &Target) -> Result<()> {
         let Some(existing) = target.lstat()? else { return Ok(()) };
         self.may_replace(&existing)?;
         target.can_be_replaced(&existing)
     }
 
-    /// Whether it depends on what has the target's name.
     pub(super) fn is_limited(&self) -> bool {
         self.replaces_nothing || self.owner_put.is_some() || self.group_put.is_some()
     }

@@ -1,7 +1,7 @@
-//! Bytes transferred, in all and recently. Shared by all transfers of the device.
+//! Bytes transferred by all sessions: totals and a recent rate.
 //!
-//! The recent rate is upstream's, since its limits are configured by it: every 5 s the bytes of those 5 s go into an
-//! exponential moving average over a minute. It is computed on demand.
+//! The rate is upstream's, since its limits are configured by it: every 5 s the bytes of those 5 s enter an exponential
+//! moving average over a minute. It is computed on demand.
 
 use std::num::NonZeroU64;
 use std::sync::Mutex;
@@ -11,16 +11,15 @@ use crate::sys::lock;
 
 const TICK: Duration = Duration::from_secs(5);
 
-/// The text for either limit: "transmitted" also for received bytes, as upstream has it.
+/// For both directions, as upstream has it.
 pub(super) const EXHAUSTED: &str = "transmitted bytes limit exhausted";
 
-/// The weight of the newest five seconds: 1 - exp(-5 / 60).
+/// 1 - exp(-5 / 60): the weight of the newest five seconds.
 const WEIGHT: f64 = 0.079_955_585_370_676_71;
 
 #[derive(Debug, Default)]
 pub(crate) struct Counters(Mutex<[Counter; 2]>);
 
-/// To the server, or from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
     Sent,
@@ -35,13 +34,12 @@ impl Direction {
 
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Counter {
-    /// Bytes since the start.
     pub(crate) total: u64,
-    /// The moving average of bytes in five seconds.
+    /// Bytes in five seconds.
     pub(crate) average: f64,
-    /// The end of the last tick; the first one begins with the first look.
+    /// The end of the last tick. The first tick begins when the counter is first used.
     ticked: Option<Instant>,
-    /// Bytes since then.
+    /// Bytes since `ticked`.
     fresh: u64,
 }
 
@@ -51,7 +49,7 @@ impl Counter {
         let ticks = now.saturating_duration_since(ticked).as_secs() / TICK.as_secs();
         if ticks > 0 {
             let keep = 1.0 - WEIGHT;
-            // The ticks after the first one brought nothing.
+            // Later ticks had no bytes.
             let silence = keep.powi(i32::try_from(ticks - 1).unwrap_or(i32::MAX));
             self.average = (WEIGHT * self.fresh as f64 + keep * self.average) * silence;
             self.fresh = 0;
@@ -72,12 +70,11 @@ impl Counters {
         self.with(direction, now, |counter| *counter)
     }
 
-    /// True if the average has reached `limit`, in bytes in five seconds.
+    /// `limit` is in bytes in five seconds, as upstream applies it.
     pub(crate) fn exhausted(&self, direction: Direction, limit: Option<NonZeroU64>, now: Instant) -> bool {
         limit.is_some_and(|limit| self.figures(direction, now).average >= limit.get() as f64)
     }
 
-    /// The two lines of the status report.
     pub(crate) fn report(&self, now: Instant) -> [String; 2] {
         let [sent, received] = [Direction::Sent, Direction::Received].map(|d| self.figures(d, now));
         [

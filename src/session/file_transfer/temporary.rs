@@ -1,8 +1,8 @@
 //! The file that an upload is written to before it takes its target's name.
 //!
-//! Where the file system can (O_TMPFILE) it has no name until it is complete and on the disk, so that nothing is left
-//! of it whatever ends this program. Elsewhere, and to replace a file, it has a name made from the target's and this
-//! process's stamp: the next upload to the same target removes the remains of other processes' uploads.
+//! With O_TMPFILE it has no name until it is complete and on the disk, so that nothing is left of it whatever ends the
+//! agent. Where that fails, and to replace a file, it has a name made from the target's and this process's stamp: the
+//! next upload to the same target removes what other processes have left.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -25,29 +25,27 @@ use super::place::{self, Attributes, Failure, Result, Target};
 use crate::encoding::hex;
 use crate::sys;
 
-/// No read permission: nobody may read an incomplete file.
+/// Nobody may read an incomplete file.
 const MODE: Mode = Mode::S_IWUSR;
 
-/// An upload's file. Removed on drop, unless it was committed.
+/// Removed on drop, unless it was committed.
 #[derive(Debug)]
 pub(super) struct Temporary {
-    /// For writing.
     pub(super) file: File,
     pub(super) target: Target,
     pub(super) attributes: Attributes,
-    /// The temporary name, if it has one.
     name: OnceLock<OsString>,
-    /// Whether it takes its target's name, or is given up: whichever comes first.
+    /// Set by whichever comes first: taking the target's name, or giving up.
     decided: AtomicBool,
 }
 
-/// The prefix of a target's temporary names: hidden, and of a fixed length whatever the target's name.
+/// Hidden, and of a fixed length whatever the target's name.
 fn prefix(target: &OsStr) -> String {
     let digest = Sha256::digest(target.as_bytes());
     format!(".mender-connect-{}-", hex(&digest[..8]))
 }
 
-/// Part of this process's temporary names only. A process id wouldn't do: after a reboot it may be the same.
+/// Not the process id, which may be the same after a reboot.
 fn stamp() -> &'static str {
     static STAMP: OnceLock<String> = OnceLock::new();
     STAMP.get_or_init(|| format!("{:x}-", getrandom::u64().unwrap_or_else(|_| std::process::id().into())))
@@ -59,7 +57,7 @@ fn fresh_name(target: &OsStr) -> OsString {
 }
 
 impl Temporary {
-    /// Creates the file for `target`, after removing the remains of other processes' uploads to it.
+    /// Creates the file, after removing what other processes' uploads to the target have left.
     pub(super) fn create(target: Target, attributes: Attributes) -> Result<Self> {
         remove_left_over(&target);
         let Some(file) = nameless(&target.dir) else { return Self::with_name(target, attributes) };
@@ -75,14 +73,14 @@ impl Temporary {
         Self::of(file, target, attributes, name.into())
     }
 
-    /// Changes the owner at once, so that one that can't be given is an error before the first byte.
+    /// Changes the owner first, so that a failure comes before the first byte.
     fn of(file: File, target: Target, attributes: Attributes, name: OnceLock<OsString>) -> Result<Self> {
         let temporary = Temporary { file, target, attributes, name, decided: AtomicBool::new(false) };
         temporary.give_to_owner()?;
         Ok(temporary)
     }
 
-    /// Sets the mode, syncs the file, and gives it its target's name. After an error the target is as before.
+    /// After an error the target is as before.
     pub(super) fn commit(&self) -> Result<()> {
         let result = self.complete();
         self.remove();
@@ -91,7 +89,7 @@ impl Temporary {
 
     fn complete(&self) -> Result<()> {
         let (mode, path) = (self.attributes.mode, place::shown(&self.target.path));
-        // A file that hasn't the mode it was created with is where files have none of their own, as on FAT.
+        // On file systems without modes, such as FAT, the file doesn't have the mode that it was created with.
         let has_modes = fstat(&self.file).is_ok_and(|now| now.st_mode & 0o7777 == MODE.bits());
         match fchmod(&self.file, Mode::from_bits_truncate(mode)) {
             Err(e) if has_modes => {
@@ -103,7 +101,7 @@ impl Temporary {
         fsync(&self.file).map_err(|e| self.not_committed(e))?;
         self.take_name()?;
         match fsync(&self.target.dir) {
-            // Some file systems can't, and a directory opened by path alone can't either.
+            // Some file systems don't support it, nor does an O_PATH descriptor.
             Ok(()) | Err(Errno::EINVAL | Errno::EBADF | Errno::ENOTSUP) => Ok(()),
             Err(e) => Err(self.not_committed(e)),
         }
@@ -113,8 +111,8 @@ impl Temporary {
         Failure::io(format!("failed to commit uploaded file: {}", place::shown(&self.target.path)), e)
     }
 
-    /// Changes nothing that nobody asked for: FAT, exFAT, NTFS and CIFS keep no owners and answer EPERM, and what is
-    /// created in a set-gid directory belongs to that directory's group.
+    /// Calls fchown(2) only for a difference that was asked for: FAT, exFAT, NTFS and CIFS keep no owners and answer
+    /// EPERM, and a file in a set-gid directory gets that directory's group.
     fn give_to_owner(&self) -> Result<()> {
         let (uid, gid) = (self.attributes.uid, self.attributes.gid);
         let now = fstat(&self.file).map_err(|e| self.not_committed(e))?;
@@ -129,14 +127,13 @@ impl Temporary {
         })
     }
 
-    /// Takes the target's name, in the best way that the limits and the file system allow.
     fn take_name(&self) -> Result<()> {
         let Target { dir, name: target, .. } = &self.target;
         let failed = |e| self.not_committed(e);
         if self.decided.swap(true, Ordering::SeqCst) {
             return Err(failed(Errno::ECANCELED));
         }
-        // A link replaces nothing, and no kill can come in between.
+        // linkat(2) replaces nothing, and a kill can't interrupt it half-way.
         let name = match (link(&self.file, dir, target), self.name.get()) {
             (Ok(()), _) => return Ok(()),
             (Err(Errno::EEXIST), _) if self.attributes.replaces_nothing => {
@@ -152,14 +149,14 @@ impl Temporary {
         };
         let rename = |flags| sys::rename(dir.as_fd(), name, target, flags);
         if self.attributes.is_limited() {
-            // FAT and exFAT have no hard links. By FUSE they don't know these flags either, nor do old kernels.
+            // FAT and exFAT have no hard links. Under FUSE they reject these flags, too, and so do old kernels.
             let unknown = |e| matches!(e, Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP);
             match rename(libc::RENAME_NOREPLACE) {
                 Err(Errno::EEXIST) if self.attributes.replaces_nothing => {
                     return Err(Failure::denied(place::OVERWRITE));
                 }
                 Err(Errno::EEXIST) => match rename(libc::RENAME_EXCHANGE) {
-                    // The temporary name is the old file's now. If that may not be replaced it gets its own back.
+                    // The old file has the temporary name now. If it may not be replaced, it gets its own name back.
                     Ok(()) => {
                         let old = self.target.look_at(name)?;
                         let may = old.map_or(Ok(()), |old| self.attributes.may_replace(&old));
@@ -172,22 +169,20 @@ impl Temporary {
                 other => return other.map_err(failed),
             }
         }
-        // Between the check and rename(2) another program may still create the file.
+        // Another program may still create the file between this check and rename(2).
         if let Some(existing) = self.target.lstat()? {
             self.attributes.may_replace(&existing)?;
         }
         renameat(dir, name.as_os_str(), dir, target.as_os_str()).map_err(failed)
     }
 
-    /// For another thread than the one that commits: keeps the file from getting its target's name, if it hasn't yet,
-    /// and removes its temporary name.
+    /// Called by another thread than the commit's: keeps the file from taking its target's name, if it hasn't yet.
     pub(super) fn give_up(&self) {
         if !self.decided.swap(true, Ordering::SeqCst) {
             self.remove();
         }
     }
 
-    /// Removes the temporary name if it is still there.
     fn remove(&self) {
         if let Some(name) = self.name.get() {
             remove(&self.target.dir, name);
@@ -201,16 +196,15 @@ impl Drop for Temporary {
     }
 }
 
-/// A file without a name. `None` if that fails for any reason: the other way reports the error.
+/// `None` on any error: the way by name reports it.
 fn nameless(dir: &OwnedFd) -> Option<File> {
     let flags = OFlag::O_TMPFILE | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
     let file = File::from(openat(dir, ".", flags, MODE).ok()?);
-    // Checks early that linking works: "." always exists, which is the last reason for linkat(2) to refuse.
+    // Proves early that linking works: linkat(2) checks for EEXIST last, and "." always exists.
     (link(&file, dir, OsStr::new(".")) == Err(Errno::EEXIST)).then_some(file)
 }
 
-/// Gives an open file a name, or another one. The first way needs /proc, the second a capability that not every root
-/// has.
+/// The first way needs /proc, the second CAP_DAC_READ_SEARCH, which not every root has.
 fn link(file: &File, dir: &OwnedFd, name: &OsStr) -> nix::Result<()> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     match linkat(AT_FDCWD, path.as_str(), dir, name, AtFlags::AT_SYMLINK_FOLLOW) {
@@ -226,7 +220,7 @@ fn remove(dir: &OwnedFd, name: &OsStr) {
     }
 }
 
-/// Removes files with a temporary name of the target's that isn't this process's: there is one agent at a time.
+/// Removes the target's temporary files of other processes: there is one agent at a time.
 fn remove_left_over(target: &Target) {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut listing) = Dir::openat(&target.dir, ".", flags, Mode::empty()) else { return };

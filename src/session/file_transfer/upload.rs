@@ -1,7 +1,7 @@
-//! A file from the server: `put_file`, then chunks, then the end, which is answered when the file is in place.
+//! A file from the server: `put_file`, then chunks, then an empty one, which is acknowledged when the file is in place.
 //!
-//! The server stops waiting as soon as an ack reaches the end of the file, so the acks of data stay one byte
-//! below what has come, and only the last one, after the commit, says it all.
+//! The server stops waiting as soon as an ack reaches the end of the file. So acks of chunks stay one byte below what
+//! has arrived, and only the last one, after the commit, has it all.
 
 use std::io::{Seek, SeekFrom, Write};
 use std::num::NonZeroU64;
@@ -21,20 +21,19 @@ use crate::proto::file::{self, Request};
 use crate::session::peer::Peer;
 use crate::sys::thread;
 
-/// Acks at a time; a further one covers the previous ones. The server has fewer chunks in flight.
+/// Acks at a time. Later ones cover earlier ones, and the server has fewer chunks in flight.
 const MAX_ACKS: usize = 24;
 
 pub(super) struct Upload {
     temporary: Arc<Temporary>,
     max_size: Option<NonZeroU64>,
     max_rate: Option<NonZeroU64>,
-    /// Offsets to acknowledge. One for each chunk: the server sends one for each ack that it waits for, and so keeps one
-    /// more in flight than with cumulative acks.
+    /// Offsets, one for each chunk: the server sends a chunk for each ack, so that cumulative acks would leave one
+    /// fewer in flight.
     pub(super) due_acks: Vec<u64>,
 }
 
 impl Upload {
-    /// Creates the file.
     pub(super) fn start(peer: &Peer, request: &Request, about: &mut About) -> Result<Self> {
         let config = peer.device.config();
         let limits = config.limits.as_ref();
@@ -45,7 +44,7 @@ impl Upload {
         }
         enough_space(&target, request.size)?;
         let temporary = Arc::new(Temporary::create(target, attributes)?);
-        // The kernel seeks no further than a file may grow: FAT has 4 GiB.
+        // lseek(2) fails beyond the file system's largest file: 4 GiB on FAT.
         let mut file = &temporary.file;
         file.seek(SeekFrom::Start(request.size.unwrap_or(0)))
             .map_err(|_| Failure::io(place::creating(&temporary.target.path), Errno::EFBIG))?;
@@ -56,7 +55,6 @@ impl Upload {
         Ok(Upload { temporary, max_size, max_rate, due_acks: Vec::new() })
     }
 
-    /// Writes a chunk. An error ends the upload.
     pub(super) fn chunk(
         &mut self,
         about: &mut About,
@@ -79,18 +77,18 @@ impl Upload {
         if too_large || peer.device.transferred.exhausted(Direction::Received, self.max_rate, now) {
             return Err(format!("failed to write file chunk: {EXHAUSTED}").into());
         }
-        // Released servers don't pass on an error that comes after the file's end.
+        // Now, since released servers don't pass on an error that comes after the file's end.
         if about.size == Some(about.bytes) {
             self.temporary.attributes.check(&self.temporary.target)?;
         }
         self.due_acks.truncate(MAX_ACKS - 1);
-        // A chunk of one byte at the start has none.
+        // Nothing can be acknowledged below the first byte.
         self.due_acks.extend(Some(about.bytes - 1).filter(|offset| *offset > 0));
         Ok(())
     }
 
-    /// Completes the file in a thread of its own: a device may take half a minute to write back its cache, and the
-    /// session has other requests to answer meanwhile.
+    /// In a thread of its own: a device may write back its cache for half a minute, and the session has other requests
+    /// to answer.
     pub(super) fn commit(&self, peer: &Peer) -> Result<Commit> {
         let (report, result) = crossbeam_channel::bounded(1);
         let (temporary, wake, thread) =
@@ -100,7 +98,7 @@ impl Upload {
             drop(temporary);
             let _ = report.send(result);
             wake.notify();
-            // One that hangs counts among the device's threads when its session is gone.
+            // A commit that hangs counts among the device's threads after its session's end.
             drop(thread);
         };
         thread::spawn("commit", thread::SMALL_STACK, body).map_err(|e| self.temporary.not_committed(e))?;
@@ -109,21 +107,19 @@ impl Upload {
 }
 
 pub(super) struct Commit {
-    /// Received when the commit has ended.
     pub(super) result: Receiver<Result<()>>,
     pub(super) temporary: Arc<Temporary>,
-    /// Set when the link is gone: a deadline for the commit, whose answer nobody waits for.
+    /// Set when the link is lost: nobody waits for the answer.
     pub(super) give_up: Option<Instant>,
 }
 
-/// Checks whether a file of `size` bytes fits, as far as that can be known before.
 #[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
 fn enough_space(target: &place::Target, size: Option<u64>) -> Result<()> {
     let Some(size) = size else { return Ok(()) };
     let Ok(stat) = fstatvfs(&target.dir) else { return Ok(()) };
     let blocks = if nix::unistd::geteuid().is_root() { stat.blocks_free() } else { stat.blocks_available() };
     let free = u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
-    // Some file systems don't know their size and say zero.
+    // Some file systems report no size at all.
     if size <= free || stat.blocks() == 0 {
         return Ok(());
     }

@@ -1,4 +1,4 @@
-//! One forward: what waits to be written to its target, and its line in the audit log.
+//! One forward: its socket, what waits for its target, and its line in the audit log.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -21,57 +21,48 @@ use crate::session::peer::Peer;
 use crate::session::stats::{ForwardInfo, Info};
 use crate::sys::{Events, PollSet, lock, net, reason};
 
-/// Data frames that the client hasn't acknowledged, of one forward. One that isn't read leaves half of the session's
-/// credit to the others, and mender-cli stops reading all of them at twenty.
+/// Data frames in flight. A forward that isn't read leaves half of the session's credit to the others, and mender-cli
+/// stops reading all forwards when twenty wait.
 const MAX_UNACKNOWLEDGED: usize = 8;
-/// In bytes. Only a client that doesn't wait for acks gets here: the forward ends.
+/// In bytes. Only a client that doesn't wait for acks gets here: its forward ends.
 const QUEUE_HARD_LIMIT: usize = 1 << 20;
-/// Frames, however small.
 const MAX_QUEUED: usize = 4096;
-/// Bytes that a session's targets have not taken. Only a client that doesn't wait for acks gets here.
+/// In bytes, for all of a session's targets.
 const MAX_WAITING: usize = 4 << 20;
-/// Bytes of a read from a stream, and so of a body, if the link allows no more.
+/// Bytes of a read from a stream, as the link allows.
 const SMALLEST_READ: usize = 2 * 1024;
 const LARGEST_READ: usize = 64 * 1024;
 const DATAGRAM: usize = 65_535;
-/// Bytes read and discarded at a time from a target whose client has gone, and reads per turn.
+/// Bytes of a read from a target whose client has gone, and reads in a turn.
 const DISCARD: usize = 4096;
 const MAX_DISCARDS: usize = 16;
-/// Bytes between two looks at a target's progress.
+/// In bytes. A target that sends more between two looks at its progress makes none.
 const MAX_ANSWERS: usize = 32 * 1024;
-/// The audit log's `result` of a forward that ended in order.
 pub(super) const CLOSED: &str = "closed";
 
-/// A connection to a target on behalf of a client. Writes its line of the audit log when it is dropped.
+/// Writes its line of the audit log on drop.
 #[derive(Debug)]
 pub(super) struct Connection {
     state: State,
     pub(super) to_target: VecDeque<Bytes>,
-    /// Bytes in `to_target`.
     pub(super) queued: usize,
-    /// Bytes that were in `to_target` when writing failed.
+    /// Bytes that were dropped when writing failed.
     lost: usize,
-    /// For `to_target`.
     pub(super) memory: Permit,
-    /// The numbers, among the session's messages, of the data that the client hasn't acknowledged.
+    /// Frames in flight, by their numbers among the session's messages.
     pub(super) unacknowledged: VecDeque<u64>,
-    /// Time of the last data in either direction.
     pub(super) last_traffic: Instant,
-    /// The target has ended its side.
     ended: bool,
-    /// Bytes that were discarded since [`Connection::makes_progress`] was asked last.
+    /// Since the last look at the progress: bytes discarded, and those undelivered then.
     discarded: usize,
-    /// The bytes that were undelivered then.
     left: u64,
-    /// Opened by a datagram, of which the client doesn't know.
+    /// By a datagram. The client knows nothing of it.
     pub(super) reopened: bool,
-    /// For the sockets.
     descriptors: Permit,
     session: SessionId,
     pub(super) user: UserId,
     info: Arc<Info>,
     pub(super) shown: Arc<ForwardInfo>,
-    /// For the audit log.
     pub(super) end: End,
 }
 
@@ -105,7 +96,6 @@ impl Drop for Connection {
 }
 
 impl Connection {
-    /// `descriptor` is for the socket.
     pub(super) fn new(target: Target, peer: &Peer, user: UserId, descriptor: Permit, now: Instant) -> Self {
         let shown = peer.info.add_forward(target, now);
         Connection {
@@ -129,7 +119,6 @@ impl Connection {
         }
     }
 
-    /// Bytes of the client that the target has not got.
     pub(super) fn undelivered(&self) -> u64 {
         let in_kernel = match &self.state {
             State::Open(socket) if !self.is_udp() => net::undelivered(socket.as_fd()),
@@ -138,7 +127,6 @@ impl Connection {
         (self.lost + self.queued) as u64 + in_kernel
     }
 
-    /// Hides the forward from `status`: its client has gone.
     pub(super) fn leave_status(&self) {
         lock(&self.info.forwards).retain(|other| !Arc::ptr_eq(other, &self.shown));
     }
@@ -151,13 +139,13 @@ impl Connection {
         matches!(self.state, State::Open(_))
     }
 
-    /// Continues opening. True if that is done now. The error is the text for the client.
+    /// True once it is open. The error is the text for the client.
     pub(super) fn advance(&mut self, peer: &Peer, now: Instant) -> Result<bool, String> {
         let State::Opening(opening) = &mut self.state else { return Ok(false) };
         match opening.advance(peer, &self.shown.target, &mut self.descriptors, now) {
             Ok(None) => Ok(false),
             Ok(Some((socket, address))) => {
-                // Only a matter of speed; a datagram socket has no such option.
+                // Without it a stream is only slower; a datagram socket has no such option.
                 let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);
                 self.state = State::Open(socket);
                 self.last_traffic = now;
@@ -179,12 +167,11 @@ impl Connection {
         opening.into_iter().flatten().chain(open)
     }
 
-    /// Adds the events to poll for; with `reading` data from the target is one.
     pub(super) fn watch<'a>(&'a self, reading: bool, set: &mut PollSet<'a>) {
         let mut events = PollFlags::empty();
         events.set(PollFlags::POLLIN, reading && self.is_open() && !self.ended);
         events.set(PollFlags::POLLOUT, !self.is_open() || !self.to_target.is_empty());
-        // A dead socket is always "ready": one that isn't to be used now isn't watched at all.
+        // poll(2) reports a dead socket all the time, even if asked for nothing.
         if !events.is_empty() {
             self.sockets().for_each(|socket| set.add(socket.as_fd(), events));
         }
@@ -194,7 +181,6 @@ impl Connection {
         self.sockets().map(|socket| events.of(socket)).collect()
     }
 
-    /// When [`Connection::advance`] has something to decide.
     pub(super) fn deadline(&self) -> Option<Instant> {
         match &self.state {
             State::Opening(opening) => Some(opening.deadline()),
@@ -202,8 +188,8 @@ impl Connection {
         }
     }
 
-    /// Queues data of the client for the target; `waiting` counts all of the session's. Fails if far more is queued than
-    /// was acknowledged.
+    /// Queues data for the target; `waiting` counts all of the session's. Fails for a client that doesn't wait for
+    /// acks.
     pub(super) fn queue(&mut self, data: Bytes, waiting: usize, now: Instant) -> Result<(), String> {
         let (queued, cost) = (self.queued + data.len(), data.len() + size_of::<Bytes>());
         if queued > QUEUE_HARD_LIMIT
@@ -219,12 +205,11 @@ impl Connection {
         Ok(())
     }
 
-    /// True if the client may be sent more data.
     pub(super) fn takes_data(&self) -> bool {
         self.unacknowledged.len() < MAX_UNACKNOWLEDGED
     }
 
-    /// Writes what the target takes. Fails if it never will again.
+    /// Fails if the target takes no more data.
     pub(super) fn flush(&mut self, now: Instant) -> Result<(), String> {
         let result = self.write(now);
         if result.is_err() {
@@ -240,7 +225,7 @@ impl Connection {
         while let Some(data) = self.to_target.front_mut() {
             let n = match send(socket.as_raw_fd(), data, MsgFlags::MSG_NOSIGNAL) {
                 Ok(n) => n,
-                // A datagram goes as a whole or, when there is no room or no receiver, not at all.
+                // A datagram goes as a whole or, without room or receiver, not at all.
                 Err(_) if udp => data.len(),
                 Err(Errno::EAGAIN) => return Ok(()),
                 Err(Errno::EINTR) => continue,
@@ -257,8 +242,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether the target, whose client has gone, has taken or answered anything since the last call. One that sends
-    /// more than answers does so anyway.
+    /// Whether the target has taken or answered anything since the last look. An endless sender isn't answering.
     pub(super) fn makes_progress(&mut self) -> bool {
         let left = self.undelivered();
         let less = left < mem::replace(&mut self.left, left);
@@ -269,7 +253,7 @@ impl Connection {
         if self.is_udp() { DATAGRAM } else { sink.piece(SMALLEST_READ, LARGEST_READ) }
     }
 
-    /// Reads data, or a datagram, of so many bytes, if there is any. The error is the target's end.
+    /// `None` if there is no data. The error is the target's end.
     pub(super) fn read(&mut self, place: &mut [u8], now: Instant) -> Result<Option<usize>, End> {
         let State::Open(socket) = &self.state else { return Ok(None) };
         let udp = self.is_udp();
@@ -282,16 +266,15 @@ impl Connection {
                 Ok(Some(n))
             }
             Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
-            // The network reports the fate of one datagram (ICMP): no receiver now, too large, prohibited. The next
-            // one may get through.
+            // ICMP reports the fate of one datagram: no receiver, too large, prohibited. The next one may get through.
             Err(_) if udp => Ok(None),
             Err(e) => Err((FAILED, format!("read: {}", reason(&e.into())))),
         }
     }
 
     /// Delivers the client's remaining data: writes it, shuts down writing, and reads until the target ends, too.
-    /// Closing a socket with unread data would reset it, and the target would lose what it has not read yet. True if
-    /// there is more to do.
+    /// Closing a socket with unread data resets it, and the target loses what it has not read yet. False if nothing is
+    /// left to do.
     pub(super) fn finish(&mut self, now: Instant) -> bool {
         if let Err(text) = self.flush(now) {
             self.end = (FAILED, text);
@@ -302,11 +285,11 @@ impl Connection {
             State::Open(socket) if !self.is_udp() => socket.as_raw_fd(),
             _ => return !done,
         };
-        // The target may be gone already.
+        // ENOTCONN: the target is gone already.
         if done && shutdown(socket, Shutdown::Write).is_err() {
             return false;
         }
-        // A target that writes without end must not keep the session from its other work.
+        // Bounded: a target that never stops sending must not keep the session from its other work.
         for _ in 0..MAX_DISCARDS {
             match recv(socket, &mut [0; DISCARD], MsgFlags::empty()) {
                 Ok(0) => {
@@ -323,7 +306,7 @@ impl Connection {
                 }
             }
         }
-        // A target that has ended its side may still take what is left.
+        // A target that has shut down its side may still take what is left.
         !(done && self.ended)
     }
 }

@@ -1,7 +1,6 @@
-//! Port forwarding: protocol 3 for one session. All its forwards live in the session's one poll loop.
+//! Port forwarding: protocol 3 for one session. All forwards share the session's poll loop and credit.
 //!
-//! Bounds: 64 KiB of each forward wait for a target that doesn't read before the client's data is no longer acknowledged.
-//! Towards the client all share the session's credit.
+//! Data for a target that doesn't read is acknowledged up to 64 KiB for each forward; more waits unacknowledged.
 
 mod connection;
 mod opening;
@@ -20,18 +19,17 @@ use crate::proto::forward::{self, ConnectionId, Target};
 use crate::proto::{Frame, UserId};
 use crate::sys::{Events, PollSet};
 
-/// Forwards of a session at a time; each takes a descriptor.
+/// Of a session. Each takes a descriptor.
 const MAX_CONNECTIONS: usize = 512;
-/// Answers that wait for credit; only a client that never reads gets there.
+/// Only a client that never reads gets there.
 const MAX_ANSWERS: usize = 1024;
-/// How long a target may take and send nothing after its client has gone, before it is given up.
+/// Time without progress after which a target whose client has gone is given up.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
-/// How long it may go on in all.
 const FINISH_TOTAL: Duration = Duration::from_secs(120);
-/// The target's kernel takes data without an event here: time between looks.
+/// Time between looks at a target's progress: its kernel takes data without an event here.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Bytes queued for a target up to which further data is acknowledged at once.
+/// Bytes queued for a target up to which data is acknowledged at once.
 const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
 
 const UNKNOWN: &str = "unknown connection";
@@ -40,23 +38,21 @@ const UNKNOWN_TYPE: &str = "unknown message type";
 #[derive(Default)]
 pub(crate) struct PortForward {
     connections: BTreeMap<ConnectionId, Connection>,
-    /// UDP forwards that were idle for too long. Their client doesn't know, since mender-cli would never use them again: the
-    /// next datagram opens them anew.
+    /// Idle UDP forwards, closed without a word: mender-cli would never use them again. The next datagram reopens them.
     asleep: Vec<(ConnectionId, Target, UserId)>,
     finishing: Vec<Finishing>,
-    /// Forwards whose data is to be acknowledged when the target and the credit allow it, once per frame.
+    /// Forwards that owe an ack, once for each frame.
     owing: VecDeque<ConnectionId>,
-    /// Answers that wait for credit. No data is sent meanwhile, since it would overtake them.
+    /// Answers that wait for credit. Data would overtake them, so none is sent meanwhile.
     answers: VecDeque<Frame>,
-    /// Start of the next round of reading, so that no forward is always first.
+    /// First to be read in the next round, so that no forward is always first.
     turn: usize,
 }
 
-/// A forward without a client any more, but with data for the target.
+/// A forward whose client has gone, with data for the target.
 struct Finishing {
     connection: Connection,
     next_look: Instant,
-    /// Without progress.
     until: Instant,
     end: Instant,
 }
@@ -74,13 +70,13 @@ impl PortForward {
         self.connections.iter().filter(|(_, c)| which(c)).map(|(id, _)| id.clone()).collect()
     }
 
-    /// False if the client asks for more than it reads.
+    /// False if too many answers wait.
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> bool {
         match (frame.typ.as_str(), ConnectionId::of(frame)) {
             (forward::NEW, Ok(id)) => self.open(peer, frame, id, now),
             (forward::NEW, Err(text)) => self.refuse(peer, frame, &text),
             (forward::FORWARD, Ok(id)) => self.take_data(peer, frame, &id, now),
-            // Acks of a forward that is gone were in flight: ignored.
+            // An ack may come for a forward that has ended.
             (forward::ACK, Ok(id)) => {
                 let connection = self.connections.get_mut(&id);
                 if let Some(number) = connection.and_then(|c| c.unacknowledged.pop_front()) {
@@ -90,7 +86,7 @@ impl PortForward {
             (forward::STOP, Ok(id))
                 if self.take_asleep(&id).is_some() || self.connections.contains_key(&id) =>
             {
-                // Before the answer: the client may ask for the status as soon as it has that.
+                // First, since the client may ask for the status as soon as it has the answer.
                 self.let_go(&id, (CLOSED, "client".to_owned()), now);
                 self.answers.push_back(forward::about(&peer.id, forward::STOP, &id));
             }
@@ -121,7 +117,7 @@ impl PortForward {
         }
     }
 
-    /// Makes a connection, unless there are too many.
+    /// False if there are too many.
     fn connect(
         &mut self,
         peer: &Peer,
@@ -131,7 +127,7 @@ impl PortForward {
         now: Instant,
     ) -> bool {
         if self.connections.len() + self.finishing.len() >= MAX_CONNECTIONS && !self.finishing.is_empty() {
-            // The oldest end makes room for a client that goes on.
+            // A client that goes on is worth more than the oldest of these.
             self.finishing.remove(0);
         }
         let room = self.connections.len() < MAX_CONNECTIONS;
@@ -150,7 +146,6 @@ impl PortForward {
         Some((target, user))
     }
 
-    /// Opens a forward anew that its client takes for open.
     fn wake(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
         let Some((target, user)) = self.take_asleep(id) else { return };
         if self.connect(peer, id, target.clone(), user.clone(), now) {
@@ -163,7 +158,6 @@ impl PortForward {
         }
     }
 
-    /// Closes a UDP forward until the next datagram.
     fn fall_asleep(&mut self, peer: &Peer, id: ConnectionId) {
         self.acknowledge_all(peer, &id);
         if let Some(Connection { shown, user, .. }) = self.connections.remove(&id).as_ref() {
@@ -185,7 +179,7 @@ impl PortForward {
                 }
                 self.flush(peer, id, now);
             }
-            // Its network may be back by the next datagram.
+            // The network may be back for the next datagram.
             Err(_) if connection.reopened => self.fall_asleep(peer, id.clone()),
             Err(text) => {
                 self.answers.push_back(forward::error(&peer.id, forward::NEW, &text));
@@ -230,7 +224,7 @@ impl PortForward {
         self.answers.push_back(forward::about(&peer.id, forward::STOP, id));
     }
 
-    /// Acknowledges what no target has taken, too: clients wait for that, also when a forward ends.
+    /// Clients wait for acks even if a forward ends, so data that no target has taken is acknowledged, too.
     fn acknowledge_all(&mut self, peer: &Peer, id: &ConnectionId) {
         let before = self.owing.len();
         self.owing.retain(|owing| owing != id);
@@ -238,7 +232,7 @@ impl PortForward {
         self.answers.extend(std::iter::repeat_with(ack).take(before - self.owing.len()));
     }
 
-    /// Ends a forward, whose id the client may reuse at once. The client's data still reaches the target.
+    /// The client may reuse the id at once. Its data still reaches the target.
     fn let_go(&mut self, id: &ConnectionId, end: End, now: Instant) {
         self.owing.retain(|owing| owing != id);
         let Some(mut connection) = self.connections.remove(id) else { return };
@@ -251,7 +245,7 @@ impl PortForward {
         }
     }
 
-    /// Sends the answers and acks for which there is credit, and asks for more. To be called before each wait.
+    /// Sends answers and acks for which there is credit, and probes for more. Called before each poll.
     pub(crate) fn answer(&mut self, peer: &mut Peer, now: Instant) {
         if self.is_idle() {
             return;
@@ -261,7 +255,7 @@ impl PortForward {
         {
             peer.credit.sent(answer.body.len(), now);
             match answer.typ.as_str() {
-                // In order with the data, which is bulk.
+                // Behind the data, which is bulk.
                 forward::NEW | forward::STOP => peer.sink.reply_behind_bulk(&answer),
                 _ => peer.sink.reply(&answer),
             }
@@ -281,7 +275,7 @@ impl PortForward {
         }
     }
 
-    /// Ends the session. The client's data still reaches its targets, everything else ends.
+    /// Data of the client still reaches its targets.
     pub(crate) fn close(&mut self, now: Instant) {
         self.answers.clear();
         self.asleep.clear();
@@ -290,7 +284,6 @@ impl PortForward {
         }
     }
 
-    /// When to call [`PortForward::proceed`] without an event.
     pub(crate) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
         if self.is_idle() {
             return None;
@@ -326,7 +319,7 @@ impl PortForward {
         for n in 0..ready.len() {
             let (id, events) = &ready[(self.turn + n) % ready.len()];
             if events.intersects(PollFlags::POLLIN | ended) && !self.read(peer, id, now) {
-                // The others were kept from their turn.
+                // The next round starts with the forwards that this one has not reached.
                 self.turn = (self.turn + n) % ready.len();
                 break;
             }
@@ -345,7 +338,6 @@ impl PortForward {
         }
     }
 
-    /// Continues the forwards that only deliver their client's remaining data.
     fn finish(&mut self, peer: &Peer, now: Instant) {
         self.finishing.retain_mut(|Finishing { connection, next_look, until, end }| {
             let more = connection.advance(peer, now).is_ok() && connection.finish(now);
@@ -359,7 +351,7 @@ impl PortForward {
         });
     }
 
-    /// Sends the target's data to the client. False if no more may be sent.
+    /// False if no more may be sent.
     fn read(&mut self, peer: &mut Peer, id: &ConnectionId, now: Instant) -> bool {
         if !self.takes_data(peer, now) {
             return false;
@@ -382,7 +374,6 @@ impl PortForward {
     }
 }
 
-/// When a forward has been without traffic for too long.
 fn idle_at(connection: &Connection, limit: Duration) -> Option<Instant> {
     (!limit.is_zero()).then(|| connection.last_traffic + limit)
 }

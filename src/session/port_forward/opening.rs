@@ -1,4 +1,4 @@
-//! The way to an open forward: look-up, access, connect, within one time limit.
+//! Opens a forward: look-up, access check and connect, within one time limit.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -18,25 +18,24 @@ use crate::sys::names::Query;
 use crate::sys::race::{Event, Race};
 use crate::sys::{net, reason};
 
-/// Limit of look-up and connect together. glibc's resolver alone may take 16 s before it succeeds.
+/// For look-up and connect together. glibc's resolver alone may take 16 s before it succeeds.
 const OPEN_LIMIT: Duration = Duration::from_secs(45);
 
-/// How a forward ended: the fields `result` and `reason` of the audit log.
+/// The audit log's `result` and `reason`. The latter is the client's text, too.
 pub(super) type End = (&'static str, String);
 pub(super) const FAILED: &str = "failed";
 const DENIED: &str = "denied";
 
-/// The connected socket, once there is one. The error's reason is the text for the client, too.
 type Opened = Result<Option<(OwnedFd, SocketAddr)>, End>;
 
 #[derive(Debug)]
 pub(super) struct Opening {
     deadline: Instant,
-    /// From when the target's name can be looked up, if that is needed.
+    /// `None` until there is a permit for the look-up.
     race: Option<Race>,
-    /// The session's, while the name is looked up.
+    /// Of the session.
     look_up: Option<Permit>,
-    /// What to tell if nothing works, and its weight: of failures that are equal in it the last one counts.
+    /// The reason if all fails, and its weight: the last one of the greatest weight counts.
     last: Option<(u8, End)>,
 }
 
@@ -45,18 +44,16 @@ impl Opening {
         Opening { deadline: now + OPEN_LIMIT, race: None, look_up: None, last: None }
     }
 
-    /// They become writable when their attempts to connect are decided.
     pub(super) fn sockets(&self) -> impl Iterator<Item = &OwnedFd> {
         self.race.iter().flat_map(Race::sockets)
     }
 
-    /// When [`Opening::advance`] has something to decide.
     pub(super) fn deadline(&self) -> Instant {
         let next = self.race.as_ref().and_then(Race::deadline);
         next.map_or(self.deadline, |next| next.min(self.deadline))
     }
 
-    /// `descriptors` is for the sockets: at least for one.
+    /// `descriptors` grows and shrinks with the number of sockets; it holds at least one.
     pub(super) fn advance(
         &mut self,
         peer: &Peer,
@@ -110,7 +107,7 @@ impl Opening {
         winner.map(Some).ok_or_else(|| self.last.take().map_or_else(nothing, |(_, end)| end))
     }
 
-    /// `None`: a permit for a look-up has to be waited for.
+    /// `None` if there is no permit for a look-up yet.
     fn begin(&mut self, peer: &Peer, target: &Target, now: Instant) -> Result<Option<Race>, End> {
         let Target { host, port, transport } = target;
         let kind = match transport {
@@ -130,7 +127,7 @@ impl Opening {
     }
 }
 
-/// Keeps the addresses that may be reached, and no others, whatever the name resolves to later.
+/// Keeps the allowed addresses. Only these are connected to, whatever the name resolves to later.
 fn permit(target: &Target, addresses: &mut Vec<SocketAddr>, allowed: Option<&[Allowed]>) -> Result<(), End> {
     let Target { host, port, transport } = target;
     let (transport, any) = (transport.name(), !addresses.is_empty());
@@ -150,18 +147,17 @@ fn not_connected(address: SocketAddr, error: &io::Error) -> String {
     }
 }
 
-/// As Go words it: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
+/// Go's text: "dial tcp 127.0.0.1:1: connect: …", "dial tcp: lookup name: …".
 fn failed(target: &Target, what: &str) -> End {
     (FAILED, format!("dial {}{what}", target.transport.name()))
 }
 
-/// The addresses of a host that needs no look-up.
 fn known_addresses(host: &str, port: u16) -> Option<Vec<SocketAddr>> {
     let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
     if let Some(address) = net::literal(bare, port) {
         return Some(vec![address]);
     }
-    // By definition (RFC 6761, 6.3).
+    // RFC 6761, 6.3.
     let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
     let all = loopback.map(|address: IpAddr| SocketAddr::new(address, port));
     bare.eq_ignore_ascii_case("localhost").then(|| all.to_vec())

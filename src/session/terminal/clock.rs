@@ -1,18 +1,17 @@
-//! A shell's timers: the health check and the expiry, of which an idle user is warned. Pure.
+//! A shell's timers: health check, expiry, and the warning before an idle shell expires. No I/O.
 
 use std::time::{Duration, Instant};
 
 use crate::config::Expiry;
 
-/// How often the client is asked whether it is there.
 const PING_INTERVAL: Duration = Duration::from_secs(60);
-/// How much later than that its answer may come.
+/// The client's answer may come this much later.
 const PONG_GRACE: Duration = Duration::from_secs(5);
 
-/// How long before its end an idle shell warns its user. One with a shorter limit doesn't.
+/// An idle shell warns its user this long before it expires, unless its limit is shorter.
 const NOTICE: Duration = Duration::from_secs(60);
 
-/// What clients are told to expect: the seconds until the next ping.
+/// What a ping announces: seconds until the next one.
 pub(crate) const PING_TIMEOUT: u16 = 65;
 
 #[derive(Debug)]
@@ -20,20 +19,19 @@ pub(super) struct Clock {
     started: Instant,
     last_activity: Instant,
     warned: bool,
-    /// When the next ping is due, and until when its answer; `None` without a client.
+    /// When the next ping and the client's answer are due; `None` without a client.
     pub(super) health: Option<(Instant, Instant)>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Due {
     Ping,
-    /// Tell the user how soon the shell is closed.
+    /// Time left.
     Warn(Duration),
-    /// End the shell: why, for the audit log and for the client.
+    /// Reason for the audit log, and text for the client.
     End(&'static str, String),
 }
 
-/// For a client that was heard at `now`.
 pub(super) fn health(now: Instant) -> Option<(Instant, Instant)> {
     Some((now + PING_INTERVAL, now + PING_INTERVAL + PONG_GRACE))
 }
@@ -56,7 +54,6 @@ impl Clock {
         }
     }
 
-    /// When the shell ends, and by which limit.
     fn expires(&self, expiry: Expiry) -> Option<(Instant, &'static str, Duration)> {
         let (since, what, limit) = match expiry {
             Expiry::Never => return None,
@@ -75,7 +72,6 @@ impl Clock {
         }
     }
 
-    /// When [`Clock::due`] has something to say.
     pub(super) fn deadline(&self, expiry: Expiry) -> Option<Instant> {
         let ends = self.warns(expiry).or(self.expires(expiry).map(|(at, ..)| at));
         let health = self.health.map(|(ping, limit)| ping.min(limit));
@@ -100,7 +96,7 @@ impl Clock {
         }
         let (next_ping, _) = self.health.as_mut()?;
         (now >= *next_ping).then(|| {
-            // From now on, not from when it was due: a stopped process mustn't catch up.
+            // Counted from now: a process that was stopped must not send the pings that it missed.
             *next_ping = now + PING_INTERVAL;
             Due::Ping
         })

@@ -1,5 +1,5 @@
-//! A shell that outlives its client: it is left, and goes on in the session of the same client or its user's next one.
-//! One that outlives the agent goes on in the next.
+//! A shell without a client: it waits for its client or its user, and outlives the agent where the service manager
+//! keeps its terminal.
 
 use std::time::{Duration, Instant};
 use std::{io, mem};
@@ -20,23 +20,20 @@ use crate::sys::clock;
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::Pty;
 
-/// Programs that are told of two sizes at once look only at the second.
+/// Programs that get two SIGWINCH at once look only at the second size.
 const REPAINT: Duration = Duration::from_millis(50);
 
-/// A shell on its way to another session.
 pub(crate) struct Handover {
     running: Box<Running>,
-    /// For the same client: what is on the way to it.
+    /// What is in flight to the client, if it is the same one.
     credit: Credit,
 }
 
 impl Terminal {
-    /// True if the session's shell is kept without a client.
     pub(crate) fn is_kept(&self) -> bool {
         matches!(&self.state, State::Running(running) if running.permit.is_detached())
     }
 
-    /// The client is gone, and may come back.
     pub(crate) fn detach(&mut self, peer: &mut Peer, why: &str, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
         if running.detached.is_some() {
@@ -54,18 +51,19 @@ impl Terminal {
         running.clock.health = None;
     }
 
-    /// Lets the detached shell go where it is wanted, or ends it. Returns why the session ends then, if it is logged.
+    /// Hands the detached shell over if another session asks for it, or ends it. `Some` ends this session, with the
+    /// reason for the audit log, if it has a line there.
     pub(crate) fn follow_call(&mut self, peer: &mut Peer, now: Instant) -> Option<Option<&'static str>> {
         let State::Running(running) = &self.state else { return None };
         let call = running.permit.call()?;
-        // The next link may have been quicker than this session.
+        // The new link's session may ask before this one has noticed that its link is lost.
         self.detach(peer, HangUp::LinkLost.name(), now);
         let State::Running(mut running) = mem::take(&mut self.state) else { return None };
         if let Call::HandOver { resumes, to } = call {
             let credit = mem::replace(&mut peer.credit, Credit::new(now));
             match to.send(Handover { running, credit }) {
                 Ok(()) => return Some(if resumes { None } else { Some("reattached") }),
-                // That session has ended. Another one may come.
+                // The other session has ended meanwhile. Another one may come.
                 Err(SendError(handover)) => (running, peer.credit) = (handover.running, handover.credit),
             }
             if peer.device.detach(&peer.id, &peer.info, &peer.wake) {
@@ -75,7 +73,7 @@ impl Terminal {
         }
         if running.shell.place.as_ref().is_some_and(Place::is_left) {
             running.describe(&peer.id, now);
-            // Its end would be the process's.
+            // Dropping it would kill the process.
             mem::forget(running.shell.process);
         } else {
             self.state = State::Running(running);
@@ -84,8 +82,8 @@ impl Terminal {
         None
     }
 
-    /// Goes on with a shell of another session: of the same client if it `resumes`, else with its user's `request` for a
-    /// shell. False if the shell has ended.
+    /// Takes over another session's shell: the same client's if it `resumes`, otherwise for its user's `request`. False
+    /// if the shell has ended.
     pub(crate) fn attach(
         &mut self,
         peer: &mut Peer,
@@ -97,7 +95,7 @@ impl Terminal {
         let Ok(Handover { mut running, credit }) = handover.recv_timeout(ANSWER_LIMIT) else { return false };
         let since = running.detached.take().unwrap_or(now);
         if resumes {
-            // The client never answers what the lost link asked it.
+            // The client never answers the probes of the lost link.
             peer.credit = credit;
             peer.credit.resume();
         }
@@ -127,7 +125,7 @@ impl Terminal {
         true
     }
 
-    /// Goes on with a shell, without a client yet.
+    /// Takes over a shell from the agent before.
     pub(crate) fn adopt(
         peer: &Peer,
         description: &Frame,
@@ -143,7 +141,7 @@ impl Terminal {
         let (output, input) = description.body.split_at(output.ok_or(io::ErrorKind::InvalidData)?);
         let history = History::adopt(output, (end, sent), peer.device.memory.none());
         let history = history.ok_or(io::ErrorKind::InvalidData)?;
-        // Last: on an error behind it the process would be killed instead of hung up.
+        // Last, since an error after it would kill the process instead of hanging it up.
         let process = SessionLeader::of_terminal(&pty, peer.device.config().shell.user.uid)?;
         let info = peer.info.set_shell(description.user(), process.pid(), peer.info.traffic.since);
         let shell = Shell::adopt(process, pty, input, place, peer.device.memory.none());
@@ -155,11 +153,10 @@ impl Terminal {
 }
 
 impl Running {
-    /// Shows the shell to another terminal.
     fn welcome(&mut self, peer: &mut Peer, request: &Frame, away: Duration, now: Instant) {
         peer.reply(&wire::started(&peer.id));
         let age = now.saturating_duration_since(self.info.traffic.since);
-        // In UTC: a static executable has no time zones.
+        // UTC, since a static executable has no time zones.
         let minutes = clock::now().saturating_sub(age).as_secs() / 60;
         let text = format!(
             "[mender-connect] Reattached to your shell of {:02}:{:02} (pid {}), detached {} s ago\r\n",
@@ -181,12 +178,12 @@ impl Running {
         }
     }
 
-    /// Tells the next agent of the shell, which belongs to this session now.
+    /// Describes the shell for the next agent.
     pub(super) fn describe(&self, id: &SessionId, now: Instant) {
         let Some(place) = &self.shell.place else { return };
         let age = now.saturating_duration_since(self.info.traffic.since);
         let started = clock::now().saturating_sub(age).as_secs();
-        // Before this agent ends they change too often to be written down.
+        // Output and input change too often to be written before the agent ends.
         let (output, (end, sent), input) = match place.is_left() {
             true => {
                 (self.history.bytes.clone(), (self.history.end, self.history.sent), self.shell.input.clone())

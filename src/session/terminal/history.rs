@@ -1,4 +1,4 @@
-//! Keeps the end of a shell's output for a client that comes back, or for the next one of the same user.
+//! The end of a shell's output, kept for a client that comes back or for its user's next one.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -7,25 +7,24 @@ use crate::outbox::Mark;
 use crate::permits::Permit;
 
 const MAX_BYTES: usize = 64 * 1024;
-/// Bytes that need no permit of the device's memory: a prompt.
+/// Bytes without a permit for the device's memory: a prompt.
 const RESERVED: usize = 4096;
-/// Messages whose fate is remembered: those of a client that answers no ping until a dead link is noticed.
+/// Messages that are remembered: what a client that answers no ping gets until the dead link is noticed.
 const MAX_UNDER_WAY: usize = 1024;
 
 const ESCAPE: u8 = 0x1b;
 const BELL: u8 = 0x07;
 
-/// The end of a shell's output. Its bytes are numbered from the shell's start.
+/// Bytes are numbered from the shell's start.
 #[derive(Debug)]
 pub(super) struct History {
     pub(super) bytes: VecDeque<u8>,
-    /// The number of the byte behind the last one.
+    /// One past the last byte.
     pub(super) end: u64,
-    /// The number of the first byte that was not sent.
+    /// The first byte that was not sent.
     pub(super) sent: u64,
-    /// The messages sent last: their first bytes, and whether they have left the device.
+    /// First bytes of the last messages, and whether the link has written them.
     under_way: VecDeque<(u64, Mark)>,
-    /// For the bytes beyond [`RESERVED`].
     memory: Permit,
 }
 
@@ -34,7 +33,7 @@ impl History {
         History { bytes: VecDeque::new(), end: 0, sent: 0, under_way: VecDeque::new(), memory }
     }
 
-    /// A history that another agent has begun, with its numbers; `None` if they can't be.
+    /// The history of an earlier agent; `None` if its numbers are impossible.
     pub(super) fn adopt(bytes: &[u8], (end, sent): (u64, u64), memory: Permit) -> Option<Self> {
         let possible = bytes.len() as u64 <= end && sent <= end;
         let mut history = History::new(memory);
@@ -47,7 +46,7 @@ impl History {
         self.end - self.bytes.len() as u64
     }
 
-    /// Appends output, at the cost of the oldest.
+    /// Appends output and drops the oldest.
     pub(super) fn push(&mut self, output: &[u8]) {
         self.end += output.len() as u64;
         let wanted = (self.bytes.len() + output.len()).min(MAX_BYTES);
@@ -63,14 +62,14 @@ impl History {
         self.sent == self.end
     }
 
-    /// Copies what was not sent to `place`, as far as it fits: how much.
+    /// Copies unsent output. Returns how many bytes.
     pub(super) fn unsent(&self, place: &mut [u8]) -> usize {
         let from = self.bytes.len() - usize::try_from(self.end - self.sent).unwrap_or(self.bytes.len());
         let bytes = self.bytes.iter().skip(from).zip(place);
         bytes.map(|(byte, place)| *place = *byte).count()
     }
 
-    /// A message with the next so many bytes is sent, with the returned mark.
+    /// Counts a message with the next `bytes` bytes as sent. The writer sets the returned mark.
     pub(super) fn mark(&mut self, bytes: usize) -> Mark {
         let mark = Mark::default();
         if self.under_way.len() == MAX_UNDER_WAY {
@@ -81,7 +80,7 @@ impl History {
         mark
     }
 
-    /// Goes back to what the client has not got, of a link by which so many bytes have left the device.
+    /// Goes back to the first byte that the client has not got. `delivered`: bytes that the lost link has delivered.
     pub(super) fn rewind(&mut self, delivered: u64) {
         let has_left = |mark: &Mark| (1..=delivered).contains(&mark.load(Ordering::SeqCst));
         if let Some((first, _)) = self.under_way.iter().find(|(_, mark)| !has_left(mark)) {
@@ -90,12 +89,12 @@ impl History {
         self.under_way.clear();
     }
 
-    /// How many bytes can follow without the loss of one that was not sent.
+    /// Bytes that fit before unsent ones are lost.
     pub(super) fn room(&self) -> usize {
         MAX_BYTES.saturating_sub(usize::try_from(self.end - self.sent).unwrap_or(usize::MAX))
     }
 
-    /// The client is to get the rest from now on. Returns how many bytes are lost.
+    /// Continues for the same client. Returns how many bytes are lost.
     pub(super) fn resume(&mut self) -> u64 {
         let lost = self.start().saturating_sub(self.sent);
         if lost > 0 {
@@ -104,7 +103,7 @@ impl History {
         lost
     }
 
-    /// Everything is to be sent once more, to another terminal.
+    /// Sends everything once more, to another terminal.
     pub(super) fn replay(&mut self) {
         self.under_way.clear();
         self.skip_to_line();
@@ -113,7 +112,7 @@ impl History {
         self.sent = self.start();
     }
 
-    /// To the first line that is whole, if any is.
+    /// Starts at the first whole line, if there is one.
     fn skip_to_line(&mut self) {
         let whole = self.start() == 0;
         let line = self.bytes.iter().position(|byte| *byte == b'\n').filter(|_| !whole);
@@ -121,7 +120,7 @@ impl History {
     }
 }
 
-/// Without the questions to the terminal, which has answered them: another answer would be taken for input.
+/// Removes queries. The first terminal has answered them; a second answer would be taken for input.
 fn without_queries(mut bytes: &[u8]) -> Vec<u8> {
     let mut kept = Vec::with_capacity(bytes.len());
     while let Some(at) = bytes.iter().position(|byte| *byte == ESCAPE) {
@@ -136,7 +135,7 @@ fn without_queries(mut bytes: &[u8]) -> Vec<u8> {
     kept
 }
 
-/// How long the control sequence is that `bytes` begin with (ECMA-48, 5.4 and 5.6).
+/// Length of the control sequence at the start of `bytes` (ECMA-48, 5.4 and 5.6).
 fn length(bytes: &[u8]) -> usize {
     let end = match bytes.get(1) {
         Some(b'[') => bytes.iter().skip(2).position(|byte| (0x40..=0x7e).contains(byte)).map(|at| at + 3),
@@ -149,7 +148,7 @@ fn length(bytes: &[u8]) -> usize {
     end.unwrap_or(bytes.len()).min(bytes.len())
 }
 
-/// Device attributes and reports, modes, the window's size, the version, colours, settings, capabilities.
+/// Queries for device attributes, reports, modes, window size, version, colours, settings and capabilities.
 fn is_query(sequence: &[u8]) -> bool {
     match sequence {
         [_, b'Z'] | [_, b'[', .., b'c' | b'n' | b't'] => true,

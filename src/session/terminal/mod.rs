@@ -1,4 +1,4 @@
-//! The remote terminal: protocol 1 for one session. Runs in the session's thread.
+//! The remote terminal: protocol 1 for one session, in the session's thread.
 //!
 //! ```text
 //!            new                    stop, expiry, no pong
@@ -6,7 +6,7 @@
 //!     ▲               │ the shell ends by itself                (hang up, 2 s, kill)
 //!     └───────────────┘
 //! ```
-//! A shell that runs is attached to a client or, when its link is gone, detached: it fills its history then.
+//! A running shell is attached to a client or detached. A detached one fills its history.
 
 mod clock;
 mod detached;
@@ -41,23 +41,22 @@ use crate::sys::process::{Exit, SessionLeader};
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, lock, reason};
 
-/// How long a shell may take to end when its client is gone: the daemon itself may have to end within two seconds.
+/// Short, since the daemon itself may have to end within two seconds.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
-/// How long after a shell's end its last output may take to come through the terminal.
+/// The last output may come through the terminal this long after the shell's end.
 const DRAIN_LIMIT: Duration = Duration::from_millis(500);
-/// Frames that wait while a shell ends, and the bytes they hold, but for the last one.
+/// Limits for the frames that wait while a shell ends; the last one may exceed the bytes.
 const MAX_DEFERRED: usize = 64;
 const MAX_DEFERRED_BYTES: usize = 64 * 1024;
 
-/// Clients expect this text when a shell has ended by itself.
+/// Upstream's text for a shell that has ended by itself.
 const ENDED: &str = "read /dev/ptmx: input/output error";
 
 #[derive(Default)]
 pub(crate) struct Terminal {
     state: State,
-    /// Frames that came while a shell ended.
     deferred: VecDeque<Frame>,
-    /// The user has left the shell, which may be kept: how.
+    /// How the user has left a shell that may be kept.
     pub(super) left: Option<&'static str>,
 }
 
@@ -71,13 +70,12 @@ enum State {
 
 struct Ending {
     process: SessionLeader,
-    /// Why it ends, as the audit log has it.
+    /// For the audit log.
     why: &'static str,
-    /// The client waits for an answer.
     answer: bool,
     killed: bool,
     deadline: Option<Instant>,
-    /// Among those that may take their time.
+    /// Without one the shell is killed at once.
     _place: Option<Permit>,
 }
 
@@ -86,7 +84,7 @@ impl Terminal {
         matches!(self.state, State::Nothing)
     }
 
-    /// The next frame to handle: those that waited for a shell's end come first. Few of them wait here.
+    /// The next frame to handle. Deferred frames come first.
     pub(crate) fn next_frame(&mut self, inbox: &Inbox) -> Option<Frame> {
         let ends = matches!(self.state, State::Ending(_));
         if !ends && !self.deferred.is_empty() {
@@ -97,12 +95,12 @@ impl Terminal {
         if room { inbox.pop() } else { None }
     }
 
-    /// Whether a `stop` of all shells of a user may be about this one's.
+    /// Whether a `stop` for all shells of a user may concern this session.
     pub(crate) fn is_meant(&self, stop: &Frame) -> bool {
         match &self.state {
             State::Nothing => false,
             State::Running(running) => running.info.user == stop.user(),
-            // The next one may wait in front of it.
+            // The deferred frames may hold a `new` of that user.
             State::Ending(_) => true,
         }
     }
@@ -120,7 +118,7 @@ impl Terminal {
             return;
         }
         match (&mut self.state, frame.typ.as_str()) {
-            // Frames that come while a shell ends are for the next one.
+            // For the next shell.
             (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
                 running.clock.active(now);
@@ -141,7 +139,7 @@ impl Terminal {
                 }
             }
             (State::Running(running), wire::STOP) => {
-                // No output may follow the answer, and none needs to precede it.
+                // No output may follow the answer, and none has to precede it.
                 running.discard.store(true, Ordering::SeqCst);
                 if peer.device.config().sessions.keep_when_user_leaves && wire::is_of_absent_user(&frame) {
                     peer.reply(&wire::stopped(&peer.id));
@@ -164,7 +162,6 @@ impl Terminal {
         }
     }
 
-    /// Starts a shell for a `new`.
     pub(crate) fn start(&mut self, peer: &mut Peer, permit: ShellPermit, frame: &Frame, now: Instant) {
         let (user, config) = (frame.user(), peer.device.config());
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
@@ -189,7 +186,6 @@ impl Terminal {
         self.state = State::Running(Box::new(running));
     }
 
-    /// Ends the shell without an answer: the client is gone.
     pub(crate) fn hang_up(&mut self, peer: &Peer, why: &'static str, now: Instant) {
         self.deferred.clear();
         self.end(peer, why, false, now);
@@ -205,8 +201,8 @@ impl Terminal {
         }
     }
 
-    /// From running to ending: the terminal is closed, which hangs it up, and the processes are told. The permit is
-    /// free at once: nobody can type into this shell any more, however long it takes to end.
+    /// Closes the terminal, which hangs it up, and signals the processes. This frees the permit at once: nobody can
+    /// type into the shell any more, however long it takes to end.
     fn end(&mut self, peer: &Peer, why: &'static str, answer: bool, now: Instant) {
         self.state = match std::mem::take(&mut self.state) {
             State::Running(running) => {
@@ -220,14 +216,13 @@ impl Terminal {
         };
     }
 
-    /// Ends the shell from this side. The client is told the reason behind the output that is on its way.
+    /// Tells the client the reason, behind the output in flight.
     fn end_because(&mut self, peer: &mut Peer, why: &'static str, reason: String, now: Instant) {
         info!("session {}: {reason}", peer.id);
         peer.reply(&wire::failure(&peer.id, wire::STOP, reason));
         self.end(peer, why, false, now);
     }
 
-    /// When to call [`Terminal::proceed`] without an event.
     pub(crate) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
         match &self.state {
             State::Nothing => None,
@@ -279,12 +274,12 @@ impl Terminal {
         }
         let shown = running.detached.is_some() || running.history.is_sent();
         match running.exit {
-            // Without the end of the output a background job has kept the terminal; what the shell wrote is out.
+            // A background job may keep the terminal open; the shell's own output has arrived by now.
             Some(status) if shown && (running.at_end || (give_up && running.takes_output(peer, now))) => {
                 return self.ended_by_itself(peer, status, now);
             }
             _ if !give_up => {}
-            // The last output still waits for the link or the client.
+            // The last output still waits for the link or for credit.
             Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
             None => return self.end_because(peer, "hung up", ENDED.to_owned(), now),
         }
@@ -334,7 +329,7 @@ impl Terminal {
                 peer.device.config().shell.arguments
             );
         }
-        // The client may ask for the next shell as soon as it knows.
+        // Frees the permit first: the client may ask for the next shell as soon as it gets this.
         drop(running);
         peer.reply(&wire::failure(&peer.id, wire::STOP, ENDED));
     }
@@ -387,19 +382,18 @@ pub(crate) fn log_end(peer: &Peer, status: &str, why: &str, now: Instant) {
         .log(true);
 }
 
-/// The answer to a `new` that gets no shell, which is put on record.
+/// The answer to a refused `new`. Writes the audit log.
 pub(crate) fn refusal(id: &SessionId, user: &UserId, reason: &str) -> Frame {
     Record::new("shell-refused", Some(id), user).text("reason", reason).log(false);
     wire::failure(id, wire::NEW, reason.to_owned())
 }
 
-/// The answer where the terminal is disabled, and to unknown types.
 pub(crate) fn unknown(id: &SessionId, frame: &Frame) -> Frame {
     let text = format!("unknown message protocol and type: {}/{}", frame.proto, frame.typ);
     wire::failure(id, &frame.typ, text)
 }
 
-/// The answer of a session without a shell to any frame but `new`.
+/// The answer to any frame but `new` if there is no shell.
 pub(crate) fn answer_without_shell(id: &SessionId, frame: &Frame) -> Option<Frame> {
     let text = match frame.typ.as_str() {
         wire::DATA => "session not found".to_owned(),

@@ -1,4 +1,4 @@
-//! A running shell: what its client sees of it, or what is kept while there is none.
+//! A running shell: its output on the way to the client, or into the history while there is none.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -21,14 +21,14 @@ use crate::sys::process::Exit;
 use crate::sys::pty::WindowSize;
 use crate::sys::{PollSet, reason};
 
-/// How long a client may take to say that it is there, when its user wants another shell.
+/// Time for a client to answer when its user wants another shell.
 pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-/// How long a shell may take to end when its client stopped it, before it is killed, and after.
+/// Time for a stopped shell to end, before it is killed and again after that.
 pub(super) const STOP_GRACE: Duration = Duration::from_secs(2);
-/// How long the output of a shell without a client is held up rather than lost, when its history is full.
+/// When the history of a detached shell is full, the program waits this long before output is dropped.
 const HOLD_LIMIT: Duration = Duration::from_secs(5);
 
-/// Bytes of output in a frame at most, as the link allows. What a terminal gives in one read fits.
+/// Bytes of output in a frame, as the link allows. What one read of a terminal gives fits into the smallest.
 const SMALLEST_OUTPUT: usize = 4 * 1024;
 const LARGEST_OUTPUT: usize = 32 * 1024;
 
@@ -39,19 +39,17 @@ pub(super) struct Running {
     pub(super) clock: Clock,
     pub(super) size: WindowSize,
     pub(super) history: History,
-    /// Without a client since then.
     pub(super) detached: Option<Instant>,
-    /// When the client was asked whether it is there, unless it has answered.
+    /// The permit's question that the client was pinged for.
     pub(super) asked: Option<Instant>,
-    /// Back to this size then, after another that makes programs draw everything again.
+    /// Restores this size after another one has made programs redraw.
     pub(super) restore: Option<(Instant, WindowSize)>,
-    /// For its queued output.
     pub(super) discard: Discard,
-    /// Set when the process is reaped. Its last output may still be on the way.
+    /// Set when the process is reaped. Its last output may still be in the terminal.
     pub(super) exit: Option<Exit>,
-    /// Set when the terminal's other side is closed.
+    /// No process has the terminal open any more.
     pub(super) at_end: bool,
-    /// When not to wait any longer for the other of the two.
+    /// When to stop waiting for the process's exit or for the end of output, whichever is missing.
     pub(super) give_up: Option<Instant>,
 }
 
@@ -98,7 +96,7 @@ impl Running {
         let mut events = PollFlags::empty();
         events.set(PollFlags::POLLIN, self.takes_output(peer, now));
         events.set(PollFlags::POLLOUT, !self.shell.input.is_empty());
-        // A closed terminal is always "ready", so one that can't be read isn't watched at all.
+        // poll(2) reports POLLHUP for a closed terminal all the time, even if asked for nothing.
         if !self.at_end && !events.is_empty() {
             set.add(self.shell.pty.as_fd(), events);
         }
@@ -107,7 +105,6 @@ impl Running {
         }
     }
 
-    /// Passes on what the client has not got yet, then what the terminal has.
     pub(super) fn pass_output(&mut self, peer: &mut Peer, now: Instant) {
         while self.takes_output(peer, now)
             && !(self.at_end && (self.detached.is_some() || self.history.is_sent()))
@@ -153,12 +150,12 @@ impl Running {
         (length, then)
     }
 
-    /// True if output is rather held up than lost for a client that isn't there.
+    /// The program waits rather than lose output of a detached shell.
     fn holds(&self, now: Instant) -> bool {
         self.detached.is_some_and(|since| now < since + HOLD_LIMIT)
     }
 
-    /// True if the link and the client have room for output. Otherwise it stays in the terminal, and programs wait.
+    /// If false, the output stays in the terminal and programs wait.
     pub(super) fn takes_output(&self, peer: &Peer, now: Instant) -> bool {
         if self.detached.is_some() {
             return !self.holds(now) || self.history.room() > 0;

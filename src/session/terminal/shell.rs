@@ -1,4 +1,4 @@
-//! A running shell: its process, its terminal, what was typed and not read yet.
+//! A shell's process, its terminal, and the input that waits for it.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -15,29 +15,25 @@ use crate::sys::pty::{Pty, WindowSize};
 use crate::sys::reason;
 use crate::sys::users::{self, User};
 
-/// Bytes of input that may wait for a program to read them.
 const MAX_INPUT: usize = 1 << 20;
-/// Bytes of input that need no permit: what is typed by hand.
+/// Bytes of input without a permit: what is typed by hand.
 const SMALL_INPUT: usize = 4096;
 
-/// Where a system names its locale: Debian's place, systemd's.
+/// Debian, systemd.
 const LOCALES: [&str; 2] = ["/etc/default/locale", "/etc/locale.conf"];
-/// Login shells read theirs from the system's profile.
+/// For shells that are not login shells: those read theirs from the system's profile.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A shell on its terminal.
 #[derive(Debug)]
 pub(crate) struct Shell {
     pub(crate) process: SessionLeader,
     pub(crate) pty: Pty,
     pub(crate) input: VecDeque<u8>,
-    /// Where it is kept when the agent ends.
+    /// Keeps the terminal when the agent ends.
     pub(crate) place: Option<Place>,
-    /// For the input beyond [`SMALL_INPUT`].
     memory: Permit,
 }
 
-/// Whether there may be more output at once, none for now, or none ever again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Then {
     More,
@@ -46,8 +42,8 @@ pub(crate) enum Then {
 }
 
 impl Shell {
-    /// Starts the configured shell on a terminal of `size` for a user's session. It outlives this agent if it has a place
-    /// in the `store`. The error follows "failed to start shell: ".
+    /// Starts the configured shell. It outlives this agent if the `store` keeps it. The error follows "failed to start
+    /// shell: ".
     pub(crate) fn start(
         shell: &config::Shell,
         size: WindowSize,
@@ -56,7 +52,7 @@ impl Shell {
         memory: Permit,
     ) -> Result<Self, String> {
         let is_root = nix::unistd::geteuid().is_root();
-        // Only root can give groups.
+        // Only root can set groups.
         let user =
             if is_root { &users::current(&shell.user).map_err(|e| e.to_string())? } else { &shell.user };
         let owner = is_root.then_some(user.uid);
@@ -69,7 +65,6 @@ impl Shell {
         Ok(Shell { process, pty, input: VecDeque::new(), place, memory })
     }
 
-    /// Goes on with a shell, for which `input` waits.
     pub(crate) fn adopt(
         process: SessionLeader,
         pty: Pty,
@@ -81,7 +76,7 @@ impl Shell {
         Shell { process, pty, input: input.to_vec().into(), place: Some(place), memory }
     }
 
-    /// Types `bytes`, all or, when too much waits already, nothing.
+    /// Types all of `bytes`, or nothing if too much waits.
     pub(crate) fn type_in(&mut self, bytes: &[u8]) -> Result<(), String> {
         let waiting = self.input.len() + bytes.len();
         if waiting > MAX_INPUT || !self.memory.resize(waiting.saturating_sub(SMALL_INPUT)) {
@@ -95,7 +90,7 @@ impl Shell {
         self.pass_input().map_err(|e| reason(&e))
     }
 
-    /// Passes on what the terminal takes. Fails when it never will again; the input is gone then.
+    /// Fails if nobody can read the terminal any more; the input is dropped.
     pub(crate) fn pass_input(&mut self) -> io::Result<()> {
         let mut result = Ok(());
         while !self.input.is_empty() {
@@ -109,14 +104,14 @@ impl Shell {
             }
         }
         if self.input.is_empty() {
-            // A pasted megabyte shouldn't cost memory for ever.
+            // A pasted megabyte must not cost memory for ever.
             self.input.shrink_to(SMALL_INPUT);
         }
         self.memory.resize(self.input.len().saturating_sub(SMALL_INPUT));
         result
     }
 
-    /// Reads what there is, up to what `place` takes: how many bytes, and what is to be expected then.
+    /// Fills `place` as far as there is output. Returns the number of bytes.
     pub(crate) fn read_output(&self, place: &mut [u8]) -> (usize, Then) {
         let mut filled = 0;
         let then = loop {
@@ -135,7 +130,6 @@ impl Shell {
     }
 }
 
-/// A login's variables, those that tell whose terminal it is, and those of the configuration.
 fn environment(
     shell: &config::Shell,
     user: &User,
@@ -144,7 +138,7 @@ fn environment(
 ) -> Vec<(String, OsString)> {
     let config::Shell { command, arguments, environment, .. } = shell;
     let name = || Some(user.name.clone().into());
-    // A variable can't hold everything that an id can.
+    // An id may hold a NUL, a variable can't.
     let id = |id: &str| Some(id.into()).filter(|_| !id.is_empty() && !id.contains('\0'));
     let is_login = arguments.iter().any(|argument| is_login_option(argument));
     let variables = [
@@ -162,13 +156,12 @@ fn environment(
     variables.chain(environment.iter().map(|(name, value)| (name.clone(), value.into()))).collect()
 }
 
-/// `--login`, or `l` among the options of one letter.
 fn is_login_option(argument: &str) -> bool {
     let letters = argument.strip_prefix('-').filter(|rest| !rest.starts_with('-'));
     argument == "--login" || letters.is_some_and(|letters| letters.contains('l'))
 }
 
-/// The value of LANG in a file of assignments, which may be quoted.
+/// LANG in a file of shell assignments, which may be quoted.
 fn lang(file: &str) -> Option<OsString> {
     let mut values = file.lines().filter_map(|line| line.trim().strip_prefix("LANG="));
     let value = values.next_back()?.trim().trim_matches(['"', '\'']);
