@@ -9,13 +9,13 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::file_transfer::rate::Counters;
 use super::inbox::Inbox;
-use super::shells::{Admission, Kept, MAX_SHELLS, Shells};
+use super::shells::{Kept, MAX_SHELLS, Shells};
 use super::stats::{Figures, Info, seconds};
 use super::store::Store;
 use crate::commands::Commands;
 use crate::config::Config;
 use crate::permits::Permits;
-use crate::proto::{SessionId, UserId};
+use crate::proto::SessionId;
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
@@ -78,15 +78,6 @@ impl Device {
 
     pub fn config(&self) -> Arc<Config> {
         Arc::clone(&lock(&self.config))
-    }
-
-    pub(crate) fn admit(
-        &self,
-        user: &UserId,
-        wake: &Arc<Wake>,
-        asks: bool,
-    ) -> Result<Admission, &'static str> {
-        self.shells.acquire(user, self.config().sessions.max_per_user, wake, asks)
     }
 
     /// False if the session of `wake` has no shell that may be kept.

@@ -11,7 +11,7 @@ use super::shells::Admission;
 use super::stats::Info;
 use crate::outbox::{Outbox, Sink};
 use crate::permits::{Permit, Permits};
-use crate::proto::{Frame, SessionId, control};
+use crate::proto::{Frame, SessionId, UserId, control};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
@@ -57,6 +57,11 @@ impl Peer {
             table: Arc::default(),
             thread: Arc::new(thread),
         })
+    }
+
+    pub(crate) fn admit(&self, user: &UserId, asks: bool) -> Result<Admission, &'static str> {
+        let most = self.device.config().sessions.max_per_user;
+        self.device.shells.acquire(user, most, &self.wake, asks)
     }
 
     /// Needs no credit, but uses some.

@@ -143,7 +143,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         let info = info.unwrap_or_else(|| Info::of(user.clone(), Instant::now()));
         let mut peer = Peer::new(&self.device, id, info, &self.outbox, thread).map_err(failed)?;
         peer.admission = match resume {
-            None if is_shell => Some(self.device.admit(&user, &peer.wake, true)?),
+            None if is_shell => Some(peer.admit(&user, true)?),
             resume => resume,
         };
         peer.enter(&self.table);

@@ -181,14 +181,13 @@ impl Session {
     fn open_terminal(&mut self, request: Frame, until: Instant, now: Instant) {
         let user = request.user();
         loop {
-            let wake = &self.peer.wake;
             let admission = match self.peer.admission.take() {
                 Some(Admission::Wait(permit)) => {
                     drop(permit);
-                    self.peer.device.admit(&user, wake, false)
+                    self.peer.admit(&user, false)
                 }
                 Some(admission) => Ok(admission),
-                None => self.peer.device.admit(&user, wake, true),
+                None => self.peer.admit(&user, true),
             };
             let refusal = match admission {
                 Ok(Admission::Start(permit)) => {

@@ -179,14 +179,9 @@ impl Shells {
     }
 
     /// Admits a detached shell of the agent before; `None` if there are too many.
-    pub(crate) fn adopt(
-        self: &Arc<Self>,
-        user: &UserId,
-        kept: Kept,
-        wake: &Arc<Wake>,
-    ) -> Option<ShellPermit> {
-        let mut state = lock(&self.0);
-        (state.running() < MAX_SHELLS).then(|| self.add(&mut state, user, Kind::Detached(kept), wake))
+    pub(crate) fn adopt(self: &Arc<Self>, kept: Kept, wake: &Arc<Wake>) -> Option<ShellPermit> {
+        let (mut state, user) = (lock(&self.0), kept.info.user.clone());
+        (state.running() < MAX_SHELLS).then(|| self.add(&mut state, &user, Kind::Detached(kept), wake))
     }
 
     pub(crate) fn open(&self) {

@@ -46,11 +46,6 @@ impl Traffic {
         Traffic { since, counts: Mutex::new(counts), session: session.cloned() }
     }
 
-    fn of_session(&self, session: &Arc<Traffic>) -> Self {
-        let counts = lock(&self.counts).clone();
-        Traffic { since: self.since, counts: Mutex::new(counts), session: Some(Arc::clone(session)) }
-    }
-
     pub(crate) fn figures(&self, now: Instant) -> Figures {
         let Counts { last_activity, bytes_in, bytes_out } = *lock(&self.counts);
         Figures { age: seconds(self.since, now), idle: seconds(last_activity, now), bytes_in, bytes_out }
@@ -136,17 +131,16 @@ impl Info {
     }
 
     pub fn set_shell(&self, user: UserId, pid: i32, now: Instant) -> Arc<ShellInfo> {
-        let shell = Arc::new(ShellInfo { user, pid, traffic: Traffic::new(now, Some(&self.traffic)) });
-        *lock(&self.shell) = Some(Arc::clone(&shell));
-        shell
+        let traffic = Traffic::new(now, Some(&self.traffic));
+        Arc::clone(lock(&self.shell).insert(Arc::new(ShellInfo { user, pid, traffic })))
     }
 
     /// Takes over another session's shell, with its age and its traffic.
     pub(crate) fn adopt_shell(&self, shell: &ShellInfo) -> Arc<ShellInfo> {
-        let traffic = shell.traffic.of_session(&self.traffic);
-        let shell = Arc::new(ShellInfo { user: shell.user.clone(), pid: shell.pid, traffic });
-        *lock(&self.shell) = Some(Arc::clone(&shell));
-        shell
+        let (user, pid, since) = (shell.user.clone(), shell.pid, shell.traffic.since);
+        let counts = Mutex::new(lock(&shell.traffic.counts).clone());
+        let traffic = Traffic { since, counts, session: Some(Arc::clone(&self.traffic)) };
+        Arc::clone(lock(&self.shell).insert(Arc::new(ShellInfo { user, pid, traffic })))
     }
 
     pub(crate) fn shell(&self) -> Option<Arc<ShellInfo>> {

@@ -84,13 +84,6 @@ impl Place {
     pub(crate) fn is_left(&self) -> bool {
         self.store.ends.load(Ordering::SeqCst)
     }
-
-    fn read(&self) -> io::Result<Frame> {
-        let length = self.description.metadata()?.len().min(MAX_DESCRIPTION as u64);
-        let mut text = vec![0; length as usize];
-        self.description.read_exact_at(&mut text, 0)?;
-        Frame::decode(&text.into()).map_err(io::Error::other)
-    }
 }
 
 impl Drop for Place {
@@ -127,19 +120,22 @@ fn adopt(device: &Arc<Device>, name: &str, descriptors: Vec<OwnedFd>) -> io::Res
     let description = others.pop().ok_or(io::ErrorKind::NotFound)?.into();
     let place = Place { store: Arc::clone(store), name: name.to_owned(), description };
     let (pty, size) = terminals.pop().ok_or(io::ErrorKind::NotFound)?;
-    let shell = place.read()?;
+    let length = place.description.metadata()?.len().min(MAX_DESCRIPTION as u64);
+    let mut text = vec![0; length as usize];
+    place.description.read_exact_at(&mut text, 0)?;
+    let shell = Frame::decode(&text.into()).map_err(io::Error::other)?;
     let (user, now) = (shell.user(), Instant::now());
     let id = shell.sid.clone().filter(|_| shell.typ == KEPT && !user.as_str().is_empty());
     let id = id.ok_or(io::ErrorKind::InvalidData)?;
     let age =
         clock::now().saturating_sub(Duration::from_secs(shell.props.int("started").unwrap_or(0) as u64));
     let since = now.checked_sub(age).unwrap_or(now);
-    let info = Info::of(user.clone(), since);
+    let info = Info::of(user, since);
     let thread = device.threads.acquire().ok_or(io::ErrorKind::OutOfMemory)?;
     let peer = Peer::new(device, &id, Arc::clone(&info), &Outbox::new().0, thread)?;
     device.shells.open();
     let kept = Kept { id, info, since: now };
-    let permit = device.shells.adopt(&user, kept, &peer.wake).ok_or(io::ErrorKind::QuotaExceeded)?;
+    let permit = device.shells.adopt(kept, &peer.wake).ok_or(io::ErrorKind::QuotaExceeded)?;
     peer.inbox.close();
     let terminal = Terminal::adopt(&peer, &shell, (pty, size), permit, place, now)?;
     session::start(peer, terminal)

@@ -115,8 +115,7 @@ pub(super) struct Commit {
 
 #[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
 fn enough_space(target: &place::Target, size: Option<u64>) -> Result<()> {
-    let Some(size) = size else { return Ok(()) };
-    let Ok(stat) = fstatvfs(&target.dir) else { return Ok(()) };
+    let (Some(size), Ok(stat)) = (size, fstatvfs(&target.dir)) else { return Ok(()) };
     let blocks = if nix::unistd::geteuid().is_root() { stat.blocks_free() } else { stat.blocks_available() };
     let free = u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
     // Some file systems report no size at all.

@@ -26,8 +26,6 @@ pub(super) type End = (&'static str, String);
 pub(super) const FAILED: &str = "failed";
 const DENIED: &str = "denied";
 
-type Opened = Result<Option<(OwnedFd, SocketAddr)>, End>;
-
 #[derive(Debug)]
 pub(super) struct Opening {
     deadline: Instant,
@@ -60,7 +58,7 @@ impl Opening {
         target: &Target,
         descriptors: &mut Permit,
         now: Instant,
-    ) -> Opened {
+    ) -> Result<Option<(OwnedFd, SocketAddr)>, End> {
         if self.race.is_none() {
             self.race = self.begin(peer, target, now)?;
         }

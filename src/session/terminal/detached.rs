@@ -6,7 +6,7 @@ use std::{io, mem};
 
 use crossbeam_channel::{Receiver, SendError};
 
-use super::shell::Shell;
+use super::shell::{SMALL_INPUT, Shell};
 use super::{
     ANSWER_LIMIT, Discard, History, Peer, Record, Running, State, Terminal, WindowSize, health, wire,
 };
@@ -144,8 +144,10 @@ impl Terminal {
         // Last, since an error after it would kill the process instead of hanging it up.
         let process = SessionLeader::of_terminal(&pty, peer.device.config().shell.user.uid)?;
         let info = peer.info.set_shell(description.user(), process.pid(), peer.info.traffic.since);
-        let shell = Shell::adopt(process, pty, input, place, peer.device.memory.none());
-        let mut running = Running::new(shell, info, permit, size, history);
+        let mut memory = peer.device.memory.none();
+        memory.resize(input.len().saturating_sub(SMALL_INPUT));
+        let shell = Shell { process, pty, size, input: input.to_vec().into(), place: Some(place), memory };
+        let mut running = Running::new(shell, info, permit, history);
         running.clock.active(now);
         (running.detached, running.clock.health) = (Some(now), None);
         Ok(Terminal { state: State::Running(Box::new(running)), ..Terminal::default() })
@@ -167,7 +169,7 @@ impl Running {
         );
         peer.reply(&wire::output(&peer.id).with_body(text));
         self.history.replay();
-        let size = self.size;
+        let size = self.shell.size;
         match super::requested_size(request).filter(|wanted| *wanted != size) {
             Some(wanted) => self.resize(peer, wanted),
             None => {

@@ -166,10 +166,7 @@ impl Terminal {
         let (user, config) = (frame.user(), peer.device.config());
         let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
         let size = requested_size(frame).unwrap_or(default);
-        let keeps = !config.sessions.keep_detached.is_zero() && !user.as_str().is_empty();
-        let store = peer.device.store.as_ref().filter(|_| keeps);
-        let memory = &peer.device.memory;
-        let shell = match Shell::start(&config.shell, size, (&peer.id, &user), store, memory.none()) {
+        let shell = match Shell::start(peer, &user, size) {
             Ok(shell) => shell,
             Err(e) => {
                 let reason = format!("failed to start shell: {e}");
@@ -180,7 +177,7 @@ impl Terminal {
         let pid = shell.process.pid();
         Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);
         let info = peer.info.set_shell(user, pid, now);
-        let running = Running::new(shell, info, permit, size, History::new(memory.none()));
+        let running = Running::new(shell, info, permit, History::new(peer.device.memory.none()));
         peer.reply(&wire::started(&peer.id));
         running.describe(&peer.id, now);
         self.state = State::Running(Box::new(running));

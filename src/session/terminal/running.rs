@@ -37,7 +37,6 @@ pub(super) struct Running {
     pub(super) info: Arc<ShellInfo>,
     pub(super) permit: ShellPermit,
     pub(super) clock: Clock,
-    pub(super) size: WindowSize,
     pub(super) history: History,
     pub(super) detached: Option<Instant>,
     /// The permit's question that the client was pinged for.
@@ -54,19 +53,12 @@ pub(super) struct Running {
 }
 
 impl Running {
-    pub(super) fn new(
-        shell: Shell,
-        info: Arc<ShellInfo>,
-        permit: ShellPermit,
-        size: WindowSize,
-        history: History,
-    ) -> Self {
+    pub(super) fn new(shell: Shell, info: Arc<ShellInfo>, permit: ShellPermit, history: History) -> Self {
         Running {
             clock: Clock::new(info.traffic.since),
             shell,
             info,
             permit,
-            size,
             history,
             detached: None,
             asked: None,
@@ -167,7 +159,7 @@ impl Running {
         if let Err(e) = self.shell.pty.resize(size) {
             warn!("session {}: resizing the terminal: {}", peer.id, reason(&e));
         }
-        self.size = size;
+        self.shell.size = size;
     }
 }
 

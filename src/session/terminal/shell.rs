@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::sync::Arc;
 
 use crate::config;
 use crate::permits::Permit;
-use crate::proto::{SessionId, UserId};
-use crate::session::store::{Place, Store};
+use crate::proto::UserId;
+use crate::session::peer::Peer;
+use crate::session::store::Place;
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::{Pty, WindowSize};
 use crate::sys::reason;
@@ -17,7 +17,7 @@ use crate::sys::users::{self, User};
 
 const MAX_INPUT: usize = 1 << 20;
 /// Bytes of input without a permit: what is typed by hand.
-const SMALL_INPUT: usize = 4096;
+pub(super) const SMALL_INPUT: usize = 4096;
 
 /// Debian, systemd.
 const LOCALES: [&str; 2] = ["/etc/default/locale", "/etc/locale.conf"];
@@ -28,10 +28,11 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 pub(crate) struct Shell {
     pub(crate) process: SessionLeader,
     pub(crate) pty: Pty,
+    pub(crate) size: WindowSize,
     pub(crate) input: VecDeque<u8>,
     /// Keeps the terminal when the agent ends.
     pub(crate) place: Option<Place>,
-    memory: Permit,
+    pub(super) memory: Permit,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,38 +43,22 @@ pub(crate) enum Then {
 }
 
 impl Shell {
-    /// Starts the configured shell. It outlives this agent if the `store` keeps it. The error follows "failed to start
-    /// shell: ".
-    pub(crate) fn start(
-        shell: &config::Shell,
-        size: WindowSize,
-        (session, of): (&SessionId, &UserId),
-        store: Option<&Arc<Store>>,
-        memory: Permit,
-    ) -> Result<Self, String> {
+    /// Starts the configured shell for the user `of`. It outlives this agent if the device's store keeps it. The error
+    /// follows "failed to start shell: ".
+    pub(crate) fn start(peer: &Peer, of: &UserId, size: WindowSize) -> Result<Self, String> {
+        let config = peer.device.config();
+        let config::Shell { command, arguments, no_new_privileges: confined, user, .. } = &config.shell;
         let is_root = nix::unistd::geteuid().is_root();
         // Only root can set groups.
-        let user =
-            if is_root { &users::current(&shell.user).map_err(|e| e.to_string())? } else { &shell.user };
-        let owner = is_root.then_some(user.uid);
-        let (pty, tty) = Pty::open(size, owner).map_err(|e| reason(&e))?;
-        let place = store.and_then(|store| store.keep(&pty));
-        let config::Shell { command, arguments, no_new_privileges: confined, .. } = shell;
-        let (environment, outlives) = (environment(shell, user, session, of), place.is_some());
+        let user = if is_root { &users::current(user).map_err(|e| e.to_string())? } else { user };
+        let (pty, tty) = Pty::open(size, is_root.then_some(user.uid)).map_err(|e| reason(&e))?;
+        let keeps = !config.sessions.keep_detached.is_zero() && !of.as_str().is_empty();
+        let place = peer.device.store.as_ref().filter(|_| keeps).and_then(|store| store.keep(&pty));
+        let environment = environment(&config.shell, user, peer.id.as_str(), of.as_str());
+        let outlives = place.is_some();
         let process = SessionLeader::spawn(command, arguments, user, *confined, environment, outlives, tty)
             .map_err(|e| format!("fork/exec {}: {}", command.display(), reason(&e)))?;
-        Ok(Shell { process, pty, input: VecDeque::new(), place, memory })
-    }
-
-    pub(crate) fn adopt(
-        process: SessionLeader,
-        pty: Pty,
-        input: &[u8],
-        place: Place,
-        mut memory: Permit,
-    ) -> Self {
-        memory.resize(input.len().saturating_sub(SMALL_INPUT));
-        Shell { process, pty, input: input.to_vec().into(), place: Some(place), memory }
+        Ok(Shell { process, pty, size, input: VecDeque::new(), place, memory: peer.device.memory.none() })
     }
 
     /// Types all of `bytes`, or nothing if too much waits.
@@ -130,12 +115,7 @@ impl Shell {
     }
 }
 
-fn environment(
-    shell: &config::Shell,
-    user: &User,
-    session_id: &SessionId,
-    user_id: &UserId,
-) -> Vec<(String, OsString)> {
+fn environment(shell: &config::Shell, user: &User, session: &str, of: &str) -> Vec<(String, OsString)> {
     let config::Shell { command, arguments, environment, .. } = shell;
     let name = || Some(user.name.clone().into());
     // An id may hold a NUL, a variable can't.
@@ -149,8 +129,8 @@ fn environment(
         ("SHELL", Some(command.clone().into())),
         ("LANG", LOCALES.into_iter().find_map(|file| lang(&fs::read_to_string(file).ok()?))),
         ("PATH", Some(PATH.into()).filter(|_| !is_login)),
-        ("MENDER_SESSION_ID", id(session_id.as_str())),
-        ("MENDER_USER_ID", id(user_id.as_str())),
+        ("MENDER_SESSION_ID", id(session)),
+        ("MENDER_USER_ID", id(of)),
     ];
     let variables = variables.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));
     variables.chain(environment.iter().map(|(name, value)| (name.clone(), value.into()))).collect()
