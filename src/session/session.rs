@@ -117,9 +117,8 @@ impl Session {
             if let Some(why) = self.terminal.left.take() {
                 self.lose_client(why, self.has_only_terminal(), now);
             }
-            self.end_disabled(now);
+            self.check_end(now);
             self.files.acknowledge(&self.peer);
-            self.check_idle(now);
             self.files.proceed(&mut self.peer, now);
             self.forwards.answer(&mut self.peer, now);
             if self.is_over() && self.peer.inbox.close_if_empty() {
@@ -212,20 +211,13 @@ impl Session {
         }
     }
 
-    fn end_disabled(&mut self, now: Instant) {
+    fn check_end(&mut self, now: Instant) {
         let config = self.peer.device.config();
-        if !config.terminal.enabled {
-            self.terminal.disable(&mut self.peer, now);
-        }
-        let files = !config.file_transfer && !self.files.is_idle();
-        let forwards = !config.port_forward && !self.forwards.is_idle();
-        if self.close_at.is_some() && (files || forwards) {
+        let disabled = !config.file_transfer && !self.files.is_idle()
+            || !config.port_forward && !self.forwards.is_idle();
+        if self.close_at.is_some() && disabled {
             self.end_because("disabled", "disabled by the configuration");
-        }
-    }
-
-    fn check_idle(&mut self, now: Instant) {
-        if self.close_at.is_some_and(|at| now >= at) {
+        } else if self.close_at.is_some_and(|at| now >= at) {
             self.end_because("idle", "session timeout");
         } else if self.ping_at.take_if(|at| now >= *at).is_some() {
             self.peer.ping(now);

@@ -1,17 +1,14 @@
 //! Statistics of a session, for `status`, SIGUSR1 and the audit log. The session's threads write, any thread reads.
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Instant;
 
 use super::file_transfer::rate::Direction;
+use crate::proto::UserId;
 use crate::proto::forward::Target;
-use crate::proto::{UserId, clipped};
 use crate::sys::lock;
-
-const MAX_PATH: usize = 4096;
 
 pub(crate) fn seconds(since: Instant, now: Instant) -> f64 {
     now.saturating_duration_since(since).as_secs_f64()
@@ -152,15 +149,8 @@ impl Info {
     }
 
     /// Lists the transfer as long as the returned Arc lives.
-    pub(crate) fn set_transfer(
-        &self,
-        direction: Direction,
-        path: &Path,
-        size: Option<u64>,
-        traffic: &Arc<Traffic>,
-    ) -> Arc<TransferInfo> {
-        let (path, traffic) = (clipped(&path.to_string_lossy(), MAX_PATH), Arc::clone(traffic));
-        let transfer = Arc::new(TransferInfo { direction, path, size, traffic });
+    pub(crate) fn set_transfer(&self, transfer: TransferInfo) -> Arc<TransferInfo> {
+        let transfer = Arc::new(transfer);
         *lock(&self.transfer) = Arc::downgrade(&transfer);
         transfer
     }

@@ -28,6 +28,8 @@ use crate::proto::{Frame, MAX_TEXT, clipped};
 
 /// The server passes it on as the HTTP status.
 const FORBIDDEN: u16 = 403;
+/// In characters.
+const MAX_PATH: usize = 4096;
 const LINK_LOST: &str = "the connection was lost";
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 
@@ -225,7 +227,9 @@ impl FileTransfer {
         });
         let stage = begun.inspect_err(|failure| about.log(peer, Err((failure.result(), &failure.text))))?;
         debug!("session {}: {} of {:?}", peer.id, about.direction.name(), about.path);
-        let _shown = peer.info.set_transfer(about.direction, &about.path, about.size, &about.traffic);
+        let (direction, size, traffic) = (about.direction, about.size, Arc::clone(&about.traffic));
+        let path = clipped(&about.path.to_string_lossy(), MAX_PATH);
+        let _shown = peer.info.set_transfer(TransferInfo { direction, path, size, traffic });
         self.transfer = Some(Box::new(Transfer { about, stage, _shown }));
         self.stray_acks |= !receives;
         if receives {

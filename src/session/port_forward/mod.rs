@@ -112,12 +112,12 @@ impl PortForward {
         }
         self.take_asleep(&id);
         match self.connect(peer, &id, target, frame.user(), now) {
-            true => self.advance(peer, &id, now),
-            false => self.refuse(peer, frame, "too many connections"),
+            Some(_) => self.advance(peer, &id, now),
+            None => self.refuse(peer, frame, "too many connections"),
         }
     }
 
-    /// False if there are too many.
+    /// `None` if there are too many.
     fn connect(
         &mut self,
         peer: &Peer,
@@ -125,7 +125,7 @@ impl PortForward {
         target: Target,
         user: UserId,
         now: Instant,
-    ) -> bool {
+    ) -> Option<&mut Connection> {
         if self.connections.len() + self.finishing.len() >= MAX_CONNECTIONS && !self.finishing.is_empty() {
             // A client that goes on is worth more than the oldest of these.
             self.finishing.remove(0);
@@ -133,11 +133,10 @@ impl PortForward {
         let room = self.connections.len() < MAX_CONNECTIONS;
         let Some(descriptor) = peer.device.forwards.acquire().filter(|_| room) else {
             warn!("session {}: too many forwarded connections", peer.id);
-            return false;
+            return None;
         };
         let connection = Connection::new(target, peer, user, descriptor, now);
-        self.connections.insert(id.clone(), connection);
-        true
+        Some(self.connections.entry(id.clone()).or_insert(connection))
     }
 
     fn take_asleep(&mut self, id: &ConnectionId) -> Option<(Target, UserId)> {
@@ -148,10 +147,8 @@ impl PortForward {
 
     fn wake(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
         let Some((target, user)) = self.take_asleep(id) else { return };
-        if self.connect(peer, id, target.clone(), user.clone(), now) {
-            if let Some(connection) = self.connections.get_mut(id) {
-                connection.reopened = true;
-            }
+        if let Some(connection) = self.connect(peer, id, target.clone(), user.clone(), now) {
+            connection.reopened = true;
             self.advance(peer, id, now);
         } else {
             self.asleep.push((id.clone(), target, user));

@@ -192,12 +192,6 @@ impl Terminal {
         }
     }
 
-    pub(crate) fn disable(&mut self, peer: &mut Peer, now: Instant) {
-        if matches!(self.state, State::Running(_)) {
-            self.end_because(peer, "disabled", "the terminal was disabled".to_owned(), now);
-        }
-    }
-
     /// Closes the terminal, which hangs it up, and signals the processes. This frees the permit at once: nobody can
     /// type into the shell any more, however long it takes to end.
     fn end(&mut self, peer: &Peer, why: &'static str, answer: bool, now: Instant) {
@@ -245,7 +239,11 @@ impl Terminal {
 
     fn run(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
-        let sessions = &peer.device.config().sessions;
+        let config = peer.device.config();
+        if !config.terminal.enabled {
+            return self.end_because(peer, "disabled", "the terminal was disabled".to_owned(), now);
+        }
+        let sessions = &config.sessions;
         if running
             .detached
             .and_then(|since| since.checked_add(sessions.keep_detached))
