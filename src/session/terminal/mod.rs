@@ -150,8 +150,8 @@ impl Terminal {
             }
             (_, wire::NEW) => {
                 let full = peer.device.shells.running() >= MAX_SHELLS;
-                let running = "failed to start shell: shell is already running";
-                let reason = if full { DEVICE_FULL } else { running };
+                let reason =
+                    if full { DEVICE_FULL } else { "failed to start shell: shell is already running" };
                 peer.reply(&refusal(&peer.id, &frame.user(), reason));
             }
             _ => {
@@ -208,9 +208,9 @@ impl Terminal {
     }
 
     /// Tells the client the reason, behind the output in flight.
-    fn end_because(&mut self, peer: &mut Peer, why: &'static str, reason: String, now: Instant) {
+    fn end_because(&mut self, peer: &mut Peer, why: &'static str, reason: &str, now: Instant) {
         info!("session {}: {reason}", peer.id);
-        peer.reply(&wire::failure(&peer.id, wire::STOP, reason));
+        peer.reply(&wire::failure(&peer.id, wire::STOP, reason.to_owned()));
         self.end(peer, why, false, now);
     }
 
@@ -225,9 +225,7 @@ impl Terminal {
     pub(crate) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
         match &self.state {
             State::Nothing => {}
-            State::Ending(ending) => {
-                set.add(ending.process.as_fd(), PollFlags::POLLIN);
-            }
+            State::Ending(ending) => set.add(ending.process.as_fd(), PollFlags::POLLIN),
             State::Running(running) => running.watch(peer, set, now),
         }
     }
@@ -241,16 +239,12 @@ impl Terminal {
         let State::Running(running) = &mut self.state else { return };
         let config = peer.device.config();
         if !config.terminal.enabled {
-            return self.end_because(peer, "disabled", "the terminal was disabled".to_owned(), now);
+            return self.end_because(peer, "disabled", "the terminal was disabled", now);
         }
         let sessions = &config.sessions;
-        if running
-            .detached
-            .and_then(|since| since.checked_add(sessions.keep_detached))
-            .is_some_and(|at| now >= at)
-        {
-            let text = "nobody came back to the shell".to_owned();
-            return self.end_because(peer, "not reattached", text, now);
+        let alone = running.detached.and_then(|since| since.checked_add(sessions.keep_detached));
+        if alone.is_some_and(|at| now >= at) {
+            return self.end_because(peer, "not reattached", "nobody came back to the shell", now);
         }
         let pty = events.of(&running.shell.pty);
         if pty.contains(PollFlags::POLLOUT)
@@ -276,7 +270,7 @@ impl Terminal {
             _ if !give_up => {}
             // The last output still waits for the link or for credit.
             Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
-            None => return self.end_because(peer, "hung up", ENDED.to_owned(), now),
+            None => return self.end_because(peer, "hung up", ENDED, now),
         }
         if let Some((at, size)) = running.restore
             && now >= at
@@ -294,7 +288,7 @@ impl Terminal {
                 self.left = Some("user gone");
             } else {
                 let text = "the client did not answer, and its user wants another terminal";
-                self.end_because(peer, "user gone", text.to_owned(), now);
+                self.end_because(peer, "user gone", text, now);
             }
             return;
         }
@@ -307,7 +301,7 @@ impl Terminal {
                 );
                 peer.reply(&wire::output(&peer.id).with_body(text));
             }
-            Some(Due::End(why, text)) => self.end_because(peer, why, text, now),
+            Some(Due::End(why, text)) => self.end_because(peer, why, &text, now),
             None if running.detached.is_none() && peer.credit.wants_probe(now) => ping(peer, now),
             None => {}
         }
