@@ -197,12 +197,11 @@ impl FileTransfer {
         let result = place::stat(peer.device.config().limits.as_ref(), &path, &peer.device.memory);
         let record = Record::new("stat", Some(&peer.id), &frame.user()).path("path", &path);
         match &result {
-            Ok((stat, _)) => record.with("size", stat.st_size).with("result", "ok").log(true),
+            Ok(known) => record.with("size", known.stat.st_size).with("result", "ok").log(true),
             Err(e) => record.with("result", e.result()).text("reason", &e.text).log(false),
         }
-        let (stat, content) = result?;
-        peer.reply(&file::file_info(&peer.id, &path, &stat));
-        self.known = Some(Known { path, stat, content });
+        let known = self.known.insert(result?);
+        peer.reply(&file::file_info(&peer.id, &path, &known.stat));
         Ok(())
     }
 

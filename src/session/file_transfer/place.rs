@@ -154,17 +154,13 @@ fn find(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<(Ow
 }
 
 /// Reads the content of a file that doesn't know its size, if it may be sent.
-pub(super) fn stat(
-    limits: Limits<'_>,
-    path: &Path,
-    memory: &Arc<Permits>,
-) -> Result<(FileStat, Option<Content>)> {
+pub(super) fn stat(limits: Limits<'_>, path: &Path, memory: &Arc<Permits>) -> Result<Known> {
     let what = format!("failed to get file info from path '{0}': stat {0}", shown(path));
     let (found, mut stat) = find(limits, path, OFlag::empty(), &what)?;
     let may = kind(&stat) == SFlag::S_IFREG && limits.is_none_or(|limits| may_get(limits, &stat).is_ok());
     // A file that can't be read is an error when the client asks for it.
     let content = if may { read_first(&found, &mut stat, memory).unwrap_or(None) } else { None };
-    Ok((stat, content))
+    Ok(Known { path: path.to_owned(), stat, content })
 }
 
 /// Opens a regular file; others have no content with a known end. The metadata is what the limits were checked against.
