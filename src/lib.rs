@@ -74,9 +74,9 @@ pub mod internals {
         CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, PORT_FORWARD, SHELL, SessionId, control, file,
         forward, shell,
     };
-    #[cfg(fuzzing)]
-    pub use crate::session::Peer;
     pub use crate::session::{Device, Router};
+    #[cfg(fuzzing)]
+    pub use crate::session::{Peer, models};
     pub use crate::sys::poll_one;
     pub use crate::sys::users::{User, lookup};
     pub use crate::sys::wake::Wake;

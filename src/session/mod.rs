@@ -5,6 +5,9 @@ mod credit;
 mod device;
 mod file_transfer;
 mod inbox;
+#[cfg(fuzzing)]
+#[path = "../../tests/fuzz/models/mod.rs"]
+pub mod models;
 mod peer;
 mod port_forward;
 mod router;

@@ -102,13 +102,19 @@ pub(crate) fn adopt_all(device: &Arc<Device>) {
         shells.entry(name).or_default().push(descriptor);
     }
     for (name, descriptors) in shells {
-        if let Err(e) = adopt(device, &name, descriptors) {
+        if let Err(e) = adopt(device, &name, descriptors, session::start) {
             warn!("{name:?} is not kept any longer: {}", reason(&e));
         }
     }
 }
 
-fn adopt(device: &Arc<Device>, name: &str, descriptors: Vec<OwnedFd>) -> io::Result<()> {
+/// Goes on with one of them, in a session that `start` starts.
+pub(super) fn adopt(
+    device: &Arc<Device>,
+    name: &str,
+    descriptors: Vec<OwnedFd>,
+    start: impl FnOnce(Peer, Terminal) -> io::Result<()>,
+) -> io::Result<()> {
     let store = device.store.as_ref().ok_or(io::ErrorKind::Unsupported)?;
     let (mut terminals, mut others) = (Vec::new(), Vec::new());
     for descriptor in descriptors {
@@ -138,5 +144,5 @@ fn adopt(device: &Arc<Device>, name: &str, descriptors: Vec<OwnedFd>) -> io::Res
     let permit = device.shells.adopt(kept, &peer.wake).ok_or(io::ErrorKind::QuotaExceeded)?;
     peer.inbox.close();
     let terminal = Terminal::adopt(&peer, &shell, (pty, size), permit, place, now)?;
-    session::start(peer, terminal)
+    start(peer, terminal)
 }

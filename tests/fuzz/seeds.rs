@@ -5,7 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use data_encoding::HEXLOWER;
-use mender_connect::internals::{CONTROL, FILE_TRANSFER, Frame, PORT_FORWARD, control, file, forward};
+use mender_connect::internals::{
+    CONTROL, FILE_TRANSFER, Frame, Map, PORT_FORWARD, SHELL, SessionId, control, file, forward,
+};
 
 fn main() {
     let own = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -39,7 +41,7 @@ fn main() {
     // A ping, a text in two parts with a pong between them, and a goodbye.
     put("websocket", 1001, b"\0\x03\x89\x0260\x01\x03\x81\xa3h\x8a\x08\0\0\0\0\0\0\0\x01\x80\x0adr\x81\xa5proto\x01\x88\x05\x03\xe8bye");
 
-    // Scripts: long ones of any content.
+    // Steps: long sequences of any content.
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     for number in 0..64 {
         let mut next = || {
@@ -48,7 +50,23 @@ fn main() {
             state ^= state << 17;
             (state >> 32) as u8
         };
-        put("script", number, &std::iter::repeat_with(&mut next).take(256).collect::<Vec<u8>>());
+        let steps: Vec<u8> = std::iter::repeat_with(&mut next).take(256).collect();
+        for target in ["script", "shells", "files", "forward"] {
+            put(target, number, &steps);
+        }
+    }
+
+    for (number, (lines, end, sent, typed)) in
+        [(0, 0, 0, 0), (3, 60, 45, 5), (3, 1000, 7, 0), (4000, 80_000, 79_000, 0)].into_iter().enumerate()
+    {
+        let props = Map::new().with_str("user_id", "u").with_i64("started", 1_700_000_000);
+        let props = props.with_i64("end", end).with_i64("sent", sent).with_i64("typed", typed);
+        let body = b"a line of output\x1b[6n\r\n".repeat(lines);
+        let shell =
+            Frame::new(SHELL, "kept-1", SessionId::new("s").as_ref()).with_props(props).with_body(body);
+        for back in 0..3 {
+            put("kept", 10 * number + usize::from(back), &[&[0, back], &shell.encode()[..]].concat());
+        }
     }
 
     let entries = fs::read_to_string(own.join("seeds/allow.txt")).expect("entries");

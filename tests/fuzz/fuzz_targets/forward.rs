@@ -1,0 +1,5 @@
+//! See `models/forward.rs`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|steps: &[u8]| mender_connect::internals::models::forward::run(steps));
