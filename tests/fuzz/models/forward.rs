@@ -1,5 +1,5 @@
 //! Forwards to targets on this host, beside a model of what each side has been sent: nothing is lost, comes twice or in
-//! another order, each piece of data is acknowledged once, and no more is on the way than a client can take.
+//! another order, each piece of data is acknowledged once, and of one forward no more is on the way than its window.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -18,8 +18,6 @@ use crate::sys::{PollSet, lock, poll_one};
 
 /// As in the agent: data of one forward that the client has not acknowledged.
 const MAX_UNACKNOWLEDGED: usize = 8;
-/// Messages that the server keeps for a client. A proof may be of the oldest one.
-const PLACES: usize = 25;
 /// Requests whose answers a client waits for: more could fill the outbox, which has no writer here.
 const MAX_REQUESTS: usize = 8;
 
@@ -89,8 +87,7 @@ struct Model {
     unknown: usize,
     /// Openings and ends of which the client has not heard.
     requests: usize,
-    /// Messages since the client has acknowledged anything, and pings that it has not answered.
-    unproved: usize,
+    /// Pings that the client has not answered.
     pings: usize,
 }
 
@@ -107,7 +104,6 @@ pub fn run(steps: &[u8]) {
         targets: Vec::new(),
         unknown: 0,
         requests: 0,
-        unproved: 0,
         pings: 0,
     };
     for step in steps.chunks_exact(3) {
@@ -138,7 +134,6 @@ impl Model {
             9 => self.pong(),
             10 => {
                 self.now += Duration::from_millis(10) * b as u32;
-                self.unproved = 0;
                 // A target that takes nothing for ten seconds is given up when its client has gone.
                 let late = self.targets.iter_mut().filter(|target| target.left && target.read < target.sent);
                 late.for_each(|target| target.lossy = true);
@@ -217,7 +212,6 @@ impl Model {
     fn acknowledge(&mut self, id: usize) {
         if self.clients[id].unacknowledged > 0 {
             self.clients[id].unacknowledged -= 1;
-            self.unproved = 0;
         } else if self.has(id) {
             return;
         }
@@ -226,7 +220,7 @@ impl Model {
 
     fn pong(&mut self) {
         if self.pings > 0 {
-            (self.pings, self.unproved) = (self.pings - 1, 0);
+            self.pings -= 1;
             self.peer.credit.answered();
         }
     }
@@ -255,8 +249,6 @@ impl Model {
             ended.for_each(|client| client.excused = 0);
             return false;
         };
-        self.unproved += 1;
-        assert!(self.unproved <= 2 * PLACES);
         let id = frame.props.str("connection_id").and_then(|id| id.parse::<usize>().ok());
         let says = |text: &[u8]| frame.body.windows(text.len()).any(|part| part == text);
         match (frame.typ.as_str(), id) {
@@ -315,7 +307,7 @@ impl Model {
             }
             assert!(Instant::now() < limit, "something is lost");
             if !busy {
-                (self.now, self.unproved) = (self.now + Duration::from_millis(20), 0);
+                self.now += Duration::from_millis(20);
             }
             self.turn(Duration::from_millis(if busy { 0 } else { 5 }));
         }
