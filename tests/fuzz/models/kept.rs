@@ -176,7 +176,9 @@ impl Adopted {
     /// The agent ends again.
     fn leave(mut self) {
         self.device.store.as_ref().expect("a store").end();
-        assert!(self.terminal.leave(&self.peer.id, Instant::now()));
+        self.device.shells.close();
+        assert!(self.terminal.follow_call(&mut self.peer, Instant::now()).is_none());
+        assert!(!self.terminal.is_kept());
         assert_eq!(self.device.counts(), (0, 0));
     }
 }

@@ -17,7 +17,7 @@ use super::device::Device;
 use super::peer::Peer;
 use super::stats::Info;
 use crate::config::{Config, of_texts};
-use crate::outbox::{Outbox, Queue, Sendable, Sink, Work};
+use crate::outbox::{Outbox, Queue, Sendable, Work};
 use crate::proto::{Frame, SessionId};
 use crate::sys::poll_one;
 use crate::sys::users::{User, lookup};
@@ -45,10 +45,10 @@ fn is_woken(wake: &Wake) -> bool {
 
 /// A session that is run by hand, and what the writer gets of it.
 fn session(device: &Arc<Device>, id: &SessionId, user: &str) -> (Peer, Queue) {
-    let ((outbox, queue), wake) = (Outbox::new(), wake());
-    let info = Arc::new(Info::of(user.into(), Instant::now()));
+    let (outbox, queue) = Outbox::new();
+    let info = Info::of(user.into(), Instant::now());
     let thread = device.threads.acquire().expect("a thread");
-    (Peer::new(device, id, &info, Sink::new(&outbox, Arc::clone(&wake)), &wake, thread), queue)
+    (Peer::new(device, id, info, &outbox, thread).expect("a session"), queue)
 }
 
 /// The next message that the writer sends, of the sessions' data only where it is told to.

@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, TryRecvError};
 
 use super::{is_woken, wake};
 use crate::proto::{SessionId, UserId};
-use crate::session::shells::{Admission, Call, Kept, Refusal, ShellPermit, Shells};
+use crate::session::shells::{Admission, Call, DEVICE_FULL, Kept, ShellPermit, Shells, USER_FULL};
 use crate::session::stats::Info;
 use crate::session::terminal::Handover;
 use crate::sys::wake::Wake;
@@ -178,7 +178,7 @@ impl Model {
         }
         let keeps = self.last(user, |_| true).is_some();
         if !keeps && self.count(Session::runs) == MAX_SHELLS {
-            return assert_eq!(admission.unwrap_err(), Refusal::OfDevice);
+            return assert_eq!(admission.unwrap_err(), DEVICE_FULL);
         }
         if room {
             let Ok(Admission::Start(permit)) = admission else { panic!("{admission:?}") };
@@ -187,7 +187,7 @@ impl Model {
         let waiting = self.count(Session::is_waiting);
         let mut own = self.sessions.iter_mut().filter(|session| session.is_used() && session.user == user);
         if if asks { waiting == MAX_WAITING } else { own.all(|session| !session.asked) } {
-            return assert_eq!(admission.unwrap_err(), Refusal::OfUser);
+            return assert_eq!(admission.unwrap_err(), USER_FULL);
         }
         if asks {
             own.filter(|session| !session.asked)
@@ -220,13 +220,13 @@ impl Model {
     fn kept(&mut self, id: &SessionId, user: usize) -> Kept {
         self.number += 1;
         let since = self.start + Duration::from_secs(1) * self.number;
-        Kept { id: id.clone(), info: Arc::new(Info::of(USERS[user].into(), since)), since }
+        Kept { id: id.clone(), info: Info::of(USERS[user].into(), since), since }
     }
 
     fn adopt(&mut self, user: usize, id: usize) {
         let kept = self.kept(&SessionId::new(&id.to_string()).expect("a name"), user);
         let wake = wake();
-        let permit = self.shells.adopt(&UserId::from(USERS[user]), kept, &wake);
+        let permit = self.shells.adopt(kept, &wake);
         assert_eq!(permit.is_some(), self.count(Session::runs) < MAX_SHELLS);
         if permit.is_some() {
             self.enter(user, id, wake, permit, Kind::Detached(self.number));
