@@ -175,7 +175,7 @@ impl Events {
     }
 }
 
-/// [`PollSet::wait`] for one descriptor.
+/// `PollSet::wait` for one descriptor.
 pub fn poll_one(fd: &impl AsFd, events: PollFlags, deadline: Option<Instant>) -> io::Result<PollFlags> {
     let mut set = PollSet::default();
     set.add(fd.as_fd(), events);
