@@ -156,10 +156,12 @@ impl Adopted {
         let start = shell.end - output.len() as u64;
         let line = output.iter().position(|byte| *byte == b'\n').filter(|_| start > 0);
         let from_line = &output[line.map_or(0, |at| at + 1)..];
+        // Nothing confirms that the client has what it is sent: it would be sent again.
         if resumes && start <= shell.sent {
             assert_eq!(shown, output[(shell.sent - start) as usize..]);
         } else if resumes {
             assert!(shown.starts_with(b"\r\n[mender-connect] ") && shown.ends_with(from_line));
+            shell.sent = shell.end - from_line.len() as u64;
         } else {
             assert!(shown.starts_with(b"[mender-connect] Reattached "));
             let notice = shown.iter().position(|byte| *byte == b'\n').expect("a line");
@@ -167,15 +169,18 @@ impl Adopted {
             // Without questions to the terminal.
             let mut before = from_line.iter();
             assert!(again.iter().all(|byte| before.any(|other| other == byte)));
+            shell.sent = shell.end - again.len() as u64;
             shell.output = again;
         }
-        shell.sent = shell.end;
         (self.peer, self.terminal) = (peer, terminal);
     }
 
     /// The agent ends again.
     fn leave(mut self) {
         self.device.store.as_ref().expect("a store").end();
+        // As the router does with the shells of its link.
+        let Peer { id, info, wake, .. } = &self.peer;
+        assert!(self.terminal.is_kept() || self.device.detach(id, info, wake));
         self.device.shells.close();
         assert!(self.terminal.follow_call(&mut self.peer, Instant::now()).is_none());
         assert!(!self.terminal.is_kept());
