@@ -130,7 +130,7 @@ fn read<'a>(
             (BROKEN, Walk::default())
         }
     };
-    // Whoever can write the file controls the daemon.
+    // A user who can write the file controls the daemon.
     if file.is_file() || !file.exists() {
         writers(file).into_iter().for_each(|text| push(Level::Warn, text));
     }

@@ -27,7 +27,7 @@ fn look(main: Option<&str>, fallback: Option<&str>) -> Survey<'static> {
     survey(&device)
 }
 
-/// The findings, with the file's name alone: `Warn main User: text`. What is said in every build without D-Bus isn't
+/// The findings, with the file's name alone: `Warn main User: text`. Texts of every build without D-Bus aren't
 /// among them.
 fn lines(survey: &Survey<'_>) -> Vec<String> {
     let line =
@@ -175,7 +175,7 @@ fn values_have_their_origin() {
     );
 }
 
-/// What is listed, written down as a file, is the same configuration.
+/// The listed values, written down as a file, are the same configuration.
 #[test]
 fn the_values_listed_are_those_that_count() {
     let device = Device::new();

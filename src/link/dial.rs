@@ -33,7 +33,7 @@ const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
 pub(crate) enum Progress<'a> {
     Server(&'a Endpoint),
     Proxy(Option<(ProxyKind, &'a Endpoint)>),
-    /// Of the proxy, or else the server; without a query the host is an address.
+    /// For the proxy, or else the server; without a query the host is an address.
     Resolved(Option<Query>, &'a [SocketAddr]),
     Unresolved(Query, &'a LinkError),
     Failed(&'a LinkError),

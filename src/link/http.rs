@@ -30,7 +30,7 @@ pub(crate) struct Answer {
     /// Since 1970.
     pub(crate) date: Option<Duration>,
     pub(crate) redirects_to_https: bool,
-    /// Of an answer 429 or 503; at most an hour.
+    /// From an answer 429 or 503; at most an hour.
     retry_after: Option<Duration>,
     /// Sec-WebSocket-Accept, if the other headers fit a websocket.
     accept: Option<String>,
@@ -202,7 +202,7 @@ mod tests {
     /// The stream's answer, and what is left of the stream.
     fn asked(bytes: &str) -> (Result<u16, String>, String) {
         let mut stream = std::io::Cursor::new(bytes.as_bytes().to_vec());
-        // What is written goes nowhere.
+        // Nothing is sent.
         let answer = ask(Deaf(&mut stream), "").map(|answer| answer.status).map_err(|e| e.to_string());
         let mut rest = String::new();
         stream.read_to_string(&mut rest).unwrap();

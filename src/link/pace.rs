@@ -1,7 +1,7 @@
 //! The window: how many bytes may be on the way to the server. Pure.
 //!
-//! What a slow connection hasn't carried yet waits in modems, in the kernel and in mender-auth's forwarder, and an echo
-//! waits behind it. So the writer keeps only as many bytes on the way as keep the connection busy. A ping between
+//! Data that a slow connection hasn't carried yet waits in modems, in the kernel and in mender-auth's forwarder, and an
+//! echo waits behind it. So the writer keeps only as many bytes on the way as keep the connection busy. A ping between
 //! messages is a probe: its pong proves that everything before it has arrived, and how long that took. A server that
 //! answers no pings gets everything as fast as it takes it.
 

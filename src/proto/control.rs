@@ -32,7 +32,7 @@ pub struct Accept {
 pub struct Error {
     pub err: Option<String>,
     pub close: Option<bool>,
-    /// Of the message at fault, as are `typ` and `id`.
+    /// The protocol of the message at fault, as `typ` and `id` are its type and id.
     #[serde(rename = "msgproto")]
     pub proto: Option<u16>,
     #[serde(rename = "msgtype")]

@@ -29,7 +29,7 @@ fn golden() -> Vec<Golden> {
     frames
 }
 
-/// What an independent reader finds, with nil and empty taken for absent.
+/// An independent reader's finding, with nil and empty taken for absent.
 fn independent(bytes: &[u8]) -> (u64, String, String, Vec<(Value, Value)>, Vec<u8>) {
     let value = rmpv::decode::read_value(&mut &bytes[..]).unwrap();
     let get = |map: &Value, key: &str| {

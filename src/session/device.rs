@@ -1,4 +1,4 @@
-//! What all sessions share, beyond the life of a link.
+//! The state that all sessions share, beyond the life of a link.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -53,7 +53,7 @@ pub struct Device {
     pub(crate) dying: Arc<Permits>,
     /// Includes the sessions of earlier links.
     pub(crate) threads: Arc<Permits>,
-    /// Of the current link.
+    /// The current link's.
     table: Mutex<Arc<Table>>,
 }
 

@@ -25,7 +25,7 @@ pub struct Peer {
     pub inbox: Arc<Inbox>,
     pub wake: Arc<Wake>,
     pub info: Arc<Info>,
-    /// What the router was granted for a first frame that needs a shell.
+    /// The router's, for a first frame that needs a shell.
     pub(crate) admission: Option<Admission>,
     pub sink: Sink,
     pub(crate) credit: Credit,

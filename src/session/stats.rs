@@ -74,7 +74,7 @@ impl Traffic {
 
 #[derive(Debug)]
 pub struct Info {
-    /// Of the first message.
+    /// The user of the first message.
     pub(crate) user: UserId,
     pub(crate) traffic: Arc<Traffic>,
     /// A bit for each protocol that the client has used.

@@ -271,7 +271,7 @@ pub(crate) fn reap_orphans() {
         && let Some(pid) = status.pid()
     {
         let children = lock(&CHILDREN);
-        // Whoever changes that calls again.
+        // A caller that changes that calls again.
         if children.starting > 0 || children.running.contains(&pid) || waitid(Id::Pid(pid), ended).is_err() {
             return;
         }

@@ -19,7 +19,7 @@ use crate::proto::forward::{self, ConnectionId, Target};
 use crate::proto::{Frame, UserId};
 use crate::sys::{Events, PollSet};
 
-/// Of a session. Each takes a descriptor.
+/// For a session. Each takes a descriptor.
 const MAX_CONNECTIONS: usize = 512;
 /// Only a client that never reads gets there.
 const MAX_ANSWERS: usize = 1024;

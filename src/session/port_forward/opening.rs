@@ -31,7 +31,7 @@ pub(super) struct Opening {
     deadline: Instant,
     /// `None` until there is a permit for the look-up.
     race: Option<Race>,
-    /// Of the session.
+    /// The session's.
     look_up: Option<Permit>,
     /// The reason if all fails, and its weight: the last one of the greatest weight counts.
     last: Option<(u8, End)>,

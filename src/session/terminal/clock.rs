@@ -11,7 +11,7 @@ const PONG_GRACE: Duration = Duration::from_secs(5);
 /// An idle shell warns its user this long before it expires, unless its limit is shorter.
 const NOTICE: Duration = Duration::from_secs(60);
 
-/// What a ping announces: seconds until the next one.
+/// Seconds until the next ping, as a ping announces them.
 pub(crate) const PING_TIMEOUT: u16 = 65;
 
 #[derive(Debug)]
@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(clock.due(idle, start + 9 * SECOND), None);
         assert_eq!(clock.due(idle, start + 10 * SECOND), Some(Due::Warn(60 * SECOND)));
         assert_eq!(clock.due(idle, start + 11 * SECOND), None);
-        // What is known already is no activity.
+        // An older time is no activity.
         clock.active(start);
         assert_eq!(clock.due(idle, start + 12 * SECOND), None);
         clock.active(start + 20 * SECOND);

@@ -25,7 +25,7 @@ const REPAINT: Duration = Duration::from_millis(50);
 
 pub(crate) struct Handover {
     running: Box<Running>,
-    /// What is in flight to the client, if it is the same one.
+    /// The frames in flight to the client, if it is the same one.
     credit: Credit,
 }
 

@@ -28,7 +28,7 @@ pub(super) const STOP_GRACE: Duration = Duration::from_secs(2);
 /// When the history of a detached shell is full, the program waits this long before output is dropped.
 const HOLD_LIMIT: Duration = Duration::from_secs(5);
 
-/// Bytes of output in a frame, as the link allows. What one read of a terminal gives fits into the smallest.
+/// Bytes of output in a frame, as the link allows. The smallest takes one read of a terminal.
 const SMALLEST_OUTPUT: usize = 4 * 1024;
 const LARGEST_OUTPUT: usize = 32 * 1024;
 

@@ -181,7 +181,7 @@ fn a_network_that_changes_is_tried_at_once_but_not_all_the_time() {
     machine.step(Event::NetworkChanged, at(9040));
     machine.step(lost(), at(9040) + STALE);
     assert!(wait(&mut machine, at(9040) + STALE) > SOON);
-    // What the server has said counts wherever it was said.
+    // The server's words count wherever it said them.
     machine.state = State::Dialling;
     machine.step(Event::NetworkChanged, at(9990));
     let retry_after = Some(Duration::from_secs(100));
