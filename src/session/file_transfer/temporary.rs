@@ -90,13 +90,10 @@ impl Temporary {
     fn complete(&self) -> Result<()> {
         let (mode, path) = (self.attributes.mode, place::shown(&self.target.path));
         // On file systems without modes, such as FAT, the file doesn't have the mode that it was created with.
-        let has_modes = fstat(&self.file).is_ok_and(|now| now.st_mode & 0o7777 == MODE.bits());
-        match fchmod(&self.file, Mode::from_bits_truncate(mode)) {
-            Err(e) if has_modes => {
-                let what = format!("failed to set file permissions: chmod {path} to {mode:o}");
-                return Err(Failure::io(what, e));
-            }
-            _ => {}
+        if let Err(e) = fchmod(&self.file, Mode::from_bits_truncate(mode))
+            && fstat(&self.file).is_ok_and(|now| now.st_mode & 0o7777 == MODE.bits())
+        {
+            return Err(Failure::io(format!("failed to set file permissions: chmod {path} to {mode:o}"), e));
         }
         fsync(&self.file).map_err(|e| self.not_committed(e))?;
         self.take_name()?;
