@@ -334,18 +334,18 @@ struct Back {
     _device: Device,
 }
 
-/// Why a test can't run: none of these programs is there.
-fn none_of(programs: &[&'static str]) -> Result<&'static str, String> {
-    let there = |program: &&&str| std::fs::exists(program).is_ok_and(|is| is);
-    programs.iter().find(there).copied().ok_or_else(|| format!("there is no {}", programs[0]))
+/// The first of these programs that is there. Without one the test can't run.
+fn program(paths: &[&'static str]) -> Option<&'static str> {
+    let found = paths.iter().find(|path| std::fs::exists(path).is_ok_and(|is| is)).copied();
+    if found.is_none() {
+        skip(&format!("there is no {}", paths[0]));
+    }
+    found
 }
 
 #[test]
 fn a_full_screen_program_draws_itself_again() {
-    let vi = match none_of(&["/usr/bin/vim.tiny", "/usr/bin/vi"]) {
-        Ok(vi) => vi,
-        Err(why) => return skip(&why),
-    };
+    let Some(vi) = program(&["/usr/bin/vim.tiny", "/usr/bin/vi"]) else { return };
     let (rig, device) = setup(json!({})).connected();
     let file = rig.dir.path().join("text");
     let text: String = (1..=200).map(|n| format!("line {n}: some text, ünïcödé and 漢字\n")).collect();
@@ -367,10 +367,7 @@ fn a_full_screen_program_draws_itself_again() {
 /// Its own terminal emulator keeps a screen of its own: only what the agent's terminal shows has to be drawn again.
 #[test]
 fn a_terminal_multiplexer_draws_itself_again() {
-    let tmux = match none_of(&["/usr/bin/tmux"]) {
-        Ok(tmux) => tmux,
-        Err(why) => return skip(&why),
-    };
+    let Some(tmux) = program(&["/usr/bin/tmux"]) else { return };
     let (rig, device) = setup(json!({})).connected();
     let file = rig.dir.path().join("tmux.conf");
     std::fs::write(&file, "set -g status-right end\nset -g default-command \"exec sh\"\n").expect("a file");
@@ -392,10 +389,7 @@ fn a_terminal_multiplexer_draws_itself_again() {
 /// It changes what it shows by itself, by what it knows of the screen that was.
 #[test]
 fn a_program_that_goes_on_drawing_draws_itself_again() {
-    let htop = match none_of(&["/usr/bin/htop"]) {
-        Ok(htop) => htop,
-        Err(why) => return skip(&why),
-    };
+    let Some(htop) = program(&["/usr/bin/htop"]) else { return };
     let (rig, device) = setup(json!({})).connected();
     let command = format!("HOME={} {htop} -C -d 20 -p $$", rig.dir.path().display());
     let mut back = come_back(&rig, &device, &command, "F10Quit", "");

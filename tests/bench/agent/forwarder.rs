@@ -1,9 +1,10 @@
 //! mender-auth's local forwarder.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 
+use crate::forwards::listen;
 use crate::harness::front::Acceptor;
 use crate::harness::relay::Relay;
 use crate::harness::wait::spawn;
@@ -12,7 +13,7 @@ const BLOCK: usize = 16_384;
 
 /// A relay to `target` as it is: blocks of 16 KiB, and Nagle's algorithm as TCP comes with it.
 pub fn start(target: SocketAddr) -> Result<Relay, String> {
-    let listener = TcpListener::bind("127.0.0.1:0").map_err(|e| format!("listen on loopback: {e}"))?;
+    let listener = listen()?;
     let acceptor = Acceptor::start("forwarder", listener, move |agent| {
         let Ok(server) = TcpStream::connect(target) else { return };
         let (Ok(agent_again), Ok(server_again)) = (agent.try_clone(), server.try_clone()) else { return };

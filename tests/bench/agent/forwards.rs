@@ -2,7 +2,7 @@
 //! a time for each connection.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::harness::wait::{Watched, spawn};
 use crate::link::Link;
 use crate::process::Meter;
 use crate::row::{Measure, Row, SOON, Scale, figure, row};
-use crate::stage::{Agent, Stage, config, wait};
+use crate::stage::{self, Agent, Stage, config, wait};
 
 pub fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
@@ -192,7 +192,7 @@ pub fn connect(link: &mut Link, session: u32, connection: u32, port: u16) -> Res
 }
 
 pub fn listen() -> Result<TcpListener, String> {
-    TcpListener::bind("127.0.0.1:0").map_err(|e| format!("listen on loopback: {e}"))
+    stage::listen((Ipv4Addr::LOCALHOST, 0).into())
 }
 
 pub fn port(listener: &TcpListener) -> Result<u16, String> {

@@ -243,7 +243,7 @@ fn accept(listener: &TcpListener, limit: Duration) -> Result<(Link, Instant), St
     Ok((Link::new(stream)?, request.at))
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener, String> {
+pub fn listen(address: SocketAddr) -> Result<TcpListener, String> {
     TcpListener::bind(address).map_err(|e| format!("listen on {address}: {e}"))
 }
 

@@ -32,30 +32,18 @@ const BOUND: &str = r#"exec unshare -m sh -c '
     until mountpoint -q /mnt/fuse; do kill -0 $!; sleep 0.02; done
     exec "$@"' sh "$@""#;
 
-/// exFAT by FUSE at /mnt/fuse, as on a stick, with an owner for all files.
+/// A file system by FUSE at /mnt/fuse, as on a stick.
 const STICK: &str = r#"exec unshare -m sh -c '
     set -e
     mount -t tmpfs tmpfs /mnt
     mkdir /mnt/fuse
     truncate -s 16M disk
-    mkfs.exfat disk >/dev/null
+    $FORMAT disk >/dev/null
     device=$(losetup --find --show disk)
-    mount.exfat-fuse -d -o uid=1000,gid=1000 "$device" /mnt/fuse >/dev/null 2>&1 &
+    $MOUNT "$device" /mnt/fuse >/dev/null 2>&1 &
     echo $! >fuse.pid
     until mountpoint -q /mnt/fuse; do kill -0 $!; sleep 0.02; done
     losetup -d "$device"
-    exec "$@"' sh "$@""#;
-
-/// FAT by FUSE at /mnt/fuse. Nothing has an owner there, and no name is given but by renaming.
-const FAT: &str = r#"exec unshare -m sh -c '
-    set -e
-    mount -t tmpfs tmpfs /mnt
-    mkdir /mnt/fuse
-    truncate -s 16M disk
-    mkfs.vfat disk >/dev/null
-    fusefat -f -o rw+ "$PWD/disk" /mnt/fuse >/dev/null 2>&1 &
-    echo $! >fuse.pid
-    until mountpoint -q /mnt/fuse; do kill -0 $!; sleep 0.02; done
     exec "$@"' sh "$@""#;
 
 /// The server of a file system. Killed when dropped, which sets free those who wait for it.
@@ -184,7 +172,10 @@ fn uploads_to_file_systems_in_memory_and_to_an_overlay() {
 /// Uploads to a stick arrived whole and then failed, since files there have no owners of their own.
 #[test]
 fn uploads_to_a_stick_with_exfat() {
-    let Some((rig, device, seen, _fuse)) = fuse(Setup::new(), STICK, "mount.exfat-fuse") else { return };
+    // With an owner for all files.
+    let setup = Setup::new().env("FORMAT", "mkfs.exfat");
+    let setup = setup.env("MOUNT", "mount.exfat-fuse -d -o uid=1000,gid=1000");
+    let Some((rig, device, seen, _fuse)) = fuse(setup, STICK, "mount.exfat-fuse") else { return };
     // An owner that is asked for and can't be given is refused before the first byte.
     let form = Form { uid: Some(0), gid: Some(0), ..Form::to("/mnt/fuse/f") };
     let refusal = Rest::open(&device).announce(&form).unwrap_err().text;
@@ -198,9 +189,11 @@ fn uploads_to_a_stick_with_exfat() {
     uploads_work(&rig, &device, "/mnt/fuse");
 }
 
+/// Files have neither owners nor modes there, and get a name by renaming alone.
 #[test]
 fn uploads_to_a_stick_with_fat() {
-    let Some((rig, device, seen, _fuse)) = fuse(Setup::new(), FAT, "fusefat") else { return };
+    let setup = Setup::new().env("FORMAT", "mkfs.vfat").env("MOUNT", "fusefat -f -o rw+");
+    let Some((rig, device, seen, _fuse)) = fuse(setup, STICK, "fusefat") else { return };
     let form = Form { uid: Some(1), gid: Some(1), ..Form::to("/mnt/fuse/f") };
     let refusal = Rest::open(&device).announce(&form).unwrap_err().text;
     assert!(refusal.starts_with("failed to set file owner: chown /mnt/fuse/f to 1:1: "), "{refusal}");
