@@ -263,7 +263,7 @@ fn a_dumb_terminal_has_no_status_line() {
     assert!(!screen.contains("link up"), "{screen}");
 }
 
-/// On 1 Mbit/s a download takes nine minutes. What is typed beside it has to be quick all the same.
+/// On 1 Mbit/s a download takes nine minutes. Keys beside it have to be quick all the same.
 #[test]
 fn keys_stay_quick_beside_a_download_on_a_slow_link() {
     let Some(mut session) = Session::start_with(&["--slow"], "xterm-256color") else { return };

@@ -174,7 +174,7 @@ fn generator_notices_and_mends_what_drifted() {
     assert!(said.contains("can only fetch from crates.io"), "{said}");
 }
 
-/// Who publishes is written in Cargo.toml and nowhere else.
+/// Cargo.toml alone names the publisher.
 #[test]
 fn the_publisher_is_named_in_one_place() {
     if !available("python3") {
@@ -543,7 +543,7 @@ fn installs_what_the_init_system_needs() {
     assert_eq!(get(&json!({}), "INITSCRIPT_NAME"), "mender-connect");
 }
 
-/// What cargo is asked to build for the package of tests: the library's own, and nothing that do_install takes.
+/// For the package of tests cargo builds those of the library, and nothing that do_install takes.
 #[test]
 fn the_package_of_tests_has_the_librarys() {
     if !available("python3") {

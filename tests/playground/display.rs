@@ -279,7 +279,7 @@ impl Filter {
     }
 }
 
-/// What margins that go down to the terminal's last row lack to end at the shell's.
+/// Completes margins that go down to the terminal's last row, so that they end at the shell's.
 fn missing_bottom(parameters: &[u8], rows: u16) -> String {
     let mut numbers = parameters.split(|&byte| byte == b';');
     let (top, bottom) = (numbers.next().unwrap_or_default(), numbers.next());

@@ -85,7 +85,7 @@ struct Keyboard<'a> {
     raw: bool,
 }
 
-/// What the keyboard has waited for.
+/// The event that ends the keyboard's wait.
 enum Event {
     Keys(Vec<u8>),
     /// No more keys.

@@ -1,5 +1,5 @@
-//! What people wait for, and what doesn't come: output through the released server, a terminal after one whose tab was
-//! closed, and a device after an outage.
+//! Rows that people feel: output through the released server, a terminal after one whose tab was closed, and a device
+//! after an outage.
 
 use std::collections::VecDeque;
 use std::sync::mpsc;
@@ -15,7 +15,7 @@ use crate::row::{Figure, KIB, MIB, Measure, Row, SOON, Scale, figure, row};
 use crate::stage::{Agent, Stage, Way, config, folder};
 use crate::terminal::{ECHO, new_shell, start_shell, stop_shell, type_in};
 
-/// Messages of a session that wait for its client at the released server. What comes when these are full is lost.
+/// Messages of a session that wait for its client at the released server. The server drops further ones.
 const SLOTS: usize = 25;
 const OUTPUT: &str = "stty raw -echo; printf READY; while read go; do seq 1 900000; done";
 /// Bytes of that.
@@ -80,7 +80,7 @@ fn print_through_slots(stage: &mut Stage, session: u32, reader: Reader) -> Resul
     let link = &mut stage.link;
     type_in(link, session, b"\n")?;
     let started = Instant::now();
-    // What waits, and when the client has it.
+    // The waiting messages, and when the client has each.
     let mut slots: VecDeque<(Instant, Header)> = VecDeque::new();
     let (mut sent, mut lost, mut last) = (0, 0, started);
     loop {

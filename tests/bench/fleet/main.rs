@@ -29,7 +29,7 @@ const SECOND: u64 = 1_000_000_000;
 
 /// The server after the outage.
 struct Server {
-    /// What it accepts in a second.
+    /// Connects that it accepts in a second.
     capacity: usize,
     /// It refuses one of so many connects besides, and tells to come back after some seconds; 0: none.
     refuse_every: usize,
@@ -149,7 +149,7 @@ fn simulate(agents: usize, outage: u64, server: &Server, backoff: Backoff) -> Ou
     outcome
 }
 
-/// What has to hold whatever the back-off.
+/// Asserts the properties that any back-off must have.
 fn check(outcome: &Outcome, agents: usize, server: &Server) {
     assert_eq!(outcome.recoveries.len(), agents, "every agent is back, once");
     assert!(outcome.recoveries.is_sorted());

@@ -230,7 +230,7 @@ impl Model {
         self.proceed();
     }
 
-    /// The session takes a frame. What it answers.
+    /// The session takes a frame. Returns its answer.
     fn handle(&mut self, typ: &str, props: Map, body: Vec<u8>) -> Option<Frame> {
         let frame = Frame::new(FILE_TRANSFER, typ, Some(&self.peer.id)).with_props(props).with_body(body);
         self.files.handle(&mut self.peer, frame, Instant::now());

@@ -49,13 +49,13 @@ struct Target {
     id: usize,
     /// `None` when it has ended without a word.
     socket: Option<TcpStream>,
-    /// What its client has sent, and what has come of that.
+    /// Bytes that its client has sent, that it has read, and that it has written.
     sent: usize,
     read: usize,
     written: usize,
     /// It has written its last byte.
     ended: bool,
-    /// What it was sent may be lost: it ended early, or its client sent far more than it read.
+    /// Data for it may be lost: it ended early, or its client sent far more than it read.
     lossy: bool,
     /// The agent has no such forward any more.
     left: bool,
@@ -266,7 +266,7 @@ impl Model {
                 let client = &mut self.clients[id];
                 assert_eq!(frame.body, bytes(client.received, frame.body.len()));
                 client.received += frame.body.len();
-                // What comes of a forward before the one that is opened isn't acknowledged.
+                // The client doesn't acknowledge data of an earlier forward while it opens one.
                 client.unacknowledged += usize::from(client.opening == 0);
                 assert!(client.unacknowledged <= MAX_UNACKNOWLEDGED);
             }

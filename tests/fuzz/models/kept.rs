@@ -1,5 +1,5 @@
-//! What the service manager's store hands back after a restart: descriptors, and a description of any bytes, beside a
-//! model that says whose shell they are, and what its client has not seen.
+//! The service manager's store hands back descriptors after a restart, and a description of any bytes. A model says
+//! whose shell they are, and what its client has not seen.
 
 use std::fs::File;
 use std::io::Write;

@@ -1,5 +1,5 @@
-//! What a session owns, beside models of it. The agent's crate compiles them as a part of `session`, in fuzzing builds
-//! only: what they drive is closed to others.
+//! The parts of a session, beside models of them. The agent's crate compiles the models as a part of `session`, in fuzzing
+//! builds only: these parts are closed to others.
 
 #![allow(clippy::expect_used)]
 

@@ -1,4 +1,4 @@
-//! What may lie between agent and server: a link with a delay and limited rates.
+//! A relay between agent and server: a link with a delay and limited rates.
 
 use std::collections::VecDeque;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -29,7 +29,7 @@ pub struct Shape {
     pub up: Option<u64>,
     /// Towards the agent, the same.
     pub down: Option<u64>,
-    /// What waits to be sent at a limited rate at most; when it is full nothing more is taken.
+    /// Bytes that may wait where the rate is limited. A full queue takes no more.
     pub queue: usize,
 }
 
