@@ -39,20 +39,22 @@ fn long_output() -> (Rig, Device, Terminal) {
 }
 
 /// All that was written must arrive: the released server drops what exceeds its 25 places, and says nothing.
-fn assert_whole(device: &Device, terminal: &Terminal) {
+fn arrives_whole(device: &Device, terminal: &Terminal) -> Result<(), String> {
     let expected = numbers();
     terminal.input("go\n");
     let deadline = Instant::now() + secs(60);
     let mut output = String::new();
-    while output.len() < expected.len() {
-        assert_eq!(device.dropped(), 0, "messages dropped after {} bytes", output.len());
+    while device.dropped() == 0 && output.len() < expected.len() {
         let msg = terminal.next(deadline.saturating_duration_since(Instant::now()));
         if msg.typ == "shell" {
             output += &msg.text();
         }
     }
+    if device.dropped() > 0 {
+        return Err(format!("messages dropped after {} bytes", output.len()));
+    }
     assert!(output == expected, "the output is another one, of {} bytes", output.len());
-    assert_eq!(device.dropped(), 0);
+    Ok(())
 }
 
 /// Up to 72 % of a long output was lost with the released server, however fast the client.
@@ -60,7 +62,7 @@ fn assert_whole(device: &Device, terminal: &Terminal) {
 fn long_output_comes_whole_through_the_released_server() {
     let (_rig, device, terminal) = long_output();
     device.set_client_rate(8 << 20);
-    assert_whole(&device, &terminal);
+    arrives_whole(&device, &terminal).unwrap();
 }
 
 /// The same where the client is a browser on a slow computer, which lost a quarter even of the rest.
@@ -68,23 +70,28 @@ fn long_output_comes_whole_through_the_released_server() {
 fn long_output_comes_whole_to_a_slow_client() {
     let (_rig, device, terminal) = long_output();
     device.set_client_rate(1 << 20);
-    assert_whole(&device, &terminal);
+    arrives_whole(&device, &terminal).unwrap();
 }
 
-/// A client that knows no `ping` can't say how far it is. Time has to do, and there are few questions.
+/// A client that knows no `ping` can't say how far it is. Time has to do, and there are few questions. A busy machine
+/// that keeps this server from reading for most of a second breaks that, hence three attempts.
 #[test]
 fn long_output_comes_whole_to_a_client_that_answers_no_ping() {
     if emulated("time stands for the client's answers, and an emulator takes too much of it") {
         return;
     }
-    let (_rig, device, terminal) = long_output();
-    device.clients_fall_silent();
-    device.set_client_rate(2 << 20);
-    let start = Instant::now();
-    let sid = terminal.sid.clone();
-    assert_whole(&device, &terminal);
-    assert!(start.elapsed() < secs(30), "took {:?}", start.elapsed());
-    device.nothing(millis(1), "no ping is left", |m| m.sid.as_ref() == Some(&sid));
+    let attempt = |_| {
+        let (_rig, device, terminal) = long_output();
+        device.clients_fall_silent();
+        device.set_client_rate(2 << 20);
+        let start = Instant::now();
+        arrives_whole(&device, &terminal)?;
+        assert!(start.elapsed() < secs(30), "took {:?}", start.elapsed());
+        device.nothing(millis(1), "no ping is left", |m| m.sid.as_ref() == Some(&terminal.sid));
+        Ok(())
+    };
+    let failures = (0..3).map_while(|n| attempt(n).err()).collect::<Vec<String>>();
+    assert!(failures.len() < 3, "{failures:?}");
 }
 
 /// The slot was taken until the old program had ended, up to two seconds later: a terminal that was reloaded in the
