@@ -102,14 +102,9 @@ struct Log {
 }
 
 impl Daemon {
-    /// Starts a prepared command, reading its standard error. When that shall look like the
-    /// journal's, JOURNAL_STREAM names it as systemd does: device and inode.
-    pub fn start(command: Command, journal: bool) -> Daemon {
-        Daemon::passing([Stdio::null(), Stdio::null()], command, journal)
-    }
-
-    /// The same with this standard input and output.
-    pub fn passing([input, output]: [Stdio; 2], mut command: Command, journal: bool) -> Daemon {
+    /// Starts a prepared command with this standard input and output, reading its standard error. When that shall look
+    /// like the journal's, JOURNAL_STREAM names it as systemd does: device and inode.
+    pub fn start([input, output]: [Stdio; 2], mut command: Command, journal: bool) -> Daemon {
         let (stderr, write_end) = std::io::pipe().expect("a pipe");
         if journal {
             let pipe = nix::sys::stat::fstat(&write_end).expect("fstat");

@@ -36,7 +36,7 @@ pub struct Setup {
     url: Option<String>,
     env: Vec<(String, String)>,
     flags: Vec<String>,
-    wrapper: Option<&'static str>,
+    wrapper: Option<String>,
     fallback: Option<PathBuf>,
     journal: bool,
     manager: bool,
@@ -146,8 +146,8 @@ impl Setup {
     }
 
     /// A shell script that ends in `exec "$@"` and starts the agent.
-    pub fn wrapper(mut self, script: &'static str) -> Setup {
-        self.wrapper = Some(script);
+    pub fn wrapper(mut self, script: &str) -> Setup {
+        self.wrapper = Some(script.to_owned());
         self
     }
 
@@ -186,8 +186,9 @@ impl Setup {
         let names = vec![name; descriptors.len()].join(":");
         let count = descriptors.len().to_string();
         self.descriptors = descriptors;
-        let passed = self.env("LISTEN_FDS", &count).env("LISTEN_FDNAMES", &names);
-        passed.wrapper("export LISTEN_PID=$$; exec 3<&0 4<&1 </dev/null >/dev/null; exec \"$@\"")
+        let then = self.wrapper.take().unwrap_or_else(|| "exec \"$@\"".to_owned());
+        let script = format!("export LISTEN_PID=$$; exec 3<&0 4<&1 </dev/null >/dev/null; {then}");
+        self.env("LISTEN_FDS", &count).env("LISTEN_FDNAMES", &names).wrapper(&script)
     }
 
     pub fn start(self) -> Rig {
@@ -195,7 +196,7 @@ impl Setup {
     }
 
     /// Lets the test script the server before the agent starts.
-    pub fn start_with(mut self, prepare: impl FnOnce(&Server)) -> Rig {
+    pub fn start_with(self, prepare: impl FnOnce(&Server)) -> Rig {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let mut bus = Bus::with_policy(dir.path(), &self.policy);
         if self.token_file.is_none() {
@@ -208,10 +209,16 @@ impl Setup {
         if self.manager {
             manager.appear();
         }
-        let mut descriptors = std::mem::take(&mut self.descriptors).into_iter();
-        let streams = std::array::from_fn(|_| descriptors.next().map_or_else(Stdio::null, Stdio::from));
-        let daemon = Daemon::passing(streams, self.command(&dir, &bus.address(), &url), self.journal);
+        let daemon = self.daemon(&dir, &bus.address(), &url);
         Rig { daemon, manager, server, bus, dir }
+    }
+
+    fn daemon(&self, dir: &TempDir, bus: &str, url: &str) -> Daemon {
+        let streams = std::array::from_fn(|n| {
+            let descriptor = self.descriptors.get(n).map(|d| d.try_clone().expect("a duplicate"));
+            descriptor.map_or_else(Stdio::null, Stdio::from)
+        });
+        Daemon::start(streams, self.command(dir, bus, url), self.journal)
     }
 
     fn command(&self, dir: &TempDir, bus: &str, url: &str) -> Command {
@@ -221,7 +228,7 @@ impl Setup {
             settings["Auth"] = json!({ "Source": "file", "TokenFile": file, "ServerURL": url });
         }
         std::fs::write(&config, settings.to_string()).expect("write the configuration");
-        let mut command = match self.wrapper {
+        let mut command = match &self.wrapper {
             None => daemon::command(),
             Some(script) => {
                 let mut command = Command::new("/bin/sh");
@@ -247,8 +254,7 @@ impl Setup {
 impl Rig {
     /// Starts the agent anew, after its end.
     pub fn restart(&mut self, setup: &Setup) {
-        self.daemon =
-            Daemon::start(setup.command(&self.dir, &self.bus.address(), &self.server.url()), setup.journal);
+        self.daemon = setup.daemon(&self.dir, &self.bus.address(), &self.server.url());
     }
 
     /// The command `status` with these flags, which asks this agent.

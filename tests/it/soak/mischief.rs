@@ -1,10 +1,12 @@
 //! What is done to the link, the server, the manager, the bus and the agent meanwhile, and how all is well again.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
 use super::stage::{Chance, Stage};
+use super::work::KEEPER;
 use super::{Scene, setup};
 use crate::harness::client::{new_sid, size};
 use crate::harness::device::{Device, Reading};
@@ -12,6 +14,7 @@ use crate::harness::manager::Answer;
 use crate::harness::msg::{self, CONTROL, FILES, Ints, SHELL};
 use crate::harness::proc;
 use crate::harness::rest::path_body;
+use crate::harness::rig::Setup;
 use crate::harness::server::{Reply, Server};
 use crate::harness::wait::{SOON, eventually, millis, secs};
 use crate::harness::wire;
@@ -19,7 +22,7 @@ use crate::harness::wire;
 /// One kind of mischief.
 pub type Act = (&'static str, fn(&mut Scene));
 
-pub const ACTS: [Act; 21] = [
+pub const ACTS: [Act; 22] = [
     ("close frame", Scene::close_frame),
     ("reset", Scene::reset),
     ("hang-up", Scene::hang_up),
@@ -31,6 +34,7 @@ pub const ACTS: [Act; 21] = [
     ("too large", Scene::too_large),
     ("server away", Scene::server_away),
     ("dial trouble", Scene::dial_trouble),
+    ("network changes", Scene::network_changes),
     ("new token", Scene::new_token),
     ("new URL", Scene::new_url),
     ("no token", Scene::no_token),
@@ -224,6 +228,19 @@ impl Scene {
         self.link.reset();
     }
 
+    // ---- the network
+
+    /// Another address comes and goes, of which the kernel tells the agent. The link's own stays.
+    fn network_changes(&mut self) {
+        for _ in 0..self.chance.between(1, 20) {
+            for verb in ["add", "del"] {
+                let ip = Command::new("ip").args(["address", verb, "192.0.2.1/32", "dev", "lo"]).status();
+                assert!(ip.is_ok_and(|status| status.success()), "cannot change the network");
+            }
+        }
+        self.assert_undisturbed("a change of the network");
+    }
+
     // ---- the manager and the bus
 
     fn new_token(&mut self) {
@@ -298,10 +315,28 @@ impl Scene {
         self.rig.daemon.signal(Signal::SIGKILL);
         self.rig.daemon.wait_exit(SOON);
         self.link.wait_end(SOON);
+        // It had no time to describe its shells.
+        self.store.clear();
         for child in children {
             eventually(SOON, "a killed agent's shell to end", || (!proc::is_running(child)).then_some(()));
         }
-        self.rig.restart(&setup());
+        self.start(setup(&self.store));
+    }
+
+    /// Restarts the agent as an upgrade does. A service manager keeps the keeper's shell.
+    pub fn restart(&mut self) {
+        self.rig.daemon.signal(Signal::SIGTERM);
+        assert_eq!(self.rig.daemon.wait_exit(SOON).code(), Some(0));
+        self.link.wait_end(SOON);
+        let setup = setup(&self.store);
+        self.start(match self.store.take(KEEPER) {
+            Some((name, descriptors)) => setup.descriptors(descriptors, &name),
+            None => setup,
+        });
+    }
+
+    fn start(&mut self, setup: Setup) {
+        self.rig.restart(&setup);
         self.rig.daemon.wait_for_log("Connection established", SOON);
         self.settle();
     }

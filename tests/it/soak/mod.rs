@@ -6,10 +6,12 @@ mod files;
 mod mischief;
 mod record;
 mod stage;
+mod store;
 mod work;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
@@ -18,16 +20,20 @@ use self::files::{Downloads, Uploads};
 use self::mischief::{Deck, round};
 use self::record::{Idle, Record};
 use self::stage::{Chance, Stage, hush_workers};
+use self::store::Store;
+use self::work::Keeper;
 use crate::commands;
 use crate::harness::device::{Device, Generation};
 use crate::harness::proc;
 use crate::harness::program;
-use crate::harness::rig::{Rig, Setup, TOKEN};
+use crate::harness::rig::{Rig, Setup, TOKEN, network_of_our_own};
 use crate::harness::server::Server;
-use crate::harness::wait::{SOON, eventually, secs};
+use crate::harness::wait::{SOON, eventually, secs, skip};
 
-/// Rounds after which the agent is killed: two short lives, then a long one. Much later once more.
+/// Rounds after which the agent is killed: short lives, then a long one. Much later once more.
 const KILLS: [usize; 3] = [1, 3, 1000];
+/// Rounds after which it is restarted.
+const RESTARTS: [usize; 4] = [2, 4, 40, 400];
 
 /// The test's /usr/bin, in which the Mender client is a fake. Nobody else sees it.
 const NAMESPACE: &str = r#"exec unshare --mount --propagation private /bin/sh -c '
@@ -38,16 +44,18 @@ const NAMESPACE: &str = r#"exec unshare --mount --propagation private /bin/sh -c
     exec "$@"' sh "$@""#;
 
 /// Of glibc's arenas each keeps what it once had, which would hide a leak.
-fn setup() -> Setup {
+fn setup(store: &Store) -> Setup {
     let setup = Setup::new().set("ReconnectIntervalSeconds", 1).flag("--debug").env("MALLOC_ARENA_MAX", "1");
-    // Its terminals are all of different users, who don't come back.
-    let setup = setup.set("Sessions", serde_json::json!({ "KeepDetached": 0 }));
+    let setup = setup.env("NOTIFY_SOCKET", &store.name).env("FDSTORE", "32");
+    // Most terminals are of users who don't come back, so these have to go soon.
+    let setup = setup.set("Sessions", serde_json::json!({ "KeepDetached": 2 }));
     if commands::obstacle().is_none() { setup.wrapper(NAMESPACE) } else { setup }
 }
 
 /// Everything the mischief is done to.
 struct Scene {
     rig: Rig,
+    store: Store,
     /// A second server, of the other generation.
     other: Server,
     at_other: bool,
@@ -72,7 +80,12 @@ fn everything_at_once() {
         number("SOAK_SEED", u64::from(start.elapsed().subsec_nanos()) ^ u64::from(std::process::id()) << 20);
     println!("SOAK_SECONDS={} SOAK_SEED={seed}", span.as_secs());
     hush_workers();
-    let (rig, link) = setup().connected();
+    // Its changes are nobody else's.
+    if let Some(why) = network_of_our_own() {
+        return skip(why);
+    }
+    let store = Store::new();
+    let (rig, link) = setup(&store).connected();
     let stage = Arc::new(Stage::default());
     let mut chance = Chance(seed);
     let other = Server::start(Generation::Released);
@@ -83,6 +96,7 @@ fn everything_at_once() {
     }
     let mut scene = Scene {
         rig,
+        store,
         other,
         at_other: false,
         stage: Arc::clone(&stage),
@@ -110,6 +124,8 @@ fn everything_at_once() {
         let down = Arc::clone(&down);
         workers.push(stage.employ("download", next(), move |link, chance| down.job(link, chance)));
     }
+    let mut keeper = Keeper::default();
+    workers.push(stage.employ("keeper", next(), move |link, chance| keeper.job(link, chance)));
     workers.push(stage.employ("udp", next(), work::udp));
     workers.push(stage.employ("command", next(), work::command));
     workers.push(stage.employ("control", next(), work::control));
@@ -121,6 +137,10 @@ fn everything_at_once() {
         let killed = KILLS.contains(&number);
         if killed {
             scene.kill();
+        } else if RESTARTS.contains(&number) {
+            scene.restart();
+        }
+        if killed || RESTARTS.contains(&number) {
             record.next_life();
         }
         stage.pause();
@@ -142,7 +162,9 @@ fn everything_at_once() {
     for worker in workers {
         worker.join().expect("a worker's panics are caught");
     }
-    println!("{} MiB compared; mischief: {:?}", checked >> 20, scene.acts);
+    let returns = work::RETURNS.load(Ordering::Relaxed);
+    println!("{} MiB compared, {returns} returns to a shell; mischief: {:?}", checked >> 20, scene.acts);
+    assert!(returns > 0, "nobody came back to a shell");
     for (name, outcome) in outcomes {
         println!("{name}: {} jobs done, {} cut", outcome.done, outcome.cut);
         assert!(outcome.done > 0, "no {name} was ever done");

@@ -1,6 +1,7 @@
 //! Terminals, forwards, commands and session control: one function is one job, which gives the bytes it compared.
 
 use std::net::TcpListener;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -12,6 +13,7 @@ use crate::harness::connection::Connection;
 use crate::harness::device::Device;
 use crate::harness::forward::Client;
 use crate::harness::msg::{self, COMMANDS, CONTROL, FILES, Ints, SHELL, map};
+use crate::harness::proc;
 use crate::harness::targets::{Role, Target, UdpEcho, stream};
 use crate::harness::wait::{SOON, secs};
 use crate::harness::wire;
@@ -22,7 +24,10 @@ pub const MARK: &str = "86399.75";
 pub fn terminal(device: &Device, chance: &mut Chance) -> usize {
     let style = [Style::Cli, Style::Gui, Style::Python][chance.below(3)];
     let mut terminal = Terminal::new(device, style);
-    terminal.open_with_prompt();
+    if !opens(&terminal) {
+        return 0;
+    }
+    terminal.prompt();
     let mut checked = 0;
     for _ in 0..chance.between(1, 6) {
         checked += match chance.below(4) {
@@ -72,6 +77,98 @@ pub fn terminal(device: &Device, chance: &mut Chance) -> usize {
         _ => terminal.stop(),
     }
     checked
+}
+
+/// Whether there is a place for a shell: after several cuts all may be taken by those that are kept.
+fn opens(terminal: &Terminal) -> bool {
+    terminal.ask_new();
+    let msg = terminal.next(SOON);
+    let full = (msg.status(), msg.text().as_str()) == (Some(2), "too many shells spawned");
+    assert!(full || (msg.typ.as_str(), msg.status()) == ("new", Some(1)), "{}", msg.summary());
+    !full
+}
+
+/// The name of the user who comes back.
+pub const KEEPER: &str = "keeper";
+
+/// A user who comes back to the shell that a cut link left behind.
+#[derive(Default)]
+pub struct Keeper {
+    /// The shell, and the session in which it was used last.
+    left: Option<(String, Terminal)>,
+}
+
+/// How often the keeper found the shell again.
+pub static RETURNS: AtomicU64 = AtomicU64::new(0);
+
+impl Keeper {
+    pub fn job(&mut self, device: &Device, chance: &mut Chance) -> usize {
+        let Some(mut terminal) = self.come_back(device, chance) else { return 0 };
+        let mut checked = 0;
+        for _ in 0..chance.between(1, 10) {
+            let word = format!("{:x}", chance.number());
+            assert_eq!(terminal.run(&format!("echo {word}; sleep 0.1")), word);
+            checked += word.len();
+        }
+        terminal.stop();
+        self.left = None;
+        checked
+    }
+
+    /// Either in the same session or in another of the same user. The shell may be over by now.
+    fn come_back(&mut self, device: &Device, chance: &mut Chance) -> Option<Terminal> {
+        let left = self.left.take();
+        if let Some((pid, terminal)) = &left
+            && chance.one_in(2)
+        {
+            let terminal = terminal.clone().on(device);
+            if let Some(same) = process_id(&terminal) {
+                assert_eq!(same, *pid, "the session has another shell");
+                RETURNS.fetch_add(1, Ordering::Relaxed);
+                return Some(self.use_shell(same, terminal));
+            }
+        }
+        let terminal = Terminal::of_user(device, KEEPER);
+        if !opens(&terminal) {
+            return None;
+        }
+        let shell = process_id(&terminal).expect("it was just opened");
+        match left {
+            Some((pid, _)) if shell != pid => {
+                let pid = pid.parse().expect("a number");
+                let what = "the end of the shell for which there is another";
+                eventually_if_linked(device, what, || !proc::is_running(pid));
+            }
+            Some(_) => _ = RETURNS.fetch_add(1, Ordering::Relaxed),
+            None => {}
+        }
+        Some(self.use_shell(shell, terminal))
+    }
+
+    fn use_shell(&mut self, pid: String, terminal: Terminal) -> Terminal {
+        self.left = Some((pid, terminal.clone()));
+        terminal
+    }
+}
+
+/// The terminal's shell, which has a prompt then, if the session is still there.
+fn process_id(terminal: &Terminal) -> Option<String> {
+    terminal.input("echo pid=$$=\n");
+    let mut text = String::new();
+    loop {
+        let msg = terminal.next(SOON);
+        if msg.status() != Some(1) {
+            return None;
+        }
+        text += &msg.text();
+        // Not in the echo of the command line.
+        let mut values = text.split("pid=").skip(1).filter_map(|rest| rest.split_once('='));
+        if let Some((pid, _)) = values.find(|(pid, _)| pid.parse::<u32>().is_ok())
+            && (text.ends_with("# ") || text.ends_with("$ "))
+        {
+            return Some(pid.to_owned());
+        }
+    }
 }
 
 /// A paste of any bytes into a program that gives them back.
