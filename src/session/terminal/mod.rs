@@ -325,9 +325,12 @@ impl Terminal {
 
     fn wait_for_end(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Ending(ending) = &mut self.state else { return };
-        if !events.of(&ending.process).is_empty()
-            && let Some(status) = ending.process.try_wait()
-        {
+        let ended = !events.of(&ending.process).is_empty();
+        if ended {
+            // What the shell was just starting may have missed it.
+            ending.process.hang_up();
+        }
+        if ended && let Some(status) = ending.process.try_wait() {
             let Ending { answer, why, .. } = *ending;
             log_end(peer, &text(status), why, now);
             self.state = State::Nothing;

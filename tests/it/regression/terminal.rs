@@ -118,6 +118,23 @@ fn a_stopped_shell_is_in_nobodys_way() {
     third.expect("new", 2, Some("user has too many open sessions"));
 }
 
+/// A process that a shell started while it was hung up stayed, with neither a terminal nor anybody who knew of it.
+#[test]
+fn what_a_shell_starts_while_it_is_hung_up_ends_with_it() {
+    const LATE: &str = "86398.25";
+    let hung_up = format!("sleep 0.2; sleep {LATE} & sleep 0.2; exit");
+    let script = format!(
+        "set -m; trap '' TERM; trap '{hung_up}' HUP; echo ready; while :; do read x || sleep 1; done"
+    );
+    let setup = Setup::new().config(script_config(&script)).set("ShellCommand", "/bin/bash");
+    let (_rig, device) = setup.connected();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    terminal.read_until("ready", SOON);
+    terminal.stop();
+    eventually(SOON, "no process to be left", || (!proc::has_argument(LATE)).then_some(()));
+}
+
 /// A `stop` of all shells of a user passed over those that were about to start: they ran on until their client's health
 /// check.
 #[test]
