@@ -13,6 +13,8 @@ use super::socket::Socket;
 const BUFFER: usize = 32 * 1024;
 /// In bytes, with TLS: a record and its framing.
 const RECORD: usize = 16 * 1024 + 512;
+/// In bytes, of plaintext: two records.
+const PIECE: usize = 32 * 1024;
 
 /// TLS state shared by both halves. It does no I/O, so that no half waits for the network while it holds the lock.
 pub(super) trait Tls: Send + Sync {
@@ -90,17 +92,16 @@ impl Write for Half {
         }
         let socket = self.source.get_mut();
         let Some(tls) = &self.tls else { return socket.write(bytes) };
-        let mut written = 0;
-        loop {
-            written += tls.encrypt(&bytes[written..], &mut self.ciphertext)?;
-            socket.write_all(&self.ciphertext)?;
-            self.ciphertext.clear();
-            if written == bytes.len() {
-                // Don't keep the memory of one large message.
-                self.ciphertext.shrink_to(2 * RECORD);
-                return Ok(written);
+        // In pieces: the memory that one of them takes is kept.
+        for mut piece in bytes.chunks(PIECE) {
+            while !piece.is_empty() {
+                let n = tls.encrypt(piece, &mut self.ciphertext)?;
+                socket.write_all(&self.ciphertext)?;
+                self.ciphertext.clear();
+                piece = &piece[n..];
             }
         }
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
