@@ -27,9 +27,11 @@ pub fn rows() -> Vec<Row> {
     for millis in [0, 20, 100] {
         let about = format!("downloads of 256 MiB, {millis} ms round trip");
         rows.push(row(format!("download-{millis}ms"), about, move |agent, scale| {
-            prepare_download(agent, scale, millis)
+            prepare_download(agent, scale, way(millis))
         }));
     }
+    let about = "the same over TLS, 0 ms round trip; all that is measured besides ends TLS, too";
+    rows.push(row("download-tls", about, |agent, scale| prepare_download(agent, scale, Way::Tls)));
     for millis in [0, 20, 100] {
         let about = format!("uploads of 64 MiB, {millis} ms round trip");
         rows.push(row(format!("upload-{millis}ms"), about, move |agent, scale| {
@@ -40,8 +42,8 @@ pub fn rows() -> Vec<Row> {
 }
 
 /// One file after the other until time is up, and of the last one what has come by then.
-fn prepare_download(agent: &Agent, scale: Scale, millis: u64) -> Result<Measure, String> {
-    let mut stage = Stage::start(agent, &config("exit 0"), way(millis))?;
+fn prepare_download(agent: &Agent, scale: Scale, way: Way) -> Result<Measure, String> {
+    let mut stage = Stage::start(agent, &config("exit 0"), way)?;
     let content = content();
     let (small, large) = (stage.dir().join("small"), stage.dir().join("large"));
     write_file(&small, &content, BLOCK)?;

@@ -14,6 +14,7 @@ mod forwards;
 #[path = "../../it/harness/mod.rs"]
 mod harness;
 mod interrupt;
+mod limits;
 mod link;
 mod mixed;
 mod options;
@@ -69,6 +70,16 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     println!("{}\n", table::machine());
+    if options.limits {
+        let agent = options.agents.last().expect("there is always one");
+        return match limits::run(agent, &rows, scale(&options), options.rounds) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(why) => {
+                eprintln!("agent: {why}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut table = Table::new(options.agents.iter().map(|agent| agent.name.clone()).collect());
     for row in rows.iter().filter(|row| options.wants(&row.name)) {
         if interrupt::is_interrupted() {
@@ -93,10 +104,14 @@ fn rows() -> Vec<Row> {
     rows.into_iter().flatten().collect()
 }
 
+fn scale(options: &Options) -> Scale {
+    let span = if options.quick { 1 } else { 5 };
+    Scale { span: Duration::from_secs(span), quick: options.quick }
+}
+
 /// Measures all agents in turns.
 fn measure(row: &Row, options: &Options, table: &mut Table) {
-    let span = if options.quick { 1 } else { 5 };
-    let scale = Scale { span: Duration::from_secs(span), quick: options.quick };
+    let scale = scale(options);
     let mut ready: Vec<Option<Measure>> = Vec::new();
     for agent in &options.agents {
         let prepared = guarded(|| (row.prepare)(agent, scale));

@@ -15,6 +15,7 @@ Measures an agent from outside and prints a table.
   --only ROW[,ROW]     only these rows, or those whose names begin so
   --rounds N           how often each figure is measured; the median is printed (default 3)
   --quick              short and rough, in one round
+  --limits             measures what the machine does without an agent, too, and prints the last agent beside that
   --yardstick          measures what the bench itself could take, from an agent that costs nothing
   --list               lists the rows
   --help               says this
@@ -24,6 +25,7 @@ pub struct Options {
     pub agents: Vec<Agent>,
     pub rounds: usize,
     pub quick: bool,
+    pub limits: bool,
     only: Vec<String>,
 }
 
@@ -42,7 +44,8 @@ impl Options {
 }
 
 pub fn parse(mut args: impl Iterator<Item = String>, rows: &[Row]) -> Result<Wish, String> {
-    let mut options = Options { agents: Vec::new(), rounds: 0, quick: false, only: Vec::new() };
+    let mut options =
+        Options { agents: Vec::new(), rounds: 0, quick: false, limits: false, only: Vec::new() };
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
         match arg.as_str() {
@@ -50,6 +53,7 @@ pub fn parse(mut args: impl Iterator<Item = String>, rows: &[Row]) -> Result<Wis
             "--only" => options.only.extend(value()?.split(',').map(str::to_owned)),
             "--rounds" => options.rounds = value()?.parse().map_err(|_| "--rounds needs a number")?,
             "--quick" => options.quick = true,
+            "--limits" => options.limits = true,
             "--yardstick" => return Ok(Wish::Yardstick),
             "--list" => return Ok(Wish::List),
             "--help" | "-h" => return Ok(Wish::Help),

@@ -23,6 +23,7 @@ use crate::harness::http;
 use crate::harness::manager::Manager;
 use crate::harness::relay::{Relay, Shape};
 use crate::harness::rig::{TOKEN, user_name};
+use crate::harness::tls::{Authority, TlsFront};
 use crate::harness::wait::spawn;
 use crate::interrupt::unblocked;
 use crate::link::Link;
@@ -48,6 +49,7 @@ pub enum Way {
     At(Ipv4Addr),
     Link(Shape),
     Forwarder,
+    Tls,
 }
 
 /// A connected agent. Fields drop in this order: the agent first.
@@ -55,6 +57,7 @@ pub struct Stage {
     daemon: Daemon,
     pub link: Link,
     pub relay: Option<Relay>,
+    _tls: Option<TlsFront>,
     /// From its start to its handshake's request.
     pub connected_after: Duration,
     listener: Option<TcpListener>,
@@ -109,19 +112,38 @@ impl Stage {
         let listener = listen((address, 0).into())?;
         let server = listener.local_addr().map_err(|e| e.to_string())?;
         let relay = match way {
-            Way::Direct | Way::At(_) => None,
+            Way::Direct | Way::At(_) | Way::Tls => None,
             Way::Link(shape) => Some(Relay::link(server, shape)?),
             Way::Forwarder => Some(forwarder::start(server)?),
         };
         let address: SocketAddr = relay.as_ref().map_or(server, Relay::address);
-        let manager = Manager::start(&bus.address(), TOKEN, &format!("http://{address}"));
+        let tls = matches!(way, Way::Tls).then(|| {
+            let authority = Authority::new();
+            authority.write(dir.path());
+            TlsFront::start(&authority.identity(&["localhost"]), server)
+        });
+        let url = tls.as_ref().map(|tls| format!("https://localhost:{}", tls.port()));
+        let url = url.unwrap_or_else(|| format!("http://{address}"));
+        let manager = Manager::start(&bus.address(), TOKEN, &url);
         let daemon = unblocked(|| start(agent, config, dir.path(), &bus))?;
         let (link, at) = accept(&listener, CONNECT_LIMIT)
             .map_err(|why| format!("{why}; the end of its log:\n{}", log_tail(dir.path())))?;
         let connected_after = at.saturating_duration_since(daemon.started);
         let _manager = manager;
         let listener = Some(listener);
-        Ok(Stage { daemon, link, relay, connected_after, listener, _manager, _bus: bus, dir, sessions: 0 })
+        let sessions = 0;
+        Ok(Stage {
+            daemon,
+            link,
+            relay,
+            _tls: tls,
+            connected_after,
+            listener,
+            _manager,
+            _bus: bus,
+            dir,
+            sessions,
+        })
     }
 
     /// The link is lost, and the server is away while `outage` goes on, or only out of reach. How long it takes from
@@ -228,6 +250,8 @@ fn start(agent: &Agent, config: &Value, dir: &Path, bus: &Bus) -> Result<Daemon,
     command.arg("--config").arg(&file);
     command.arg("--fallback-config").arg(dir.join("absent.conf"));
     command.arg("daemon").env("DBUS_SYSTEM_BUS_ADDRESS", bus.address()).current_dir(dir);
+    // Where there is TLS.
+    command.env("SSL_CERT_FILE", dir.join("ca.pem"));
     Ok(Daemon::start_logging_to(command, log))
 }
 

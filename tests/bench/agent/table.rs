@@ -75,7 +75,7 @@ impl fmt::Display for Table {
 }
 
 /// Three digits that count.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     match value.abs() {
         100.0.. => {
             let digits = format!("{value:.0}");

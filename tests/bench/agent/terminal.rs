@@ -161,6 +161,18 @@ impl Bare {
     }
 }
 
+/// Microseconds until the echo of each key from a terminal without an agent.
+pub fn bare_echo(count: usize) -> Result<Vec<f64>, String> {
+    let mut bare = Bare::start(ECHO)?;
+    let mut times = Vec::with_capacity(count);
+    for _ in 0..count {
+        let started = Instant::now();
+        bare.master.write_all(b"x").and_then(|()| bare.read(1)).map_err(|e| format!("a bare echo: {e}"))?;
+        times.push(started.elapsed().as_secs_f64() * 1e6);
+    }
+    Ok(times)
+}
+
 impl Drop for Bare {
     fn drop(&mut self) {
         let _ = self.shell.kill();

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use rustls::{ServerConfig, ServerConnection};
+use rustls::{RootCertStore, ServerConfig, ServerConnection};
 
 use super::front::Acceptor;
 use super::wait::{Watched, secs};
@@ -40,6 +40,14 @@ impl Authority {
         let file = dir.join("ca.pem");
         std::fs::write(&file, self.issuer.pem()).expect("write the CA certificate");
         file
+    }
+
+    /// The CA certificate, for a client.
+    #[allow(dead_code, reason = "for the benchmark")]
+    pub fn roots(&self) -> RootCertStore {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.issuer.der().clone()).expect("a CA certificate");
+        roots
     }
 
     /// A certificate valid now for these names.
@@ -85,6 +93,17 @@ fn params(names: &[&str]) -> CertificateParams {
     CertificateParams::new(names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>()).expect("valid names")
 }
 
+/// A server's, with this identity.
+pub fn config(identity: &Identity) -> ServerConfig {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("TLS versions")
+        .with_no_client_auth()
+        .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())
+        .expect("a usable certificate")
+}
+
 /// Accepts TLS and relays what's inside to the loopback server.
 pub struct TlsFront {
     acceptor: Acceptor,
@@ -93,14 +112,7 @@ pub struct TlsFront {
 
 impl TlsFront {
     pub fn start(identity: &Identity, target: SocketAddr) -> TlsFront {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("TLS versions")
-            .with_no_client_auth()
-            .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())
-            .expect("a usable certificate");
-        let config = Arc::new(config);
+        let config = Arc::new(config(identity));
         let failures = Arc::new(Watched::new(Vec::new()));
         let failed = Arc::clone(&failures);
         let listener = TcpListener::bind("127.0.0.1:0").expect("listen on loopback");
