@@ -327,7 +327,7 @@ impl Terminal {
         let State::Ending(ending) = &mut self.state else { return };
         let ended = !events.of(&ending.process).is_empty();
         if ended {
-            // What the shell was just starting may have missed it.
+            // A process that the shell was just starting may have missed the first one.
             ending.process.hang_up();
         }
         if ended && let Some(status) = ending.process.try_wait() {

@@ -49,7 +49,7 @@ const LIMITS: [Limit; 6] = [
 
 /// Prints a table. Each round measures the machine and then the agent.
 pub fn run(agent: &Agent, rows: &[Row], scale: Scale, rounds: usize) -> Result<(), String> {
-    println!("| row | figure | what the machine does alone | alone | {} | alone / {0} |", agent.name);
+    println!("| row | figure | what the machine does alone | alone | {} | {0} / alone |", agent.name);
     println!("|---|---|---|---:|---:|---:|");
     for Limit { row, figure, what, alone } in LIMITS {
         let measured = rows.iter().find(|known| known.name == row).ok_or("no such row")?;
@@ -62,7 +62,7 @@ pub fn run(agent: &Agent, rows: &[Row], scale: Scale, rounds: usize) -> Result<(
             unit = found.unit;
         }
         let (limit, value) = (median(limits), median(values));
-        let ratio = number(limit / value);
+        let ratio = number(value / limit);
         println!("| {row} | {figure} ({unit}) | {what} | {} | {} | {ratio} |", number(limit), number(value));
     }
     Ok(())
