@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::stage::{Chance, eventually_if_linked};
 use crate::files::refused;
@@ -40,6 +41,20 @@ struct Target {
     path: PathBuf,
     /// What it may hold: what was uploaded last, and of later uploads those that were cut.
     allowed: Vec<Content>,
+    /// The last upload's end, by a cut even.
+    ended: Instant,
+}
+
+/// A complete upload whose link is cut may take its target's name for another second, after a later one even.
+const LATE: Duration = Duration::from_secs(2);
+
+/// Notes an upload's end.
+struct Ends<'a>(&'a Uploads, usize);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.targets.update(|targets| targets[self.1].ended = Instant::now());
+    }
 }
 
 impl Target {
@@ -64,7 +79,7 @@ impl Uploads {
         let target = |n: usize| {
             let (path, content) = (dir.join(format!("target-{n}")), Content::new(chance, 1000));
             fs::write(&path, content.bytes()).unwrap();
-            Target { path, allowed: vec![content] }
+            Target { path, allowed: vec![content], ended: Instant::now() }
         };
         let targets = (0..TARGETS).map(target).collect();
         Arc::new(Uploads { dir, targets: Watched::new(targets) })
@@ -88,9 +103,14 @@ impl Uploads {
         let path = self.targets.update(|targets| {
             let target = &mut targets[at];
             target.check();
+            if target.allowed.len() > 1 && target.ended.elapsed() < LATE {
+                return None;
+            }
             target.allowed.push(content.clone());
-            target.path.clone()
+            Some(target.path.clone())
         });
+        let Some(path) = path else { return 0 };
+        let _ends = Ends(self, at);
         let form = Form { mode: Some(mode), ..Form::to(&path) };
         let before = path.metadata().unwrap().ino();
         let result = Rest::upload(device, &form, &content.bytes());
