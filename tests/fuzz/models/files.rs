@@ -368,7 +368,7 @@ impl Model {
     /// Waits for a commit.
     fn settle(&mut self) {
         while let Transfer::Committing(_) = &self.transfer {
-            let limit = Instant::now() + Duration::from_secs(10);
+            let limit = Instant::now() + Duration::from_secs(100);
             assert!(!poll_one(&*self.peer.wake, PollFlags::POLLIN, Some(limit)).expect("poll").is_empty());
             self.peer.wake.clear();
             self.proceed();
