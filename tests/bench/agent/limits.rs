@@ -1,5 +1,4 @@
-//! What the machine itself can do, beside what an agent makes of it: each figure has the kernel, or ring, do the same
-//! without an agent.
+//! The machine's limits beside an agent: for each figure the kernel, or ring, does the same without one.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -81,7 +80,7 @@ fn chunks(scale: Scale) -> Result<f64, String> {
     flow(scale.span, 4 << 10, None)
 }
 
-/// As mender-auth's forwarder and any forward has to do it.
+/// Through a loop that copies, like mender-auth's forwarder and any forward.
 fn relayed(scale: Scale) -> Result<f64, String> {
     flow(scale.span, 64 << 10, Some(forwarder::start))
 }

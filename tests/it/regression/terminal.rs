@@ -118,7 +118,8 @@ fn a_stopped_shell_is_in_nobodys_way() {
     third.expect("new", 2, Some("user has too many open sessions"));
 }
 
-/// A process that a shell started while it was hung up stayed, with neither a terminal nor anybody who knew of it.
+/// A process that a shell was just starting when it was hung up stayed, with neither a terminal nor anybody who knew of
+/// it.
 #[test]
 fn what_a_shell_starts_while_it_is_hung_up_ends_with_it() {
     const LATE: &str = "86398.25";

@@ -1,4 +1,4 @@
-//! What the service manager does for the agent: it keeps the descriptors of shells while the agent is away.
+//! The service manager's part: it keeps the descriptors of shells while the agent is away.
 
 use std::collections::BTreeMap;
 use std::fs::File;
