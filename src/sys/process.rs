@@ -174,6 +174,8 @@ impl AsFd for SessionLeader {
 
 impl Drop for SessionLeader {
     fn drop(&mut self) {
+        // The shell's jobs are in groups of their own.
+        self.hang_up();
         self.kill();
         if let Some(child) = &mut self.child
             && !self.ended
