@@ -139,7 +139,7 @@ fn seal(scale: Scale) -> Result<f64, String> {
     Ok(bytes as f64 / MIB / start.elapsed().as_secs_f64())
 }
 
-/// What one side of a TLS connection has to say to the other.
+/// Carries all that one side of a TLS connection has written to the other.
 fn pass<A, B>(from: &mut ConnectionCommon<A>, to: &mut ConnectionCommon<B>) -> std::io::Result<()> {
     let mut bytes = Vec::new();
     while from.wants_write() {

@@ -52,13 +52,7 @@ fn main() -> ExitCode {
         }
         Ok(Wish::Yardstick) => {
             println!("{}\n", table::machine());
-            return match yardstick::run() {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(why) => {
-                    eprintln!("agent: {why}");
-                    ExitCode::FAILURE
-                }
-            };
+            return end(yardstick::run());
         }
         Err(why) => {
             eprintln!("agent: {why}\n\n{}", options::HELP);
@@ -72,13 +66,7 @@ fn main() -> ExitCode {
     println!("{}\n", table::machine());
     if options.limits {
         let agent = options.agents.last().expect("there is always one");
-        return match limits::run(agent, &rows, scale(&options), options.rounds) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(why) => {
-                eprintln!("agent: {why}");
-                ExitCode::FAILURE
-            }
-        };
+        return end(limits::run(agent, &rows, scale(&options), options.rounds));
     }
     let mut table = Table::new(options.agents.iter().map(|agent| agent.name.clone()).collect());
     for row in rows.iter().filter(|row| options.wants(&row.name)) {
@@ -89,6 +77,16 @@ fn main() -> ExitCode {
     }
     print!("{table}");
     if interrupt::is_interrupted() { ExitCode::from(130) } else { ExitCode::SUCCESS }
+}
+
+fn end(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("agent: {why}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn rows() -> Vec<Row> {

@@ -250,7 +250,7 @@ fn start(agent: &Agent, config: &Value, dir: &Path, bus: &Bus) -> Result<Daemon,
     command.arg("--config").arg(&file);
     command.arg("--fallback-config").arg(dir.join("absent.conf"));
     command.arg("daemon").env("DBUS_SYSTEM_BUS_ADDRESS", bus.address()).current_dir(dir);
-    // Where there is TLS.
+    // Only agents that connect with TLS read it.
     command.env("SSL_CERT_FILE", dir.join("ca.pem"));
     Ok(Daemon::start_logging_to(command, log))
 }
