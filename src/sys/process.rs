@@ -137,10 +137,10 @@ impl SessionLeader {
     }
 
     /// Sends SIGHUP (and SIGCONT, for stopped ones) to all processes of the session, and SIGTERM to the shell's group.
-    /// Jobs that ignore a hang-up survive.
-    pub(crate) fn hang_up(&self) {
+    /// Jobs that ignore a hang-up survive. Returns whether there were others than the shell.
+    pub(crate) fn hang_up(&self) -> bool {
         if self.ended {
-            return;
+            return false;
         }
         // Until the leader is reaped, its pid, session and group are reserved. Init may reap one at any time, but pids
         // are not reused so soon.
@@ -156,6 +156,7 @@ impl SessionLeader {
             }
         }
         let _ = killpg(leader, Signal::SIGTERM);
+        told.len() > 1
     }
 
     /// To the shell's own group, which the shell cannot leave.

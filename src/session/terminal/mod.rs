@@ -41,6 +41,8 @@ use crate::sys::process::{Exit, SessionLeader};
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, lock, reason};
 
+/// For a process to come from its fork(2) to its exec(2).
+const EXEC_LIMIT: Duration = Duration::from_millis(200);
 /// Short, since the daemon itself may have to end within two seconds.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 /// The last output may come through the terminal this long after the shell's end.
@@ -74,6 +76,8 @@ struct Ending {
     why: &'static str,
     answer: bool,
     killed: bool,
+    /// When to hang up again, once the shell itself has ended.
+    again: Option<Instant>,
     deadline: Option<Instant>,
     /// Without one the shell is killed at once.
     _place: Option<Permit>,
@@ -201,7 +205,15 @@ impl Terminal {
                 process.hang_up();
                 let place = peer.device.dying.acquire();
                 let deadline = Some(now + if place.is_some() { STOP_GRACE } else { Duration::ZERO });
-                State::Ending(Ending { process, why, answer, killed: false, deadline, _place: place })
+                State::Ending(Ending {
+                    process,
+                    why,
+                    answer,
+                    killed: false,
+                    again: None,
+                    deadline,
+                    _place: place,
+                })
             }
             other => other,
         };
@@ -218,13 +230,14 @@ impl Terminal {
         match &self.state {
             State::Nothing => None,
             State::Running(running) => running.deadline(peer, now),
-            State::Ending(ending) => ending.deadline,
+            State::Ending(ending) => ending.again.or(ending.deadline),
         }
     }
 
     pub(crate) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
         match &self.state {
             State::Nothing => {}
+            State::Ending(ending) if ending.again.is_some() => {}
             State::Ending(ending) => set.add(ending.process.as_fd(), PollFlags::POLLIN),
             State::Running(running) => running.watch(peer, set, now),
         }
@@ -325,10 +338,15 @@ impl Terminal {
 
     fn wait_for_end(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Ending(ending) = &mut self.state else { return };
-        let ended = !events.of(&ending.process).is_empty();
-        if ended {
-            // A process that the shell was just starting may have missed the first one.
-            ending.process.hang_up();
+        let ended = match ending.again {
+            None => !events.of(&ending.process).is_empty(),
+            Some(at) => now >= at,
+        };
+        // The shell may have started another process meanwhile, and one that hasn't executed its program yet may handle
+        // the signal as its shell does, and forget it.
+        if ended && ending.process.hang_up() && ending.again.is_none() {
+            ending.again = Some(now + EXEC_LIMIT);
+            return;
         }
         if ended && let Some(status) = ending.process.try_wait() {
             let Ending { answer, why, .. } = *ending;

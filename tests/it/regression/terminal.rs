@@ -136,6 +136,23 @@ fn what_a_shell_starts_while_it_is_hung_up_ends_with_it() {
     eventually(SOON, "no process to be left", || (!proc::has_argument(LATE)).then_some(()));
 }
 
+/// A shell's child that was hung up between its fork(2) and its exec(2) handled the signal as its shell does, and ran on.
+#[test]
+fn a_program_that_has_yet_to_start_ends_with_its_shell() {
+    const LATE: &str = "86397.25";
+    // Upon the first signal that finds the shell gone. Nothing else is started: that might miss a signal, too.
+    let hung_up = format!("read _ _ _ parent _ </proc/$BASHPID/stat; [ $parent = $$ ] || exec sleep {LATE}");
+    let child = format!("(trap '{hung_up}' HUP; echo ready; while :; do read -t 1 -u 3; done) & wait");
+    let shell = format!("set -m; trap '' TERM; exec 3<> <(:); trap 'read -t 0.2 -u 3; exit' HUP; {child}");
+    let setup = Setup::new().config(script_config(&shell));
+    let (_rig, device) = setup.set("ShellCommand", "/bin/bash").connected();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    terminal.read_until("ready", SOON);
+    terminal.stop();
+    eventually(SOON, "no process to be left", || (!proc::has_argument(LATE)).then_some(()));
+}
+
 /// A `stop` of all shells of a user passed over those that were about to start: they ran on until their client's health
 /// check.
 #[test]

@@ -10,7 +10,6 @@ mod store;
 mod work;
 
 use std::collections::BTreeMap;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -29,7 +28,7 @@ use crate::harness::proc;
 use crate::harness::program;
 use crate::harness::rig::{Rig, Setup, TOKEN, network_of_our_own};
 use crate::harness::server::Server;
-use crate::harness::wait::{SOON, millis, secs, skip};
+use crate::harness::wait::{SOON, eventually, secs, skip};
 
 /// Rounds after which the agent is killed: short lives, then a long one. Much later once more.
 const KILLS: [usize; 3] = [1, 3, 1000];
@@ -66,8 +65,6 @@ struct Scene {
     token: String,
     serial: u64,
     acts: BTreeMap<&'static str, u64>,
-    /// Background jobs that outlived their shells.
-    survivors: usize,
 }
 
 fn number(name: &str, default: u64) -> u64 {
@@ -108,7 +105,6 @@ fn everything_at_once() {
         token: TOKEN.to_owned(),
         serial: 0,
         acts: BTreeMap::new(),
-        survivors: 0,
     };
     scene.settle();
     let idle = Idle::of(scene.rig.daemon.pid());
@@ -154,7 +150,7 @@ fn everything_at_once() {
         }
         idle.wait(scene.rig.daemon.pid());
         up.iter().for_each(|up| up.check());
-        scene.assert_nothing_left(number);
+        assert_nothing_left(&scene);
         record.take(scene.rig.daemon.pid(), idle, stage.checked());
         if start.elapsed() >= span {
             break;
@@ -178,27 +174,11 @@ fn everything_at_once() {
     record.assert_flat();
 }
 
-impl Scene {
-    /// Neither processes nor words of panic; temporary files are looked for elsewhere.
-    fn assert_nothing_left(&mut self, rounds: usize) {
-        let deadline = Instant::now() + SOON;
-        while proc::has_argument(work::MARK) && Instant::now() < deadline {
-            self.stage.watch(millis(50));
-        }
-        if proc::has_argument(work::MARK) {
-            // A process loses a hang-up that comes between its fork(2) and its exec(2), if its shell handles it.
-            println!("a background job outlived its shell");
-            self.survivors += 1;
-            let _ = Command::new("pkill").args(["-KILL", "-f", work::MARK]).status();
-        }
-        assert!(
-            self.survivors <= 2 + rounds / 50,
-            "{} background jobs outlived their shells",
-            self.survivors
-        );
-        let log = self.rig.daemon.take_log();
-        let panics: Vec<&String> =
-            log.iter().filter(|line| line.contains("panic") || line.contains("internal error")).collect();
-        assert!(panics.is_empty(), "{panics:#?}");
-    }
+/// Neither processes nor words of panic; temporary files are looked for elsewhere.
+fn assert_nothing_left(scene: &Scene) {
+    eventually(SOON, "no background job to be left", || (!proc::has_argument(work::MARK)).then_some(()));
+    let log = scene.rig.daemon.take_log();
+    let panics: Vec<&String> =
+        log.iter().filter(|line| line.contains("panic") || line.contains("internal error")).collect();
+    assert!(panics.is_empty(), "{panics:#?}");
 }
