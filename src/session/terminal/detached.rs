@@ -21,7 +21,7 @@ use crate::sys::process::SessionLeader;
 use crate::sys::pty::Pty;
 
 /// Programs that get two SIGWINCH at once look only at the second size.
-const REPAINT: Duration = Duration::from_millis(50);
+const REPAINT: Duration = Duration::from_millis(100);
 
 pub(crate) struct Handover {
     running: Box<Running>,
