@@ -393,23 +393,29 @@ mod tests {
     }
 
     #[test]
-    fn hanging_up_reaches_background_jobs() {
-        let (pty, mut leader) = shell("sleep 1000 & echo job $!; wait");
-        let mut seen = String::new();
-        let mut buffer = [0; 256];
-        while !seen.contains('\n') {
-            poll_one(&pty, PollFlags::POLLIN, None).unwrap();
-            let n = pty.read(&mut buffer).unwrap();
-            seen.push_str(&String::from_utf8_lossy(&buffer[..n]));
-        }
-        let job: i32 = seen.trim().trim_start_matches("job ").parse().unwrap();
-        leader.hang_up();
-        wait(&mut leader);
-        let deadline = Instant::now() + Duration::from_secs(10);
-        let watch = pidfd_open(Pid::from_raw(job));
-        if let Ok(fd) = watch {
-            let events = poll_one(&fd, PollFlags::POLLIN, Some(deadline)).unwrap();
-            assert!(events.contains(PollFlags::POLLIN), "the job lives on");
+    fn background_jobs_end_with_a_leader_that_is_hung_up_or_dropped() {
+        for drops in [false, true] {
+            let (pty, mut leader) = shell("set -m; sleep 1000 & echo job $!; wait");
+            let mut seen = String::new();
+            let mut buffer = [0; 256];
+            while !seen.contains('\n') {
+                poll_one(&pty, PollFlags::POLLIN, None).unwrap();
+                let n = pty.read(&mut buffer).unwrap();
+                seen.push_str(&String::from_utf8_lossy(&buffer[..n]));
+            }
+            let job: i32 = seen.trim().trim_start_matches("job ").parse().unwrap();
+            let watch = pidfd_open(Pid::from_raw(job));
+            if drops {
+                drop(leader);
+            } else {
+                leader.hang_up();
+                wait(&mut leader);
+            }
+            if let Ok(fd) = watch {
+                let deadline = Instant::now() + Duration::from_secs(10);
+                let events = poll_one(&fd, PollFlags::POLLIN, Some(deadline)).unwrap();
+                assert!(events.contains(PollFlags::POLLIN), "the job lives on");
+            }
         }
     }
 
