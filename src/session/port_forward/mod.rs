@@ -15,14 +15,19 @@ use self::connection::{CLOSED, Connection};
 use self::opening::{End, FAILED};
 use super::peer::Peer;
 use crate::outbox::Class;
+use crate::permits::Permit;
 use crate::proto::forward::{self, ConnectionId, Target};
 use crate::proto::{Frame, UserId};
 use crate::sys::{Events, PollSet};
 
 /// For a session. Each takes a descriptor.
 const MAX_CONNECTIONS: usize = 512;
-/// Only a client that never reads gets there.
+/// Answers and owed acks. Only a client that never reads gets there.
 const MAX_ANSWERS: usize = 1024;
+const MAX_OWING: usize = 8192;
+/// Bytes that each of them counts for, and how many need no permit for the device's memory.
+const ANSWER: usize = 512;
+const RESERVED_ANSWERS: usize = 16;
 /// Time without progress after which a target whose client has gone is given up.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
 const FINISH_TOTAL: Duration = Duration::from_secs(120);
@@ -45,6 +50,8 @@ pub(crate) struct PortForward {
     owing: VecDeque<ConnectionId>,
     /// Answers that wait for credit. Data would overtake them, so none is sent meanwhile.
     answers: VecDeque<Frame>,
+    /// For these and for what is owed.
+    memory: Option<Permit>,
     /// First to be read in the next round, so that no forward is always first.
     turn: usize,
 }
@@ -94,7 +101,13 @@ impl PortForward {
             (forward::ERROR, Ok(id)) => debug!("session {}: error from the client about {id:?}", peer.id),
             _ => self.refuse(peer, frame, UNKNOWN_TYPE),
         }
-        self.answers.len() < MAX_ANSWERS
+        self.answers.len() < MAX_ANSWERS && self.owing.len() < MAX_OWING && self.count_memory(peer)
+    }
+
+    /// False if the device has none left.
+    fn count_memory(&mut self, peer: &Peer) -> bool {
+        let counted = (self.answers.len() + self.owing.len()).saturating_sub(RESERVED_ANSWERS);
+        self.memory.get_or_insert_with(|| peer.device.memory.none()).resize(counted * ANSWER)
     }
 
     fn refuse(&mut self, peer: &Peer, cause: &Frame, text: &str) {
@@ -266,6 +279,10 @@ impl PortForward {
                 }
                 !acknowledged
             });
+        }
+        self.count_memory(peer);
+        if self.answers.is_empty() {
+            self.answers.shrink_to(RESERVED_ANSWERS);
         }
         if peer.credit.wants_probe(now) {
             peer.ping(now);

@@ -10,6 +10,8 @@ mod bus;
 #[cfg(all(feature = "dbus", feature = "tls"))]
 mod certificates;
 #[cfg(feature = "dbus")]
+mod counted;
+#[cfg(feature = "dbus")]
 mod files;
 #[cfg(feature = "dbus")]
 mod forwards;
