@@ -26,6 +26,8 @@ pub(crate) const MAX_THREADS: usize = 272;
 const MAX_LOOK_UPS: usize = 16;
 /// Bytes that wait in inboxes, for shells and for targets, beyond a small share of each session.
 const MEMORY: usize = 16 << 20;
+/// The hard limit of descriptors may be a million, but a forward takes 2 KiB of memory, too.
+const MAX_FORWARDS: usize = 4096;
 /// Descriptors that forwards leave: one for each session, and those of shells, files, `status` and the link.
 const RESERVED_DESCRIPTORS: usize = MAX_THREADS + 64;
 
@@ -68,7 +70,7 @@ impl Device {
             transferred: Counters::default(),
             commands: Arc::default(),
             look_ups: Permits::new(MAX_LOOK_UPS),
-            forwards: Permits::new(descriptors.saturating_sub(RESERVED_DESCRIPTORS).max(1)),
+            forwards: Permits::new(descriptors.saturating_sub(RESERVED_DESCRIPTORS).clamp(1, MAX_FORWARDS)),
             memory: Permits::new(MEMORY),
             dying: Permits::new(MAX_SHELLS),
             threads: Permits::new(MAX_THREADS),

@@ -80,3 +80,20 @@ fn acks_that_a_client_does_not_read() {
     assert_memory(&rig);
     assert!(taken < 150_000);
 }
+
+/// As many as there may be descriptors: 48 MiB with 20,000 of them.
+#[test]
+fn forwards_of_many_sessions() {
+    let (rig, device) = Rig::connected();
+    let body = target_body("127.0.0.1", 9, "udp");
+    let long = "c".repeat(250);
+    for n in 0..50 {
+        let sid = unread(&device);
+        (0..512).for_each(|n| device.send(PORTS, "new", &sid, &props(&format!("{n}{long}")), &body));
+        assert!(device.answers(format!("session {n}").as_bytes(), secs(60)));
+    }
+    let most = proc::descriptors(rig.daemon.pid());
+    println!("{most} descriptors");
+    assert!(most < 5000, "{most} descriptors");
+    assert_memory(&rig);
+}
