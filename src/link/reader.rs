@@ -13,10 +13,12 @@ use super::socket::Cancel;
 use crate::outbox::{Outbox, Pool, Work};
 use crate::proto::Frame;
 
-/// In bytes. Messages up to this size share tungstenite's read buffer with others.
+/// In bytes: a pooled buffer, for the server's chunks.
 const SMALL: usize = 5 * 1024;
 /// In bytes. Smaller messages would waste a pooled buffer.
-const TINY: usize = 2 * 1024;
+const TINY: usize = 4 * 1024;
+/// In bytes. Smaller messages would waste tungstenite's read buffer, which has 16 KiB.
+const LARGE: usize = 32 * 1024;
 /// More than the chunks that the server sends without an ack.
 const MAX_BUFFERS: usize = 24;
 
@@ -34,12 +36,12 @@ pub(super) fn run(
     let mut receive = |bytes: Bytes| {
         // Copy: a slice would keep the whole read buffer, and tungstenite would allocate another.
         let bytes = match bytes.len() {
-            ..TINY => Bytes::copy_from_slice(&bytes),
             length @ TINY..=SMALL => {
                 let mut buffer = pool.take(SMALL);
                 buffer[..length].copy_from_slice(&bytes);
                 pool.freeze(buffer, 0..length)
             }
+            ..LARGE => Bytes::copy_from_slice(&bytes),
             _ => bytes,
         };
         match Frame::decode(&bytes) {

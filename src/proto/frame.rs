@@ -14,6 +14,8 @@ use super::MAX_ID;
 use super::map::Map;
 use super::msgpack::{Cursor, DecodeError, Value};
 
+/// Bytes that the allocator takes for a frame's parts.
+const OVERHEAD: usize = 128;
 /// In bytes, as in the reference agent. Answers and log lines repeat parts of it.
 const MAX_HEADER: usize = 8 * 1024;
 
@@ -103,7 +105,8 @@ impl Frame {
 
     /// Memory held, in bytes, roughly.
     pub fn held(&self) -> usize {
-        size_of::<Frame>() + self.typ.len() + self.props.len() + self.body.len()
+        let sid = self.sid.as_ref().map_or(0, |sid| sid.as_str().len());
+        size_of::<Frame>() + OVERHEAD + self.typ.len() + sid + self.props.len() + self.body.len()
     }
 
     /// Shares the memory of the message if the body is most of it. Ignores bytes after the document.
@@ -125,7 +128,7 @@ impl Frame {
             }
         }
         // A slice keeps the whole message, but `held` counts only the body.
-        let body = match body.len() < message.len() / 4 * 3 {
+        let body = match body.len() < message.len() / 16 * 15 {
             true => Bytes::copy_from_slice(body),
             false => message.slice_ref(body),
         };

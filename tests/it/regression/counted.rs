@@ -7,11 +7,12 @@ use rmpv::Value;
 
 use crate::harness::client::new_sid;
 use crate::harness::daemon::emulated;
-use crate::harness::device::Device;
-use crate::harness::forward::target_body;
-use crate::harness::msg::{CONTROL, Msg, PORTS};
+use crate::harness::device::{Device, Reading};
+use crate::harness::forward::{new_id, target_body};
+use crate::harness::msg::{CONTROL, Ints, Msg, PORTS, encode, map};
 use crate::harness::proc;
 use crate::harness::rig::Rig;
+use crate::harness::targets::Silent;
 use crate::harness::wait::{SOON, eventually, millis, secs};
 
 /// Bound for the agent's resident memory at its peak.
@@ -95,5 +96,55 @@ fn forwards_of_many_sessions() {
     let most = proc::descriptors(rig.daemon.pid());
     println!("{most} descriptors");
     assert!(most < 5000, "{most} descriptors");
+    assert_memory(&rig);
+}
+
+/// A message of 3 KiB kept a buffer of 5 KiB, one of 6 KiB the buffer of 16 KiB that it was read into, and of both only
+/// the body counted.
+#[test]
+fn messages_of_a_few_kibibytes() {
+    for size in [3000, 6000, 9000] {
+        let (rig, device) = Rig::connected();
+        let target = Silent::start();
+        for _ in 0..5 {
+            let sid = unread(&device);
+            for _ in 0..8 {
+                let id = new_id();
+                let to = target_body("127.0.0.1", target.address.port(), "tcp");
+                device.send(PORTS, "new", &sid, &props(&id), &to);
+                let header = [
+                    ("proto", PORTS.into()),
+                    ("typ", "forward".into()),
+                    ("sid", sid.as_str().into()),
+                    ("props", map(&props(&id))),
+                ];
+                let body = vec![7; size / 5 * 4 - 120];
+                let frames = 500_000 / body.len();
+                let [body, other] = [body, vec![0; size / 5]].map(Value::Binary);
+                let message = map(&[("hdr", map(&header)), ("body", body), ("zzz", other)]);
+                let message = encode(&message, Ints::Compact);
+                (0..frames).for_each(|_| device.send_binary(&message));
+            }
+        }
+        assert!(device.answers(b"all of it", secs(60)));
+        assert_memory(&rig);
+    }
+}
+
+/// The allocator's share of small frames didn't count: 51 MiB with 250 sessions. And an inbox that had once been full
+/// kept the queue's memory.
+#[test]
+fn inboxes_full_of_small_frames() {
+    let (rig, device) = Rig::connected();
+    let user = [("user_id", "u".into())];
+    let sids: Vec<String> = (0..250).map(|_| unread(&device)).collect();
+    for some in sids.chunks(25) {
+        device.set_reading(Reading::Paused);
+        for sid in some.iter().flat_map(|sid| std::iter::repeat_n(sid, 900)) {
+            device.send(CONTROL, "ping", sid, &user, b"");
+        }
+        device.set_reading(Reading::Full);
+        assert!(device.answers(some[0].as_bytes(), secs(60)));
+    }
     assert_memory(&rig);
 }
