@@ -9,6 +9,8 @@ use crate::sys::lock;
 use crate::sys::wake::Wake;
 
 const MAX_FRAMES: usize = 1024;
+/// Frames that an empty inbox keeps room for.
+const SMALL: usize = 32;
 /// The first frame is taken whatever its size.
 const MAX_BYTES: usize = 2 << 20;
 /// Bytes without a permit for the device's memory: a keystroke gets through when others have used that up.
@@ -120,6 +122,10 @@ impl Inbox {
     pub fn pop(&self) -> Option<Frame> {
         let mut state = lock(&self.state);
         let frame = state.frames.pop_front()?;
+        if state.frames.is_empty() {
+            // The queue's own memory isn't counted.
+            state.frames.shrink_to(SMALL);
+        }
         let bytes = state.bytes - frame.held();
         state.count(bytes);
         Some(frame)
@@ -178,6 +184,15 @@ mod tests {
         assert!(matches!(large.push(frame(1)), Err(Rejected::Full(..))));
         large.pop().unwrap();
         large.push(frame(MAX_BYTES - frame(0).held())).unwrap();
+    }
+
+    /// 100 KiB for each session whose inbox had once been full.
+    #[test]
+    fn an_empty_one_keeps_no_memory() {
+        let inbox = inbox();
+        while inbox.push(frame(0)).is_ok() {}
+        while inbox.pop().is_some() {}
+        assert!(lock(&inbox.state).frames.capacity() < 2 * SMALL);
     }
 
     #[test]

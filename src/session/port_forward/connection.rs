@@ -29,6 +29,8 @@ const QUEUE_HARD_LIMIT: usize = 1 << 20;
 const MAX_QUEUED: usize = 4096;
 /// In bytes, for all of a session's targets.
 const MAX_WAITING: usize = 4 << 20;
+/// Pieces that an empty queue keeps room for.
+const SMALL: usize = 32;
 /// Bytes of a read from a stream, as the link allows.
 const SMALLEST_READ: usize = 2 * 1024;
 const LARGEST_READ: usize = 64 * 1024;
@@ -239,6 +241,8 @@ impl Connection {
                 self.to_target.pop_front();
             }
         }
+        // The queue's own memory isn't counted.
+        self.to_target.shrink_to(SMALL);
         Ok(())
     }
 

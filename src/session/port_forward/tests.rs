@@ -141,6 +141,30 @@ fn a_udp_forward_comes_back_with_a_datagram() {
     assert_eq!(next_type(&mut scene.queue).as_deref(), Some("error"));
 }
 
+/// 128 KiB for each forward whose queue had once been full.
+#[test]
+fn an_empty_queue_keeps_no_memory() {
+    let mut scene = scene();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let body = target(listener.local_addr().unwrap().port());
+    let start = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(body), start);
+    // It opens in the next turn.
+    for _ in 0..1000 {
+        scene.handle(&about(forward::FORWARD).with_body("x"), start);
+        while next_type(&mut scene.queue).is_some() {}
+    }
+    let queue = |scene: &Scene| {
+        let queue = &scene.forwarder.connections.values().next().unwrap().to_target;
+        (queue.len(), queue.capacity())
+    };
+    assert_eq!(queue(&scene).0, 1000);
+    while queue(&scene).0 > 0 {
+        scene.turn(start);
+    }
+    assert!(queue(&scene).1 < 100, "room for {} pieces", queue(&scene).1);
+}
+
 /// All frames of a burst were counted until its end, though the target had taken them: 4 MiB of them ended the
 /// forward.
 #[test]
