@@ -24,6 +24,8 @@ const MAX_INTERACTIVE: usize = 256;
 const MAX_BULK: usize = 16;
 const MAX_SIGNALS: usize = 64;
 const MAX_BUFFERS: usize = 4;
+/// Bytes of a data message while the bulk channel is full: each session may wait for a place with one.
+const CROWDED: usize = 32 * 1024;
 /// Queued data messages of a session and class: one being written, one behind it.
 const MAX_DATA: usize = 2;
 /// Interactive messages in a row before a waiting bulk message has its turn.
@@ -260,6 +262,8 @@ impl Sink {
 
     /// Size of a data message in bytes, such that an echo doesn't wait long behind it.
     pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
+        let crowded = self.outbox.messages[Class::Bulk as usize].is_full();
+        let most = if crowded { most.min(CROWDED).max(least) } else { most };
         self.outbox.shared.piece.load(Ordering::Relaxed).clamp(least, most)
     }
 

@@ -56,6 +56,19 @@ fn messages_leave_in_order_and_signals_first() {
     assert!(queue.next(ALL, Instant::now()).is_none());
 }
 
+/// Each of 250 downloads waited for a place with a message as large as the link carries in 8 ms: 94 MiB.
+#[test]
+fn data_that_would_wait_for_a_place_is_small() {
+    let (_outbox, queue, sink) = sink();
+    queue.set_piece(1 << 20);
+    for _ in 0..MAX_BULK {
+        assert_eq!(sink.piece(2048, 384 << 10), 384 << 10);
+        sink.chunk("chunk");
+    }
+    assert_eq!(sink.piece(2048, 384 << 10), CROWDED);
+    assert_eq!(sink.piece(64 << 10, 384 << 10), 64 << 10);
+}
+
 #[test]
 fn places_come_back_with_each_message_that_leaves() {
     let (_outbox, mut queue, sink) = sink();
