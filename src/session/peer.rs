@@ -31,8 +31,7 @@ pub struct Peer {
     pub(crate) credit: Credit,
     pub(crate) look_ups: Arc<Permits>,
     table: Arc<Table>,
-    /// A commit holds it, too: it may outlive the session.
-    pub(crate) thread: Arc<Permit>,
+    _thread: Permit,
 }
 
 impl Peer {
@@ -55,7 +54,7 @@ impl Peer {
             credit: Credit::new(Instant::now()),
             look_ups: Permits::new(MAX_LOOK_UPS),
             table: Arc::default(),
-            thread: Arc::new(thread),
+            _thread: thread,
         })
     }
 

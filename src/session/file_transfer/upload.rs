@@ -19,6 +19,7 @@ use super::temporary::Temporary;
 use crate::proto::Frame;
 use crate::proto::file::{self, Request};
 use crate::session::peer::Peer;
+use crate::session::router::MAX_SESSIONS;
 use crate::sys::thread;
 
 /// Acks at a time. Later ones cover earlier ones, and the server has fewer chunks in flight.
@@ -87,12 +88,14 @@ impl Upload {
         Ok(())
     }
 
-    /// In a thread of its own: a device may write back its cache for half a minute, and the session has other requests
-    /// to answer.
+    /// In a thread of its own, unless there are many: a device may write back its cache for half a minute, and the
+    /// session has other requests to answer.
     pub(super) fn commit(&self, peer: &Peer) -> Result<Commit> {
         let (report, result) = crossbeam_channel::bounded(1);
-        let (temporary, wake, thread) =
-            (Arc::clone(&self.temporary), Arc::clone(&peer.wake), Arc::clone(&peer.thread));
+        let (temporary, wake) = (Arc::clone(&self.temporary), Arc::clone(&peer.wake));
+        let threads = &peer.device.threads;
+        let thread = (threads.taken() < MAX_SESSIONS).then(|| threads.acquire()).flatten();
+        let own = thread.is_some();
         let body = move || {
             let result = temporary.commit();
             drop(temporary);
@@ -101,7 +104,12 @@ impl Upload {
             // A commit that hangs counts among the device's threads after its session's end.
             drop(thread);
         };
-        thread::spawn("commit", thread::SMALL_STACK, body).map_err(|e| self.temporary.not_committed(e))?;
+        if own {
+            thread::spawn("commit", thread::SMALL_STACK, body)
+                .map_err(|e| self.temporary.not_committed(e))?;
+        } else {
+            body();
+        }
         Ok(Commit { result, temporary: Arc::clone(&self.temporary), give_up: None })
     }
 }

@@ -5,13 +5,15 @@ use std::net::TcpListener;
 
 use rmpv::Value;
 
+use crate::disk::{Frozen, slow_disk};
 use crate::harness::client::new_sid;
 use crate::harness::daemon::emulated;
 use crate::harness::device::{Device, Reading};
 use crate::harness::forward::{new_id, target_body};
-use crate::harness::msg::{CONTROL, Ints, Msg, PORTS, encode, map};
+use crate::harness::msg::{CONTROL, FILES, Ints, Msg, PORTS, encode, map};
 use crate::harness::proc;
-use crate::harness::rig::Rig;
+use crate::harness::rest::{Form, Rest};
+use crate::harness::rig::{Rig, Setup};
 use crate::harness::targets::Silent;
 use crate::harness::wait::{SOON, eventually, millis, secs};
 
@@ -147,4 +149,33 @@ fn inboxes_full_of_small_frames() {
         assert!(device.answers(some[0].as_bytes(), secs(60)));
     }
     assert_memory(&rig);
+}
+
+/// Each commit has a thread beside its session's, but only the latter counted: 405 threads while a disk hung.
+#[test]
+fn commits_that_hang() {
+    let Some(disk) = slow_disk() else { return };
+    let (rig, device) = Setup::new().wrapper(disk).connected();
+    let uploads: Vec<Rest> = (0..200)
+        .map(|n| {
+            let rest = Rest::open(&device);
+            rest.announce(&Form::to(format!("/mnt/{n}"))).expect("an upload");
+            rest.send(FILES, "file_chunk", Some(0), b"data");
+            rest.next();
+            rest
+        })
+        .collect();
+    let frozen = Frozen::new(rig.daemon.pid());
+    uploads.iter().for_each(|rest| rest.send(FILES, "file_chunk", Some(4), b""));
+    let commits = || {
+        let names = proc::thread_names(rig.daemon.pid());
+        names.iter().filter(|name| *name == "commit").count()
+    };
+    eventually(SOON, "commits to wait for the disk", || (commits() > 50).then_some(()));
+    assert!(device.answers(b"all of it", SOON));
+    let threads = proc::threads(rig.daemon.pid());
+    drop(frozen);
+    uploads.iter().for_each(|rest| assert_eq!(rest.next().typ, "ack"));
+    println!("{threads} threads");
+    assert!(threads < 300, "{threads} threads");
 }
