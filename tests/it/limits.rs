@@ -461,3 +461,44 @@ fn no_race_leads_out_of_the_chroot() {
     assert!(inside > 0 && refusals > 0, "both must have been met");
     assert_eq!(jail.state_outside(), before);
 }
+
+/// The file was looked at twice: as itself, and then through a link that had taken its name.
+#[test]
+fn no_race_makes_a_link_a_regular_file() {
+    let (rig, device) = limited(json!({ "RegularFilesOnly": true, "FollowSymLinks": true }));
+    let dir = rig.dir.path();
+    let [path, link] = ["file", "link"].map(|name| dir.join(name));
+    fs::write(&path, "fine").unwrap();
+    fs::write(dir.join("other"), "other").unwrap();
+    symlink("other", &link).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let swapper = {
+        let (stop, a, b) = (Arc::clone(&stop), path.clone(), link);
+        spawn("swapper", move || {
+            while !stop.load(Ordering::Relaxed) {
+                renameat2(AT_FDCWD, &a, AT_FDCWD, &b, RenameFlags::RENAME_EXCHANGE).unwrap();
+            }
+        })
+    };
+    let body = path_body(path.to_str().unwrap());
+    let rest = Rest::open(&device);
+    let (mut files, mut links) = (0, 0);
+    for round in 0..2_000 {
+        rest.ask("get_file", &body);
+        let mut bytes = Vec::new();
+        match rest.receive(|chunk| bytes.extend_from_slice(chunk)) {
+            Ok(_) => {
+                assert_eq!(bytes, b"fine", "round {round}");
+                files += 1;
+            }
+            Err(refusal) => {
+                assert_eq!(refusal.text, "access denied: only regular files are allowed");
+                links += 1;
+            }
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    swapper.join().unwrap();
+    println!("{files} files, {links} links");
+    assert!(files > 0 && links > 0, "both must have been met");
+}

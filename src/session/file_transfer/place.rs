@@ -172,12 +172,12 @@ pub(super) fn source(
 ) -> Result<(Content, FileStat)> {
     let what = format!("failed to open file for reading: open {}", shown(path));
     // For this limit a link is not a regular file, wherever it leads.
-    if limits.is_some_and(|l| l.regular_files_only)
-        && kind(&find(limits, path, OFlag::O_NOFOLLOW, &what)?.1) != SFlag::S_IFREG
-    {
+    let regular_only = limits.is_some_and(|l| l.regular_files_only);
+    let flags = if regular_only { OFlag::O_NOFOLLOW } else { OFlag::empty() };
+    let (found, mut stat) = find(limits, path, flags, &what)?;
+    if regular_only && kind(&stat) != SFlag::S_IFREG {
         return Err(Failure::denied("only regular files are allowed"));
     }
-    let (found, mut stat) = find(limits, path, OFlag::empty(), &what)?;
     let known = known.filter(|known| {
         known.path == path && (known.stat.st_dev, known.stat.st_ino) == (stat.st_dev, stat.st_ino)
     });
