@@ -64,14 +64,27 @@ fn is_in_hosts_file(host: &str) -> bool {
     })
 }
 
-/// getaddrinfo(3), with the error texts of std's `ToSocketAddrs`.
 fn resolve(host: &str, port: u16, query: Query) -> Answer {
+    // First without the search domains: where the name has no address of this family, glibc goes on to them, and a
+    // wildcard there is another host.
+    if query != Query::Hosts && host.contains('.') && host.ends_with(|last: char| last.is_ascii_alphabetic())
+    {
+        match get_addresses(&format!("{host}."), port, query) {
+            Err((libc::EAI_NONAME, _)) => {}
+            answer => return answer.map_err(|(_, e)| e),
+        }
+    }
+    get_addresses(host, port, query).map_err(|(_, e)| e)
+}
+
+/// getaddrinfo(3), with its code and the error texts of std's `ToSocketAddrs`.
+fn get_addresses(host: &str, port: u16, query: Query) -> Result<Vec<SocketAddr>, (i32, io::Error)> {
     let family = match query {
         Query::Hosts => libc::AF_UNSPEC,
         Query::A => libc::AF_INET,
         Query::Aaaa => libc::AF_INET6,
     };
-    let host = CString::new(host)?;
+    let host = CString::new(host).map_err(|e| (libc::EAI_FAIL, e.into()))?;
     // SAFETY: addrinfo consists of integers and pointers, for which zero is a valid value.
     let zero: libc::addrinfo = unsafe { mem::zeroed() };
     // With a type, or there is an entry per address and type.
@@ -80,12 +93,12 @@ fn resolve(host: &str, port: u16, query: Query) -> Answer {
     // SAFETY: the name ends with NUL, no service is named, and all three pointers are valid during the call.
     let code = unsafe { libc::getaddrinfo(host.as_ptr(), ptr::null(), &raw const hints, &raw mut list) };
     if code == libc::EAI_SYSTEM {
-        return Err(io::Error::last_os_error());
+        return Err((code, io::Error::last_os_error()));
     }
     if code != 0 {
         // SAFETY: for any code, gai_strerror returns a string that is never freed.
         let text = unsafe { CStr::from_ptr(libc::gai_strerror(code)) }.to_string_lossy();
-        return Err(io::Error::other(format!("failed to lookup address information: {text}")));
+        return Err((code, io::Error::other(format!("failed to lookup address information: {text}"))));
     }
     let mut addresses = Vec::new();
     let mut next = list.cast_const();

@@ -154,6 +154,37 @@ fn unusual_answers_are_understood() {
     client.close();
 }
 
+/// glibc takes a query for one family to the search domains where the name has no such address. A site's own domain
+/// often has a wildcard for its web server, whose IPv6 address won over the right server's only one.
+#[test]
+fn a_wildcard_in_a_search_domain_is_another_host() {
+    if hindered() {
+        return;
+    }
+    let (alone, wildcard) = (Single::Code(0), Answer::Each(Single::Address(V4), Single::Address(V6)));
+    let names = NameServer::start(&[
+        ("server.test", Answer::Each(Single::Address(V4), alone)),
+        ("server.test.site.test", wildcard.clone()),
+        ("short.name.site.test", wildcard),
+    ]);
+    let (server, stranger) = (0..10)
+        .find_map(|_| {
+            let server = Server::start(Generation::New);
+            let there = at(V6, server.address().port());
+            Some((server, Target::try_bind(&there, Role::Discard).ok()?))
+        })
+        .expect("a port that both addresses have");
+    let port = server.address().port();
+    let setup = || names.setup().env("RESOLVER", "timeout:30 attempts:1\nsearch site.test");
+    let _rig = setup().url(&format!("http://server.test:{port}")).start();
+    server.next_device(NO_TIME_OUT);
+    assert_eq!(stranger.accepted(), 0, "the token was sent to another host");
+    // What only a search domain has is found there.
+    drop(stranger);
+    let _rig = setup().url(&format!("http://short.name:{port}")).start();
+    server.next_device(NO_TIME_OUT);
+}
+
 /// `doctor` shows each answer and each attempt, with its time.
 #[test]
 fn doctor_tells_answers_and_attempts_apart() {
