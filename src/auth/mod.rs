@@ -52,6 +52,8 @@ pub(crate) struct Credentials {
 impl Credentials {
     /// `None` if either is empty: the device is not authorised.
     pub(crate) fn new(token: &str, server_url: &str) -> Option<Self> {
+        // Such as the line feed of a script's `echo`, which Go's HTTP client drops, too.
+        let (token, server_url) = (token.trim(), server_url.trim());
         let there = !token.is_empty() && !server_url.is_empty();
         there.then(|| Credentials { token: Token(token.to_owned()), server_url: server_url.to_owned() })
     }

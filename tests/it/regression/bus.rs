@@ -8,8 +8,10 @@ use dbus::channel::Channel;
 use nix::sys::signal::Signal;
 
 use crate::harness::daemon::emulated;
+use crate::harness::device::Generation;
 use crate::harness::proc;
-use crate::harness::rig::Rig;
+use crate::harness::rig::{Rig, Setup};
+use crate::harness::server::Server;
 use crate::harness::wait::{SOON, eventually, secs, spawn};
 
 const BUS: &str = "org.freedesktop.DBus";
@@ -97,4 +99,14 @@ fn a_flood_on_the_bus_hides_no_withdrawal() {
     assert_eq!(rig.daemon.wait_exit(SOON).code(), Some(0));
     over.store(true, Ordering::Relaxed);
     floods.into_iter().for_each(|flood| flood.join().unwrap());
+}
+
+/// A token with a line feed, as from a script in mender-auth's place, was refused for ever. Mender's agent drops such.
+#[test]
+fn a_token_may_have_a_line_feed() {
+    let server = Server::start(Generation::New);
+    let rig = Setup::new().token("a.b.c\n").url(&format!(" {}\n", server.url())).start();
+    assert_eq!(server.device().request().header("Authorization"), Some("Bearer a.b.c"));
+    rig.manager.change("\n", &server.url());
+    rig.daemon.wait_for_log("dbusEventLoop terminated", SOON);
 }
