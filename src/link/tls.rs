@@ -122,9 +122,13 @@ impl Verifier {
                 BadSignature if uses_small(certificate) || others.iter().any(uses_small) => {
                     "an RSA key below 2048 bits"
                 }
-                Other(e) if matches!(e.0.downcast_ref(), Some(webpki::Error::UnsupportedCertVersion)) => {
-                    "X.509 before version 3"
-                }
+                Other(e) => match e.0.downcast_ref() {
+                    Some(webpki::Error::UnsupportedCertVersion) => "X.509 before version 3",
+                    Some(webpki::Error::CaUsedAsEndEntity) => {
+                        "an authority's (CA:TRUE), which has to be trusted itself"
+                    }
+                    _ => return error,
+                },
                 _ => return error,
             };
             Other(OtherError(Arc::new(Unverifiable(what)))).into()
@@ -210,7 +214,9 @@ fn explained(error: &io::Error) -> LinkError {
             NotValidForName | NotValidForNameContext { .. } => (TlsFault::Name, None),
             Other(e) if e.0.is::<Unverifiable>() => (TlsFault::Kind, Some(e.to_string())),
             // Such as a self-signed certificate.
-            _ => (TlsFault::Issuer, None),
+            UnknownIssuer | BadSignature => (TlsFault::Issuer, None),
+            // Such as one that is not for servers.
+            _ => (TlsFault::Kind, None),
         },
         // The alert of a server that has no other certificate.
         Some(Error::AlertReceived(AlertDescription::HandshakeFailure)) => {

@@ -164,3 +164,24 @@ fn kinds_that_cannot_be_verified_are_named() {
         assert!(found.contains(words) && advice.contains("P-384"), "{name}: {found}: {advice}");
     }
 }
+
+/// doctor told to trust an issuer that was trusted, whatever else was wrong with a certificate. The one of a CA is what
+/// some of openssl's own examples make of a server's.
+#[test]
+fn a_trusted_issuer_is_not_said_to_be_unknown() {
+    let Some(forge) = Forge::new() else { return };
+    let server = Server::start(Generation::New);
+    forge.own("authority", P256, "");
+    for (name, extension, words) in [
+        ("ca", "basicConstraints=CA:TRUE", "an authority's (CA:TRUE), which has to be trusted itself"),
+        ("client", "extendedKeyUsage=clientAuth", "client authentication"),
+    ] {
+        std::fs::write(forge.path("more"), format!("subjectAltName=IP:127.0.0.1\n{extension}\n")).unwrap();
+        let (certificate, key) = forge.signed(name, P256, "authority", " -extfile more");
+        let front = TlsFront::start(&Identity::read(&certificate, &key), server.address());
+        let office = Office::at(&format!("https://127.0.0.1:{}", front.port()));
+        let (found, advice) =
+            office.env("SSL_CERT_FILE", text(&forge.path("authority.pem"))).ask().assert_break("tls");
+        assert!(found.contains(words) && advice.contains("serverAuth"), "{name}: {found}: {advice}");
+    }
+}
