@@ -25,7 +25,7 @@ static_tools() {
 
 # static_cargo COMMAND TARGET… -- OPTIONS…: for the release profile, the standard library included.
 static_cargo() {
-    local command=$1 targets=() flags name zig=$built/tools/zig
+    local command=$1 targets=() flags name without=() zig=$built/tools/zig
     shift
     static_tools
     while [ "$1" != -- ]; do
@@ -35,14 +35,21 @@ static_cargo() {
         armv7-*) flags+=" -Ctarget-feature=+thumb-mode" ;;
         esac
         name=${1^^}
-        local -x "CARGO_TARGET_${name//-/_}_RUSTFLAGS=$flags"
+        name=CARGO_TARGET_${name//-/_}
+        local -x "${name}_RUSTFLAGS=$flags"
+        without+=(-u "${name}_LINKER")
         targets+=(--target "$1")
         shift
     done
     shift
+    # The compilers and flags of other builds would get into these.
+    for name in RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CC CFLAGS AR "${!CC_@}" "${!CFLAGS_@}" "${!AR_@}" "${!TARGET_@}"; do
+        without+=(-u "$name")
+    done
     # Building the standard library takes unstable options.
-    local -x PYTHONPATH=$zig PATH=$zig/bin:$PATH RUSTC_BOOTSTRAP=1
-    env -u RUSTFLAGS -u CARGO_ENCODED_RUSTFLAGS cargo-zigbuild "$command" --release --locked "${targets[@]}" \
+    local -x PYTHONPATH=$zig PATH=$zig/bin:$PATH RUSTC_BOOTSTRAP=1 CARGO_INCREMENTAL=0
+    local -x CARGO_ZIGBUILD_CACHE_DIR=$built/tools/cache ZIG_GLOBAL_CACHE_DIR=$built/tools/cache/zig
+    env "${without[@]}" cargo-zigbuild "$command" --release --locked --target-dir "$built" "${targets[@]}" \
         -Zbuild-std=std,panic_abort -Zbuild-std-features=optimize_for_size \
         -Ztrim-paths --config 'profile.release.trim-paths="all"' "$@"
 }

@@ -242,10 +242,13 @@ impl Project {
         self.write("graph", &graph.to_string());
         let (graph, release) = (self.path("graph"), self.path(built).join(TARGET).join("release"));
         let (graph, release) = (graph.display(), release.display());
+        let environment = self.path("environment");
+        let environment = environment.display();
         self.program(
             &format!("{zig}/bin/cargo-zigbuild"),
             &format!(
-                "case \"$*\" in
+                "(env; echo \"ARGUMENTS=$*\") >'{environment}'
+                case \"$*\" in
                 *--unit-graph*) cat '{graph}' ;;
                 *) mkdir -p '{release}' && echo built >'{release}/mender-connect' ;;
                 esac"
@@ -253,7 +256,11 @@ impl Project {
         );
     }
 
-    fn release(&self, environment: Option<(&str, PathBuf)>, options: &[&str]) -> Output {
+    fn release<'a>(
+        &self,
+        environment: impl IntoIterator<Item = (&'a str, PathBuf)>,
+        options: &[&str],
+    ) -> Output {
         let mut command = Command::new(self.path("checkout/.ci/release"));
         command.arg(TARGET).arg("--").args(options);
         command.env_remove("CARGO_TARGET_DIR").env_remove("CARGO_BUILD_TARGET_DIR");
@@ -302,10 +309,46 @@ fn a_target_directory_that_only_cargo_build_knows_is_refused_before_the_build() 
     let project = Project::new();
     project.with_compiler("checkout/target");
     for options in [&["--target-dir", "elsewhere"][..], &["--target-dir=elsewhere"]] {
-        let output = project.release(None, options);
+        let output = project.release([], options);
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(said.contains("CARGO_TARGET_DIR"), "{said}");
         assert!(!project.path("checkout/target").join(TARGET).exists(), "built all the same");
     }
+}
+
+/// Others' compilers and flags would change the bytes, or take the flags of .cargo/config.toml away. Nothing is written to
+/// the user's home.
+#[test]
+fn the_environment_of_other_builds_is_none_of_a_release() {
+    if !available("python3") {
+        return;
+    }
+    let project = Project::new();
+    project.with_compiler("checkout/target");
+    let of_target = "x86_64_unknown_linux_musl";
+    let linker = format!("CARGO_TARGET_{}_LINKER", of_target.to_uppercase());
+    let [cc, cflags, ar] = ["CC", "CFLAGS", "AR"].map(|name| format!("{name}_{of_target}"));
+    let mut others =
+        vec!["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CC", "CFLAGS", "AR", "TARGET_CC", "TARGET_CFLAGS"];
+    others.extend([linker.as_str(), &cc, &cflags, &ar]);
+    let mut settings: Vec<_> = others.iter().map(|name| (*name, PathBuf::from("another"))).collect();
+    settings.push(("CARGO_INCREMENTAL", "1".into()));
+    let output = project.release(settings, &[]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let environment = read(project.path("environment"));
+    let value = |name: &str| environment.lines().find_map(|line| line.strip_prefix(&format!("{name}=")));
+    for name in others {
+        assert_eq!(value(name), None, "{name}");
+    }
+    assert_eq!(value("CARGO_INCREMENTAL"), Some("0"));
+    let cache = project.path("checkout/target/tools/cache");
+    for name in ["CARGO_ZIGBUILD_CACHE_DIR", "ZIG_GLOBAL_CACHE_DIR"] {
+        assert!(value(name).is_some_and(|folder| Path::new(folder).starts_with(&cache)), "{name}");
+    }
+    // Over what an option --config says.
+    let target = format!(" --target-dir {} ", project.path("checkout/target").display());
+    assert!(value("ARGUMENTS").is_some_and(|arguments| arguments.contains(&target)));
+    let flags = value(&linker.replace("LINKER", "RUSTFLAGS"));
+    assert!(flags.is_some_and(|flags| flags.contains("-Clink-self-contained=no")), "{flags:?}");
 }
