@@ -34,8 +34,8 @@ static_cargo() {
         case $1 in
         armv7-*) flags+=" -Ctarget-feature=+thumb-mode" ;;
         esac
-        name=${1^^}
-        name=CARGO_TARGET_${name//-/_}
+        # Not by ${1^^}: a Turkish locale makes another letter of the i.
+        name=CARGO_TARGET_$(tr a-z- A-Z_ <<<"$1")
         local -x "${name}_RUSTFLAGS=$flags"
         without+=(-u "${name}_LINKER")
         targets+=(--target "$1")

@@ -352,3 +352,24 @@ fn the_environment_of_other_builds_is_none_of_a_release() {
     let flags = value(&linker.replace("LINKER", "RUSTFLAGS"));
     assert!(flags.is_some_and(|flags| flags.contains("-Clink-self-contained=no")), "{flags:?}");
 }
+
+/// Turkish has no capital I for i.
+#[test]
+fn a_release_is_built_in_any_language() {
+    let sources = Path::new("/usr/share/i18n/locales/tr_TR");
+    if !available("python3") || !available("localedef") {
+        return;
+    }
+    if !sources.exists() {
+        return skip("the Debian package locales is missing");
+    }
+    let project = Project::new();
+    project.with_compiler("checkout/target");
+    let locales = project.path("locales");
+    fs::create_dir(&locales).unwrap();
+    let mut localedef = Command::new("localedef");
+    localedef.args(["-i", "tr_TR", "-f", "UTF-8"]).arg(locales.join("tr_TR.UTF-8"));
+    assert!(localedef.output().unwrap().status.success());
+    let output = project.release([("LOCPATH", locales), ("LC_ALL", "tr_TR.UTF-8".into())], &[]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
