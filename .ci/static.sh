@@ -14,7 +14,9 @@ static_tools() {
     if [ "$(cat "$zig/versions" 2>/dev/null)" != "${zig_tools[*]}" ]; then
         may_install "${zig_tools[*]}"
         rm -rf "$zig"
-        python3 -m pip --disable-pip-version-check install --quiet --target "$zig" "${zig_tools[@]}"
+        # Neither of what people set for installing elsewhere goes with --target.
+        PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 python3 -m pip --disable-pip-version-check install --quiet \
+            --target "$zig" "${zig_tools[@]}"
         echo "${zig_tools[*]}" >"$zig/versions"
     fi
     if [ ! -d "$(rustc --print sysroot)/lib/rustlib/src" ]; then

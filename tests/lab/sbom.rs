@@ -373,3 +373,23 @@ fn a_release_is_built_in_any_language() {
     let output = project.release([("LOCPATH", locales), ("LC_ALL", "tr_TR.UTF-8".into())], &[]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// Many have pip ask for a virtual environment, which a folder of its own isn't.
+#[test]
+fn the_compiler_is_fetched_whatever_pip_is_told() {
+    if !available("python3") {
+        return;
+    }
+    let project = Project::new();
+    let asked = project.path("asked");
+    let script =
+        "case \"$*\" in *'-m pip'*) env >'ASKED'; exit 9 ;; esac\nPATH=${PATH#*:} exec python3 \"$@\"";
+    project.program("bin/python3", &script.replace("ASKED", asked.to_str().unwrap()));
+    let names = ["PIP_USER", "PIP_REQUIRE_VIRTUALENV"];
+    let output = project.release(names.map(|name| (name, PathBuf::from("1"))), &[]);
+    assert_eq!(output.status.code(), Some(9), "{}", String::from_utf8_lossy(&output.stderr));
+    let environment = read(asked);
+    for name in names {
+        assert!(environment.lines().any(|line| line == format!("{name}=0")), "{name}");
+    }
+}
