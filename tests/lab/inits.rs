@@ -224,6 +224,21 @@ fn the_init_script_needs_no_logger() {
     gone(&machine);
 }
 
+/// Each start would leave another agent behind that nobody could stop.
+#[test]
+fn the_init_script_starts_nothing_without_its_pid_file() {
+    for world in [World::Debian, World::BusyBox] {
+        let Some(machine) = scripted(world) else { return };
+        machine.sh("mount -t tmpfs -o ro tmpfs /run");
+        expect(&machine, "start", 1, PIDFILE);
+        assert!(machine.pids_of("mender-connect").is_empty(), "it is started");
+        machine.sh("umount /run");
+        expect(&machine, "start", 0, "started");
+        machine.device();
+        pid(&machine);
+    }
+}
+
 #[test]
 fn the_init_script_restarts_the_agent_whose_terminal_it_runs_in() {
     for world in [World::Debian, World::BusyBox] {
