@@ -538,6 +538,19 @@ fn the_package_takes_the_place_of_one_with_its_unit_below_usr() {
     );
 }
 
+/// Somebody went back to Mender's package: what is left of ours goes without harm.
+#[test]
+fn a_purge_leaves_upstreams_service_on() {
+    let Some(machine) = machine() else { return };
+    install_upstream(&machine, UNIT_FILE);
+    machine.sh("dpkg -i /run/test/new.deb && dpkg -r mender-connect-rs && dpkg -i /run/mender-connect.deb");
+    assert!(machine.exists(ENABLED));
+    machine.sh("dpkg -P mender-connect-rs");
+    assert_eq!(machine.sh("mender-connect"), "upstream\n");
+    assert_eq!(machine.read(CONFFILE), CONFIG);
+    assert!(machine.exists(ENABLED), "it is still enabled");
+}
+
 #[test]
 fn upstreams_service_that_was_turned_off_stays_off() {
     let Some(machine) = machine() else { return };
