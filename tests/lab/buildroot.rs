@@ -181,6 +181,34 @@ fn installs_what_the_init_system_needs() {
     assert_eq!(permissions, "/etc/mender/mender-connect.conf f 600 0 0 - - - - -");
 }
 
+/// An empty option leaves the other one where it is.
+#[test]
+fn each_option_is_one_key_of_the_configuration() {
+    if !available("make") {
+        return;
+    }
+    for (shell, user) in [("", "pi"), ("/bin/sh", ""), ("/opt/a shell", "a user")] {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let build = dir.path().join("build");
+        let programs = build.join("target/armv7-unknown-linux-musleabihf/release");
+        fs::create_dir_all(&programs).expect("a folder");
+        fs::write(programs.join("mender-connect"), "ELF").expect("write");
+        let settings = [
+            format!("BR2_PACKAGE_MENDER_CONNECT_RS_SHELL=\"{shell}\""),
+            format!("BR2_PACKAGE_MENDER_CONNECT_RS_USER=\"{user}\""),
+            format!("BUILD_DIR={}", build.display()),
+            format!("TARGET_DIR={}", dir.path().join("target").display()),
+        ];
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+        let stamp = build.join("stamp");
+        make(&root().join("yocto/files/buildroot"), &settings, stamp.to_str().expect("UTF-8"))
+            .expect("an installation");
+        let conf = read(dir.path().join("target/etc/mender/mender-connect.conf"));
+        let conf: serde_json::Value = serde_json::from_str(&conf).expect("JSON");
+        assert_eq!(conf, serde_json::json!({ "ShellCommand": shell, "User": user }));
+    }
+}
+
 /// Every option that the package reads is one that it offers, and the other way round.
 #[test]
 fn options_are_declared_and_used() {

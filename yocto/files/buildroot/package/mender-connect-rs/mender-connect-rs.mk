@@ -67,8 +67,8 @@ define MENDER_CONNECT_RS_INSTALL_TARGET_CMDS
 		$(TARGET_DIR)/usr/bin/mender-connect
 	$(INSTALL) -d -m 0755 $(TARGET_DIR)/etc/mender
 	printf '{\n    "ShellCommand": "%s",\n    "User": "%s"\n}\n' \
-		$(call qstrip,$(BR2_PACKAGE_MENDER_CONNECT_RS_SHELL)) \
-		$(call qstrip,$(BR2_PACKAGE_MENDER_CONNECT_RS_USER)) \
+		'$(call qstrip,$(BR2_PACKAGE_MENDER_CONNECT_RS_SHELL))' \
+		'$(call qstrip,$(BR2_PACKAGE_MENDER_CONNECT_RS_USER))' \
 		> $(TARGET_DIR)/etc/mender/mender-connect.conf
 endef
 
