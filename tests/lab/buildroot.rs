@@ -76,12 +76,35 @@ fn without_git_the_package_says_so_once_it_is_selected() {
         return;
     }
     let dir = tempfile::tempdir().expect("a temporary directory");
-    fs::create_dir_all(dir.path().join("yocto/files")).expect("a folder");
-    let external = dir.path().join("yocto/files/buildroot");
+    let copy = dir.path().join("product/copy");
+    fs::create_dir_all(copy.join("yocto/files")).expect("a folder");
+    let external = copy.join("yocto/files/buildroot");
     symlink(root().join("yocto/files/buildroot"), &external).expect("a link");
     make(&external, &[], "show-PACKAGES").expect("not selected");
-    let said = make(&external, &["BR2_PACKAGE_MENDER_CONNECT_RS=y"], "show-PACKAGES").expect_err("no git");
-    assert!(said.contains("is no git checkout"), "{said}");
+    let refused = || {
+        let said =
+            make(&external, &["BR2_PACKAGE_MENDER_CONNECT_RS=y"], "show-PACKAGES").expect_err("no git");
+        assert!(said.contains("is no git checkout"), "{said}");
+    };
+    refused();
+
+    // A copy in another project's checkout: that one's commit isn't a commit of the source.
+    if available("git") {
+        let git = |words: &[&str]| {
+            let mut git = Command::new("git");
+            git.args(["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgSign=false"]).args(words);
+            let done = git.current_dir(dir.path().join("product")).output().expect("run git");
+            assert!(done.status.success(), "{words:?}: {}", String::from_utf8_lossy(&done.stderr));
+        };
+        git(&["init", "--quiet"]);
+        git(&["commit", "--quiet", "--allow-empty", "--message=product"]);
+        refused();
+        git(&["worktree", "add", "--quiet", "../tree"]);
+        let (tree, copied) = (dir.path().join("tree"), dir.path().join("product/copy/yocto"));
+        fs::rename(copied, tree.join("yocto")).expect("move");
+        let external = tree.join("yocto/files/buildroot");
+        make(&external, &["BR2_PACKAGE_MENDER_CONNECT_RS=y"], "show-PACKAGES").expect("a work tree");
+    }
 }
 
 #[test]
