@@ -23,7 +23,7 @@ use crate::sys::wake::Wake;
 pub(crate) const MAX_THREADS: usize = 272;
 /// Look-ups at a time, of up to two threads each. An abandoned one counts until it ends, since the resolver can't be
 /// interrupted: a silent name server must not fill the memory with threads.
-const MAX_LOOK_UPS: usize = 16;
+const MAX_LOOK_UPS: usize = 10;
 /// Bytes that wait in inboxes, for shells and for targets, beyond a small share of each session.
 const MEMORY: usize = 16 << 20;
 /// The hard limit of descriptors may be a million, but a forward takes 2 KiB of memory, too.
