@@ -263,6 +263,11 @@ fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
             if !token.is_empty() && !token.starts_with('/') {
                 unusable(Key::TokenFile, format!("Auth.TokenFile ({token}) is not an absolute path"));
             }
+            // At the start or reload that brings it, instead of at each attempt to connect.
+            if !server_url.is_empty() && !server_url.contains("://") {
+                let why = "Auth.ServerURL has no scheme: https://NAME is its usual form";
+                unusable(Key::AuthServerUrl, why.to_owned());
+            }
         }
         other => {
             let why = format!("Auth.Source {other:?} is not known, only \"dbus\" and \"file\" are");

@@ -71,6 +71,10 @@ fn a_broken_file_is_reported_and_the_old_one_stays() {
         (r#"{ "ShellCommand": "/bin/sh", "User": "nobody-like-this" }"#, "unknown user nobody-like-this"),
         (r#"{ "ShellCommand": "sh", "User": "root" }"#, "is not an absolute path"),
         (r#"{ "User": "root", "Auth": { "Source": "file" } }"#, "Auth.TokenFile is needed"),
+        (
+            r#"{ "User": "root", "Auth": { "Source": "file", "TokenFile": "/t", "ServerURL": "127.0.0.1" } }"#,
+            "Auth.ServerURL has no scheme",
+        ),
         (r#"{ "User": "root", "PortForward": { "Allow": ["x"] } }"#, "x"),
     ] {
         let mark = rig.daemon.mark();
