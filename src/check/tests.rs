@@ -250,7 +250,7 @@ fn every_key_without_effect_is_told() {
         &["Auth.TokenFile", "Auth.ServerURL"],
         "Auth.Source is \"dbus\"",
     );
-    idle(r#""Auth": {"Source": "file", "TokenFile": "/x", "ServerURL": "y"}"#, &[], "");
+    idle(r#""Auth": {"Source": "file", "TokenFile": "/x", "ServerURL": "https://y"}"#, &[], "");
 }
 
 #[test]
