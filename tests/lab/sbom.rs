@@ -263,7 +263,9 @@ impl Project {
     ) -> Output {
         let mut command = Command::new(self.path("checkout/.ci/release"));
         command.arg(TARGET).arg("--").args(options);
-        command.env_remove("CARGO_TARGET_DIR").env_remove("CARGO_BUILD_TARGET_DIR");
+        for name in ["CARGO_TARGET_DIR", "CARGO_BUILD_TARGET_DIR", "SETUP"] {
+            command.env_remove(name);
+        }
         // Neither the user's configuration of cargo nor a download.
         command.env("CARGO_HOME", self.path("cargo")).env("PIP_NO_INDEX", "1");
         let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap());
