@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use std::{mem, ptr};
 
 use crossbeam_channel::Receiver;
@@ -13,6 +14,9 @@ use nix::libc;
 use nix::sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike};
 
 use super::thread;
+
+/// A name server that takes longer to say no is silent, and isn't asked again.
+const ANSWERED: Duration = Duration::from_secs(1);
 
 pub(crate) type Answer = io::Result<Vec<SocketAddr>>;
 
@@ -69,8 +73,9 @@ fn resolve(host: &str, port: u16, query: Query) -> Answer {
     // wildcard there is another host.
     if query != Query::Hosts && host.contains('.') && host.ends_with(|last: char| last.is_ascii_alphabetic())
     {
+        let begun = Instant::now();
         match get_addresses(&format!("{host}."), port, query) {
-            Err((libc::EAI_NONAME, _)) => {}
+            Err((code, _)) if code != libc::EAI_NODATA && begun.elapsed() < ANSWERED => {}
             answer => return answer.map_err(|(_, e)| e),
         }
     }
