@@ -399,6 +399,24 @@ fn there_is_no_way_out_of_the_chroot() {
     }
 }
 
+/// Exchanges two names again and again, until the function that it returns is called, which tells how often.
+fn swapping(a: PathBuf, b: PathBuf) -> impl FnOnce() -> u32 {
+    let stop = Arc::new(AtomicBool::new(false));
+    let over = Arc::clone(&stop);
+    let swapper = spawn("swapper", move || {
+        let mut rounds = 0;
+        while !over.load(Ordering::Relaxed) {
+            renameat2(AT_FDCWD, &a, AT_FDCWD, &b, RenameFlags::RENAME_EXCHANGE).unwrap();
+            rounds += 1;
+        }
+        rounds
+    });
+    move || {
+        stop.store(true, Ordering::Relaxed);
+        swapper.join().unwrap()
+    }
+}
+
 /// A directory and a link to outside change places all the time while transfers go through the name.
 #[test]
 fn no_race_leads_out_of_the_chroot() {
@@ -410,18 +428,7 @@ fn no_race_leads_out_of_the_chroot() {
     symlink("../outside", root.join("swapped")).unwrap();
     let (_rig, device) = limited(json!({ "Chroot": root, "FollowSymLinks": true, "AllowOverwrite": true }));
     let before = jail.state_outside();
-    let stop = Arc::new(AtomicBool::new(false));
-    let swapper = {
-        let (stop, a, b) = (Arc::clone(&stop), root.join("swap"), root.join("swapped"));
-        spawn("swapper", move || {
-            let mut rounds = 0_u32;
-            while !stop.load(Ordering::Relaxed) {
-                renameat2(AT_FDCWD, &a, AT_FDCWD, &b, RenameFlags::RENAME_EXCHANGE).unwrap();
-                rounds += 1;
-            }
-            rounds
-        })
-    };
+    let swaps = swapping(root.join("swap"), root.join("swapped"));
     let path = root.join("swap/secret");
     let body = path_body(path.to_str().unwrap());
     let rest = Rest::open(&device);
@@ -455,8 +462,7 @@ fn no_race_leads_out_of_the_chroot() {
             }
         }
     }
-    stop.store(true, Ordering::Relaxed);
-    let swaps = swapper.join().unwrap();
+    let swaps = swaps();
     println!("{ROUNDS} rounds, {inside} inside, {refusals} refused, {swaps} swaps");
     assert!(inside > 0 && refusals > 0, "both must have been met");
     assert_eq!(jail.state_outside(), before);
@@ -471,15 +477,7 @@ fn no_race_makes_a_link_a_regular_file() {
     fs::write(&path, "fine").unwrap();
     fs::write(dir.join("other"), "other").unwrap();
     symlink("other", &link).unwrap();
-    let stop = Arc::new(AtomicBool::new(false));
-    let swapper = {
-        let (stop, a, b) = (Arc::clone(&stop), path.clone(), link);
-        spawn("swapper", move || {
-            while !stop.load(Ordering::Relaxed) {
-                renameat2(AT_FDCWD, &a, AT_FDCWD, &b, RenameFlags::RENAME_EXCHANGE).unwrap();
-            }
-        })
-    };
+    let swaps = swapping(path.clone(), link);
     let body = path_body(path.to_str().unwrap());
     let rest = Rest::open(&device);
     let (mut files, mut links) = (0, 0);
@@ -497,8 +495,6 @@ fn no_race_makes_a_link_a_regular_file() {
             }
         }
     }
-    stop.store(true, Ordering::Relaxed);
-    swapper.join().unwrap();
-    println!("{files} files, {links} links");
+    println!("{files} files, {links} links, {} swaps", swaps());
     assert!(files > 0 && links > 0, "both must have been met");
 }

@@ -181,7 +181,7 @@ fn a_wildcard_in_a_search_domain_is_another_host() {
     let _rig = setup().url(&format!("http://server.test:{port}")).start();
     server.next_device(NO_TIME_OUT);
     assert_eq!(stranger.accepted(), 0, "the token was sent to another host");
-    // What only a search domain has is found there, also where a server fails to answer for the rest of the world.
+    // The agent finds there what only a search domain has, also where a name server fails for the name itself.
     drop(stranger);
     for name in ["short.name", "site.name"] {
         let _rig = setup().url(&format!("http://{name}:{port}")).start();

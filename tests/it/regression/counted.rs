@@ -1,4 +1,4 @@
-//! What the agent held without counting it.
+//! The agent held memory and threads that it didn't count.
 
 use std::io::Read;
 use std::net::TcpListener;
