@@ -69,10 +69,10 @@ fn is_in_hosts_file(host: &str) -> bool {
 }
 
 fn resolve(host: &str, port: u16, query: Query) -> Answer {
-    // First without the search domains: where the name has no address of this family, glibc goes on to them, and a
-    // wildcard there is another host.
-    if query != Query::Hosts && host.contains('.') && host.ends_with(|last: char| last.is_ascii_alphabetic())
-    {
+    // First without the search domains: where the name has no address of this family, glibc, unlike musl, goes on to
+    // them, and a wildcard there is another host.
+    let goes_on = cfg!(not(target_env = "musl")) && query != Query::Hosts;
+    if goes_on && host.contains('.') && host.ends_with(|last: char| last.is_ascii_alphabetic()) {
         let begun = Instant::now();
         match get_addresses(&format!("{host}."), port, query) {
             Err((code, _)) if code != libc::EAI_NODATA && begun.elapsed() < ANSWERED => {}
