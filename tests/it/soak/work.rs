@@ -306,7 +306,8 @@ pub fn command(device: &Device, chance: &mut Chance) -> usize {
         msg
     } else {
         device.send(COMMANDS, typ, "", &[], b"");
-        device.take(SOON, "an answer without sid", |m| m.sid.is_none())
+        // A hostile peer's commands may have lost their session, too, and be answered without.
+        device.take(SOON, "an answer without sid", |m| m.sid.is_none() && m.typ == typ)
     };
     let good = match (msg.status(), msg.text().as_str()) {
         (Some(1), "") | (Some(2), "exit status 5" | "signal: killed") => true,
