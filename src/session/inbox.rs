@@ -26,6 +26,8 @@ pub struct Inbox {
 struct State {
     frames: VecDeque<Frame>,
     bytes: usize,
+    /// Bytes of the frame that was taken last: its session has it until it asks for the next.
+    handled: usize,
     memory: Permit,
     hung_up: Option<HangUp>,
     closed: bool,
@@ -59,7 +61,7 @@ pub(crate) enum Rejected {
 impl State {
     /// False if the device has no memory for them.
     fn count(&mut self, bytes: usize) -> bool {
-        let room = self.memory.resize(bytes.saturating_sub(RESERVED));
+        let room = self.memory.resize((bytes + self.handled).saturating_sub(RESERVED));
         if room {
             self.bytes = bytes;
         }
@@ -83,6 +85,7 @@ impl Inbox {
         let state = State {
             frames: VecDeque::new(),
             bytes: 0,
+            handled: 0,
             memory: memory.none(),
             hung_up: None,
             closed: false,
@@ -121,14 +124,15 @@ impl Inbox {
 
     pub fn pop(&self) -> Option<Frame> {
         let mut state = lock(&self.state);
-        let frame = state.frames.pop_front()?;
+        let frame = state.frames.pop_front();
+        state.handled = frame.as_ref().map_or(0, Frame::held);
         if state.frames.is_empty() {
             // The queue's own memory isn't counted.
             state.frames.shrink_to(SMALL);
         }
-        let bytes = state.bytes - frame.held();
+        let bytes = state.bytes - state.handled;
         state.count(bytes);
-        Some(frame)
+        frame
     }
 
     /// Ends the session. Takes nothing more: what began later would outlive the link.
@@ -208,6 +212,10 @@ mod tests {
         other.push(frame(2 * RESERVED)).unwrap();
         other.pop().unwrap();
         other.pop().unwrap();
+        // It counts while it is handled.
+        other.hang_up(HangUp::NoRoom);
+        assert_eq!(memory.taken(), frame(2 * RESERVED).held() - RESERVED);
+        assert!(other.pop().is_none());
         assert_eq!((memory.taken(), lock(&other.state).bytes), (0, 0));
     }
 

@@ -211,6 +211,8 @@ struct Session {
     peer: Peer,
     /// What it has to read: number, size, and whether it is a window's size.
     pending: VecDeque<(i64, usize, bool)>,
+    /// Size of the message that it has read last.
+    handled: usize,
     /// Something has come since it has last looked.
     unheard: bool,
     hung_up: bool,
@@ -385,17 +387,22 @@ impl Link {
         }
     }
 
+    /// The device's memory that its sessions take.
+    fn memory(&self) -> usize {
+        self.sessions.values().chain(&self.replaced).map(|session| session.memory(0)).sum()
+    }
+
     /// A session of this name has the latest message, or none and there is an answer. False if there is no session.
     fn expect_delivery(&mut self, id: &SessionId, message: &Message) -> bool {
-        let others: usize =
-            self.sessions.iter().filter(|(other, _)| *other != id).map(|(_, s)| s.memory(0)).sum();
+        let all = self.memory();
         // One that was hung up keeps its name until it leaves.
         let there = |session: &&mut Session| session.hung_up || !session.closed;
         let Some(session) = self.sessions.get_mut(id).filter(there) else { return false };
+        let others = all - session.memory(0);
         let is_size = matches!(message.kind, Kind::ShellResize);
         let latest = (self.sent, self.size, is_size);
         if let Some((_, old, true)) = session.pending.back().copied().filter(|_| is_size) {
-            let bytes = session.bytes() - old + self.size;
+            let bytes = session.bytes() + session.handled - old + self.size;
             if others + bytes.saturating_sub(RESERVED) <= MEMORY {
                 session.pending.pop_back();
                 session.pending.push_back(latest);
@@ -426,8 +433,7 @@ impl Link {
         let threads = self.older + self.sessions.len() + self.replaced.len();
         let room = threads < if shell { MAX_THREADS } else { MAX_SESSIONS };
         let room = room || !shell && threads < MAX_SESSIONS + MAKING_ROOM && self.expect_room();
-        let others: usize = self.sessions.values().map(|session| session.memory(0)).sum();
-        let room = room && others + self.size.saturating_sub(RESERVED) <= MEMORY;
+        let room = room && self.memory() + self.size.saturating_sub(RESERVED) <= MEMORY;
         let begun = if room { self.begun.borrow_mut().as_mut().ok().map(Option::take) } else { None };
         if room {
             // One that has ended and not left yet loses its name.
@@ -437,7 +443,8 @@ impl Link {
         let peer = peer.expect("a session");
         assert_eq!(peer.id, *id);
         let pending = VecDeque::from([(self.sent, self.size, matches!(message.kind, Kind::ShellResize))]);
-        let session = Session { peer, pending, unheard: false, hung_up: false, closed: false, user: None };
+        let (unheard, hung_up, closed) = Default::default();
+        let session = Session { peer, pending, handled: 0, unheard, hung_up, closed, user: None };
         self.sessions.insert(id.clone(), session);
     }
 
@@ -496,7 +503,7 @@ impl Session {
 
     /// The device's memory that the session takes with so many bytes more.
     fn memory(&self, more: usize) -> usize {
-        (self.bytes() + more).saturating_sub(RESERVED)
+        (self.bytes() + self.handled + more).saturating_sub(RESERVED)
     }
 
     fn read(&mut self, most: usize) {
@@ -507,6 +514,7 @@ impl Session {
             let read = self.peer.inbox.pop().map(|frame| (frame.props.int(NUMBER), frame.held()));
             let expected = self.pending.pop_front().map(|(number, size, _)| (Some(number), size));
             assert_eq!(read, expected);
+            self.handled = read.map_or(0, |(_, size)| size);
             if read.is_none() {
                 return;
             }

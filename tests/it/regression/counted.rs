@@ -12,7 +12,7 @@ use crate::harness::device::{Device, Reading};
 use crate::harness::forward::{new_id, target_body};
 use crate::harness::msg::{CONTROL, FILES, Ints, Msg, PORTS, encode, map};
 use crate::harness::proc;
-use crate::harness::rest::{Form, Rest};
+use crate::harness::rest::{Form, Rest, path_body};
 use crate::harness::rig::{Rig, Setup};
 use crate::harness::targets::Silent;
 use crate::harness::wait::{SOON, eventually, millis, secs};
@@ -178,4 +178,34 @@ fn commits_that_hang() {
     uploads.iter().for_each(|rest| assert_eq!(rest.next().typ, "ack"));
     println!("{threads} threads");
     assert!(threads < 300, "{threads} threads");
+}
+
+/// A message counted until its session took it from the inbox, not while it was handled: 150 sessions that waited for a
+/// place for an answer had a mebibyte each.
+#[test]
+fn messages_that_are_being_handled() {
+    let (rig, device) = Rig::connected();
+    let user = [("user_id", "u".into())];
+    let sids: Vec<String> = (0..150).map(|_| unread(&device)).collect();
+    sids.iter().for_each(|sid| device.send(CONTROL, "ping", sid, &user, b""));
+    assert!(device.answers(b"all sessions", secs(60)));
+    let mut dir = rig.dir.path().to_owned();
+    while dir.as_os_str().len() < 3700 {
+        dir.push("d".repeat(250));
+    }
+    std::fs::create_dir_all(&dir).expect("a deep directory");
+    let body = path_body(dir.to_str().expect("UTF-8"));
+    device.set_reading(Reading::Paused);
+    // More answers than there is room for on the way to the server.
+    for sid in (0..20).map(|_| unread(&device)).flat_map(|sid| std::iter::repeat_n(sid, 75)) {
+        device.send(FILES, "stat", &sid, &user, &body);
+    }
+    let body = vec![7; 1 << 20];
+    sids.iter().for_each(|sid| device.send(CONTROL, "unknown", sid, &user, &body));
+    // Until they have been taken: what is measured is the peak.
+    let taken = || rig.daemon.count_log("inbox full") > 0 || proc::rss_kib(rig.daemon.pid()) > MAX_RSS_KIB;
+    eventually(SOON, "all messages to be read", || taken().then_some(()));
+    device.set_reading(Reading::Full);
+    assert!(device.answers(b"all of it", secs(60)));
+    assert_memory(&rig);
 }
