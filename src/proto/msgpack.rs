@@ -7,10 +7,12 @@ use thiserror::Error;
 
 /// Bodies are flat; deeper nesting is an attempt to exhaust the stack.
 const MAX_DEPTH: usize = 16;
+/// In bytes: a list of small numbers takes eight times its length. Longer bodies are cut off.
+const MAX_BODY: usize = 4 << 10;
 
 /// Accepts integers of any width, texts as str or bin, unknown keys.
 pub fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, rmp_serde::decode::Error> {
-    let mut deserializer = rmp_serde::Deserializer::from_read_ref(body);
+    let mut deserializer = rmp_serde::Deserializer::from_read_ref(body.get(..MAX_BODY).unwrap_or(body));
     deserializer.set_max_depth(MAX_DEPTH);
     T::deserialize(&mut deserializer)
 }

@@ -209,3 +209,19 @@ fn messages_that_are_being_handled() {
     assert!(device.answers(b"all of it", secs(60)));
     assert_memory(&rig);
 }
+
+/// A list of a million numbers took eight bytes for each: 115 MiB with 30 sessions at once.
+#[test]
+fn lists_of_a_million_numbers() {
+    let (rig, device) = Rig::connected();
+    let user = [("user_id", "u".into())];
+    let versions = vec![Value::from(2); 1_000_000];
+    let body = encode(&map(&[("versions", Value::Array(versions))]), Ints::Compact);
+    let sids: Vec<String> = (0..30).map(|_| unread(&device)).collect();
+    sids.iter().for_each(|sid| device.send(CONTROL, "ping", sid, &user, b""));
+    assert!(device.answers(b"all sessions", secs(60)));
+    sids.iter().for_each(|sid| device.send(CONTROL, "open", sid, &user, &body));
+    assert!(device.answers(b"all of it", secs(60)));
+    eventually(secs(60), "their ends", || (rig.daemon.count_log("event=session-end") == 30).then_some(()));
+    assert_memory(&rig);
+}
