@@ -25,7 +25,7 @@ const MAX_CONNECTIONS: usize = 512;
 /// Answers and owed acks. Only a client that never reads gets there.
 const MAX_ANSWERS: usize = 1024;
 const MAX_OWING: usize = 8192;
-/// Bytes that each of them counts for, and how many need no permit for the device's memory.
+/// Bytes that each of them counts for, a forward asleep twice, and how many need no permit for the device's memory.
 const ANSWER: usize = 512;
 const RESERVED_ANSWERS: usize = 16;
 /// Time without progress after which a target whose client has gone is given up.
@@ -50,7 +50,7 @@ pub(crate) struct PortForward {
     owing: VecDeque<ConnectionId>,
     /// Answers that wait for credit. Data would overtake them, so none is sent meanwhile.
     answers: VecDeque<Frame>,
-    /// For these and for what is owed.
+    /// For these, for what is owed, and for the forwards asleep.
     memory: Option<Permit>,
     /// First to be read in the next round, so that no forward is always first.
     turn: usize,
@@ -106,7 +106,8 @@ impl PortForward {
 
     /// False if the device has none left.
     fn count_memory(&mut self, peer: &Peer) -> bool {
-        let counted = (self.answers.len() + self.owing.len()).saturating_sub(RESERVED_ANSWERS);
+        let all = self.answers.len() + self.owing.len() + 2 * self.asleep.len();
+        let counted = all.saturating_sub(RESERVED_ANSWERS);
         self.memory.get_or_insert_with(|| peer.device.memory.none()).resize(counted * ANSWER)
     }
 
@@ -175,6 +176,9 @@ impl PortForward {
                 self.asleep.remove(0);
             }
             self.asleep.push((id, shown.target.clone(), user.clone()));
+            if !self.count_memory(peer) {
+                self.asleep.remove(0);
+            }
         }
     }
 
@@ -293,6 +297,7 @@ impl PortForward {
     pub(crate) fn close(&mut self, now: Instant) {
         self.answers.clear();
         self.asleep.clear();
+        self.memory = None;
         for id in self.ids(|_| true) {
             self.let_go(&id, (CLOSED, "session".to_owned()), now);
         }

@@ -4,6 +4,7 @@ use crate::outbox::{Outbox, Queue, Sendable, Work};
 use crate::proto::{Map, PORT_FORWARD, SessionId};
 use crate::session::{Device, Router};
 use std::net::TcpListener;
+use std::sync::Arc;
 
 struct Scene {
     forwarder: PortForward,
@@ -139,6 +140,33 @@ fn a_udp_forward_comes_back_with_a_datagram() {
     assert_eq!(next_type(&mut scene.queue).as_deref(), Some("stop"));
     scene.handle(&about(forward::FORWARD).with_body("x"), now);
     assert_eq!(next_type(&mut scene.queue).as_deref(), Some("error"));
+}
+
+/// They took 115 MiB, uncounted, in all sessions of a device.
+#[test]
+fn udp_forwards_asleep_count() {
+    let mut scene = scene();
+    let start = Instant::now();
+    let memory = Arc::clone(&scene.peer.device.memory);
+    let mut most = memory.none();
+    assert!(most.resize(16 << 20));
+    for left in [1 << 20, 4096] {
+        assert!(most.resize((16 << 20) - left));
+        for n in 0..100 {
+            let id = Map::new().with_str("connection_id", n.to_string().as_str());
+            scene.handle(&about(forward::NEW).with_props(id).with_body(target_of(9, "udp")), start);
+            while !scene.forwarder.all().all(Connection::is_open) {
+                scene.turn(start);
+            }
+            while next_type(&mut scene.queue).is_some() {}
+        }
+        scene.proceed(start + IDLE_LIMIT);
+        let asleep = scene.forwarder.asleep.len();
+        assert!(asleep == 100 || left == 4096 && (1..50).contains(&asleep), "{asleep}");
+        assert!(memory.taken() - most.count() >= asleep * 900 - 8192);
+        scene.forwarder.close(start);
+        assert_eq!(memory.taken(), most.count());
+    }
 }
 
 /// 128 KiB for each forward whose queue had once been full.
