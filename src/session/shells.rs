@@ -13,7 +13,7 @@ use crate::sys::wake::Wake;
 
 /// Attached and detached ones.
 pub(crate) const MAX_SHELLS: usize = 16;
-/// Sessions that wait for answers of their user's other clients. Further ones are refused at once.
+/// Sessions of a user that wait for answers of the user's other clients. Further ones are refused at once.
 const MAX_WAITING: usize = 4;
 
 /// Upstream's texts.
@@ -152,7 +152,7 @@ impl Shells {
         let used = state.count(|place| place.is_used() && place.user == *user);
         let room = used < usize::try_from(most).unwrap_or(usize::MAX);
         let full = state.running() >= MAX_SHELLS;
-        let waiting = state.count(Place::is_waiting);
+        let waiting = state.count(|place| place.is_waiting() && place.user == *user);
         match state.last(user, |_| true) {
             Some((place, _)) if room => return Ok(Admission::Return(place.want(false))),
             None if full => return Err(DEVICE_FULL),
@@ -345,7 +345,9 @@ mod tests {
         let _running = start(&shells, "a", 1);
         let _waiting: Vec<_> = (0..MAX_WAITING).map(|_| wait(&shells, "a", 1)).collect();
         assert_eq!(acquire(&shells, "a", 1).unwrap_err(), USER_FULL);
-        start(&shells, "b", 1);
+        // They are in nobody else's way.
+        let _other = start(&shells, "b", 1);
+        wait(&shells, "b", 1);
     }
 
     #[test]
