@@ -37,6 +37,8 @@ pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
 pub(crate) struct Entry {
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) info: Arc<Info>,
+    /// The user's.
+    pub(crate) look_ups: Arc<Permits>,
 }
 
 #[derive(Debug)]

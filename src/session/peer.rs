@@ -15,6 +15,7 @@ use crate::proto::{Frame, SessionId, UserId, control};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
+/// Concurrent ones of a user.
 const MAX_LOOK_UPS: usize = 4;
 
 /// Dropping it frees the session's id.
@@ -77,8 +78,14 @@ impl Peer {
 
     pub(crate) fn enter(&mut self, table: &Arc<Table>) {
         self.table = Arc::clone(table);
-        let entry = Entry { inbox: Arc::clone(&self.inbox), info: Arc::clone(&self.info) };
-        lock(&self.table).insert(self.id.clone(), entry);
+        let mut sessions = lock(&self.table);
+        if let Some(other) = sessions.values().find(|other| other.info.user == self.info.user) {
+            self.look_ups = Arc::clone(&other.look_ups);
+        }
+        let (inbox, info, look_ups) = (&self.inbox, &self.info, &self.look_ups);
+        let entry =
+            Entry { inbox: Arc::clone(inbox), info: Arc::clone(info), look_ups: Arc::clone(look_ups) };
+        sessions.insert(self.id.clone(), entry);
     }
 
     pub(crate) fn leave(&self) {

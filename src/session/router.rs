@@ -188,7 +188,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 
 impl<S> Drop for Router<S> {
     fn drop(&mut self) {
-        for (id, Entry { inbox, info }) in lock(&self.table).drain() {
+        for (id, Entry { inbox, info, .. }) in lock(&self.table).drain() {
             // Here rather than in the session's thread: a quicker client has to find its shell.
             self.device.detach(&id, &info, &inbox.wake);
             inbox.hang_up(HangUp::LinkLost);

@@ -31,15 +31,13 @@ pub(super) struct Opening {
     deadline: Instant,
     /// `None` until there is a permit for the look-up.
     race: Option<Race>,
-    /// The session's.
-    look_up: Option<Permit>,
     /// The reason if all fails, and its weight: the last one of the greatest weight counts.
     last: Option<(u8, End)>,
 }
 
 impl Opening {
     pub(super) fn new(now: Instant) -> Self {
-        Opening { deadline: now + OPEN_LIMIT, race: None, look_up: None, last: None }
+        Opening { deadline: now + OPEN_LIMIT, race: None, last: None }
     }
 
     pub(super) fn sockets(&self) -> impl Iterator<Item = &OwnedFd> {
@@ -60,7 +58,7 @@ impl Opening {
         now: Instant,
     ) -> Result<Option<(OwnedFd, SocketAddr)>, End> {
         if self.race.is_none() {
-            self.race = self.begin(peer, target, now)?;
+            self.race = Opening::begin(peer, target, now)?;
         }
         let (host, last) = (&target.host, &mut self.last);
         let Some(race) = &mut self.race else {
@@ -88,9 +86,6 @@ impl Opening {
                 }
                 Event::Failed(address, e) => note(3, failed(target, &not_connected(address, &e))),
             });
-        if !race.looks_up() {
-            self.look_up = None;
-        }
         if winner.is_none() && !race.is_over() {
             if now < self.deadline {
                 return Ok(None);
@@ -106,7 +101,7 @@ impl Opening {
     }
 
     /// `None` if there is no permit for a look-up yet.
-    fn begin(&mut self, peer: &Peer, target: &Target, now: Instant) -> Result<Option<Race>, End> {
+    fn begin(peer: &Peer, target: &Target, now: Instant) -> Result<Option<Race>, End> {
         let Target { host, port, transport } = target;
         let kind = match transport {
             Transport::Tcp => SockType::Stream,
@@ -119,8 +114,8 @@ impl Opening {
         let Some(ours) = peer.look_ups.acquire_or_wake(&peer.wake) else { return Ok(None) };
         let Some(permit) = peer.device.look_ups.acquire_or_wake(&peer.wake) else { return Ok(None) };
         let wake = Arc::clone(&peer.wake);
-        let race = Race::look_up(kind, (host, *port), permit, move || wake.notify(), now);
-        self.look_up = Some(ours);
+        // Until it ends, whether or not the client waits for it.
+        let race = Race::look_up(kind, (host, *port), (ours, permit), move || wake.notify(), now);
         race.map(Some).map_err(|e| failed(target, &format!(": lookup {host}: {}", reason(&e))))
     }
 }

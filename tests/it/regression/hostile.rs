@@ -1,16 +1,20 @@
 //! Clients and users who mean harm.
 
+use std::net::Ipv4Addr;
+use std::time::Instant;
+
 use rmpv::Value;
 
-use crate::forwards::session;
+use crate::forwards::{assert_echo, session};
 use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::daemon::emulated;
-use crate::harness::forward::target_body;
+use crate::harness::dns::{Answer, NameServer, obstacle};
+use crate::harness::forward::{Client, target_body};
 use crate::harness::msg::{COMMANDS, CONTROL, FILES, Ints, Msg, PORTS, SHELL, encode, map};
 use crate::harness::proc;
 use crate::harness::rig::Rig;
 use crate::harness::targets::{Role, Target, stream};
-use crate::harness::wait::{SOON, secs};
+use crate::harness::wait::{SOON, secs, skip};
 
 /// The largest body that may be asked of memory.
 const MOST_KIB: u64 = 40 << 10;
@@ -135,4 +139,39 @@ fn what_is_too_long_is_neither_taken_nor_repeated() {
     let answer = device.next_of(&sid, SOON);
     let text = answer.field("err").unwrap().as_str().unwrap().to_owned();
     assert!(text.ends_with(": file name too long") && answer.raw.len() < 1024, "{text}");
+}
+
+/// Four look-ups of a session at a time: with three sessions, one user had all of the device's ten, and nobody else
+/// reached a target by name while a name server was silent.
+#[test]
+fn names_of_one_user_leave_look_ups_to_others() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    let known =
+        [("here.test", Answer::Addresses(vec![Ipv4Addr::LOCALHOST])), ("silent.test", Answer::Silence)];
+    let (names, target) = (NameServer::start(&known), Target::start(Role::Echo));
+    let (rig, device) = names.setup().connected();
+    let before = proc::threads(rig.daemon.pid());
+    let sids: Vec<String> = (0..20).map(|_| new_sid()).collect();
+    for sid in &sids {
+        device.discard(sid);
+        // Those that their client gives up count, too.
+        for n in 0..20 {
+            let props = [("user_id", "u".into()), ("connection_id", Value::from(n.to_string()))];
+            device.send(PORTS, "new", sid, &props, &target_body("silent.test", 80, "tcp"));
+            if n % 2 == 0 {
+                device.send(PORTS, "stop", sid, &props, b"");
+            }
+        }
+    }
+    assert!(device.answers(b"all of it", SOON));
+    names.wait_asked("silent.test", 4);
+    let client = Client::open(&device);
+    let begun = Instant::now();
+    assert_echo(&client.connect("tcp", "here.test", target.port()), b"by name");
+    assert!(begun.elapsed() < secs(2), "{:?}", begun.elapsed());
+    let more = proc::threads(rig.daemon.pid()).saturating_sub(before + sids.len() + 1);
+    assert!(more <= 8, "{more} threads for names");
+    client.close();
 }
