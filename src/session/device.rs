@@ -28,8 +28,9 @@ const MAX_LOOK_UPS: usize = 10;
 const MEMORY: usize = 16 << 20;
 /// The hard limit of descriptors may be a million, but a forward takes 2 KiB of memory, too.
 const MAX_FORWARDS: usize = 4096;
-/// Descriptors that forwards leave: one for each session, and those of shells, files, `status` and the link.
-const RESERVED_DESCRIPTORS: usize = MAX_THREADS + 64;
+/// Descriptors that forwards leave, if that isn't more than two fifths: four for each session, one of them for its wake
+/// and three for its files, and those of shells, `status` and the link.
+const RESERVED_DESCRIPTORS: usize = 4 * MAX_THREADS + 64;
 
 pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
 
@@ -65,6 +66,7 @@ impl Device {
     pub fn new(config: Config) -> Arc<Self> {
         let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
         let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
+        let reserved = RESERVED_DESCRIPTORS.min(descriptors / 5 * 2);
         Arc::new(Device {
             config: Mutex::new(Arc::new(config)),
             shells: Arc::default(),
@@ -72,7 +74,7 @@ impl Device {
             transferred: Counters::default(),
             commands: Arc::default(),
             look_ups: Permits::new(MAX_LOOK_UPS),
-            forwards: Permits::new(descriptors.saturating_sub(RESERVED_DESCRIPTORS).clamp(1, MAX_FORWARDS)),
+            forwards: Permits::new((descriptors - reserved).clamp(1, MAX_FORWARDS)),
             memory: Permits::new(MEMORY),
             dying: Permits::new(MAX_SHELLS),
             threads: Permits::new(MAX_THREADS),
