@@ -56,7 +56,7 @@ fn starts_idling(frame: &Frame) -> bool {
 }
 
 pub(crate) fn start(peer: Peer, terminal: Terminal) -> io::Result<()> {
-    let name = format!("s-{}", peer.id.as_str());
+    let name = format!("s-{}", peer.id);
     let run = move || {
         let (files, forwards, ping_at, close_at, hung_up, waiting) = Default::default();
         let end = Some("done");

@@ -17,6 +17,5 @@ pub(crate) fn spawn<T: Send + 'static>(
     stack: usize,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    // The name may be a client's, and std panics on NUL.
-    Builder::new().name(name.replace('\0', "")).stack_size(stack).spawn(body)
+    Builder::new().name(name.to_owned()).stack_size(stack).spawn(body)
 }

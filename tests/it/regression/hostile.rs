@@ -175,3 +175,17 @@ fn names_of_one_user_leave_look_ups_to_others() {
     assert!(more <= 8, "{more} threads for names");
     client.close();
 }
+
+/// Threads had the names of their sessions as they came, and the kernel's log shows the name of one that hangs.
+#[test]
+fn no_thread_has_a_control_character_in_its_name() {
+    let (rig, device) = Rig::connected();
+    let sid = "\n<0>\u{1b}[2J\u{9b}\0";
+    device.send(CONTROL, "ping", sid, &[("user_id", "u".into())], b"");
+    device.next_of(sid, SOON);
+    let directory = format!("/proc/{}/task", rig.daemon.pid());
+    for task in std::fs::read_dir(directory).expect("the threads") {
+        let name = std::fs::read_to_string(task.expect("a thread").path().join("comm")).expect("a name");
+        assert!(!name.trim_end_matches('\n').contains(char::is_control) && name.len() > 1, "{name:?}");
+    }
+}
