@@ -7,8 +7,9 @@ use thiserror::Error;
 
 /// Bodies are flat; deeper nesting is an attempt to exhaust the stack.
 const MAX_DEPTH: usize = 16;
-/// In bytes: a list of small numbers takes eight times its length. Longer bodies are cut off.
-const MAX_BODY: usize = 4 << 10;
+/// In bytes, for two paths and their names. Longer bodies are cut off: a list of small numbers takes eight times its
+/// length.
+const MAX_BODY: usize = 10 << 10;
 
 /// Accepts integers of any width, texts as str or bin, unknown keys.
 pub fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, rmp_serde::decode::Error> {
