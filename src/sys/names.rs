@@ -38,33 +38,34 @@ pub(crate) fn look_up(
     wake: impl Fn() + Clone + Send + 'static,
 ) -> io::Result<Receiver<(Query, Answer)>> {
     let (sender, answers) = crossbeam_channel::bounded(2);
-    let (name, permit) = (host.to_owned(), Arc::new(permit));
-    let ask = move |query| {
+    let permit = Arc::new(permit);
+    let ask = move |host: &str, query| {
         // Fails if the caller has given up.
-        let _ = sender.send((query, resolve(&name, port, query)));
+        let _ = sender.send((query, resolve(host, port, query)));
         drop(sender);
         wake();
         drop(permit);
     };
     let host = host.to_owned();
     thread::spawn("resolver", thread::LARGE_STACK, move || {
-        if is_in_hosts_file(&host) {
+        if let Some(name) = in_hosts_file(&host) {
             // An entry for one family overrides DNS for both; two queries would find the other family in DNS.
-            return ask(Query::Hosts);
+            return ask(&name, Query::Hosts);
         }
-        let other = ask.clone();
+        let (other, name) = (ask.clone(), host.clone());
         // Without a second thread there is only IPv4's answer.
-        let _ = thread::spawn("resolver", thread::LARGE_STACK, move || other(Query::Aaaa));
-        ask(Query::A);
+        let _ = thread::spawn("resolver", thread::LARGE_STACK, move || other(&name, Query::Aaaa));
+        ask(&host, Query::A);
     })?;
     Ok(answers)
 }
 
-fn is_in_hosts_file(host: &str) -> bool {
-    let Ok(hosts) = File::open("/etc/hosts") else { return false };
-    BufReader::new(hosts).split(b'\n').map_while(Result::ok).any(|line| {
-        let names = line.split(|byte| *byte == b'#').next().unwrap_or_default();
-        names.split(u8::is_ascii_whitespace).skip(1).any(|name| name.eq_ignore_ascii_case(host.as_bytes()))
+/// The name as the file spells it: musl finds it in no other case, and neither library with a dot at its end.
+fn in_hosts_file(host: &str) -> Option<String> {
+    let host = host.strip_suffix('.').unwrap_or(host).as_bytes();
+    BufReader::new(File::open("/etc/hosts").ok()?).split(b'\n').map_while(Result::ok).find_map(|line| {
+        let mut names = line.split(|byte| *byte == b'#').next()?.split(u8::is_ascii_whitespace).skip(1);
+        String::from_utf8(names.find(|name| name.eq_ignore_ascii_case(host))?.to_vec()).ok()
     })
 }
 
