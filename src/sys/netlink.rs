@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -53,9 +53,12 @@ impl Netlink {
                 Ok(length) => changes.add(&buffer[..length], &mut self.running),
                 Err(Errno::ENOBUFS) => changes.new = true,
                 Err(Errno::EINTR) => {}
-                Err(_) => return changes,
+                Err(_) => break,
             }
         }
+        // Where another interface, such as a bridge, has taken an address over, its connections go on.
+        changes.gone.retain(|address| UdpSocket::bind((*address, 0)).is_err());
+        changes
     }
 }
 

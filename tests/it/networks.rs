@@ -103,6 +103,22 @@ fn a_link_whose_address_is_gone_is_lost_at_once() {
     });
 }
 
+/// A bridge that takes over an interface's address keeps its connections. The agent ended its own, with all transfers and
+/// forwards, and said that the address was gone.
+#[test]
+fn a_link_whose_address_another_interface_takes_over_goes_on() {
+    with_network(|network| {
+        let (rig, _server, device) = connected(network, Setup::new());
+        network.near(
+            "ip addr add 192.0.2.2/32 dev lo && ip addr del 192.0.2.2/24 dev near && \
+             ip route add 192.0.2.1 dev near src 192.0.2.2 && ip route replace default via 192.0.2.1",
+        );
+        throughout(secs(2), "the link", || !device.is_over());
+        assert!(device.answers(b"still there", SOON));
+        assert_eq!(rig.daemon.count_log(" is gone"), 0);
+    });
+}
+
 /// A link that the network's change has cut without a word is asked, and one that goes on stays.
 #[test]
 fn a_change_of_the_network_has_the_link_asked() {
