@@ -259,7 +259,7 @@ impl Manager {
             }
             Ok(Err(e)) => self.unanswered(Refusal::Failed(format!("unexpected types: {e}")), now),
             Err(e) => {
-                self.unanswered(refusal(&e), now);
+                self.unanswered(refusal(&e, self.owner.is_some()), now);
                 if self.owner.is_none() {
                     // Don't ask again: NameOwnerChanged will announce the manager.
                     self.timer = None;
@@ -337,13 +337,14 @@ fn describe(error: &dbus::Error) -> String {
     message.or(error.name()).unwrap_or("unknown error").to_owned()
 }
 
-fn refusal(error: &dbus::Error) -> Refusal {
+/// Without an owner the bus answers: it can't start the manager.
+fn refusal(error: &dbus::Error, has_owner: bool) -> Refusal {
     let why = describe(error);
     match error.name().and_then(|name| name.strip_prefix("org.freedesktop.DBus.Error.")) {
         Some("AccessDenied") => Refusal::Denied(why),
-        Some("ServiceUnknown" | "NameHasNoOwner") => Refusal::Absent(why),
         Some("NoReply" | "Timeout" | "TimedOut") => Refusal::Silent(why),
-        _ => Refusal::Failed(why),
+        _ if has_owner => Refusal::Failed(why),
+        _ => Refusal::Absent(why),
     }
 }
 

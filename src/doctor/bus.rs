@@ -20,10 +20,11 @@ pub(crate) fn credentials(report: &mut Report) -> Result<Credentials, Break> {
         report.bad("bus", &reason(&e), advice)
     })?;
     match (&manager.owner, &answer) {
-        (_, Err(Refusal::Absent(_))) => {
+        (_, Err(Refusal::Absent(why))) => {
             let advice =
                 "Is mender-auth running? systemctl status mender-authd (mender-client before Mender 4)";
-            return Err(report.bad("owner", "nobody is io.mender.AuthenticationManager on the bus", advice));
+            let found = format!("nobody is io.mender.AuthenticationManager on the bus: {why}");
+            return Err(report.bad("owner", &found, advice));
         }
         (Some(owner), _) => report.good("owner", &format!("mender-auth is {owner}")),
         (None, _) => report.good("owner", "nobody yet, the bus starts mender-auth"),

@@ -251,13 +251,20 @@ fn managers_that_cannot_be_asked() {
 #[test]
 fn a_manager_that_the_bus_starts_is_waited_for() {
     let mut office = Office::open();
-    let service = format!("[D-BUS Service]\nName={NAME}\nExec=/bin/false\nUser=root\n");
-    office.file(&format!("{NAME}.service"), &service);
     let dir = text(office.dir.path()).to_owned();
-    office.rebuild_bus(&format!("<servicedir>{dir}</servicedir>"));
+    let service = |office: &mut Office, command| {
+        let service = format!("[D-BUS Service]\nName={NAME}\nExec={command}\nUser=root\n");
+        office.file(&format!("{NAME}.service"), &service);
+        office.rebuild_bus(&format!("<servicedir>{dir}</servicedir>"));
+    };
+    service(&mut office, "/bin/sleep 8");
     let findings = office.ask();
     assert!(findings.found("owner").contains("the bus starts"), "{findings:?}");
     findings.assert_break("token");
+    // What the bus said was told as mender-auth's answer, and that the bus starts it as a good step.
+    service(&mut office, "/bin/false");
+    let (found, advice) = office.ask().assert_break("owner");
+    assert!(found.contains("exited with status 1") && advice.contains("mender-authd"), "{found}: {advice}");
 }
 
 #[test]
