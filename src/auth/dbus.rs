@@ -124,7 +124,9 @@ impl Source for Manager {
     }
 
     fn fetch(&mut self, now: Instant) {
-        if self.last_fetch.is_some_and(|at| now < at + FETCH_INTERVAL) {
+        if let Some(next) = self.last_fetch.map(|at| at + FETCH_INTERVAL).filter(|next| now < *next) {
+            // The answer tells whether a token is still missing.
+            self.timer.get_or_insert((next, Timer::AskAgain));
             return;
         }
         self.last_fetch = Some(now);
@@ -351,6 +353,18 @@ fn refusal(error: &dbus::Error, has_owner: bool) -> Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A manager that restarts twice in a minute has lost the token that it fetched in between.
+    #[test]
+    fn a_fetch_too_soon_is_put_off() {
+        let now = Instant::now();
+        let mut manager = Manager::new(Arc::new(Wake::new().unwrap()), false);
+        manager.bus = Bus::Down(now + LAST_RETRY * 10);
+        manager.fetch(now);
+        assert_eq!(manager.timer.map(|(at, _)| at), None);
+        manager.fetch(now + LAST_RETRY);
+        assert_eq!(manager.timer.map(|(at, _)| at), Some(now + FETCH_INTERVAL));
+    }
 
     #[test]
     fn only_the_last_of_piled_up_tokens_counts() {

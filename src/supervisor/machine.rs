@@ -191,13 +191,14 @@ impl Machine {
             }
             (Asking, Event::Auth(Answered(Ok(None)))) => {
                 let lost = self.credentials.take().map(|_| LogNoReconnect("there is no token".to_owned()));
-                (Unauthorized, lost.into_iter().collect())
+                (Unauthorized, lost.into_iter().chain([Fetch]).collect())
             }
             // Keep a working link at first: a manager that has just started knows no token until it fetches one.
             (_, Event::Auth(Answered(Ok(None)))) => {
                 let doubted = *self.doubted.get_or_insert(now);
                 if self.credentials.is_some() && now.saturating_duration_since(doubted) >= FETCH_LIMIT {
-                    return self.decide(Event::Auth(Changed(None)), now);
+                    let (state, actions) = self.decide(Event::Auth(Changed(None)), now);
+                    return (state, [&actions[..], &[Fetch]].concat());
                 }
                 (state, vec![Fetch])
             }

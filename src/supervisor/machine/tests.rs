@@ -64,7 +64,7 @@ fn the_table() {
         (Connected, answered("b"), Dialling, vec![Dial]),
         // No token.
         (Unauthorized, nothing(), Unauthorized, vec![Fetch]),
-        (Asking, nothing(), Unauthorized, vec![no_token()]),
+        (Asking, nothing(), Unauthorized, vec![no_token(), Fetch]),
         (Connected, nothing(), Connected, vec![Fetch]),
         (Waiting, nothing(), Waiting, vec![Fetch]),
         (Unauthorized, revoked(), Unauthorized, revoke()),
@@ -223,6 +223,6 @@ fn a_withdrawal_that_nobody_heard_of_is_noticed() {
     }
     assert_eq!(ask(&mut machine, nothing()), [Fetch]);
     assert_eq!(machine.state, State::Connected);
-    assert_eq!(ask(&mut machine, nothing()), [LogUnauthorized, Close]);
+    assert_eq!(ask(&mut machine, nothing()), [LogUnauthorized, Close, Fetch]);
     assert_eq!((machine.state, machine.credentials), (State::Unauthorized, None));
 }

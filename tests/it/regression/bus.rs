@@ -110,3 +110,15 @@ fn a_token_may_have_a_line_feed() {
     rig.manager.change("\n", &server.url());
     rig.daemon.wait_for_log("dbusEventLoop terminated", SOON);
 }
+
+/// A manager that has restarted knows no token until somebody has it fetch one. Where its restart fell together with the
+/// question before an attempt, the agent asked for none, and waited until another program did.
+#[test]
+fn a_token_that_is_gone_when_the_link_is_lost_is_fetched() {
+    let (rig, device) = Setup::new().set("ReconnectIntervalSeconds", 1).connected();
+    rig.manager.set("", "");
+    rig.manager.on_fetch("renewed", &rig.server.url());
+    device.reset();
+    assert_eq!(rig.device().request().header("Authorization"), Some("Bearer renewed"));
+    rig.daemon.wait_for_log("error reconnecting: there is no token", SOON);
+}
