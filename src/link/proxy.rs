@@ -304,7 +304,7 @@ mod tests {
         );
         assert_eq!(error("HTTP/1.1 200"), "proxy: proxy:1: closed the connection");
         assert_eq!(error("220 ftp ready\r\n\r\n"), "proxy: proxy:1: the answer is no HTTP");
-        let long = format!("HTTP/1.1 200 {}", "x".repeat(20_000));
+        let long = format!("HTTP/1.1 200 {}", "x".repeat(http::MAX_HEAD));
         assert_eq!(error(&long), "proxy: proxy:1: the answer is too long");
         for url in ["https://proxy", "socks4://proxy", "http://pro xy", "http://u:secret@"] {
             let error = Proxy::parse(url).err().unwrap().to_string();

@@ -27,6 +27,10 @@ fn an_upgrade_may_be_worded_in_many_ways() {
         format!("{plain}\r\n").replace('\r', ""),
         format!("HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n{plain}\r\n"),
         format!("{plain}Sec-WebSocket-Protocol: binary\r\n\r\n"),
+        // More than 16 KiB were too long an answer.
+        format!("{plain}Content-Security-Policy: {}\r\n\r\n", "x".repeat(60 << 10)),
+        // golang/go#34540
+        format!("{plain}X-Powered-By : balancer\r\n\r\n"),
     ];
     let server = Server::start(Generation::New);
     for head in heads {
