@@ -58,11 +58,13 @@ impl Answer {
             all(name).flat_map(|list| list.split(',')).any(|value| value.trim().eq_ignore_ascii_case(wanted))
         };
         let is_websocket = lists("Upgrade", "websocket") && lists("Connection", "Upgrade");
+        let date = header("Date").and_then(since_1970);
+        let wait = |value| retry_after(value, date.unwrap_or_else(clock::now));
         Some(Answer {
             status,
-            date: header("Date").and_then(since_1970),
+            date,
             redirects_to_https: header("Location").is_some_and(|place| place.starts_with("https:")),
-            retry_after: header("Retry-After").filter(|_| matches!(status, 429 | 503)).and_then(retry_after),
+            retry_after: header("Retry-After").filter(|_| matches!(status, 429 | 503)).and_then(wait),
             accept: header("Sec-WebSocket-Accept").filter(|_| is_websocket).map(str::to_owned),
             has_subprotocol: header("Sec-WebSocket-Protocol").is_some(),
         })
@@ -95,10 +97,11 @@ fn since_1970(date: &str) -> Option<Duration> {
     httpdate::parse_http_date(date).ok()?.duration_since(UNIX_EPOCH).ok()
 }
 
-fn retry_after(value: &str) -> Option<Duration> {
+/// `now` by the server's clock, if it tells: this device's may be wrong.
+fn retry_after(value: &str, now: Duration) -> Option<Duration> {
     let wait = match value.trim().parse() {
         Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => since_1970(value.trim())?.saturating_sub(clock::now()),
+        Err(_) => since_1970(value.trim())?.saturating_sub(now),
     };
     Some(wait.min(LONGEST_RETRY_AFTER))
 }
@@ -173,6 +176,9 @@ mod tests {
         let date = httpdate::fmt_http_date(UNIX_EPOCH + clock::now() + Duration::from_secs(100));
         let left = wait(503, &date).unwrap().as_secs();
         assert!((98..=100).contains(&left), "{left}");
+        // A device that boots in 1970 waited for an hour.
+        let date = "Sat, 06 Nov 2094 08:49:20 GMT\r\nDate: Sat, 06 Nov 2094 08:49:03 GMT";
+        assert_eq!(wait(503, date), Some(Duration::from_secs(17)));
     }
 
     #[test]
@@ -235,13 +241,13 @@ mod tests {
             ("HTTP/1.1 200 OK\r\nA: b\r\n\r\n", Ok(200)),
             ("HTTP/1.0 200\nA: b\n\n", Ok(200)),
             ("HTTP/1.1 200 OK\r\nA: b\r\n folded\r\n\r\n", Ok(200)),
+            ("HTTP/1.1 200 OK\r\nA : b\r\n\r\n", Ok(200)),
             (&format!("HTTP/1.1 101 x\r\n{many}\r\n"), Ok(101)),
             (&format!("HTTP/1.1 100 Continue\r\n\r\n{interim}HTTP/1.1 101 x\r\n\r\n"), Ok(101)),
             (&interim.repeat(MAX_INTERIM + 1), Err("the answer is too long")),
             ("HTTP/1.1 200 OK\r\nA: b\r\n", Err("closed without an answer")),
             ("HTTP/1.1 200 OK\r\nno header\r\n\r\n", Err("the answer is no HTTP")),
             ("HTTP/1.1 OK\r\n\r\n", Err("the answer is no HTTP")),
-            ("HTTP/1.1 200 OK\r\nA : b\r\n\r\n", Ok(200)),
             ("HTTP/2 200\r\n\r\n", Err("the answer is no HTTP")),
         ] {
             assert_eq!(asked(head).0, answer.map_err(str::to_owned), "{head}");
