@@ -71,10 +71,11 @@ pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: boo
                 step = "tls";
                 if proxy.is_none() {
                     let names = PROXY_VARIABLES.as_flattened().iter().copied();
-                    let set: Vec<_> = names.filter(|name| std::env::var_os(name).is_some()).collect();
-                    let found = match &set[..] {
-                        [] => "none, no variable names one".to_owned(),
-                        _ => format!("none for this server, {} notwithstanding", set.join(", ")),
+                    let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+                    let set: Vec<_> = names.filter(is_set).collect();
+                    let found = match set.iter().all(|name| name.eq_ignore_ascii_case("NO_PROXY")) {
+                        true => "none, no variable names one".to_owned(),
+                        false => format!("none for this server, {} notwithstanding", set.join(", ")),
                     };
                     report.good("proxy", &found);
                 }

@@ -113,6 +113,8 @@ fn proxies() {
     let around = Office::open().env("HTTP_PROXY", "127.0.0.1:1").env("NO_PROXY", "*").ask();
     around.assert_good();
     assert_eq!(around.found("proxy"), "none for this server, HTTP_PROXY, NO_PROXY notwithstanding");
+    let unset = Office::open().env("HTTP_PROXY", "").env("no_proxy", "localhost").ask();
+    assert_eq!(unset.found("proxy"), "none, no variable names one");
 }
 
 /// What a handshake gets, the words of what was found, those of the advice.
