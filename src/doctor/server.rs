@@ -249,7 +249,7 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
             }
             300..=399 => "Redirects aren't followed: the server's URL has to be what it leads to.",
             403 => "Something forbids it: the server's plan or settings, or a firewall in between.",
-            200..=299 | 404 => "Is it a Mender server? A network's login page may answer in its place.",
+            200..=299 | 404 | 511 => "Is it a Mender server? A network's login page may answer in its place.",
             413 => "The request is too large for something in between: the token is in its header.",
             429 => "The server has too much to do; the daemon tries again later.",
             500..=599 => {
