@@ -152,11 +152,9 @@ fn default_routes() -> String {
         let is_zero =
             |row: &[&str], at: usize| row.get(at).is_some_and(|text| text.bytes().all(|b| b == b'0'));
         let rows = rows.filter(|row| zeros.iter().all(|at| is_zero(row, *at)));
-        // The kernel keeps its rejecting route on the loopback interface.
-        let mut names: Vec<_> = rows
-            .filter_map(|row| row.get(interface).map(|name| (*name).to_owned()))
-            .filter(|name| name != "lo")
-            .collect();
+        // Rejecting routes are on the loopback interface (IPv6), or on none (IPv4).
+        let names = rows.filter_map(|row| Some((*row.get(interface)?).to_owned()));
+        let mut names: Vec<_> = names.filter(|name| name != "lo" && name != "*").collect();
         names.dedup();
         if names.is_empty() { "none".to_owned() } else { names.join(", ") }
     };

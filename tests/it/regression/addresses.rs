@@ -1,6 +1,7 @@
 //! Names with several addresses, some of which lead nowhere.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -215,6 +216,19 @@ fn doctor_tells_answers_and_attempts_apart() {
     assert!(dual.warnings("tcp").contains("[::1]"), "{dual:?}");
     assert!(dual.warnings("tcp").contains("connection refused (after "), "{dual:?}");
     assert!(ask("half.test").warnings("tcp").contains("no answer yet (AAAA, IPv6)"));
+}
+
+/// VPNs set a default route that refuses, against leaks. `doctor` told of one by `*`, as of an interface.
+#[test]
+fn a_default_route_that_refuses_is_none() {
+    if let Some(why) = network_of_our_own() {
+        return skip(why);
+    }
+    let added = Command::new("ip").args(["route", "add", "unreachable", "default"]).status();
+    assert!(added.is_ok_and(|status| status.success()));
+    let findings = Office::at("http://192.0.2.1").ask();
+    findings.assert_break("tcp");
+    assert_eq!(findings.found("routes"), "IPv4's default is by none, IPv6's by none");
 }
 
 /// Link-local addresses need the interface. Only bare ones worked, and a zone was sent to the server, which knows no
