@@ -208,7 +208,8 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
             TlsFault::NoRoots => "Install ca-certificates, or set SSL_CERT_FILE for the daemon.",
             TlsFault::Issuer => {
                 "The certificate's issuer has to be among the system's trusted ones (ca-certificates; \
-                 update-ca-certificates takes /usr/local/share/ca-certificates/*.crt) or in SSL_CERT_FILE.\n\
+                 update-ca-certificates takes /usr/local/share/ca-certificates/*.crt) or, if SSL_CERT_FILE is \
+                 set, in that file, which counts alone.\n\
                  Something in between that opens TLS, such as a proxy, would show a certificate of its own."
             }
             TlsFault::Name => {

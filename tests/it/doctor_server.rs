@@ -292,7 +292,7 @@ mod tls {
             (authority.valid(&names, 2090, 2091), "This device's clock says"),
             (authority.identity(&["device.example"]), "127.0.0.1 isn't one"),
             (Identity::self_signed(&names), "trusted ones"),
-            (Authority::new().identity(&names), "trusted ones"),
+            (Authority::new().identity(&names), "that file, which counts alone"),
         ] {
             let (office, _front) = office(&identity, &authority, "127.0.0.1");
             let (found, advice) = office.ask().assert_break("tls");
