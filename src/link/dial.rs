@@ -159,7 +159,7 @@ fn open_socket(
     };
     loop {
         cancel.wake.clear();
-        if cancel.is_cancelled() {
+        if cancel.is_over() {
             return Err(LinkError::Cancelled);
         }
         let winner = race.advance(Instant::now(), &mut |_| true, &mut |event| match event {
@@ -189,6 +189,7 @@ fn open_socket(
             let late = |address| not_connected(address, &Errno::ETIMEDOUT.into());
             return Err(race.pending().map_or(LinkError::TimedOut("the name look-up"), late));
         }
+        cancel.set_attempts(race.sockets());
         let mut set = PollSet::default();
         set.add(cancel.wake.as_fd(), PollFlags::POLLIN);
         race.sockets().for_each(|socket| set.add(socket.as_fd(), PollFlags::POLLOUT));

@@ -85,8 +85,8 @@ impl Link {
 
     /// Ends the link or dial if its local address is among `addresses`; returns whether it is.
     pub(crate) fn loses(&self, addresses: &[IpAddr]) -> bool {
-        let lost = self.cancel.local_address().filter(|address| addresses.contains(address));
-        lost.inspect(|address| self.cancel.give_up(format!("its address {address} is gone"))).is_some()
+        let own = self.cancel.uses(addresses);
+        own.inspect(|address| self.cancel.give_up(format!("its address {address} is gone"))).is_some()
     }
 
     /// False if the reader has ignored readable data since the last call, or the dial is stuck.

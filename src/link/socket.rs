@@ -190,6 +190,8 @@ struct State {
     /// Why the link was ended from outside.
     end: Option<LinkError>,
     socket: Option<Arc<TcpStream>>,
+    /// Local addresses of the attempts to connect.
+    attempts: Vec<IpAddr>,
     /// State at the last [`Cancel::reads`]: whether data was readable, and `heard`.
     had_unread: bool,
     had_heard: u64,
@@ -215,6 +217,7 @@ impl Cancel {
 
     pub(super) fn give_up(&self, reason: String) {
         lock(&self.state).end.get_or_insert(LinkError::Dead(reason));
+        self.wake.notify();
         self.interrupt();
     }
 
@@ -232,9 +235,20 @@ impl Cancel {
         self.patience.get().is_some()
     }
 
-    pub(super) fn local_address(&self) -> Option<IpAddr> {
-        let address = lock(&self.state).socket.as_ref()?.local_addr();
-        address.ok().map(|address| address.ip())
+    pub(super) fn set_attempts<'a>(&self, sockets: impl Iterator<Item = &'a OwnedFd>) {
+        let local = |socket: &OwnedFd| TcpStream::from(socket.try_clone().ok()?).local_addr().ok();
+        lock(&self.state).attempts = sockets.filter_map(local).map(|address| address.ip()).collect();
+    }
+
+    /// Which of these is a local address of the link or dial.
+    pub(super) fn uses(&self, addresses: &[IpAddr]) -> Option<IpAddr> {
+        let state = lock(&self.state);
+        let own = state.socket.iter().filter_map(|socket| Some(socket.local_addr().ok()?.ip()));
+        own.chain(state.attempts.iter().copied()).find(|address| addresses.contains(address))
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        lock(&self.state).end.is_some()
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
@@ -245,6 +259,7 @@ impl Cancel {
     pub(super) fn register(&self, socket: &Arc<TcpStream>) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.socket = Some(Arc::clone(socket));
+        state.attempts.clear();
         if state.end.is_some() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 

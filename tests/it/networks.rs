@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::harness::client::{Style, Terminal};
@@ -11,7 +12,7 @@ use crate::harness::network::{Network, with_network};
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::server::Server;
 use crate::harness::trace;
-use crate::harness::wait::{SOON, millis, secs, skip, throughout};
+use crate::harness::wait::{SOON, eventually, millis, secs, skip, throughout};
 
 /// In seconds, of an outage of the network. A longer run sets it: `MENDER_CONNECT_OUTAGE=1800`.
 fn outage() -> Duration {
@@ -100,6 +101,31 @@ fn a_link_whose_address_is_gone_is_lost_at_once() {
         server.next_device(SOON);
         assert_within(secs(3), gone);
         assert_eq!(lost(&rig, mark, SOON), "its address 192.0.2.2 is gone");
+    });
+}
+
+/// A modem that dials again has another address. An attempt to connect that was under way by the old one took its 45 s.
+#[test]
+fn an_attempt_whose_address_is_gone_is_given_up_at_once() {
+    with_network(|network| {
+        let (rig, server, device) = connected(network, Setup::new().set("ReconnectIntervalSeconds", 300));
+        device.reset();
+        rig.daemon.wait_for_log("connectionmanager backoff", SOON);
+        network.go_dark();
+        rig.daemon.signal(Signal::SIGHUP);
+        eventually(SOON, "an attempt", || {
+            (rig.status()["connection"]["state"] == "connecting").then_some(())
+        });
+        server.no_device(millis(200), "its packet is lost");
+        let back = Instant::now();
+        network.near(
+            "ip addr del 192.0.2.2/24 dev near && ip addr add 192.0.2.3/24 dev near && \
+             ip route replace default via 192.0.2.1",
+        );
+        network.answer();
+        server.next_device(SOON);
+        assert_within(secs(4), back);
+        rig.daemon.wait_for_log("its address 192.0.2.2 is gone", SOON);
     });
 }
 
