@@ -153,7 +153,7 @@ pub(crate) fn credentials(report: &mut Report, config: &Config) -> Result<Creden
         }
         Some(at) => {
             if at - now < SOON {
-                report.warn("it expires soon; mender-auth has to fetch the next one");
+                report.warn("it expires soon: the next one has to be fetched");
             }
             format!("expires in {}", span(at - now))
         }

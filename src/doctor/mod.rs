@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use crate::config::Auth;
 use crate::encoding::from_base64url;
 use crate::sys::{print, privilege, visible, visible_lines};
 
@@ -33,7 +34,7 @@ fn walk(report: &mut Report, main: &Path, fallback: &Path) -> Result<(), Break> 
     let config = device::configuration(report, main, fallback)?;
     device::terminal(report, &config)?;
     let credentials = device::credentials(report, &config)?;
-    server::reach(report, &credentials, !occupied)
+    server::reach(report, &credentials, config.auth == Auth::Dbus, !occupied)
 }
 
 /// A step failed, which the report says; later steps would fail, too.

@@ -14,7 +14,15 @@ use crate::sys::names::Query;
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
 /// Opens a websocket with `upgrade`; otherwise stops at the server's answer.
-pub(crate) fn reach(report: &mut Report, credentials: &Credentials, upgrade: bool) -> Result<(), Break> {
+pub(crate) fn reach(
+    report: &mut Report,
+    credentials: &Credentials,
+    by_mender_auth: bool,
+    upgrade: bool,
+) -> Result<(), Break> {
+    let is_forwarder = |server: &Option<Endpoint>| {
+        by_mender_auth && server.as_ref().is_some_and(|server| server.is_loopback() && !server.tls)
+    };
     let (mut server, mut proxy) = (None::<Endpoint>, None::<(ProxyKind, Endpoint)>);
     let (mut step, mut to_https) = ("server", false);
     // The two queries of a look-up run in parallel, as do attempts to connect.
@@ -171,10 +179,6 @@ fn source(query: Query) -> &'static str {
     }
 }
 
-fn is_forwarder(server: &Option<Endpoint>) -> bool {
-    server.as_ref().is_some_and(|server| server.is_loopback() && !server.tls)
-}
-
 /// `{host}` and `{now}` are placeholders. `local`: the server is mender-auth's forwarder.
 fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'static str {
     match error {
@@ -236,8 +240,8 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
         LinkError::Refused { status, .. } => match status {
             401 => {
                 "The server doesn't accept the token: is the device accepted there, neither rejected nor \
-                 decommissioned, and is this its server? mender-auth fetches a new one: systemctl restart \
-                 mender-authd"
+                 decommissioned, and is this its server? A new one comes from mender-auth (systemctl restart \
+                 mender-authd), or from what writes Auth.TokenFile."
             }
             400 => {
                 "Does something in between (proxy, load balancer) take away the headers of a websocket \

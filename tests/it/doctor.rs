@@ -333,6 +333,9 @@ fn tokens_in_files() {
     assert_eq!(findings.warnings("file"), "[]");
     assert!(findings.found("token").starts_with(&format!("{} bytes", office.token.len())));
     assert!(!findings.steps().contains(&"bus"));
+    // Whatever listens on this device, such as stunnel.
+    assert_eq!(findings.found("server"), url);
+    assert!(!findings.0.to_string().contains("mender-auth"), "{findings:?}");
     mode(0o604);
     assert!(office.ask().warnings("file").contains("others than its owner"));
     for empty in ["", "\n"] {
