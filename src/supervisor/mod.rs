@@ -19,7 +19,7 @@ use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::stats::seconds;
 use crate::session::{self, Device, Router};
 use crate::status::{self, State, Status};
-use crate::sys::clock::Suspension;
+use crate::sys::clock::Jumps;
 use crate::sys::manager::Service;
 use crate::sys::netlink::Netlink;
 use crate::sys::privilege::{self, Needs};
@@ -68,7 +68,7 @@ struct Supervisor {
     status: status::Server,
     /// `None` if the kernel lacks it.
     network: Option<Netlink>,
-    suspension: Option<Suspension>,
+    clock: Option<Jumps>,
 }
 
 /// SIGHUP calls `load` for a new configuration. Fails if the bus is missing at the start.
@@ -101,7 +101,7 @@ pub(crate) fn run(
         network: Netlink::open()
             .inspect_err(|e| warn!("the kernel doesn't tell when the network changes: {}", reason(e)))
             .ok(),
-        suspension: Suspension::watch().ok(),
+        clock: Jumps::watch().ok(),
     };
     supervisor.run(signals)
 }
@@ -147,7 +147,7 @@ impl Supervisor {
         let mut set = PollSet::default();
         let inputs = [signals.as_fd(), self.wake.as_fd()].into_iter();
         let inputs = inputs.chain(self.network.iter().map(AsFd::as_fd));
-        inputs.chain(self.suspension.iter().map(AsFd::as_fd)).for_each(|fd| set.add(fd, PollFlags::POLLIN));
+        inputs.chain(self.clock.iter().map(AsFd::as_fd)).for_each(|fd| set.add(fd, PollFlags::POLLIN));
         for (fd, events) in self.source.watch().into_iter().chain(self.status.watch()) {
             set.add(fd, events);
         }
@@ -158,9 +158,9 @@ impl Supervisor {
 
     fn look_at_network(&mut self) {
         let changes = self.network.as_mut().map(Netlink::read).unwrap_or_default();
-        let resumed = self.suspension.as_mut().is_some_and(Suspension::is_over);
+        let jumped = self.clock.as_mut().is_some_and(Jumps::occurred);
         let lost = self.link.as_ref().is_some_and(|link| link.loses(&changes.gone));
-        if changes.new || resumed || lost {
+        if changes.new || jumped || lost {
             self.step(Event::NetworkChanged);
         }
     }
@@ -256,7 +256,7 @@ impl Supervisor {
                 Action::Ask => self.source.ask(Instant::now()),
                 Action::Fetch => self.source.fetch(Instant::now()),
                 Action::Ping => self.link.iter().for_each(Link::ping),
-                Action::LogNetworkChanged => info!("the network has changed"),
+                Action::LogNetworkChanged => info!("the network or the clock has changed"),
                 Action::LogWait(wait) => {
                     info!("connectionmanager backoff: retrying in {:.1}s", wait.as_secs_f64());
                 }

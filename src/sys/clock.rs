@@ -1,4 +1,4 @@
-//! The wall clock, and suspensions of the system.
+//! The wall clock and its jumps.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -22,15 +22,16 @@ pub(crate) fn now() -> Duration {
     u64::try_from(now.tv_sec()).map_or(Duration::ZERO, |_| now.into())
 }
 
-/// Notices suspensions, which timers and time-outs don't count.
-pub(crate) struct Suspension {
+/// Notices jumps of the wall clock: suspensions, which timers and time-outs don't count, and a clock that was wrong and
+/// is set, so that certificates that weren't valid are.
+pub(crate) struct Jumps {
     timer: TimerFd,
-    /// Sum of all suspensions.
-    slept: Duration,
+    /// By how much the wall clock is ahead of the monotonic one, which stands still while the system is suspended.
+    ahead: Duration,
 }
 
-impl Suspension {
-    /// Less may be the time between two readings of a clock.
+impl Jumps {
+    /// Less may be the time between two readings of a clock, or a correction by NTP.
     const SHORTEST: Duration = Duration::from_secs(2);
 
     pub(crate) fn watch() -> nix::Result<Self> {
@@ -40,47 +41,43 @@ impl Suspension {
         let never = Expiration::OneShot(TimeSpec::from_duration(Duration::from_secs(u32::MAX.into())));
         timer
             .set(never, TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET)?;
-        Ok(Suspension { timer, slept: asleep() })
+        Ok(Jumps { timer, ahead: ahead() })
     }
 
     /// True if there was one since the last call.
-    pub(crate) fn is_over(&mut self) -> bool {
+    pub(crate) fn occurred(&mut self) -> bool {
         // Make it unreadable again.
         let _ = self.timer.wait();
-        self.grew_to(asleep())
+        self.moved_to(ahead())
     }
 
-    fn grew_to(&mut self, slept: Duration) -> bool {
-        let before = std::mem::replace(&mut self.slept, slept);
-        slept.saturating_sub(before) >= Suspension::SHORTEST
+    fn moved_to(&mut self, ahead: Duration) -> bool {
+        std::mem::replace(&mut self.ahead, ahead).abs_diff(ahead) >= Jumps::SHORTEST
     }
 }
 
-impl AsFd for Suspension {
+impl AsFd for Jumps {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
     }
 }
 
-/// Time suspended since boot.
-fn asleep() -> Duration {
-    let [awake, all] = [ClockId::CLOCK_MONOTONIC, ClockId::CLOCK_BOOTTIME]
-        .map(|clock| clock_gettime(clock).map_or(Duration::ZERO, Duration::from));
-    all.saturating_sub(awake)
+fn ahead() -> Duration {
+    now().saturating_sub(clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// With readings of the clocks that are made up: nobody suspends the machine that runs the tests.
+    /// With readings of the clocks that are made up: nobody suspends the machine that runs the tests, or sets its clock.
     #[test]
-    fn a_suspension_is_noticed_once() {
-        let mut suspension = Suspension::watch().unwrap();
-        assert!(!suspension.is_over() && !suspension.is_over());
-        let (start, second) = (suspension.slept, Duration::from_secs(1));
-        let grew = [0, 1, 60, 60, 59, 60, 3600].map(|later| suspension.grew_to(start + later * second));
-        assert_eq!(grew, [false, false, true, false, false, false, true]);
+    fn a_jump_is_noticed_once() {
+        let mut jumps = Jumps::watch().unwrap();
+        assert!(!jumps.occurred() && !jumps.occurred());
+        let (start, second) = (jumps.ahead, Duration::from_secs(1));
+        let moved = [0, 1, 60, 60, 59, 60, 3600, 1].map(|later| jumps.moved_to(start + later * second));
+        assert_eq!(moved, [false, false, true, false, false, false, true, true]);
     }
 
     #[test]
