@@ -5,9 +5,9 @@ use Action::*;
 const BASE: Duration = Duration::from_secs(5);
 const NANO: Duration = Duration::from_nanos(1);
 
-fn machine() -> Machine {
+fn machine(now: Instant) -> Machine {
     // The longest wait each time.
-    Machine::new(BASE, || u64::MAX, Instant::now())
+    Machine::new(BASE, || u64::MAX, now)
 }
 
 fn good(token: &str) -> Credentials {
@@ -27,13 +27,13 @@ fn lost() -> Event {
 }
 
 /// A machine in each state with the token "a", except where there can be none.
-fn in_state(state: State) -> Machine {
-    let mut machine = machine();
+fn in_state(state: State, now: Instant) -> Machine {
+    let mut machine = machine(now);
     if state != State::Unauthorized {
         machine.credentials = Some(good("a"));
     }
     machine.state = state;
-    machine.until = Instant::now() + BASE;
+    machine.until = now + BASE;
     machine
 }
 
@@ -100,12 +100,12 @@ fn the_table() {
         (Stopping, lost(), Stopping, vec![]),
     ];
     for (from, event, to, actions) in table {
-        let mut machine = in_state(from);
+        let mut machine = in_state(from, now);
         let case = format!("{from:?} and {event:?}");
         assert_eq!(machine.step(event, now), actions, "{case}");
         assert_eq!(machine.state, to, "{case}");
     }
-    let mut due = in_state(Waiting);
+    let mut due = in_state(Waiting, now);
     assert_eq!((due.step(Event::Tick, due.until), due.state), (vec![Ask], Asking));
 }
 
@@ -119,7 +119,7 @@ fn fail(machine: &mut Machine, now: Instant, refused: Option<u16>) -> u64 {
 #[test]
 fn refusals_double_the_wait_until_a_link_was_stable_or_the_token_changes() {
     let mut now = Instant::now();
-    let mut machine = machine();
+    let mut machine = machine(now);
     machine.step(changed("a"), now);
     assert_eq!([Some(503), Some(503), None, None].map(|why| fail(&mut machine, now, why)), [5, 8, 17, 17]);
     // A link of a moment is no better.
@@ -143,7 +143,7 @@ fn refusals_double_the_wait_until_a_link_was_stable_or_the_token_changes() {
 #[test]
 fn waits_follow_the_outage() {
     let mut now = Instant::now();
-    let mut machine = in_state(State::Connected);
+    let mut machine = in_state(State::Connected, now);
     now += 2 * backoff::STABLE_AFTER;
     machine.step(lost(), now);
     assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 5.0);
@@ -155,7 +155,7 @@ fn waits_follow_the_outage() {
 fn a_network_that_changes_is_tried_at_once_but_not_all_the_time() {
     let start = Instant::now();
     let at = |seconds| start + Duration::from_secs(seconds);
-    let mut machine = in_state(State::Waiting);
+    let mut machine = in_state(State::Waiting, start);
     let mut attempts = 0;
     // An hour in which it changes each second, and each attempt fails.
     for now in (0..3600).map(at) {
@@ -193,10 +193,10 @@ fn a_network_that_changes_is_tried_at_once_but_not_all_the_time() {
 #[test]
 fn a_refused_token_is_replaced_and_a_servers_wish_is_honoured() {
     let now = Instant::now();
-    let mut machine = in_state(State::Dialling);
+    let mut machine = in_state(State::Dialling, now);
     let actions = machine.step(Event::Lost { refused: Some(401), retry_after: None }, now);
     assert_eq!(actions.last(), Some(&Fetch));
-    let mut machine = in_state(State::Dialling);
+    let mut machine = in_state(State::Dialling, now);
     let wish = Some(Duration::from_secs(100));
     machine.step(Event::Lost { refused: Some(503), retry_after: wish }, now);
     assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 105.0);
@@ -206,8 +206,8 @@ fn a_refused_token_is_replaced_and_a_servers_wish_is_honoured() {
 #[test]
 fn a_withdrawal_that_nobody_heard_of_is_noticed() {
     let nothing = || Event::Auth(AuthEvent::Answered(Ok(None)));
-    let mut machine = in_state(State::Dialling);
     let mut now = Instant::now();
+    let mut machine = in_state(State::Dialling, now);
     let mut ask = |machine: &mut Machine, answer| {
         assert_eq!(machine.step(Event::Tick, now), []);
         now = machine.deadline().unwrap();
