@@ -356,6 +356,7 @@ mod tests {
 
     /// A manager that restarts twice in a minute has lost the token that it fetched in between.
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no libdbus")]
     fn a_fetch_too_soon_is_put_off() {
         let now = Instant::now();
         let mut manager = Manager::new(Arc::new(Wake::new().unwrap()), false);
