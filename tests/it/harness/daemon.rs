@@ -189,7 +189,15 @@ impl Daemon {
     /// Stops the process with all its threads for a while, as a debugger or a suspended machine does.
     pub fn freeze(&self) {
         self.signal(Signal::SIGSTOP);
-        eventually(SOON, "the daemon to stand still", || proc::is_stopped(self.pid()).then_some(()));
+        let deadline = Instant::now() + SOON;
+        loop {
+            let going_on = proc::not_stopped(self.pid());
+            if going_on.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "the daemon does not stand still: {going_on:#?}");
+            std::thread::park_timeout(millis(20));
+        }
     }
 
     pub fn thaw(&self) {

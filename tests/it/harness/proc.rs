@@ -25,13 +25,16 @@ pub fn session(leader: u32) -> Vec<u32> {
     pids.filter(is_member).collect()
 }
 
-/// Whether every thread of the process has been stopped by a signal.
-pub fn is_stopped(pid: u32) -> bool {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
-    tasks.flatten().all(|task| {
-        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
-    })
+/// The threads of the process that haven't been stopped by a signal, and what the kernel does for them.
+pub fn not_stopped(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process");
+    let states = tasks.flatten().map(|task| {
+        let [stat, stack] =
+            ["stat", "stack"].map(|name| fs::read_to_string(task.path().join(name)).unwrap_or_default());
+        (stat, stack)
+    });
+    let is_stopped = |stat: &str| stat.rsplit_once(')').is_none_or(|(_, rest)| rest.starts_with(" T"));
+    states.filter(|(stat, _)| !is_stopped(stat)).map(|(stat, stack)| stat + &stack).collect()
 }
 
 /// Whether the process exists and is no zombie.
