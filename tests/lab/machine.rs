@@ -189,9 +189,10 @@ impl Machine {
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run nsenter");
         let (done, wait) = mpsc::channel();
         spawn("machine-command", move || done.send(child.wait_with_output()));
-        match wait.recv_timeout(secs(60)) {
+        // Packages take a minute to be installed where the machine also builds for the boards.
+        match wait.recv_timeout(secs(300)) {
             Ok(output) => output.expect("the command's output"),
-            Err(_) => panic!("not over, or its output still open, after a minute: {script}"),
+            Err(_) => panic!("not over, or its output still open, after five minutes: {script}"),
         }
     }
 
