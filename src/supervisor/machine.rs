@@ -197,8 +197,9 @@ impl Machine {
             (_, Event::Auth(Answered(Ok(None)))) => {
                 let doubted = *self.doubted.get_or_insert(now);
                 if self.credentials.is_some() && now.saturating_duration_since(doubted) >= FETCH_LIMIT {
-                    let (state, actions) = self.decide(Event::Auth(Changed(None)), now);
-                    return (state, [&actions[..], &[Fetch]].concat());
+                    let (state, mut actions) = self.decide(Event::Auth(Changed(None)), now);
+                    actions.push(Fetch);
+                    return (state, actions);
                 }
                 (state, vec![Fetch])
             }

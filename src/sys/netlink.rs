@@ -56,7 +56,7 @@ impl Netlink {
                 Err(_) => break,
             }
         }
-        // Where another interface, such as a bridge, has taken an address over, its connections go on.
+        // An address that another interface, such as a bridge, has taken over keeps its connections.
         changes.gone.retain(|address| UdpSocket::bind((*address, 0)).is_err());
         changes
     }
