@@ -261,7 +261,7 @@ fn a_manager_that_the_bus_starts_is_waited_for() {
     let findings = office.ask();
     assert!(findings.found("owner").contains("the bus starts"), "{findings:?}");
     findings.assert_break("token");
-    // What the bus said was told as mender-auth's answer, and that the bus starts it as a good step.
+    // `doctor` told the bus's error as mender-auth's answer, and its start by the bus as a good step.
     service(&mut office, "/bin/false");
     let (found, advice) = office.ask().assert_break("owner");
     assert!(found.contains("exited with status 1") && advice.contains("mender-authd"), "{found}: {advice}");
@@ -333,7 +333,7 @@ fn tokens_in_files() {
     assert_eq!(findings.warnings("file"), "[]");
     assert!(findings.found("token").starts_with(&format!("{} bytes", office.token.len())));
     assert!(!findings.steps().contains(&"bus"));
-    // Whatever listens on this device, such as stunnel.
+    // A program of the device, such as stunnel, may listen there.
     assert_eq!(findings.found("server"), url);
     assert!(!findings.0.to_string().contains("mender-auth"), "{findings:?}");
     mode(0o604);

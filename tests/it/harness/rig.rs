@@ -257,6 +257,16 @@ impl Rig {
         self.daemon = setup.daemon(&self.dir, &self.bus.address(), &self.server.url());
     }
 
+    /// Its path is nearly as long as paths can be, and so are the answers that name it.
+    pub fn deep_directory(&self) -> PathBuf {
+        let mut dir = self.dir.path().to_owned();
+        while dir.as_os_str().len() < 3700 {
+            dir.push("d".repeat(250));
+        }
+        std::fs::create_dir_all(&dir).expect("a deep directory");
+        dir
+    }
+
     /// The command `status` with these flags, which asks this agent.
     pub fn status_command(&self, flags: &[&str]) -> Command {
         let mut command = daemon::command();

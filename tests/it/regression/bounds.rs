@@ -133,12 +133,7 @@ fn forwards_to_a_target_that_takes_nothing() {
 fn answers_that_nobody_reads() {
     let (mut rig, device) = setup().connected();
     let mut other = Bystander::start(&rig, &device);
-    let mut dir = rig.dir.path().to_owned();
-    while dir.as_os_str().len() < 3700 {
-        dir.push("d".repeat(250));
-    }
-    std::fs::create_dir_all(&dir).expect("a deep directory");
-    let body = path_body(dir.to_str().expect("UTF-8"));
+    let body = path_body(rig.deep_directory().to_str().expect("UTF-8"));
     device.set_reading(Reading::Paused);
     let sids: Vec<String> = (0..12).map(|_| new_sid()).collect();
     let user = [("user_id", "u".into())];

@@ -189,12 +189,7 @@ fn messages_that_are_being_handled() {
     let sids: Vec<String> = (0..150).map(|_| unread(&device)).collect();
     sids.iter().for_each(|sid| device.send(CONTROL, "ping", sid, &user, b""));
     assert!(device.answers(b"all sessions", secs(60)));
-    let mut dir = rig.dir.path().to_owned();
-    while dir.as_os_str().len() < 3700 {
-        dir.push("d".repeat(250));
-    }
-    std::fs::create_dir_all(&dir).expect("a deep directory");
-    let body = path_body(dir.to_str().expect("UTF-8"));
+    let body = path_body(rig.deep_directory().to_str().expect("UTF-8"));
     device.set_reading(Reading::Paused);
     // More answers than there is room for on the way to the server.
     for sid in (0..20).map(|_| unread(&device)).flat_map(|sid| std::iter::repeat_n(sid, 75)) {

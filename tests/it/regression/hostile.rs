@@ -155,7 +155,7 @@ fn names_of_one_user_leave_look_ups_to_others() {
     let sids: Vec<String> = (0..20).map(|_| new_sid()).collect();
     for sid in &sids {
         device.discard(sid);
-        // Those that their client gives up count, too.
+        // A look-up counts also when its client has given it up.
         for n in 0..20 {
             let props = [("user_id", "u".into()), ("connection_id", Value::from(n.to_string()))];
             device.send(PORTS, "new", sid, &props, &target_body("silent.test", 80, "tcp"));
