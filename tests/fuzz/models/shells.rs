@@ -184,7 +184,7 @@ impl Model {
             let Ok(Admission::Start(permit)) = admission else { panic!("{admission:?}") };
             return self.enter(user, id, wake, Some(permit), Kind::Attached);
         }
-        let waiting = self.count(Session::is_waiting);
+        let waiting = self.count(|session| session.is_waiting() && session.user == user);
         let mut own = self.sessions.iter_mut().filter(|session| session.is_used() && session.user == user);
         if if asks { waiting == MAX_WAITING } else { own.all(|session| !session.asked) } {
             return assert_eq!(admission.unwrap_err(), USER_FULL);
@@ -306,7 +306,7 @@ impl Model {
 
     fn check(&self) {
         assert_eq!(self.shells.running(), self.count(Session::runs));
-        assert!(self.shells.running() <= MAX_SHELLS && self.count(Session::is_waiting) <= MAX_WAITING);
+        assert!(self.shells.running() <= MAX_SHELLS);
         let kept = self.shells.kept();
         assert_eq!(kept.len(), self.count(|session| matches!(session.kind, Kind::Detached(_))));
         for user in 0..USERS.len() {
@@ -314,6 +314,7 @@ impl Model {
                 session.user == user && session.runs() && !matches!(session.kind, Kind::Ending)
             });
             assert!(self.adopted || own <= self.most, "{own} shells of {:?}", USERS[user]);
+            assert!(self.count(|session| session.is_waiting() && session.user == user) <= MAX_WAITING);
         }
         for session in &self.sessions {
             assert!(!session.unheard || is_woken(&session.wake), "session {} wasn't woken", session.id);
