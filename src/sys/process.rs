@@ -159,6 +159,12 @@ impl SessionLeader {
         told.len() > 1
     }
 
+    /// To the next agent.
+    pub(crate) fn leave(mut self) {
+        // Or dropping it would kill the process.
+        self.ended = true;
+    }
+
     /// To the shell's own group, which the shell cannot leave.
     pub(crate) fn kill(&self) {
         if !self.ended {

@@ -73,8 +73,7 @@ impl Terminal {
         }
         if running.shell.place.as_ref().is_some_and(Place::is_left) {
             running.describe(&peer.id, now);
-            // Dropping it would kill the process.
-            mem::forget(running.shell.process);
+            running.shell.process.leave();
         } else {
             self.state = State::Running(running);
             self.hang_up(peer, HangUp::LinkLost.name(), now);
