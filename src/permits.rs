@@ -1,6 +1,6 @@
 //! Counted rights: threads, look-ups, forwards, bytes of memory. Dropping a guard returns its share.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use crate::sys::lock;
@@ -16,8 +16,9 @@ pub(crate) struct Permits {
 #[derive(Debug, Default)]
 struct State {
     taken: usize,
-    /// Notified when a permit is returned.
-    refused: Vec<Arc<Wake>>,
+    /// Notified when a permit is returned. Weak, since that may take long: a session that has ended closes its
+    /// descriptor.
+    refused: Vec<Weak<Wake>>,
     /// [`Permits::wait_until_unused`] waits.
     awaited: bool,
 }
@@ -51,9 +52,9 @@ impl Permits {
     pub(crate) fn acquire_or_wake(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<Permit> {
         let mut state = lock(&self.state);
         if state.taken >= self.limit {
-            if !state.refused.iter().any(|known| Arc::ptr_eq(known, wake)) {
-                state.refused.push(Arc::clone(wake));
-            }
+            // Also without those of sessions that have ended.
+            state.refused.retain(|known| known.strong_count() > 0 && known.as_ptr() != Arc::as_ptr(wake));
+            state.refused.push(Arc::downgrade(wake));
             return None;
         }
         state.taken += 1;
@@ -93,7 +94,7 @@ impl Permit {
             if awaited {
                 self.permits.returned.notify_all();
             }
-            refused.iter().for_each(|wake| wake.notify());
+            refused.iter().filter_map(Weak::upgrade).for_each(|wake| wake.notify());
         }
         true
     }
