@@ -1,7 +1,7 @@
 //! The state that all sessions share, beyond the life of a link.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use log::info;
@@ -15,7 +15,7 @@ use super::store::Store;
 use crate::commands::Commands;
 use crate::config::Config;
 use crate::permits::Permits;
-use crate::proto::SessionId;
+use crate::proto::{SessionId, UserId};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
@@ -24,6 +24,7 @@ pub(crate) const MAX_THREADS: usize = 272;
 /// Look-ups at a time, of up to two threads each. An abandoned one counts until it ends, since the resolver can't be
 /// interrupted: a silent name server must not fill the memory with threads.
 const MAX_LOOK_UPS: usize = 10;
+const MAX_LOOK_UPS_OF_USER: usize = 4;
 /// Bytes that wait in inboxes, for shells and for targets, beyond a small share of each session.
 const MEMORY: usize = 16 << 20;
 /// The hard limit of descriptors may be a million, but a forward takes 2 KiB of memory, too.
@@ -38,8 +39,6 @@ pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
 pub(crate) struct Entry {
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) info: Arc<Info>,
-    /// The user's.
-    pub(crate) look_ups: Arc<Permits>,
 }
 
 #[derive(Debug)]
@@ -51,6 +50,8 @@ pub struct Device {
     pub(crate) transferred: Counters,
     pub(crate) commands: Arc<Commands>,
     pub(crate) look_ups: Arc<Permits>,
+    /// By user. A look-up that is abandoned outlasts its session, and the link.
+    user_look_ups: Mutex<HashMap<UserId, Weak<Permits>>>,
     /// Sockets.
     pub(crate) forwards: Arc<Permits>,
     pub(crate) memory: Arc<Permits>,
@@ -74,6 +75,7 @@ impl Device {
             transferred: Counters::default(),
             commands: Arc::default(),
             look_ups: Permits::new(MAX_LOOK_UPS),
+            user_look_ups: Mutex::default(),
             forwards: Permits::new((descriptors - reserved).clamp(1, MAX_FORWARDS)),
             memory: Permits::new(MEMORY),
             dying: Permits::new(MAX_SHELLS),
@@ -84,6 +86,17 @@ impl Device {
 
     pub fn config(&self) -> Arc<Config> {
         Arc::clone(&lock(&self.config))
+    }
+
+    pub(crate) fn look_ups_of(&self, user: &UserId) -> Arc<Permits> {
+        let mut users = lock(&self.user_look_ups);
+        users.retain(|_, permits| permits.strong_count() > 0);
+        let known = users.get(user).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let permits = Permits::new(MAX_LOOK_UPS_OF_USER);
+            users.insert(user.clone(), Arc::downgrade(&permits));
+            permits
+        })
     }
 
     /// False if the session of `wake` has no shell that may be kept.

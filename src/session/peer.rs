@@ -15,9 +15,6 @@ use crate::proto::{Frame, SessionId, UserId, control};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
-/// Concurrent ones of a user.
-const MAX_LOOK_UPS: usize = 4;
-
 /// Dropping it frees the session's id.
 #[derive(Debug)]
 pub struct Peer {
@@ -43,7 +40,7 @@ impl Peer {
         outbox: &Outbox,
         thread: Permit,
     ) -> io::Result<Self> {
-        let wake = Arc::new(Wake::new()?);
+        let (wake, look_ups) = (Arc::new(Wake::new()?), device.look_ups_of(&info.user));
         Ok(Peer {
             id: id.clone(),
             device: Arc::clone(device),
@@ -53,7 +50,7 @@ impl Peer {
             info,
             admission: None,
             credit: Credit::new(Instant::now()),
-            look_ups: Permits::new(MAX_LOOK_UPS),
+            look_ups,
             table: Arc::default(),
             _thread: thread,
         })
@@ -78,14 +75,8 @@ impl Peer {
 
     pub(crate) fn enter(&mut self, table: &Arc<Table>) {
         self.table = Arc::clone(table);
-        let mut sessions = lock(&self.table);
-        if let Some(other) = sessions.values().find(|other| other.info.user == self.info.user) {
-            self.look_ups = Arc::clone(&other.look_ups);
-        }
-        let (inbox, info, look_ups) = (&self.inbox, &self.info, &self.look_ups);
-        let entry =
-            Entry { inbox: Arc::clone(inbox), info: Arc::clone(info), look_ups: Arc::clone(look_ups) };
-        sessions.insert(self.id.clone(), entry);
+        let entry = Entry { inbox: Arc::clone(&self.inbox), info: Arc::clone(&self.info) };
+        lock(&self.table).insert(self.id.clone(), entry);
     }
 
     pub(crate) fn leave(&self) {

@@ -176,6 +176,35 @@ fn names_of_one_user_leave_look_ups_to_others() {
     client.close();
 }
 
+/// The four were those of the user's open sessions: three sessions, each closed before the next, had all ten as well.
+#[test]
+fn names_of_sessions_that_have_ended_leave_look_ups_to_others() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    let known =
+        [("here.test", Answer::Addresses(vec![Ipv4Addr::LOCALHOST])), ("silent.test", Answer::Silence)];
+    let (names, target) = (NameServer::start(&known), Target::start(Role::Echo));
+    let (rig, device) = names.setup().connected();
+    for ended in 1..=3 {
+        let sid = new_sid();
+        device.discard(&sid);
+        for n in 0..4 {
+            let props = [("user_id", "u".into()), ("connection_id", Value::from(n.to_string()))];
+            device.send(PORTS, "new", &sid, &props, &target_body("silent.test", 80, "tcp"));
+        }
+        device.send(CONTROL, "close", &sid, &[("user_id", "u".into())], b"");
+        eventually(SOON, "the session's end", || {
+            (rig.daemon.count_log("event=session-end") == ended).then_some(())
+        });
+    }
+    let client = Client::open(&device);
+    let begun = Instant::now();
+    assert_echo(&client.connect("tcp", "here.test", target.port()), b"by name");
+    assert!(begun.elapsed() < secs(2), "{:?}", begun.elapsed());
+    client.close();
+}
+
 /// A session that waited for a look-up kept its descriptor after its end: within three seconds one user had 4,096.
 #[test]
 fn sessions_that_wait_for_a_look_up_leave_no_descriptor() {
