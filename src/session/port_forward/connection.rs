@@ -190,21 +190,31 @@ impl Connection {
         }
     }
 
-    /// Queues data for the target; `waiting` counts all of the session's. Fails for a client that doesn't wait for
-    /// acks.
-    pub(super) fn queue(&mut self, data: Bytes, waiting: usize, now: Instant) -> Result<(), String> {
+    /// Passes data on; `waiting` counts all that waits for the session's targets. Fails for a client that doesn't wait for
+    /// acks. Data that the target takes at once needs no memory: others may have used up the device's.
+    pub(super) fn pass(&mut self, data: Bytes, waiting: usize, now: Instant) -> Result<(), String> {
         let (queued, cost) = (self.queued + data.len(), data.len() + size_of::<Bytes>());
-        if queued > QUEUE_HARD_LIMIT
-            || self.to_target.len() >= MAX_QUEUED
-            || waiting + cost > MAX_WAITING
-            || !self.memory.resize(self.memory.count() + cost)
-        {
-            return Err(format!("the target does not read and {} bytes wait", self.queued));
+        let overrun = |queued| Err(format!("the target does not read and {queued} bytes wait"));
+        if queued > QUEUE_HARD_LIMIT || self.to_target.len() >= MAX_QUEUED || waiting + cost > MAX_WAITING {
+            return overrun(self.queued);
         }
         self.queued = queued;
         self.to_target.push_back(data);
         self.last_traffic = now;
+        self.flush(now)?;
+        if self.memory.count() < self.held()
+            && let Some(rest) = self.to_target.pop_back()
+        {
+            self.queued -= rest.len();
+            self.lost += rest.len();
+            return overrun(self.queued);
+        }
         Ok(())
+    }
+
+    /// In bytes.
+    fn held(&self) -> usize {
+        self.queued + self.to_target.len() * size_of::<Bytes>()
     }
 
     pub(super) fn takes_data(&self) -> bool {
@@ -218,7 +228,7 @@ impl Connection {
             self.to_target.clear();
             self.lost += mem::take(&mut self.queued);
         }
-        self.memory.resize(self.queued + self.to_target.len() * size_of::<Bytes>());
+        self.memory.resize(self.held());
         result.map_err(|e| format!("write {}: {}", self.shown.target.transport.name(), reason(&e.into())))
     }
 

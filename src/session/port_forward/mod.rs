@@ -214,9 +214,8 @@ impl PortForward {
             return self.refuse(peer, frame, UNKNOWN);
         };
         self.owing.push_back(id.clone());
-        match connection.queue(frame.body.clone(), waiting, now) {
-            Ok(()) => self.flush(peer, id, now),
-            Err(text) => self.fail(peer, id, text, now),
+        if let Err(text) = connection.pass(frame.body.clone(), waiting, now) {
+            self.fail(peer, id, text, now);
         }
     }
 

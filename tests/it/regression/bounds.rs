@@ -10,6 +10,7 @@ use serde_json::json;
 use crate::commands::Fakes;
 use crate::control::complaint;
 use crate::files::names;
+use crate::forwards::assert_echo;
 use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Terminal, new_sid};
 use crate::harness::connection::Connection;
@@ -20,7 +21,7 @@ use crate::harness::msg::{self, COMMANDS, CONTROL, FILES, Ints, Msg, PORTS, SHEL
 use crate::harness::proc;
 use crate::harness::rest::{Form, Rest, path_body};
 use crate::harness::rig::{Rig, Setup, script_config};
-use crate::harness::targets::Silent;
+use crate::harness::targets::{Role, Silent, Target};
 use crate::harness::wait::{SOON, eventually, millis, secs};
 use crate::harness::wire;
 use crate::resources::{ROLES, echo_times, echoing};
@@ -157,6 +158,40 @@ fn answers_that_nobody_reads() {
         close(&device, sid);
     }
     other.leave();
+    assert_healthy(&mut rig, &device);
+}
+
+/// A forward needed memory for what its target took at once: when another user held all 16 MiB it was told that its
+/// target doesn't read.
+#[test]
+fn a_forward_needs_no_memory_while_its_target_reads() {
+    let (mut rig, device) = setup().connected();
+    let (unread, echo) = (Silent::start(), Target::start(Role::Echo));
+    let client = Client::open(&device);
+    let forward = client.connect("tcp", "127.0.0.1", echo.port());
+    assert_echo(&forward, b"before");
+    // Each mebibyte in as few pieces as possible, since acks that are owed count, too; what is left in ever smaller ones.
+    let greedy: Vec<Client> = [64_000, 64_000, 64_000, 64_000, 15_000, 3000, 500, 20]
+        .map(|size| {
+            let client = Client::open(&device);
+            let piece = vec![7; size];
+            'full: for _ in 0..4 {
+                let forward = client.connect("tcp", "127.0.0.1", unread.address.port());
+                for _ in 0..(1 << 20) / size.max(3000) {
+                    forward.send_anyway(&piece);
+                    client.settle();
+                    if client.errors() > 0 {
+                        break 'full;
+                    }
+                }
+            }
+            client
+        })
+        .into();
+    assert!(greedy[7].errors() > 0, "there is memory left");
+    assert_echo(&forward, &vec![1; 100_000]);
+    greedy.iter().for_each(|client| close(&device, client.sid()));
+    client.close();
     assert_healthy(&mut rig, &device);
 }
 
