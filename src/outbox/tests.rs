@@ -107,7 +107,7 @@ fn bulk_waits_for_interactive_messages_but_not_for_ever() {
     sink.output("echo");
     assert_eq!(rest(&mut queue), ["echo", "bulk"]);
     sink.chunk("bulk");
-    for _ in 0..100 {
+    for _ in 0..MAX_INTERACTIVE {
         sink.reply(&frame("flood"));
     }
     let order: Vec<String> = (0..=MAX_FAVOURED).filter_map(|_| queue.try_next(ALL)).map(typ).collect();

@@ -21,6 +21,7 @@ use crate::harness::msg::{self, COMMANDS, CONTROL, FILES, Ints, Msg, PORTS, SHEL
 use crate::harness::proc;
 use crate::harness::rest::{Form, Rest, path_body};
 use crate::harness::rig::{Rig, Setup, script_config};
+use crate::harness::server::Server;
 use crate::harness::targets::{Role, Silent, Target};
 use crate::harness::wait::{SOON, eventually, millis, secs};
 use crate::harness::wire;
@@ -193,6 +194,27 @@ fn a_forward_needs_no_memory_while_its_target_reads() {
     greedy.iter().for_each(|client| close(&device, client.sid()));
     client.close();
     assert_healthy(&mut rig, &device);
+}
+
+/// At 1 Mbit/s a key's echo waited for 256 answers of 4 KiB to another user, 10 s.
+#[test]
+fn a_flood_of_requests_leaves_echoes_quick_on_a_slow_link() {
+    let rig = setup().start_with(|s: &Server| s.small_receive_buffer(32 << 10));
+    let device = rig.device();
+    let mut other = Bystander::start(&rig, &device);
+    let body = path_body(rig.deep_directory().to_str().expect("UTF-8"));
+    let sid = new_sid();
+    device.discard(&sid);
+    device.set_reading(Reading::Rate(125_000));
+    let mut worst = Duration::ZERO;
+    for _ in 0..5 {
+        (0..400).for_each(|_| device.send(FILES, "stat", &sid, &[("user_id", "u".into())], &body));
+        worst = worst.max(echo_times(&mut other.terminal, 1)[0]);
+    }
+    println!("worst echo {worst:?}");
+    assert!(worst < secs(4) || emulated("its speed is the emulator's"), "{worst:?}");
+    device.set_reading(Reading::Full);
+    other.leave();
 }
 
 /// Waiting requests kept their bodies: 133 MiB for up to ten minutes.

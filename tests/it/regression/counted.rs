@@ -189,7 +189,8 @@ fn messages_that_are_being_handled() {
     let sids: Vec<String> = (0..150).map(|_| unread(&device)).collect();
     sids.iter().for_each(|sid| device.send(CONTROL, "ping", sid, &user, b""));
     assert!(device.answers(b"all sessions", secs(60)));
-    let body = path_body(rig.deep_directory().to_str().expect("UTF-8"));
+    // The answers are no longer than those that go before bulk data.
+    let body = path_body(&"/.".repeat(400));
     device.set_reading(Reading::Paused);
     // More answers than there is room for on the way to the server.
     for sid in (0..20).map(|_| unread(&device)).flat_map(|sid| std::iter::repeat_n(sid, 75)) {
