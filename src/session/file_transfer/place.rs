@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -238,18 +238,18 @@ fn read_first(found: &OwnedFd, stat: &mut FileStat, memory: &Arc<Permits>) -> io
     if stat.st_blocks != 0 || stat.st_size > LARGEST_PAGE || !permit.resize(MAX_COPY) {
         return Ok(None);
     }
-    let mut bytes = Vec::new();
-    open_for_reading(found)?.take(MAX_COPY as u64 + 1).read_to_end(&mut bytes)?;
     // Fails before Linux 3.17.
     let Ok(copy) = memfd_create(c"copy", MFdFlags::MFD_CLOEXEC) else { return Ok(None) };
-    if bytes.len() > MAX_COPY {
+    let mut file = File::from(copy);
+    // By way of a small buffer. As files, io::copy would hand both to system calls that procfs doesn't support well.
+    let source: &mut dyn Read = &mut open_for_reading(found)?.take(MAX_COPY as u64 + 1);
+    let length = io::copy(source, &mut file)?;
+    if length > MAX_COPY as u64 {
         return Ok(None);
     }
-    let mut file = File::from(copy);
-    file.write_all(&bytes)?;
     file.rewind()?;
-    permit.resize(bytes.len());
-    stat.st_size = bytes.len() as _;
+    permit.resize(length as usize);
+    stat.st_size = length as _;
     Ok(Some(Content { file, _memory: permit }))
 }
 

@@ -221,3 +221,18 @@ fn lists_of_a_million_numbers() {
     eventually(secs(60), "their ends", || (rig.daemon.count_log("event=session-end") == 30).then_some(()));
     assert_memory(&rig);
 }
+
+/// A file that doesn't know its size was read into twice the memory that counted, and the allocator kept it: 56 MiB.
+#[test]
+fn files_that_are_read_to_learn_their_size() {
+    let (rig, device) = Rig::connected();
+    let user = [("user_id", "u".into())];
+    // Larger than what is read.
+    let body = path_body("/proc/kallsyms");
+    let sids: Vec<String> = (0..250).map(|_| unread(&device)).collect();
+    for sid in sids.iter().cycle().take(3 * sids.len()) {
+        device.send(FILES, "stat", sid, &user, &body);
+    }
+    eventually(secs(60), "all answers", || (rig.daemon.count_log("event=stat") == 750).then_some(()));
+    assert_memory(&rig);
+}
