@@ -28,7 +28,8 @@ const SHORT: usize = 1024;
 const MAX_BULK: usize = 16;
 const MAX_SIGNALS: usize = 64;
 const MAX_BUFFERS: usize = 4;
-/// Bytes of a data message while the bulk channel is full: each session may wait for a place with one.
+/// Bytes of a data message while there are as many as the bulk channel holds: each session may read one, or wait with
+/// it for a place.
 const CROWDED: usize = 32 * 1024;
 /// Queued data messages of a session and class: one being written, one behind it.
 const MAX_DATA: usize = 2;
@@ -267,7 +268,7 @@ impl Sink {
 
     /// Size of a data message in bytes, such that an echo doesn't wait long behind it.
     pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
-        let crowded = self.outbox.messages[Class::Bulk as usize].is_full();
+        let crowded = self.outbox.shared.pool.lent() >= MAX_BULK;
         let most = if crowded { most.min(CROWDED).max(least) } else { most };
         self.outbox.shared.piece.load(Ordering::Relaxed).clamp(least, most)
     }

@@ -236,3 +236,18 @@ fn files_that_are_read_to_learn_their_size() {
     eventually(secs(60), "all answers", || (rig.daemon.count_log("event=stat") == 750).then_some(()));
     assert_memory(&rig);
 }
+
+/// Each download held a buffer of 384 KiB while it read: 104 MiB with 250 from storage that hung.
+#[test]
+fn downloads_from_slow_storage() {
+    let (rig, device) = Rig::connected();
+    // To a server that answers no pings the agent sends its largest messages.
+    device.go_mute();
+    let user = [("user_id", "u".into())];
+    // The kernel makes it while it is read.
+    let body = path_body("/proc/kallsyms");
+    let sids: Vec<String> = (0..250).map(|_| unread(&device)).collect();
+    sids.iter().for_each(|sid| device.send(FILES, "get_file", sid, &user, &body));
+    eventually(secs(60), "64 MiB", || (device.bytes() > 64 << 20).then_some(()));
+    assert_memory(&rig);
+}
