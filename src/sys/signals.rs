@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::fcntl::{OFlag, open};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::Mode;
 
@@ -21,6 +21,9 @@ impl Signals {
     /// Call it first: it blocks the signals in this thread and those that it starts later.
     pub(crate) fn block() -> io::Result<Self> {
         let mut set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP]);
+        // Where the parent ignores it, the kernel reaps our children, and nobody learns of their ends.
+        // SAFETY: installs no handler.
+        unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
         if process::adopts_orphans() {
             set.add(Signal::SIGCHLD);
         }

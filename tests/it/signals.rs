@@ -37,6 +37,22 @@ fn term_and_int_end_an_idle_agent() {
     }
 }
 
+/// A parent that ignores SIGCHLD passes that on, and then the kernel reaps the children. The agent never noticed the end
+/// of a shell, and its user got no other.
+#[test]
+fn shells_end_where_the_parent_ignores_its_children() {
+    let ignoring = r#"exec env --ignore-signal=CHLD "$@""#;
+    let (mut rig, device) = Setup::new().wrapper(ignoring).connected();
+    for _ in 0..2 {
+        let (terminal, mark) = (Terminal::of_user(&device, "alice"), rig.daemon.mark());
+        terminal.open();
+        terminal.input("exit 3\n");
+        terminal.expect_after_output("stop", SOON);
+        rig.daemon.wait_for_log_after(mark, "status=\"exit status: 3\"", SOON);
+    }
+    ends_quickly(&mut rig, Signal::SIGTERM);
+}
+
 #[test]
 fn term_ends_stubborn_shells() {
     let stubborn = "trap '' INT TERM HUP QUIT; echo ready; while :; do read x || sleep 1; done";
