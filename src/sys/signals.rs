@@ -21,6 +21,8 @@ impl Signals {
     /// Call it first: it blocks the signals in this thread and those that it starts later.
     pub(crate) fn block() -> io::Result<Self> {
         let mut set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP]);
+        // A file above RLIMIT_FSIZE is the error of its upload.
+        set.add(Signal::SIGXFSZ);
         // Where the parent ignores it, the kernel reaps our children, and nobody learns of their ends.
         // SAFETY: installs no handler.
         unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;

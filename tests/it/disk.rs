@@ -40,6 +40,19 @@ fn a_disk_that_fills_up_keeps_the_old_file() {
     assert_healthy(&mut rig, &device);
 }
 
+/// A limit on the size of files (LimitFSIZE, ulimit -f) ended the agent, and all sessions with it: by SIGXFSZ.
+#[test]
+fn a_file_above_the_limit_of_files_is_an_error_of_its_upload() {
+    let (mut rig, device) = Setup::new().wrapper("ulimit -f 100; exec \"$@\"").connected();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("f").display().to_string();
+    let text = format!("failed to write file chunk: write {path}: file too large");
+    assert_eq!(put(&device, &Form::to(&path), &pattern(300_000)), Err(refused(400, &text)));
+    put(&device, &Form::to(&path), &pattern(30_000)).unwrap();
+    assert_no_temporary_files(dir.path());
+    assert_healthy(&mut rig, &device);
+}
+
 #[test]
 fn a_file_that_will_not_fit_is_refused_at_once() {
     let Some((_rig, device, mnt)) = small_disk() else { return };
