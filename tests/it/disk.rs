@@ -9,10 +9,12 @@ use std::process::Command;
 use crate::files::{names, pattern, put, refused};
 use crate::harness::aftermath::{assert_healthy, assert_no_temporary_files};
 use crate::harness::client::{Style, Terminal};
+use crate::harness::daemon::emulated;
 use crate::harness::device::Device;
 use crate::harness::msg::{CONTROL, FILES};
 use crate::harness::rest::{Form, Rest, offset_of};
 use crate::harness::rig::{Rig, Setup, is_root};
+use crate::harness::trace;
 use crate::harness::wait::{SOON, eventually, millis, skip};
 
 /// An agent with a megabyte at /mnt, and where that is for others.
@@ -38,6 +40,23 @@ fn a_disk_that_fills_up_keeps_the_old_file() {
     put(&device, &Form::to("/mnt/g"), &pattern(500_000)).unwrap();
     assert_no_temporary_files(&mnt);
     assert_healthy(&mut rig, &device);
+}
+
+/// A directory that can't be listed, on a medium with bad blocks or in FUSE, kept the upload's thread busy for ever.
+#[test]
+fn a_directory_that_cannot_be_listed_takes_uploads() {
+    if !trace::is_possible() {
+        return skip("strace is missing");
+    }
+    if emulated("strace sees the emulator's system calls") {
+        return;
+    }
+    let failing =
+        "exec strace -D -f -qq -o /dev/null -e trace=getdents64 -e inject=getdents64:error=EIO \"$@\"";
+    let (_rig, device) = Setup::new().wrapper(failing).connected();
+    let dir = tempfile::tempdir().unwrap();
+    put(&device, &Form::to(dir.path().join("f").display().to_string()), b"content").unwrap();
+    assert_eq!(names(dir.path()), ["f"]);
 }
 
 /// A limit on the size of files (LimitFSIZE, ulimit -f) ended the agent, and all sessions with it: by SIGXFSZ.

@@ -222,7 +222,8 @@ fn remove_left_over(target: &Target) {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut listing) = Dir::openat(&target.dir, ".", flags, Mode::empty()) else { return };
     let prefix = prefix(&target.name);
-    for entry in listing.iter().flatten() {
+    // Up to an error, which a directory that can't be read repeats for ever.
+    for entry in listing.iter().map_while(nix::Result::ok) {
         let name = entry.file_name().to_bytes();
         if name.strip_prefix(prefix.as_bytes()).is_some_and(|rest| !rest.starts_with(stamp().as_bytes())) {
             let name = OsStr::from_bytes(name);
