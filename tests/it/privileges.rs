@@ -11,6 +11,7 @@ use crate::harness::program;
 use crate::harness::rest::{Form, Rest};
 use crate::harness::rig::{Setup, is_root};
 use crate::harness::wait::skip;
+use crate::remote::shell_works;
 
 /// A line of /proc/PID/status.
 fn status(pid: &str, field: &str) -> String {
@@ -144,4 +145,15 @@ fn nothing_is_lacking_that_is_needed() {
     assert_eq!(terminal.run("id -u"), "65534");
     terminal.run("trap '' HUP TERM");
     terminal.stop();
+}
+
+/// A terminal belongs to its user where it can. Without CAP_CHOWN, as in units that grant little, there was none.
+#[test]
+fn a_terminal_that_cannot_be_given_to_its_user_is_used() {
+    if cannot_tell() {
+        return;
+    }
+    let without = "exec setpriv --bounding-set=-chown \"$@\"";
+    let (_rig, device) = Setup::new().set("User", "nobody").wrapper(without).connected();
+    shell_works(&device);
 }
