@@ -40,7 +40,8 @@ pub(crate) fn keep_to_oneself() -> io::Result<()> {
     let (core, files) = (getrlimit(Resource::RLIMIT_CORE)?, getrlimit(Resource::RLIMIT_NOFILE)?);
     let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), core, files });
     setrlimit(Resource::RLIMIT_CORE, 0, core.1)?;
-    setrlimit(Resource::RLIMIT_NOFILE, files.1, files.1)?;
+    // EPERM where fs.nr_open is below the hard limit. Go's programs pass over that, too.
+    let _ = setrlimit(Resource::RLIMIT_NOFILE, files.1, files.1);
     // The limit does not apply where core files are piped to a program.
     Ok(prctl::set_dumpable(false)?)
 }
@@ -50,7 +51,9 @@ pub(crate) fn restore() -> io::Result<()> {
     let Some(inherited) = INHERITED.get() else { return Ok(()) };
     umask(inherited.umask);
     setrlimit(Resource::RLIMIT_CORE, inherited.core.0, inherited.core.1)?;
-    Ok(setrlimit(Resource::RLIMIT_NOFILE, inherited.files.0, inherited.files.1)?)
+    // Then it is unchanged.
+    let _ = setrlimit(Resource::RLIMIT_NOFILE, inherited.files.0, inherited.files.1);
+    Ok(())
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -10,6 +10,7 @@ use crate::harness::daemon::emulated;
 use crate::harness::program;
 use crate::harness::rest::{Form, Rest};
 use crate::harness::rig::{Setup, is_root};
+use crate::harness::trace;
 use crate::harness::wait::skip;
 use crate::remote::shell_works;
 
@@ -145,6 +146,14 @@ fn nothing_is_lacking_that_is_needed() {
     assert_eq!(terminal.run("id -u"), "65534");
     terminal.run("trap '' HUP TERM");
     terminal.stop();
+}
+
+/// Where fs.nr_open was lowered below the hard limit, no limit on descriptors can be set. The agent said "Operation not
+/// permitted" and ended.
+#[test]
+fn a_limit_that_cannot_be_raised_stays() {
+    let Some((_rig, device)) = trace::refusing("prlimit64", "RLIMIT_NOFILE, {", "EPERM") else { return };
+    shell_works(&device);
 }
 
 /// A terminal belongs to its user where it can. Without CAP_CHOWN, as in units that grant little, there was none.

@@ -5,7 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::wait::{SOON, eventually};
+use super::daemon::emulated;
+use super::device::Device;
+use super::rig::{Rig, Setup};
+use super::wait::{SOON, eventually, skip};
 
 /// System calls with a path that change nothing. Whatever isn't among them counts as a change.
 const READING: &[&str] = &[
@@ -27,6 +30,30 @@ const READING: &[&str] = &[
 /// Whether there is a strace.
 pub fn is_possible() -> bool {
     Command::new("strace").arg("-V").output().is_ok_and(|output| output.status.success())
+}
+
+/// A connected agent whose first system call `call` with these words in strace's line fails. Says so where that isn't
+/// possible.
+pub fn refusing(call: &str, words: &str, error: &str) -> Option<(Rig, Device)> {
+    if !is_possible() {
+        skip("strace is missing");
+        return None;
+    }
+    if emulated("strace sees the emulator's system calls") {
+        return None;
+    }
+    let traced = |inject: &str| {
+        let strace = format!("exec strace -D -f -qq -o trace -e trace={call} {inject} \"$@\"");
+        Setup::new().wrapper(&strace).connected()
+    };
+    let (rig, _device) = traced("");
+    let calls = fs::read_to_string(rig.dir.path().join("trace")).expect("a trace");
+    let line = calls.lines().find(|line| line.contains(words)).expect("such a call");
+    // Each thread's are counted apart.
+    let thread = line.split(' ').next().expect("a number");
+    let before =
+        calls.lines().filter(|line| line.starts_with(thread)).take_while(|other| *other != line).count();
+    Some(traced(&format!("-e inject={call}:error={error}:when={}", before + 1)))
 }
 
 /// The paths that were to be written, created, renamed, removed or given other attributes, successfully or
