@@ -12,6 +12,7 @@ use crate::harness::device::{Device, Generation};
 use crate::harness::msg::{self, CONTROL, Ints};
 use crate::harness::rig::{Rig, Setup, TOKEN};
 use crate::harness::server::{CONNECT_PATH, Reply, Server};
+use crate::harness::trace;
 use crate::harness::wait::{SOON, millis, secs, skip};
 use crate::harness::wire;
 
@@ -347,4 +348,14 @@ fn props_of_either_server_are_understood() {
     let mut terminal = terminal;
     terminal.prompt();
     assert_eq!(terminal.run("stty size"), "24 80");
+}
+
+/// Kernels before 3.12 and gVisor don't know the option. The agent never connected: "out of resources: protocol not
+/// available".
+#[test]
+fn a_kernel_without_a_limit_on_what_is_unsent() {
+    let Some((_rig, device)) = trace::refusing("setsockopt", "TCP_NOTSENT_LOWAT", "ENOPROTOOPT") else {
+        return;
+    };
+    shell_works(&device);
 }
