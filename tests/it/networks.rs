@@ -1,14 +1,18 @@
 //! Networks that come, go and fall silent, in network namespaces.
 
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
+use nix::libc::linger;
 use nix::sys::signal::Signal;
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
 
 use crate::harness::client::{Style, Terminal};
 use crate::harness::daemon::emulated;
 use crate::harness::device::Device;
-use crate::harness::network::{Network, with_network};
+use crate::harness::forward::Client;
+use crate::harness::network::{Network, SERVER, with_network};
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::server::Server;
 use crate::harness::trace;
@@ -255,6 +259,31 @@ fn output_that_was_under_way_comes_by_the_next_link() {
         for (n, line) in whole.split("\r\n").enumerate() {
             assert_eq!(line, (n + 1).to_string(), "line {}", n + 1);
         }
+    });
+}
+
+/// The forward of a target that lost its power said nothing until it was idle for ten minutes, or never, as configured.
+/// Mender's agent asks such a target each 15 s.
+#[test]
+fn a_target_that_was_switched_off_ends_its_forward() {
+    with_network(|network| {
+        let (rig, _server, device) = connected(network, Setup::new());
+        let client = Client::open(&device);
+        let target = TcpListener::bind((SERVER, 0)).expect("listen");
+        let port = target.local_addr().expect("an address").port();
+        let connection = client.connect("tcp", &SERVER.to_string(), port).opened();
+        let (stream, _) = target.accept().expect("the forward");
+        // It forgets the connection, and its last packet, a reset, doesn't leave it.
+        setsockopt(&stream, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 }).expect("set SO_LINGER");
+        network.far("ip route add blackhole 192.0.2.2/32");
+        drop(stream);
+        network.far("ip route del blackhole 192.0.2.2/32");
+        let off = Instant::now();
+        let line = rig.daemon.wait_for_log("event=forward", secs(25));
+        assert!(line.contains("result=failed") && line.contains("connection reset"), "{line}");
+        assert!(off.elapsed() > secs(5), "the reset was not lost: {:?}", off.elapsed());
+        connection.stopped();
+        client.close();
     });
 }
 

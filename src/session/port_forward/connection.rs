@@ -35,6 +35,8 @@ const SMALL: usize = 32;
 const SMALLEST_READ: usize = 2 * 1024;
 const LARGEST_READ: usize = 64 * 1024;
 const DATAGRAM: usize = 65_535;
+/// In seconds.
+const KEEPALIVE: u32 = 15;
 /// Bytes of a read from a target whose client has gone, and reads in a turn.
 const DISCARD: usize = 4096;
 const MAX_DISCARDS: usize = 16;
@@ -149,6 +151,10 @@ impl Connection {
             Ok(Some((socket, address))) => {
                 // Without it a stream is only slower; a datagram socket has no such option.
                 let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);
+                // As Go does. A target that was switched off says nothing, and firewalls forget what is silent.
+                let _ = setsockopt(&socket, sockopt::KeepAlive, &true);
+                let _ = setsockopt(&socket, sockopt::TcpKeepIdle, &KEEPALIVE);
+                let _ = setsockopt(&socket, sockopt::TcpKeepInterval, &KEEPALIVE);
                 self.state = State::Open(socket);
                 self.last_traffic = now;
                 let _ = self.shown.address.set(address);
