@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::libc;
 use nix::net::if_::if_nametoindex;
-use nix::sys::socket::sockopt::{Linger, SetBool, SetStruct};
+use nix::sys::socket::sockopt::{Broadcast, Linger, SetBool, SetStruct};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, recv, setsockopt, socket,
 };
@@ -102,6 +102,8 @@ pub(crate) fn zone_index(zone: &str) -> Option<u32> {
 pub(crate) fn begin_connect(address: SocketAddr, kind: SockType) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    // As Go does, for Wake-on-LAN and its like. No effect on a stream.
+    let _ = setsockopt(&socket, Broadcast, &true);
     match connect(socket.as_raw_fd(), &SockaddrStorage::from(address)) {
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
         Err(e) => Err(e.into()),

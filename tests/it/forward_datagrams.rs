@@ -1,5 +1,7 @@
 //! UDP through a forward: a message is a datagram and a datagram is a message.
 
+use std::net::UdpSocket;
+
 use crate::forwards::{assert_echo, assert_error, session, tcp, udp};
 use crate::harness::targets::{Role, Target, UdpEcho, stream};
 use crate::harness::wait::{SOON, millis};
@@ -49,6 +51,21 @@ fn several_datagrams_are_neither_merged_nor_split() {
     }
     let received = target.wait_received(11);
     assert!(received[1..].iter().enumerate().all(|(n, d)| *d == vec![n as u8; sizes[n]]));
+    client.close();
+}
+
+/// Wake-on-LAN goes to a broadcast address, which Mender's agent may send to. Here it was "permission denied".
+#[test]
+fn datagrams_reach_a_broadcast_address() {
+    let (_rig, _device, client) = session();
+    let target = UdpSocket::bind("127.255.255.255:0").expect("bind");
+    target.set_read_timeout(Some(SOON)).expect("a time limit");
+    let port = target.local_addr().expect("an address").port();
+    let connection = client.connect("udp", "127.255.255.255", port).opened();
+    connection.write(b"wake up");
+    let mut datagram = [0; 16];
+    let length = target.recv(&mut datagram).expect("a datagram");
+    assert_eq!(&datagram[..length], b"wake up");
     client.close();
 }
 
