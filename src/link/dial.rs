@@ -146,7 +146,7 @@ fn open_socket(
         reason: reason(e),
     };
     let no_addresses = |reason| LinkError::Resolve { host: target.host.clone(), reason };
-    let mut last = None;
+    let (mut unresolved, mut unconnected) = (None, None);
     let mut race = match target.socket_address() {
         Some(address) => {
             progress(Progress::Resolved(None, &[address]));
@@ -168,14 +168,15 @@ fn open_socket(
                 let failure = no_addresses(e.to_string());
                 progress(Progress::Unresolved(query, &failure));
                 // IPv4's error is reported, unless there is an address.
-                if last.is_none() || query == Query::A {
-                    last = Some(failure);
+                if unresolved.is_none() || query == Query::A {
+                    unresolved = Some(failure);
                 }
             }
             Event::Failed(address, e) => {
                 let failure = not_connected(address, &e);
                 progress(Progress::Failed(&failure));
-                last = Some(failure);
+                // As Go does: addresses without a route are tried last, and their errors mislead.
+                unconnected.get_or_insert(failure);
             }
         });
         if let Some((socket, address)) = winner {
@@ -183,7 +184,8 @@ fn open_socket(
             return Ok(Socket::new(socket, address, cancel)?);
         }
         if race.is_over() {
-            return Err(last.unwrap_or_else(|| no_addresses("no addresses".to_owned())));
+            let nothing = || no_addresses("no addresses".to_owned());
+            return Err(unconnected.or(unresolved).unwrap_or_else(nothing));
         }
         if cancel.left().is_zero() {
             let late = |address| not_connected(address, &Errno::ETIMEDOUT.into());

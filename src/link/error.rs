@@ -19,7 +19,7 @@ pub enum LinkError {
     Token,
     #[error("lookup {host}: {reason}")]
     Resolve { host: String, reason: String },
-    /// `address`: the last one tried.
+    /// `address`: the first one that failed, or the one that never answered.
     #[error("dial tcp {address}: connect: {reason}")]
     Connect { address: String, reason: String },
     #[error("proxy: {0}")]

@@ -31,7 +31,8 @@ pub(super) struct Opening {
     deadline: Instant,
     /// `None` until there is a permit for the look-up.
     race: Option<Race>,
-    /// The reason if all fails, and its weight: the last one of the greatest weight counts.
+    /// The reason if all fails, and its weight: the first one of the greatest weight counts. Addresses without a route
+    /// are tried last.
     last: Option<(u8, End)>,
 }
 
@@ -69,7 +70,7 @@ impl Opening {
         };
         let config = peer.device.config();
         let mut note = |weight, end| {
-            if last.as_ref().is_none_or(|(known, _)| *known <= weight) {
+            if last.as_ref().is_none_or(|(known, _)| *known < weight) {
                 *last = Some((weight, end));
             }
         };

@@ -124,6 +124,22 @@ fn a_name_of_the_hosts_file_may_be_spelled_otherwise() {
     }
 }
 
+/// A server with an IPv6 address, too, on a network without IPv6: that its IPv4 address had refused was not to be read
+/// anywhere, only that the other one has no route.
+#[test]
+fn the_error_is_that_of_the_address_with_a_route() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    // Without a zone no route leads there, whatever this machine's network.
+    let nowhere = Single::Address(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1).into());
+    let answer = Answer::Each(Single::Address(Ipv4Addr::LOCALHOST.into()), nowhere);
+    let names = NameServer::start(&[("both.test", answer)]);
+    let rig = names.setup().url("http://both.test:1").start();
+    let line = rig.daemon.wait_for_log(FAILED, SOON);
+    assert!(line.contains("dial tcp 127.0.0.1:1: connect: connection refused"), "{line}");
+}
+
 /// Connections that wait for a word from the test.
 type Gate = Arc<Watched<bool>>;
 
