@@ -83,6 +83,8 @@ pub mod internals {
 }
 
 pub fn run() -> ExitCode {
+    // As Go does. Containers pass on variables that aren't set as empty ones.
+    sys::process::unset_if_empty("SSL_CERT_FILE");
     let good = match cli::parse(std::env::args_os().skip(1)) {
         Invocation::Print(text) => {
             sys::print(&text);

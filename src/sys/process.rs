@@ -314,6 +314,16 @@ pub(crate) fn keep_descriptors_private() {
     }
 }
 
+/// Unsets an empty variable, for libraries that take it for a path. Call it at the start: it does nothing once there
+/// are threads.
+pub(crate) fn unset_if_empty(variable: &str) {
+    let empty = std::env::var_os(variable).is_some_and(|value| value.is_empty());
+    if empty && numbers_in("/proc/self/task").len() == 1 {
+        // SAFETY: no other thread reads the environment.
+        unsafe { std::env::remove_var(variable) };
+    }
+}
+
 /// Numeric names in a directory of procfs.
 pub(super) fn numbers_in(path: &str) -> Vec<i32> {
     let entries = fs::read_dir(path).into_iter().flatten();

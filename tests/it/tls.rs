@@ -9,7 +9,7 @@ use crate::harness::front::Proxy;
 use crate::harness::rig::Setup;
 use crate::harness::server::Server;
 use crate::harness::tls::{Authority, Identity, TlsFront};
-use crate::harness::wait::{SOON, secs};
+use crate::harness::wait::{SOON, secs, skip};
 use crate::remote::{FAILED, shell_works};
 
 fn text(path: &Path) -> &str {
@@ -62,6 +62,20 @@ fn a_certificate_directory_is_honoured() {
     let url = format!("https://127.0.0.1:{}", front.port());
     let _rig = Setup::new().url(&url).env("SSL_CERT_DIR", text(&certs)).start();
     shell_works(&server.device());
+}
+
+/// Containers pass on a variable that isn't set as an empty one. It was taken for a file, so that nothing was trusted.
+#[test]
+fn an_empty_variable_leaves_the_systems_certificates() {
+    if !Path::new("/etc/ssl/certs/ca-certificates.crt").exists() {
+        return skip("ca-certificates isn't installed");
+    }
+    let server = Server::start(Generation::New);
+    let front = TlsFront::start(&Authority::new().identity(&["127.0.0.1"]), server.address());
+    let url = format!("https://127.0.0.1:{}", front.port());
+    let rig = Setup::new().url(&url).env("SSL_CERT_FILE", "").start();
+    let line = rig.daemon.wait_for_log(FAILED, SOON);
+    assert!(line.contains("UnknownIssuer"), "{line}");
 }
 
 #[test]
