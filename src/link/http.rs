@@ -43,7 +43,8 @@ impl Answer {
     /// `None` if it is no HTTP. Accepts bare line feeds, as Go does.
     fn parse(head: &str) -> Option<Self> {
         let mut lines = head.lines();
-        let status = lines.next()?.strip_prefix("HTTP/1.")?.split(' ').nth(1)?;
+        let status =
+            lines.next()?.strip_prefix("HTTP/1.")?.split(' ').skip(1).find(|word| !word.is_empty())?;
         let status = status.parse().ok().filter(|_| status.len() == 3)?;
         // Continuation lines (RFC 9112, 5.2); no header read here is that long.
         let lines = lines.filter(|line| !line.is_empty() && !line.starts_with([' ', '\t']));
@@ -240,6 +241,7 @@ mod tests {
         for (head, answer) in [
             ("HTTP/1.1 200 OK\r\nA: b\r\n\r\n", Ok(200)),
             ("HTTP/1.0 200\nA: b\n\n", Ok(200)),
+            ("HTTP/1.0  200  OK\r\n\r\n", Ok(200)),
             ("HTTP/1.1 200 OK\r\nA: b\r\n folded\r\n\r\n", Ok(200)),
             ("HTTP/1.1 200 OK\r\nA : b\r\n\r\n", Ok(200)),
             (&format!("HTTP/1.1 101 x\r\n{many}\r\n"), Ok(101)),

@@ -25,6 +25,7 @@ fn an_upgrade_may_be_worded_in_many_ways() {
         ),
         format!("{plain}{}\r\n", "X-Via: balancer\r\n".repeat(200)),
         format!("{plain}\r\n").replace('\r', ""),
+        format!("{plain}\r\n").replace("HTTP/1.1 101", "HTTP/1.1  101"),
         format!("HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n{plain}\r\n"),
         format!("{plain}Sec-WebSocket-Protocol: binary\r\n\r\n"),
         // More than 16 KiB were too long an answer.
