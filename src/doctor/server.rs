@@ -226,6 +226,7 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
             TlsFault::Kind => {
                 "It and its issuers need keys of RSA with 2048 bits or more, of ECDSA on P-256 or P-384 with \
                  SHA-256 or SHA-384, or of Ed25519, and X.509 version 3: whoever is trusted, others are refused.\n\
+                 Policies must not be critical, and name constraints only be on DNS names and addresses.\n\
                  It has to be for servers (serverAuth, if it has an extendedKeyUsage), and one with CA:TRUE has \
                  to be among the system's trusted ones itself."
             }

@@ -127,6 +127,12 @@ impl Verifier {
                     Some(webpki::Error::CaUsedAsEndEntity) => {
                         "an authority's (CA:TRUE), which has to be trusted itself"
                     }
+                    Some(webpki::Error::UnsupportedCriticalExtension) => {
+                        "a critical extension that is unknown here, such as policies"
+                    }
+                    Some(webpki::Error::NameConstraintViolation) => {
+                        "an issuer's name constraints, which exclude it or are on URIs or directories"
+                    }
                     _ => return error,
                 },
                 _ => return error,

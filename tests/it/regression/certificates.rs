@@ -166,22 +166,25 @@ fn kinds_that_cannot_be_verified_are_named() {
 }
 
 /// doctor told to trust an issuer that was trusted, whatever else was wrong with a certificate. The one of a CA is what
-/// some of openssl's own examples make of a server's.
+/// some of openssl's own examples make of a server's. Policies and constraints had the advice on keys alone.
 #[test]
 fn a_trusted_issuer_is_not_said_to_be_unknown() {
     let Some(forge) = Forge::new() else { return };
-    let server = Server::start(Generation::New);
     forge.own("authority", P256, "");
-    for (name, extension, words) in [
-        ("ca", "basicConstraints=CA:TRUE", "an authority's (CA:TRUE), which has to be trusted itself"),
-        ("client", "extendedKeyUsage=clientAuth", "client authentication"),
+    forge.own("bound", P256, " -addext nameConstraints=permitted;URI:.example");
+    for (name, issuer, extension, words) in [
+        ("ca", "authority", "basicConstraints=CA:TRUE", "an authority's (CA:TRUE), which has to be trusted"),
+        ("client", "authority", "extendedKeyUsage=clientAuth", "client authentication"),
+        ("policies", "authority", "certificatePolicies=critical,2.5.29.32.0", "a critical extension"),
+        ("uri", "bound", "subjectAltName=IP:127.0.0.1,URI:https://a.example/", "name constraints"),
     ] {
         std::fs::write(forge.path("more"), format!("subjectAltName=IP:127.0.0.1\n{extension}\n")).unwrap();
-        let (certificate, key) = forge.signed(name, P256, "authority", " -extfile more");
-        let front = TlsFront::start(&Identity::read(&certificate, &key), server.address());
-        let office = Office::at(&format!("https://127.0.0.1:{}", front.port()));
-        let (found, advice) =
-            office.env("SSL_CERT_FILE", text(&forge.path("authority.pem"))).ask().assert_break("tls");
+        let (certificate, key) = forge.signed(name, P256, issuer, " -extfile more");
+        let (_served, port) = Served::start(&certificate, &key);
+        let office = Office::at(&format!("https://127.0.0.1:{port}"));
+        let store = forge.path(&format!("{issuer}.pem"));
+        let (found, advice) = office.env("SSL_CERT_FILE", text(&store)).ask().assert_break("tls");
         assert!(found.contains(words) && advice.contains("serverAuth"), "{name}: {found}: {advice}");
+        assert!(advice.contains("name constraints"), "{name}: {advice}");
     }
 }
