@@ -99,13 +99,15 @@ fn gone(machine: &Machine) {
 /// One machine's day, without trouble.
 fn ordinary(world: World) {
     let Some(machine) = scripted(world) else { return };
-    machine.write("/etc/default/mender-connect", "OPTIONS=--debug\n");
+    machine.write("/etc/default/mender-connect", "OPTIONS=--debug\nNO_PROXY=here.example\n");
     expect(&machine, "status", 3, "not running");
     expect(&machine, "start", 0, "started");
     machine.device();
     machine.wait_syslog("mender-connect: ");
     machine.wait_syslog("level=debug");
     let first = pid(&machine);
+    let environment = machine.sh(&format!("tr '\\0' '\\n' </proc/{first}/environ"));
+    assert!(environment.contains("NO_PROXY=here.example\n"), "{environment}");
     expect(&machine, "status", 0, &format!("process {first}"));
     expect(&machine, "start", 0, "already running");
     assert_eq!(pid(&machine), first);
