@@ -245,9 +245,13 @@ fn a_failed_connection_says_why() {
         client.send("forward", Some(&connection.id), b"x");
         assert_error(&client, "forward", "unknown connection", Some(&connection.id));
     }
-    // Of several addresses the first: the last one's error, such as of IPv6 where there is none, led astray.
+    // Of an address that has a route: the last one's error, such as of IPv6 where there is none, led astray.
     client.connect("tcp", "localhost", 1);
-    assert_eq!(client.next_error().text, "dial tcp 127.0.0.1:1: connect: connection refused");
+    let refused = client.next_error().text;
+    assert!(
+        refused.starts_with("dial tcp ") && refused.ends_with(":1: connect: connection refused"),
+        "{refused}"
+    );
     // Too long for the name system: nobody is asked.
     let name = format!("{}.invalid", "x".repeat(70));
     client.connect("tcp", &name, 80);

@@ -32,7 +32,7 @@ const MEMORY: usize = 16 << 20;
 const RESERVED: usize = 16 << 10;
 
 /// Answers that may wait. Further ones of the router are dropped; a session would wait.
-const MAX_ANSWERS: usize = 256;
+const MAX_ANSWERS: usize = 32;
 
 #[derive(Arbitrary, Debug)]
 struct Script {
