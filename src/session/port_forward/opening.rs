@@ -33,12 +33,12 @@ pub(super) struct Opening {
     race: Option<Race>,
     /// The reason if all fails, and its weight: the first one of the greatest weight counts. Addresses without a route
     /// are tried last.
-    last: Option<(u8, End)>,
+    failure: Option<(u8, End)>,
 }
 
 impl Opening {
     pub(super) fn new(now: Instant) -> Self {
-        Opening { deadline: now + OPEN_LIMIT, race: None, last: None }
+        Opening { deadline: now + OPEN_LIMIT, race: None, failure: None }
     }
 
     pub(super) fn sockets(&self) -> impl Iterator<Item = &OwnedFd> {
@@ -61,7 +61,7 @@ impl Opening {
         if self.race.is_none() {
             self.race = Opening::begin(peer, target, now)?;
         }
-        let (host, last) = (&target.host, &mut self.last);
+        let (host, failure) = (&target.host, &mut self.failure);
         let Some(race) = &mut self.race else {
             if now < self.deadline {
                 return Ok(None);
@@ -70,8 +70,8 @@ impl Opening {
         };
         let config = peer.device.config();
         let mut note = |weight, end| {
-            if last.as_ref().is_none_or(|(known, _)| *known < weight) {
-                *last = Some((weight, end));
+            if failure.as_ref().is_none_or(|(known, _)| *known < weight) {
+                *failure = Some((weight, end));
             }
         };
         let winner =
@@ -98,7 +98,7 @@ impl Opening {
         self.race = None;
         descriptors.resize(1);
         let nothing = || failed(target, &format!(": lookup {host}: no such host"));
-        winner.map(Some).ok_or_else(|| self.last.take().map_or_else(nothing, |(_, end)| end))
+        winner.map(Some).ok_or_else(|| self.failure.take().map_or_else(nothing, |(_, end)| end))
     }
 
     /// `None` if there is no permit for a look-up yet.
