@@ -23,7 +23,7 @@ impl Signals {
         let mut set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGHUP]);
         // A file above RLIMIT_FSIZE is the error of its upload.
         set.add(Signal::SIGXFSZ);
-        // Where the parent ignores it, the kernel reaps our children, and nobody learns of their ends.
+        // A parent that ignores it passes that on: the kernel reaps our children then, and nobody learns of their ends.
         // SAFETY: installs no handler.
         unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
         if process::adopts_orphans() {

@@ -9,7 +9,6 @@ use std::process::Command;
 use crate::files::{names, pattern, put, refused};
 use crate::harness::aftermath::{assert_healthy, assert_no_temporary_files};
 use crate::harness::client::{Style, Terminal};
-use crate::harness::daemon::emulated;
 use crate::harness::device::Device;
 use crate::harness::msg::{CONTROL, FILES};
 use crate::harness::rest::{Form, Rest, offset_of};
@@ -45,10 +44,7 @@ fn a_disk_that_fills_up_keeps_the_old_file() {
 /// A directory that can't be listed, on a medium with bad blocks or in FUSE, kept the upload's thread busy for ever.
 #[test]
 fn a_directory_that_cannot_be_listed_takes_uploads() {
-    if !trace::is_possible() {
-        return skip("strace is missing");
-    }
-    if emulated("strace sees the emulator's system calls") {
+    if !trace::sees_the_agent() {
         return;
     }
     let failing =

@@ -245,7 +245,7 @@ fn a_failed_connection_says_why() {
         client.send("forward", Some(&connection.id), b"x");
         assert_error(&client, "forward", "unknown connection", Some(&connection.id));
     }
-    // Of an address that has a route: the last one's error, such as of IPv6 where there is none, led astray.
+    // The client reads the error of an address that has a route: the last one's, such as IPv6's, led astray.
     client.connect("tcp", "localhost", 1);
     let refused = client.next_error().text;
     assert!(

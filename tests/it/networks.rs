@@ -16,7 +16,7 @@ use crate::harness::network::{Network, SERVER, with_network};
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::server::Server;
 use crate::harness::trace;
-use crate::harness::wait::{SOON, eventually, millis, secs, skip, throughout};
+use crate::harness::wait::{SOON, eventually, millis, secs, throughout};
 
 /// In seconds, of an outage of the network. A longer run sets it: `MENDER_CONNECT_OUTAGE=1800`.
 fn outage() -> Duration {
@@ -290,10 +290,7 @@ fn a_target_that_was_switched_off_ends_its_forward() {
 /// A container's runtime may forbid netlink: said once, and nothing else.
 #[test]
 fn without_netlink_the_agent_says_so_and_goes_on() {
-    if !trace::is_possible() {
-        return skip("strace is missing");
-    }
-    if emulated("strace sees the emulator's system calls") {
+    if !trace::sees_the_agent() {
         return;
     }
     // The second socket that is bound, after the one for the status.

@@ -148,7 +148,7 @@ fn nothing_is_lacking_that_is_needed() {
     terminal.stop();
 }
 
-/// Where fs.nr_open was lowered below the hard limit, no limit on descriptors can be set. The agent said "Operation not
+/// The kernel sets no limit on descriptors once fs.nr_open was lowered below the hard limit. The agent said "Operation not
 /// permitted" and ended.
 #[test]
 fn a_limit_that_cannot_be_raised_stays() {

@@ -13,10 +13,9 @@ use nix::unistd::{Pid, mkfifo};
 use tempfile::TempDir;
 
 use crate::harness::client::{Style, Terminal};
-use crate::harness::daemon::emulated;
 use crate::harness::device::Device;
 use crate::harness::rig::{Rig, Setup};
-use crate::harness::wait::{SOON, eventually, millis, secs, skip, throughout};
+use crate::harness::wait::{SOON, eventually, millis, secs, throughout};
 use crate::harness::{proc, trace};
 
 /// A folder of the token's own.
@@ -105,10 +104,7 @@ fn connects_without_any_bus() {
 /// Neither the one that the environment names nor the usual one.
 #[test]
 fn no_bus_is_looked_for() {
-    if !trace::is_possible() {
-        return skip("strace is missing");
-    }
-    if emulated("strace sees the emulator") {
+    if !trace::sees_the_agent() {
         return;
     }
     let place = Place::new();

@@ -32,14 +32,19 @@ pub fn is_possible() -> bool {
     Command::new("strace").arg("-V").output().is_ok_and(|output| output.status.success())
 }
 
+/// Whether strace sees the agent's system calls; says so if not.
+pub fn sees_the_agent() -> bool {
+    let there = is_possible();
+    if !there {
+        skip("strace is missing");
+    }
+    there && !emulated("strace sees the emulator's system calls")
+}
+
 /// A connected agent whose first system call `call` with these words in strace's line fails. Says so where that isn't
 /// possible.
 pub fn refusing(call: &str, words: &str, error: &str) -> Option<(Rig, Device)> {
-    if !is_possible() {
-        skip("strace is missing");
-        return None;
-    }
-    if emulated("strace sees the emulator's system calls") {
+    if !sees_the_agent() {
         return None;
     }
     let traced = |inject: &str| {

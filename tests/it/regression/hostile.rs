@@ -8,6 +8,7 @@ use rmpv::Value;
 use crate::forwards::{assert_echo, session};
 use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::daemon::emulated;
+use crate::harness::device::Device;
 use crate::harness::dns::{Answer, NameServer, obstacle};
 use crate::harness::forward::{Client, target_body};
 use crate::harness::msg::{COMMANDS, CONTROL, FILES, Ints, Msg, PORTS, SHELL, encode, map};
@@ -141,6 +142,21 @@ fn what_is_too_long_is_neither_taken_nor_repeated() {
     assert!(text.ends_with(": file name too long") && answer.raw.len() < 1024, "{text}");
 }
 
+/// Asks for a forward to a name that no server answers for.
+fn look_up(device: &Device, sid: &str, id: usize) {
+    let props = [("user_id", "u".into()), ("connection_id", Value::from(id.to_string()))];
+    device.send(PORTS, "new", sid, &props, &target_body("silent.test", 80, "tcp"));
+}
+
+/// A forward to a name that is known opens at once.
+fn assert_others_look_up(device: &Device, target: &Target) {
+    let client = Client::open(device);
+    let begun = Instant::now();
+    assert_echo(&client.connect("tcp", "here.test", target.port()), b"by name");
+    assert!(begun.elapsed() < secs(2), "{:?}", begun.elapsed());
+    client.close();
+}
+
 /// Four look-ups of a session at a time: with three sessions, one user had all of the device's ten, and nobody else
 /// reached a target by name while a name server was silent.
 #[test]
@@ -157,23 +173,19 @@ fn names_of_one_user_leave_look_ups_to_others() {
         device.discard(sid);
         // A look-up counts also when its client has given it up.
         for n in 0..20 {
-            let props = [("user_id", "u".into()), ("connection_id", Value::from(n.to_string()))];
-            device.send(PORTS, "new", sid, &props, &target_body("silent.test", 80, "tcp"));
+            look_up(&device, sid, n);
             if n % 2 == 0 {
+                let props = [("user_id", "u".into()), ("connection_id", Value::from(n.to_string()))];
                 device.send(PORTS, "stop", sid, &props, b"");
             }
         }
     }
     assert!(device.answers(b"all of it", SOON));
     names.wait_asked("silent.test", 4);
-    let client = Client::open(&device);
-    let begun = Instant::now();
-    assert_echo(&client.connect("tcp", "here.test", target.port()), b"by name");
-    assert!(begun.elapsed() < secs(2), "{:?}", begun.elapsed());
+    assert_others_look_up(&device, &target);
     // A thread that has given its answer takes a moment to end.
     let resolvers = || thread_names(&rig).iter().filter(|name| *name == "resolver\n").count();
     eventually(SOON, "two threads for each name", || (resolvers() <= 2 * 4).then_some(()));
-    client.close();
 }
 
 /// The four were those of the user's open sessions: three sessions, each closed before the next, had all ten as well.
@@ -190,19 +202,14 @@ fn names_of_sessions_that_have_ended_leave_look_ups_to_others() {
         let sid = new_sid();
         device.discard(&sid);
         for n in 0..4 {
-            let props = [("user_id", "u".into()), ("connection_id", Value::from(n.to_string()))];
-            device.send(PORTS, "new", &sid, &props, &target_body("silent.test", 80, "tcp"));
+            look_up(&device, &sid, n);
         }
         device.send(CONTROL, "close", &sid, &[("user_id", "u".into())], b"");
         eventually(SOON, "the session's end", || {
             (rig.daemon.count_log("event=session-end") == ended).then_some(())
         });
     }
-    let client = Client::open(&device);
-    let begun = Instant::now();
-    assert_echo(&client.connect("tcp", "here.test", target.port()), b"by name");
-    assert!(begun.elapsed() < secs(2), "{:?}", begun.elapsed());
-    client.close();
+    assert_others_look_up(&device, &target);
 }
 
 /// A session that waited for a look-up kept its descriptor after its end: within three seconds one user had 4,096.
@@ -216,8 +223,7 @@ fn sessions_that_wait_for_a_look_up_leave_no_descriptor() {
     let user = [("user_id", "u".into())];
     let ask = |sid: &str, id: usize| {
         device.discard(sid);
-        let props = [("user_id", "u".into()), ("connection_id", Value::from(id.to_string()))];
-        device.send(PORTS, "new", sid, &props, &target_body("silent.test", 80, "tcp"));
+        look_up(&device, sid, id);
     };
     let first = new_sid();
     (0..4).for_each(|id| ask(&first, id));
