@@ -10,7 +10,8 @@ use nix::libc;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::sockopt::{Broadcast, Linger, SetBool, SetStruct};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, recv, setsockopt, socket,
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, getpeername, getsockname, recv,
+    setsockopt, socket,
 };
 
 /// Acknowledges at once. The kernel forgets the option after a while.
@@ -56,6 +57,7 @@ fn tcp_info(socket: BorrowedFd<'_>) -> [u8; 60] {
     };
     info
 }
+
 fn waiting(
     socket: BorrowedFd<'_>,
     count: unsafe fn(RawFd, *mut libc::c_int) -> nix::Result<libc::c_int>,
@@ -108,6 +110,12 @@ pub(crate) fn begin_connect(address: SocketAddr, kind: SockType) -> io::Result<O
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
         Err(e) => Err(e.into()),
     }
+}
+
+/// A socket to a local port that nothing listens on may get that port as its own, and is then connected to itself.
+pub(crate) fn meets_itself(socket: &OwnedFd) -> bool {
+    let ours = getsockname::<SockaddrStorage>(socket.as_raw_fd());
+    ours.is_ok() && ours == getpeername(socket.as_raw_fd())
 }
 
 #[cfg(test)]

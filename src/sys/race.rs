@@ -103,10 +103,12 @@ impl Race {
                 continue;
             }
             let Attempt { socket, address, .. } = self.running.remove(at);
-            match getsockopt(&socket, sockopt::SocketError).unwrap_or_else(|e| e as i32) {
+            let errno = match getsockopt(&socket, sockopt::SocketError).unwrap_or_else(|e| e as i32) {
+                0 if net::meets_itself(&socket) => libc::ECONNREFUSED,
                 0 => return Some((socket, address)),
-                errno => observe(Event::Failed(address, io::Error::from_raw_os_error(errno))),
-            }
+                errno => errno,
+            };
+            observe(Event::Failed(address, io::Error::from_raw_os_error(errno)));
             self.next = now;
         }
         while now >= self.next

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::forwards::{assert_echo, session, tcp, udp};
 use crate::harness::forward::Client;
+use crate::harness::network::with_network;
 use crate::harness::rig::{Setup, bash_config, is_root};
 use crate::harness::targets::{Role, Target, UdpEcho};
 use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn, throughout};
@@ -201,4 +202,24 @@ fn no_report_of_the_network_ends_a_udp_forward() {
         assert_eq!(buffer[..n], [code]);
     }
     client.close();
+}
+
+/// A connection to a local port where nothing listens was one to itself, and echoed, where the kernel took that very
+/// port for its other end: one of 14,000 with the usual range of ports, each with this one.
+#[test]
+fn a_closed_port_is_refused_where_a_connection_could_meet_itself() {
+    with_network(|network| {
+        let server = network.server();
+        let _rig = network.agent(Setup::new(), &server).start();
+        let device = server.next_device(SOON);
+        let client = Client::open(&device);
+        network.near("echo '40000 40000' > /proc/sys/net/ipv4/ip_local_port_range");
+        for (host, shown) in [("127.0.0.1", "127.0.0.1:40000"), ("::1", "[::1]:40000")] {
+            for protocol in ["tcp", "udp"] {
+                client.connect(protocol, host, 40000);
+                let refused = client.next_error().text;
+                assert_eq!(refused, format!("dial {protocol} {shown}: connect: connection refused"));
+            }
+        }
+    });
 }
