@@ -29,20 +29,18 @@ const SHORTEST: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub(crate) struct Credit {
     sent: u64,
-    /// For each message in flight, how long the client may take to read it.
-    on_the_way: VecDeque<Duration>,
+    /// When each message in flight is presumed delivered, unless the client answers.
+    on_the_way: VecDeque<Instant>,
     /// Numbers of the unanswered probes. Messages are numbered from 1.
     probes: VecDeque<u64>,
     last_probe: Instant,
     answers: bool,
-    /// When the first message in flight is presumed delivered, unless the client answers.
-    presume_at: Instant,
 }
 
 impl Credit {
     pub(crate) fn new(now: Instant) -> Self {
         let (on_the_way, probes) = (VecDeque::new(), VecDeque::new());
-        Credit { sent: 0, on_the_way, probes, last_probe: now, answers: false, presume_at: now }
+        Credit { sent: 0, on_the_way, probes, last_probe: now, answers: false }
     }
 
     pub(crate) fn takes(&self, now: Instant) -> bool {
@@ -54,32 +52,23 @@ impl Credit {
     }
 
     fn unproved(&self, now: Instant) -> usize {
-        let presumed = if self.answers { 0 } else { self.presumed(now).0 };
-        self.on_the_way.len() - presumed
+        self.on_the_way.len() - self.presumed(now)
     }
 
-    /// How many messages are presumed delivered, and when the next one will be.
-    fn presumed(&self, now: Instant) -> (usize, Instant) {
-        let (mut count, mut next) = (0, self.presume_at);
-        while now >= next && count < self.on_the_way.len() {
-            count += 1;
-            next += self.on_the_way.get(count).copied().unwrap_or_default();
-        }
-        (count, next)
+    fn presumed(&self, now: Instant) -> usize {
+        if self.answers { 0 } else { self.on_the_way.partition_point(|at| *at <= now) }
     }
 
     /// Returns the message's number.
     pub(crate) fn sent(&mut self, bytes: usize, now: Instant) -> u64 {
-        if !self.answers {
-            let (presumed, next) = self.presumed(now);
-            self.on_the_way.drain(..presumed);
-            self.presume_at = if self.on_the_way.is_empty() { now + PATIENCE } else { next };
-        }
+        self.on_the_way.drain(..self.presumed(now));
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let reading = (Duration::from_secs(1) * bytes / BYTES_PER_SECOND).max(SHORTEST);
+        let presume_at = self.on_the_way.back().map_or(now + PATIENCE, |before| *before + reading);
         if self.on_the_way.len() == PLACES {
             self.on_the_way.pop_front();
         }
-        self.on_the_way.push_back((Duration::from_secs(1) * bytes / BYTES_PER_SECOND).max(SHORTEST));
+        self.on_the_way.push_back(presume_at);
         self.sent += 1;
         self.sent
     }
@@ -133,7 +122,7 @@ impl Credit {
         match self.answers {
             _ if self.takes(now) => None,
             true => (self.probes.len() < MAX_PROBES).then_some(self.last_probe + ASK_AGAIN),
-            false => Some(self.presumed(now).1),
+            false => self.on_the_way.get(self.presumed(now)).copied(),
         }
     }
 }
