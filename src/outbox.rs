@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use crossbeam_utils::sync::{Parker, Unparker};
 
 use crate::proto::Frame;
@@ -55,9 +55,6 @@ pub enum Work {
     Answered(Probe, Instant),
 }
 
-/// Sent when every [`Outbox`] has been dropped.
-const ABANDONED: Work = Work::Close(1000);
-
 /// Classes that the window has credit for.
 #[derive(Debug, Clone, Copy)]
 pub struct Sendable {
@@ -77,8 +74,7 @@ pub struct Outbox {
     messages: [Sender<Box<Item>>; 2],
     signals: Sender<Work>,
     shared: Arc<Shared>,
-    /// Must be dropped after the channels.
-    writer: Waiting,
+    writer: Unparker,
 }
 
 #[derive(Debug)]
@@ -86,16 +82,6 @@ struct Shared {
     piece: AtomicUsize,
     delivered: AtomicU64,
     pool: Pool,
-}
-
-/// Wakes the writer on drop: it may have been the last sender.
-#[derive(Debug, Clone)]
-struct Waiting(Unparker);
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.0.unpark();
-    }
 }
 
 #[derive(Debug)]
@@ -128,7 +114,7 @@ impl Outbox {
         let (piece, delivered) = (AtomicUsize::new(0), AtomicU64::new(u64::MAX));
         let shared = Arc::new(Shared { piece, delivered, pool: Pool::new(MAX_BUFFERS) });
         let (parker, messages) = (Parker::new(), [interactive_queue, bulk_queue]);
-        let writer = Waiting(parker.unparker().clone());
+        let writer = parker.unparker().clone();
         let outbox = Outbox { messages: [interactive, bulk], signals, shared: Arc::clone(&shared), writer };
         (outbox, Queue { messages, signals: signal_queue, shared, parker, favoured: 0 })
     }
@@ -136,13 +122,13 @@ impl Outbox {
     /// Never waits: drops the signal if the channel is full.
     pub(crate) fn signal(&self, signal: Work) {
         let _ = self.signals.try_send(signal);
-        self.writer.0.unpark();
+        self.writer.unpark();
     }
 
     /// Has the writer close the websocket. Waits for a place until `deadline`.
     pub(crate) fn close(&self, code: u16, deadline: Instant) {
         let _ = self.signals.send_deadline(Work::Close(code), deadline);
-        self.writer.0.unpark();
+        self.writer.unpark();
     }
 
     /// Call it when the link has ended.
@@ -160,14 +146,14 @@ impl Outbox {
     pub(crate) fn try_reply(&self, frame: &Frame) -> bool {
         let item = Item::of(frame, Class::Interactive);
         let sent = self.messages[item.class as usize].try_send(item).is_ok();
-        self.writer.0.unpark();
+        self.writer.unpark();
         sent
     }
 
     fn put(&self, item: Box<Item>) {
         // Fails once the writer has ended.
         let _ = self.messages[item.class as usize].send(item);
-        self.writer.0.unpark();
+        self.writer.unpark();
     }
 }
 
@@ -203,10 +189,8 @@ impl Queue {
     }
 
     pub fn try_next(&mut self, sendable: Sendable) -> Option<Work> {
-        match self.signals.try_recv() {
-            Ok(signal) => return Some(signal),
-            Err(TryRecvError::Disconnected) => return Some(ABANDONED),
-            Err(TryRecvError::Empty) => {}
+        if let Ok(signal) = self.signals.try_recv() {
+            return Some(signal);
         }
         std::iter::from_fn(|| self.pop(sendable)).find_map(|item| item.work())
     }
