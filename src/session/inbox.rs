@@ -122,9 +122,11 @@ impl Inbox {
         Ok(())
     }
 
-    pub fn pop(&self) -> Option<Frame> {
+    /// The first frame that the session `takes` now.
+    pub fn pop(&self, takes: impl Fn(&Frame) -> bool) -> Option<Frame> {
         let mut state = lock(&self.state);
-        let frame = state.frames.pop_front();
+        let at = state.frames.iter().position(takes);
+        let frame = at.and_then(|at| state.frames.remove(at));
         state.handled = frame.as_ref().map_or(0, Frame::held);
         if state.frames.is_empty() {
             // The queue's own memory isn't counted.
@@ -180,13 +182,13 @@ mod tests {
         }
         assert!(matches!(small.push(frame(0)), Err(Rejected::Full(_, true))));
         assert!(matches!(small.push(frame(0)), Err(Rejected::Full(_, false))));
-        assert!(small.pop().is_some());
+        assert!(small.pop(|_| true).is_some());
         small.push(frame(0)).unwrap();
 
         let large = inbox();
         large.push(frame(MAX_BYTES + 1)).unwrap();
         assert!(matches!(large.push(frame(1)), Err(Rejected::Full(..))));
-        large.pop().unwrap();
+        large.pop(|_| true).unwrap();
         large.push(frame(MAX_BYTES - frame(0).held())).unwrap();
     }
 
@@ -195,7 +197,7 @@ mod tests {
     fn an_empty_one_keeps_no_memory() {
         let inbox = inbox();
         while inbox.push(frame(0)).is_ok() {}
-        while inbox.pop().is_some() {}
+        while inbox.pop(|_| true).is_some() {}
         assert!(lock(&inbox.state).frames.capacity() < 2 * SMALL);
     }
 
@@ -210,12 +212,12 @@ mod tests {
         greedy.hang_up(HangUp::NoRoom);
         assert_eq!(memory.taken(), 0);
         other.push(frame(2 * RESERVED)).unwrap();
-        other.pop().unwrap();
-        other.pop().unwrap();
+        other.pop(|_| true).unwrap();
+        other.pop(|_| true).unwrap();
         // It counts while it is handled.
         other.hang_up(HangUp::NoRoom);
         assert_eq!(memory.taken(), frame(2 * RESERVED).held() - RESERVED);
-        assert!(other.pop().is_none());
+        assert!(other.pop(|_| true).is_none());
         assert_eq!((memory.taken(), lock(&other.state).bytes), (0, 0));
     }
 
@@ -227,9 +229,9 @@ mod tests {
             inbox.push(frame).unwrap();
         }
         for left in [frame(3), resize("c"), frame(3), frame(3)] {
-            assert_eq!(inbox.pop(), Some(left));
+            assert_eq!(inbox.pop(|_| true), Some(left));
         }
-        assert!(inbox.pop().is_none() && lock(&inbox.state).bytes == 0);
+        assert!(inbox.pop(|_| true).is_none() && lock(&inbox.state).bytes == 0);
     }
 
     /// The size of a shell that was started after another was stopped went to that other.
@@ -241,7 +243,7 @@ mod tests {
         for frame in sent.clone() {
             inbox.push(frame).unwrap();
         }
-        let read: Vec<Frame> = std::iter::from_fn(|| inbox.pop()).collect();
+        let read: Vec<Frame> = std::iter::from_fn(|| inbox.pop(|_| true)).collect();
         assert_eq!(read, sent);
     }
 
@@ -250,7 +252,7 @@ mod tests {
         let inbox = inbox();
         inbox.push(frame(0)).unwrap();
         assert!(!inbox.close_if_empty());
-        inbox.pop().unwrap();
+        inbox.pop(|_| true).unwrap();
         assert!(inbox.close_if_empty());
         assert!(matches!(inbox.push(frame(0)), Err(Rejected::Closed(_))));
     }

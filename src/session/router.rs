@@ -246,9 +246,9 @@ mod tests {
         }
         router.route(ping.clone());
         assert_eq!(peers.borrow().len(), 1);
-        assert!(peers.take().iter().all(|peer| peer.inbox.pop().is_none()));
+        assert!(peers.take().iter().all(|peer| peer.inbox.pop(|_| true).is_none()));
         // Its id is free when it has ended.
         router.route(ping);
-        assert!(peers.take()[0].inbox.pop().is_some());
+        assert!(peers.take()[0].inbox.pop(|_| true).is_some());
     }
 }

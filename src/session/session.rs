@@ -109,7 +109,7 @@ impl Session {
                 self.open_terminal(request, until, Instant::now());
             }
             while self.waiting.is_none()
-                && let Some(frame) = self.terminal.next_frame(&self.peer.inbox)
+                && let Some(frame) = self.peer.inbox.pop(|frame| self.terminal.takes(frame))
             {
                 self.handle(frame, Instant::now());
             }

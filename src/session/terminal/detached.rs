@@ -39,7 +39,6 @@ impl Terminal {
         if running.detached.is_some() {
             return;
         }
-        self.deferred.clear();
         let sink = mem::replace(&mut peer.sink, Sink::closed(&peer.wake));
         Record::new("shell-detach", Some(&peer.id), &running.info.user)
             .with("pid", running.info.pid)

@@ -14,7 +14,6 @@ mod history;
 mod running;
 mod shell;
 
-use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -29,14 +28,13 @@ use self::history::History;
 pub(crate) use self::running::ANSWER_LIMIT;
 use self::running::{Running, STOP_GRACE, ping, requested_size};
 use self::shell::Shell;
-use super::inbox::Inbox;
 use super::peer::Peer;
 use super::shells::{DEVICE_FULL, MAX_SHELLS, ShellPermit};
 use crate::audit::Record;
 use crate::outbox::Discard;
 use crate::permits::Permit;
 use crate::proto::shell as wire;
-use crate::proto::{Frame, SessionId, UserId};
+use crate::proto::{Frame, SHELL, SessionId, UserId};
 use crate::sys::process::{Exit, SessionLeader};
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, lock, reason};
@@ -47,9 +45,6 @@ const EXEC_LIMIT: Duration = Duration::from_millis(200);
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 /// The last output may come through the terminal this long after the shell's end.
 const DRAIN_LIMIT: Duration = Duration::from_millis(500);
-/// Limits for the frames that wait while a shell ends; the last one may exceed the bytes.
-const MAX_DEFERRED: usize = 64;
-const MAX_DEFERRED_BYTES: usize = 64 * 1024;
 
 /// Upstream's text for a shell that has ended by itself.
 const ENDED: &str = "read /dev/ptmx: input/output error";
@@ -57,7 +52,6 @@ const ENDED: &str = "read /dev/ptmx: input/output error";
 #[derive(Default)]
 pub(crate) struct Terminal {
     state: State,
-    deferred: VecDeque<Frame>,
     /// How the user has left a shell that may be kept.
     pub(super) left: Option<&'static str>,
 }
@@ -88,25 +82,15 @@ impl Terminal {
         matches!(self.state, State::Nothing)
     }
 
-    /// The next frame to handle. Deferred frames come first.
-    pub(crate) fn next_frame(&mut self, inbox: &Inbox) -> Option<Frame> {
-        let ends = matches!(self.state, State::Ending(_));
-        if !ends && !self.deferred.is_empty() {
-            return self.deferred.pop_front();
-        }
-        let room = self.deferred.len() < MAX_DEFERRED
-            && self.deferred.iter().map(Frame::held).sum::<usize>() < MAX_DEFERRED_BYTES;
-        if room { inbox.pop() } else { None }
+    /// While a shell ends, frames for the next one stay in the inbox.
+    pub(crate) fn takes(&self, frame: &Frame) -> bool {
+        let is_ours = frame.proto == SHELL && frame.typ != wire::PONG;
+        !is_ours || !matches!(self.state, State::Ending(_))
     }
 
-    /// Whether a `stop` for all shells of a user may concern this session.
+    /// Whether a `stop` for all shells of a user concerns this session.
     pub(crate) fn is_meant(&self, stop: &Frame) -> bool {
-        match &self.state {
-            State::Nothing => false,
-            State::Running(running) => running.info.user == stop.user(),
-            // The deferred frames may hold a `new` of that user.
-            State::Ending(_) => true,
-        }
+        matches!(&self.state, State::Running(running) if running.info.user == stop.user())
     }
 
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: Frame, now: Instant) {
@@ -122,8 +106,6 @@ impl Terminal {
             return;
         }
         match (&mut self.state, frame.typ.as_str()) {
-            // For the next shell.
-            (State::Ending(_), _) => self.deferred.push_back(frame),
             (State::Running(running), wire::DATA) => {
                 running.clock.active(now);
                 running.permit.answered();
@@ -188,7 +170,6 @@ impl Terminal {
     }
 
     pub(crate) fn hang_up(&mut self, peer: &Peer, why: &'static str, now: Instant) {
-        self.deferred.clear();
         self.end(peer, why, false, now);
         if let State::Ending(ending) = &mut self.state {
             ending.answer = false;
