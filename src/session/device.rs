@@ -14,7 +14,7 @@ use super::stats::{Figures, Info, seconds};
 use super::store::Store;
 use crate::commands::Commands;
 use crate::config::Config;
-use crate::permits::Permits;
+use crate::permits::{Permit, Permits};
 use crate::proto::{SessionId, UserId};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
@@ -49,7 +49,7 @@ pub struct Device {
     pub(crate) store: Option<Arc<Store>>,
     pub(crate) transferred: Counters,
     pub(crate) commands: Arc<Commands>,
-    pub(crate) look_ups: Arc<Permits>,
+    look_ups: Arc<Permits>,
     /// By user. A look-up that is abandoned outlasts its session, and the link.
     user_look_ups: Mutex<HashMap<UserId, Weak<Permits>>>,
     /// Sockets.
@@ -88,15 +88,14 @@ impl Device {
         Arc::clone(&lock(&self.config))
     }
 
-    pub(crate) fn look_ups_of(&self, user: &UserId) -> Arc<Permits> {
+    /// The user's permit and the device's. Notifies `wake` when one is returned, if there is none now.
+    pub(crate) fn acquire_look_up(&self, user: &UserId, wake: &Arc<Wake>) -> Option<(Permit, Permit)> {
         let mut users = lock(&self.user_look_ups);
         users.retain(|_, permits| permits.strong_count() > 0);
         let known = users.get(user).and_then(Weak::upgrade);
-        known.unwrap_or_else(|| {
-            let permits = Permits::new(MAX_LOOK_UPS_OF_USER);
-            users.insert(user.clone(), Arc::downgrade(&permits));
-            permits
-        })
+        let permits = known.unwrap_or_else(|| Permits::new(MAX_LOOK_UPS_OF_USER));
+        users.insert(user.clone(), Arc::downgrade(&permits));
+        Some((permits.acquire_or_wake(wake)?, self.look_ups.acquire_or_wake(wake)?))
     }
 
     /// False if the session of `wake` has no shell that may be kept.

@@ -10,7 +10,7 @@ use super::inbox::Inbox;
 use super::shells::Admission;
 use super::stats::Info;
 use crate::outbox::{Outbox, Sink};
-use crate::permits::{Permit, Permits};
+use crate::permits::Permit;
 use crate::proto::{Frame, SessionId, UserId, control};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
@@ -27,7 +27,6 @@ pub struct Peer {
     pub(crate) admission: Option<Admission>,
     pub sink: Sink,
     pub(crate) credit: Credit,
-    pub(crate) look_ups: Arc<Permits>,
     table: Arc<Table>,
     _thread: Permit,
 }
@@ -40,7 +39,7 @@ impl Peer {
         outbox: &Outbox,
         thread: Permit,
     ) -> io::Result<Self> {
-        let (wake, look_ups) = (Arc::new(Wake::new()?), device.look_ups_of(&info.user));
+        let wake = Arc::new(Wake::new()?);
         Ok(Peer {
             id: id.clone(),
             device: Arc::clone(device),
@@ -50,7 +49,6 @@ impl Peer {
             info,
             admission: None,
             credit: Credit::new(Instant::now()),
-            look_ups,
             table: Arc::default(),
             _thread: thread,
         })
