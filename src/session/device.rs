@@ -7,7 +7,7 @@ use std::time::Instant;
 use log::info;
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::file_transfer::rate::Counters;
+use super::file_transfer::rate::{Counters, WEIGHT};
 use super::inbox::Inbox;
 use super::shells::{Kept, MAX_SHELLS, Shells};
 use super::stats::{Figures, Info, seconds};
@@ -162,10 +162,10 @@ impl Device {
             let pid = info.shell().map_or(0, |shell| shell.pid);
             info!("   {id} status:detached for:{} s, pid:{pid}", seconds(since, now) as u64);
         }
+        let [sent, received] = self.transferred.figures(now);
         info!("  file-transfer:");
-        for line in self.transferred.report(now) {
-            info!("   {line}");
-        }
+        info!("   total: tx/rx {}/{}", sent.total, received.total);
+        info!("   1m: tx rx {:.2} {:.2} ({WEIGHT:.2})", sent.average, received.average);
     }
 
     /// Waits for the end of all session threads. False if `deadline` came first.

@@ -19,7 +19,6 @@ mod store;
 mod terminal;
 
 pub use self::device::Device;
-pub(crate) use self::file_transfer::rate::Direction;
 #[cfg(fuzzing)]
 pub use self::peer::Peer;
 pub use self::router::Router;

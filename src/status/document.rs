@@ -9,7 +9,7 @@ use miniserde::{Deserialize, Serialize};
 use crate::config::Auth;
 use crate::proto::{FILE_TRANSFER, MAX_TEXT, PORT_FORWARD, SHELL, SessionId, clipped};
 use crate::session::stats::{Figures, Info, seconds};
-use crate::session::{Device, Direction, MAX_SHELLS};
+use crate::session::{Device, MAX_SHELLS};
 
 /// Forwards listed, over all sessions.
 const MAX_FORWARDS: usize = 1024;
@@ -149,8 +149,7 @@ impl Status {
             let detached = since.map(|since| seconds(since, now));
             Session { detached, ..Session::new(&id, &info, &mut room, now) }
         });
-        let received = device.transferred.figures(Direction::Received, now);
-        let sent = device.transferred.figures(Direction::Sent, now);
+        let [sent, received] = device.transferred.figures(now);
         Status {
             connection,
             pid: std::process::id(),

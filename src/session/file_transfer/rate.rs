@@ -15,7 +15,7 @@ const TICK: Duration = Duration::from_secs(5);
 pub(super) const EXHAUSTED: &str = "transmitted bytes limit exhausted";
 
 /// 1 - exp(-5 / 60): the weight of the newest five seconds.
-const WEIGHT: f64 = 0.079_955_585_370_676_71;
+pub(crate) const WEIGHT: f64 = 0.079_955_585_370_676_71;
 
 #[derive(Debug, Default)]
 pub(crate) struct Counters(Mutex<[Counter; 2]>);
@@ -66,21 +66,14 @@ impl Counters {
         });
     }
 
-    pub(crate) fn figures(&self, direction: Direction, now: Instant) -> Counter {
-        self.with(direction, now, |counter| *counter)
+    /// Sent and received.
+    pub(crate) fn figures(&self, now: Instant) -> [Counter; 2] {
+        [Direction::Sent, Direction::Received].map(|direction| self.with(direction, now, |counter| *counter))
     }
 
     /// `limit` is in bytes in five seconds, as upstream applies it.
     pub(crate) fn exhausted(&self, direction: Direction, limit: Option<NonZeroU64>, now: Instant) -> bool {
-        limit.is_some_and(|limit| self.figures(direction, now).average >= limit.get() as f64)
-    }
-
-    pub(crate) fn report(&self, now: Instant) -> [String; 2] {
-        let [sent, received] = [Direction::Sent, Direction::Received].map(|d| self.figures(d, now));
-        [
-            format!("total: tx/rx {}/{}", sent.total, received.total),
-            format!("1m: tx rx {:.2} {:.2} ({:.2})", sent.average, received.average, WEIGHT),
-        ]
+        limit.is_some_and(|limit| self.with(direction, now, |counter| counter.average) >= limit.get() as f64)
     }
 
     fn with<T>(&self, direction: Direction, now: Instant, f: impl FnOnce(&mut Counter) -> T) -> T {
@@ -113,8 +106,8 @@ mod tests {
         assert!(!exhausted(4), "the first tick isn't over");
         assert!(exhausted(5) && exhausted(62));
         assert!(!exhausted(126));
-        assert_eq!(counters.figures(Received, start + seconds(126)).total, 1 << 20);
-        assert_eq!(counters.figures(Sent, start + seconds(126)).total, 0);
+        assert_eq!(counters.figures(start + seconds(126))[Received as usize].total, 1 << 20);
+        assert_eq!(counters.figures(start + seconds(126))[Sent as usize].total, 0);
     }
 
     #[test]
@@ -125,9 +118,9 @@ mod tests {
             counters.add(Sent, 1000, now);
             now += seconds(1);
         }
-        let average = counters.figures(Sent, now).average;
+        let average = counters.figures(now)[Sent as usize].average;
         assert!((average - 5000.0).abs() < 50.0, "{average}");
         // Looking often or rarely makes no difference, and a long silence ends it.
-        assert!(counters.figures(Sent, now + seconds(7 * 24 * 3600)).average < 1e-6);
+        assert!(counters.figures(now + seconds(7 * 24 * 3600))[Sent as usize].average < 1e-6);
     }
 }
