@@ -27,18 +27,11 @@ pub struct Accept {
     pub protocols: Option<Vec<u16>>,
 }
 
-/// Incoming errors may lack any field; outgoing ones always have `err` and `close`.
+/// Incoming errors may lack any field; outgoing ones always have these.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Error {
     pub err: Option<String>,
     pub close: Option<bool>,
-    /// The protocol of the message at fault, as `typ` and `id` are its type and id.
-    #[serde(rename = "msgproto")]
-    pub proto: Option<u16>,
-    #[serde(rename = "msgtype")]
-    pub typ: Option<String>,
-    #[serde(rename = "msgid")]
-    pub id: Option<String>,
 }
 
 pub fn accept(sid: &SessionId, protocols: &[u16]) -> Frame {
