@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::msgpack::parse;
-use super::{Frame, MAX_TEXT, Map, PORT_FORWARD, SessionId, clipped};
+use super::{Frame, Map, PORT_FORWARD, SessionId, clipped};
 
 pub const NEW: &str = "new";
 pub(crate) const FORWARD: &str = "forward";
@@ -66,7 +66,7 @@ struct New {
 impl Target {
     /// The error goes to the client.
     pub fn decode(body: &[u8]) -> Result<Self, String> {
-        let new: New = parse(body).map_err(|e| clipped(&e.to_string(), MAX_TEXT))?;
+        let new: New = parse(body).map_err(|e| clipped(&e.to_string()))?;
         let (host, port) = (new.remote_host.unwrap_or_default(), new.remote_port.unwrap_or_default());
         if host.len() > MAX_HOST {
             return Err(format!("invalid port-forward message: remote_host is longer than {MAX_HOST} bytes"));
@@ -75,7 +75,7 @@ impl Target {
             name if name.is_empty() || host.is_empty() || port == 0 => return Err(INCOMPLETE.to_owned()),
             "tcp" => Transport::Tcp,
             "udp" => Transport::Udp,
-            other => return Err(format!("unknown protocol: {}", clipped(other, MAX_TEXT))),
+            other => return Err(format!("unknown protocol: {}", clipped(other))),
         };
         Ok(Target { host, port, transport })
     }

@@ -19,8 +19,8 @@ pub use map::Map;
 /// Largest identifier in bytes: of a session, user, forward or message, or a message type.
 pub(crate) const MAX_ID: usize = 256;
 
-/// Characters of a client's text that answers and log lines repeat.
-pub(crate) const MAX_TEXT: usize = 256;
+/// In characters.
+const MAX_TEXT: usize = 256;
 
 pub const SHELL: u16 = 1;
 pub const FILE_TRANSFER: u16 = 2;
@@ -28,8 +28,9 @@ pub const PORT_FORWARD: u16 = 3;
 pub const MENDER_CLIENT: u16 = 4;
 pub const CONTROL: u16 = 0xffff;
 
-pub(crate) fn clipped(text: &str, characters: usize) -> String {
-    text.chars().take(characters).collect()
+/// A client's text, for answers and log lines.
+pub(crate) fn clipped(text: &str) -> String {
+    text.chars().take(MAX_TEXT).collect()
 }
 
 #[cfg(test)]

@@ -16,9 +16,7 @@ use super::shells::{Admission, USER_FULL};
 use super::terminal::{self, Terminal};
 use crate::audit::Record;
 use crate::proto::control::{self, VERSION};
-use crate::proto::{
-    CONTROL, FILE_TRANSFER, Frame, MAX_TEXT, MENDER_CLIENT, PORT_FORWARD, SHELL, clipped, shell,
-};
+use crate::proto::{CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, PORT_FORWARD, SHELL, clipped, shell};
 use crate::sys::{PollSet, reason, thread};
 
 /// Silence before the client is pinged, and before the session ends.
@@ -40,10 +38,6 @@ struct Session {
     end: Option<&'static str>,
     /// A `new` that waits for answers of the user's other clients, and its deadline.
     waiting: Option<(Frame, Instant)>,
-}
-
-fn clip(text: &impl ToString) -> String {
-    clipped(&text.to_string(), MAX_TEXT)
 }
 
 /// Frames that the router ignores without a session don't count: a `pong` may follow a `close`.
@@ -291,14 +285,14 @@ impl Session {
                     return self.peer.reply(&accept);
                 }
                 Ok(_) => format!("handshake rejected: require version {VERSION}"),
-                Err(e) => format!("failed to decode handshake request: {}", clip(&e)),
+                Err(e) => format!("failed to decode handshake request: {}", clipped(&e.to_string())),
             },
             control::ACCEPT => match control::parse::<control::Accept>(&frame.body) {
                 Ok(accept) if accept.version == VERSION => return,
                 Ok(control::Accept { version, .. }) => {
                     format!("unsupported protocol version {version}: require version {VERSION}")
                 }
-                Err(e) => format!("malformed handshake response: {}", clip(&e)),
+                Err(e) => format!("malformed handshake response: {}", clipped(&e.to_string())),
             },
             control::PING => return self.peer.reply(&control::pong(&self.peer.id)),
             control::PONG => return self.peer.credit.answered(),
@@ -308,7 +302,7 @@ impl Session {
             }
             control::ERROR => {
                 let error = control::parse::<control::Error>(&frame.body).unwrap_or_default();
-                info!("session {id}: error from the client: {:?}", clip(&error.err.unwrap_or_default()));
+                info!("session {id}: error from the client: {:?}", clipped(&error.err.unwrap_or_default()));
                 if error.close == Some(true) {
                     self.close();
                 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use miniserde::{Deserialize, Serialize};
 
 use crate::config::Auth;
-use crate::proto::{FILE_TRANSFER, MAX_TEXT, PORT_FORWARD, SHELL, SessionId, clipped};
+use crate::proto::{FILE_TRANSFER, PORT_FORWARD, SHELL, SessionId, clipped};
 use crate::session::stats::{Figures, Info, seconds};
 use crate::session::{Device, MAX_SHELLS};
 
@@ -186,7 +186,7 @@ impl Session {
             let Figures { age, idle, bytes_in, bytes_out } = forward.traffic.figures(now);
             let address = forward.address.get().map(ToString::to_string);
             let protocol = forward.target.transport.name().to_owned();
-            let target = format!("{}:{}", clipped(&forward.target.host, MAX_TEXT), forward.target.port);
+            let target = format!("{}:{}", clipped(&forward.target.host), forward.target.port);
             Forward { address, age, bytes_in, bytes_out, idle, protocol, target }
         });
         let kinds = [(SHELL, "terminal"), (FILE_TRANSFER, "files"), (PORT_FORWARD, "forwards")];

@@ -24,12 +24,10 @@ use crate::audit::Record;
 use crate::encoding::hex;
 use crate::proto::control;
 use crate::proto::file::{self, Request};
-use crate::proto::{Frame, MAX_TEXT, clipped};
+use crate::proto::{Frame, clipped};
 
 /// The server passes it on as the HTTP status.
 const FORBIDDEN: u16 = 403;
-/// In characters.
-const MAX_PATH: usize = 4096;
 const LINK_LOST: &str = "the connection was lost";
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 
@@ -227,7 +225,7 @@ impl FileTransfer {
         let stage = begun.inspect_err(|failure| about.log(peer, Err((failure.result(), &failure.text))))?;
         debug!("session {}: {} of {:?}", peer.id, about.direction.name(), about.path);
         let (direction, size, traffic) = (about.direction, about.size, Arc::clone(&about.traffic));
-        let path = clipped(&about.path.to_string_lossy(), MAX_PATH);
+        let path = about.path.to_string_lossy().into_owned();
         let _shown = peer.info.set_transfer(TransferInfo { direction, path, size, traffic });
         self.transfer = Some(Box::new(Transfer { about, stage, _shown }));
         self.stray_acks |= !receives;
@@ -284,7 +282,7 @@ impl FileTransfer {
 
     fn take_error(&mut self, peer: &Peer, frame: &Frame) {
         let text = control::parse::<control::Error>(&frame.body).ok().and_then(|e| e.err).unwrap_or_default();
-        info!("session {}: error from the client: {:?}", peer.id, clipped(&text, MAX_TEXT));
+        info!("session {}: error from the client: {:?}", peer.id, clipped(&text));
         self.close(peer);
     }
 

@@ -21,8 +21,8 @@ use nix::unistd::{Gid, Group, Uid, User, geteuid};
 
 use crate::config::FileLimits;
 use crate::permits::{Permit, Permits};
+use crate::proto::clipped;
 use crate::proto::file::Request;
-use crate::proto::{MAX_TEXT, clipped};
 use crate::sys::beneath::{self, Rules};
 use crate::sys::privilege::owns_all_files;
 use crate::sys::reason;
@@ -315,10 +315,9 @@ fn open_directory(limits: Limits<'_>, dir: &Path, path: &Path) -> Result<OwnedFd
     open(OFlag::O_RDONLY).or_else(|_| open(OFlag::O_PATH))
 }
 
-/// A path for an answer, clipped to [`MAX_TEXT`]. Quoted, with `\xFF`, if it isn't UTF-8.
+/// A path for an answer, clipped. Quoted, with `\xFF`, if it isn't UTF-8.
 pub(super) fn shown(path: &Path) -> String {
-    let text = path.to_str().map_or_else(|| format!("{path:?}"), str::to_owned);
-    clipped(&text, MAX_TEXT)
+    path.to_str().map_or_else(|| clipped(&format!("{path:?}")), clipped)
 }
 
 pub(super) fn creating(path: &Path) -> String {
