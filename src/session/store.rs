@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use log::warn;
@@ -33,7 +33,6 @@ const MAX_DESCRIPTION: usize = 2 << 20;
 #[derive(Debug)]
 pub(crate) struct Store {
     manager: Manager,
-    places: AtomicU32,
     ends: AtomicBool,
 }
 
@@ -49,10 +48,7 @@ impl Store {
     /// FDSTORE is set by systemd 254 and later; the unit sets it for older ones.
     pub(crate) fn open() -> Option<Arc<Self>> {
         let places = manager::variable::<u32>("FDSTORE").filter(|places| *places > 0);
-        places.map(|_| {
-            let manager = Manager::from_environment();
-            Arc::new(Store { manager, places: AtomicU32::new(0), ends: AtomicBool::new(false) })
-        })
+        places.map(|_| Arc::new(Store { manager: Manager::from_environment(), ends: AtomicBool::new(false) }))
     }
 
     pub(crate) fn end(&self) {
@@ -61,9 +57,8 @@ impl Store {
 
     /// `None` if the store is full, or the manager too busy.
     pub(crate) fn keep(self: &Arc<Self>, pty: &Pty) -> Option<Place> {
-        // The time makes the name differ from those of an earlier agent.
-        let number = self.places.fetch_add(1, Ordering::Relaxed);
-        let name = format!("shell-{}-{number}", clock::now().as_millis());
+        // Differs from those of an earlier agent.
+        let name = format!("shell-{:x}", getrandom::u64().ok()?);
         let description: File = memfd_create(c"mender-connect", MFdFlags::MFD_CLOEXEC).ok()?.into();
         // FDPOLL=0: without it the manager drops a terminal that a program closes, even if it opens it again.
         let told = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
