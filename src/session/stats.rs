@@ -134,10 +134,9 @@ impl Info {
 
     /// Takes over another session's shell, with its age and its traffic.
     pub(crate) fn adopt_shell(&self, shell: &ShellInfo) -> Arc<ShellInfo> {
-        let (user, pid, since) = (shell.user.clone(), shell.pid, shell.traffic.since);
-        let counts = Mutex::new(lock(&shell.traffic.counts).clone());
-        let traffic = Traffic { since, counts, session: Some(Arc::clone(&self.traffic)) };
-        Arc::clone(lock(&self.shell).insert(Arc::new(ShellInfo { user, pid, traffic })))
+        let adopted = self.set_shell(shell.user.clone(), shell.pid, shell.traffic.since);
+        lock(&adopted.traffic.counts).clone_from(&lock(&shell.traffic.counts));
+        adopted
     }
 
     pub(crate) fn shell(&self) -> Option<Arc<ShellInfo>> {
