@@ -90,9 +90,7 @@ impl PortForward {
                     peer.credit.prove(number);
                 }
             }
-            (forward::STOP, Ok(id))
-                if self.take_asleep(&id).is_some() || self.connections.contains_key(&id) =>
-            {
+            (forward::STOP, Ok(id)) if self.is_asleep(&id) || self.connections.contains_key(&id) => {
                 // First, since the client may ask for the status as soon as it has the answer.
                 self.let_go(&id, (CLOSED, "client".to_owned()), now);
                 self.answers.push_back(forward::about(&peer.id, forward::STOP, &id));
@@ -124,49 +122,40 @@ impl PortForward {
         if self.connections.contains_key(&id) {
             return self.refuse(peer, frame, "connection_id is in use");
         }
-        self.take_asleep(&id);
-        match self.connect(peer, &id, target, frame.user(), now) {
-            Some(_) => self.advance(peer, &id, now),
-            None => self.refuse(peer, frame, "too many connections"),
-        }
+        self.asleep.retain(|(asleep, ..)| *asleep != id);
+        let Some(descriptor) = self.acquire(peer) else {
+            return self.refuse(peer, frame, "too many connections");
+        };
+        self.connections.insert(id.clone(), Connection::new(target, peer, frame.user(), descriptor, now));
+        self.advance(peer, &id, now);
     }
 
-    /// `None` if there are too many.
-    fn connect(
-        &mut self,
-        peer: &Peer,
-        id: &ConnectionId,
-        target: Target,
-        user: UserId,
-        now: Instant,
-    ) -> Option<&mut Connection> {
+    /// A descriptor for a forward; `None` if there are too many.
+    fn acquire(&mut self, peer: &Peer) -> Option<Permit> {
         if self.connections.len() + self.finishing.len() >= MAX_CONNECTIONS && !self.finishing.is_empty() {
             // A client that goes on is worth more than the oldest of these.
             self.finishing.remove(0);
         }
         let room = self.connections.len() < MAX_CONNECTIONS;
-        let Some(descriptor) = peer.device.forwards.acquire().filter(|_| room) else {
+        let descriptor = peer.device.forwards.acquire().filter(|_| room);
+        if descriptor.is_none() {
             warn!("session {}: too many forwarded connections", peer.id);
-            return None;
-        };
-        let connection = Connection::new(target, peer, user, descriptor, now);
-        Some(self.connections.entry(id.clone()).or_insert(connection))
+        }
+        descriptor
     }
 
-    fn take_asleep(&mut self, id: &ConnectionId) -> Option<(Target, UserId)> {
-        let at = self.asleep.iter().position(|(other, ..)| other == id)?;
-        let (_, target, user) = self.asleep.remove(at);
-        Some((target, user))
+    fn is_asleep(&self, id: &ConnectionId) -> bool {
+        self.asleep.iter().any(|(asleep, ..)| asleep == id)
     }
 
     fn wake(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
-        let Some((target, user)) = self.take_asleep(id) else { return };
-        if let Some(connection) = self.connect(peer, id, target.clone(), user.clone(), now) {
-            connection.reopened = true;
-            self.advance(peer, id, now);
-        } else {
-            self.asleep.push((id.clone(), target, user));
-        }
+        let Some(at) = self.asleep.iter().position(|(asleep, ..)| asleep == id) else { return };
+        let Some(descriptor) = self.acquire(peer) else { return };
+        let (_, target, user) = self.asleep.remove(at);
+        let mut connection = Connection::new(target, peer, user, descriptor, now);
+        connection.reopened = true;
+        self.connections.insert(id.clone(), connection);
+        self.advance(peer, id, now);
     }
 
     fn fall_asleep(&mut self, peer: &Peer, id: ConnectionId) {
@@ -207,7 +196,7 @@ impl PortForward {
         self.wake(peer, id, now);
         let waiting = self.all().map(|c| c.memory.count()).sum();
         let Some(connection) = self.connections.get_mut(id) else {
-            if self.asleep.iter().any(|(asleep, ..)| asleep == id) {
+            if self.is_asleep(id) {
                 // The datagram is lost.
                 return self.answers.push_back(forward::about(&peer.id, forward::ACK, id));
             }
@@ -248,6 +237,7 @@ impl PortForward {
     /// The client may reuse the id at once. Its data still reaches the target.
     fn let_go(&mut self, id: &ConnectionId, end: End, now: Instant) {
         self.owing.retain(|owing| owing != id);
+        self.asleep.retain(|(asleep, ..)| asleep != id);
         let Some(mut connection) = self.connections.remove(id) else { return };
         connection.leave_status();
         connection.end = end;
