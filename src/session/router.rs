@@ -24,10 +24,8 @@ pub(crate) const MAX_SESSIONS: usize = 256;
 /// Sessions that may still be ending while others take their place.
 const MAKING_ROOM: usize = 8;
 
-pub type Start = fn(Peer) -> io::Result<()>;
-
 /// The sessions of one link. Dropping it ends them all.
-pub struct Router<S = Start> {
+pub struct Router<S = fn(Peer) -> io::Result<()>> {
     device: Arc<Device>,
     table: Arc<Table>,
     outbox: Outbox,

@@ -108,11 +108,20 @@ impl FileTransfer {
             // The client waits for each answer, so it has read the last one.
             peer.credit.prove_all();
         }
-        let result = match (self.transfer.as_deref().map(|transfer| &transfer.stage), frame.typ.as_str()) {
+        let stage = self.transfer.as_deref_mut().map(|transfer| &mut transfer.stage);
+        let result = match (stage, frame.typ.as_str()) {
             (_, file::STAT) => self.stat(peer, &frame),
             (None, file::GET_FILE | file::PUT_FILE) => self.start(peer, &frame, now),
             (_, file::GET_FILE | file::PUT_FILE) => Err("another file transfer is in progress".into()),
-            (Some(Stage::Sending(_)), file::ACK) => self.take_ack(peer, &frame),
+            (Some(Stage::Sending(download)), file::ACK) => match file::offset(&frame) {
+                Some(Ok(offset)) => {
+                    download.ack(peer, offset);
+                    self.finish_sending(peer);
+                    Ok(())
+                }
+                Some(Err(())) => self.fail(peer, "invalid offset data type: require int64"),
+                None => self.fail(peer, "ack message: offset property cannot be blank"),
+            },
             (Some(Stage::Receiving(_)), file::FILE_CHUNK) => self.take_chunk(peer, &frame, now),
             (_, file::ERROR) => return self.take_error(peer, &frame),
             (Some(Stage::Sending(_)), file::FILE_CHUNK) => {
@@ -232,17 +241,6 @@ impl FileTransfer {
         if receives {
             peer.reply(&file::ack(&peer.id, 0, None));
         }
-        Ok(())
-    }
-
-    fn take_ack(&mut self, peer: &mut Peer, frame: &Frame) -> Result<()> {
-        let Some(Stage::Sending(download)) = self.stage() else { return Ok(()) };
-        match file::offset(frame) {
-            Some(Ok(offset)) => download.ack(peer, offset),
-            Some(Err(())) => return self.fail(peer, "invalid offset data type: require int64"),
-            None => return self.fail(peer, "ack message: offset property cannot be blank"),
-        }
-        self.finish_sending(peer);
         Ok(())
     }
 
