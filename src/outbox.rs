@@ -3,7 +3,6 @@
 
 mod pool;
 
-use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
@@ -12,6 +11,7 @@ use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use crossbeam_utils::sync::{Parker, Unparker};
 
+use crate::permits::{Permit, Permits};
 use crate::proto::Frame;
 use crate::sys::wake::Wake;
 
@@ -102,8 +102,8 @@ struct Item {
     class: Class,
     discard: Option<Discard>,
     mark: Option<Mark>,
-    /// Counts a data message while it is queued.
-    account: Option<Arc<Account>>,
+    /// A data message's, while it is queued.
+    _place: Option<Permit>,
 }
 
 impl Outbox {
@@ -159,23 +159,13 @@ impl Outbox {
 
 impl Item {
     fn of(frame: &Frame, class: Class) -> Box<Self> {
-        Box::new(Item { message: frame.encode().into(), class, discard: None, mark: None, account: None })
+        Box::new(Item { message: frame.encode().into(), class, discard: None, mark: None, _place: None })
     }
 
     /// `None` if discarded.
-    fn work(mut self) -> Option<Work> {
-        let discarded = self.discard.as_ref().is_some_and(|discard| discard.load(Ordering::SeqCst));
-        (!discarded).then(|| Work::Message(mem::take(&mut self.message), self.class, self.mark.take()))
-    }
-}
-
-impl Drop for Item {
-    fn drop(&mut self) {
-        let Some(account) = &self.account else { return };
-        account.queued[self.class as usize].fetch_sub(1, Ordering::SeqCst);
-        if account.starved.swap(false, Ordering::SeqCst) {
-            account.wake.notify();
-        }
+    fn work(self) -> Option<Work> {
+        let discarded = self.discard.is_some_and(|discard| discard.load(Ordering::SeqCst));
+        (!discarded).then_some(Work::Message(self.message, self.class, self.mark))
     }
 }
 
@@ -226,23 +216,15 @@ impl Queue {
 #[derive(Debug, Clone)]
 pub struct Sink {
     outbox: Outbox,
-    account: Arc<Account>,
-}
-
-#[derive(Debug)]
-struct Account {
     /// By class: a transfer must not block the terminal of the same session.
-    queued: [AtomicUsize; 2],
-    /// The session waits for a place.
-    starved: AtomicBool,
+    places: [Arc<Permits>; 2],
     wake: Arc<Wake>,
 }
 
 impl Sink {
     /// Notifies `wake` when there is a place again after [`Sink::takes_data`] found none.
     pub fn new(outbox: &Outbox, wake: Arc<Wake>) -> Self {
-        let account = Account { queued: Default::default(), starved: AtomicBool::new(false), wake };
-        Sink { outbox: outbox.clone(), account: Arc::new(account) }
+        Sink { outbox: outbox.clone(), places: [(); 2].map(|()| Permits::new(MAX_DATA)), wake }
     }
 
     /// For a session without a link: drops everything.
@@ -272,20 +254,13 @@ impl Sink {
 
     /// Has the session woken later if there is no place now.
     pub(crate) fn takes_data(&self, class: Class) -> bool {
-        let queued = &self.account.queued[class as usize];
-        if queued.load(Ordering::SeqCst) < MAX_DATA {
-            return true;
-        }
-        // Look again after raising the flag: a place may have come in between, without a wake.
-        self.account.starved.store(true, Ordering::SeqCst);
-        queued.load(Ordering::SeqCst) < MAX_DATA
+        self.places[class as usize].acquire_or_wake(&self.wake).is_some()
     }
 
     /// May wait, if many sessions send. Call [`Sink::takes_data`] before reading the data from its source.
     pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>, mark: Option<Mark>) {
-        self.account.queued[class as usize].fetch_add(1, Ordering::SeqCst);
-        let account = Some(Arc::clone(&self.account));
-        self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), mark, account }));
+        let _place = self.places[class as usize].acquire();
+        self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), mark, _place }));
     }
 
     /// Bytes of the link that reached the other side, comparable with [`Mark`]s. All of them while the link lives.

@@ -16,7 +16,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("logging", &["audit", "sys"]),
     ("config", &["sys"]),
     ("check", &["config", "link", "sys"]),
-    ("outbox", &["proto", "sys"]),
+    ("outbox", &["permits", "proto", "sys"]),
     ("auth", &["config", "sys"]),
     ("link", &["auth", "encoding", "outbox", "proto", "sys"]),
     ("commands", &["audit", "outbox", "proto", "sys"]),
