@@ -54,9 +54,9 @@ impl Peer {
         })
     }
 
-    pub(crate) fn admit(&self, user: &UserId, asks: bool) -> Result<Admission, &'static str> {
+    pub(crate) fn admit(&self, user: &UserId, waits: bool) -> Result<Admission, &'static str> {
         let most = self.device.config().sessions.max_per_user;
-        self.device.shells.acquire(user, most, &self.wake, asks)
+        self.device.shells.acquire(user, most, &self.wake, waits)
     }
 
     /// Needs no credit, but uses some.

@@ -12,7 +12,7 @@ use super::file_transfer::FileTransfer;
 use super::inbox::HangUp;
 use super::peer::Peer;
 use super::port_forward::PortForward;
-use super::shells::{Admission, USER_FULL};
+use super::shells::Admission;
 use super::terminal::{self, Terminal};
 use crate::audit::Record;
 use crate::proto::control::{self, VERSION};
@@ -174,15 +174,8 @@ impl Session {
     fn open_terminal(&mut self, request: Frame, until: Instant, now: Instant) {
         let user = request.user();
         loop {
-            let admission = match self.peer.admission.take() {
-                Some(Admission::Wait(permit)) => {
-                    drop(permit);
-                    self.peer.admit(&user, false)
-                }
-                Some(admission) => Ok(admission),
-                None => self.peer.admit(&user, true),
-            };
-            let refusal = match admission {
+            let admission = self.peer.admission.take().map(Ok);
+            match admission.unwrap_or_else(|| self.peer.admit(&user, now < until)) {
                 Ok(Admission::Start(permit)) => {
                     return self.terminal.start(&mut self.peer, permit, &request, now);
                 }
@@ -191,17 +184,13 @@ impl Session {
                         return;
                     }
                     // That shell has ended meanwhile.
-                    continue;
                 }
-                Ok(wait) if now < until => {
-                    self.peer.admission = Some(wait);
+                Ok(Admission::Wait) => {
                     self.waiting = Some((request, until));
                     return;
                 }
-                Ok(Admission::Wait(_)) => USER_FULL,
-                Err(refusal) => refusal,
-            };
-            return self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal));
+                Err(refusal) => return self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal)),
+            }
         }
     }
 

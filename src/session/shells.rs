@@ -1,6 +1,6 @@
 //! The device's shells: their limits, whether their clients are still there, and the way back to detached ones.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -26,6 +26,8 @@ pub(crate) struct Shells(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     places: Vec<Place>,
+    /// Sessions with a `new` that waits for one of its user's clients to be gone.
+    waiting: Vec<(UserId, Weak<Wake>)>,
     /// Detached shells are kept: the device is authorised, and the daemon isn't ending.
     keeps: bool,
 }
@@ -42,8 +44,6 @@ struct Place {
 
 #[derive(Debug)]
 enum Kind {
-    /// A `new` that waits for one of its user's clients to be gone.
-    Waiting,
     Attached,
     Detached(Kept),
     Called(Call),
@@ -68,14 +68,14 @@ pub(crate) enum Call {
 pub(crate) enum Admission {
     Start(ShellPermit),
     /// The user's other clients are being asked whether they are there.
-    Wait(ShellPermit),
+    Wait,
     /// The user's last detached shell.
     Return(Receiver<Handover>),
     /// The client's own shell, from an earlier link.
     Resume(Receiver<Handover>),
 }
 
-/// The right to one shell, or to wait for one.
+/// The right to one shell.
 #[derive(Debug)]
 pub(crate) struct ShellPermit {
     shells: Arc<Shells>,
@@ -83,10 +83,6 @@ pub(crate) struct ShellPermit {
 }
 
 impl Place {
-    fn is_waiting(&self) -> bool {
-        matches!(self.kind, Kind::Waiting)
-    }
-
     /// Counts for its user: it has a client, or will have one.
     fn is_used(&self) -> bool {
         matches!(self.kind, Kind::Attached | Kind::Called(Call::HandOver { .. }))
@@ -109,14 +105,6 @@ impl Place {
 }
 
 impl State {
-    fn count(&self, is: impl Fn(&Place) -> bool) -> usize {
-        self.places.iter().filter(|place| is(place)).count()
-    }
-
-    fn running(&self) -> usize {
-        self.count(|place| !place.is_waiting())
-    }
-
     fn place(&mut self, wake: &Arc<Wake>) -> Option<&mut Place> {
         self.places.iter_mut().find(|place| Arc::ptr_eq(&place.wake, wake))
     }
@@ -129,30 +117,34 @@ impl State {
     }
 
     fn wake_waiting(&self, user: &UserId) {
-        let waiting = self.places.iter().filter(|place| place.is_waiting() && place.user == *user);
-        waiting.for_each(|place| place.wake.notify());
+        let waiting = self.waiting.iter().filter(|(other, _)| other == user);
+        waiting.filter_map(|(_, wake)| wake.upgrade()).for_each(|wake| wake.notify());
     }
 }
 
 impl Shells {
     pub(crate) fn running(&self) -> usize {
-        lock(&self.0).running()
+        lock(&self.0).places.len()
     }
 
     /// Admits a `new` of `user`, who may have `most` shells, in the session of `wake`. If only that limit is in the way
-    /// and `asks` is set, asks the user's clients whether they are there; if it isn't, they have been asked.
+    /// and the session `waits`, asks the user's clients whether they are there, unless it has waited before.
     pub(crate) fn acquire(
         self: &Arc<Self>,
         user: &UserId,
         most: u32,
         wake: &Arc<Wake>,
-        asks: bool,
+        waits: bool,
     ) -> Result<Admission, &'static str> {
         let mut state = lock(&self.0);
-        let used = state.count(|place| place.is_used() && place.user == *user);
+        let is_this = |other: &Weak<Wake>| other.as_ptr() == Arc::as_ptr(wake);
+        let asks = !state.waiting.iter().any(|(_, other)| is_this(other));
+        // Also without those of sessions that have ended.
+        state.waiting.retain(|(_, other)| other.strong_count() > 0 && !is_this(other));
+        let waiting = state.waiting.iter().filter(|(other, _)| other == user).count();
+        let used = state.places.iter().filter(|place| place.is_used() && place.user == *user).count();
         let room = used < usize::try_from(most).unwrap_or(usize::MAX);
-        let full = state.running() >= MAX_SHELLS;
-        let waiting = state.count(|place| place.is_waiting() && place.user == *user);
+        let full = state.places.len() >= MAX_SHELLS;
         match state.last(user, |_| true) {
             Some((place, _)) if room => return Ok(Admission::Return(place.want(false))),
             None if full => return Err(DEVICE_FULL),
@@ -167,10 +159,11 @@ impl Shells {
                 place.asked = Some(Instant::now());
                 place.wake.notify();
             }
-        } else if asks || own.all(|place| place.asked.is_none()) {
+        } else if asks || !waits || own.all(|place| place.asked.is_none()) {
             return Err(USER_FULL);
         }
-        Ok(Admission::Wait(self.add(&mut state, user, Kind::Waiting, wake)))
+        state.waiting.push((user.clone(), Arc::downgrade(wake)));
+        Ok(Admission::Wait)
     }
 
     fn add(self: &Arc<Self>, state: &mut State, user: &UserId, kind: Kind, wake: &Arc<Wake>) -> ShellPermit {
@@ -181,7 +174,7 @@ impl Shells {
     /// Admits a detached shell of the agent before; `None` if there are too many.
     pub(crate) fn adopt(self: &Arc<Self>, kept: Kept, wake: &Arc<Wake>) -> Option<ShellPermit> {
         let (mut state, user) = (lock(&self.0), kept.info.user.clone());
-        (state.running() < MAX_SHELLS).then(|| self.add(&mut state, &user, Kind::Detached(kept), wake))
+        (state.places.len() < MAX_SHELLS).then(|| self.add(&mut state, &user, Kind::Detached(kept), wake))
     }
 
     pub(crate) fn open(&self) {
@@ -260,13 +253,8 @@ impl ShellPermit {
 impl Drop for ShellPermit {
     fn drop(&mut self) {
         let mut state = lock(&self.shells.0);
-        let Some(at) = state.places.iter().position(|place| Arc::ptr_eq(&place.wake, &self.wake)) else {
-            return;
-        };
-        let place = state.places.swap_remove(at);
-        // A waiting session returns its permit to try again: if that woke the others, they would wake each other
-        // without end.
-        if !place.is_waiting() {
+        if let Some(at) = state.places.iter().position(|place| Arc::ptr_eq(&place.wake, &self.wake)) {
+            let place = state.places.swap_remove(at);
             state.wake_waiting(&place.user);
         }
     }
@@ -291,18 +279,16 @@ mod tests {
         }
     }
 
-    fn wait(shells: &Arc<Shells>, user: &str, most: u32) -> ShellPermit {
-        match acquire(shells, user, most).unwrap() {
-            Admission::Wait(permit) => permit,
-            other => panic!("{other:?}"),
-        }
+    /// A session that waits.
+    fn wait(shells: &Arc<Shells>, user: &str, most: u32) -> Arc<Wake> {
+        let wake = wake();
+        let admission = shells.acquire(&user.into(), most, &wake, true);
+        assert!(matches!(admission, Ok(Admission::Wait)), "{admission:?}");
+        wake
     }
 
-    /// As a session does that waits.
-    fn again(shells: &Arc<Shells>, permit: ShellPermit, most: u32) -> Result<Admission, &'static str> {
-        let user = permit.with(|place| place.user.clone()).unwrap();
-        drop(permit);
-        shells.acquire(&user, most, &wake(), false)
+    fn again(shells: &Arc<Shells>, waiting: &Arc<Wake>, waits: bool) -> Result<Admission, &'static str> {
+        shells.acquire(&"a".into(), 2, waiting, waits)
     }
 
     fn detach(shells: &Shells, permit: &ShellPermit, id: &str) -> bool {
@@ -319,14 +305,17 @@ mod tests {
         let third = wait(&shells, "a", 2);
         let _other = start(&shells, "", 2);
         assert_eq!(shells.running(), 3);
-        let Ok(Admission::Wait(third)) = again(&shells, third, 2) else { panic!("it has to wait") };
+        assert!(matches!(again(&shells, &third, true), Ok(Admission::Wait)));
         drop(first);
-        let Ok(Admission::Start(third)) = again(&shells, third, 2) else { panic!("there is room") };
+        let Ok(Admission::Start(third)) = again(&shells, &third, true) else { panic!("there is room") };
         let fourth = wait(&shells, "a", 2);
         second.answered();
-        let Ok(Admission::Wait(fourth)) = again(&shells, fourth, 2) else { panic!("it has to wait") };
+        assert!(matches!(again(&shells, &fourth, true), Ok(Admission::Wait)));
         third.answered();
-        assert_eq!(again(&shells, fourth, 2).unwrap_err(), USER_FULL);
+        assert_eq!(again(&shells, &fourth, true).unwrap_err(), USER_FULL);
+        let fifth = wait(&shells, "a", 2);
+        assert_eq!(again(&shells, &fifth, false).unwrap_err(), USER_FULL);
+        assert!(lock(&shells.0).waiting.is_empty());
         shells.open();
         let _waiting = wait(&shells, "a", 2);
         assert!(detach(&shells, &second, "s") && shells.running() == 3);

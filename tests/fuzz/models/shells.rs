@@ -164,12 +164,11 @@ impl Model {
 
     /// A session asks for a shell.
     fn come(&mut self, user: usize, id: usize) {
-        self.acquire(user, id, true);
+        self.acquire(user, id, wake(), true);
     }
 
-    fn acquire(&mut self, user: usize, id: usize, asks: bool) {
-        let wake = wake();
-        let admission = self.shells.acquire(&UserId::from(USERS[user]), self.most as u32, &wake, asks);
+    fn acquire(&mut self, user: usize, id: usize, wake: Arc<Wake>, asks: bool) {
+        let admission = self.shells.acquire(&UserId::from(USERS[user]), self.most as u32, &wake, true);
         let used = self.count(|session| session.is_used() && session.user == user);
         let room = used < self.most;
         if room && self.call(user, |_| true, false) {
@@ -193,15 +192,15 @@ impl Model {
             own.filter(|session| !session.asked)
                 .for_each(|session| (session.asked, session.unheard) = (true, true));
         }
-        let Ok(Admission::Wait(permit)) = admission else { panic!("{admission:?}") };
-        self.enter(user, id, wake, Some(permit), Kind::Waiting);
+        let Ok(Admission::Wait) = admission else { panic!("{admission:?}") };
+        self.enter(user, id, wake, None, Kind::Waiting);
     }
 
     /// A session that waits tries again.
     fn try_again(&mut self, at: usize) {
         if self.sessions[at].is_waiting() {
-            let Session { user, id, .. } = self.sessions.swap_remove(at);
-            self.acquire(user, id.as_str().parse().expect("a number"), false);
+            let Session { user, id, wake, .. } = self.sessions.swap_remove(at);
+            self.acquire(user, id.as_str().parse().expect("a number"), wake, false);
         }
     }
 
