@@ -122,24 +122,14 @@ impl Session {
             set.add(self.peer.wake.as_fd(), PollFlags::POLLIN);
             self.terminal.watch(&self.peer, &mut set, now);
             self.forwards.watch(&self.peer, &mut set, now);
-            let events = set.wait(self.deadline(now))?;
+            let waiting = self.waiting.as_ref().map(|(_, until)| *until);
+            set.until(&[self.files.deadline(), self.ping_at, self.close_at, waiting]);
+            let events = set.wait(None)?;
             // Cleared before anything is looked at, since others than the inbox wake the session, too.
             self.peer.wake.clear();
             self.terminal.proceed(&mut self.peer, &events, Instant::now());
             self.forwards.proceed(&mut self.peer, &events, Instant::now());
         }
-    }
-
-    fn deadline(&self, now: Instant) -> Option<Instant> {
-        let deadlines = [
-            self.terminal.deadline(&self.peer, now),
-            self.files.deadline(),
-            self.forwards.deadline(&self.peer, now),
-            self.ping_at,
-            self.close_at,
-            self.waiting.as_ref().map(|(_, until)| *until),
-        ];
-        deadlines.into_iter().flatten().min()
     }
 
     fn hang_up(&mut self, why: HangUp, now: Instant) {

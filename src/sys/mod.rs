@@ -146,20 +146,29 @@ pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Resu
 }
 
 #[derive(Default)]
-pub(crate) struct PollSet<'a>(Vec<PollFd<'a>>);
+pub(crate) struct PollSet<'a> {
+    fds: Vec<PollFd<'a>>,
+    pub(crate) deadline: Option<Instant>,
+}
 
 impl<'a> PollSet<'a> {
     pub(crate) fn add(&mut self, fd: BorrowedFd<'a>, events: PollFlags) {
-        self.0.push(PollFd::new(fd, events));
+        self.fds.push(PollFd::new(fd, events));
+    }
+
+    /// The first of all these times ends the wait.
+    pub(crate) fn until(&mut self, deadlines: &[Option<Instant>]) {
+        self.deadline = deadlines.iter().copied().flatten().chain(self.deadline).min();
     }
 
     /// Waits for an event or `deadline`. An interruption counts as no event.
     pub(crate) fn wait(mut self, deadline: Option<Instant>) -> io::Result<Events> {
-        match nix::poll::poll(&mut self.0, deadline.map_or(PollTimeout::NONE, timeout_until)) {
+        self.until(&[deadline]);
+        match nix::poll::poll(&mut self.fds, self.deadline.map_or(PollTimeout::NONE, timeout_until)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
         }
-        let events = self.0.iter().filter_map(|fd| Some((fd.as_fd().as_raw_fd(), fd.revents()?)));
+        let events = self.fds.iter().filter_map(|fd| Some((fd.as_fd().as_raw_fd(), fd.revents()?)));
         Ok(Events(events.filter(|(_, events)| !events.is_empty()).collect()))
     }
 }

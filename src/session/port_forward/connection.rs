@@ -183,17 +183,13 @@ impl Connection {
         if !events.is_empty() {
             self.sockets().for_each(|socket| set.add(socket.as_fd(), events));
         }
+        if let State::Opening(opening) = &self.state {
+            set.until(&[Some(opening.deadline())]);
+        }
     }
 
     pub(super) fn events(&self, events: &Events) -> PollFlags {
         self.sockets().map(|socket| events.of(socket)).collect()
-    }
-
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        match &self.state {
-            State::Opening(opening) => Some(opening.deadline()),
-            State::Open(_) => None,
-        }
     }
 
     /// Passes data on; `waiting` counts all that waits for the session's targets. Fails for a client that doesn't wait for

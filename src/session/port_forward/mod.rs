@@ -292,25 +292,24 @@ impl PortForward {
         }
     }
 
-    pub(crate) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
-        if self.is_idle() {
-            return None;
-        }
-        let steps = self.all().filter_map(Connection::deadline);
-        let limit = peer.device.config().forward_idle;
-        let idle = self.connections.values().filter_map(|c| idle_at(c, limit));
-        let finishing = self.finishing.iter().map(|f| f.next_look.min(f.until));
-        steps.chain(idle).chain(finishing).chain(peer.credit.deadline(now)).min()
-    }
-
     fn takes_data(&self, peer: &Peer, now: Instant) -> bool {
         self.answers.is_empty() && peer.credit.takes(now) && peer.sink.takes_data(Class::Bulk)
     }
 
     pub(crate) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
-        let reading = self.takes_data(peer, now);
-        self.connections.values().for_each(|c| c.watch(reading && c.takes_data(), set));
-        self.finishing.iter().for_each(|f| f.connection.watch(true, set));
+        if self.is_idle() {
+            return;
+        }
+        let (reading, limit) = (self.takes_data(peer, now), peer.device.config().forward_idle);
+        for connection in self.connections.values() {
+            connection.watch(reading && connection.takes_data(), set);
+            set.until(&[idle_at(connection, limit)]);
+        }
+        for Finishing { connection, next_look, until, .. } in &self.finishing {
+            connection.watch(true, set);
+            set.until(&[Some(*next_look), Some(*until)]);
+        }
+        set.until(&[peer.credit.deadline(now)]);
     }
 
     pub(crate) fn proceed(&mut self, peer: &mut Peer, events: &Events, now: Instant) {

@@ -53,7 +53,9 @@ impl Scene {
     }
 
     fn deadline(&self, now: Instant) -> Option<Instant> {
-        self.forwarder.deadline(&self.peer, now)
+        let mut set = PollSet::default();
+        self.forwarder.watch(&self.peer, &mut set, now);
+        set.deadline
     }
 }
 

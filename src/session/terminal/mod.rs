@@ -207,19 +207,14 @@ impl Terminal {
         self.end(peer, why, false, now);
     }
 
-    pub(crate) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
-        match &self.state {
-            State::Nothing => None,
-            State::Running(running) => running.deadline(peer, now),
-            State::Ending(ending) => ending.again.or(ending.deadline),
-        }
-    }
-
     pub(crate) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
         match &self.state {
             State::Nothing => {}
-            State::Ending(ending) if ending.again.is_some() => {}
-            State::Ending(ending) => set.add(ending.process.as_fd(), PollFlags::POLLIN),
+            State::Ending(Ending { again: Some(at), .. }) => set.until(&[Some(*at)]),
+            State::Ending(ending) => {
+                set.add(ending.process.as_fd(), PollFlags::POLLIN);
+                set.until(&[ending.deadline]);
+            }
             State::Running(running) => running.watch(peer, set, now),
         }
     }

@@ -70,7 +70,7 @@ impl Running {
         }
     }
 
-    pub(super) fn deadline(&self, peer: &Peer, now: Instant) -> Option<Instant> {
+    pub(super) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
         let credit = if self.detached.is_some() { None } else { peer.credit.deadline(now) };
         let answer = self.asked.map(|at| at + ANSWER_LIMIT);
         let sessions = &peer.device.config().sessions;
@@ -78,15 +78,11 @@ impl Running {
         let alone = self.detached.and_then(|since| since.checked_add(sessions.keep_detached));
         let hold = self.detached.map(|since| since + HOLD_LIMIT).filter(|at| now < *at);
         let restore = self.restore.map(|(at, _)| at);
-        let unsent = !self.history.is_sent() && self.detached.is_none();
-        let unsent = (unsent && self.takes_output(peer, now)).then_some(now);
-        let deadlines = [self.give_up, credit, clock, answer, restore, unsent, hold, alone];
-        deadlines.into_iter().flatten().min()
-    }
-
-    pub(super) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
+        let takes_output = self.takes_output(peer, now);
+        let unsent = (takes_output && self.detached.is_none() && !self.history.is_sent()).then_some(now);
+        set.until(&[self.give_up, credit, clock, answer, restore, unsent, hold, alone]);
         let mut events = PollFlags::empty();
-        events.set(PollFlags::POLLIN, self.takes_output(peer, now));
+        events.set(PollFlags::POLLIN, takes_output);
         events.set(PollFlags::POLLOUT, !self.shell.input.is_empty());
         // poll(2) reports POLLHUP for a closed terminal all the time, even if asked for nothing.
         if !self.at_end && !events.is_empty() {
