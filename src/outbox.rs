@@ -247,9 +247,9 @@ impl Sink {
         read: impl FnOnce(&mut [u8]) -> (usize, T),
     ) -> (Bytes, T) {
         let size = frame.head_room() + most;
-        let mut buffer = self.outbox.shared.pool.take(size);
-        let (part, result) = frame.encode_with(&mut buffer[..size], read);
-        (self.outbox.shared.pool.freeze(buffer, part), result)
+        let mut lent = self.outbox.shared.pool.take(size);
+        let (part, result) = frame.encode_with(&mut lent.buffer[..size], read);
+        (Bytes::from_owner(lent).slice(part), result)
     }
 
     /// Has the session woken later if there is no place now.

@@ -37,9 +37,9 @@ pub(super) fn run(
         // Copy: a slice would keep the whole read buffer, and tungstenite would allocate another.
         let bytes = match bytes.len() {
             length @ TINY..=SMALL => {
-                let mut buffer = pool.take(SMALL);
-                buffer[..length].copy_from_slice(&bytes);
-                pool.freeze(buffer, 0..length)
+                let mut lent = pool.take(SMALL);
+                lent.buffer[..length].copy_from_slice(&bytes);
+                Bytes::from_owner(lent).slice(..length)
             }
             ..LARGE => Bytes::copy_from_slice(&bytes),
             _ => bytes,

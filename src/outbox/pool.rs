@@ -1,10 +1,6 @@
 //! Reuses buffers: musl maps and unmaps the pages of each one, half of a download's time and a third of an upload's.
 
-use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-
-use bytes::Bytes;
 
 use crate::sys::lock;
 
@@ -12,42 +8,37 @@ use crate::sys::lock;
 pub(crate) struct Pool {
     most: usize,
     buffers: Arc<Mutex<Vec<Vec<u8>>>>,
-    lent: Arc<AtomicUsize>,
 }
 
 /// Returns its buffer to the pool on drop.
-struct Part {
-    buffer: Vec<u8>,
-    range: Range<usize>,
+pub(crate) struct Lent {
+    pub(crate) buffer: Vec<u8>,
     pool: Pool,
 }
 
 impl Pool {
     /// Keeps up to `most` unused buffers.
     pub(crate) fn new(most: usize) -> Self {
-        Pool { most, buffers: Arc::default(), lent: Arc::default() }
+        Pool { most, buffers: Arc::default() }
     }
 
-    /// Buffers that were taken and haven't returned.
+    /// Buffers that haven't returned: each has a clone of the only pool.
     pub(crate) fn lent(&self) -> usize {
-        self.lent.load(Ordering::Relaxed)
+        Arc::strong_count(&self.buffers) - 1
     }
 
-    /// At least `size` bytes with any content, to be frozen.
-    pub(crate) fn take(&self, size: usize) -> Vec<u8> {
-        self.lent.fetch_add(1, Ordering::Relaxed);
+    /// At least `size` bytes with any content.
+    pub(crate) fn take(&self, size: usize) -> Lent {
         let mut buffers = lock(&self.buffers);
-        if let Some(at) = buffers.iter().position(|buffer| buffer.len() >= size) {
-            return buffers.swap_remove(at);
-        }
-        // Replace one that is too small.
-        buffers.pop();
-        vec![0; size]
-    }
-
-    /// The buffer returns to the pool when the last clone is dropped.
-    pub(crate) fn freeze(&self, buffer: Vec<u8>, range: Range<usize>) -> Bytes {
-        Bytes::from_owner(Part { buffer, range, pool: self.clone() })
+        let buffer = match buffers.iter().position(|buffer| buffer.len() >= size) {
+            Some(at) => buffers.swap_remove(at),
+            None => {
+                // Replace one that is too small.
+                buffers.pop();
+                vec![0; size]
+            }
+        };
+        Lent { buffer, pool: self.clone() }
     }
 
     pub(crate) fn clear(&self) {
@@ -55,15 +46,14 @@ impl Pool {
     }
 }
 
-impl AsRef<[u8]> for Part {
+impl AsRef<[u8]> for Lent {
     fn as_ref(&self) -> &[u8] {
-        &self.buffer[self.range.clone()]
+        &self.buffer
     }
 }
 
-impl Drop for Part {
+impl Drop for Lent {
     fn drop(&mut self) {
-        self.pool.lent.fetch_sub(1, Ordering::Relaxed);
         let mut buffers = lock(&self.pool.buffers);
         if buffers.len() < self.pool.most {
             buffers.push(std::mem::take(&mut self.buffer));
@@ -74,26 +64,28 @@ impl Drop for Part {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
 
     #[test]
     fn buffers_are_used_again_and_freed_when_asked() {
         let pool = Pool::new(2);
         let place = |size| {
-            let buffer = pool.take(size);
-            let place = buffer.as_ptr();
-            drop(pool.freeze(buffer, 0..size));
-            place
+            let lent = pool.take(size);
+            lent.buffer.as_ptr()
         };
         let first = place(10);
         assert_eq!(place(5), first);
         // A larger one takes its place.
         let larger = pool.take(20);
         assert!(lock(&pool.buffers).is_empty());
-        let part = pool.freeze(larger, 3..5);
-        assert_eq!(part, [0, 0][..]);
-        drop((part.clone(), pool.freeze(vec![], 0..0), pool.freeze(vec![], 0..0)));
-        drop(part);
-        assert_eq!(lock(&pool.buffers).len(), 2);
+        let message = Bytes::from_owner(larger).slice(3..5);
+        assert_eq!(message, [0, 0][..]);
+        let others = (message.clone(), pool.take(1), pool.take(1));
+        assert_eq!(pool.lent(), 3);
+        drop(others);
+        assert_eq!(pool.lent(), 1);
+        drop(message);
+        assert_eq!((pool.lent(), lock(&pool.buffers).len()), (0, 2));
         pool.clear();
         assert!(lock(&pool.buffers).is_empty());
     }
