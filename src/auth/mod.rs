@@ -29,16 +29,11 @@ impl Token {
     pub(crate) fn reveal(&self) -> &str {
         &self.0
     }
-
-    /// Logs may show it.
-    pub(crate) fn len(&self) -> usize {
-        self.0.len()
-    }
 }
 
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Token({} bytes)", self.len())
+        write!(f, "Token({} bytes)", self.0.len())
     }
 }
 

@@ -56,14 +56,13 @@ impl Allowed {
 
     /// `place` is an address that `name` resolved to.
     pub fn permits(&self, transport: &str, name: &str, place: SocketAddr) -> bool {
-        let address = place.ip();
         if let (Some(zone), SocketAddr::V6(place)) = (&self.zone, place)
             && zone_index(zone) != Some(place.scope_id())
         {
             return false;
         }
         // An IPv4-mapped IPv6 address reaches the IPv4 address.
-        let address = address.to_canonical();
+        let address = place.ip().to_canonical();
         let host = match &self.host {
             Host::Any => true,
             Host::Network(network, bits) => contains(*network, *bits, address),

@@ -145,7 +145,8 @@ pub(crate) fn credentials(report: &mut Report, config: &Config) -> Result<Creden
         Auth::File { token, server_url } => from_file(report, token, server_url)?,
     };
     let now = clock::now().as_secs();
-    let end = match expiry(credentials.token.reveal()) {
+    let token = credentials.token.reveal();
+    let end = match expiry(token) {
         None => "no expiry to be read".to_owned(),
         Some(at) if at <= now => {
             report.warn("the server will hardly accept it, unless this device's clock is wrong");
@@ -158,7 +159,7 @@ pub(crate) fn credentials(report: &mut Report, config: &Config) -> Result<Creden
             format!("expires in {}", span(at - now))
         }
     };
-    report.good("token", &format!("{} bytes, {end}", credentials.token.len()));
+    report.good("token", &format!("{} bytes, {end}", token.len()));
     Ok(credentials)
 }
 

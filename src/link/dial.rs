@@ -25,7 +25,7 @@ use crate::auth::Credentials;
 use crate::encoding::base64;
 use crate::sys::names::Query;
 use crate::sys::race::{Event, Race};
-use crate::sys::{PollSet, reason};
+use crate::sys::{PollSet, net, reason};
 
 const BUFFER: usize = 16 * 1024;
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
@@ -147,7 +147,7 @@ fn open_socket(
     };
     let no_addresses = |reason| LinkError::Resolve { host: target.host.clone(), reason };
     let (mut unresolved, mut unconnected) = (None, None);
-    let mut race = match target.socket_address() {
+    let mut race = match net::literal(&target.host, target.port) {
         Some(address) => {
             progress(Progress::Resolved(None, &[address]));
             Race::new(SockType::Stream, vec![address], Instant::now())

@@ -1,6 +1,6 @@
 //! The place to connect to, from the URL of a server or proxy.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use super::error::LinkError;
 use crate::sys::net;
@@ -105,11 +105,6 @@ impl Endpoint {
 
     pub(crate) fn address(&self) -> Option<IpAddr> {
         self.bare_host().parse().ok()
-    }
-
-    /// `None` if `host` is a name.
-    pub(super) fn socket_address(&self) -> Option<SocketAddr> {
-        net::literal(&self.host, self.port)
     }
 
     pub(crate) fn sends_in_clear(&self) -> bool {

@@ -76,8 +76,9 @@ impl Answer {
         let Some(key) = key.filter(|_| self.status == 101) else {
             return Err(LinkError::Refused { status: self.status, retry_after: self.retry_after });
         };
+        let expected = base64(&Sha1::new().chain_update(key).chain_update(ACCEPT).finalize());
         let fault = match &self.accept {
-            Some(accept) if *accept == accept_for(key) => {
+            Some(accept) if *accept == expected => {
                 if self.has_subprotocol {
                     warn!("the server chose a subprotocol, though none was offered: it is ignored");
                 }
@@ -88,10 +89,6 @@ impl Answer {
         };
         Err(LinkError::Broken(Error::Protocol(fault).to_string()))
     }
-}
-
-fn accept_for(key: &str) -> String {
-    base64(&Sha1::new().chain_update(key).chain_update(ACCEPT).finalize())
 }
 
 fn since_1970(date: &str) -> Option<Duration> {

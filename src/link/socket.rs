@@ -212,17 +212,16 @@ impl Cancel {
 
     pub(super) fn cancel(&self) {
         lock(&self.state).end = Some(LinkError::Cancelled);
-        self.wake.notify();
         self.interrupt();
     }
 
     pub(super) fn give_up(&self, reason: String) {
         lock(&self.state).end.get_or_insert(LinkError::Dead(reason));
-        self.wake.notify();
         self.interrupt();
     }
 
     fn interrupt(&self) {
+        self.wake.notify();
         // Shut an open websocket for reading only: the reader ends, and the writer can still send a close frame.
         self.shut_down(if self.is_established() { Shutdown::Read } else { Shutdown::Both });
     }

@@ -115,7 +115,7 @@ impl Machine {
     }
 
     pub(crate) fn token_length(&self) -> Option<usize> {
-        self.credentials.as_ref().map(|credentials| credentials.token.len())
+        self.credentials.as_ref().map(|credentials| credentials.token.reveal().len())
     }
 
     pub(crate) fn connection(&self, last_error: Option<&(String, Instant)>, now: Instant) -> Connection {

@@ -30,8 +30,11 @@ impl Signals {
             set.add(Signal::SIGCHLD);
         }
         set.thread_block()?;
+        // Blocked, it comes in any case; programs get the default, too.
+        // SAFETY: installs no handler.
+        let nohup = matches!(unsafe { signal(Signal::SIGHUP, SigHandler::SigDfl) }?, SigHandler::SigIgn);
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Signals { fd, on_terminal: has_terminal() && !ignores_hang_up() })
+        Ok(Signals { fd, on_terminal: has_terminal() && !nohup })
     }
 
     /// SIGHUP then means that the terminal is gone.
@@ -49,13 +52,6 @@ impl Signals {
 fn has_terminal() -> bool {
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     open("/dev/tty", flags, Mode::empty()).is_ok()
-}
-
-/// SigIgn in proc(5): the daemon was started by nohup.
-fn ignores_hang_up() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    ignored.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set & 1 != 0)
 }
 
 impl AsFd for Signals {
