@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustls::CertificateError::{
-    BadSignature, Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet,
-    NotValidYetContext, Other, UnknownIssuer, UnsupportedSignatureAlgorithmContext as Signature,
+    BadSignature, Expired, ExpiredContext, NotValidForNameContext, NotValidYetContext, Other, UnknownIssuer,
+    UnsupportedSignatureAlgorithmContext as Signature,
     UnsupportedSignatureAlgorithmForPublicKeyContext as ForKey,
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -214,10 +214,8 @@ impl ServerCertVerifier for Verifier {
 fn explained(error: &io::Error) -> LinkError {
     let (fault, text) = match error.get_ref().and_then(|e| e.downcast_ref()) {
         Some(Error::InvalidCertificate(e)) => match e {
-            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => {
-                (TlsFault::Dates, None)
-            }
-            NotValidForName | NotValidForNameContext { .. } => (TlsFault::Name, None),
+            Expired | ExpiredContext { .. } | NotValidYetContext { .. } => (TlsFault::Dates, None),
+            NotValidForNameContext { .. } => (TlsFault::Name, None),
             Other(e) if e.0.is::<Unverifiable>() => (TlsFault::Kind, Some(e.to_string())),
             // Such as a self-signed certificate.
             UnknownIssuer | BadSignature => (TlsFault::Issuer, None),
