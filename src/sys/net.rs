@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -24,16 +24,15 @@ nix::setsockopt_impl!(QuickAck, libc::IPPROTO_TCP, libc::TCP_QUICKACK, bool, Set
 pub(crate) struct UnsentLimit;
 nix::setsockopt_impl!(UnsentLimit, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, u32, SetStruct<u32>);
 
-// SIOCOUTQ by its other name, and SIOCOUTQNSD.
-nix::ioctl_read_bad!(unacknowledged, libc::TIOCOUTQ, libc::c_int);
-nix::ioctl_read_bad!(unsent, 0x894b, libc::c_int);
+/// SIOCOUTQNSD. SIOCOUTQ, by its other name TIOCOUTQ, counts the unacknowledged bytes, too.
+const UNSENT: libc::Ioctl = 0x894b;
 
 /// Makes close(2) reset the connection. Returns how many written bytes the other side has not got: the unsent ones and,
 /// if it has fallen silent, the unacknowledged ones. Otherwise an acknowledgement may only be late.
 pub(crate) fn discard_undelivered(socket: BorrowedFd<'_>) -> u64 {
     let _ = setsockopt(&socket, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
     // tcpi_retransmits: time-outs since the last acknowledgement.
-    waiting(socket, if tcp_info(socket)[2] > 0 { unacknowledged } else { unsent })
+    waiting(socket, if tcp_info(socket)[2] > 0 { libc::TIOCOUTQ } else { UNSENT })
 }
 
 /// True if unacknowledged bytes remain, and the last acknowledgement came less than `limit` ago.
@@ -44,7 +43,7 @@ pub(crate) fn is_delivering(socket: BorrowedFd<'_>, limit: Duration) -> bool {
 }
 
 pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
-    waiting(socket, unacknowledged)
+    waiting(socket, libc::TIOCOUTQ)
 }
 
 /// The first bytes of `struct tcp_info`. nix panics if the kernel's length differs.
@@ -58,14 +57,12 @@ fn tcp_info(socket: BorrowedFd<'_>) -> [u8; 60] {
     info
 }
 
-fn waiting(
-    socket: BorrowedFd<'_>,
-    count: unsafe fn(RawFd, *mut libc::c_int) -> nix::Result<libc::c_int>,
-) -> u64 {
-    let mut bytes = 0;
+/// 0 if the kernel doesn't tell.
+fn waiting(socket: BorrowedFd<'_>, count: libc::Ioctl) -> u64 {
+    let mut bytes: libc::c_int = 0;
     // SAFETY: both counts have the kernel write one integer; the descriptor is open as long as it is borrowed.
-    let result = unsafe { count(socket.as_raw_fd(), &raw mut bytes) };
-    result.ok().and_then(|_| u64::try_from(bytes).ok()).unwrap_or(0)
+    unsafe { libc::ioctl(socket.as_raw_fd(), count, &raw mut bytes) };
+    u64::try_from(bytes).unwrap_or(0)
 }
 
 /// Also true for end of file and errors.
