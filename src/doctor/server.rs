@@ -20,10 +20,7 @@ pub(crate) fn reach(
     by_mender_auth: bool,
     upgrade: bool,
 ) -> Result<(), Break> {
-    let is_forwarder = |server: &Option<Endpoint>| {
-        by_mender_auth && server.as_ref().is_some_and(|server| server.is_loopback() && !server.tls)
-    };
-    let (mut server, mut proxy) = (None::<Endpoint>, None::<(ProxyKind, Endpoint)>);
+    let (mut server, mut is_forwarder, mut has_proxy) = (None::<Endpoint>, false, false);
     let (mut step, mut to_https) = ("server", false);
     // The two queries of a look-up run in parallel, as do attempts to connect.
     let (mut begun, mut answered, mut failures) = (Instant::now(), Vec::new(), Vec::new());
@@ -34,50 +31,43 @@ pub(crate) fn reach(
                     report.warn(IN_CLEAR);
                 }
                 server = Some(endpoint.clone());
+                is_forwarder = by_mender_auth && endpoint.is_loopback() && !endpoint.tls;
                 let scheme = if endpoint.tls { "https" } else { "http" };
-                let forwarder = if is_forwarder(&server) { ", mender-auth's forwarder" } else { "" };
+                let forwarder = if is_forwarder { ", mender-auth's forwarder" } else { "" };
                 (format!("{scheme}://{}{forwarder}", endpoint.authority()), "dns")
             }
-            Progress::Proxy(endpoint) => {
-                proxy = endpoint.map(|(kind, endpoint)| (kind, endpoint.clone()));
+            Progress::Proxy(proxy) => {
+                has_proxy = proxy;
                 if server.as_ref().is_some_and(|server| !server.is_loopback()) {
                     report.good("routes", &default_routes());
                 }
                 begun = Instant::now();
                 return;
             }
-            Progress::Resolved(query, addresses) => {
-                let (what, target) = match &proxy {
-                    Some((_, proxy)) => ("the proxy, ", Some(proxy)),
-                    None => ("", server.as_ref()),
-                };
-                let host = target.map_or("", |target| &target.host);
+            Progress::Resolved(host, query, addresses) => {
+                let what = if has_proxy { "the proxy, " } else { "" };
                 let addresses: Vec<_> = addresses.iter().map(|a| a.ip().to_string()).collect();
                 let is = query.map(|query| format!("{}{}", addresses.join(", "), source(query)));
-                answered.push(query);
+                answered.extend(query);
                 report.since = begun;
                 step = "tcp";
                 return report
                     .good("dns", &format!("{what}{host} is {}", is.as_deref().unwrap_or("an address")));
             }
-            Progress::Unresolved(query, e) => {
-                answered.push(Some(query));
-                let took = begun.elapsed().as_millis();
-                return failures.push(format!("{e}{} (after {took} ms)", source(query)));
-            }
-            Progress::Failed(e) => {
-                let took = begun.elapsed().as_millis();
-                return failures.push(format!("{e} (after {took} ms)"));
+            Progress::Failed(query, e) => {
+                answered.extend(query);
+                let (took, by) = (begun.elapsed().as_millis(), query.map_or("", source));
+                return failures.push(format!("{e}{by} (after {took} ms)"));
             }
             Progress::Connected(address) => {
-                if let [Some(query @ (Query::A | Query::Aaaa))] = answered[..] {
+                if let [query @ (Query::A | Query::Aaaa)] = answered[..] {
                     let other = if query == Query::A { Query::Aaaa } else { Query::A };
                     failures.push(format!("no answer yet{}", source(other)));
                 }
                 failures.drain(..).for_each(|failure| report.warn(failure));
                 report.good("tcp", &format!("connected to {address}"));
                 step = "tls";
-                if proxy.is_none() {
+                if !has_proxy {
                     let names = PROXY_VARIABLES.as_flattened().iter().copied();
                     let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
                     let set: Vec<_> = names.filter(is_set).collect();
@@ -89,15 +79,14 @@ pub(crate) fn reach(
                 }
                 return;
             }
-            Progress::Tunnel => {
-                let Some((kind, proxy)) = &proxy else { return };
-                let how = if *kind == ProxyKind::Http { "HTTP CONNECT" } else { "SOCKS5" };
+            Progress::Tunnel(kind, proxy) => {
+                let how = if kind == ProxyKind::Http { "HTTP CONNECT" } else { "SOCKS5" };
                 return report.good("proxy", &format!("{} leads to the server, by {how}", proxy.authority()));
             }
             Progress::Secured(Some(version)) => {
                 (format!("{version}; issuer, name and dates are right"), "upgrade")
             }
-            Progress::Secured(None) if is_forwarder(&server) => {
+            Progress::Secured(None) if is_forwarder => {
                 ("none here: from its forwarder on, names and TLS are mender-auth's".to_owned(), "upgrade")
             }
             Progress::Secured(None) => ("none, by http".to_owned(), "upgrade"),
@@ -144,7 +133,7 @@ pub(crate) fn reach(
     failures.drain(..).for_each(|failure| report.warn(failure));
     let name = server.as_ref().map_or("", |server| &server.host);
     let host = if let LinkError::Resolve { host, .. } = &error { host } else { name };
-    let advice = advice(&error, step, is_forwarder(&server), to_https);
+    let advice = advice(&error, step, is_forwarder, to_https);
     let mut advice = advice.replace("{now}", &now()).replace("{host}", host);
     let expired = expiry(credentials.token.reveal()).is_some_and(|at| at <= clock::now().as_secs());
     if expired && matches!(error, LinkError::Refused { status: 401, .. }) {

@@ -32,13 +32,14 @@ const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
 
 pub(crate) enum Progress<'a> {
     Server(&'a Endpoint),
-    Proxy(Option<(ProxyKind, &'a Endpoint)>),
-    /// For the proxy, or else the server; without a query the host is an address.
-    Resolved(Option<Query>, &'a [SocketAddr]),
-    Unresolved(Query, &'a LinkError),
-    Failed(&'a LinkError),
+    /// Whether there is one.
+    Proxy(bool),
+    /// The host of the proxy, or else of the server; without a query it is an address.
+    Resolved(&'a str, Option<Query>, &'a [SocketAddr]),
+    /// A query or, without one, an attempt to connect.
+    Failed(Option<Query>, &'a LinkError),
     Connected(SocketAddr),
-    Tunnel,
+    Tunnel(ProxyKind, &'a Endpoint),
     /// TLS version, and what the certificate is for; `None` without TLS.
     Secured(Option<String>),
     Answered(&'a Answer),
@@ -62,13 +63,13 @@ pub(super) fn dial(
     progress(Progress::Server(&server));
     let proxy = proxies.proxy_for(&server)?;
     let first = proxy.as_ref().map_or(&server, |p| &p.endpoint);
-    progress(Progress::Proxy(proxy.as_ref().map(|p| (p.kind, &p.endpoint))));
+    progress(Progress::Proxy(proxy.is_some()));
     let label = if proxy.is_some() { " (the proxy)" } else { "" };
     let mut socket = open_socket(first, label, cancel, progress)?;
     if let Some(proxy) = &proxy {
         debug!("asking the proxy {} for {}", proxy.endpoint.authority(), server.authority());
         proxy.tunnel(&mut socket, &server)?;
-        progress(Progress::Tunnel);
+        progress(Progress::Tunnel(proxy.kind, &proxy.endpoint));
     }
     let (tls, version) = handshake.map(|handshake| handshake(&mut socket)).transpose()?.unzip();
     progress(Progress::Secured(version));
@@ -149,7 +150,7 @@ fn open_socket(
     let (mut unresolved, mut unconnected) = (None, None);
     let mut race = match net::literal(&target.host, target.port) {
         Some(address) => {
-            progress(Progress::Resolved(None, &[address]));
+            progress(Progress::Resolved(&target.host, None, &[address]));
             Race::new(SockType::Stream, vec![address], Instant::now())
         }
         None => {
@@ -163,10 +164,12 @@ fn open_socket(
             return Err(LinkError::Cancelled);
         }
         let winner = race.advance(Instant::now(), &mut |_| true, &mut |event| match event {
-            Event::Answered(query, Ok(addresses)) => progress(Progress::Resolved(Some(query), addresses)),
+            Event::Answered(query, Ok(addresses)) => {
+                progress(Progress::Resolved(&target.host, Some(query), addresses));
+            }
             Event::Answered(query, Err(e)) => {
                 let failure = no_addresses(e.to_string());
-                progress(Progress::Unresolved(query, &failure));
+                progress(Progress::Failed(Some(query), &failure));
                 // IPv4's error is reported, unless there is an address.
                 if unresolved.is_none() || query == Query::A {
                     unresolved = Some(failure);
@@ -174,7 +177,7 @@ fn open_socket(
             }
             Event::Failed(address, e) => {
                 let failure = not_connected(address, &e);
-                progress(Progress::Failed(&failure));
+                progress(Progress::Failed(None, &failure));
                 // As Go does: addresses without a route are tried last, and their errors mislead.
                 unconnected.get_or_insert(failure);
             }
