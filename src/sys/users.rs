@@ -62,26 +62,25 @@ pub fn lookup(name: &str) -> Result<User, UserError> {
         drop(counted);
     };
     thread::spawn("user", thread::LOOKUP_STACK, ask).map_err(|_| failed(Errno::EAGAIN))?;
-    answer.recv_timeout(LIMIT).unwrap_or_else(|_| Err(failed(Errno::ETIMEDOUT)))
+    let user = answer.recv_timeout(LIMIT).unwrap_or(Err(Errno::ETIMEDOUT)).map_err(failed)?;
+    user.ok_or_else(|| UserError::Unknown(name.to_owned()))
 }
 
-fn ask(name: &str) -> Result<User, UserError> {
-    let database = |errno| UserError::Database { name: name.to_owned(), errno };
+fn ask(name: &str) -> nix::Result<Option<User>> {
     let entry = match unistd::User::from_name(name) {
-        Ok(entry) => entry,
         // getpwnam_r(3): some databases report an unknown name as an error.
         Err(Errno::ENOENT | Errno::ESRCH) => None,
-        Err(errno) => return Err(database(errno)),
+        other => other?,
     };
     let Some(unistd::User { name, uid, gid, dir: home, .. }) = entry else {
         if cfg!(target_env = "musl") {
             log::info!("users are looked up in /etc/passwd only: this build has no NSS");
         }
-        return Err(UserError::Unknown(name.to_owned()));
+        return Ok(None);
     };
-    let c_name = CString::new(name.as_str()).map_err(|_| database(Errno::EINVAL))?;
-    let groups = unistd::getgrouplist(&c_name, gid).map_err(database)?;
-    Ok(User { name, uid, gid, groups, home })
+    let c_name = CString::new(name.as_str()).map_err(|_| Errno::EINVAL)?;
+    let groups = unistd::getgrouplist(&c_name, gid)?;
+    Ok(Some(User { name, uid, gid, groups, home }))
 }
 
 #[cfg(test)]
