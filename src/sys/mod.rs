@@ -161,12 +161,14 @@ impl<'a> PollSet<'a> {
         self.deadline = deadlines.iter().copied().flatten().chain(self.deadline).min();
     }
 
-    /// Waits for an event or `deadline`. An interruption counts as no event.
+    /// Waits for an event or `deadline`.
     pub(crate) fn wait(mut self, deadline: Option<Instant>) -> io::Result<Events> {
         self.until(&[deadline]);
-        match nix::poll::poll(&mut self.fds, self.deadline.map_or(PollTimeout::NONE, timeout_until)) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(e) => return Err(e.into()),
+        let limit = |deadline: Option<Instant>| deadline.map_or(PollTimeout::NONE, timeout_until);
+        while let Err(e) = nix::poll::poll(&mut self.fds, limit(self.deadline)) {
+            if e != Errno::EINTR {
+                return Err(e.into());
+            }
         }
         let events = self.fds.iter().filter_map(|fd| Some((fd.as_fd().as_raw_fd(), fd.revents()?)));
         Ok(Events(events.filter(|(_, events)| !events.is_empty()).collect()))

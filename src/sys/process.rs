@@ -207,16 +207,9 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
     let nothing = fs::File::options().read(true).write(true).open("/dev/null");
     let child = nothing.and_then(|nothing| start(command, nothing.into()));
     let mut child = child.map_err(failed)?;
-    let ended = watch_exit(pid_of(&child)).and_then(|exit| {
-        let deadline = Instant::now() + limit;
-        loop {
-            let ended = !poll_one(&exit, PollFlags::POLLIN, Some(deadline))?.is_empty();
-            // An interrupted wait returns before the deadline.
-            if ended || Instant::now() >= deadline {
-                return Ok(ended);
-            }
-        }
-    });
+    let deadline = Some(Instant::now() + limit);
+    let exit = watch_exit(pid_of(&child)).and_then(|exit| poll_one(&exit, PollFlags::POLLIN, deadline));
+    let ended = exit.map(|events| !events.is_empty());
     if !matches!(ended, Ok(true)) {
         let _ = child.kill();
     }
