@@ -64,11 +64,11 @@ pub use self::sys::wipe::Wiping;
 pub mod internals {
     pub use crate::backoff::wait;
     #[cfg(fuzzing)]
-    pub use crate::config::of_texts;
+    pub use crate::config::model::of_texts;
     pub use crate::config::{Allowed, Auth, Config, Expiry, Sessions, Shell, Terminal, load};
     pub use crate::link::LinkError;
     #[cfg(fuzzing)]
-    pub use crate::link::read;
+    pub use crate::link::model::read;
     pub use crate::outbox::{Class, Outbox, Queue, Sendable, Sink, Work};
     pub use crate::proto::{
         CONTROL, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, PORT_FORWARD, SHELL, SessionId, control, file,

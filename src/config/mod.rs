@@ -19,6 +19,9 @@ pub(crate) use load::{Notes, Origin, Values, Walk};
 mod allow;
 mod keys;
 mod load;
+#[cfg(fuzzing)]
+#[path = "../../tests/fuzz/models/config.rs"]
+pub(crate) mod model;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -317,18 +320,6 @@ pub(crate) fn without_password(url: &str) -> String {
         Some(at) => format!("{}{}", &url[..start], &url[start + at + 1..]),
         None => url.to_owned(),
     }
-}
-
-/// [`load`] for the fuzz target, on a device where every shell exists and every user is `user`.
-#[cfg(fuzzing)]
-pub fn of_texts(main: &[u8], fallback: &[u8], user: &User) -> Result<Config, ConfigError> {
-    let mut values = Values::default();
-    for (text, origin) in [(fallback, Origin::Fallback), (main, Origin::Main)] {
-        values.lay(text, origin)?.fit()?;
-    }
-    let values = values.filled(&mut Notes::new());
-    let user = User { name: values.text(Key::User).to_owned(), ..user.clone() };
-    validate(&values, Ok(user)).map_err(|mut errors| errors.swap_remove(0))
 }
 
 #[cfg(test)]

@@ -6,6 +6,9 @@ mod endpoint;
 mod error;
 mod halves;
 mod http;
+#[cfg(fuzzing)]
+#[path = "../../tests/fuzz/models/link.rs"]
+pub(crate) mod model;
 mod pace;
 mod proxy;
 mod reader;
@@ -35,8 +38,6 @@ pub(crate) use endpoint::{Endpoint, IN_CLEAR, PATH};
 pub use error::LinkError;
 pub(crate) use error::TlsFault;
 pub(crate) use proxy::{Kind as ProxyKind, PROXY_VARIABLES, ProxySettings};
-#[cfg(fuzzing)]
-pub use reader::read;
 
 /// A dial that exceeds its deadline by this long is stuck: trusted certificates may come from slow storage.
 const OVERTIME: Duration = ATTEMPT_LIMIT.saturating_mul(3);

@@ -72,16 +72,3 @@ pub(super) fn run(
         }
     }
 }
-
-/// For the fuzz target: reads messages of up to `most` bytes, as after the upgrade.
-#[cfg(fuzzing)]
-pub fn read(
-    stream: impl Read + Write,
-    most: usize,
-    outbox: &Outbox,
-    mut inbound: impl FnMut(Frame),
-) -> LinkError {
-    let Ok(cancel) = Cancel::new() else { return LinkError::Cancelled };
-    let Err(lost) = run(&mut super::dial::websocket(stream, most), outbox, &mut inbound, &cancel);
-    lost
-}
