@@ -28,7 +28,7 @@ pub(crate) struct Race {
     kind: SockType,
     /// `None` after the look-up.
     answers: Option<Receiver<(Query, Answer)>>,
-    /// In the order of the attempts.
+    /// The best ones first.
     waiting: VecDeque<SocketAddr>,
     running: Vec<Attempt>,
     /// Whether the last attempt was IPv6.
@@ -96,12 +96,7 @@ impl Race {
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Option<(OwnedFd, SocketAddr)> {
         self.take_answers(now, observe);
-        let mut at = 0;
-        while at < self.running.len() {
-            if !is_writable(&self.running[at].socket) {
-                at += 1;
-                continue;
-            }
+        while let Some(at) = self.running.iter().position(|attempt| is_writable(&attempt.socket)) {
             let Attempt { socket, address, .. } = self.running.remove(at);
             let errno = match getsockopt(&socket, sockopt::SocketError).unwrap_or_else(|e| e as i32) {
                 0 if net::meets_itself(&socket) => libc::ECONNREFUSED,
@@ -111,9 +106,7 @@ impl Race {
             observe(Event::Failed(address, io::Error::from_raw_os_error(errno)));
             self.next = now;
         }
-        while now >= self.next
-            && let Some(&address) = self.waiting.front()
-        {
+        while now >= self.next && !self.waiting.is_empty() {
             if let Some(oldest) = self.running.first().map(|oldest| oldest.began + PATIENCE)
                 && (self.running.len() >= MOST || !may(self.running.len() + 1))
             {
@@ -125,8 +118,7 @@ impl Race {
                 observe(Event::Failed(late, io::Error::from_raw_os_error(libc::ETIMEDOUT)));
                 continue;
             }
-            self.waiting.pop_front();
-            self.last = Some(address.is_ipv6());
+            let Some(address) = self.take() else { break };
             match net::begin_connect(address, self.kind) {
                 Ok(socket) => {
                     self.running.push(Attempt { socket, address, began: now });
@@ -161,18 +153,17 @@ impl Race {
         }
     }
 
-    /// Sorts by [`rank`], then alternates families (RFC 8305, section 4).
     fn add(&mut self, addresses: Vec<SocketAddr>) {
         self.waiting.extend(addresses);
         self.waiting.make_contiguous().sort_by_cached_key(|address| (rank(address), address.is_ipv6()));
-        let first = self.waiting.front().is_some_and(SocketAddr::is_ipv6);
-        let mut ipv6 = self.last.map_or(first, |last| !last);
-        let mut left = std::mem::take(&mut self.waiting);
-        while !left.is_empty() {
-            let next = left.iter().position(|address| address.is_ipv6() == ipv6).unwrap_or(0);
-            self.waiting.extend(left.remove(next));
-            ipv6 = !ipv6;
-        }
+    }
+
+    /// The first address, but families take turns (RFC 8305, section 4).
+    fn take(&mut self) -> Option<SocketAddr> {
+        let other = |address: &SocketAddr| Some(address.is_ipv6()) != self.last;
+        let address = self.waiting.remove(self.waiting.iter().position(other).unwrap_or(0))?;
+        self.last = Some(address.is_ipv6());
+        Some(address)
     }
 }
 
@@ -225,7 +216,7 @@ mod tests {
         race.last = Some(true);
         race.add(all(&["[::1]:1", "127.0.0.1:1", "[::1]:2", "127.0.0.1:2", "127.0.0.1:3"]));
         let order = ["127.0.0.1:1", "[::1]:1", "127.0.0.1:2", "[::1]:2", "127.0.0.1:3"];
-        assert_eq!(race.waiting, all(&order));
+        assert_eq!(std::iter::from_fn(|| race.take()).collect::<Vec<_>>(), all(&order));
     }
 
     #[test]
