@@ -13,16 +13,15 @@ use super::socket::Socket;
 const BUFFER: usize = 32 * 1024;
 /// In bytes, with TLS: a record and its framing.
 const RECORD: usize = 16 * 1024 + 512;
-/// In bytes, of plaintext: two records.
+/// In bytes, of plaintext: two records. Half of what rustls buffers.
 const PIECE: usize = 32 * 1024;
 
 /// TLS state shared by both halves. It does no I/O, so that no half waits for the network while it holds the lock.
 pub(super) trait Tls: Send + Sync {
     /// Takes as much of `ciphertext` as it needs. `WouldBlock`: it needs more.
     fn decrypt(&self, ciphertext: &mut &[u8], plaintext: &mut [u8]) -> io::Result<usize>;
-    /// Appends all pending output to `ciphertext`, such as the answer to a key update. Returns how many bytes of
-    /// `plaintext` it took.
-    fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<usize>;
+    /// Appends all pending output to `ciphertext`, such as the answer to a key update.
+    fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<()>;
 }
 
 /// Returns the TLS version and what the certificate is for, too.
@@ -93,13 +92,10 @@ impl Write for Half {
         let socket = self.source.get_mut();
         let Some(tls) = &self.tls else { return socket.write(bytes) };
         // In pieces: the memory that one of them takes is kept.
-        for mut piece in bytes.chunks(PIECE) {
-            while !piece.is_empty() {
-                let n = tls.encrypt(piece, &mut self.ciphertext)?;
-                socket.write_all(&self.ciphertext)?;
-                self.ciphertext.clear();
-                piece = &piece[n..];
-            }
+        for piece in bytes.chunks(PIECE) {
+            tls.encrypt(piece, &mut self.ciphertext)?;
+            socket.write_all(&self.ciphertext)?;
+            self.ciphertext.clear();
         }
         Ok(bytes.len())
     }

@@ -280,13 +280,13 @@ impl Tls for Mutex<ClientConnection> {
         }
     }
 
-    fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<usize> {
+    fn encrypt(&self, plaintext: &[u8], ciphertext: &mut Vec<u8>) -> io::Result<()> {
         let mut connection = lock(self);
-        let n = connection.writer().write(plaintext)?;
+        connection.writer().write_all(plaintext)?;
         while connection.wants_write() {
             connection.write_tls(ciphertext)?;
         }
-        Ok(n)
+        Ok(())
     }
 }
 
