@@ -17,8 +17,6 @@ use crate::proto::Frame;
 const SMALL: usize = 5 * 1024;
 /// In bytes. Smaller messages would waste a pooled buffer.
 const TINY: usize = 4 * 1024;
-/// In bytes. Smaller messages would waste tungstenite's read buffer, which has 16 KiB.
-const LARGE: usize = 32 * 1024;
 /// More than the chunks that the server sends without an ack.
 const MAX_BUFFERS: usize = 24;
 
@@ -34,15 +32,15 @@ pub(super) fn run(
     let pool = Pool::new(MAX_BUFFERS);
     let mut malformed = 0_u32;
     let mut receive = |bytes: Bytes| {
-        // Copy: a slice would keep the whole read buffer, and tungstenite would allocate another.
+        // Copy: a slice would keep the whole read buffer, which is as large as the largest message before it, and
+        // tungstenite would allocate another.
         let bytes = match bytes.len() {
             length @ TINY..=SMALL => {
                 let mut lent = pool.take(SMALL);
                 lent.buffer[..length].copy_from_slice(&bytes);
                 Bytes::from_owner(lent).slice(..length)
             }
-            ..LARGE => Bytes::copy_from_slice(&bytes),
-            _ => bytes,
+            _ => Bytes::copy_from_slice(&bytes),
         };
         match Frame::decode(&bytes) {
             Ok(frame) => inbound(frame),
@@ -60,7 +58,8 @@ pub(super) fn run(
             // Clients use both alike.
             Message::Binary(bytes) => receive(bytes),
             Message::Text(text) => receive(text.into()),
-            Message::Ping(payload) => outbox.signal(Work::Pong(payload)),
+            // Copied, as above.
+            Message::Ping(payload) => outbox.signal(Work::Pong(Bytes::copy_from_slice(&payload))),
             Message::Pong(payload) => match payload.as_ref().try_into() {
                 // Only probes have this length.
                 Ok(probe) => outbox.signal(Work::Answered(probe, Instant::now())),

@@ -10,7 +10,7 @@ use crate::harness::client::new_sid;
 use crate::harness::daemon::emulated;
 use crate::harness::device::{Device, Reading};
 use crate::harness::forward::{new_id, target_body};
-use crate::harness::msg::{CONTROL, FILES, Ints, Msg, PORTS, encode, map};
+use crate::harness::msg::{CONTROL, FILES, Ints, Msg, PORTS, SHELL, encode, map};
 use crate::harness::proc;
 use crate::harness::rest::{Form, Rest, path_body};
 use crate::harness::rig::{Rig, Setup};
@@ -131,6 +131,55 @@ fn messages_of_a_few_kibibytes() {
         assert!(device.answers(b"all of it", secs(60)));
         assert_memory(&rig);
     }
+}
+
+/// A message of 33 KiB kept the whole read buffer, which the message before it had made as large as a mebibyte.
+#[test]
+fn messages_behind_larger_ones() {
+    let (rig, device) = Rig::connected();
+    let (sid, nobody, target) = (unread(&device), new_sid(), Silent::start());
+    let large = vec![0; (1 << 20) - 200];
+    for _ in 0..4 {
+        let id = new_id();
+        let to = target_body("127.0.0.1", target.address.port(), "tcp");
+        device.send(PORTS, "new", &sid, &props(&id), &to);
+        for _ in 0..25 {
+            // Without an answer.
+            device.send(SHELL, "resize", &nobody, &[], &large);
+            device.send(PORTS, "forward", &sid, &props(&id), &[7; 33 << 10]);
+        }
+    }
+    assert!(device.answers(b"all of it", secs(60)));
+    assert_memory(&rig);
+}
+
+/// A pong that waited to be written kept that buffer, too.
+#[test]
+fn pongs_behind_large_messages() {
+    let rig = Setup::new().start_with(|server| server.small_receive_buffer(64 << 10));
+    let device = rig.device();
+    let file = rig.dir.path().join("large");
+    let sparse = std::fs::File::create(&file).and_then(|file| file.set_len(1 << 30));
+    sparse.expect("a large file");
+    device.set_reading(Reading::Paused);
+    let body = path_body(file.to_str().expect("UTF-8"));
+    for _ in 0..4 {
+        device.send(FILES, "get_file", &unread(&device), &[("user_id", "u".into())], &body);
+    }
+    let mut before = None;
+    eventually(SOON, "the writer to wait for the server", || {
+        let sent = rig.status()["transferred"]["bytes_out"].as_u64().filter(|sent| *sent > 0);
+        (sent.is_some() && sent == std::mem::replace(&mut before, sent)).then_some(())
+    });
+    let (nobody, large) = (new_sid(), vec![0; (1 << 20) - 200]);
+    for n in 0..64 {
+        device.send(SHELL, "resize", &nobody, &[], &large);
+        device.ping(format!("ping {n}").as_bytes());
+    }
+    device.set_reading(Reading::Full);
+    // Pings beyond those that wait get no answer.
+    assert!((0..30).any(|n| device.answers(format!("again {n}").as_bytes(), secs(1))));
+    assert_memory(&rig);
 }
 
 /// The allocator's share of small frames didn't count: 51 MiB with 250 sessions. And an inbox that had once been full
