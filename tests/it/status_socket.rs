@@ -39,12 +39,6 @@ fn assert_refused(output: &Output, why: &str) {
     assert!(output.stdout.is_empty());
 }
 
-fn cpu_ticks(pid: u32) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the agent");
-    let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
-    fields[11].parse::<u64>().expect("a number") + fields[12].parse::<u64>().expect("a number")
-}
-
 #[test]
 fn only_root_and_the_daemons_user_can_ask() {
     let (rig, _device) = Rig::connected();
@@ -216,14 +210,14 @@ fn clients_that_do_not_read_disturb_nobody() {
         })
         .collect();
     eventually(SOON, "answers to be under way", || (proc::threads(rig.daemon.pid()) > threads).then_some(()));
-    let before = cpu_ticks(rig.daemon.pid());
+    let before = proc::cpu_ticks(rig.daemon.pid());
     for _ in 0..20 {
         let start = Instant::now();
         assert_eq!(terminal.run("echo $((6 * 7))"), "42");
         assert!(start.elapsed() < secs(2), "{:?}", start.elapsed());
     }
     throughout(secs(2), "few threads", || proc::threads(rig.daemon.pid()) <= threads + 4);
-    let spent = cpu_ticks(rig.daemon.pid()) - before;
+    let spent = proc::cpu_ticks(rig.daemon.pid()) - before;
     assert!(spent < 100, "{spent} ticks");
     drop(clients);
     ends_quickly(&mut rig, Signal::SIGTERM);
@@ -266,8 +260,8 @@ fn without_descriptors_it_waits_without_spinning() {
     let mut client = UnixStream::connect(socket(&rig)).expect("connect");
     let line = rig.daemon.wait_for_log("status can't be told: ", SOON);
     assert!(line.contains("too many open files"), "{line}");
-    let before = cpu_ticks(pid);
-    throughout(secs(3), "it is quiet", || cpu_ticks(pid) - before < 30);
+    let before = proc::cpu_ticks(pid);
+    throughout(secs(3), "it is quiet", || proc::cpu_ticks(pid) - before < 30);
     assert_eq!(rig.daemon.count_log("status can't be told: "), 1);
     lift(&rig, "nofile");
     let mut document = String::new();

@@ -236,7 +236,9 @@ impl Terminal {
             return self.end_because(peer, "not reattached", "nobody came back to the shell", now);
         }
         let pty = events.of(&running.shell.pty);
-        if pty.contains(PollFlags::POLLOUT)
+        let ended = PollFlags::POLLHUP | PollFlags::POLLERR;
+        // Input for nobody is lost at once: while it waits, poll(2) reports the hang-up all the time.
+        if pty.intersects(PollFlags::POLLOUT | ended)
             && let Err(e) = running.shell.pass_input()
         {
             debug!("session {}: input lost: {}", peer.id, reason(&e));
@@ -246,7 +248,7 @@ impl Terminal {
             running.give_up = Some(now + DRAIN_LIMIT);
         }
         let give_up = running.give_up.is_some_and(|at| now >= at);
-        let readable = pty.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR);
+        let readable = pty.intersects(PollFlags::POLLIN | ended);
         if give_up || readable || !running.history.is_sent() {
             running.pass_output(peer, now);
         }

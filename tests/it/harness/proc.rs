@@ -129,6 +129,12 @@ pub fn voluntary_switches(pid: u32) -> u64 {
         .sum()
 }
 
+/// Processor time that it has taken, in hundredths of a second.
+pub fn cpu_ticks(pid: u32) -> u64 {
+    let ticks = |place| stat_field(pid, place).map_or(0, u64::from);
+    ticks(11) + ticks(12)
+}
+
 /// The direct children, zombies included.
 pub fn children(pid: u32) -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };

@@ -8,7 +8,9 @@ use std::time::Instant;
 
 use nix::fcntl::{OFlag, open};
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
+use nix::unistd::Pid;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -19,7 +21,7 @@ use crate::harness::device::{Device, Generation};
 use crate::harness::msg::{self, Ints, Msg, SHELL};
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, is_root, script_config};
-use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn};
+use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn, throughout};
 use crate::harness::wire;
 
 /// The output of [`long_output`]'s shell.
@@ -331,4 +333,33 @@ fn shells_that_are_refused_take_no_threads() {
     let most = watch.join().unwrap();
     println!("{most} threads");
     assert!(most < 60, "{most} threads");
+}
+
+/// Output without a reader kept the agent from noticing that nobody would read the input either: a thread was busy until
+/// the client answered again.
+#[test]
+fn input_for_a_shell_that_has_ended_keeps_nobody_busy() {
+    let script = "stty raw -echo; echo ready; exec yes";
+    let (rig, device) = Setup::new().config(script_config(script)).connected();
+    let terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    let is_ping = |msg: &Msg| msg.typ == "ping";
+    let mut seen = 0;
+    // Answers once, or it would be presumed to read.
+    device.clients_fall_silent();
+    device.take(SOON, "a ping", is_ping);
+    terminal.pong();
+    eventually(SOON, "the end of output", || {
+        let new = device.drain(&terminal.sid).len();
+        seen += new;
+        (seen > 16 && new == 0).then_some(())
+    });
+    (0..16).for_each(|_| terminal.input(vec![b'x'; 60_000]));
+    assert!(device.answers(b"all of it", SOON));
+    let pid = rig.daemon.pid();
+    let shell = proc::children(pid)[0];
+    kill(Pid::from_raw(shell as i32), Signal::SIGKILL).unwrap();
+    proc::wait_gone(shell, SOON);
+    let before = proc::cpu_ticks(pid);
+    throughout(secs(2), "it is quiet", || proc::cpu_ticks(pid) - before < 30);
 }
