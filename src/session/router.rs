@@ -22,7 +22,7 @@ use crate::sys::{lock, reason};
 /// taking all memory.
 pub(crate) const MAX_SESSIONS: usize = 256;
 /// Sessions that may still be ending while others take their place.
-const MAKING_ROOM: usize = 8;
+pub(super) const MAKING_ROOM: usize = 8;
 
 /// The sessions of one link. Dropping it ends them all.
 pub struct Router<S = fn(Peer) -> io::Result<()>> {

@@ -12,6 +12,7 @@ use super::file_transfer::FileTransfer;
 use super::inbox::HangUp;
 use super::peer::Peer;
 use super::port_forward::PortForward;
+use super::router::{MAKING_ROOM, MAX_SESSIONS};
 use super::shells::Admission;
 use super::terminal::{self, Terminal};
 use crate::audit::Record;
@@ -228,6 +229,12 @@ impl Session {
             && is_new
         {
             return;
+        }
+        // A shell's session may be beyond the others' number. One that goes on without its shell would keep its thread from
+        // the next one.
+        let begins = self.close_at.is_none() && starts_idling(&frame);
+        if begins && self.peer.device.threads.taken() > MAX_SESSIONS + MAKING_ROOM {
+            return self.peer.reply(&control::error_about(&self.peer.id, &frame, "too many sessions", true));
         }
         self.peer.info.heard(frame.proto, now);
         if self.close_at.is_some() || starts_idling(&frame) {

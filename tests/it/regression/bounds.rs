@@ -425,3 +425,30 @@ fn busy_sessions_leave_shells_to_others() {
     eventually(SOON, "the uploads' ends", || names(&files).is_empty().then_some(()));
     assert_healthy(&mut rig, &device);
 }
+
+/// Sixteen threads are for shells, but a session that began with a shell and went on without it kept its own: one user
+/// had them all, and nobody else got a shell.
+#[test]
+fn sessions_that_outlive_their_shells_leave_shells_to_others() {
+    let (mut rig, device) = setup().connected();
+    let forward = |sid: &str| {
+        let props = [("user_id", "u".into()), ("connection_id", "c".into())];
+        device.send(PORTS, "new", sid, &props, &target_body("127.0.0.1", 9, "udp"));
+        device.next_of(sid, SOON)
+    };
+    let sids: Vec<String> = (0..256).map(|_| new_sid()).collect();
+    sids.iter().for_each(|sid| assert_eq!(forward(sid).typ, "new"));
+    let mut went_on = Vec::new();
+    for _ in 0..16 {
+        let terminal = echoing(&device);
+        if forward(&terminal.sid).typ == "new" {
+            went_on.push(terminal.sid.clone());
+        }
+        terminal.ask_stop();
+        assert_eq!(terminal.expect_after_output("stop", SOON).status(), Some(1));
+    }
+    println!("{} sessions went on", went_on.len());
+    Bystander::start(&rig, &device).leave();
+    sids.iter().chain(&went_on).for_each(|sid| close(&device, sid));
+    assert_healthy(&mut rig, &device);
+}
