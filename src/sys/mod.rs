@@ -19,6 +19,7 @@ pub(crate) mod users;
 pub(crate) mod wake;
 pub(crate) mod wipe;
 
+use std::collections::VecDeque;
 use std::ffi::{CStr, OsStr};
 use std::fs;
 use std::io::{self, Write};
@@ -63,6 +64,14 @@ pub(crate) fn reason(error: &io::Error) -> String {
 /// Ignores poison: release builds abort on a panic.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Gives back the memory of a queue that was longer, all but a few times what it holds and `least`.
+pub(crate) fn trim<T>(queue: &mut VecDeque<T>, least: usize) {
+    let (capacity, length) = (queue.capacity(), queue.len());
+    if capacity > 2 * least && capacity / 4 > length {
+        queue.shrink_to(least.max(2 * length));
+    }
 }
 
 /// Escapes what a terminal obeys: C0, C1, line separators and bidirectional controls. The escapes are JSON's, so that

@@ -19,7 +19,7 @@ use crate::proto::forward::{Target, Transport};
 use crate::proto::{SessionId, UserId};
 use crate::session::peer::Peer;
 use crate::session::stats::{ForwardInfo, Info};
-use crate::sys::{Events, PollSet, lock, net, reason};
+use crate::sys::{Events, PollSet, lock, net, reason, trim};
 
 /// Data frames in flight. A forward that isn't read leaves half of the session's credit to the others, and mender-cli
 /// stops reading all forwards when twenty wait.
@@ -29,7 +29,7 @@ const QUEUE_HARD_LIMIT: usize = 1 << 20;
 const MAX_QUEUED: usize = 4096;
 /// In bytes, for all of a session's targets.
 const MAX_WAITING: usize = 4 << 20;
-/// Pieces that an empty queue keeps room for.
+/// Pieces that a queue keeps room for.
 const SMALL: usize = 32;
 /// Bytes of a read from a stream, as the link allows.
 const SMALLEST_READ: usize = 2 * 1024;
@@ -230,6 +230,8 @@ impl Connection {
             self.to_target.clear();
             self.lost += mem::take(&mut self.queued);
         }
+        // The queue's own memory isn't counted.
+        trim(&mut self.to_target, SMALL);
         self.memory.resize(self.held());
         result.map_err(|e| format!("write {}: {}", self.shown.target.transport.name(), reason(&e.into())))
     }
@@ -253,8 +255,6 @@ impl Connection {
                 self.to_target.pop_front();
             }
         }
-        // The queue's own memory isn't counted.
-        self.to_target.shrink_to(SMALL);
         Ok(())
     }
 

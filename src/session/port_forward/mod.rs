@@ -18,7 +18,7 @@ use crate::outbox::Class;
 use crate::permits::Permit;
 use crate::proto::forward::{self, ConnectionId, Target};
 use crate::proto::{Frame, UserId};
-use crate::sys::{Events, PollSet};
+use crate::sys::{Events, PollSet, trim};
 
 /// For a session. Each takes a descriptor.
 const MAX_CONNECTIONS: usize = 512;
@@ -274,9 +274,8 @@ impl PortForward {
             });
         }
         self.count_memory(peer);
-        if self.answers.is_empty() {
-            self.answers.shrink_to(RESERVED_ANSWERS);
-        }
+        trim(&mut self.answers, RESERVED_ANSWERS);
+        trim(&mut self.owing, RESERVED_ANSWERS);
         if peer.credit.wants_probe(now) {
             peer.ping(now);
         }

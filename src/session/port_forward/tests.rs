@@ -3,6 +3,7 @@ use crate::config;
 use crate::outbox::{Outbox, Queue, Sendable, Work};
 use crate::proto::{Map, PORT_FORWARD, SessionId};
 use crate::session::{Device, Router};
+use std::io::Read;
 use std::net::TcpListener;
 use std::sync::Arc;
 
@@ -242,4 +243,49 @@ fn an_id_that_is_used_again_at_once_is_owed_nothing() {
     scene.handle(&about(forward::STOP), start);
     let all: Vec<_> = std::iter::from_fn(|| next_type(&mut scene.queue)).collect();
     assert_eq!(all, ["ack", "stop"]);
+}
+
+/// 128 KiB for each session that had once owed many acks, as long as it lived.
+#[test]
+fn acks_that_were_owed_keep_no_memory() {
+    let mut scene = scene();
+    let target = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let now = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target_of(target.local_addr().unwrap().port(), "udp")), now);
+    scene.proceed(now);
+    for _ in 0..4000 {
+        assert!(scene.forwarder.handle(&mut scene.peer, &about(forward::FORWARD).with_body("x"), now));
+    }
+    assert_eq!(scene.forwarder.owing.len(), 4000);
+    scene.handle(&about(forward::STOP), now);
+    assert!(scene.forwarder.owing.capacity() <= 2 * RESERVED_ANSWERS);
+}
+
+/// 128 KiB for each forward that had once had many pieces for its target, uncounted.
+#[test]
+fn a_queue_that_has_become_short_keeps_no_memory() {
+    let mut scene = scene();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let now = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
+    scene.turn(now);
+    let mut pass = |body: Vec<u8>| {
+        scene.forwarder.handle(&mut scene.peer, &about(forward::FORWARD).with_body(body), now);
+        let connection = scene.forwarder.connections.values().next().unwrap();
+        (connection.to_target.len(), connection.to_target.capacity())
+    };
+    // As much as the kernel takes, many small pieces, and a large one behind them.
+    while pass(vec![0; 64 << 10]).0 == 0 {}
+    (0..4000).for_each(|_| _ = pass(vec![0]));
+    let (length, capacity) = pass(vec![0; 900 << 10]);
+    assert!(length > 4000 && capacity > 4000);
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut piece = vec![0; 16 << 10];
+    let connection = scene.forwarder.connections.values_mut().next().unwrap();
+    while connection.to_target.len() > 1 {
+        stream.read_exact(&mut piece).unwrap();
+        connection.flush(now).unwrap();
+    }
+    assert_eq!(connection.to_target.len(), 1);
+    assert!(connection.to_target.capacity() < 100, "{}", connection.to_target.capacity());
 }

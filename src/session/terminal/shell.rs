@@ -12,8 +12,8 @@ use crate::session::peer::Peer;
 use crate::session::store::Place;
 use crate::sys::process::SessionLeader;
 use crate::sys::pty::{Pty, WindowSize};
-use crate::sys::reason;
 use crate::sys::users::{self, User};
+use crate::sys::{reason, trim};
 
 const MAX_INPUT: usize = 1 << 20;
 /// Bytes of input without a permit: what is typed by hand.
@@ -88,10 +88,8 @@ impl Shell {
                 }
             }
         }
-        if self.input.is_empty() {
-            // A pasted megabyte must not cost memory for ever.
-            self.input.shrink_to(SMALL_INPUT);
-        }
+        // A pasted megabyte must not cost memory for ever.
+        trim(&mut self.input, SMALL_INPUT);
         self.memory.resize(self.input.len().saturating_sub(SMALL_INPUT));
         result
     }
