@@ -22,6 +22,9 @@ const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// Concurrent attempts. Then the oldest makes room, but not before [`PATIENCE`]: a slow link takes seconds to answer.
 const MOST: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Addresses taken of an answer: there is no time for more. A name may have thousands, and hundreds of forwards keep
+/// them.
+const MOST_ADDRESSES: usize = 64;
 
 #[derive(Debug)]
 pub(crate) struct Race {
@@ -154,7 +157,7 @@ impl Race {
     }
 
     fn add(&mut self, addresses: Vec<SocketAddr>) {
-        self.waiting.extend(addresses);
+        self.waiting.extend(addresses.into_iter().take(MOST_ADDRESSES));
         self.waiting.make_contiguous().sort_by_cached_key(|address| (rank(address), address.is_ipv6()));
     }
 
@@ -217,6 +220,16 @@ mod tests {
         race.add(all(&["[::1]:1", "127.0.0.1:1", "[::1]:2", "127.0.0.1:2", "127.0.0.1:3"]));
         let order = ["127.0.0.1:1", "[::1]:1", "127.0.0.1:2", "[::1]:2", "127.0.0.1:3"];
         assert_eq!(std::iter::from_fn(|| race.take()).collect::<Vec<_>>(), all(&order));
+    }
+
+    /// 128 KiB for each forward, and a socket for each address to sort them.
+    #[test]
+    fn a_name_has_no_thousands_of_addresses() {
+        let (mut race, sender) = awaiting(Instant::now());
+        let many = (1..=4000).map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        sender.send((Query::A, Ok(many.collect()))).unwrap();
+        step(&mut race, Instant::now());
+        assert!(race.waiting.len() <= MOST_ADDRESSES && race.waiting.capacity() < 4000);
     }
 
     #[test]
