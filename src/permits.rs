@@ -9,6 +9,8 @@ use crate::sys::wake::Wake;
 #[derive(Debug)]
 pub(crate) struct Permits {
     limit: usize,
+    /// They come out of these.
+    whole: Option<Arc<Permits>>,
     state: Mutex<State>,
     returned: Condvar,
 }
@@ -31,7 +33,17 @@ pub(crate) struct Permit {
 
 impl Permits {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Permits { limit, state: Mutex::default(), returned: Condvar::new() })
+        Arc::new(Permits { limit, whole: None, state: Mutex::default(), returned: Condvar::new() })
+    }
+
+    /// Up to `limit` of them, for one of those who share them.
+    pub(crate) fn share(self: &Arc<Self>, limit: usize) -> Arc<Self> {
+        let (whole, state, returned) = (Some(Arc::clone(self)), Mutex::default(), Condvar::new());
+        Arc::new(Permits { limit, whole, state, returned })
+    }
+
+    pub(crate) fn limit(&self) -> usize {
+        self.limit
     }
 
     pub(crate) fn taken(&self) -> usize {
@@ -50,15 +62,41 @@ impl Permits {
 
     /// Notifies `wake` when a permit is returned, if there is none now.
     pub(crate) fn acquire_or_wake(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<Permit> {
+        self.take_or_wake(wake).then(|| Permit { permits: Arc::clone(self), count: 1 })
+    }
+
+    fn take_or_wake(&self, wake: &Arc<Wake>) -> bool {
         let mut state = lock(&self.state);
         if state.taken >= self.limit {
             // Also without those of sessions that have ended.
             state.refused.retain(|known| known.strong_count() > 0 && known.as_ptr() != Arc::as_ptr(wake));
             state.refused.push(Arc::downgrade(wake));
-            return None;
+            return false;
         }
-        state.taken += 1;
-        Some(Permit { permits: Arc::clone(self), count: 1 })
+        // Not taken first: to return it would wake the sessions that were refused meanwhile, which would wake this one.
+        let takes = self.whole.as_ref().is_none_or(|whole| whole.take_or_wake(wake));
+        state.taken += usize::from(takes);
+        takes
+    }
+
+    /// Fails without effect if there are not enough.
+    fn change(&self, from: usize, to: usize) -> bool {
+        let mut state = lock(&self.state);
+        let (grows, taken) = (to > from, state.taken - from + to);
+        if grows && taken > self.limit || self.whole.as_ref().is_some_and(|whole| !whole.change(from, to)) {
+            return false;
+        }
+        state.taken = taken;
+        if !grows {
+            let (refused, awaited) = (std::mem::take(&mut state.refused), state.awaited);
+            drop(state);
+            // Notifying is a system call even if nobody waits, and memory is returned for each message.
+            if awaited {
+                self.returned.notify_all();
+            }
+            refused.iter().filter_map(Weak::upgrade).for_each(|wake| wake.notify());
+        }
+        true
     }
 
     /// Returns false at `deadline`.
@@ -78,25 +116,11 @@ impl Permit {
 
     /// Fails without effect if there are not enough.
     pub(crate) fn resize(&mut self, count: usize) -> bool {
-        if count == self.count {
-            return true;
+        let may = count == self.count || self.permits.change(self.count, count);
+        if may {
+            self.count = count;
         }
-        let mut state = lock(&self.permits.state);
-        let (grows, taken) = (count > self.count, state.taken - self.count + count);
-        if grows && taken > self.permits.limit {
-            return false;
-        }
-        (state.taken, self.count) = (taken, count);
-        if !grows {
-            let (refused, awaited) = (std::mem::take(&mut state.refused), state.awaited);
-            drop(state);
-            // Notifying is a system call even if nobody waits, and memory is returned for each message.
-            if awaited {
-                self.permits.returned.notify_all();
-            }
-            refused.iter().filter_map(Weak::upgrade).for_each(|wake| wake.notify());
-        }
-        true
+        may
     }
 }
 
@@ -134,6 +158,24 @@ mod tests {
         assert!(a.resize(1) && b.resize(9));
         drop(b);
         assert_eq!(permits.taken(), 1);
+    }
+
+    #[test]
+    fn a_share_is_a_part() {
+        let all = Permits::new(4);
+        let wake = Arc::new(Wake::new().unwrap());
+        let (ours, theirs) = (all.share(3), all.share(3));
+        let (mut a, mut b) = (ours.none(), theirs.none());
+        assert!(!a.resize(4) && a.resize(3) && ours.acquire_or_wake(&wake).is_none());
+        assert!(!b.resize(2) && b.resize(1) && theirs.acquire_or_wake(&wake).is_none());
+        assert_eq!((ours.taken(), theirs.taken(), all.taken()), (3, 1, 4));
+        // A refusal by the whole wakes nobody.
+        let refused = |permits: &Permits| lock(&permits.state).refused.len();
+        assert_eq!((refused(&ours), refused(&theirs), refused(&all)), (1, 0, 1));
+        drop(a);
+        assert_eq!((refused(&ours), refused(&all)), (0, 0));
+        assert!(theirs.acquire_or_wake(&wake).is_some() && b.resize(3));
+        assert_eq!((ours.taken(), theirs.taken(), all.taken()), (0, 3, 3));
     }
 
     #[test]

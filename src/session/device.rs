@@ -1,7 +1,7 @@
 //! The state that all sessions share, beyond the life of a link.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use log::info;
@@ -14,7 +14,7 @@ use super::stats::{Figures, Info, seconds};
 use super::store::Store;
 use crate::commands::Commands;
 use crate::config::Config;
-use crate::permits::{Permit, Permits};
+use crate::permits::Permits;
 use crate::proto::{SessionId, UserId};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
@@ -25,6 +25,8 @@ pub(crate) const MAX_THREADS: usize = 272;
 /// interrupted: a silent name server must not fill the memory with threads.
 const MAX_LOOK_UPS: usize = 10;
 const MAX_LOOK_UPS_OF_USER: usize = 4;
+/// The part of forwards and memory that one user can't take.
+const LEFT_TO_OTHERS: usize = 8;
 /// Bytes that wait in inboxes, for shells and for targets, beyond a small share of each session.
 const MEMORY: usize = 16 << 20;
 /// The hard limit of descriptors may be a million, but a forward takes 2 KiB of memory, too.
@@ -41,6 +43,14 @@ pub(crate) struct Entry {
     pub(crate) info: Arc<Info>,
 }
 
+/// A user's part of the device.
+#[derive(Debug)]
+pub(crate) struct Share {
+    pub(crate) look_ups: Arc<Permits>,
+    pub(crate) forwards: Arc<Permits>,
+    pub(crate) memory: Arc<Permits>,
+}
+
 #[derive(Debug)]
 pub struct Device {
     config: Mutex<Arc<Config>>,
@@ -50,8 +60,7 @@ pub struct Device {
     pub(crate) transferred: Counters,
     pub(crate) commands: Arc<Commands>,
     look_ups: Arc<Permits>,
-    /// By user. A look-up that is abandoned outlasts its session, and the link.
-    user_look_ups: Mutex<HashMap<UserId, Weak<Permits>>>,
+    shares: Mutex<HashMap<UserId, Arc<Share>>>,
     /// Sockets.
     pub(crate) forwards: Arc<Permits>,
     pub(crate) memory: Arc<Permits>,
@@ -75,7 +84,7 @@ impl Device {
             transferred: Counters::default(),
             commands: Arc::default(),
             look_ups: Permits::new(MAX_LOOK_UPS),
-            user_look_ups: Mutex::default(),
+            shares: Mutex::default(),
             forwards: Permits::new((descriptors - reserved).clamp(1, MAX_FORWARDS)),
             memory: Permits::new(MEMORY),
             dying: Permits::new(MAX_SHELLS),
@@ -88,14 +97,16 @@ impl Device {
         Arc::clone(&lock(&self.config))
     }
 
-    /// The user's permit and the device's. Notifies `wake` when one is returned, if there is none now.
-    pub(crate) fn acquire_look_up(&self, user: &UserId, wake: &Arc<Wake>) -> Option<(Permit, Permit)> {
-        let mut users = lock(&self.user_look_ups);
-        users.retain(|_, permits| permits.strong_count() > 0);
-        let known = users.get(user).and_then(Weak::upgrade);
-        let permits = known.unwrap_or_else(|| Permits::new(MAX_LOOK_UPS_OF_USER));
-        users.insert(user.clone(), Arc::downgrade(&permits));
-        Some((permits.acquire_or_wake(wake)?, self.look_ups.acquire_or_wake(wake)?))
+    pub(crate) fn share_of(&self, user: &UserId) -> Arc<Share> {
+        let mut shares = lock(&self.shares);
+        // A look-up that is abandoned outlasts its session, and the link.
+        shares.retain(|_, share| Arc::strong_count(share) > 1 || share.look_ups.taken() > 0);
+        let most = |whole: &Arc<Permits>| whole.share(whole.limit() - whole.limit() / LEFT_TO_OTHERS);
+        let share = || {
+            let look_ups = self.look_ups.share(MAX_LOOK_UPS_OF_USER);
+            Arc::new(Share { look_ups, forwards: most(&self.forwards), memory: most(&self.memory) })
+        };
+        Arc::clone(shares.entry(user.clone()).or_insert_with(share))
     }
 
     /// False if the session of `wake` has no shell that may be kept.

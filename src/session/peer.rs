@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::credit::Credit;
-use super::device::{Device, Entry, Table};
+use super::device::{Device, Entry, Share, Table};
 use super::inbox::Inbox;
 use super::shells::Admission;
 use super::stats::Info;
@@ -27,6 +27,7 @@ pub struct Peer {
     pub(crate) admission: Option<Admission>,
     pub sink: Sink,
     pub(crate) credit: Credit,
+    pub(crate) share: Arc<Share>,
     table: Arc<Table>,
     _thread: Permit,
 }
@@ -39,16 +40,17 @@ impl Peer {
         outbox: &Outbox,
         thread: Permit,
     ) -> io::Result<Self> {
-        let wake = Arc::new(Wake::new()?);
+        let (wake, share) = (Arc::new(Wake::new()?), device.share_of(&info.user));
         Ok(Peer {
             id: id.clone(),
             device: Arc::clone(device),
-            inbox: Arc::new(Inbox::new(Arc::clone(&wake), &device.memory)),
+            inbox: Arc::new(Inbox::new(Arc::clone(&wake), &share.memory)),
             sink: Sink::new(outbox, Arc::clone(&wake)),
             wake,
             info,
             admission: None,
             credit: Credit::new(Instant::now()),
+            share,
             table: Arc::default(),
             _thread: thread,
         })

@@ -37,7 +37,7 @@ impl Download {
     pub(super) fn start(peer: &Peer, known: Option<Known>, about: &mut About) -> Result<Self> {
         let config = peer.device.config();
         let limits = config.limits.as_ref();
-        let (content, stat) = place::source(limits, &about.path, known, &peer.device.memory)?;
+        let (content, stat) = place::source(limits, &about.path, known, &peer.share.memory)?;
         let max_rate = limits.and_then(|l| l.max_tx_bytes_per_minute);
         if peer.device.transferred.exhausted(Direction::Sent, max_rate, about.traffic.since) {
             return Err(Failure { text: EXHAUSTED.to_owned(), denied: true });

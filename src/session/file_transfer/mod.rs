@@ -201,7 +201,7 @@ impl FileTransfer {
     fn stat(&mut self, peer: &mut Peer, frame: &Frame) -> Result<()> {
         let path = Request::decode(&frame.body)?.path;
         self.known = None;
-        let result = place::stat(peer.device.config().limits.as_ref(), &path, &peer.device.memory);
+        let result = place::stat(peer.device.config().limits.as_ref(), &path, &peer.share.memory);
         let record = Record::new("stat", Some(&peer.id), &frame.user()).path("path", &path);
         match &result {
             Ok(known) => record.with("size", known.stat.st_size).with("result", "ok").log(true),

@@ -107,7 +107,7 @@ impl Connection {
             to_target: VecDeque::new(),
             queued: 0,
             lost: 0,
-            memory: peer.device.memory.none(),
+            memory: peer.share.memory.none(),
             unacknowledged: VecDeque::new(),
             last_traffic: now,
             ended: false,

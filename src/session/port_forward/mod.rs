@@ -106,7 +106,7 @@ impl PortForward {
     fn count_memory(&mut self, peer: &Peer) -> bool {
         let all = self.answers.len() + self.owing.len() + 2 * self.asleep.len();
         let counted = all.saturating_sub(RESERVED_ANSWERS);
-        self.memory.get_or_insert_with(|| peer.device.memory.none()).resize(counted * ANSWER)
+        self.memory.get_or_insert_with(|| peer.share.memory.none()).resize(counted * ANSWER)
     }
 
     fn refuse(&mut self, peer: &Peer, cause: &Frame, text: &str) {
@@ -137,7 +137,7 @@ impl PortForward {
             self.finishing.remove(0);
         }
         let room = self.connections.len() < MAX_CONNECTIONS;
-        let descriptor = peer.device.forwards.acquire().filter(|_| room);
+        let descriptor = peer.share.forwards.acquire().filter(|_| room);
         if descriptor.is_none() {
             warn!("session {}: too many forwarded connections", peer.id);
         }

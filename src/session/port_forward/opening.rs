@@ -112,11 +112,10 @@ impl Opening {
             permit(target, &mut addresses, peer.device.config().forward_targets.as_deref())?;
             return Ok(Some(Race::new(kind, addresses, now)));
         }
-        let permits = peer.device.acquire_look_up(&peer.info.user, &peer.wake);
-        let Some(permits) = permits else { return Ok(None) };
+        let Some(permit) = peer.share.look_ups.acquire_or_wake(&peer.wake) else { return Ok(None) };
         let wake = Arc::clone(&peer.wake);
         // Until it ends, whether or not the client waits for it.
-        let race = Race::look_up(kind, (host, *port), permits, move || wake.notify(), now);
+        let race = Race::look_up(kind, (host, *port), permit, move || wake.notify(), now);
         race.map(Some).map_err(|e| failed(target, &format!(": lookup {host}: {}", reason(&e))))
     }
 }

@@ -137,12 +137,12 @@ impl Terminal {
         let ((end, sent), typed) = numbers.ok_or(io::ErrorKind::InvalidData)?;
         let output = description.body.len().checked_sub(usize::try_from(typed).unwrap_or(usize::MAX));
         let (output, input) = description.body.split_at(output.ok_or(io::ErrorKind::InvalidData)?);
-        let history = History::adopt(output, (end, sent), peer.device.memory.none());
+        let history = History::adopt(output, (end, sent), peer.share.memory.none());
         let history = history.ok_or(io::ErrorKind::InvalidData)?;
         // Last, since an error after it would kill the process instead of hanging it up.
         let process = SessionLeader::of_terminal(&pty, peer.device.config().shell.user.uid)?;
         let info = peer.info.set_shell(description.user(), process.pid(), peer.info.traffic.since);
-        let mut memory = peer.device.memory.none();
+        let mut memory = peer.share.memory.none();
         memory.resize(input.len().saturating_sub(SMALL_INPUT));
         let shell = Shell { process, pty, size, input: input.to_vec().into(), place: Some(place), memory };
         let mut running = Running::new(shell, info, permit, history);

@@ -163,7 +163,7 @@ impl Terminal {
         let pid = shell.process.pid();
         Record::new("shell-start", Some(&peer.id), &user).with("pid", pid).log(true);
         let info = peer.info.set_shell(user, pid, now);
-        let running = Running::new(shell, info, permit, History::new(peer.device.memory.none()));
+        let running = Running::new(shell, info, permit, History::new(peer.share.memory.none()));
         peer.reply(&wire::started(&peer.id));
         running.describe(&peer.id, now);
         self.state = State::Running(Box::new(running));

@@ -58,7 +58,7 @@ impl Shell {
         let outlives = place.is_some();
         let process = SessionLeader::spawn(command, arguments, user, *confined, environment, outlives, tty)
             .map_err(|e| format!("fork/exec {}: {}", command.display(), reason(&e)))?;
-        Ok(Shell { process, pty, size, input: VecDeque::new(), place, memory: peer.device.memory.none() })
+        Ok(Shell { process, pty, size, input: VecDeque::new(), place, memory: peer.share.memory.none() })
     }
 
     /// Types all of `bytes`, or nothing if too much waits.

@@ -452,3 +452,52 @@ fn sessions_that_outlive_their_shells_leave_shells_to_others() {
     sids.iter().chain(&went_on).for_each(|sid| close(&device, sid));
     assert_healthy(&mut rig, &device);
 }
+
+/// One user could hold all of the 16 MiB, and others' uploads ended with "inbox full".
+#[test]
+fn a_user_leaves_memory_to_others() {
+    let (mut rig, device) = setup().connected();
+    let unread = Silent::start();
+    let mut sids = Vec::new();
+    // A session that asks for more than there is ends, so each has little, and the last ones fill what is left.
+    let sizes =
+        [(64_000, 17), (3000, 30)].into_iter().flat_map(|(size, count)| std::iter::repeat_n(size, count));
+    for size in sizes {
+        let (sid, props) = (new_sid(), [("user_id", "u".into()), ("connection_id", "c".into())]);
+        device.send(PORTS, "new", &sid, &props, &target_body("127.0.0.1", unread.address.port(), "tcp"));
+        (0..15).for_each(|_| device.send(PORTS, "forward", &sid, &props, &vec![7; size]));
+        device.send(CONTROL, "ping", &sid, &props[..1], b"");
+        device.take(SOON, "a pong or an end", |m| m.sid.as_deref() == Some(&sid) && m.proto == CONTROL);
+        sids.push(sid);
+    }
+    let files = rig.dir.path().join("file");
+    let rest = Rest::open(&device);
+    rest.announce(&Form::to(&files)).expect("an upload");
+    rest.send(FILES, "file_chunk", Some(0), &vec![7; 100_000]);
+    assert_eq!(rest.next().typ, "ack");
+    rest.close();
+    sids.iter().for_each(|sid| close(&device, sid));
+    assert_healthy(&mut rig, &device);
+}
+
+/// One user could have all of the device's 4,096 forwards.
+#[test]
+fn a_user_leaves_forwards_to_others() {
+    let (mut rig, device) = setup().connected();
+    let (body, echo) = (target_body("127.0.0.1", 9, "udp"), Target::start(Role::Echo));
+    let sids: Vec<String> = (0..9).map(|_| new_sid()).collect();
+    for sid in &sids {
+        device.discard(sid);
+        for n in 0..512 {
+            let props = [("user_id", "u".into()), ("connection_id", n.to_string().into())];
+            device.send(PORTS, "new", sid, &props, &body);
+        }
+        assert!(device.answers(sid.as_bytes(), secs(60)));
+    }
+    rig.daemon.wait_for_log("too many forwarded connections", SOON);
+    let client = Client::open(&device);
+    assert_echo(&client.connect("tcp", "127.0.0.1", echo.port()), b"works");
+    client.close();
+    sids.iter().for_each(|sid| close(&device, sid));
+    assert_healthy(&mut rig, &device);
+}
