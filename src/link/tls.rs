@@ -5,14 +5,16 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustls::CertificateError::{
-    BadSignature, Expired, ExpiredContext, NotValidForNameContext, NotValidYetContext, Other, UnknownIssuer,
-    UnsupportedSignatureAlgorithmContext as Signature,
+    BadSignature, Expired, ExpiredContext, InvalidPurposeContext, NotValidForNameContext, NotValidYetContext,
+    Other, UnknownIssuer, UnsupportedSignatureAlgorithmContext as Signature,
     UnsupportedSignatureAlgorithmForPublicKeyContext as ForKey,
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{CryptoProvider, KeyProvider, ring};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{
+    CertificateDer, PrivateKeyDer, ServerName, SignatureVerificationAlgorithm, UnixTime,
+};
 use rustls::server::ParsedCertificate;
 use rustls::sign::SigningKey;
 use rustls::time_provider::TimeProvider;
@@ -41,7 +43,8 @@ fn handshake(name: ServerName<'static>, socket: &mut Socket) -> Result<(Arc<dyn 
     let provider = Arc::new(CryptoProvider { key_provider: &NoKeys, ..ring::default_provider() });
     let roots = Arc::new(roots()?);
     let inner = WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
-    let verifier = Verifier { inner: inner.build().map_err(failed)?, roots };
+    let algorithms = provider.signature_verification_algorithms.all;
+    let verifier = Verifier { inner: inner.build().map_err(failed)?, roots, algorithms };
     let config = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
         .with_safe_default_protocol_versions()
         .map_err(failed)?
@@ -84,11 +87,13 @@ fn failed(reason: impl ToString) -> LinkError {
     LinkError::Tls(reason.to_string(), TlsFault::Other)
 }
 
-/// Accepts what rustls does and, as Go does, a certificate that is itself trusted, whoever signed it.
+/// Accepts what rustls does and, as Go does, a certificate that is itself trusted, whoever signed it, and one that is for
+/// any purpose or for `*.lan`.
 #[derive(Debug)]
 struct Verifier {
     inner: Arc<WebPkiServerVerifier>,
     roots: Arc<RootCertStore>,
+    algorithms: &'static [&'static dyn SignatureVerificationAlgorithm],
 }
 
 /// Refused even if trusted.
@@ -97,6 +102,21 @@ struct Verifier {
 struct Unverifiable(&'static str);
 
 impl Verifier {
+    /// webpki doesn't know anyExtendedKeyUsage (RFC 5280, 4.2.1.12).
+    fn is_for_anything(
+        &self,
+        certificate: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> bool {
+        let usage = KeyUsage::required_if_present(b"\x55\x1d\x25\x00");
+        EndEntityCert::try_from(certificate).is_ok_and(|certificate| {
+            certificate
+                .verify_for_usage(self.algorithms, &self.roots.roots, others, now, usage, None, None)
+                .is_ok()
+        })
+    }
+
     /// Explains the error if ring cannot verify `certificate` or one of its issuers.
     fn named<T>(
         &self,
@@ -164,6 +184,17 @@ fn has(der: &[u8], oid: &[u8]) -> bool {
     der.windows(oid.len()).any(|part| part == oid)
 }
 
+/// Whether a star stands for the name's only label in front of the top-level domain: webpki wants two behind a star.
+/// `presented` is in webpki's words.
+fn in_top_level(presented: &[String], name: &ServerName<'_>) -> bool {
+    let name = name.to_str();
+    let domain = name.trim_end_matches('.').split_once('.').filter(|(_, domain)| !domain.contains('.'));
+    domain.is_some_and(|(_, domain)| {
+        let star = format!("DnsName(\"*.{domain}\")");
+        presented.iter().any(|name| name.eq_ignore_ascii_case(&star))
+    })
+}
+
 impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
@@ -174,16 +205,28 @@ impl ServerCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let verified = self.inner.verify_server_cert(end_entity, intermediates, name, ocsp_response, now);
-        let verified = verified.or_else(|error| match &error {
-            // webpki reports these errors after it has checked the dates; they are about the issuer, or a CA
-            // certificate used by a server. Reading the store again is for rare cases cheaper than keeping it.
-            Error::InvalidCertificate(
-                BadSignature | UnknownIssuer | Signature { .. } | ForKey { .. } | Other(_),
-            ) if rustls_native_certs::load_native_certs().certs.contains(end_entity) => {
-                verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
-                Ok(ServerCertVerified::assertion())
+        let verified = verified.or_else(|error| {
+            let Error::InvalidCertificate(cause) = &error else { return Err(error) };
+            let is_good = match cause {
+                // webpki reports these errors after it has checked the dates; they are about the issuer, or a CA
+                // certificate used by a server. Reading the store again is for rare cases cheaper than keeping it.
+                BadSignature | UnknownIssuer | Signature { .. } | ForKey { .. } | Other(_) => {
+                    rustls_native_certs::load_native_certs().certs.contains(end_entity)
+                }
+                InvalidPurposeContext { .. } => self.is_for_anything(end_entity, intermediates, now),
+                // Checked last.
+                NotValidForNameContext { .. } => true,
+                _ => false,
+            };
+            if !is_good {
+                return Err(error);
             }
-            _ => Err(error),
+            match verify_server_name(&ParsedCertificate::try_from(end_entity)?, name) {
+                Err(Error::InvalidCertificate(NotValidForNameContext { presented, .. }))
+                    if in_top_level(&presented, name) => {}
+                other => other?,
+            }
+            Ok(ServerCertVerified::assertion())
         });
         self.named(verified, end_entity, intermediates)
     }

@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use crate::harness::device::Generation;
 use crate::harness::doctor::{Office, text};
+use crate::harness::front::Proxy;
 use crate::harness::rig::Setup;
 use crate::harness::server::Server;
 use crate::harness::tls::{Identity, TlsFront};
@@ -187,4 +188,49 @@ fn a_trusted_issuer_is_not_said_to_be_unknown() {
         assert!(found.contains(words) && advice.contains("serverAuth"), "{name}: {found}: {advice}");
         assert!(advice.contains("name constraints"), "{name}: {advice}");
     }
+}
+
+/// webpki refuses both, Go takes them.
+#[test]
+fn a_certificate_may_be_for_any_purpose_or_for_all_of_a_top_level_domain() {
+    let Some(forge) = Forge::new() else { return };
+    let server = Server::start(Generation::New);
+    forge.own("authority", P256, "");
+    let attempt = |name: &str, host: &str, trusted: &str| {
+        let identity =
+            Identity::read(&forge.path(&format!("{name}.pem")), &forge.path(&format!("{name}.key")));
+        let front = TlsFront::start(&identity, server.address());
+        let proxy = Proxy::start(([127, 0, 0, 1], front.port()).into());
+        let store = forge.path(&format!("{trusted}.pem"));
+        let setup = Setup::new().url(&format!("https://{host}")).env("SSL_CERT_FILE", text(&store));
+        let rig = setup.env("HTTPS_PROXY", &format!("http://{}", proxy.authority())).start();
+        (front, proxy, rig)
+    };
+    for (name, extensions) in [
+        ("any", "subjectAltName=DNS:server.lan\nextendedKeyUsage=anyExtendedKeyUsage\n"),
+        ("domain", "subjectAltName=DNS:*.LAN\n"),
+    ] {
+        std::fs::write(forge.path("more"), extensions).expect("write");
+        forge.signed(name, P256, "authority", " -extfile more");
+        let _running = attempt(name, "server.lan", "authority");
+        shell_works(&server.next_device(SOON));
+    }
+    let _running = attempt("domain", "Server.lan", "domain");
+    shell_works(&server.next_device(SOON));
+
+    forge.own("stranger", P256, "");
+    let before = server.requests().len();
+    for (name, host, trusted) in [
+        ("any", "other.lan", "authority"),
+        ("any", "server.lan", "stranger"),
+        ("domain", "server.lan", "stranger"),
+        ("domain", "lan", "authority"),
+        ("domain", "a.server.lan", "authority"),
+        ("domain", "server.example", "authority"),
+    ] {
+        let (_front, _proxy, rig) = attempt(name, host, trusted);
+        let line = rig.daemon.wait_for_log(FAILED, SOON);
+        assert!(line.contains("certificate"), "{name}: {line}");
+    }
+    assert_eq!(server.requests().len(), before, "the token was sent to a stranger");
 }
