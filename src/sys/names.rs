@@ -2,7 +2,7 @@
 //! the slower one. Name servers that refuse, deny or drop AAAA queries are common.
 
 use std::ffi::{CStr, CString};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::sync::Arc;
@@ -70,17 +70,40 @@ fn in_hosts_file(host: &str) -> Option<String> {
 }
 
 fn resolve(host: &str, port: u16, query: Query) -> Answer {
-    // First without the search domains: where the name has no address of this family, glibc, unlike musl, goes on to
-    // them, and a wildcard there is another host.
-    let goes_on = cfg!(not(target_env = "musl")) && query != Query::Hosts;
-    if goes_on && host.contains('.') && host.ends_with(|last: char| last.is_ascii_alphabetic()) {
+    let musl = cfg!(target_env = "musl");
+    let is_dotted = host.contains('.') && host.ends_with(|last: char| last.is_ascii_alphabetic());
+    if is_dotted && query != Query::Hosts {
+        // First without the search domains: where the name has no address of this family, glibc goes on to them, and a
+        // wildcard there is another host.
+        let name = host.to_owned() + if musl { "" } else { "." };
         let begun = Instant::now();
-        match get_addresses(&format!("{host}."), port, query) {
-            Err((code, _)) if code != libc::EAI_NODATA && begun.elapsed() < ANSWERED => {}
-            answer => return answer.map_err(|(_, e)| e),
+        let itself = |query| get_addresses(&name, port, query);
+        let answer = itself(query);
+        if !is_missing(&answer) || begun.elapsed() >= ANSWERED {
+            return answer.map_err(|(_, e)| e);
+        }
+        if musl {
+            // It never goes on to them, and older ones say the same of a name that has only the other family.
+            let other = if query == Query::A { Query::Aaaa } else { Query::A };
+            let domains = Some(search_domains()).filter(|all| !all.is_empty() && is_missing(&itself(other)));
+            let below = |domain: &String| get_addresses(&format!("{host}.{domain}"), port, query).ok();
+            let found = domains.iter().flatten().find_map(below);
+            return found.map_or_else(|| answer.map_err(|(_, e)| e), Ok);
         }
     }
     get_addresses(host, port, query).map_err(|(_, e)| e)
+}
+
+fn is_missing<T>(answer: &Result<T, (i32, io::Error)>) -> bool {
+    answer.as_ref().is_err_and(|(code, _)| *code != libc::EAI_NODATA)
+}
+
+/// The last line that has domains counts (resolv.conf(5)).
+fn search_domains() -> Vec<String> {
+    let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let mut lines = text.lines().rev().map(|line| line.split_ascii_whitespace());
+    let words = lines.find_map(|mut words| matches!(words.next()?, "search" | "domain").then_some(words));
+    words.into_iter().flatten().map(str::to_owned).collect()
 }
 
 /// getaddrinfo(3), with its code and the error texts of std's `ToSocketAddrs`.
