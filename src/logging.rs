@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use log::{Level, LevelFilter, Log, Metadata, Record};
-use nix::sys::stat::fstat;
 use simplelog::{ConfigBuilder, WriteLogger};
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
 use crate::audit;
+use crate::sys::beneath::fstat;
 use crate::sys::{clock, lock, thread};
 
 const TIME: &[BorrowedFormatItem<'static>] =

@@ -5,7 +5,6 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use nix::sys::stat::FileStat;
 use rmp::encode;
 
 use super::msgpack::{Cursor, DecodeError, Value};
@@ -106,17 +105,23 @@ fn timestamp(out: &mut Vec<u8>, (seconds, nanoseconds): (i64, u32)) -> Result<()
     Ok(())
 }
 
-#[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
-pub(crate) fn file_info(sid: &SessionId, path: &Path, stat: &FileStat) -> Frame {
-    let modified = (stat.st_mtime.into(), u32::try_from(stat.st_mtime_nsec).unwrap_or(0));
+/// `modified` in seconds and nanoseconds.
+pub(crate) fn file_info(
+    sid: &SessionId,
+    path: &Path,
+    size: i64,
+    (uid, gid): (u32, u32),
+    mode: u32,
+    modified: (i64, u32),
+) -> Frame {
     let path = path.as_os_str().as_bytes();
     let body = Map::new()
         // Bytes, UTF-8 or not, as Go's strings may be.
         .with("path", |out| encode::write_str_len(out, path.len() as u32).map(|_| out.extend(path)))
-        .with_i64("size", stat.st_size.into())
-        .with("uid", |out| encode::write_u32(out, stat.st_uid))
-        .with("gid", |out| encode::write_u32(out, stat.st_gid))
-        .with("mode", |out| encode::write_u32(out, go_mode(stat.st_mode)))
+        .with_i64("size", size)
+        .with("uid", |out| encode::write_u32(out, uid))
+        .with("gid", |out| encode::write_u32(out, gid))
+        .with("mode", |out| encode::write_u32(out, go_mode(mode)))
         .with("modtime", |out| timestamp(out, modified))
         .finish();
     Frame::new(FILE_TRANSFER, FILE_INFO, Some(sid)).with_body(body)

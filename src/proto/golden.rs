@@ -124,12 +124,8 @@ fn our_own_frames_match_the_recorded_ones() {
     let user = "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee";
     let from_user = Map::new().with_str("user_id", user);
     let request = |typ: &str| Frame::new(FILE_TRANSFER, typ, Some(&sid)).with_props(from_user.clone());
-    let info = |path: &str, size, mode, (seconds, nanoseconds)| {
-        let mut stat = nix::sys::stat::stat("/").unwrap();
-        (stat.st_size, stat.st_mode, stat.st_uid, stat.st_gid) = (size, mode, 0, 0);
-        (stat.st_mtime, stat.st_mtime_nsec) = (seconds, nanoseconds);
-        file::file_info(&sid, path.as_ref(), &stat)
-    };
+    let info =
+        |path: &str, size, mode, modified| file::file_info(&sid, path.as_ref(), size, (0, 0), mode, modified);
     let files = [
         (
             "filetransfer/file_info",

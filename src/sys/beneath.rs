@@ -7,7 +7,8 @@
 //! Mounts and hard links in the directory are not covered. An open directory stays open wherever it is moved.
 
 use std::ffi::{CStr, OsStr};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 use std::sync::OnceLock;
@@ -16,7 +17,7 @@ use nix::NixPath;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::libc;
-use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::stat::{Mode, SFlag};
 
 /// Retries after EAGAIN, which any rename(2) on the system may cause.
 const MAX_RACES: usize = 32;
@@ -60,6 +61,20 @@ pub(crate) fn open(dir: BorrowedFd<'_>, path: &Path, flags: OFlag, rules: Rules)
 pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> nix::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     openat(AT_FDCWD, path.as_str(), flags | OFlag::O_CLOEXEC | OFlag::O_LARGEFILE, Mode::empty())
+}
+
+/// nix's fails with EOVERFLOW for files of 2 GiB and large inodes on 32-bit glibc.
+pub(crate) fn fstat(fd: impl AsFd) -> nix::Result<libc::stat64> {
+    fstatat(fd, OsStr::new(""), AtFlags::AT_EMPTY_PATH)
+}
+
+pub(crate) fn fstatat(dir: impl AsFd, name: &OsStr, flags: AtFlags) -> nix::Result<libc::stat64> {
+    let (dir, mut stat) = (dir.as_fd().as_raw_fd(), MaybeUninit::uninit());
+    // SAFETY: the name ends in NUL, libc writes one struct stat64, and both outlive the call.
+    let ask = |name: &CStr| unsafe { libc::fstatat64(dir, name.as_ptr(), stat.as_mut_ptr(), flags.bits()) };
+    Errno::result(name.with_nix_path(ask)?)?;
+    // SAFETY: the call has succeeded.
+    Ok(unsafe { stat.assume_init() })
 }
 
 /// STATX_ATTR_* bits; 0 before Linux 4.11. Mounts are reported since 5.8.

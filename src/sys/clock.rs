@@ -38,7 +38,9 @@ impl Jumps {
         let timer =
             TimerFd::new(TimerClock::CLOCK_REALTIME, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
         // Readable when the wall clock jumps, as it does after a suspension (timerfd_create(2)), and never otherwise.
-        let never = Expiration::OneShot(TimeSpec::from_duration(Duration::from_secs(u32::MAX.into())));
+        let has_31_bits = cfg!(all(target_env = "gnu", target_pointer_width = "32"));
+        let latest = if has_31_bits { i32::MAX.unsigned_abs() } else { u32::MAX };
+        let never = Expiration::OneShot(TimeSpec::from_duration(Duration::from_secs(latest.into())));
         timer
             .set(never, TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET)?;
         Ok(Jumps { timer, ahead: ahead() })

@@ -207,8 +207,12 @@ impl FileTransfer {
             Ok(known) => record.with("size", known.stat.st_size).with("result", "ok").log(true),
             Err(e) => record.with("result", e.result()).text("reason", &e.text).log(false),
         }
-        let known = self.known.insert(result?);
-        peer.reply(&file::file_info(&peer.id, &path, &known.stat));
+        let stat = &self.known.insert(result?).stat;
+        let owner = (stat.st_uid, stat.st_gid);
+        // 32-bit systems count in other types.
+        #[allow(clippy::useless_conversion)]
+        let modified = (stat.st_mtime.into(), u32::try_from(stat.st_mtime_nsec).unwrap_or(0));
+        peer.reply(&file::file_info(&peer.id, &path, stat.st_size, owner, stat.st_mode, modified));
         Ok(())
     }
 

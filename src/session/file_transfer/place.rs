@@ -14,16 +14,16 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl, open};
-use nix::libc;
+use nix::libc::{self, stat64};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
+use nix::sys::stat::{Mode, SFlag};
 use nix::unistd::{Gid, Group, Uid, User, geteuid};
 
 use crate::config::FileLimits;
 use crate::permits::{Permit, Permits};
 use crate::proto::clipped;
 use crate::proto::file::Request;
-use crate::sys::beneath::{self, Rules};
+use crate::sys::beneath::{self, Rules, fstat, fstatat};
 use crate::sys::privilege::owns_all_files;
 use crate::sys::reason;
 
@@ -36,7 +36,7 @@ const OVER_DIRECTORY: &str = "conflicting file path: cannot overwrite directory"
 
 /// Bytes that are read at most to learn a file's size.
 const MAX_COPY: usize = 1 << 20;
-const LARGEST_PAGE: libc::off_t = 64 << 10;
+const LARGEST_PAGE: i64 = 64 << 10;
 
 const DEFAULT_MODE: u32 = 0o644;
 /// Set-uid and set-gid, as chmod(2) and as Go have them.
@@ -80,11 +80,11 @@ pub(super) struct Target {
 }
 
 impl Target {
-    pub(super) fn lstat(&self) -> Result<Option<FileStat>> {
+    pub(super) fn lstat(&self) -> Result<Option<stat64>> {
         self.look_at(&self.name)
     }
 
-    pub(super) fn look_at(&self, name: &OsStr) -> Result<Option<FileStat>> {
+    pub(super) fn look_at(&self, name: &OsStr) -> Result<Option<stat64>> {
         match fstatat(&self.dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(stat)),
             Err(Errno::ENOENT) => Ok(None),
@@ -96,7 +96,7 @@ impl Target {
 
     /// Finds what would keep rename(2) from replacing `existing`, besides what keeps the temporary file from being
     /// created. Trying it out isn't safe: the name may be another file's by now.
-    fn can_be_replaced(&self, existing: &FileStat) -> Result<()> {
+    fn can_be_replaced(&self, existing: &stat64) -> Result<()> {
         let failed = |e| Failure::io(creating(&self.path), e);
         let dir = fstat(&self.dir).map_err(failed)?;
         let attributes = |name| beneath::attributes(self.dir.as_fd(), name);
@@ -114,7 +114,7 @@ impl Target {
     }
 }
 
-fn kind(stat: &FileStat) -> SFlag {
+fn kind(stat: &stat64) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
 }
 
@@ -147,7 +147,7 @@ fn resolve(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<
 }
 
 /// O_PATH has no effect on a device or a FIFO, and doesn't wait for one.
-fn find(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<(OwnedFd, FileStat)> {
+fn find(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<(OwnedFd, stat64)> {
     let fd = resolve(limits, path, OFlag::O_PATH | flags, what)?;
     let stat = fstat(&fd).map_err(|e| Failure::io(what, e))?;
     Ok((fd, stat))
@@ -169,7 +169,7 @@ pub(super) fn source(
     path: &Path,
     known: Option<Known>,
     memory: &Arc<Permits>,
-) -> Result<(Content, FileStat)> {
+) -> Result<(Content, stat64)> {
     let what = format!("failed to open file for reading: open {}", shown(path));
     // For this limit a link is not a regular file, wherever it leads.
     let regular_only = limits.is_some_and(|l| l.regular_files_only);
@@ -212,7 +212,7 @@ pub(super) fn source(
 
 pub(super) struct Known {
     pub(super) path: PathBuf,
-    pub(super) stat: FileStat,
+    pub(super) stat: stat64,
     pub(super) content: Option<Content>,
 }
 
@@ -233,7 +233,7 @@ fn open_for_reading(found: &OwnedFd) -> io::Result<File> {
 
 /// Copies a file that doesn't know its size: procfs claims none, sysfs a page, and both occupy no blocks. `None` for
 /// other files and large ones.
-fn read_first(found: &OwnedFd, stat: &mut FileStat, memory: &Arc<Permits>) -> io::Result<Option<Content>> {
+fn read_first(found: &OwnedFd, stat: &mut stat64, memory: &Arc<Permits>) -> io::Result<Option<Content>> {
     let mut permit = memory.none();
     if stat.st_blocks != 0 || stat.st_size > LARGEST_PAGE || !permit.resize(MAX_COPY) {
         return Ok(None);
@@ -253,7 +253,7 @@ fn read_first(found: &OwnedFd, stat: &mut FileStat, memory: &Arc<Permits>) -> io
     Ok(Some(Content { file, _memory: permit }))
 }
 
-fn may_get(limits: &FileLimits, stat: &FileStat) -> Result<()> {
+fn may_get(limits: &FileLimits, stat: &stat64) -> Result<()> {
     // An owner or group without a name matches none.
     let owner = || User::from_uid(Uid::from_raw(stat.st_uid)).ok().flatten().map(|user| user.name);
     if !limits.owner_get.is_empty() && !owner().is_some_and(|name| limits.owner_get.contains(&name)) {
@@ -369,7 +369,7 @@ impl Attributes {
         self.replaces_nothing || self.owner_put.is_some() || self.group_put.is_some()
     }
 
-    pub(super) fn may_replace(&self, existing: &FileStat) -> Result<()> {
+    pub(super) fn may_replace(&self, existing: &stat64) -> Result<()> {
         if self.replaces_nothing {
             return Err(Failure::denied(OVERWRITE));
         }

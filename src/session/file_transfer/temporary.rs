@@ -17,16 +17,19 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat};
 use nix::libc;
-use nix::sys::stat::{Mode, fchmod, fstat};
+use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, linkat, unlinkat};
 use sha2::{Digest, Sha256};
 
 use super::place::{self, Attributes, Failure, Result, Target};
 use crate::encoding::hex;
 use crate::sys;
+use crate::sys::beneath::fstat;
 
 /// Nobody may read an incomplete file.
 const MODE: Mode = Mode::S_IWUSR;
+/// O_LARGEFILE: nothing sets it for openat(2) on 32-bit glibc, and the file ends at 2 GiB.
+const WRITING: OFlag = OFlag::O_WRONLY.union(OFlag::O_CLOEXEC).union(OFlag::O_LARGEFILE);
 
 /// Removed on drop, unless it was committed.
 #[derive(Debug)]
@@ -66,7 +69,7 @@ impl Temporary {
 
     fn with_name(target: Target, attributes: Attributes) -> Result<Self> {
         let name = fresh_name(&target.name);
-        let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let flags = OFlag::O_CREAT | OFlag::O_EXCL | WRITING;
         let file = openat(&target.dir, name.as_os_str(), flags, MODE)
             .map_err(|e| Failure::io(place::creating(&target.path), e))?
             .into();
@@ -195,8 +198,7 @@ impl Drop for Temporary {
 
 /// `None` on any error: the way by name reports it.
 fn nameless(dir: &OwnedFd) -> Option<File> {
-    let flags = OFlag::O_TMPFILE | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
-    let file = File::from(openat(dir, ".", flags, MODE).ok()?);
+    let file = File::from(openat(dir, ".", OFlag::O_TMPFILE | WRITING, MODE).ok()?);
     // Proves early that linking works: linkat(2) checks for EEXIST last, and "." always exists.
     (link(&file, dir, OsStr::new(".")) == Err(Errno::EEXIST)).then_some(file)
 }

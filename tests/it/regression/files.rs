@@ -297,6 +297,19 @@ fn a_file_that_does_not_know_its_size_has_that_of_its_content() {
     assert_eq!(get(&device, &empty).unwrap().size, 0);
 }
 
+/// Built for a 32-bit glibc, the agent asked for sizes of 31 bits.
+#[test]
+fn a_file_of_three_gibibytes_can_be_read() {
+    let (rig, device) = Rig::connected();
+    let path = directory(&rig).join("large");
+    fs::File::create(&path).and_then(|file| file.set_len(3 << 30)).unwrap();
+    let (rest, path) = (Rest::open(&device), path.to_str().unwrap());
+    let info = rest.stat(path).unwrap();
+    assert_eq!(info.field("size").and_then(|size| size.as_i64()), Some(3 << 30));
+    rest.ask("get_file", &path_body(path));
+    assert_eq!(rest.next().typ, "file_chunk");
+}
+
 /// A name that isn't UTF-8 came back with replacement characters, so that the server saved the file by another name.
 #[test]
 fn a_name_of_any_bytes_comes_back_as_it_is() {
