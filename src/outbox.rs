@@ -23,6 +23,8 @@ pub(crate) type Probe = [u8; 8];
 /// A key's echo waits for all that is queued before it, such as the answers to a flood: at 1 Mbit/s 256 of them took
 /// 2 s, and with long paths 10 s.
 const MAX_INTERACTIVE: usize = 32;
+/// Further ones that [`Outbox::try_reply`] has room for, whatever the sessions send.
+const MAX_ANSWERS: usize = 32;
 /// Bytes of an answer's body. Longer ones, such as that to the `stat` of a long path, go with bulk data.
 const SHORT: usize = 1024;
 const MAX_BULK: usize = 16;
@@ -72,6 +74,8 @@ pub(crate) type Mark = Arc<AtomicU64>;
 pub struct Outbox {
     /// By class. Boxed, so that the channels of an idle link are small.
     messages: [Sender<Box<Item>>; 2],
+    /// Has an entry for each interactive message that waited for its place.
+    places: Sender<()>,
     signals: Sender<Work>,
     shared: Arc<Shared>,
     writer: Unparker,
@@ -87,6 +91,7 @@ struct Shared {
 #[derive(Debug)]
 pub struct Queue {
     messages: [Receiver<Box<Item>>; 2],
+    places: Receiver<()>,
     signals: Receiver<Work>,
     shared: Arc<Shared>,
     // Not `select!`: the channels wake the writer while holding a lock that it then waits for, 4 context switches a
@@ -100,6 +105,8 @@ pub struct Queue {
 struct Item {
     message: Bytes,
     class: Class,
+    /// Whether it has an entry among the places.
+    waited: bool,
     discard: Option<Discard>,
     mark: Option<Mark>,
     /// A data message's, while it is queued.
@@ -108,15 +115,17 @@ struct Item {
 
 impl Outbox {
     pub fn new() -> (Outbox, Queue) {
-        let (interactive, interactive_queue) = bounded(MAX_INTERACTIVE);
+        let (interactive, interactive_queue) = bounded(MAX_INTERACTIVE + MAX_ANSWERS);
+        let (places, taken) = bounded(MAX_INTERACTIVE);
         let (bulk, bulk_queue) = bounded(MAX_BULK);
         let (signals, signal_queue) = bounded(MAX_SIGNALS);
         let (piece, delivered) = (AtomicUsize::new(0), AtomicU64::new(u64::MAX));
         let shared = Arc::new(Shared { piece, delivered, pool: Pool::new(MAX_BUFFERS) });
         let (parker, messages) = (Parker::new(), [interactive_queue, bulk_queue]);
         let writer = parker.unparker().clone();
-        let outbox = Outbox { messages: [interactive, bulk], signals, shared: Arc::clone(&shared), writer };
-        (outbox, Queue { messages, signals: signal_queue, shared, parker, favoured: 0 })
+        let messages_in = [interactive, bulk];
+        let outbox = Outbox { messages: messages_in, places, signals, shared: Arc::clone(&shared), writer };
+        (outbox, Queue { messages, places: taken, signals: signal_queue, shared, parker, favoured: 0 })
     }
 
     /// Never waits: drops the signal if the channel is full.
@@ -150,7 +159,8 @@ impl Outbox {
         sent
     }
 
-    fn put(&self, item: Box<Item>) {
+    fn put(&self, mut item: Box<Item>) {
+        item.waited = item.class == Class::Interactive && self.places.send(()).is_ok();
         // Fails once the writer has ended.
         let _ = self.messages[item.class as usize].send(item);
         self.writer.unpark();
@@ -159,7 +169,8 @@ impl Outbox {
 
 impl Item {
     fn of(frame: &Frame, class: Class) -> Box<Self> {
-        Box::new(Item { message: frame.encode().into(), class, discard: None, mark: None, _place: None })
+        let (message, waited, discard, mark, _place) = (frame.encode().into(), false, None, None, None);
+        Box::new(Item { message, class, waited, discard, mark, _place })
     }
 
     /// `None` if discarded.
@@ -205,6 +216,9 @@ impl Queue {
             && let Ok(item) = interactive.try_recv()
         {
             self.favoured += u32::from(bulk_waits);
+            if item.waited {
+                let _ = self.places.try_recv();
+            }
             return Some(item);
         }
         self.favoured = 0;
@@ -260,7 +274,8 @@ impl Sink {
     /// May wait, if many sessions send. Call [`Sink::takes_data`] before reading the data from its source.
     pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>, mark: Option<Mark>) {
         let _place = self.places[class as usize].acquire();
-        self.outbox.put(Box::new(Item { message, class, discard: discard.cloned(), mark, _place }));
+        let discard = discard.cloned();
+        self.outbox.put(Box::new(Item { message, class, waited: false, discard, mark, _place }));
     }
 
     /// Bytes of the link that reached the other side, comparable with [`Mark`]s. All of them while the link lives.

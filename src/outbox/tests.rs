@@ -160,6 +160,22 @@ fn the_writer_is_woken_by_whatever_is_queued() {
     writer.unwrap().join().unwrap();
 }
 
+/// Sessions that filled the channel, such as sixteen terminals that print, left no room: refusals were lost.
+#[test]
+fn sessions_leave_room_for_answers_that_do_not_wait() {
+    let (outbox, mut queue, sink) = sink();
+    for _ in 0..2 {
+        for _ in 0..MAX_INTERACTIVE {
+            sink.reply(&frame("reply"));
+        }
+        for _ in 0..MAX_ANSWERS {
+            assert!(outbox.try_reply(&frame("answer")));
+        }
+        assert!(!outbox.try_reply(&frame("answer")));
+        assert_eq!(rest(&mut queue).len(), MAX_INTERACTIVE + MAX_ANSWERS);
+    }
+}
+
 /// The channels are full and nobody empties them: the reader goes on, and sessions when the writer has ended.
 #[test]
 fn full_channels_hold_up_sessions_and_never_the_reader() {

@@ -29,10 +29,13 @@ const MAX_FRAMES: usize = 1024;
 const MAX_BYTES: usize = 2 << 20;
 /// Bytes that all inboxes may hold beyond each one's reserve.
 const MEMORY: usize = 16 << 20;
+const MEMORY_OF_USER: usize = MEMORY / 8 * 7;
 const RESERVED: usize = 16 << 10;
 
 /// Answers that may wait. Further ones of the router are dropped; a session would wait.
-const MAX_ANSWERS: usize = 32;
+const MAX_ANSWERS: usize = 64;
+/// Those of sessions.
+const MAX_PONGS: usize = 32;
 
 #[derive(Arbitrary, Debug)]
 struct Script {
@@ -209,6 +212,8 @@ fn user(number: u8) -> String {
 /// A session as the model has it.
 struct Session {
     peer: Peer,
+    /// Whose share of the memory it takes.
+    owner: String,
     /// What it has to read: number, size, and whether it is a window's size.
     pending: VecDeque<(i64, usize, bool)>,
     /// Size of the message that it has read last.
@@ -365,7 +370,8 @@ impl Link {
     /// A session answers, if there is room. Whether it has.
     fn answer(&mut self, id: &SessionId) -> bool {
         let Some(session) = self.sessions.get(id) else { return false };
-        let takes = self.queued.len() < MAX_ANSWERS;
+        let pongs = self.queued.iter().filter(|(_, typ)| typ == "pong").count();
+        let takes = self.queued.len() < MAX_ANSWERS && pongs < MAX_PONGS;
         if takes {
             session.peer.sink.reply(&Frame::new(CONTROL, "pong", Some(&session.peer.id)));
             self.queued.push_back((CONTROL, "pong".to_owned()));
@@ -387,30 +393,35 @@ impl Link {
         }
     }
 
-    /// The device's memory that its sessions take.
-    fn memory(&self) -> usize {
-        self.sessions.values().chain(&self.replaced).map(|session| session.memory(0)).sum()
+    /// The device's memory that its sessions take, or those `of` a user.
+    fn memory(&self, of: Option<&str>) -> usize {
+        let sessions = self.sessions.values().chain(&self.replaced);
+        let sessions = sessions.filter(|session| of.is_none_or(|user| session.owner == user));
+        sessions.map(|session| session.memory(0)).sum()
     }
 
     /// A session of this name has the latest message, or none and there is an answer. False if there is no session.
     fn expect_delivery(&mut self, id: &SessionId, message: &Message) -> bool {
-        let all = self.memory();
+        let all = self.memory(None);
+        let user = self.sessions.get(id).map(|session| session.owner.clone());
+        let own = user.map_or(0, |user| self.memory(Some(&user)));
         // One that was hung up keeps its name until it leaves.
         let there = |session: &&mut Session| session.hung_up || !session.closed;
         let Some(session) = self.sessions.get_mut(id).filter(there) else { return false };
-        let others = all - session.memory(0);
+        let before = session.memory(0);
+        let fits = |bytes| all - before + bytes <= MEMORY && own - before + bytes <= MEMORY_OF_USER;
         let is_size = matches!(message.kind, Kind::ShellResize);
         let latest = (self.sent, self.size, is_size);
         if let Some((_, old, true)) = session.pending.back().copied().filter(|_| is_size) {
             let bytes = session.bytes() + session.handled - old + self.size;
-            if others + bytes.saturating_sub(RESERVED) <= MEMORY {
+            if fits(bytes.saturating_sub(RESERVED)) {
                 session.pending.pop_back();
                 session.pending.push_back(latest);
             }
             return true;
         }
         let (frames, full) = (session.pending.len(), session.bytes() + self.size > MAX_BYTES);
-        let memory = !session.hung_up && others + session.memory(self.size) <= MEMORY;
+        let memory = !session.hung_up && fits(session.memory(self.size));
         if memory && (frames == 0 || (frames < MAX_FRAMES && !full)) {
             session.pending.push_back(latest);
             session.unheard = true;
@@ -433,7 +444,9 @@ impl Link {
         let threads = self.older + self.sessions.len() + self.replaced.len();
         let room = threads < if shell { MAX_THREADS } else { MAX_SESSIONS };
         let room = room || !shell && threads < MAX_SESSIONS + MAKING_ROOM && self.expect_room();
-        let room = room && self.memory() + self.size.saturating_sub(RESERVED) <= MEMORY;
+        let (bytes, user) = (self.size.saturating_sub(RESERVED), user(message.user));
+        let fits = self.memory(None) + bytes <= MEMORY && self.memory(Some(&user)) + bytes <= MEMORY_OF_USER;
+        let room = room && fits;
         let begun = if room { self.begun.borrow_mut().as_mut().ok().map(Option::take) } else { None };
         if room {
             // One that has ended and not left yet loses its name.
@@ -444,7 +457,8 @@ impl Link {
         assert_eq!(peer.id, *id);
         let pending = VecDeque::from([(self.sent, self.size, matches!(message.kind, Kind::ShellResize))]);
         let (unheard, hung_up, closed) = Default::default();
-        let session = Session { peer, pending, handled: 0, unheard, hung_up, closed, user: None };
+        let (owner, handled) = (user, 0);
+        let session = Session { peer, owner, pending, handled, unheard, hung_up, closed, user: None };
         self.sessions.insert(id.clone(), session);
     }
 
