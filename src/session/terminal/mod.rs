@@ -237,11 +237,13 @@ impl Terminal {
         }
         let pty = events.of(&running.shell.pty);
         let ended = PollFlags::POLLHUP | PollFlags::POLLERR;
-        // Input for nobody is lost at once: while it waits, poll(2) reports the hang-up all the time.
-        if pty.intersects(PollFlags::POLLOUT | ended)
+        if pty.contains(PollFlags::POLLOUT)
             && let Err(e) = running.shell.pass_input()
         {
             debug!("session {}: input lost: {}", peer.id, reason(&e));
+        }
+        if pty.intersects(ended) {
+            running.shell.drop_input();
         }
         if running.exit.is_none() && !events.of(&running.shell.process).is_empty() {
             running.exit = running.shell.process.try_wait();

@@ -94,6 +94,13 @@ impl Shell {
         result
     }
 
+    /// For a terminal that nobody has open: while input waits, poll(2) reports the hang-up all the time, and write(2) may
+    /// say EAGAIN.
+    pub(crate) fn drop_input(&mut self) {
+        self.input = VecDeque::new();
+        self.memory.resize(0);
+    }
+
     /// Fills `place` as far as there is output. Returns the number of bytes.
     pub(crate) fn read_output(&self, place: &mut [u8]) -> (usize, Then) {
         let mut filled = 0;
