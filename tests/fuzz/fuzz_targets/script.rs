@@ -212,7 +212,7 @@ fn user(number: u8) -> String {
 /// A session as the model has it.
 struct Session {
     peer: Peer,
-    /// Whose share of the memory it takes.
+    /// Its memory counts for this user.
     owner: String,
     /// What it has to read: number, size, and whether it is a window's size.
     pending: VecDeque<(i64, usize, bool)>,

@@ -328,21 +328,23 @@ fn forwards_leave_descriptors_to_others() {
     assert_healthy(&mut rig, &device);
 }
 
+/// As many forwards as a session may have.
+fn open_most(device: &Device, sid: &str) {
+    device.discard(sid);
+    for n in 0..512 {
+        let props = [("user_id", "u".into()), ("connection_id", n.to_string().into())];
+        device.send(PORTS, "new", sid, &props, &target_body("127.0.0.1", 9, "udp"));
+    }
+    assert!(device.answers(sid.as_bytes(), secs(60)));
+}
+
 /// One descriptor was left for each session, but one that uploads has four: 80 uploads beside 3,760 forwards left nobody
 /// a shell or `status` under the kernel's own limit of 4,096, which init scripts keep.
 #[test]
 fn forwards_leave_descriptors_to_uploads() {
     let (mut rig, device) = setup().wrapper("exec prlimit --nofile=1024:4096 \"$@\"").connected();
-    let body = target_body("127.0.0.1", 9, "udp");
     let mut sids: Vec<String> = (0..8).map(|_| new_sid()).collect();
-    for sid in &sids {
-        device.discard(sid);
-        for n in 0..512 {
-            let props = [("user_id", "u".into()), ("connection_id", n.to_string().into())];
-            device.send(PORTS, "new", sid, &props, &body);
-        }
-        assert!(device.answers(sid.as_bytes(), secs(60)));
-    }
+    sids.iter().for_each(|sid| open_most(&device, sid));
     let files = rig.dir.path().join("files");
     std::fs::create_dir(&files).expect("a directory");
     for n in 0..240 {
@@ -484,16 +486,9 @@ fn a_user_leaves_memory_to_others() {
 #[test]
 fn a_user_leaves_forwards_to_others() {
     let (mut rig, device) = setup().connected();
-    let (body, echo) = (target_body("127.0.0.1", 9, "udp"), Target::start(Role::Echo));
+    let echo = Target::start(Role::Echo);
     let sids: Vec<String> = (0..9).map(|_| new_sid()).collect();
-    for sid in &sids {
-        device.discard(sid);
-        for n in 0..512 {
-            let props = [("user_id", "u".into()), ("connection_id", n.to_string().into())];
-            device.send(PORTS, "new", sid, &props, &body);
-        }
-        assert!(device.answers(sid.as_bytes(), secs(60)));
-    }
+    sids.iter().for_each(|sid| open_most(&device, sid));
     rig.daemon.wait_for_log("too many forwarded connections", SOON);
     let client = Client::open(&device);
     assert_echo(&client.connect("tcp", "127.0.0.1", echo.port()), b"works");
