@@ -267,8 +267,10 @@ fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
                 unusable(Key::TokenFile, format!("Auth.TokenFile ({token}) is not an absolute path"));
             }
             // At the start or reload that brings it, instead of at each attempt to connect.
-            if !server_url.is_empty() && !server_url.contains("://") {
-                let why = "Auth.ServerURL has no scheme: https://NAME is its usual form";
+            let scheme = server_url.trim().split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
+            let is_known = scheme.is_some_and(|name| ["https", "http", "wss", "ws"].contains(&&*name));
+            if !server_url.is_empty() && !is_known {
+                let why = "Auth.ServerURL has no scheme, or an unknown one: https://NAME is its usual form";
                 unusable(Key::AuthServerUrl, why.to_owned());
             }
         }

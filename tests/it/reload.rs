@@ -75,6 +75,11 @@ fn a_broken_file_is_reported_and_the_old_one_stays() {
             r#"{ "User": "root", "Auth": { "Source": "file", "TokenFile": "/t", "ServerURL": "127.0.0.1" } }"#,
             "Auth.ServerURL has no scheme",
         ),
+        // A link that works isn't given up for one that never will.
+        (
+            r#"{ "User": "root", "Auth": { "Source": "file", "TokenFile": "/t", "ServerURL": "htps://host" } }"#,
+            "or an unknown one",
+        ),
         (r#"{ "User": "root", "PortForward": { "Allow": ["x"] } }"#, "x"),
     ] {
         let mark = rig.daemon.mark();
