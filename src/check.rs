@@ -141,7 +141,11 @@ fn read<'a>(
         push(Level::Error, place(path) + text);
     }
     for path in &walk.unknown {
-        let meant = suggest(path).map(|other| format!("; is {other} meant?")).unwrap_or_default();
+        let meant = suggest(path).map(|other| match other.eq_ignore_ascii_case(path) {
+            true => "; a dot stands for an object in an object: {\"Terminal\": {\"Width\": 80}}".to_owned(),
+            false => format!("; is {other} meant?"),
+        });
+        let meant = meant.unwrap_or_default();
         push(Level::Warn, format!("{}unknown and ignored{meant}", place(path)));
     }
     for (index, (key, _)) in walk.given.iter().enumerate() {

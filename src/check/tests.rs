@@ -364,6 +364,16 @@ fn what_is_near_or_elsewhere_is_suggested() {
     assert_eq!(suggest(&"x".repeat(100_000)), None);
 }
 
+/// It was asked whether the very same key was meant, as the pages spell it.
+#[test]
+fn a_key_that_is_spelt_with_a_dot_is_told() {
+    for key in ["Terminal.Disable", "portforward.allow"] {
+        let findings = found(&format!(r#""{key}": null"#));
+        let start = format!("Warn main {key}: unknown and ignored; a dot stands for an object in an object");
+        assert!(findings.len() == 1 && findings[0].starts_with(&start), "{findings:?}");
+    }
+}
+
 #[test]
 fn a_token_sent_in_clear_is_told() {
     let auth = |url: &str| {
