@@ -127,6 +127,11 @@ fn try_parse(args: &mut Peekable<impl Iterator<Item = OsString>>) -> Result<Invo
         return Ok(Invocation::Print(help_of(command)));
     }
     options.topic = args.next();
+    // Mender's agent ignores what follows its commands. These aren't its: `check FILE` looked at another file.
+    if let (Some(extra), "check" | "doctor" | "status") = (&options.topic, command.0) {
+        let error = format!("unexpected argument: {}", extra.display());
+        return Err(wrong_usage(&error, &help_of(command)));
+    }
     Ok((command.3)(options))
 }
 
@@ -163,7 +168,7 @@ fn help_of((names, summary, flags, _): &Command) -> String {
     format!(
         "NAME:\n   mender-connect {name} - {summary}\n\n\
          USAGE:\n   mender-connect [global options] {name} [options]{arguments}\n\n\
-         OPTIONS:\n{}",
+         OPTIONS:\n{}\nGlobal options, such as --config, come before the command: mender-connect help\n",
         list(flags, 10)
     )
 }

@@ -181,6 +181,16 @@ fn unknown_commands_are_named() {
     assert_eq!(empty, Invocation::Refuse("No help topic for ''\n".into(), 3));
 }
 
+/// `check FILE && install FILE` installed what nobody had checked.
+#[test]
+fn the_tools_take_no_arguments() {
+    for line in ["check /tmp/new.conf", "doctor x", "status --json x", "check -- x"] {
+        let (error, help) = usage(line);
+        assert!(error.starts_with("unexpected argument: "), "{line}: {error}");
+        assert!(help.contains("--config, come before the command"), "{help}");
+    }
+}
+
 #[test]
 fn the_tools_take_their_own_flags() {
     assert!(matches!(run("-c /x check"), Invocation::Check(options) if options.config == Path::new("/x")));
