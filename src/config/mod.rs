@@ -120,7 +120,7 @@ pub struct FileLimits {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A configuration file or /etc/shells exists, but cannot be read.
-    #[error("open {}: {error}", file.display())]
+    #[error("open {}: {}", file.display(), crate::sys::reason(error))]
     Open { file: PathBuf, error: io::Error },
     #[error("Error parsing mender configuration file: {0}")]
     Syntax(serde_json::Error),

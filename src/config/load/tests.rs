@@ -305,6 +305,14 @@ fn what_is_no_file_is_refused() {
     }
 }
 
+/// Rust's words and the number stood there.
+#[test]
+fn why_a_file_cannot_be_read_is_in_gos_words() {
+    let below_a_file = Path::new("/etc/passwd/x");
+    let error = Values::default().read(below_a_file, Origin::Main).unwrap_err().to_string();
+    assert_eq!(error, "open /etc/passwd/x: not a directory");
+}
+
 #[test]
 fn a_syntax_error_tells_its_place_in_the_file() {
     let error = error("{\n  \"Terminal\": {\n    \"Width\": 1,\n  }\n}");
