@@ -282,10 +282,10 @@ fn a_queue_that_has_become_short_keeps_no_memory() {
     let (mut stream, _) = listener.accept().unwrap();
     let mut piece = vec![0; 16 << 10];
     let connection = scene.forwarder.connections.values_mut().next().unwrap();
+    // The kernel may take the large one with the last of the small ones.
     while connection.to_target.len() > 1 {
         stream.read_exact(&mut piece).unwrap();
         connection.flush(now).unwrap();
     }
-    assert_eq!(connection.to_target.len(), 1);
     assert!(connection.to_target.capacity() < 100, "{}", connection.to_target.capacity());
 }
