@@ -25,6 +25,9 @@ pub(crate) type Probe = [u8; 8];
 const MAX_INTERACTIVE: usize = 32;
 /// Further ones that [`Outbox::try_reply`] has room for, whatever the sessions send.
 const MAX_ANSWERS: usize = 32;
+/// Messages of terminals, two of each shell: behind the answers of 250 sessions, each of which waits for a place, an echo
+/// took 9 s.
+const MAX_OUTPUT: usize = 32;
 /// Bytes of an answer's body. Longer ones, such as that to the `stat` of a long path, go with bulk data.
 const SHORT: usize = 1024;
 const MAX_BULK: usize = 16;
@@ -74,7 +77,7 @@ pub(crate) type Mark = Arc<AtomicU64>;
 pub struct Outbox {
     /// By class. Boxed, so that the channels of an idle link are small.
     messages: [Sender<Box<Item>>; 2],
-    /// Has an entry for each interactive message that waited for its place.
+    /// Has an entry for each reply that waited for its place.
     places: Sender<()>,
     signals: Sender<Work>,
     shared: Arc<Shared>,
@@ -115,7 +118,7 @@ struct Item {
 
 impl Outbox {
     pub fn new() -> (Outbox, Queue) {
-        let (interactive, interactive_queue) = bounded(MAX_INTERACTIVE + MAX_ANSWERS);
+        let (interactive, interactive_queue) = bounded(MAX_INTERACTIVE + MAX_ANSWERS + MAX_OUTPUT);
         let (places, taken) = bounded(MAX_INTERACTIVE);
         let (bulk, bulk_queue) = bounded(MAX_BULK);
         let (signals, signal_queue) = bounded(MAX_SIGNALS);
@@ -161,6 +164,10 @@ impl Outbox {
 
     fn put(&self, mut item: Box<Item>) {
         item.waited = item.class == Class::Interactive && self.places.send(()).is_ok();
+        self.queue(item);
+    }
+
+    fn queue(&self, item: Box<Item>) {
         // Fails once the writer has ended.
         let _ = self.messages[item.class as usize].send(item);
         self.writer.unpark();
@@ -275,7 +282,7 @@ impl Sink {
     pub fn send(&self, message: Bytes, class: Class, discard: Option<&Discard>, mark: Option<Mark>) {
         let _place = self.places[class as usize].acquire();
         let discard = discard.cloned();
-        self.outbox.put(Box::new(Item { message, class, waited: false, discard, mark, _place }));
+        self.outbox.queue(Box::new(Item { message, class, waited: false, discard, mark, _place }));
     }
 
     /// Bytes of the link that reached the other side, comparable with [`Mark`]s. All of them while the link lives.

@@ -168,12 +168,34 @@ fn sessions_leave_room_for_answers_that_do_not_wait() {
         for _ in 0..MAX_INTERACTIVE {
             sink.reply(&frame("reply"));
         }
+        for _ in 0..MAX_OUTPUT {
+            sink.output("output");
+        }
         for _ in 0..MAX_ANSWERS {
             assert!(outbox.try_reply(&frame("answer")));
         }
         assert!(!outbox.try_reply(&frame("answer")));
-        assert_eq!(rest(&mut queue).len(), MAX_INTERACTIVE + MAX_ANSWERS);
+        assert_eq!(rest(&mut queue).len(), MAX_INTERACTIVE + MAX_OUTPUT + MAX_ANSWERS);
     }
+}
+
+/// Each of 250 sessions waited with an answer, and an echo behind all of them: 9 s at 1 Mbit/s.
+#[test]
+fn output_waits_behind_no_session_that_waits() {
+    let (_outbox, mut queue, sink) = sink();
+    for _ in 0..MAX_INTERACTIVE {
+        sink.reply(&frame("reply"));
+    }
+    let waiting: Vec<_> = (0..8)
+        .map(|_| {
+            let other = sink.clone();
+            thread::spawn("other", thread::SMALL_STACK, move || other.reply(&frame("waits"))).unwrap()
+        })
+        .collect();
+    sink.output("echo");
+    assert_eq!(rest(&mut queue).iter().position(|typ| typ == "echo"), Some(MAX_INTERACTIVE));
+    drop(queue);
+    waiting.into_iter().for_each(|session| session.join().unwrap());
 }
 
 /// The channels are full and nobody empties them: the reader goes on, and sessions when the writer has ended.

@@ -161,7 +161,9 @@ impl Running {
 
 pub(super) fn ping(peer: &mut Peer, now: Instant) {
     peer.credit.probed(now);
-    peer.sink.reply(&wire::ping(&peer.id, PING_TIMEOUT));
+    // As output, which it proves delivered: it must not wait behind other sessions' answers.
+    let probe = wire::ping(&peer.id, PING_TIMEOUT).encode();
+    peer.sink.send(probe.into(), Class::Interactive, None, None);
 }
 
 pub(super) fn requested_size(frame: &Frame) -> Option<WindowSize> {

@@ -217,6 +217,28 @@ fn a_flood_of_requests_leaves_echoes_quick_on_a_slow_link() {
     other.leave();
 }
 
+/// One session may have no more than two, but each of hundreds waited with one, in a queue before the first: 9 s.
+#[test]
+fn a_flood_in_many_sessions_leaves_echoes_quick_on_a_slow_link() {
+    let rig = setup().start_with(|s: &Server| s.small_receive_buffer(32 << 10));
+    let device = rig.device();
+    let mut other = Bystander::start(&rig, &device);
+    let sids: Vec<String> = (0..250).map(|_| new_sid()).collect();
+    sids.iter().for_each(|sid| device.discard(sid));
+    let (typ, props) = ("x".repeat(250), [("user_id", "u".into()), ("msgid", "m".repeat(250).into())]);
+    device.set_reading(Reading::Rate(125_000));
+    let mut worst = Duration::ZERO;
+    for _ in 0..5 {
+        sids.iter().for_each(|sid| (0..8).for_each(|_| device.send(CONTROL, &typ, sid, &props, b"")));
+        worst = worst.max(echo_times(&mut other.terminal, 1)[0]);
+    }
+    println!("worst echo {worst:?}");
+    assert!(worst < secs(2) || emulated("its speed is the emulator's"), "{worst:?}");
+    device.set_reading(Reading::Full);
+    sids.iter().for_each(|sid| close(&device, sid));
+    other.leave();
+}
+
 /// Waiting requests kept their bodies: 133 MiB for up to ten minutes.
 #[test]
 fn commands_that_wait_keep_no_bodies() {
