@@ -39,7 +39,8 @@ use crate::sys::process::{Exit, SessionLeader};
 use crate::sys::pty::WindowSize;
 use crate::sys::{Events, PollSet, lock, reason};
 
-/// For a process to come from its fork(2) to its exec(2).
+/// For a process to come from its fork(2) to its exec(2), and between looks at one that has ended and can't be reaped
+/// while another process traces it.
 const EXEC_LIMIT: Duration = Duration::from_millis(200);
 /// Short, since the daemon itself may have to end within two seconds.
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
@@ -247,7 +248,10 @@ impl Terminal {
         }
         if running.exit.is_none() && !events.of(&running.shell.process).is_empty() {
             running.exit = running.shell.process.try_wait();
-            running.give_up = Some(now + DRAIN_LIMIT);
+            match running.exit {
+                Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
+                None => _ = running.give_up.get_or_insert(now + DRAIN_LIMIT),
+            }
         }
         let give_up = running.give_up.is_some_and(|at| now >= at);
         let readable = pty.intersects(PollFlags::POLLIN | ended);
@@ -336,6 +340,9 @@ impl Terminal {
                 peer.reply(&wire::stopped(&peer.id));
             }
             return;
+        }
+        if ended {
+            ending.again = Some(now + EXEC_LIMIT);
         }
         if ending.deadline.is_none_or(|at| now < at) {
             return;

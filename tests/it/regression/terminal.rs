@@ -8,8 +8,10 @@ use std::time::Instant;
 
 use nix::fcntl::{OFlag, open};
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
+use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use serde_json::json;
 use tempfile::TempDir;
@@ -362,4 +364,21 @@ fn input_for_a_shell_that_has_ended_keeps_nobody_busy() {
     proc::wait_gone(shell, SOON);
     let before = proc::cpu_ticks(pid);
     throughout(secs(2), "it is quiet", || proc::cpu_ticks(pid) - before < 30);
+}
+
+/// Its end can be seen, but it can't be reaped: a thread was busy for as long as the debugger stood still.
+#[test]
+fn a_shell_that_a_debugger_holds_keeps_nobody_busy() {
+    let (rig, device) = Setup::new().config(script_config("exec cat")).connected();
+    let terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    let pid = rig.daemon.pid();
+    let shell = Pid::from_raw(proc::children(pid)[0] as i32);
+    ptrace::seize(shell, ptrace::Options::empty()).unwrap();
+    kill(shell, Signal::SIGKILL).unwrap();
+    terminal.expect_after_output("stop", SOON);
+    let before = proc::cpu_ticks(pid);
+    throughout(secs(2), "it is quiet", || proc::cpu_ticks(pid) - before < 30);
+    waitpid(shell, None).unwrap();
+    rig.daemon.wait_for_log("event=shell-end", SOON);
 }
