@@ -37,6 +37,8 @@ const LARGEST_READ: usize = 64 * 1024;
 const DATAGRAM: usize = 65_535;
 /// In seconds.
 const KEEPALIVE: u32 = 15;
+/// In bytes, besides those that the target has room for.
+const UNSENT_LIMIT: u32 = 128 * 1024;
 /// Bytes of a read from a target whose client has gone, and reads in a turn.
 const DISCARD: usize = 4096;
 const MAX_DISCARDS: usize = 16;
@@ -151,6 +153,9 @@ impl Connection {
             Ok(Some((socket, address))) => {
                 // Without it a stream is only slower; a datagram socket has no such option.
                 let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);
+                // The kernel takes 4 MiB for a target that doesn't read, uncounted; three forwards can be all that a small
+                // device has for TCP. Without it only that is different.
+                let _ = setsockopt(&socket, net::UnsentLimit, &UNSENT_LIMIT);
                 // As Go does. A target that was switched off says nothing, and firewalls forget what is silent.
                 let _ = setsockopt(&socket, sockopt::KeepAlive, &true);
                 let _ = setsockopt(&socket, sockopt::TcpKeepIdle, &KEEPALIVE);

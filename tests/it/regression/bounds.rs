@@ -130,6 +130,26 @@ fn forwards_to_a_target_that_takes_nothing() {
     assert_healthy(&mut rig, &device);
 }
 
+/// The kernel took 4 MiB for each forward whose target doesn't read, and the agent acknowledged it all.
+#[test]
+fn a_target_that_does_not_read_takes_little_of_the_kernels_memory() {
+    let (_rig, device) = setup().connected();
+    let (target, client) = (unread_target(), Client::open(&device));
+    let forward = client.connect("tcp", "127.0.0.1", port(&target)).opened();
+    let piece = vec![7; 64 << 10];
+    let mut acknowledged = 0;
+    while acknowledged < 64 {
+        forward.send(&piece);
+        if !forward.acked_within(millis(500)) {
+            break;
+        }
+        acknowledged += 1;
+    }
+    println!("{acknowledged} pieces of 64 KiB acknowledged");
+    assert!(acknowledged < 16, "{acknowledged} pieces");
+    client.close();
+}
+
 /// Neither inboxes nor answers had a bound in bytes: one session whose answers nobody read held 687 MiB.
 #[test]
 fn answers_that_nobody_reads() {
