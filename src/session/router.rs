@@ -21,8 +21,10 @@ use crate::sys::{lock, reason};
 /// Sessions without a shell, those of earlier links included. A server has a handful; the limit keeps a mad one from
 /// taking all memory.
 pub(crate) const MAX_SESSIONS: usize = 256;
-/// Sessions that may still be ending while others take their place.
+/// Sessions that may still be ending while others take their place, or that are among their users' first.
 pub(super) const MAKING_ROOM: usize = 8;
+/// Sessions of a user, a terminal's included, that don't have to wait for another user's to end.
+const FIRST: usize = 2;
 
 /// The sessions of one link. Dropping it ends them all.
 pub struct Router<S = fn(Peer) -> io::Result<()>> {
@@ -133,8 +135,10 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             format!("{before}{}", reason(&e))
         };
         let taken = self.device.threads.taken();
-        let room =
-            is_shell || taken < MAX_SESSIONS || (taken < MAX_SESSIONS + MAKING_ROOM && self.make_room());
+        let is_first = || lock(&self.table).values().filter(|entry| entry.info.user == user).count() < FIRST;
+        let room = is_shell
+            || taken < MAX_SESSIONS
+            || (taken < MAX_SESSIONS + MAKING_ROOM && (self.make_room() || is_first()));
         let thread = room.then(|| self.device.threads.acquire()).flatten();
         let thread = thread.ok_or_else(|| failed(io::Error::other("too many sessions")))?;
         let (info, resume) = kept.unzip();

@@ -454,11 +454,20 @@ fn busy_sessions_leave_shells_to_others() {
             uploads.push(rest);
         }
     });
-    let sid = new_sid();
-    device.send(CONTROL, "ping", &sid, &[("user_id", "u".into())], b"");
-    let (text, close, ..) = complaint(&device.next_of(&sid, SOON));
-    assert_eq!((text.as_str(), close), ("too many sessions", true));
+    // Nor do they keep other users from their first ones.
+    let sids = [new_sid(), new_sid(), new_sid()];
+    for (sid, answer) in sids.iter().zip(["new", "new", "error"]) {
+        let props = [("user_id", "u".into()), ("connection_id", "c".into())];
+        device.send(PORTS, "new", sid, &props, &target_body("127.0.0.1", 9, "udp"));
+        let msg = device.next_of(sid, SOON);
+        assert_eq!(msg.typ, answer);
+        if answer == "error" {
+            let (text, close, ..) = complaint(&msg);
+            assert_eq!((text.as_str(), close), ("too many sessions", true));
+        }
+    }
     Bystander::start(&rig, &device).leave();
+    sids[..2].iter().for_each(|sid| close(&device, sid));
     // All of them go on.
     for rest in &uploads {
         rest.send(FILES, "file_chunk", Some(0), b"content");
