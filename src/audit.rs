@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 use std::fmt::{Display, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use log::{Level, log};
@@ -39,13 +39,15 @@ impl Record {
         self.with(key, quoted(value.as_ref(), MAX_TEXT))
     }
 
+    /// The end of a long one, without what means nothing: `/./././` would push the file's name out of the line.
     pub(crate) fn path(self, key: &str, value: &Path) -> Self {
+        let value: PathBuf = value.components().collect();
         let bytes = value.as_os_str().as_bytes();
         // Other bytes appear as `\xFF`; none takes more than five characters.
-        let start = OsStr::from_bytes(bytes.get(..MAX_PATH / 5).unwrap_or(bytes));
+        let end = OsStr::from_bytes(&bytes[bytes.len().saturating_sub(MAX_PATH / 5)..]);
         match value.to_str() {
-            Some(text) => self.with(key, quoted(text, MAX_PATH)),
-            None => self.with(key, format_args!("{start:?}")),
+            Some(text) => self.with(key, quoted_end(text, MAX_PATH)),
+            None => self.with(key, format_args!("{end:?}")),
         }
     }
 
@@ -65,14 +67,27 @@ impl Record {
     }
 }
 
-/// Truncates to `limit` bytes between the quotes.
-pub(crate) fn quoted(text: &str, limit: usize) -> String {
+/// Characters that fit into `limit` bytes when they are escaped.
+fn fits(limit: usize) -> impl FnMut(&char) -> bool {
     let mut length = 0;
-    let fits = |c: &char| {
+    move |c| {
         length += c.escape_debug().map(char::len_utf8).sum::<usize>();
         length <= limit
-    };
-    let kept: String = text.chars().take_while(fits).collect();
+    }
+}
+
+fn quoted_end(text: &str, limit: usize) -> String {
+    let kept: usize = text.chars().rev().take_while(fits(limit)).map(char::len_utf8).sum();
+    let mut quoted = format!("{:?}", &text[text.len() - kept..]);
+    if kept < text.len() {
+        quoted.insert(1, '…');
+    }
+    quoted
+}
+
+/// Truncates to `limit` bytes between the quotes.
+pub(crate) fn quoted(text: &str, limit: usize) -> String {
+    let kept: String = text.chars().take_while(fits(limit)).collect();
     let mut quoted = format!("{kept:?}");
     if kept.len() < text.len() {
         quoted.insert(quoted.len() - 1, '…');
@@ -100,6 +115,16 @@ mod tests {
         );
     }
 
+    /// A path of 3,000 bytes led to /etc/shadow, and the line ended before that.
+    #[test]
+    fn a_long_path_has_its_name_in_the_line() {
+        let line = |path: &str| Record::new("stat", None, &"".into()).path("path", Path::new(path)).0;
+        let shown = line(&format!("/{}etc//shadow", "./".repeat(1500)));
+        assert!(shown.ends_with(r#" path="/etc/shadow""#), "{shown}");
+        let shown = line(&format!("/etc{}/shadow", "/../etc".repeat(300)));
+        assert!(shown.len() < 1200 && shown.ends_with(r#"/../etc/shadow""#), "{shown}");
+    }
+
     #[test]
     fn long_fields_are_cut_between_their_characters() {
         let strange = Path::new(OsStr::from_bytes(b"caf\xe9\n"));
@@ -109,6 +134,7 @@ mod tests {
         assert_eq!(quoted("\n\n\n", 5), r#""\n\n…""#);
         assert_eq!(quoted("äö", 3), r#""ä…""#);
         assert_eq!(quoted("äö", 4), r#""äö""#);
+        assert_eq!([3, 4].map(|limit| quoted_end("äö", limit)), [r#""…ö""#, r#""äö""#]);
         let long = "\u{1}".repeat(4096);
         let id = SessionId::new(&long);
         let record = Record::new("transfer", id.as_ref(), &long.as_str().into())
