@@ -13,6 +13,7 @@ use super::halves::Half;
 use super::pace::Pace;
 use super::socket::{Question, Socket};
 use crate::outbox::{Class, Mark, Queue, Work};
+use crate::sys::give_memory_back;
 
 /// As Mender's agent sends it.
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
@@ -59,6 +60,7 @@ impl Writer {
                 queue.free_buffers();
                 // Drop tungstenite's buffer, which grows to the largest message and never shrinks.
                 self.websocket = websocket(self.websocket.get_ref().writing());
+                give_memory_back();
             }
             queue.set_piece(self.pace.piece(now));
             let sendable = self.pace.sendable(now);

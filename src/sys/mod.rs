@@ -154,6 +154,15 @@ pub(crate) fn duplicate_socket(channel: &mut dbus::channel::Channel) -> io::Resu
     unsafe { BorrowedFd::borrow_raw(channel.watch().fd) }.try_clone_to_owned()
 }
 
+/// Gives unused pages back to the system. musl does so by itself, glibc hardly: it kept 19 MiB of 25 after a flood.
+pub(crate) fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes an integer, and moves no memory that is in use.
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
+
 #[derive(Default)]
 pub(crate) struct PollSet<'a> {
     fds: Vec<PollFd<'a>>,
