@@ -551,6 +551,25 @@ fn a_purge_leaves_upstreams_service_on() {
     assert!(machine.exists(ENABLED), "it is still enabled");
 }
 
+/// Somebody went back to Mender's package, and came again: its removal masks the unit.
+#[test]
+fn the_package_runs_when_it_comes_back_after_upstreams() {
+    let Some(machine) = machine() else { return };
+    install_upstream(&machine, UNIT_FILE);
+    machine.sh("dpkg -i /run/test/new.deb && dpkg -r mender-connect-rs && dpkg -i /run/mender-connect.deb");
+    machine.sh("dpkg -i /run/test/new.deb");
+    installed(&machine);
+    let state = || machine.try_sh("SYSTEMD_OFFLINE=1 systemctl.real is-enabled mender-connect.service").1;
+    assert_eq!(state().trim(), "enabled");
+    machine.sh("dpkg -P mender-connect");
+    assert_eq!(state().trim(), "enabled", "what is left of Mender's package goes without harm");
+
+    // Off stays off on that way, too.
+    machine.sh("dpkg -r mender-connect-rs && dpkg -i /run/mender-connect.deb");
+    machine.sh("SYSTEMD_OFFLINE=1 systemctl.real disable mender-connect.service && dpkg -i /run/test/new.deb");
+    assert_eq!(state().trim(), "disabled");
+}
+
 #[test]
 fn upstreams_service_that_was_turned_off_stays_off() {
     let Some(machine) = machine() else { return };
