@@ -538,6 +538,20 @@ fn the_package_takes_the_place_of_one_with_its_unit_below_usr() {
     );
 }
 
+/// It conflicts with every version of mender-connect but that of its release.
+#[test]
+fn the_package_lives_beside_menders_inventory_script() {
+    let Some(machine) = machine() else { return };
+    build(
+        &machine,
+        "mender-client-version-inventory-script",
+        "6.0.1",
+        "Conflicts: mender-connect (<< 3.0.1), mender-connect (>= 3.0.2)\n",
+    );
+    machine.sh("dpkg -i /run/mender-client-version-inventory-script.deb && dpkg -i /run/test/new.deb");
+    installed(&machine);
+}
+
 /// Somebody went back to Mender's package: what is left of ours goes without harm.
 #[test]
 fn a_purge_leaves_upstreams_service_on() {
