@@ -323,6 +323,16 @@ fn openrc_starts_respawns_and_stops_it() {
     machine.server.no_device(Duration::from_secs(3), "it is stopped");
 }
 
+/// With the token in a file there may be no bus, and so no service of one.
+#[test]
+fn openrc_starts_it_without_the_service_of_a_bus() {
+    let Some(machine) = openrc() else { return };
+    machine.sh("rm /etc/init.d/dbus");
+    let (status, text) = machine.try_sh("rc-service mender-connect start");
+    assert_eq!(status, Some(0), "{text}");
+    machine.device();
+}
+
 #[test]
 fn openrc_restarts_the_agent_whose_terminal_it_runs_in() {
     let Some(machine) = openrc() else { return };
