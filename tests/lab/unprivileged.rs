@@ -9,6 +9,7 @@ use crate::machine::Machine;
 
 const TOKEN: &str = "of.the.machine";
 const GUIDE: &str = include_str!("../../docs/guide.md");
+const DROP_IN: &str = include_str!("../../yocto/files/mender-connect-user.conf");
 
 /// The guide's commands, on a machine of its own: its user, its configuration, its bus with Mender's policy and ours.
 #[test]
@@ -24,6 +25,8 @@ fn the_guides_commands_make_it_run() {
         r#"{ "User": "mender-connect", "ShellCommand": "/bin/sh", "ShellArguments": ["-i"] }"#,
     );
     machine.sh("chmod 600 /etc/mender/mender-connect.conf");
+    // As meta-mender has it.
+    machine.sh("mkdir -p -m 700 /var/lib/mender && chmod 700 /var/lib/mender");
     machine.sh(&format!("set -e\ncd {}\n{commands}", env!("CARGO_MANIFEST_DIR")));
     let stat = machine.sh("stat -c %a:%U:%G /etc/mender/mender-connect.conf");
     assert_eq!(stat.trim(), "640:root:mender-connect");
@@ -40,10 +43,12 @@ fn the_guides_commands_make_it_run() {
     machine.sh("chmod 755 /run/test; dbus-daemon --nopidfile --config-file=/run/bus.conf >/run/bus.log 2>&1");
     let address = format!("unix:path={}", machine.dir.path().join("second").display());
     let _manager = Manager::start(&address, TOKEN, &machine.server.url());
-    let start = "export DBUS_SYSTEM_BUS_ADDRESS=unix:path=/run/test/second
-        exec setpriv --reuid=mender-connect --regid=mender-connect --init-groups \
-        mender-connect daemon >/run/agent.log 2>&1 &";
-    machine.sh(start);
+    let (_, command) = DROP_IN.rsplit_once("ExecStart=").expect("a command");
+    let command = command.lines().next().expect("a command");
+    machine.sh(&format!(
+        "export DBUS_SYSTEM_BUS_ADDRESS=unix:path=/run/test/second
+        exec setpriv --reuid=mender-connect --regid=mender-connect --init-groups {command} >/run/agent.log 2>&1 &"
+    ));
     let device = machine.device();
     let bearer = format!("Bearer {TOKEN}");
     assert_eq!(device.request().header("Authorization"), Some(bearer.as_str()));
