@@ -414,6 +414,18 @@ fn the_package_installs_upgrades_and_goes() {
     purge(&machine, &before);
 }
 
+/// The script would start a second agent beside the service's.
+#[test]
+fn with_systemd_the_script_leaves_it_to_systemd() {
+    let Some(machine) = machine() else { return };
+    machine.sh("dpkg -i /run/test/new.deb");
+    orders(&machine);
+    // The shell has more to do: it must not become the script, whose parent would be process 1 then.
+    machine.sh("/etc/init.d/mender-connect restart; :");
+    expect_order(&machine, "restart");
+    assert!(machine.pids_of("mender-connect").is_empty());
+}
+
 /// A machine that sysvinit started: without systemd.
 fn without_systemd() -> Option<Machine> {
     let machine = machine()?;
