@@ -24,6 +24,7 @@ class Data:
     def __init__(self, settings):
         self.values = dict(settings)
         self.functions = {}
+        self.helpers = {}
 
     def getVar(self, name):
         value = self.values.get(name)
@@ -40,7 +41,7 @@ class Data:
         return re.sub(r"\$\{@(.+?)\}", lambda match: str(eval(match.group(1), self.names())), text)
 
     def names(self):
-        return {"d": self, "bb": BB, "os": os}
+        return {"d": self, "bb": BB, "os": os, **self.helpers}
 
     def assign(self, name, operator, value):
         name = self.expand(name)
@@ -63,6 +64,9 @@ class Data:
             elif function:
                 python, name = function.groups()
                 self.functions[name] = (bool(python), "\n".join(iter(lambda: next(lines), "}")) + "\n")
+            elif line.startswith("def "):
+                body = "\n".join([line, *iter(lambda: next(lines), "")])
+                exec(body, {"os": os}, self.helpers)
             elif line.startswith("require "):
                 self.read(os.path.join(os.path.dirname(path), self.expand(line.split()[1])))
             elif line and not OTHER.match(line):

@@ -374,7 +374,14 @@ fn takes_the_place_of_upstreams_package() {
     assert_eq!(get(&json!({}), "PREFERRED_RPROVIDER_mender-connect"), "mender-connect-rs");
     let other = json!({ "PREFERRED_RPROVIDER_mender-connect": "mender-connect" });
     assert_eq!(get(&other, "PREFERRED_RPROVIDER_mender-connect"), "mender-connect");
-    assert_eq!(get(&json!({}), "RPROVIDES:mender-connect-rs"), "mender-connect (= 3.0.0)");
+    let layer = tempfile::tempdir().unwrap();
+    let recipes = layer.path().join("recipes-mender/mender-connect");
+    fs::create_dir_all(&recipes).unwrap();
+    for version in ["2.3.4", "3.0.9", "3.0.10", "3.1.0-build4", "git"] {
+        fs::write(recipes.join(format!("mender-connect_{version}.bb")), "").unwrap();
+    }
+    let beside = json!({ "LAYERDIR_MENDER": layer.path() });
+    assert_eq!(get(&beside, "RPROVIDES:mender-connect-rs"), "mender-connect (= 3.0.10)");
     let newer = json!({ "MCRS_UPSTREAM_VERSION": "3.0.1" });
     assert_eq!(get(&newer, "RPROVIDES:mender-connect-rs"), "mender-connect (= 3.0.1)");
     for (name, wanted) in [("RREPLACES", "mender-connect"), ("RCONFLICTS", "mender-connect")] {

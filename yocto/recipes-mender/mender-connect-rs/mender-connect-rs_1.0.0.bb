@@ -132,8 +132,16 @@ INSANE_SKIP:${PN}-ptest += "buildpaths"
 CONFFILES:${PN} = "${sysconfdir}/mender/mender-connect.conf"
 
 RDEPENDS:${PN} = "mender-auth"
-# The version of upstream's package that this one passes for: meta-mender's inventory script conflicts with others.
-MCRS_UPSTREAM_VERSION ?= "3.0.0"
+# The version of upstream's package that this one passes for: meta-mender's inventory script conflicts with all but that
+# of its release.
+def mcrs_upstream_version(d):
+    import glob
+    recipes = glob.glob("%s/recipes-mender/mender-connect/mender-connect_*.*.*.bb" % d.getVar("LAYERDIR_MENDER"))
+    versions = [os.path.basename(recipe)[len("mender-connect_"):-len(".bb")] for recipe in recipes]
+    released = [version for version in versions if version.replace(".", "").isdigit()]
+    return max(released, key=lambda version: [int(part) for part in version.split(".")], default="3.0.1")
+
+MCRS_UPSTREAM_VERSION ?= "${@mcrs_upstream_version(d)}"
 RPROVIDES:${PN} = "mender-connect (= ${MCRS_UPSTREAM_VERSION})"
 RREPLACES:${PN} = "mender-connect"
 RCONFLICTS:${PN} = "mender-connect"
