@@ -589,6 +589,10 @@ fn the_package_runs_when_it_comes_back_after_upstreams() {
     assert_eq!(state().trim(), "enabled");
     machine.sh("dpkg -P mender-connect");
     assert_eq!(state().trim(), "enabled", "what is left of Mender's package goes without harm");
+    // Its purge turns off what it turned on.
+    machine.sh("dpkg -r mender-connect-rs && dpkg -i /run/mender-connect.deb && dpkg -P mender-connect");
+    machine.sh("dpkg -i /run/test/new.deb");
+    assert_eq!(state().trim(), "enabled");
 
     // Off stays off on that way, too.
     machine.sh("dpkg -r mender-connect-rs && dpkg -i /run/mender-connect.deb");
