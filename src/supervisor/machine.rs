@@ -9,7 +9,7 @@ use crate::session::stats::seconds;
 use crate::status::{Connection, State};
 
 /// Interval of questions for the token while connected: the bus may have dropped the signal that revokes it, as it does
-/// when another program floods it.
+/// when another program floods it. And without one: a manager that had no network doesn't fetch it again on its own.
 const ASK_INTERVAL: Duration = Duration::from_secs(180);
 /// A manager without a token so long after it was asked to fetch one has none.
 const FETCH_LIMIT: Duration = Duration::from_secs(60);
@@ -63,7 +63,8 @@ pub(crate) enum Action {
 pub(crate) struct Machine {
     pub(crate) state: State,
     since: Instant,
-    /// When the next attempt is due, in [`State::Waiting`], or the next question, in [`State::Connected`].
+    /// When the next attempt is due, in [`State::Waiting`], or the next question, in [`State::Connected`] and
+    /// [`State::Unauthorized`].
     until: Instant,
     /// For the next attempt.
     pub(crate) credentials: Option<Credentials>,
@@ -91,7 +92,7 @@ impl Machine {
         Machine {
             state: State::Unauthorized,
             since: now,
-            until: now,
+            until: now + ASK_INTERVAL,
             credentials: None,
             doubted: None,
             failures: 0,
@@ -106,7 +107,7 @@ impl Machine {
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        matches!(self.state, State::Waiting | State::Connected).then_some(self.until)
+        matches!(self.state, State::Waiting | State::Connected | State::Unauthorized).then_some(self.until)
     }
 
     /// For display: without password.
@@ -151,6 +152,9 @@ impl Machine {
         let (state, actions) = self.decide(event, now);
         if state != self.state {
             (self.state, self.since) = (state, now);
+            if state == State::Unauthorized {
+                self.until = now + ASK_INTERVAL;
+            }
         }
         actions
     }
@@ -219,7 +223,7 @@ impl Machine {
             }
 
             (Waiting, Event::Tick) if now >= self.until => (Asking, vec![Ask]),
-            (Connected, Event::Tick) if now >= self.until => {
+            (Connected | Unauthorized, Event::Tick) if now >= self.until => {
                 self.until = now + ASK_INTERVAL;
                 (state, vec![Ask])
             }
@@ -229,6 +233,10 @@ impl Machine {
             (Waiting, Event::NetworkChanged) => {
                 let cut = self.soon(ATTEMPT, now, self.until).inspect(|at| self.until = *at);
                 (state, cut.map_or(vec![], |at| vec![LogNetworkChanged, LogWait(at - now)]))
+            }
+            (Unauthorized, Event::NetworkChanged) => {
+                self.until = self.until.min(now + SOON);
+                (state, vec![])
             }
             (_, Event::NetworkChanged) => {
                 self.changed = Some(now);

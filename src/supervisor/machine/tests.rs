@@ -226,3 +226,23 @@ fn a_withdrawal_that_nobody_heard_of_is_noticed() {
     assert_eq!(ask(&mut machine, nothing()), [LogUnauthorized, Close, Fetch]);
     assert_eq!((machine.state, machine.credentials), (State::Unauthorized, None));
 }
+
+/// mender-auth fetches no token without a network, and didn't try again when that came up after the agent: a device that
+/// started without one waited for another program to fetch it.
+#[test]
+fn a_missing_token_is_asked_for_again() {
+    let start = Instant::now();
+    let nothing = || Event::Auth(AuthEvent::Answered(Ok(None)));
+    let mut machine = machine(start);
+    assert_eq!(machine.step(nothing(), start), [Fetch]);
+    machine.step(Event::Auth(AuthEvent::Changed(None)), start);
+    assert_eq!(machine.step(Event::Tick, start), []);
+    machine.step(Event::NetworkChanged, start);
+    for due in [start + SOON, start + SOON + ASK_INTERVAL] {
+        assert_eq!(machine.deadline(), Some(due));
+        assert_eq!(machine.step(Event::Tick, due), [Ask]);
+        assert_eq!(machine.step(nothing(), due), [Fetch]);
+        machine.step(Event::Auth(AuthEvent::Changed(None)), due);
+    }
+    assert_eq!(machine.state, State::Unauthorized);
+}
