@@ -245,6 +245,10 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
             200..=299 | 404 | 511 => "Is it a Mender server? A network's login page may answer in its place.",
             413 => "The request is too large for something in between: the token is in its header.",
             429 => "The server has too much to do; the daemon tries again later.",
+            503 if local => {
+                "Mender's client 3 says so when it can't reach its server, see its log; also while the agent is \
+                 connected, since it forwards one websocket at a time."
+            }
             500..=599 => {
                 "The server, or what is before it, has a problem: see its log. The daemon tries again later."
             }

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use self::machine::{Action, Event, Machine};
 use crate::auth::{self, Source};
 use crate::config::{Config, ConfigError};
-use crate::link::{self, Link, LinkError, LinkEvent, ProxySettings};
+use crate::link::{self, Endpoint, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::stats::seconds;
 use crate::session::{self, Device, Router};
 use crate::status::{self, State, Status};
@@ -238,7 +238,10 @@ impl Supervisor {
                 } else {
                     warn!("connection with {server} lost: {reason}");
                 }
+                let is_local = || Endpoint::parse(&server).is_ok_and(|server| server.is_loopback());
                 let (refused, retry_after) = match reason {
+                    // The forwarder of Mender's client 3 says so when it can't reach its server.
+                    LinkError::Refused { status: 503, retry_after: None } if is_local() => (None, None),
                     LinkError::Refused { status, retry_after } => (Some(status), retry_after),
                     _ => (None, None),
                 };

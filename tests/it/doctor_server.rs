@@ -126,7 +126,7 @@ fn answers() -> Vec<(Reply, &'static str, &'static str)> {
         (Reply::status(404), "HTTP status 404", "Is it a Mender server?"),
         (Reply::status(413), "HTTP status 413", "too large"),
         (Reply::status(429), "HTTP status 429", "too much to do"),
-        (Reply::status(503), "HTTP status 503", "see its log"),
+        (Reply::status(503), "HTTP status 503", "can't reach its server"),
         // RFC 6585, section 6.
         (Reply::status(511), "HTTP status 511", "login page"),
         (Reply::status(200), "HTTP status 200", "login page"),

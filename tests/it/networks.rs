@@ -1,22 +1,24 @@
 //! Networks that come, go and fall silent, in network namespaces.
 
+use std::fs::File;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use nix::libc::linger;
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
 
 use crate::harness::client::{Style, Terminal};
 use crate::harness::daemon::emulated;
-use crate::harness::device::Device;
+use crate::harness::device::{Device, Generation};
 use crate::harness::forward::Client;
 use crate::harness::network::{Network, SERVER, with_network};
 use crate::harness::rig::{Rig, Setup, script_config};
-use crate::harness::server::Server;
+use crate::harness::server::{Reply, Server};
 use crate::harness::trace;
-use crate::harness::wait::{SOON, eventually, millis, secs, throughout};
+use crate::harness::wait::{SOON, eventually, millis, secs, spawn, throughout};
 
 /// In seconds, of an outage of the network. A longer run sets it: `MENDER_CONNECT_OUTAGE=1800`.
 fn outage() -> Duration {
@@ -87,6 +89,29 @@ fn a_cable_that_is_plugged_in_again_is_used_at_once() {
         server.next_device(SOON);
         assert_within(millis(1800), back);
         rig.daemon.wait_for_log("the network or the clock has changed", SOON);
+    });
+}
+
+/// The forwarder of Mender's client 3 answers with 503 when it can't reach its server. The agent took that for a server
+/// with too much to do, which a network that comes back doesn't make any better.
+#[test]
+fn a_forwarder_that_reaches_no_server_is_tried_again_at_once() {
+    with_network(|network| {
+        let place = File::open(network.namespace()).expect("the agent's namespace");
+        // On the agent's own loopback interface.
+        let forwarder = spawn("forwarder", move || {
+            setns(place, CloneFlags::CLONE_NEWNET).expect("enter the agent's namespace");
+            Server::bind("127.0.0.1:0".parse().expect("an address"), Generation::New)
+        });
+        let server = forwarder.join().expect("a forwarder");
+        server.script([Reply::status(503)]);
+        network.near("ip route del default");
+        let rig = network.agent(Setup::new().set("ReconnectIntervalSeconds", 300), &server).start();
+        rig.daemon.wait_for_log("connectionmanager backoff", SOON);
+        let back = Instant::now();
+        network.near("ip route add default via 192.0.2.1");
+        server.next_device(SOON);
+        assert_within(millis(1800), back);
     });
 }
 
