@@ -13,7 +13,7 @@ use crossbeam_channel::Receiver;
 use nix::libc;
 use nix::sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike};
 
-use super::thread;
+use super::{net, thread};
 
 /// A name server that takes longer to say no is silent, and isn't asked again.
 const ANSWERED: Duration = Duration::from_secs(1);
@@ -39,40 +39,47 @@ pub(crate) fn look_up(
 ) -> io::Result<Receiver<(Query, Answer)>> {
     let (sender, answers) = crossbeam_channel::bounded(2);
     let permit = Arc::new(permit);
-    let ask = move |host: &str, query| {
+    let tell = move |query, answer| {
         // Fails if the caller has given up.
-        let _ = sender.send((query, resolve(host, port, query)));
+        let _ = sender.send((query, answer));
         drop(sender);
         wake();
         drop(permit);
     };
     let host = host.to_owned();
     thread::spawn("resolver", thread::LARGE_STACK, move || {
-        if let Some(name) = in_hosts_file(&host) {
+        let known = in_hosts_file(&host, port);
+        if !known.is_empty() {
             // An entry for one family overrides DNS for both; two queries would find the other family in DNS.
-            return ask(&name, Query::Hosts);
+            return tell(Query::Hosts, Ok(known));
         }
-        let (other, name) = (ask.clone(), host.clone());
+        let (other, name) = (tell.clone(), host.clone());
+        let ask = move || other(Query::Aaaa, resolve(&name, port, Query::Aaaa));
         // Without a second thread there is only IPv4's answer.
-        let _ = thread::spawn("resolver", thread::LARGE_STACK, move || other(&name, Query::Aaaa));
-        ask(&host, Query::A);
+        let _ = thread::spawn("resolver", thread::LARGE_STACK, ask);
+        tell(Query::A, resolve(&host, port, Query::A));
     })?;
     Ok(answers)
 }
 
-/// The name as the file spells it: musl finds it in no other case, and neither library with a dot at its end.
-fn in_hosts_file(host: &str) -> Option<String> {
-    let host = host.strip_suffix('.').unwrap_or(host).as_bytes();
-    BufReader::new(File::open("/etc/hosts").ok()?).split(b'\n').map_while(Result::ok).find_map(|line| {
-        let mut names = line.split(|byte| *byte == b'#').next()?.split(u8::is_ascii_whitespace).skip(1);
-        String::from_utf8(names.find(|name| name.eq_ignore_ascii_case(host))?.to_vec()).ok()
-    })
+/// Addresses of the name, in any case and without the dot at its end. musl passes over lines that begin with a space, what
+/// is behind the first 511 bytes of a line, and names in another case.
+fn in_hosts_file(host: &str, port: u16) -> Vec<SocketAddr> {
+    let host = host.strip_suffix('.').unwrap_or(host);
+    let lines = File::open("/etc/hosts").map(|file| BufReader::new(file).split(b'\n').map_while(Result::ok));
+    let address = |line: Vec<u8>| {
+        let line = String::from_utf8_lossy(&line);
+        let mut words = line.split('#').next()?.split_ascii_whitespace();
+        let address = net::literal(words.next()?, port)?;
+        words.any(|name| name.eq_ignore_ascii_case(host)).then_some(address)
+    };
+    lines.into_iter().flatten().filter_map(address).collect()
 }
 
 fn resolve(host: &str, port: u16, query: Query) -> Answer {
     let musl = cfg!(target_env = "musl");
     let is_dotted = host.contains('.') && host.ends_with(|last: char| last.is_ascii_alphabetic());
-    if is_dotted && query != Query::Hosts {
+    if is_dotted {
         // First without the search domains: where the name has no address of this family, glibc goes on to them, and a
         // wildcard there is another host.
         let name = host.to_owned() + if musl { "" } else { "." };
@@ -108,11 +115,7 @@ fn search_domains() -> Vec<String> {
 
 /// getaddrinfo(3), with its code and the error texts of std's `ToSocketAddrs`.
 fn get_addresses(host: &str, port: u16, query: Query) -> Result<Vec<SocketAddr>, (i32, io::Error)> {
-    let family = match query {
-        Query::Hosts => libc::AF_UNSPEC,
-        Query::A => libc::AF_INET,
-        Query::Aaaa => libc::AF_INET6,
-    };
+    let family = if query == Query::A { libc::AF_INET } else { libc::AF_INET6 };
     let host = CString::new(host).map_err(|e| (libc::EAI_FAIL, e.into()))?;
     // SAFETY: addrinfo consists of integers and pointers, for which zero is a valid value.
     let zero: libc::addrinfo = unsafe { mem::zeroed() };

@@ -124,6 +124,21 @@ fn a_name_of_the_hosts_file_may_be_spelled_otherwise() {
     }
 }
 
+/// musl takes no address behind a space, and reads no more than 511 bytes of a line.
+#[test]
+fn a_line_of_the_hosts_file_may_be_indented_and_long() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    let names = NameServer::start(&[]);
+    let server = Server::start(Generation::New);
+    for others in [String::new(), "another.test ".repeat(100)] {
+        let url = format!("http://indented.test:{}", server.address().port());
+        let _rig = names.setup().env("HOSTS_NAMES", &others).url(&url).start();
+        server.device();
+    }
+}
+
 /// A server with an IPv6 address, too, on a network without IPv6: that its IPv4 address had refused was not to be read
 /// anywhere, only that the other one has no route.
 #[test]
