@@ -98,6 +98,14 @@ fn resolve(host: &str, port: u16, query: Query) -> Answer {
             return found.map_or_else(|| answer.map_err(|(_, e)| e), Ok);
         }
     }
+    let is_single = host.starts_with(|first: char| first.is_ascii_alphabetic()) && !host.contains(['.', ':']);
+    if musl && is_single {
+        // It ends at the first search domain whose name server fails.
+        let domains = search_domains().into_iter();
+        let mut answers = domains.map(|domain| get_addresses(&format!("{host}.{domain}"), port, query));
+        let itself = || get_addresses(&format!("{host}."), port, query);
+        return answers.find(|answer| !is_missing(answer)).unwrap_or_else(itself).map_err(|(_, e)| e);
+    }
     get_addresses(host, port, query).map_err(|(_, e)| e)
 }
 

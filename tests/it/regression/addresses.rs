@@ -192,6 +192,30 @@ fn a_wildcard_in_a_search_domain_is_another_host() {
     }
 }
 
+/// A domain that a DHCP server or a VPN announces, and whose name servers fail, ended musl's search for a name without a
+/// dot.
+#[test]
+fn a_search_domain_that_fails_is_not_the_last() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    let fails = Answer::Each(Single::Code(2), Single::Code(2));
+    let here = Answer::Each(Single::Address(V4), Single::Code(0));
+    let names = NameServer::start(&[
+        ("short.bad.test", fails.clone()),
+        ("short.good.test", here.clone()),
+        ("alone.bad.test", fails),
+        ("alone", here),
+    ]);
+    let server = Server::start(Generation::New);
+    let options = "timeout:2 attempts:1\nsearch bad.test good.test";
+    for name in ["short", "alone"] {
+        let url = format!("http://{name}:{}", server.address().port());
+        let _rig = names.setup().env("RESOLVER", options).url(&url).start();
+        server.next_device(SOON * 2);
+    }
+}
+
 /// `doctor` shows each answer and each attempt, with its time.
 #[test]
 fn doctor_tells_answers_and_attempts_apart() {
