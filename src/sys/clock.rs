@@ -37,10 +37,10 @@ impl Jumps {
     pub(crate) fn watch() -> nix::Result<Self> {
         let timer =
             TimerFd::new(TimerClock::CLOCK_REALTIME, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
-        // Readable when the wall clock jumps, as it does after a suspension (timerfd_create(2)), and never otherwise.
-        let has_31_bits = cfg!(all(target_env = "gnu", target_pointer_width = "32"));
-        let latest = if has_31_bits { i32::MAX.unsigned_abs() } else { u32::MAX };
-        let never = Expiration::OneShot(TimeSpec::from_duration(Duration::from_secs(latest.into())));
+        // Readable when the wall clock jumps, as it does after a suspension (timerfd_create(2)), and otherwise at most once,
+        // in 2038. Processors of 32 bits can't be told a later time, with musl on kernels before 5.1.
+        let latest = Duration::from_secs(i32::MAX.unsigned_abs().into());
+        let never = Expiration::OneShot(TimeSpec::from_duration(latest));
         timer
             .set(never, TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET)?;
         Ok(Jumps { timer, ahead: ahead() })
