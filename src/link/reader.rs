@@ -54,7 +54,8 @@ pub(super) fn run(
     };
     loop {
         match socket.read()? {
-            _ if cancel.is_cancelled() => return Err(LinkError::Cancelled),
+            // A shutdown ends no reads while the other side sends without a pause.
+            _ if cancel.is_over() => return Err(LinkError::Cancelled),
             // Clients use both alike.
             Message::Binary(bytes) => receive(bytes),
             Message::Text(text) => receive(text.into()),
