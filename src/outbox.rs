@@ -25,9 +25,9 @@ pub(crate) type Probe = [u8; 8];
 const MAX_INTERACTIVE: usize = 32;
 /// Further ones that [`Outbox::try_reply`] has room for, whatever the sessions send.
 const MAX_ANSWERS: usize = 32;
-/// Messages of terminals, two of each shell: behind the answers of 250 sessions, each of which waits for a place, an echo
-/// took 9 s.
-const MAX_OUTPUT: usize = 32;
+/// Messages of terminals, two and a probe of each: behind the answers of 250 sessions, each of which waits for a place, an
+/// echo took 9 s.
+const MAX_OUTPUT: usize = 48;
 /// Bytes of an answer's body. Longer ones, such as that to the `stat` of a long path, go with bulk data.
 const SHORT: usize = 1024;
 const MAX_BULK: usize = 16;

@@ -33,7 +33,7 @@ const MEMORY_OF_USER: usize = MEMORY / 8 * 7;
 const RESERVED: usize = 16 << 10;
 
 /// Answers that may wait. Further ones of the router are dropped; a session would wait.
-const MAX_ANSWERS: usize = 64;
+const MAX_ANSWERS: usize = 112;
 /// Those of sessions.
 const MAX_PONGS: usize = 32;
 
