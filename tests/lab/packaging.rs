@@ -596,7 +596,8 @@ fn the_package_runs_when_it_comes_back_after_upstreams() {
 
     // Off stays off on that way, too.
     machine.sh("dpkg -r mender-connect-rs && dpkg -i /run/mender-connect.deb");
-    machine.sh("SYSTEMD_OFFLINE=1 systemctl.real disable mender-connect.service && dpkg -i /run/test/new.deb");
+    machine
+        .sh("SYSTEMD_OFFLINE=1 systemctl.real disable mender-connect.service && dpkg -i /run/test/new.deb");
     assert_eq!(state().trim(), "disabled");
 }
 
