@@ -97,11 +97,15 @@ fn a_cable_that_is_plugged_in_again_is_used_at_once() {
 #[test]
 fn a_forwarder_that_reaches_no_server_is_tried_again_at_once() {
     with_network(|network| {
-        let place = File::open(network.namespace()).expect("the agent's namespace");
-        // On the agent's own loopback interface.
+        // On the agent's own loopback interface, where it has to be told to stop, too.
+        let enter = || {
+            let place = File::open(network.namespace()).expect("the agent's namespace");
+            move || setns(place, CloneFlags::CLONE_NEWNET).expect("enter the agent's namespace")
+        };
+        let (there, there_again) = (enter(), enter());
         let forwarder = spawn("forwarder", move || {
-            setns(place, CloneFlags::CLONE_NEWNET).expect("enter the agent's namespace");
-            Server::bind("127.0.0.1:0".parse().expect("an address"), Generation::New)
+            there();
+            Server::start(Generation::New)
         });
         let server = forwarder.join().expect("a forwarder");
         server.script([Reply::status(503)]);
@@ -112,6 +116,12 @@ fn a_forwarder_that_reaches_no_server_is_tried_again_at_once() {
         network.near("ip route add default via 192.0.2.1");
         server.next_device(SOON);
         assert_within(millis(1800), back);
+        drop(rig);
+        let stop = move || {
+            there_again();
+            drop(server);
+        };
+        spawn("forwarder", stop).join().expect("the forwarder's end");
     });
 }
 
