@@ -23,6 +23,8 @@ use crate::sys::{PollSet, reason, thread};
 /// Silence before the client is pinged, and before the session ends.
 const PING_AFTER: Duration = Duration::from_secs(48);
 const CLOSE_AFTER: Duration = Duration::from_secs(60);
+/// A slow user's server acknowledges the tenth chunk when it has passed it on, and answers pings no sooner.
+const SENDING: Duration = Duration::from_secs(540);
 /// Time that a `new` waits for answers of the user's other clients.
 const WAITING_LIMIT: Duration = terminal::ANSWER_LIMIT.saturating_add(Duration::from_millis(400));
 
@@ -124,7 +126,7 @@ impl Session {
             self.terminal.watch(&self.peer, &mut set, now);
             self.forwards.watch(&self.peer, &mut set, now);
             let waiting = self.waiting.as_ref().map(|(_, until)| *until);
-            set.until(&[self.files.deadline(), self.ping_at, self.close_at, waiting]);
+            set.until(&[self.files.deadline(), self.ping_at, self.close_at(), waiting]);
             let events = set.wait(None)?;
             // Cleared before anything is looked at, since others than the inbox wake the session, too.
             self.peer.wake.clear();
@@ -191,11 +193,16 @@ impl Session {
             || !config.port_forward && !self.forwards.is_idle();
         if self.close_at.is_some() && disabled {
             self.end_because("disabled", "disabled by the configuration");
-        } else if self.close_at.is_some_and(|at| now >= at) {
+        } else if self.close_at().is_some_and(|at| now >= at) {
             self.end_because("idle", "session timeout");
         } else if self.ping_at.take_if(|at| now >= *at).is_some() {
             self.peer.ping(now);
         }
+    }
+
+    fn close_at(&self) -> Option<Instant> {
+        let more = if self.files.is_sending() { SENDING } else { Duration::ZERO };
+        self.close_at.map(|at| at + more)
     }
 
     fn end_because(&mut self, end: &'static str, text: &str) {

@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::control::complaint;
+use crate::files::pattern;
 use crate::harness::aftermath::assert_healthy;
 use crate::harness::client::{Style, Terminal, new_sid};
 use crate::harness::device::{Generation, Reading};
@@ -15,6 +16,7 @@ use crate::harness::forward::Client;
 use crate::harness::msg::{COMMANDS, CONTROL, Msg, SHELL};
 use crate::harness::proc;
 use crate::harness::relay::{Relay, Shape};
+use crate::harness::rest::{Rest, path_body};
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::server::Server;
 use crate::harness::targets::{Role, Target};
@@ -223,6 +225,19 @@ fn a_forwarding_client_that_vanishes() {
     staying.write(b"alive");
     assert_eq!(staying.read(5), b"alive");
     alive.close();
+}
+
+/// The server passes ten chunks on to its user before it acknowledges them, or answers a ping behind them: where that took
+/// a minute, since the chunks were large and the user slow, the download ended.
+#[test]
+fn a_download_for_a_slow_user() {
+    let (rig, device) = Rig::connected();
+    let file = rig.dir.path().join("file");
+    std::fs::write(&file, pattern(1 << 20)).unwrap();
+    let rest = Rest::open(&device);
+    rest.ask("get_file", &path_body(file.to_str().unwrap()));
+    device.nothing(secs(62), "the end of the download", |m| m.typ == "error");
+    assert_eq!(rest.receive(|_| ()), Ok(1 << 20));
 }
 
 /// A manager that has no token has a minute to fetch one.

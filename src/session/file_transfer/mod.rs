@@ -103,6 +103,10 @@ impl FileTransfer {
         self.transfer.is_none()
     }
 
+    pub(crate) fn is_sending(&self) -> bool {
+        matches!(self.transfer.as_deref(), Some(Transfer { stage: Stage::Sending(_), .. }))
+    }
+
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: Frame, now: Instant) {
         if self.is_idle() {
             // The client waits for each answer, so it has read the last one.
