@@ -110,9 +110,15 @@ pub(crate) fn reach(
             report.good("round-trip", "a ping came back, the websocket was closed");
             return Ok(());
         }
-        // The server checks the token before it complains about missing headers.
-        Err(LinkError::Refused { status: status @ (400 | 426), .. }) if !upgrade => {
-            let found = "the token is accepted. No websocket was asked for, it would end the agent's";
+        // The server checks the token before it complains about missing headers, and the forwarder of a Mender client
+        // before 4.0 takes one websocket at a time.
+        Err(LinkError::Refused { status, .. })
+            if !upgrade && (matches!(status, 400 | 426) || status == 503 && is_forwarder) =>
+        {
+            let found = match status {
+                503 => "the forwarder has the agent's websocket, and takes no second one",
+                _ => "the token is accepted. No websocket was asked for, it would end the agent's",
+            };
             let took = report.since.elapsed();
             report.good("upgrade", &format!("{found}: HTTP status {status}"));
             report.since -= took;
@@ -246,8 +252,8 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
             413 => "The request is too large for something in between: the token is in its header.",
             429 => "The server has too much to do; the daemon tries again later.",
             503 if local => {
-                "Mender's client 3 says so when it can't reach its server, see its log; also while the agent is \
-                 connected, since it forwards one websocket at a time."
+                "The Mender client's forwarder does that when it can't reach its server: its log says why, journalctl \
+                 -u mender-client"
             }
             500..=599 => {
                 "The server, or what is before it, has a problem: see its log. The daemon tries again later."

@@ -126,7 +126,7 @@ fn answers() -> Vec<(Reply, &'static str, &'static str)> {
         (Reply::status(404), "HTTP status 404", "Is it a Mender server?"),
         (Reply::status(413), "HTTP status 413", "too large"),
         (Reply::status(429), "HTTP status 429", "too much to do"),
-        (Reply::status(503), "HTTP status 503", "can't reach its server"),
+        (Reply::status(500), "HTTP status 500", "see its log"),
         // RFC 6585, section 6.
         (Reply::status(511), "HTTP status 511", "login page"),
         (Reply::status(200), "HTTP status 200", "login page"),
@@ -142,6 +142,7 @@ fn answers_that_are_no_websocket() {
     let office = Office::open();
     let more = [
         (Reply::status(400), "HTTP status 400", "headers of a websocket"),
+        (Reply::status(503), "HTTP status 503", "journalctl -u mender-client"),
         (Reply::WrongAccept, "Sec-WebSocket-Accept", "Is it a Mender server?"),
     ];
     for (reply, words, hint) in answers().into_iter().chain(more) {
@@ -160,7 +161,8 @@ fn answers_to_a_plain_request() {
         let (found, advice) = office.ask_beside("connected").assert_break("upgrade");
         assert!(found.contains(words) && advice.contains(hint), "{found}: {advice}");
     }
-    for status in [400, 426] {
+    // The forwarder of a Mender client before 4.0 says 503 to a second websocket.
+    for status in [400, 426, 503] {
         office.server.always(Reply::status(status));
         office.ask_beside("connected").assert_good();
     }
