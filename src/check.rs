@@ -142,7 +142,7 @@ fn read<'a>(
     }
     for path in &walk.unknown {
         let meant = suggest(path).map(|other| match other.eq_ignore_ascii_case(path) {
-            true => "; a dot stands for an object in an object: {\"Terminal\": {\"Width\": 80}}".to_owned(),
+            true => "; a dot stands for nesting: {\"Terminal\": {\"Width\": 80}}".to_owned(),
             false => format!("; is {other} meant?"),
         });
         let meant = meant.unwrap_or_default();

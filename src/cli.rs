@@ -168,7 +168,7 @@ fn help_of((names, summary, flags, _): &Command) -> String {
     format!(
         "NAME:\n   mender-connect {name} - {summary}\n\n\
          USAGE:\n   mender-connect [global options] {name} [options]{arguments}\n\n\
-         OPTIONS:\n{}\nGlobal options, such as --config, come before the command: mender-connect help\n",
+         OPTIONS:\n{}\nGlobal options, such as --config, go before it.\n",
         list(flags, 10)
     )
 }

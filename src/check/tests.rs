@@ -369,7 +369,7 @@ fn what_is_near_or_elsewhere_is_suggested() {
 fn a_key_that_is_spelt_with_a_dot_is_told() {
     for key in ["Terminal.Disable", "portforward.allow"] {
         let findings = found(&format!(r#""{key}": null"#));
-        let start = format!("Warn main {key}: unknown and ignored; a dot stands for an object in an object");
+        let start = format!("Warn main {key}: unknown and ignored; a dot stands for nesting");
         assert!(findings.len() == 1 && findings[0].starts_with(&start), "{findings:?}");
     }
 }

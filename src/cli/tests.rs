@@ -187,7 +187,7 @@ fn the_tools_take_no_arguments() {
     for line in ["check /tmp/new.conf", "doctor x", "status --json x", "check -- x"] {
         let (error, help) = usage(line);
         assert!(error.starts_with("unexpected argument: "), "{line}: {error}");
-        assert!(help.contains("--config, come before the command"), "{help}");
+        assert!(help.contains("--config, go before it"), "{help}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! The table of configuration keys. Parsing, defaults, `check` and the documentation's tests follow it.
 
+use std::fmt;
 use std::ops::RangeInclusive;
 
 use serde_json::Value;
@@ -28,7 +29,7 @@ const ANY: Kind = List(Some(&[]));
 
 macro_rules! keys {
     ($($key:ident $name:literal $kind:expr $(, deprecated $deprecated:literal)?;)*) => {
-        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[derive(Clone, Copy, PartialEq, Eq)]
         pub enum Key { $($key),* }
 
         /// The last column is the name in upstream's warning, if the key is deprecated.
@@ -89,6 +90,13 @@ keys! {
     HttpsEngine          "HttpsClient.SSLEngine"   Text(""),    deprecated "HTTPSClient";
     SkipVerify           "SkipVerify"              Flag(false), deprecated "SkipVerify";
     ServerCertificate    "ServerCertificate"       Text(""),    deprecated "ServerCertificate";
+}
+
+/// Not derived, with each name a second time in the executable.
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 impl Key {

@@ -267,8 +267,9 @@ fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
                 unusable(Key::TokenFile, format!("Auth.TokenFile ({token}) is not an absolute path"));
             }
             // At the start or reload that brings it, instead of at each attempt to connect.
-            let scheme = server_url.trim().split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
-            let is_known = scheme.is_some_and(|name| ["https", "http", "wss", "ws"].contains(&&*name));
+            let scheme = server_url.trim_start().split_once("://").map_or("", |(scheme, _)| scheme);
+            let is_known =
+                ["https", "http", "wss", "ws"].iter().any(|name| scheme.eq_ignore_ascii_case(name));
             if !server_url.is_empty() && !is_known {
                 let why = "Auth.ServerURL has no scheme, or an unknown one: https://NAME is its usual form";
                 unusable(Key::AuthServerUrl, why.to_owned());

@@ -116,7 +116,7 @@ pub(crate) fn reach(
             if !upgrade && (matches!(status, 400 | 426) || status == 503 && is_forwarder) =>
         {
             let found = match status {
-                503 => "the forwarder has the agent's websocket, and takes no second one",
+                503 => "the forwarder takes no second websocket",
                 _ => "the token is accepted. No websocket was asked for, it would end the agent's",
             };
             let took = report.since.elapsed();
@@ -173,6 +173,9 @@ fn source(query: Query) -> &'static str {
         Query::Aaaa => " (AAAA, IPv6)",
     }
 }
+
+const FORWARDER_CUT_OFF: &str = "The forwarder does that when it can't reach its server: its log says why, journalctl -u \
+     mender-authd (mender-client before 4.0)";
 
 /// `{host}` and `{now}` are placeholders. `local`: the server is mender-auth's forwarder.
 fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'static str {
@@ -251,19 +254,13 @@ fn advice(error: &LinkError, step: &str, local: bool, to_https: bool) -> &'stati
             200..=299 | 404 | 511 => "Is it a Mender server? A network's login page may answer in its place.",
             413 => "The request is too large for something in between: the token is in its header.",
             429 => "The server has too much to do; the daemon tries again later.",
-            503 if local => {
-                "The Mender client's forwarder does that when it can't reach its server: its log says why, journalctl \
-                 -u mender-client"
-            }
+            503 if local => FORWARDER_CUT_OFF,
             500..=599 => {
                 "The server, or what is before it, has a problem: see its log. The daemon tries again later."
             }
             _ => "Is it a Mender server?",
         },
-        LinkError::NoAnswer(e) if local && e.kind() == ErrorKind::UnexpectedEof => {
-            "mender-auth's forwarder does that when it can't reach its server: its log says why, journalctl \
-             -u mender-authd"
-        }
+        LinkError::NoAnswer(e) if local && e.kind() == ErrorKind::UnexpectedEof => FORWARDER_CUT_OFF,
         LinkError::NoAnswer(e) if e.kind() == ErrorKind::InvalidData => {
             "Something else listens on that port: is it the right one in the server's URL?"
         }

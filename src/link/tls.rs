@@ -267,7 +267,8 @@ fn explained(error: &io::Error) -> LinkError {
         },
         // The alert of a server that has no other certificate.
         Some(Error::AlertReceived(AlertDescription::HandshakeFailure)) => {
-            let why = "handshake_failure, as where its key is on P-521, TLS older than 1.2, or a client certificate wanted";
+            let why =
+                "handshake_failure, as if its key is on P-521, TLS below 1.2, or a client certificate wanted";
             (TlsFault::Kind, Some(format!("the server has no certificate or cipher for this agent: {why}")))
         }
         Some(Error::InvalidMessage(InvalidMessage::InvalidContentType)) => (TlsFault::NotTls, None),

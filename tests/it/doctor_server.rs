@@ -142,7 +142,7 @@ fn answers_that_are_no_websocket() {
     let office = Office::open();
     let more = [
         (Reply::status(400), "HTTP status 400", "headers of a websocket"),
-        (Reply::status(503), "HTTP status 503", "journalctl -u mender-client"),
+        (Reply::status(503), "HTTP status 503", "mender-client before 4.0"),
         (Reply::WrongAccept, "Sec-WebSocket-Accept", "Is it a Mender server?"),
     ];
     for (reply, words, hint) in answers().into_iter().chain(more) {
