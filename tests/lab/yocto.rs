@@ -374,6 +374,7 @@ fn takes_the_place_of_upstreams_package() {
     assert_eq!(get(&json!({}), "PREFERRED_RPROVIDER_mender-connect"), "mender-connect-rs");
     let other = json!({ "PREFERRED_RPROVIDER_mender-connect": "mender-connect" });
     assert_eq!(get(&other, "PREFERRED_RPROVIDER_mender-connect"), "mender-connect");
+    assert_eq!(get(&json!({}), "RPROVIDES:mender-connect-rs"), "mender-connect (= 3.0.0)");
     let layer = tempfile::tempdir().unwrap();
     let recipes = layer.path().join("recipes-mender/mender-connect");
     fs::create_dir_all(&recipes).unwrap();

@@ -139,7 +139,7 @@ def mcrs_upstream_version(d):
     recipes = glob.glob("%s/recipes-mender/mender-connect/mender-connect_*.*.*.bb" % d.getVar("LAYERDIR_MENDER"))
     versions = [os.path.basename(recipe)[len("mender-connect_"):-len(".bb")] for recipe in recipes]
     released = [version for version in versions if version.replace(".", "").isdigit()]
-    return max(released, key=lambda version: [int(part) for part in version.split(".")], default="3.0.1")
+    return max(released, key=lambda version: [int(part) for part in version.split(".")], default="3.0.0")
 
 MCRS_UPSTREAM_VERSION ?= "${@mcrs_upstream_version(d)}"
 RPROVIDES:${PN} = "mender-connect (= ${MCRS_UPSTREAM_VERSION})"
