@@ -35,7 +35,7 @@ fn analyze(drop_ins: &[&str], arguments: &[&str]) -> Option<Output> {
     fs::create_dir(&folder).unwrap();
     for text in drop_ins {
         let name = if *text == CONFINED { "confined.conf" } else { "user.conf" };
-        fs::write(folder.join(name), text).unwrap();
+        fs::write(folder.join(name), text.replace(BINARY, &executable().display().to_string())).unwrap();
     }
     let output = Command::new("systemd-analyze").args(arguments).arg(&copy).output();
     if output.is_err() {
