@@ -88,6 +88,8 @@ pub struct Outbox {
 struct Shared {
     piece: AtomicUsize,
     delivered: AtomicU64,
+    /// The writer has ended.
+    over: AtomicBool,
     pool: Pool,
 }
 
@@ -123,7 +125,8 @@ impl Outbox {
         let (bulk, bulk_queue) = bounded(MAX_BULK);
         let (signals, signal_queue) = bounded(MAX_SIGNALS);
         let (piece, delivered) = (AtomicUsize::new(0), AtomicU64::new(u64::MAX));
-        let shared = Arc::new(Shared { piece, delivered, pool: Pool::new(MAX_BUFFERS) });
+        let over = AtomicBool::new(false);
+        let shared = Arc::new(Shared { piece, delivered, over, pool: Pool::new(MAX_BUFFERS) });
         let (parker, messages) = (Parker::new(), [interactive_queue, bulk_queue]);
         let writer = parker.unparker().clone();
         let messages_in = [interactive, bulk];
@@ -233,6 +236,12 @@ impl Queue {
     }
 }
 
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::SeqCst);
+    }
+}
+
 /// A session's handle to the outbox; counts the data that the session has there.
 #[derive(Debug, Clone)]
 pub struct Sink {
@@ -273,9 +282,12 @@ impl Sink {
         (Bytes::from_owner(lent).slice(part), result)
     }
 
-    /// Has the session woken later if there is no place now.
+    /// Has the session woken later if there is no place now. False for good once the writer has ended: what a terminal
+    /// shows from then on is for the next link.
     pub(crate) fn takes_data(&self, class: Class) -> bool {
-        self.places[class as usize].acquire_or_wake(&self.wake).is_some()
+        // In this order: the end of the queue returns places.
+        let has_place = self.places[class as usize].acquire_or_wake(&self.wake).is_some();
+        has_place && !self.outbox.shared.over.load(Ordering::SeqCst)
     }
 
     /// May wait, if many sessions send. Call [`Sink::takes_data`] before reading the data from its source.

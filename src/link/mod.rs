@@ -123,13 +123,13 @@ fn run<F: FnMut(Frame)>(
     events(LinkEvent::Connected);
     let Err(lost) = reader::run(&mut socket, &outbox, &mut inbound, cancel);
     let too_large = matches!(lost, LinkError::TooLarge);
-    // If we end the link, the kernel still delivers what was written, and the sessions end at once. A link that ended
-    // by itself has lost what was on the way, and a session that goes on has to know how much.
-    let inbound = (!too_large && !cancel.is_cancelled()).then_some(inbound);
+    let lost_by_itself = !too_large && !cancel.is_cancelled();
     let farewell = Instant::now() + FAREWELL_LIMIT;
     outbox.close(if too_large { 1009 } else { 1000 }, farewell);
     let mut writer = ended.recv_deadline(farewell);
-    if inbound.is_some() {
+    // If we end the link, the kernel still delivers what was written. A link that ended by itself has lost what was on
+    // the way, and a session that goes on has to know how much.
+    if lost_by_itself {
         // A write blocked by a dead server ends only now, and then counts what it has written.
         let waits = writer.is_err();
         if waits {
@@ -138,7 +138,8 @@ fn run<F: FnMut(Frame)>(
         }
         outbox.set_delivered(cancel.abandon(waits));
     }
-    // Drops the router, which ends the sessions.
+    // Drops the router, which ends the sessions. Not before the writer has ended: what it still writes would be sent
+    // again by the next link.
     drop(inbound);
     cancel.shut_down(Shutdown::Both);
     // If the writer failed, that is why the reader did.

@@ -311,6 +311,33 @@ fn five_cuts(generation: Generation) {
     assert_eq!((all.len(), differs), (expected.len(), None), "{generation:?}");
 }
 
+/// The agent ends the link itself, in the middle of the output: what was shown between the end of the link's writer and
+/// the session's notice of it was lost, up to half a megabyte, and what the writer still wrote could come twice.
+#[test]
+fn a_new_token_loses_no_byte() {
+    let shell = "stty -echo; echo ready; read line; seq 1 900000; echo do''ne; exec cat";
+    let (rig, mut device) = script(shell, json!({})).connected();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    terminal.read_until("ready\r\n", SOON);
+    terminal.input("\n");
+    let expected: String = (1..=900_000).map(|n| format!("{n}\r\n")).collect::<String>() + "done\r\n";
+    let mut all = Vec::new();
+    for part in 1..=12 {
+        terminal.collect(&mut all, part * 400_000, SOON);
+        rig.manager.change(&format!("token {part}"), &rig.server.url());
+        let next = rig.device();
+        device.wait_end(SOON);
+        terminal.collect(&mut all, usize::MAX, millis(1));
+        device = next;
+        terminal = terminal.on(&device);
+        terminal.pong();
+    }
+    terminal.collect(&mut all, expected.len() - 1, SOON);
+    let differs = all.iter().zip(expected.as_bytes()).position(|(a, b)| a != b);
+    assert_eq!((all.len(), differs), (expected.len(), None));
+}
+
 /// Waits until nothing comes, and returns the text on the client's screen.
 fn screen(terminal: &Terminal, screen: &mut vt100::Parser) -> String {
     let mut output = Vec::new();
