@@ -12,7 +12,7 @@ use crate::harness::device::{Device, Generation};
 use crate::harness::msg::SHELL;
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, script_config};
-use crate::harness::wait::{SOON, eventually, millis, secs, skip};
+use crate::harness::wait::{SOON, eventually, millis, secs, skip, throughout};
 
 const TOO_MANY_OF_USER: &str = "user has too many open sessions";
 
@@ -118,6 +118,24 @@ fn nothing_is_kept_for_longer_than_configured() {
     let mut after = Terminal::of_user(&device, "alice");
     after.open_with_prompt();
     assert_eq!(rig.status()["sessions"].as_array().map(Vec::len), Some(1));
+}
+
+/// Whoever came back to an idle shell had only what was left of its time, and no warning if that had come meanwhile.
+#[test]
+fn a_user_who_comes_back_is_not_idle() {
+    let (rig, device) = setup(json!({ "ExpireAfterIdle": 6 })).connected();
+    let mut before = Terminal::of_user(&device, "alice");
+    before.open_with_prompt();
+    let typed = Instant::now();
+    throughout(secs(3), "the link", || !device.is_over());
+    let device = cut(&rig, &device);
+    let after = Terminal::of_user(&device, "alice");
+    after.open();
+    let back = Instant::now();
+    assert!(back - typed < secs(6), "too slow a machine for this test");
+    let stop = after.expect_after_output("stop", SOON);
+    assert!(stop.text().contains("no input for 6 s"), "{}", stop.summary());
+    assert!(back.elapsed() > millis(5500), "after {:?}", back.elapsed());
 }
 
 #[test]

@@ -65,7 +65,8 @@ impl Clock {
 
     fn warns(&self, expiry: Expiry) -> Option<Instant> {
         match expiry {
-            Expiry::Idle(limit) if limit > NOTICE && !self.warned => {
+            // Without a client nobody would see it.
+            Expiry::Idle(limit) if limit > NOTICE && !self.warned && self.health.is_some() => {
                 self.last_activity.checked_add(limit - NOTICE)
             }
             _ => None,
@@ -163,6 +164,12 @@ mod tests {
             end(clock.due(Expiry::Idle(12 * SECOND), start + 32 * SECOND)),
             "session expired: no input for 12 s"
         );
+        // One whose client is away is warned when it is back.
+        let mut clock = Clock { health: None, ..Clock::new(start) };
+        assert_eq!(clock.deadline(idle), Some(start + 70 * SECOND));
+        assert_eq!(clock.due(idle, start + 30 * SECOND), None);
+        clock.health = health(start + 40 * SECOND);
+        assert_eq!(clock.due(idle, start + 40 * SECOND), Some(Due::Warn(30 * SECOND)));
         for expiry in [Expiry::Idle(60 * SECOND), Expiry::Age(70 * SECOND), Expiry::Never] {
             assert_eq!(Clock::new(start).due(expiry, start + 59 * SECOND), None, "{expiry:?}");
         }

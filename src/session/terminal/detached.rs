@@ -117,7 +117,10 @@ impl Terminal {
                     peer.reply(&wire::output(&peer.id).with_body(text));
                 }
             }
-            Some(request) => running.welcome(peer, request, now.saturating_duration_since(since), now),
+            Some(request) => {
+                running.clock.active(now);
+                running.welcome(peer, request, now.saturating_duration_since(since), now);
+            }
         }
         self.state = State::Running(running);
         true
