@@ -108,6 +108,13 @@ pub(crate) fn run(
 
 impl Supervisor {
     fn run(mut self, signals: &Signals) -> Result<(), Error> {
+        let result = self.serve(signals);
+        self.service.send("STOPPING=1");
+        self.stop();
+        result
+    }
+
+    fn serve(&mut self, signals: &Signals) -> Result<(), Error> {
         while self.machine.state != State::Stopping {
             self.wait(signals).map_err(out_of_resources)?;
             while let Some(signal) = signals.next() {
@@ -138,8 +145,6 @@ impl Supervisor {
                 Status::new(connection, token, uptime, &self.context, now)
             });
         }
-        self.service.send("STOPPING=1");
-        self.stop();
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::process::Stdio;
 
 use nix::fcntl::OFlag;
@@ -86,6 +87,56 @@ fn what_cannot_be_verified_is_hung_up() {
         drop(rig);
         eventually(SOON, "the leader has ended", || child.try_wait().expect("wait"));
     }
+}
+
+/// A kept shell with two bytes of input that have to be typed, and the file that describes it.
+fn with_input() -> (Setup, std::process::Child, File, tempfile::TempDir) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("state");
+    let (master, child) = leader(file.to_str().expect("UTF-8"));
+    let ready = || std::fs::read_to_string(&file).is_ok_and(|told| told.trim() == "ready").then_some(());
+    eventually(SOON, "the leader is ready", ready);
+    let text = memory(&description("kept-1", "alice", [3, 0, 2], b"abcls"));
+    let copy = File::from(text.try_clone().expect("a duplicate"));
+    let descriptors = vec![master.as_fd().try_clone_to_owned().expect("a duplicate"), text];
+    (Setup::new().descriptors(descriptors, "shell-1-0").env("FDSTORE", "32"), child, copy, dir)
+}
+
+fn holds(file: &File, wanted: &[u8]) -> bool {
+    let mut text = vec![0; 4096];
+    let length = file.read_at(&mut text, 0).expect("read the description");
+    text[..length].windows(wanted.len()).any(|window| window == wanted)
+}
+
+/// An agent that took a shell over and was killed left the description as it had found it: the next one typed the same
+/// input once more.
+#[test]
+fn what_was_typed_is_not_typed_again_after_a_crash() {
+    if emulated("it doesn't tell whose process leads a terminal's session") {
+        return;
+    }
+    let (setup, mut child, file, _dir) = with_input();
+    let (rig, device) = setup.connected();
+    let terminal = Terminal { sid: "old".to_owned(), ..Terminal::of_user(&device, "alice") };
+    eventually(SOON, "another description", || (!holds(&file, b"abcls")).then_some(()));
+    terminal.pong();
+    terminal.next(SOON);
+    drop(rig);
+    eventually(SOON, "the leader has ended", || child.try_wait().expect("wait"));
+}
+
+/// An agent that finds no bus at its start ends, and the next one goes on with what it has taken over.
+#[test]
+fn an_agent_that_cannot_go_on_leaves_shells_to_the_next() {
+    if emulated("it doesn't tell whose process leads a terminal's session") || cfg!(not(feature = "dbus")) {
+        return;
+    }
+    let (setup, mut child, file, dir) = with_input();
+    let mut rig = setup.env("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent").start();
+    assert_eq!(rig.daemon.wait_exit(SOON).code(), Some(1));
+    assert!(holds(&file, b"started") && holds(&file, b"abc"), "the agent wrote it down");
+    drop((rig, dir));
+    eventually(SOON, "the leader has ended", || child.try_wait().expect("wait"));
 }
 
 #[test]

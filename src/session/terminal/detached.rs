@@ -151,6 +151,8 @@ impl Terminal {
         let mut running = Running::new(shell, info, permit, history);
         running.clock.active(now);
         (running.detached, running.clock.health) = (Some(now), None);
+        // After a crash the next agent must not type the same input once more.
+        running.describe(&peer.id, now);
         Ok(Terminal { state: State::Running(Box::new(running)), ..Terminal::default() })
     }
 }
