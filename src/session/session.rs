@@ -155,7 +155,7 @@ impl Session {
             self.peer.leave();
             self.terminal.detach(&mut self.peer, why, now);
         } else {
-            self.terminal.hang_up(&self.peer, why, now);
+            self.terminal.hang_up(&mut self.peer, why, now);
         }
     }
 

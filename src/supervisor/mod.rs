@@ -313,15 +313,12 @@ impl Supervisor {
     /// Ends and reaps the processes of all sessions, as far as time allows.
     fn stop(self) {
         let deadline = Instant::now() + STOP_LIMIT;
-        match &self.context.store {
-            Some(store) => store.end(),
-            None => self.context.shells.close(),
-        }
+        // Shells that the store keeps are left to the next agent from here on.
+        self.context.store.iter().for_each(|store| store.end());
+        self.context.shells.close();
         drop((self.status, self.link, self.reporter));
         // A link's thread drops its router, which ends the sessions, before its reporter.
         while self.reports.recv_deadline(deadline).is_ok() {}
-        // Shells left to the next agent are detached by now.
-        self.context.shells.close();
         if !self.context.wait_until_quiet(deadline) {
             warn!("some processes did not end in time");
             children::leave_descriptors_behind();

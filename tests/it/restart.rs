@@ -3,15 +3,18 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::Stdio;
 
 use nix::fcntl::OFlag;
 use nix::pty::PtyMaster;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::Signal;
 use rmpv::Value;
 
-use crate::harness::client::Terminal;
+use crate::harness::client::{Terminal, new_sid};
 use crate::harness::daemon::emulated;
 use crate::harness::msg::{Ints, SHELL, encode, message};
 use crate::harness::pty;
@@ -137,6 +140,25 @@ fn an_agent_that_cannot_go_on_leaves_shells_to_the_next() {
     assert!(holds(&file, b"started") && holds(&file, b"abc"), "the agent wrote it down");
     drop((rig, dir));
     eventually(SOON, "the leader has ended", || child.try_wait().expect("wait"));
+}
+
+/// A shell that was just starting when the agent was told to end was hung up instead of left to the next one.
+#[test]
+fn a_shell_that_starts_while_the_agent_ends_is_left() {
+    for _ in 0..5 {
+        let name = format!("mender-connect-{}", new_sid());
+        let address = SocketAddr::from_abstract_name(&name).expect("a name");
+        // Nobody reads from it: the terminal stays in there.
+        let store = UnixDatagram::bind_addr(&address).expect("a socket");
+        let setup = Setup::new().env("NOTIFY_SOCKET", &format!("@{name}")).env("FDSTORE", "32");
+        let (mut rig, device) = setup.connected();
+        Terminal::of_user(&device, "alice").ask_new();
+        rig.daemon.wait_for_log("event=session-start", SOON);
+        rig.daemon.signal(Signal::SIGTERM);
+        assert!(rig.daemon.wait_exit(SOON).success());
+        assert_eq!(rig.daemon.count_log("event=shell-end"), 0, "{:?}", rig.daemon.log());
+        drop(store);
+    }
 }
 
 #[test]

@@ -57,27 +57,35 @@ impl Terminal {
         let call = running.permit.call()?;
         // The new link's session may ask before this one has noticed that its link is lost.
         self.detach(peer, HangUp::LinkLost.name(), now);
-        let State::Running(mut running) = mem::take(&mut self.state) else { return None };
         if let Call::HandOver { resumes, to } = call {
+            let State::Running(running) = mem::take(&mut self.state) else { return None };
             let credit = mem::replace(&mut peer.credit, Credit::new(now));
             match to.send(Handover { running, credit }) {
                 Ok(()) => return Some(if resumes { None } else { Some("reattached") }),
                 // The other session has ended meanwhile. Another one may come.
-                Err(SendError(handover)) => (running, peer.credit) = (handover.running, handover.credit),
+                Err(SendError(Handover { running, credit })) => {
+                    (self.state, peer.credit) = (State::Running(running), credit);
+                }
             }
             if peer.device.detach(&peer.id, &peer.info, &peer.wake) {
-                self.state = State::Running(running);
                 return None;
             }
         }
-        if running.shell.place.as_ref().is_some_and(Place::is_left) {
+        self.hang_up(peer, HangUp::LinkLost.name(), now);
+        None
+    }
+
+    /// Ends the shell or, if the agent ends and the store has its terminal, leaves it to the next agent.
+    pub(crate) fn hang_up(&mut self, peer: &mut Peer, why: &'static str, now: Instant) {
+        let is_left = |running: &Running| running.shell.place.as_ref().is_some_and(Place::is_left);
+        if !matches!(&self.state, State::Running(running) if is_left(running)) {
+            return self.end_soon(peer, why, now);
+        }
+        self.detach(peer, why, now);
+        if let State::Running(running) = mem::take(&mut self.state) {
             running.describe(&peer.id, now);
             running.shell.process.leave();
-        } else {
-            self.state = State::Running(running);
-            self.hang_up(peer, HangUp::LinkLost.name(), now);
         }
-        None
     }
 
     /// Takes over another session's shell: the same client's if it `resumes`, otherwise for its user's `request`. False

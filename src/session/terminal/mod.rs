@@ -170,7 +170,7 @@ impl Terminal {
         self.state = State::Running(Box::new(running));
     }
 
-    pub(crate) fn hang_up(&mut self, peer: &Peer, why: &'static str, now: Instant) {
+    fn end_soon(&mut self, peer: &Peer, why: &'static str, now: Instant) {
         self.end(peer, why, false, now);
         if let State::Ending(ending) = &mut self.state {
             ending.answer = false;
