@@ -297,6 +297,11 @@ impl Sink {
         self.outbox.queue(Box::new(Item { message, class, waited: false, discard, mark, _place }));
     }
 
+    /// Whether it is alive. A dead link is given up, within 5 s where its answers are quick.
+    pub(crate) fn ask_server(&self) {
+        self.outbox.signal(Work::Ping);
+    }
+
     /// Bytes of the link that reached the other side, comparable with [`Mark`]s. All of them while the link lives.
     pub(crate) fn delivered(&self) -> u64 {
         self.outbox.shared.delivered.load(Ordering::SeqCst)

@@ -71,6 +71,23 @@ fn health_check() {
     device.nothing(millis(1), "terminals get no control messages", |m| m.proto == CONTROL);
 }
 
+/// The check ended a terminal whose link had died up to half a minute before, which was noticed only later.
+#[test]
+fn a_health_check_on_a_dead_link_ends_no_shell() {
+    let (rig, device) = Setup::new().set("ReconnectIntervalSeconds", 1).connected();
+    device.clients_fall_silent();
+    let start = Instant::now();
+    let mut terminal = Terminal::of_user(&device, "alice");
+    terminal.open_with_prompt();
+    throughout(secs(52).saturating_sub(start.elapsed()), "the link", || !device.is_over());
+    device.go_mute();
+    rig.daemon.wait_for_log("event=shell-detach", SOON * 2);
+    let mut terminal = terminal.on(&rig.device());
+    terminal.pong();
+    terminal.forget_output();
+    assert_eq!(terminal.run("echo here"), "here");
+}
+
 #[test]
 fn session_timers() {
     let (_rig, device) = Rig::connected();

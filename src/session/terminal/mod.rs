@@ -290,7 +290,10 @@ impl Terminal {
             return;
         }
         match running.clock.due(sessions.expiry, now) {
-            Some(Due::Ping) => ping(peer, now),
+            Some(Due::Ping) => {
+                ping(peer, now);
+                peer.sink.ask_server();
+            }
             Some(Due::Warn(left)) => {
                 let left = left.as_secs_f32().ceil();
                 let text = format!(
