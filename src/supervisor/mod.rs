@@ -109,7 +109,6 @@ pub(crate) fn run(
 impl Supervisor {
     fn run(mut self, signals: &Signals) -> Result<(), Error> {
         let result = self.serve(signals);
-        self.service.send("STOPPING=1");
         self.stop();
         result
     }
@@ -145,6 +144,7 @@ impl Supervisor {
                 Status::new(connection, token, uptime, &self.context, now)
             });
         }
+        self.service.send("STOPPING=1");
         Ok(())
     }
 

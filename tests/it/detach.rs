@@ -343,7 +343,7 @@ fn a_new_token_loses_no_byte() {
     let mut all = Vec::new();
     for part in 1..=12 {
         terminal.collect(&mut all, part * 400_000, SOON);
-        rig.manager.change(&format!("token {part}"), &rig.server.url());
+        rig.manager.change(&format!("token-{part}"), &rig.server.url());
         let next = rig.device();
         device.wait_end(SOON);
         terminal.collect(&mut all, usize::MAX, millis(1));
