@@ -72,7 +72,7 @@ pub(crate) struct Machine {
     doubted: Option<Instant>,
     /// Since the token changed or a link was stable: see [`backoff::wait`].
     failures: u32,
-    /// When the last link was lost; initially the start.
+    /// When the last link ended; initially the start.
     lost: Instant,
     refused: bool,
     /// Last change of the network that has caused no attempt yet.
@@ -166,6 +166,10 @@ impl Machine {
         use AuthEvent::{Answered, Changed};
         use State::{Asking, Connected, Dialling, Stopping, Unauthorized, Waiting};
         let state = self.state;
+        // A link may also end for a new token, or for want of one.
+        if state == Connected {
+            self.lost = now;
+        }
         if let Event::Auth(Changed(Some(_)) | Answered(Ok(Some(_)))) = event {
             self.doubted = None;
         }
@@ -258,11 +262,8 @@ impl Machine {
         let dialled = self.state == State::Dialling;
         if dialled {
             self.failed = self.failed.saturating_add(1);
-        } else {
-            self.lost = now;
-            if now.saturating_duration_since(self.since) >= backoff::STABLE_AFTER {
-                self.failures = 0;
-            }
+        } else if now.saturating_duration_since(self.since) >= backoff::STABLE_AFTER {
+            self.failures = 0;
         }
         let outage = now.saturating_duration_since(self.lost);
         self.refused = refused.is_some();
