@@ -83,6 +83,8 @@ impl Writer {
                         self.probe(true)?;
                     }
                     self.pace.wrote(message.len());
+                    // A ping may have been flushed since, with the messages before it.
+                    self.settle();
                     self.marks.extend(mark);
                     self.websocket.write(Message::Binary(message))?;
                     self.settle();
@@ -141,27 +143,45 @@ mod tests {
     use crate::sys::wake::Wake;
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
+    use std::thread::JoinHandle;
 
-    /// Without the probe the writer would wait for an answer to nothing, for ever.
-    #[test]
-    fn credit_that_is_lacking_is_asked_for() {
+    fn start(pace: Pace, mut queue: Queue) -> (WebSocket<TcpStream>, JoinHandle<Result<(), Error>>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (server, _) = listener.accept().unwrap();
         server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let mut server = WebSocket::from_raw_socket(server, Role::Server, None);
-        let (outbox, mut queue) = Outbox::new();
-        let pace = super::super::pace::tests::without_credit_or_probe(Instant::now());
-        let mut writer = Writer {
-            websocket: websocket(Half::new(Socket::of(ours), None)),
-            pace,
-            written: 0,
-            marks: Vec::new(),
-        };
+        let websocket = websocket(Half::new(Socket::of(ours), None));
+        let mut writer = Writer { websocket, pace, written: 0, marks: Vec::new() };
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
             writer.write(&mut queue, Duration::from_secs(25))
-        })
-        .unwrap();
+        });
+        (WebSocket::from_raw_socket(server, Role::Server, None), writer.unwrap())
+    }
+
+    /// The message was marked with the end of the ping in front of it, as if it had been written already.
+    #[test]
+    fn a_message_behind_a_ping_is_marked_when_it_is_written() {
+        let (outbox, queue) = Outbox::new();
+        let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));
+        let (message, mark) = (Bytes::from(Frame::new(1, "shell", None).encode()), Mark::default());
+        outbox.signal(Work::Ping);
+        sink.send(message.clone(), Class::Interactive, None, Some(Arc::clone(&mark)));
+        let (mut server, writer) = start(Pace::new(), queue);
+        assert!(server.read().unwrap().is_ping());
+        assert_eq!(server.read().unwrap(), Message::Binary(message.clone()));
+        outbox.close(1000, Instant::now() + Duration::from_secs(10));
+        writer.join().unwrap().unwrap();
+        // Each of the two frames has a head of two bytes and a mask of four.
+        let ends_at = (6 + PING_PAYLOAD.len() + 6 + message.len()) as u64;
+        assert_eq!(mark.load(Ordering::SeqCst), ends_at);
+    }
+
+    /// Without the probe the writer would wait for an answer to nothing, for ever.
+    #[test]
+    fn credit_that_is_lacking_is_asked_for() {
+        let (outbox, queue) = Outbox::new();
+        let pace = super::super::pace::tests::without_credit_or_probe(Instant::now());
+        let (mut server, writer) = start(pace, queue);
         let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));
         let message = Bytes::from(Frame::new(2, "file_chunk", None).encode());
         sink.send(message.clone(), Class::Bulk, None, None);
