@@ -55,8 +55,8 @@ pub enum Work {
     /// Send a close frame, and end.
     Close(u16),
     Pong(Bytes),
-    /// Ask the server whether it is alive.
-    Ping,
+    /// Ask the server whether it is alive. Divides the time that it has to answer.
+    Ping(u32),
     Answered(Probe, Instant),
 }
 
@@ -297,9 +297,9 @@ impl Sink {
         self.outbox.queue(Box::new(Item { message, class, waited: false, discard, mark, _place }));
     }
 
-    /// Whether it is alive. A dead link is given up, within 5 s where its answers are quick.
+    /// Whether it is alive. A dead link is given up, within 10 s where its answers are quick.
     pub(crate) fn ask_server(&self) {
-        self.outbox.signal(Work::Ping);
+        self.outbox.signal(Work::Ping(1));
     }
 
     /// Bytes of the link that reached the other side, comparable with [`Mark`]s. All of them while the link lives.

@@ -7,7 +7,7 @@ use crate::config::Expiry;
 const PING_INTERVAL: Duration = Duration::from_secs(60);
 /// The client's answer may come this much later. A second more than the server has, which is asked with the client: on a
 /// link that is dead the shell is kept, not ended.
-const PONG_GRACE: Duration = Duration::from_secs(6);
+const PONG_GRACE: Duration = Duration::from_secs(11);
 
 /// An idle shell warns its user this long before it expires, unless its limit is shorter.
 const NOTICE: Duration = Duration::from_secs(60);
@@ -125,12 +125,12 @@ mod tests {
         assert_eq!(clock.due(Expiry::Never, start + 59 * SECOND), None);
         assert_eq!(clock.deadline(Expiry::Never), Some(start + 60 * SECOND));
         assert_eq!(clock.due(Expiry::Never, start + 60 * SECOND), Some(Due::Ping));
-        assert_eq!(clock.deadline(Expiry::Never), Some(start + 66 * SECOND));
+        assert_eq!(clock.deadline(Expiry::Never), Some(start + 71 * SECOND));
         clock.pong(start + 61 * SECOND);
         assert_eq!(clock.due(Expiry::Never, start + 119 * SECOND), None);
         assert_eq!(clock.due(Expiry::Never, start + 120 * SECOND), Some(Due::Ping));
-        assert_eq!(clock.deadline(Expiry::Never), Some(start + 127 * SECOND));
-        assert!(end(clock.due(Expiry::Never, start + 127 * SECOND)).starts_with("health check failed"));
+        assert_eq!(clock.deadline(Expiry::Never), Some(start + 132 * SECOND));
+        assert!(end(clock.due(Expiry::Never, start + 132 * SECOND)).starts_with("health check failed"));
     }
 
     #[test]
