@@ -55,8 +55,9 @@ pub enum Work {
     /// Send a close frame, and end.
     Close(u16),
     Pong(Bytes),
-    /// Ask the server whether it is alive. Divides the time that it has to answer.
-    Ping(u32),
+    /// Ask the server whether it is alive: now instead of later, or with half of the time to answer.
+    Heartbeat,
+    Ping,
     Answered(Probe, Instant),
 }
 
@@ -299,7 +300,7 @@ impl Sink {
 
     /// Whether it is alive. A dead link is given up, within 10 s where its answers are quick.
     pub(crate) fn ask_server(&self) {
-        self.outbox.signal(Work::Ping(1));
+        self.outbox.signal(Work::Heartbeat);
     }
 
     /// Bytes of the link that reached the other side, comparable with [`Mark`]s. All of them while the link lives.

@@ -92,8 +92,10 @@ impl Writer {
                 }
                 Some(Work::Answered(probe, when)) => self.pace.answered(probe, when),
                 Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
-                Some(Work::Ping(divisor)) => {
-                    let soon = self.ask(self.socket().patience() / divisor, Duration::ZERO)?;
+                Some(Work::Heartbeat) => next_ping = now,
+                Some(Work::Ping) => {
+                    // The route may have changed.
+                    let soon = self.ask(self.socket().patience() / 2, Duration::ZERO)?;
                     asked = Some(asked.map_or(soon, |asked| asked.min(soon)));
                 }
                 Some(Work::Close(code)) => {
@@ -163,7 +165,7 @@ mod tests {
         let (outbox, queue) = Outbox::new();
         let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));
         let (message, mark) = (Bytes::from(Frame::new(1, "shell", None).encode()), Mark::default());
-        outbox.signal(Work::Ping(1));
+        outbox.signal(Work::Heartbeat);
         sink.send(message.clone(), Class::Interactive, None, Some(Arc::clone(&mark)));
         let (mut server, writer) = start(Pace::new(), queue);
         assert!(server.read().unwrap().is_ping());

@@ -49,7 +49,7 @@ fn health_check() {
     healthy.pong();
     let shells = proc::children(rig.daemon.pid()).len();
     assert_eq!(shells, 2, "both are given time to answer");
-    let deadline = secs(77) - start.elapsed();
+    let deadline = secs(72) - start.elapsed();
     eventually(deadline, "the silent peer's shell to be ended", || {
         (proc::children(rig.daemon.pid()).len() == 1).then_some(())
     });

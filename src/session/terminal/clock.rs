@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use crate::config::Expiry;
 
 const PING_INTERVAL: Duration = Duration::from_secs(60);
-/// The client's answer may come this much later. A second more than the server has, which is asked with the client: on a
+/// The client's answer may come this much later. A little more than the server has, which is asked with the client: on a
 /// link that is dead the shell is kept, not ended.
-const PONG_GRACE: Duration = Duration::from_secs(11);
+const PONG_GRACE: Duration = Duration::from_millis(10_500);
 
 /// An idle shell warns its user this long before it expires, unless its limit is shorter.
 const NOTICE: Duration = Duration::from_secs(60);
@@ -125,12 +125,15 @@ mod tests {
         assert_eq!(clock.due(Expiry::Never, start + 59 * SECOND), None);
         assert_eq!(clock.deadline(Expiry::Never), Some(start + 60 * SECOND));
         assert_eq!(clock.due(Expiry::Never, start + 60 * SECOND), Some(Due::Ping));
-        assert_eq!(clock.deadline(Expiry::Never), Some(start + 71 * SECOND));
+        assert_eq!(clock.deadline(Expiry::Never), Some(start + 60 * SECOND + PONG_GRACE));
         clock.pong(start + 61 * SECOND);
         assert_eq!(clock.due(Expiry::Never, start + 119 * SECOND), None);
         assert_eq!(clock.due(Expiry::Never, start + 120 * SECOND), Some(Due::Ping));
-        assert_eq!(clock.deadline(Expiry::Never), Some(start + 132 * SECOND));
-        assert!(end(clock.due(Expiry::Never, start + 132 * SECOND)).starts_with("health check failed"));
+        assert_eq!(clock.deadline(Expiry::Never), Some(start + 121 * SECOND + PONG_GRACE));
+        assert!(
+            end(clock.due(Expiry::Never, start + 121 * SECOND + PONG_GRACE))
+                .starts_with("health check failed")
+        );
     }
 
     #[test]
