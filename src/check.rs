@@ -219,10 +219,8 @@ fn unusable(values: &Values) -> Vec<Advice> {
         warn(Key::ShellCommand, format!("{command} {text}"));
     }
     if values.text(Key::AuthSource) == "file" {
-        match Endpoint::parse(values.text(Key::AuthServerUrl)) {
-            Ok(server) if server.sends_in_clear() => warn(Key::AuthServerUrl, IN_CLEAR.to_owned()),
-            Err(e) if !values.text(Key::AuthServerUrl).is_empty() => warn(Key::AuthServerUrl, e.to_string()),
-            _ => {}
+        if Endpoint::parse(values.text(Key::AuthServerUrl)).is_ok_and(|server| server.sends_in_clear()) {
+            warn(Key::AuthServerUrl, IN_CLEAR.to_owned());
         }
         let found = writers(Path::new(values.text(Key::TokenFile)));
         found.into_iter().for_each(|text| warn(Key::TokenFile, format!("the file {text}")));

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 
 use self::machine::{Action, Event, Machine};
 use crate::auth::{self, Source};
-use crate::config::{Auth, Config, ConfigError};
+use crate::config::{Config, ConfigError};
 use crate::link::{self, Endpoint, Link, LinkError, LinkEvent, ProxySettings};
 use crate::session::stats::seconds;
 use crate::session::{self, Device, Router};
@@ -213,10 +213,6 @@ impl Supervisor {
         if config == *old {
             info!("the configuration has not changed");
             return Ok(());
-        }
-        // A link that works isn't given up for one that can't be made.
-        if let Auth::File { server_url, .. } = &config.auth {
-            Endpoint::parse(server_url)?;
         }
         if !privilege::suffices_for(needs(&config)) {
             let why = "the new one takes privileges that were given up at the start; restart to use it";
