@@ -23,7 +23,8 @@ use crate::sys::{Events, PollSet, trim};
 /// For a session. Each takes a descriptor.
 const MAX_CONNECTIONS: usize = 512;
 /// Answers and owed acks. Only a client that never reads gets there.
-const MAX_ANSWERS: usize = 8192;
+const MAX_ANSWERS: usize = 1024;
+const MAX_OWING: usize = 8192;
 /// Bytes that each of them counts for, a forward asleep twice, and how many need no permit for the device's memory.
 const ANSWER: usize = 512;
 const RESERVED_ANSWERS: usize = 16;
@@ -90,13 +91,15 @@ impl PortForward {
                 }
             }
             (forward::STOP, Ok(id)) if self.is_asleep(&id) || self.connections.contains_key(&id) => {
-                self.stop(peer, &id, (CLOSED, "client".to_owned()), now);
+                // First, since the client may ask for the status as soon as it has the answer.
+                self.let_go(&id, (CLOSED, "client".to_owned()), now);
+                self.answers.push_back(forward::about(&peer.id, forward::STOP, &id));
             }
             (forward::FORWARD | forward::ACK | forward::STOP, _) => self.refuse(peer, frame, UNKNOWN),
             (forward::ERROR, Ok(id)) => debug!("session {}: error from the client about {id:?}", peer.id),
             _ => self.refuse(peer, frame, UNKNOWN_TYPE),
         }
-        self.answers.len() + self.owing.len() < MAX_ANSWERS && self.count_memory(peer)
+        self.answers.len() < MAX_ANSWERS && self.owing.len() < MAX_OWING && self.count_memory(peer)
     }
 
     /// False if the device has none left.
@@ -219,13 +222,11 @@ impl PortForward {
 
     fn stop(&mut self, peer: &Peer, id: &ConnectionId, end: End, now: Instant) {
         self.acknowledge_all(peer, id);
-        // First, since the client may ask for the status as soon as it has the answer.
         self.let_go(id, end, now);
         self.answers.push_back(forward::about(&peer.id, forward::STOP, id));
     }
 
-    /// Clients wait for acks even if a forward ends, so data that no target has taken is acknowledged, too. The first
-    /// mender-cli sends nothing by any connection of a port until it has the ack.
+    /// Clients wait for acks even if a forward ends, so data that no target has taken is acknowledged, too.
     fn acknowledge_all(&mut self, peer: &Peer, id: &ConnectionId) {
         let before = self.owing.len();
         self.owing.retain(|owing| owing != id);
@@ -235,6 +236,7 @@ impl PortForward {
 
     /// The client may reuse the id at once. Its data still reaches the target.
     fn let_go(&mut self, id: &ConnectionId, end: End, now: Instant) {
+        self.owing.retain(|owing| owing != id);
         self.asleep.retain(|(asleep, ..)| asleep != id);
         let Some(mut connection) = self.connections.remove(id) else { return };
         connection.leave_status();
@@ -282,7 +284,6 @@ impl PortForward {
     /// Data of the client still reaches its targets.
     pub(crate) fn close(&mut self, now: Instant) {
         self.answers.clear();
-        self.owing.clear();
         self.asleep.clear();
         self.memory = None;
         for id in self.ids(|_| true) {

@@ -245,24 +245,6 @@ fn an_id_that_is_used_again_at_once_is_owed_nothing() {
     assert_eq!(all, ["ack", "stop"]);
 }
 
-/// Data with `stop` right behind it, as mender-cli sends it for whoever writes and closes, was never acknowledged. Its
-/// first versions then sent nothing more by that port.
-#[test]
-fn data_is_acknowledged_though_a_stop_is_right_behind_it() {
-    let mut scene = scene();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let now = Instant::now();
-    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
-    scene.turn(now);
-    assert_eq!(next_type(&mut scene.queue).as_deref(), Some("new"));
-    for frame in [about(forward::FORWARD).with_body("x"), about(forward::STOP)] {
-        assert!(scene.forwarder.handle(&mut scene.peer, &frame, now));
-    }
-    scene.forwarder.answer(&mut scene.peer, now);
-    let all: Vec<_> = std::iter::from_fn(|| next_type(&mut scene.queue)).collect();
-    assert_eq!(all, ["ack", "stop"]);
-}
-
 /// 128 KiB for each session that had once owed many acks, as long as it lived.
 #[test]
 fn acks_that_were_owed_keep_no_memory() {
