@@ -55,9 +55,8 @@ pub enum Work {
     /// Send a close frame, and end.
     Close(u16),
     Pong(Bytes),
-    /// Ask the server whether it is alive: now instead of later, or with half of the time to answer.
-    Heartbeat,
-    Ping,
+    /// Ask the server now whether it is alive. If true, it has half of the usual time.
+    Ping(bool),
     Answered(Probe, Instant),
 }
 
@@ -300,7 +299,7 @@ impl Sink {
 
     /// Whether it is alive. A dead link is given up, within 10 s where its answers are quick.
     pub(crate) fn ask_server(&self) {
-        self.outbox.signal(Work::Heartbeat);
+        self.outbox.signal(Work::Ping(false));
     }
 
     /// Bytes of the link that reached the other side, comparable with [`Mark`]s. All of them while the link lives.

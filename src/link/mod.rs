@@ -79,9 +79,9 @@ impl Link {
         Ok(link)
     }
 
-    /// Ends the link unless the server answers.
+    /// Ends the link unless the server answers soon: the route may have changed.
     pub(crate) fn ping(&self) {
-        self.outbox.signal(Work::Ping);
+        self.outbox.signal(Work::Ping(true));
     }
 
     /// Ends the link or dial if its local address is among `addresses`; returns whether it is.

@@ -94,21 +94,29 @@ impl Socket {
         Question { limit: asked + patience, asked, patience, silence }
     }
 
+    fn heard(&self) -> Instant {
+        self.began + Duration::from_micros(self.cancel.heard.load(Ordering::Relaxed))
+    }
+
+    /// Whether anything has come since.
+    pub(super) fn is_answered(&self, question: &Question) -> bool {
+        self.heard() >= question.asked
+    }
+
     /// At the limit: ends the link if nothing has come since. Grants more time if the ping may still be queued on a
     /// slow link, or if the process was stopped and the reader has yet to read.
     pub(super) fn judge(&self, question: Question) -> Option<Question> {
-        let Question { limit, asked, patience, silence } = question;
-        let heard = self.began + Duration::from_micros(self.cancel.heard.load(Ordering::Relaxed));
-        if heard >= asked {
+        if self.is_answered(&question) {
             return None;
         }
+        let Question { limit, patience, silence, .. } = question;
         let now = Instant::now();
         let later = if now > limit + READERS_TURN {
             now + READERS_TURN
         } else if net::is_delivering(self.stream.as_fd(), patience) {
             limit + patience
         } else {
-            heard + silence + patience
+            self.heard() + silence + patience
         };
         if later > limit {
             return Some(Question { limit: later, ..question });

@@ -44,7 +44,7 @@ fn websocket(half: Half) -> WebSocket<Half> {
 
 impl Writer {
     fn write(&mut self, queue: &mut Queue, heartbeat: Duration) -> Result<(), Error> {
-        let mut next_ping = Instant::now() + heartbeat;
+        let (mut next_ping, mut hurry) = (Instant::now() + heartbeat, false);
         let mut asked = None::<Question>;
         loop {
             let now = Instant::now();
@@ -53,10 +53,11 @@ impl Writer {
             }
             if now >= next_ping {
                 // mender-auth's forwarder buffers more than a slow link carries: the ping waits behind that.
-                let silence = if self.pace.is_waiting() { heartbeat } else { Duration::ZERO };
-                let question = self.ask(self.socket().patience(), silence)?;
-                asked = asked.or(Some(question));
-                next_ping = now + heartbeat;
+                let silence = if self.pace.is_waiting() && !hurry { heartbeat } else { Duration::ZERO };
+                let question = self.ask(self.socket().patience() / (1 + u32::from(hurry)), silence)?;
+                asked.take_if(|asked| self.socket().is_answered(asked));
+                asked = Some(asked.map_or(question, |asked| asked.min(question)));
+                (next_ping, hurry) = (now + heartbeat, false);
                 queue.free_buffers();
                 // Drop tungstenite's buffer, which grows to the largest message and never shrinks.
                 self.websocket = websocket(self.websocket.get_ref().writing());
@@ -92,12 +93,7 @@ impl Writer {
                 }
                 Some(Work::Answered(probe, when)) => self.pace.answered(probe, when),
                 Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
-                Some(Work::Heartbeat) => next_ping = now,
-                Some(Work::Ping) => {
-                    // The route may have changed.
-                    let soon = self.ask(self.socket().patience() / 2, Duration::ZERO)?;
-                    asked = Some(asked.map_or(soon, |asked| asked.min(soon)));
-                }
+                Some(Work::Ping(hurries)) => (next_ping, hurry) = (now, hurries),
                 Some(Work::Close(code)) => {
                     self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }))?;
                     self.settle();
@@ -165,7 +161,7 @@ mod tests {
         let (outbox, queue) = Outbox::new();
         let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));
         let (message, mark) = (Bytes::from(Frame::new(1, "shell", None).encode()), Mark::default());
-        outbox.signal(Work::Heartbeat);
+        outbox.signal(Work::Ping(false));
         sink.send(message.clone(), Class::Interactive, None, Some(Arc::clone(&mark)));
         let (mut server, writer) = start(Pace::new(), queue);
         assert!(server.read().unwrap().is_ping());

@@ -46,10 +46,10 @@ fn messages_leave_in_order_and_signals_first() {
     let (outbox, mut queue, sink) = sink();
     sink.output("a");
     sink.reply(&frame("b"));
-    outbox.signal(Work::Ping);
+    outbox.signal(Work::Ping(true));
     outbox.signal(Work::Pong(Bytes::from_static(b"1")));
     outbox.close(1009, Instant::now());
-    assert!(matches!(queue.try_next(ALL), Some(Work::Ping)));
+    assert!(matches!(queue.try_next(ALL), Some(Work::Ping(true))));
     assert!(matches!(queue.try_next(ALL), Some(Work::Pong(p)) if p == "1"));
     assert!(matches!(queue.try_next(ALL), Some(Work::Close(1009))));
     assert_eq!(rest(&mut queue), ["a", "b"]);
@@ -204,7 +204,7 @@ fn full_channels_hold_up_sessions_and_never_the_reader() {
     let (outbox, queue, sink) = sink();
     while outbox.try_reply(&frame("answer")) {}
     for _ in 0..2 * MAX_SIGNALS {
-        outbox.signal(Work::Ping);
+        outbox.signal(Work::Ping(true));
     }
     outbox.close(1000, Instant::now());
     let (started, waits) = crossbeam_channel::bounded(0);
