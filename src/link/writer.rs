@@ -54,7 +54,10 @@ impl Writer {
             if now >= next_ping {
                 // mender-auth's forwarder buffers more than a slow link carries: the ping waits behind that.
                 let silence = if self.pace.is_waiting() && !hurry { heartbeat } else { Duration::ZERO };
-                let question = self.ask(self.socket().patience() / (1 + u32::from(hurry)), silence)?;
+                let patience = self.socket().patience() / (1 + u32::from(hurry));
+                // First, since the answer may come before this thread goes on.
+                let question = self.socket().question(patience, silence);
+                self.websocket.send(Message::Ping(PING_PAYLOAD))?;
                 asked.take_if(|asked| self.socket().is_answered(asked));
                 asked = Some(asked.map_or(question, |asked| asked.min(question)));
                 (next_ping, hurry) = (now + heartbeat, false);
@@ -101,13 +104,6 @@ impl Writer {
                 }
             }
         }
-    }
-
-    /// Takes the time before it sends the ping: the answer may come before this thread goes on.
-    fn ask(&mut self, patience: Duration, silence: Duration) -> Result<Question, Error> {
-        let question = self.socket().question(patience, silence);
-        self.websocket.send(Message::Ping(PING_PAYLOAD))?;
-        Ok(question)
     }
 
     fn socket(&self) -> &Socket {

@@ -120,7 +120,7 @@ fn nothing_is_kept_for_longer_than_configured() {
     assert_eq!(rig.status()["sessions"].as_array().map(Vec::len), Some(1));
 }
 
-/// Whoever came back to an idle shell had only what was left of its time, and no warning if that had come meanwhile.
+/// A user who came back to an idle shell had only the rest of its time, and no warning if that had come meanwhile.
 #[test]
 fn a_user_who_comes_back_is_not_idle() {
     let (rig, device) = setup(json!({ "ExpireAfterIdle": 6 })).connected();
