@@ -297,63 +297,56 @@ fn the_same_size_again_is_another_in_between() {
     assert!(redrawn, "three times the program saw its size only");
 }
 
+/// The server takes what is under way before it cuts, since what is in its own hands can't be known to the agent.
 #[test]
 fn five_cuts_lose_no_byte() {
     for generation in [Generation::New, Generation::Released] {
-        five_cuts(generation);
+        no_byte_is_lost(generation, 5, 900_000, |rig, device, terminal, all, _| {
+            // A client that answers no more has the agent stop.
+            device.clients_fall_silent();
+            terminal.collect(all, usize::MAX, millis(500));
+            cut(rig, device)
+        });
     }
-}
-
-/// The server takes what is under way before it cuts, since what is in its own hands can't be known to the agent.
-fn five_cuts(generation: Generation) {
-    let shell = "stty -echo; echo ready; read line; seq 1 900000; echo do''ne; exec cat";
-    let config = script(shell, json!({})).generation(generation);
-    let (rig, mut device) = config.connected();
-    let mut terminal = Terminal::of_user(&device, "alice");
-    terminal.open();
-    terminal.read_until("ready\r\n", SOON);
-    terminal.input("\n");
-    let expected: String = (1..=900_000).map(|n| format!("{n}\r\n")).collect::<String>() + "done\r\n";
-    let mut all = Vec::new();
-    for part in 1..=5 {
-        terminal.collect(&mut all, part * 900_000, SOON);
-        // A client that answers no more has the agent stop.
-        device.clients_fall_silent();
-        terminal.collect(&mut all, usize::MAX, millis(500));
-        device = cut(&rig, &device);
-        terminal = terminal.on(&device);
-        terminal.pong();
-    }
-    terminal.collect(&mut all, expected.len() - 1, SOON);
-    let differs = all.iter().zip(expected.as_bytes()).position(|(a, b)| a != b);
-    assert_eq!((all.len(), differs), (expected.len(), None), "{generation:?}");
 }
 
 /// The agent ends the link itself, in the middle of the output: what was shown between the end of the link's writer and
 /// the session's notice of it was lost, up to half a megabyte, and what the writer still wrote could come twice.
 #[test]
 fn a_new_token_loses_no_byte() {
+    no_byte_is_lost(Generation::New, 12, 400_000, |rig, device, terminal, all, part| {
+        rig.manager.change(&format!("token-{part}"), &rig.server.url());
+        let next = rig.device();
+        device.wait_end(SOON);
+        terminal.collect(all, usize::MAX, millis(1));
+        next
+    });
+}
+
+/// A long output comes whole though its link is `replaced` so many times, each time after so many bytes more.
+fn no_byte_is_lost(
+    generation: Generation,
+    times: usize,
+    size: usize,
+    replaced: impl Fn(&Rig, &Device, &Terminal, &mut Vec<u8>, usize) -> Device,
+) {
     let shell = "stty -echo; echo ready; read line; seq 1 900000; echo do''ne; exec cat";
-    let (rig, mut device) = script(shell, json!({})).connected();
+    let (rig, mut device) = script(shell, json!({})).generation(generation).connected();
     let mut terminal = Terminal::of_user(&device, "alice");
     terminal.open();
     terminal.read_until("ready\r\n", SOON);
     terminal.input("\n");
     let expected: String = (1..=900_000).map(|n| format!("{n}\r\n")).collect::<String>() + "done\r\n";
     let mut all = Vec::new();
-    for part in 1..=12 {
-        terminal.collect(&mut all, part * 400_000, SOON);
-        rig.manager.change(&format!("token-{part}"), &rig.server.url());
-        let next = rig.device();
-        device.wait_end(SOON);
-        terminal.collect(&mut all, usize::MAX, millis(1));
-        device = next;
+    for part in 1..=times {
+        terminal.collect(&mut all, part * size, SOON);
+        device = replaced(&rig, &device, &terminal, &mut all, part);
         terminal = terminal.on(&device);
         terminal.pong();
     }
     terminal.collect(&mut all, expected.len() - 1, SOON);
     let differs = all.iter().zip(expected.as_bytes()).position(|(a, b)| a != b);
-    assert_eq!((all.len(), differs), (expected.len(), None));
+    assert_eq!((all.len(), differs), (expected.len(), None), "{generation:?}");
 }
 
 /// Waits until nothing comes, and returns the text on the client's screen.
