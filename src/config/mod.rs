@@ -26,8 +26,16 @@ pub(crate) mod model;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     pub shell: Shell,
-    pub terminal: Terminal,
-    pub sessions: Sessions,
+    pub terminal: bool,
+    /// Columns and rows unless the client names a size; above zero.
+    pub width: u16,
+    pub height: u16,
+    pub expiry: Expiry,
+    pub sessions_per_user: u32,
+    pub idle_includes_output: bool,
+    /// How long a shell that has lost its link waits for its user; 0: not at all.
+    pub keep_detached: Duration,
+    pub keep_when_user_leaves: bool,
     pub file_transfer: bool,
     pub port_forward: bool,
     /// `None`: any.
@@ -63,24 +71,6 @@ pub struct Shell {
     pub no_new_privileges: bool,
     /// Added to a login's variables, or replacing them.
     pub environment: Vec<(String, String)>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Terminal {
-    pub enabled: bool,
-    /// Columns and rows unless the client names a size; above zero.
-    pub width: u16,
-    pub height: u16,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sessions {
-    pub expiry: Expiry,
-    pub max_per_user: u32,
-    pub idle_includes_output: bool,
-    /// How long a shell that has lost its link waits for its user; 0: not at all.
-    pub keep_detached: Duration,
-    pub keep_when_user_leaves: bool,
 }
 
 /// Durations are above zero.
@@ -224,22 +214,18 @@ pub(crate) fn validate(
             no_new_privileges: values.flag(Key::NoNewPrivileges),
             environment,
         },
-        terminal: Terminal {
-            enabled: !values.flag(Key::DisableTerminal),
-            width: values.number(Key::Width),
-            height: values.number(Key::Height),
+        terminal: !values.flag(Key::DisableTerminal),
+        width: values.number(Key::Width),
+        height: values.number(Key::Height),
+        expiry: match (seconds(Key::ExpireAfterIdle), seconds(Key::ExpireAfter)) {
+            (Duration::ZERO, Duration::ZERO) => Expiry::Never,
+            (Duration::ZERO, age) => Expiry::Age(age),
+            (idle, _) => Expiry::Idle(idle),
         },
-        sessions: Sessions {
-            expiry: match (seconds(Key::ExpireAfterIdle), seconds(Key::ExpireAfter)) {
-                (Duration::ZERO, Duration::ZERO) => Expiry::Never,
-                (Duration::ZERO, age) => Expiry::Age(age),
-                (idle, _) => Expiry::Idle(idle),
-            },
-            max_per_user: values.number(Key::MaxPerUser),
-            idle_includes_output: values.flag(Key::IdleIncludesOutput),
-            keep_detached: seconds(Key::KeepDetached),
-            keep_when_user_leaves: values.flag(Key::KeepWhenUserLeaves),
-        },
+        sessions_per_user: values.number(Key::MaxPerUser),
+        idle_includes_output: values.flag(Key::IdleIncludesOutput),
+        keep_detached: seconds(Key::KeepDetached),
+        keep_when_user_leaves: values.flag(Key::KeepWhenUserLeaves),
         file_transfer: !values.flag(Key::DisableFileTransfer),
         port_forward: !values.flag(Key::DisablePortForward),
         forward_targets,

@@ -81,17 +81,10 @@ pub(crate) const EXPIRES: &str = r#""Sessions": {"ExpireAfterIdle": 600}"#;
 #[test]
 fn a_minimal_file_gets_every_default() {
     let (config, notes) = load("");
-    assert_eq!(config.terminal, Terminal { enabled: true, width: 80, height: 40 });
-    assert_eq!(
-        config.sessions,
-        Sessions {
-            expiry: Expiry::Idle(Duration::from_secs(600)),
-            max_per_user: 1,
-            idle_includes_output: false,
-            keep_detached: Duration::from_secs(300),
-            keep_when_user_leaves: false,
-        }
-    );
+    assert_eq!((config.terminal, config.width, config.height), (true, 80, 40));
+    assert_eq!(config.expiry, Expiry::Idle(Duration::from_secs(600)));
+    assert_eq!((config.sessions_per_user, config.keep_detached), (1, Duration::from_secs(300)));
+    assert!(!config.idle_includes_output && !config.keep_when_user_leaves);
     assert!(config.file_transfer && config.port_forward && config.mender_client);
     assert_eq!(config.limits, None);
     assert_eq!(config.reconnect_interval, Duration::from_secs(5));
@@ -113,10 +106,10 @@ fn every_key_reaches_its_field() {
         "FileTransfer": {"Disable": true}, "PortForward": {"Disable": true}, "MenderClient": {"Disable": true}"#,
     );
     assert_eq!(notes, []);
-    assert_eq!(config.terminal, Terminal { enabled: false, width: 132, height: 43 });
+    assert_eq!((config.terminal, config.width, config.height), (false, 132, 43));
     assert!(config.shell.no_new_privileges);
-    assert_eq!(config.sessions.expiry, Expiry::Age(Duration::from_secs(60)));
-    assert_eq!(config.sessions.max_per_user, 4);
+    assert_eq!(config.expiry, Expiry::Age(Duration::from_secs(60)));
+    assert_eq!(config.sessions_per_user, 4);
     assert!(!config.file_transfer && !config.port_forward && !config.mender_client);
     assert_eq!(config.reconnect_interval, Duration::from_secs(30));
     let limits = FileLimits {
@@ -217,7 +210,7 @@ fn expiry_follows_its_table() {
         (r#""StopExpired": false, "ExpireAfter": 8, "ExpireAfterIdle": 7"#, Expiry::Never, vec![]),
     ] {
         let (config, logged) = load(&format!(r#""Sessions": {{{members}}}"#));
-        assert_eq!((config.sessions.expiry, logged), (expiry, notes), "{members}");
+        assert_eq!((config.expiry, logged), (expiry, notes), "{members}");
     }
 }
 

@@ -114,13 +114,12 @@ pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -
 }
 
 pub(crate) fn terminal(report: &mut Report, config: &Config) -> Result<(), Break> {
-    let config::Terminal { enabled, width, height } = config.terminal;
-    if !enabled {
+    if !config.terminal {
         report.good("pty", "not needed, Terminal.Disable is set");
         return Ok(());
     }
     let owner = geteuid().is_root().then_some(config.shell.user.uid);
-    Pty::open(WindowSize { width, height }, owner).map_err(|e| {
+    Pty::open(WindowSize { width: config.width, height: config.height }, owner).map_err(|e| {
         let advice = match e.raw_os_error().map(Errno::from_raw) {
             Some(Errno::ENOSPC) => {
                 "All PTYs are in use: end some of their programs or raise the sysctl kernel.pty.max."

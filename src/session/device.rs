@@ -111,7 +111,7 @@ impl Device {
 
     /// False if the session of `wake` has no shell that may be kept.
     pub(crate) fn detach(&self, id: &SessionId, info: &Arc<Info>, wake: &Arc<Wake>) -> bool {
-        let keeps = !self.config().sessions.keep_detached.is_zero();
+        let keeps = !self.config().keep_detached.is_zero();
         let of_user = info.shell().is_some_and(|shell| !shell.user.as_str().is_empty());
         let kept = Kept { id: id.clone(), info: Arc::clone(info), since: Instant::now() };
         keeps && of_user && self.shells.detach(kept, wake)

@@ -57,7 +57,7 @@ impl Peer {
     }
 
     pub(crate) fn admit(&self, user: &UserId, waits: bool) -> Result<Admission, &'static str> {
-        let most = self.device.config().sessions.max_per_user;
+        let most = self.device.config().sessions_per_user;
         self.device.shells.acquire(user, most, &self.wake, waits)
     }
 

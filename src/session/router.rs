@@ -74,7 +74,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         let kept = self.device.shells.resume(&id, &frame.user());
         match (frame.proto, frame.typ.as_str()) {
             _ if kept.is_some() => self.create(&id, frame, kept),
-            (SHELL, _) if !self.device.config().terminal.enabled => {
+            (SHELL, _) if !self.device.config().terminal => {
                 self.answer(&terminal::unknown(&id, &frame));
             }
             (SHELL, typ) if typ != shell::NEW => {

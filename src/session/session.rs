@@ -249,7 +249,7 @@ impl Session {
         }
         let config = self.peer.device.config();
         match frame.proto {
-            SHELL if is_new && config.terminal.enabled && self.terminal.is_idle() => {
+            SHELL if is_new && config.terminal && self.terminal.is_idle() => {
                 self.open_terminal(frame, now + WAITING_LIMIT, now);
             }
             SHELL => self.terminal.handle(&mut self.peer, frame, now),
@@ -313,7 +313,7 @@ impl Session {
     fn protocols(&self) -> Vec<u16> {
         let config = self.peer.device.config();
         let enabled = [
-            (SHELL, config.terminal.enabled),
+            (SHELL, config.terminal),
             (FILE_TRANSFER, config.file_transfer),
             (PORT_FORWARD, config.port_forward),
             (MENDER_CLIENT, config.mender_client),

@@ -347,7 +347,7 @@ fn the_main_file_wins_field_by_field() {
         r#""terminal": {"height": 60}, "Limits": {"FileTransfer": {"OwnerGet": ["z"], "Chroot": "/c"}}"#,
     );
     assert_eq!(config.shell.user.name, "root");
-    assert_eq!((config.terminal.width, config.terminal.height), (100, 60));
+    assert_eq!((config.width, config.height), (100, 60));
     assert_eq!(config.shell.arguments, [""; 0]);
     assert!(!config.file_transfer && config.port_forward);
     let limits = config.limits.unwrap();

@@ -95,7 +95,7 @@ impl Terminal {
     }
 
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: Frame, now: Instant) {
-        if !peer.device.config().terminal.enabled {
+        if !peer.device.config().terminal {
             return peer.reply(&unknown(&peer.id, &frame));
         }
         if frame.typ == wire::PONG {
@@ -128,7 +128,7 @@ impl Terminal {
             (State::Running(running), wire::STOP) => {
                 // No output may follow the answer, and none has to precede it.
                 running.discard.store(true, Ordering::SeqCst);
-                if peer.device.config().sessions.keep_when_user_leaves && wire::is_of_absent_user(&frame) {
+                if peer.device.config().keep_when_user_leaves && wire::is_of_absent_user(&frame) {
                     peer.reply(&wire::stopped(&peer.id));
                     self.left = Some("user disconnected");
                 } else {
@@ -151,7 +151,7 @@ impl Terminal {
 
     pub(crate) fn start(&mut self, peer: &mut Peer, permit: ShellPermit, frame: &Frame, now: Instant) {
         let (user, config) = (frame.user(), peer.device.config());
-        let default = WindowSize { width: config.terminal.width, height: config.terminal.height };
+        let default = WindowSize { width: config.width, height: config.height };
         let size = requested_size(frame).unwrap_or(default);
         let shell = match Shell::start(peer, &user, size) {
             Ok(shell) => shell,
@@ -228,11 +228,10 @@ impl Terminal {
     fn run(&mut self, peer: &mut Peer, events: &Events, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
         let config = peer.device.config();
-        if !config.terminal.enabled {
+        if !config.terminal {
             return self.end_because(peer, "disabled", "the terminal was disabled", now);
         }
-        let sessions = &config.sessions;
-        let alone = running.detached.and_then(|since| since.checked_add(sessions.keep_detached));
+        let alone = running.detached.and_then(|since| since.checked_add(config.keep_detached));
         if alone.is_some_and(|at| now >= at) {
             return self.end_because(peer, "not reattached", "nobody came back to the shell", now);
         }
@@ -281,7 +280,7 @@ impl Terminal {
         }
         running.asked = asked;
         if asked.is_some_and(|at| now >= at + ANSWER_LIMIT) {
-            if sessions.keep_when_user_leaves {
+            if config.keep_when_user_leaves {
                 self.left = Some("user gone");
             } else {
                 let text = "the client did not answer, and its user wants another terminal";
@@ -289,7 +288,7 @@ impl Terminal {
             }
             return;
         }
-        match running.clock.due(sessions.expiry, now) {
+        match running.clock.due(config.expiry, now) {
             Some(Due::Ping) => {
                 ping(peer, now);
                 peer.sink.ask_server();

@@ -73,9 +73,9 @@ impl Running {
     pub(super) fn watch<'a>(&'a self, peer: &Peer, set: &mut PollSet<'a>, now: Instant) {
         let credit = if self.detached.is_some() { None } else { peer.credit.deadline(now) };
         let answer = self.asked.map(|at| at + ANSWER_LIMIT);
-        let sessions = &peer.device.config().sessions;
-        let clock = self.clock.deadline(sessions.expiry);
-        let alone = self.detached.and_then(|since| since.checked_add(sessions.keep_detached));
+        let config = peer.device.config();
+        let clock = self.clock.deadline(config.expiry);
+        let alone = self.detached.and_then(|since| since.checked_add(config.keep_detached));
         let hold = self.detached.map(|since| since + HOLD_LIMIT).filter(|at| now < *at);
         let restore = self.restore.map(|(at, _)| at);
         let takes_output = self.takes_output(peer, now);
@@ -131,7 +131,7 @@ impl Running {
         if length > 0 {
             self.history.push(&place[..length]);
             self.info.traffic.add_out(length);
-            if device.config().sessions.idle_includes_output {
+            if device.config().idle_includes_output {
                 self.clock.active(now);
             }
         }

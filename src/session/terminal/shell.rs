@@ -52,7 +52,7 @@ impl Shell {
         // Only root can set groups.
         let user = if is_root { &users::current(user).map_err(|e| e.to_string())? } else { user };
         let (pty, tty) = Pty::open(size, is_root.then_some(user.uid)).map_err(|e| reason(&e))?;
-        let keeps = !config.sessions.keep_detached.is_zero() && !of.as_str().is_empty();
+        let keeps = !config.keep_detached.is_zero() && !of.as_str().is_empty();
         let place = peer.device.store.as_ref().filter(|_| keeps).and_then(|store| store.keep(&pty));
         let environment = environment(&config.shell, user, peer.id.as_str(), of.as_str());
         let outlives = place.is_some();

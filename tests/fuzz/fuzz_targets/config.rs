@@ -30,9 +30,9 @@ fuzz_target!(|data: &[u8]| {
 /// What the types don't say.
 fn check(config: &Config) {
     assert!(config.shell.command != PathBuf::new());
-    assert!(config.terminal.width > 0 && config.terminal.height > 0);
-    assert!(config.sessions.max_per_user > 0);
-    if let Expiry::Idle(after) | Expiry::Age(after) = config.sessions.expiry {
+    assert!(config.width > 0 && config.height > 0);
+    assert!(config.sessions_per_user > 0);
+    if let Expiry::Idle(after) | Expiry::Age(after) = config.expiry {
         assert!(after > Duration::ZERO);
     }
     assert!((1..=u64::from(u32::MAX)).contains(&config.reconnect_interval.as_secs()));

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::{
     Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, Outbox, PORT_FORWARD,
-    Peer, Queue, Router, SHELL, Sendable, SessionId, Sessions, Shell, Terminal, Work, lookup, poll_one,
+    Peer, Queue, Router, SHELL, Sendable, SessionId, Shell, Work, lookup, poll_one,
 };
 use nix::poll::PollFlags;
 
@@ -128,14 +128,14 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
         no_new_privileges: false,
         environment: Vec::new(),
     },
-    terminal: Terminal { enabled: true, width: 80, height: 40 },
-    sessions: Sessions {
-        expiry: Expiry::Never,
-        max_per_user: u32::MAX,
-        idle_includes_output: false,
-        keep_detached: Duration::ZERO,
-        keep_when_user_leaves: false,
-    },
+    terminal: true,
+    width: 80,
+    height: 40,
+    expiry: Expiry::Never,
+    sessions_per_user: u32::MAX,
+    idle_includes_output: false,
+    keep_detached: Duration::ZERO,
+    keep_when_user_leaves: false,
     file_transfer: true,
     port_forward: true,
     forward_targets: None,
@@ -149,7 +149,7 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
 
 fuzz_target!(|script: Script| {
     let device = Device::new(Config {
-        terminal: Terminal { enabled: script.terminal, ..CONFIG.terminal.clone() },
+        terminal: script.terminal,
         mender_client: script.mender_client,
         ..CONFIG.clone()
     });
@@ -266,7 +266,7 @@ impl Link {
             router: Router::with(device, &outbox, start),
             queue,
             begun,
-            terminal: device.config().terminal.enabled,
+            terminal: device.config().terminal,
             mender_client: device.config().mender_client,
             sessions: HashMap::new(),
             replaced: Vec::new(),

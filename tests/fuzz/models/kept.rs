@@ -71,7 +71,7 @@ pub fn run(data: &[u8]) {
         _ => (vec![terminal, file_again], true),
     };
     let mut config = config("{}");
-    config.sessions.keep_detached = Duration::from_secs(3600);
+    config.keep_detached = Duration::from_secs(3600);
     let ours = which % 16 != 6;
     if !ours {
         config.shell.user.uid = Uid::from_raw(config.shell.user.uid.as_raw() + 1);
