@@ -48,10 +48,10 @@ impl<'a> Survey<'a> {
         let values = raw.filled(&mut Notes::new());
 
         let errors = config::validate(&values, config::user_of_shell(&values, shells)).err();
-        let advice = errors.iter().flatten().filter_map(|error| {
-            let (key, text) = (error.key()?, error.to_string());
-            let text = text.strip_prefix(&format!("{}: ", key.name())).unwrap_or(&text).to_owned();
-            Some((Level::Error, key, text))
+        let advice = errors.into_iter().flatten().map(|error| match error {
+            ConfigError::Unusable(key, text) => (Level::Error, key, text),
+            // The list of shells is at fault, or the shell isn't on it.
+            other => (Level::Error, Key::ShellCommand, other.to_string()),
         });
         let mut advice: Vec<Advice> = advice.collect();
         advice.sort_by_key(|(_, key, _)| *key == Key::User);
@@ -70,7 +70,9 @@ impl<'a> Survey<'a> {
         findings.extend(advice.into_iter().map(|(level, key, text)| {
             // A key that neither file sets belongs in the main one.
             let file = if raw.origin(key) == Origin::Fallback { fallback } else { main };
-            (level, file, format!("{}: {text}", key.name()))
+            // Errors in the elements of a key begin with its name.
+            let name = format!("{}: ", key.name());
+            (level, file, if text.starts_with(&name) { text } else { name + &text })
         }));
         findings.sort_by_key(|(level, ..)| *level);
         Survey { main: (main, main_state), fallback: (fallback, fallback_state), findings, values }

@@ -123,18 +123,6 @@ pub enum ConfigError {
     ShellNotListed(String),
 }
 
-impl ConfigError {
-    /// `None` if a whole file is at fault.
-    pub(crate) fn key(&self) -> Option<Key> {
-        match self {
-            ConfigError::Syntax(_) => None,
-            ConfigError::Misfit(misfit) => misfit.key,
-            ConfigError::Unusable(key, _) => Some(*key),
-            ConfigError::Open { .. } | ConfigError::ShellNotListed(_) => Some(Key::ShellCommand),
-        }
-    }
-}
-
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("Error parsing config file: {}: {text}", if path.is_empty() { "top level" } else { path })]
 pub struct Misfit {
