@@ -46,21 +46,26 @@ const AUDIT_RESERVE: usize = 64 * 1024;
 const OVERHEAD: usize = 48;
 
 pub(crate) struct Logger {
-    queue: Queue,
+    lines: Receiver<String>,
+    state: Mutex<State>,
     sink: Box<WriteLogger<LineWriter<Stderr>>>,
     journal: bool,
     /// Disconnected when the log thread ends.
     ended: OnceLock<Receiver<()>>,
 }
 
+/// `lost` and `lost_audit` count since the queue was last empty.
+struct State {
+    /// `None` once the log is finished.
+    sender: Option<Sender<String>>,
+    bytes: usize,
+    lost: usize,
+    lost_audit: usize,
+}
+
 /// Queues lines until [`Logger::start`].
 pub(crate) fn init(level: LevelFilter) -> &'static Logger {
-    let mut config = ConfigBuilder::new();
-    // Lines arrive with time and level.
-    config.set_time_level(LevelFilter::Off).set_max_level(LevelFilter::Off);
-    let sink = WriteLogger::new(LevelFilter::Trace, config.build(), LineWriter::new(io::stderr()));
-    let logger = Logger { queue: Queue::new(), sink, journal: stderr_is_journal(), ended: OnceLock::new() };
-    let logger: &'static Logger = Box::leak(Box::new(logger));
+    let logger: &'static Logger = Box::leak(Box::new(Logger::new()));
     let _ = log::set_logger(logger);
     log::set_max_level(level);
     logger
@@ -79,12 +84,22 @@ fn time() -> String {
 }
 
 impl Logger {
+    fn new() -> Self {
+        let mut config = ConfigBuilder::new();
+        // Lines arrive with time and level.
+        config.set_time_level(LevelFilter::Off).set_max_level(LevelFilter::Off);
+        let sink = WriteLogger::new(LevelFilter::Trace, config.build(), LineWriter::new(io::stderr()));
+        let (sender, lines) = unbounded();
+        let state = Mutex::new(State { sender: Some(sender), bytes: 0, lost: 0, lost_audit: 0 });
+        Logger { lines, state, sink, journal: stderr_is_journal(), ended: OnceLock::new() }
+    }
+
     /// Call it after dropping privileges: a thread inherits them.
     pub(crate) fn start(&'static self) -> io::Result<()> {
         if self.ended.get().is_none() {
             let (ends, ended) = bounded(0);
             thread::spawn("log", STACK, move || {
-                self.queue.lines.iter().for_each(|line| self.write(&line));
+                self.lines.iter().for_each(|line| self.write(&line));
                 drop::<Sender<()>>(ends);
             })?;
             let _ = self.ended.set(ended);
@@ -95,75 +110,19 @@ impl Logger {
     /// Waits up to [`LAST_LINES`] for the queue to drain, and drops later lines. Call it before the process ends.
     pub(crate) fn finish(&'static self) {
         let _ = self.start();
-        lock(&self.queue.state).sender = None;
+        lock(&self.state).sender = None;
         match self.ended.get() {
             Some(ended) => _ = ended.recv_timeout(LAST_LINES),
             // Without a thread: better to block than to end without a reason.
-            None => self.queue.lines.iter().for_each(|line| self.write(&line)),
+            None => self.lines.iter().for_each(|line| self.write(&line)),
         }
     }
 
     fn write(&self, line: &str) {
         self.print(line);
-        if let Some(report) = self.queue.written(line) {
+        if let Some(report) = self.written(line) {
             self.print(&self.line(Level::Warn, &format!("\"{report}\"")));
         }
-    }
-
-    fn print(&self, line: &str) {
-        self.sink.log(&Record::builder().args(format_args!("{line}")).build());
-    }
-
-    fn line(&self, level: Level, message: &str) -> String {
-        let (name, priority) = LEVELS[level as usize - 1];
-        if self.journal {
-            format!("<{priority}>level={name} msg={message}")
-        } else {
-            format!("{} level={name} msg={message}", time())
-        }
-    }
-}
-
-impl Log for Logger {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target().starts_with(OURS) && metadata.level() <= log::max_level()
-    }
-
-    fn log(&self, record: &Record<'_>) {
-        if !self.enabled(record.metadata()) {
-            return;
-        }
-        let audit = record.target() == audit::TARGET;
-        let message = if audit {
-            format!("audit {}", record.args())
-        } else {
-            audit::quoted(&record.args().to_string(), MAX_MESSAGE)
-        };
-        self.queue.push(self.line(record.level(), &message), audit);
-    }
-
-    fn flush(&self) {}
-}
-
-/// `lost` and `lost_audit` count since the queue was last empty.
-struct State {
-    /// `None` once the log is finished.
-    sender: Option<Sender<String>>,
-    bytes: usize,
-    lost: usize,
-    lost_audit: usize,
-}
-
-struct Queue {
-    lines: Receiver<String>,
-    state: Mutex<State>,
-}
-
-impl Queue {
-    fn new() -> Self {
-        let (sender, lines) = unbounded();
-        let state = State { sender: Some(sender), bytes: 0, lost: 0, lost_audit: 0 };
-        Queue { lines, state: Mutex::new(state) }
     }
 
     fn push(&self, line: String, audit: bool) {
@@ -199,6 +158,40 @@ impl Queue {
         };
         Some(format!("{lost} lines lost: standard error was blocked{audit}"))
     }
+
+    fn print(&self, line: &str) {
+        self.sink.log(&Record::builder().args(format_args!("{line}")).build());
+    }
+
+    fn line(&self, level: Level, message: &str) -> String {
+        let (name, priority) = LEVELS[level as usize - 1];
+        if self.journal {
+            format!("<{priority}>level={name} msg={message}")
+        } else {
+            format!("{} level={name} msg={message}", time())
+        }
+    }
+}
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target().starts_with(OURS) && metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let audit = record.target() == audit::TARGET;
+        let message = if audit {
+            format!("audit {}", record.args())
+        } else {
+            audit::quoted(&record.args().to_string(), MAX_MESSAGE)
+        };
+        self.push(self.line(record.level(), &message), audit);
+    }
+
+    fn flush(&self) {}
 }
 
 #[cfg(test)]
@@ -207,8 +200,8 @@ mod tests {
 
     const LINE: &str = "a line";
 
-    fn full() -> (Queue, usize) {
-        let queue = Queue::new();
+    fn full() -> (Logger, usize) {
+        let queue = Logger::new();
         let mut lines = 0;
         while lock(&queue.state).lost == 0 {
             queue.push(LINE.to_owned(), false);
@@ -217,7 +210,7 @@ mod tests {
         (queue, lines - 1)
     }
 
-    fn write(queue: &Queue, lines: impl Iterator<Item = String>) -> Vec<String> {
+    fn write(queue: &Logger, lines: impl Iterator<Item = String>) -> Vec<String> {
         lines.flat_map(|line| [queue.written(&line), Some(line)].into_iter().flatten().rev()).collect()
     }
 
@@ -253,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_finished_queue_ends_behind_its_last_line() {
-        let queue = Queue::new();
+        let queue = Logger::new();
         queue.push(LINE.to_owned(), false);
         lock(&queue.state).sender = None;
         queue.push("late".to_owned(), false);
