@@ -217,7 +217,11 @@ pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Resu
         for path in &walk.unknown {
             note(Level::Warn, format!("{name}: ignoring unknown key {path}"));
         }
-        for name in walk.deprecated() {
+        // As upstream's warnings name them; keys with their default value are left out.
+        let used = |key: &Key| values.origin(*key) == origin && *values.get(*key) != key.kind().default();
+        let mut names: Vec<_> = Key::all().filter(used).filter_map(Key::deprecated).collect();
+        names.dedup();
+        for name in names {
             note(Level::Warn, format!("{name} field is deprecated, ignoring."));
         }
         note(Level::Info, format!("Loaded configuration file: {name}"));
@@ -245,15 +249,6 @@ impl Walk {
             Some(misfit) => Err(misfit.clone().into()),
             None => Ok(self),
         }
-    }
-
-    /// As upstream's warnings name them; keys with their default value are left out.
-    fn deprecated(&self) -> Vec<&'static str> {
-        let last = |key: &Key| self.given.iter().rfind(|(given, _)| given == key);
-        let used = |key: &Key| last(key).is_some_and(|(_, value)| *value != key.kind().default());
-        let mut names: Vec<_> = Key::all().filter(used).filter_map(Key::deprecated).collect();
-        names.dedup();
-        names
     }
 
     fn misfit(&mut self, key: Option<Key>, path: &str, expected: &str, found: &RawValue) {
