@@ -257,10 +257,9 @@ impl Walk {
             b'[' => "an array",
             b'"' => "a string",
             b't' | b'f' => "a boolean",
-            // ASCII, so the cut is at a character.
-            _ => found.get().get(..MAX_NUMBER).unwrap_or(found.get()),
+            _ => found.get(),
         };
-        let text = format!("expected {expected}, found {found}");
+        let text = format!("expected {expected}, found {found:.MAX_NUMBER$}");
         self.misfits.push(Misfit { key, path: path.to_owned(), text });
     }
 

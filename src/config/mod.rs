@@ -242,8 +242,7 @@ fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
             }
             // At the start or reload that brings it, instead of at each attempt to connect.
             let scheme = server_url.trim_start().split_once("://").map_or("", |(scheme, _)| scheme);
-            let is_known =
-                ["https", "http", "wss", "ws"].iter().any(|name| scheme.eq_ignore_ascii_case(name));
+            let is_known = matches!(&*scheme.to_ascii_lowercase(), "https" | "http" | "wss" | "ws");
             if !server_url.is_empty() && !is_known {
                 let why = "Auth.ServerURL has no scheme, or an unknown one: https://NAME is its usual form";
                 unusable(Key::AuthServerUrl, why.to_owned());
