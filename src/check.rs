@@ -8,7 +8,7 @@ use nix::unistd::{Group, User};
 use serde_json::Value;
 use strsim::osa_distance;
 
-use crate::config::{self, ConfigError, Key, Misfit, Notes, Origin, Values, Walk};
+use crate::config::{self, ConfigError, Key, Misfit, Origin, Values, Walk};
 use crate::link::{Endpoint, IN_CLEAR};
 use crate::sys::{print, reason, visible, writers};
 
@@ -45,7 +45,8 @@ impl<'a> Survey<'a> {
         let (main_state, more_misfits) = read(main, Origin::Main, &mut raw, &mut findings);
         misfits.extend(more_misfits);
         let broken = [main_state, fallback_state].contains(&BROKEN);
-        let values = raw.filled(&mut Notes::new());
+        // What it logs goes nowhere: only the daemon has a logger.
+        let values = raw.filled();
 
         let errors = config::validate(&values, config::user_of_shell(&values, shells)).err();
         let advice = errors.into_iter().flatten().map(|error| match error {

@@ -15,7 +15,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::str::Utf8Chunk;
 
-use log::Level;
+use log::{error, info, warn};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Error, Number, Value};
@@ -25,9 +25,6 @@ use super::{ConfigError, Misfit};
 
 /// Digits of a number shown in an error.
 const MAX_NUMBER: usize = 40;
-
-/// Log lines, collected so that tests can look at them.
-pub(crate) type Notes = Vec<(Level, String)>;
 
 /// Replaces a malformed umask: an error would disable the terminal that is needed to correct it.
 const STRICT_UMASK: u32 = 0o077;
@@ -82,7 +79,7 @@ impl Values {
         Some(texts.map(str::to_owned).collect())
     }
 
-    pub(crate) fn filled(&self, notes: &mut Notes) -> Values {
+    pub(crate) fn filled(&self) -> Values {
         let mut filled = self.clone();
         let mut set = |key: Key, value: Value| {
             let origin = if value == *self.get(key) { self.origin(key) } else { Origin::Default };
@@ -93,18 +90,17 @@ impl Values {
             let default = key.kind().default();
             if matches!(key, Key::ShellCommand | Key::ShellArguments) {
                 let shown = default.to_string().replace('"', "");
-                notes.push((Level::Warn, format!("{} is empty, defaulting to {shown}", key.name())));
+                warn!("{} is empty, defaulting to {shown}", key.name());
             }
             set(key, default);
         }
         let stop = self.flag(Key::StopExpired);
         let [idle, age] = [Key::ExpireAfterIdle, Key::ExpireAfter].map(given);
         if stop && !idle && !age {
-            notes.push((Level::Info, "Defaulting ExpireAfterIdle to 10m0s".to_owned()));
+            info!("Defaulting ExpireAfterIdle to 10m0s");
         }
         if stop && idle && age {
-            let text = "ExpireAfter and ExpireAfterIdle are mutually exclusive, ignoring ExpireAfter";
-            notes.push((Level::Warn, text.to_owned()));
+            warn!("ExpireAfter and ExpireAfterIdle are mutually exclusive, ignoring ExpireAfter");
         }
         // At most one of the two limits stays above zero.
         if !stop || (age && !idle) {
@@ -116,8 +112,7 @@ impl Values {
         let seconds = self.get(Key::ReconnectInterval).as_i64().unwrap_or_default();
         if seconds < 0 {
             let default = Key::ReconnectInterval.kind().default();
-            let text = format!("ReconnectIntervalSeconds is negative, defaulting to {default}s");
-            notes.push((Level::Warn, text));
+            warn!("ReconnectIntervalSeconds is negative, defaulting to {default}s");
             set(Key::ReconnectInterval, default);
         } else if seconds > u32::MAX.into() {
             // Small enough that sums with it cannot overflow.
@@ -126,8 +121,7 @@ impl Values {
         let (umask, used) = (self.text(Key::Umask), self.umask().unwrap_or(STRICT_UMASK) & 0o777);
         if self.flag(Key::Limits) && !umask.is_empty() && self.umask() != Some(used) {
             if self.umask().is_none() {
-                let text = format!("{umask:?} is not an octal number, using {used:03o} instead");
-                notes.push((Level::Error, format!("{} {text}", Key::Umask.name())));
+                error!("{} {umask:?} is not an octal number, using {used:03o} instead", Key::Umask.name());
             }
             set(Key::Umask, format!("{used:03o}").into());
         }
@@ -203,32 +197,29 @@ fn mend_surrogates(text: &mut String) {
 }
 
 /// Values in `main` win over `fallback`; either file may be missing.
-pub(super) fn read_both(main: &Path, fallback: &Path, notes: &mut Notes) -> Result<Values, ConfigError> {
+pub(super) fn read_both(main: &Path, fallback: &Path) -> Result<Values, ConfigError> {
     let mut values = Values::default();
-    let mut note = |level, text: String| notes.push((level, text));
     let mut any = false;
     for (file, origin) in [(fallback, Origin::Fallback), (main, Origin::Main)] {
         let name = file.display();
         let walk = values.read(file, origin).and_then(|walk| walk.map(Walk::fit).transpose());
-        let walk = walk.inspect_err(|error| {
-            note(Level::Error, format!("Error loading configuration from file: {name} ({error})"));
-        })?;
+        let walk = walk.inspect_err(|e| error!("Error loading configuration from file: {name} ({e})"))?;
         let Some(walk) = walk else { continue };
         for path in &walk.unknown {
-            note(Level::Warn, format!("{name}: ignoring unknown key {path}"));
+            warn!("{name}: ignoring unknown key {path}");
         }
         // As upstream's warnings name them; keys with their default value are left out.
         let used = |key: &Key| values.origin(*key) == origin && *values.get(*key) != key.kind().default();
         let mut names: Vec<_> = Key::all().filter(used).filter_map(Key::deprecated).collect();
         names.dedup();
         for name in names {
-            note(Level::Warn, format!("{name} field is deprecated, ignoring."));
+            warn!("{name} field is deprecated, ignoring.");
         }
-        note(Level::Info, format!("Loaded configuration file: {name}"));
+        info!("Loaded configuration file: {name}");
         any = true;
     }
     if !any {
-        note(Level::Info, "No configuration files present. Using defaults".to_owned());
+        info!("No configuration files present. Using defaults");
     }
     Ok(values)
 }

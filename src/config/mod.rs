@@ -8,13 +8,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use log::Level;
+use log::error;
 
 use crate::sys::users::{self, User};
 
 pub use allow::Allowed;
 pub(crate) use keys::Key;
-pub(crate) use load::{Notes, Origin, Values, Walk};
+pub(crate) use load::{Origin, Values, Walk};
 
 mod allow;
 mod keys;
@@ -137,20 +137,15 @@ pub(crate) const SHELLS: &str = "/etc/shells";
 
 /// Reads `fallback`, then `main` over it; either may be missing. Logs defaults, ignored keys and errors.
 pub fn load(main: &Path, fallback: &Path) -> Result<Config, ConfigError> {
-    let mut notes = Notes::new();
-    let config = load_with(main, fallback, Path::new(SHELLS), &mut notes);
-    for (level, text) in notes {
-        log::log!(level, "{text}");
-    }
-    config
+    load_with(main, fallback, Path::new(SHELLS))
 }
 
-fn load_with(main: &Path, fallback: &Path, shells: &Path, notes: &mut Notes) -> Result<Config, ConfigError> {
-    let values = load::read_both(main, fallback, notes)?.filled(notes);
+fn load_with(main: &Path, fallback: &Path, shells: &Path) -> Result<Config, ConfigError> {
+    let values = load::read_both(main, fallback)?.filled();
     let config =
         validate(&values, user_of_shell(&values, shells)).map_err(|mut errors| errors.swap_remove(0));
     if let Err(error @ ConfigError::ShellNotListed(_)) = &config {
-        notes.push((Level::Error, error.to_string()));
+        error!("{error}");
     }
     config
 }

@@ -1,10 +1,41 @@
+use std::cell::RefCell;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
-use log::Level::{Error, Info, Warn};
+use log::Level::{self, Error, Info, Warn};
+use log::{LevelFilter, Log, Metadata, Record};
 use tempfile::TempDir;
 
 use super::*;
+
+/// Log lines.
+pub(crate) type Notes = Vec<(Level, String)>;
+
+thread_local!(static NOTES: RefCell<Notes> = const { RefCell::new(Vec::new()) });
+
+/// Keeps each thread's lines for the test in it.
+struct Collector;
+
+impl Log for Collector {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let _ = NOTES.try_with(|notes| notes.borrow_mut().push((record.level(), record.args().to_string())));
+    }
+
+    fn flush(&self) {}
+}
+
+/// Loads, and returns what was logged.
+pub(crate) fn load_from(main: &Path, fallback: &Path, shells: &Path) -> (Result<Config, ConfigError>, Notes) {
+    // Fails if another test has done so.
+    let _ = log::set_logger(&Collector);
+    log::set_max_level(LevelFilter::Info);
+    NOTES.take();
+    (load_with(main, fallback, shells), NOTES.take())
+}
 
 /// A device's file system, as far as the configuration sees it.
 pub(crate) struct Device {
@@ -38,8 +69,7 @@ impl Device {
 
     pub(crate) fn load(&self) -> (Result<Config, ConfigError>, Notes) {
         let [main, fallback, shells] = ["main", "fallback", "shells"].map(|name| self.dir.path().join(name));
-        let mut notes = Notes::new();
-        let config = load_with(&main, &fallback, &shells, &mut notes);
+        let (config, mut notes) = load_from(&main, &fallback, &shells);
         notes.retain(|(_, text)| !text.starts_with("Loaded configuration file: "));
         (config, notes)
     }

@@ -4,8 +4,7 @@ use log::Level::{Error, Info, Warn};
 use serde_json::json;
 
 use super::*;
-use crate::config::load_with;
-use crate::config::tests::{Device, EXPIRES, fail, load, note};
+use crate::config::tests::{Device, EXPIRES, fail, load, load_from, note};
 
 fn over(values: &Values, text: &str) -> Values {
     let mut values = values.clone();
@@ -387,10 +386,9 @@ fn a_file_that_exists_but_cannot_be_read_is_fatal() {
 #[test]
 fn only_enoent_makes_a_file_missing() {
     let device = Device::new();
-    let mut notes = Notes::new();
     let below_a_file = device.dir.path().join("sh/main");
     let nowhere = device.dir.path().join("no/such/dir");
-    let error = load_with(&below_a_file, &nowhere, Path::new("/etc/shells"), &mut notes).unwrap_err();
+    let error = load_from(&below_a_file, &nowhere, Path::new("/etc/shells")).0.unwrap_err();
     assert!(matches!(error, ConfigError::Open { file, .. } if file == below_a_file));
 }
 
@@ -474,8 +472,8 @@ fn loaded_files_are_named_in_their_order() {
     device.write("main", &device.working(EXPIRES));
     device.write("fallback", "null");
     let [main, fallback, shells] = ["main", "fallback", "shells"].map(|name| device.dir.path().join(name));
-    let mut notes = Notes::new();
-    load_with(&main, &fallback, &shells, &mut notes).unwrap();
+    let (config, notes) = load_from(&main, &fallback, &shells);
+    assert!(config.is_ok());
     let loaded = |file: PathBuf| note(Info, &format!("Loaded configuration file: {}", file.display()));
     assert_eq!(notes, [loaded(fallback), loaded(main)]);
 }
