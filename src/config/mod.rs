@@ -156,15 +156,17 @@ pub(crate) fn validate(
     user: Result<User, Vec<ConfigError>>,
 ) -> Result<Config, Vec<ConfigError>> {
     let mut errors = Vec::new();
+    let mut unusable = |key, why| errors.push(ConfigError::Unusable(key, why));
     let forward_targets = values.list(Key::Allow).map(|entries| {
-        entries.iter().filter_map(|entry| Allowed::parse(entry).map_err(|e| errors.push(e)).ok()).collect()
+        let mut refuse = |entry, why| unusable(Key::Allow, format!("PortForward.Allow: {entry:?}: {why}"));
+        entries.iter().filter_map(|entry| Allowed::parse(entry).map_err(|e| refuse(entry, e)).ok()).collect()
     });
-    let auth = auth(values, &mut errors);
+    let auth = auth(values, &mut unusable);
     let environment = values.map(Key::Environment);
     for (name, value) in &environment {
         if name.is_empty() || name.contains('=') || format!("{name}{value}").contains('\0') {
             let why = format!("Terminal.Environment: no variable can be {name:?}={value:?}");
-            errors.push(ConfigError::Unusable(Key::Environment, why));
+            unusable(Key::Environment, why);
         }
     }
     let user = user.map_err(|more| errors.extend(more)).ok();
@@ -221,9 +223,8 @@ pub(crate) fn validate(
     })
 }
 
-fn auth(values: &Values, errors: &mut Vec<ConfigError>) -> Auth {
+fn auth(values: &Values, unusable: &mut impl FnMut(Key, String)) -> Auth {
     let (token, server_url) = (values.text(Key::TokenFile), values.text(Key::AuthServerUrl));
-    let mut unusable = |key, why| errors.push(ConfigError::Unusable(key, why));
     match values.text(Key::AuthSource) {
         "dbus" => return Auth::Dbus,
         "file" => {

@@ -331,6 +331,12 @@ fn without_a_list_only_bin_sh_will_do() {
 }
 
 #[test]
+fn an_entry_that_cannot_be_read_is_named() {
+    let error = fail(r#"{"User": "root", "PortForward": {"Allow": ["tcp/*:1", "tcp/host:0"]}}"#);
+    assert_eq!(error, r#"PortForward.Allow: "tcp/host:0": "0" is no port, expected 1 to 65535"#);
+}
+
+#[test]
 fn the_token_comes_from_the_bus_or_a_file() {
     for members in
         ["", r#""Auth": {}"#, r#""Auth": {"Source": "dbus"}"#, r#""auth": {"Source": "", "TokenFile": "/t"}"#]
