@@ -70,7 +70,7 @@ fn differing(pid: &str) -> Vec<&'static str> {
         entries.find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"=")).unwrap_or_default()
     };
     let ours = |name: &str| std::env::var_os(name).unwrap_or_default().into_encoded_bytes();
-    let names = PROXY_VARIABLES.as_flattened().iter().copied().chain(VARIABLES);
+    let names = PROXY_VARIABLES.into_iter().chain(VARIABLES);
     names.filter(|name| theirs(name) != ours(name)).collect()
 }
 

@@ -68,9 +68,8 @@ pub(crate) fn reach(
                 report.good("tcp", &format!("connected to {address}"));
                 step = "tls";
                 if !has_proxy {
-                    let names = PROXY_VARIABLES.as_flattened().iter().copied();
                     let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-                    let set: Vec<_> = names.filter(is_set).collect();
+                    let set: Vec<_> = PROXY_VARIABLES.into_iter().filter(is_set).collect();
                     let found = match set.iter().all(|name| name.eq_ignore_ascii_case("NO_PROXY")) {
                         true => "none, no variable names one".to_owned(),
                         false => format!("none for this server, {} notwithstanding", set.join(", ")),

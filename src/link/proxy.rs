@@ -13,8 +13,8 @@ use crate::sys::net::contains;
 use crate::sys::reason;
 
 /// For http, for https, exceptions.
-pub(crate) const PROXY_VARIABLES: [[&str; 3]; 2] =
-    [["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"], ["http_proxy", "https_proxy", "no_proxy"]];
+pub(crate) const PROXY_VARIABLES: [&str; 6] =
+    ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
 
 /// Read as curl and Go do.
 #[derive(Default, Clone)]
@@ -57,8 +57,8 @@ impl ProxySettings {
 
     fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Self {
         let set = |name: &str| lookup(name).filter(|v| !v.trim().is_empty());
-        let [upper, lower] = PROXY_VARIABLES;
-        let [http, https, exceptions] = [0, 1, 2].map(|at| set(upper[at]).or_else(|| set(lower[at])));
+        let either = |at| set(PROXY_VARIABLES[at]).or_else(|| set(PROXY_VARIABLES[at + 3]));
+        let [http, https, exceptions] = [0, 1, 2].map(either);
         ProxySettings { http, https, exceptions: exceptions.unwrap_or_default() }
     }
 
