@@ -129,14 +129,9 @@ fn bytes(to_device: u64, from_device: u64) -> String {
 
 fn amount(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    let (mut rest, mut unit) = (bytes, 0);
-    while rest >= 1 << 20 {
-        (rest, unit) = (rest >> 10, unit + 1);
-    }
-    let tenths = rest * 10 / 1024;
+    let magnitude = bytes.max(1).ilog2() as usize / 10;
+    let Some(unit) = magnitude.checked_sub(1) else { return format!("{bytes} B") };
+    let tenths = (bytes >> (10 * unit)) * 10 / 1024;
     format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
 }
 
