@@ -13,7 +13,7 @@ use crate::config::{self, Auth, Config, ConfigError, Key};
 use crate::link::PROXY_VARIABLES;
 use crate::status;
 use crate::sys::pty::{Pty, WindowSize};
-use crate::sys::{clock, reason, writers};
+use crate::sys::{clock, process, reason, writers};
 
 /// Variables that change the daemon's behaviour, besides those for proxies.
 const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "DBUS_SYSTEM_BUS_ADDRESS"];
@@ -25,7 +25,7 @@ const SOON: u64 = 3600;
 pub(crate) fn daemon(report: &mut Report) -> bool {
     let processes = daemons();
     for pid in &processes {
-        let others = differing(pid).join(", ");
+        let others = differing(*pid).join(", ");
         if !others.is_empty() {
             report.warn(format!(
                 "process {pid} has other values than this shell of: {others}. What it finds may differ"
@@ -50,20 +50,18 @@ pub(crate) fn daemon(report: &mut Report) -> bool {
 }
 
 /// Pids of all `mender-connect … daemon`, upstream's included.
-fn daemons() -> Vec<String> {
-    let is_daemon = |pid: &str| {
+fn daemons() -> Vec<i32> {
+    let is_daemon = |pid: &i32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let mut words = line.split(|byte| *byte == 0);
         words.any(|word| word.rsplit(|byte| *byte == b'/').next() == Some(b"mender-connect"))
             && words.any(|word| word == b"daemon")
     };
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-    names.filter(|name| name.bytes().all(|b| b.is_ascii_digit()) && is_daemon(name)).collect()
+    process::numbers_in("/proc").into_iter().filter(is_daemon).collect()
 }
 
 /// Variables that differ from ours; empty if the environment cannot be read.
-fn differing(pid: &str) -> Vec<&'static str> {
+fn differing(pid: i32) -> Vec<&'static str> {
     let Ok(environment) = fs::read(format!("/proc/{pid}/environ")) else { return Vec::new() };
     let theirs = |name: &str| {
         let mut entries = environment.split(|byte| *byte == 0);

@@ -318,7 +318,7 @@ pub(crate) fn unset_if_empty(variable: &str) {
 }
 
 /// Numeric names in a directory of procfs.
-pub(super) fn numbers_in(path: &str) -> Vec<i32> {
+pub(crate) fn numbers_in(path: &str) -> Vec<i32> {
     let entries = fs::read_dir(path).into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
 }
