@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::config::Auth;
 use crate::encoding::from_base64url;
-use crate::sys::{print, privilege, visible, visible_lines};
+use crate::sys::{print, privilege, visible};
 
 /// JSON is the default where standard output is no terminal. Returns whether all steps succeeded.
 pub(crate) fn run(main: &Path, fallback: &Path, json: Option<bool>) -> bool {
@@ -67,7 +67,6 @@ impl Report {
     fn add(&mut self, step: &str, found: &str, advice: Option<&str>) {
         let seconds = self.since.elapsed().as_secs_f64();
         let (found, warnings) = (visible(found), std::mem::take(&mut self.warnings));
-        let advice = advice.map(visible_lines);
         if self.json {
             self.steps.push(json!({
                 "step": step,
