@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use super::{Break, Report, expiry, span};
 use crate::auth::Credentials;
 use crate::link::{
-    Endpoint, IN_CLEAR, LinkError, PROXY_VARIABLES, Progress, ProxyKind, ProxySettings, TlsFault, trial,
+    IN_CLEAR, LinkError, PROXY_VARIABLES, Progress, ProxyKind, ProxySettings, TlsFault, trial,
 };
 use crate::sys::clock;
 use crate::sys::names::Query;
@@ -20,7 +20,7 @@ pub(crate) fn reach(
     by_mender_auth: bool,
     upgrade: bool,
 ) -> Result<(), Break> {
-    let (mut server, mut is_forwarder, mut has_proxy) = (None::<Endpoint>, false, false);
+    let (mut host, mut is_local, mut is_forwarder, mut has_proxy) = (String::new(), false, false, false);
     let (mut step, mut to_https) = ("server", false);
     // The two queries of a look-up run in parallel, as do attempts to connect.
     let (mut begun, mut answered, mut failures) = (Instant::now(), Vec::new(), Vec::new());
@@ -30,15 +30,15 @@ pub(crate) fn reach(
                 if endpoint.sends_in_clear() {
                     report.warn(IN_CLEAR);
                 }
-                server = Some(endpoint.clone());
-                is_forwarder = by_mender_auth && endpoint.is_loopback() && !endpoint.tls;
+                (host, is_local) = (endpoint.host.clone(), endpoint.is_loopback());
+                is_forwarder = by_mender_auth && is_local && !endpoint.tls;
                 let scheme = if endpoint.tls { "https" } else { "http" };
                 let forwarder = if is_forwarder { ", mender-auth's forwarder" } else { "" };
                 (format!("{scheme}://{}{forwarder}", endpoint.authority()), "dns")
             }
             Progress::Proxy(proxy) => {
                 has_proxy = proxy;
-                if server.as_ref().is_some_and(|server| !server.is_loopback()) {
+                if !is_local {
                     report.good("routes", &default_routes());
                 }
                 begun = Instant::now();
@@ -136,8 +136,7 @@ pub(crate) fn reach(
     let text = error.to_string();
     failures.retain(|failure| !failure.starts_with(&text));
     failures.drain(..).for_each(|failure| report.warn(failure));
-    let name = server.as_ref().map_or("", |server| &server.host);
-    let host = if let LinkError::Resolve { host, .. } = &error { host } else { name };
+    let host = if let LinkError::Resolve { host, .. } = &error { host } else { &host };
     let advice = advice(&error, step, is_forwarder, to_https);
     let mut advice = advice.replace("{now}", &now()).replace("{host}", host);
     let expired = expiry(credentials.token.reveal()).is_some_and(|at| at <= clock::now().as_secs());
