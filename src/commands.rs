@@ -48,11 +48,8 @@ pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, outbox: &Outbox) {
     }
     drop(running);
     let theirs = Arc::clone(commands);
-    let started = thread::spawn(command, thread::SMALL_STACK, move || {
-        let result = run(command);
-        finish(&theirs, command, &result, Outbox::reply);
-    });
-    if let Err(e) = started {
+    let body = move || finish(&theirs, command, &run(command), Outbox::reply);
+    if let Err(e) = thread::spawn(command, thread::SMALL_STACK, body) {
         let send = |outbox: &Outbox, answer: &Frame| _ = outbox.try_reply(answer);
         finish(commands, command, &Err(reason(&e)), send);
     }
