@@ -65,7 +65,7 @@ pub mod internals {
     pub use crate::backoff::wait;
     #[cfg(fuzzing)]
     pub use crate::config::model::of_texts;
-    pub use crate::config::{Allowed, Auth, Config, Expiry, Shell, load};
+    pub use crate::config::{Allowed, Auth, Config, Expiry, load};
     pub use crate::link::LinkError;
     #[cfg(fuzzing)]
     pub use crate::link::model::read;

@@ -25,7 +25,14 @@ pub(crate) mod model;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    pub shell: Shell,
+    /// An absolute path that /etc/shells lists.
+    pub shell: PathBuf,
+    pub arguments: Vec<String>,
+    pub user: User,
+    /// sudo and other set-uid programs then fail in the terminal.
+    pub no_new_privileges: bool,
+    /// Added to a login's variables, or replacing them.
+    pub environment: Vec<(String, String)>,
     pub terminal: bool,
     /// Columns and rows unless the client names a size; above zero.
     pub width: u16,
@@ -59,18 +66,6 @@ pub enum Auth {
         token: PathBuf,
         server_url: String,
     },
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shell {
-    /// An absolute path that /etc/shells lists.
-    pub command: PathBuf,
-    pub arguments: Vec<String>,
-    pub user: User,
-    /// sudo and other set-uid programs then fail in the terminal.
-    pub no_new_privileges: bool,
-    /// Added to a login's variables, or replacing them.
-    pub environment: Vec<(String, String)>,
 }
 
 /// Durations are above zero.
@@ -192,13 +187,11 @@ pub(crate) fn validate(
     };
     let seconds = |key| Duration::from_secs(values.number(key));
     Ok(Config {
-        shell: Shell {
-            command: values.text(Key::ShellCommand).into(),
-            arguments: values.list(Key::ShellArguments).unwrap_or_default(),
-            user,
-            no_new_privileges: values.flag(Key::NoNewPrivileges),
-            environment,
-        },
+        shell: values.text(Key::ShellCommand).into(),
+        arguments: values.list(Key::ShellArguments).unwrap_or_default(),
+        user,
+        no_new_privileges: values.flag(Key::NoNewPrivileges),
+        environment,
         terminal: !values.flag(Key::DisableTerminal),
         width: values.number(Key::Width),
         height: values.number(Key::Height),

@@ -118,7 +118,7 @@ fn a_minimal_file_gets_every_default() {
     assert!(config.file_transfer && config.port_forward && config.mender_client);
     assert_eq!(config.limits, None);
     assert_eq!(config.reconnect_interval, Duration::from_secs(5));
-    assert_eq!(config.shell.user.name, "root");
+    assert_eq!(config.user.name, "root");
     assert_eq!(notes, [note(Info, "Defaulting ExpireAfterIdle to 10m0s")]);
 }
 
@@ -137,7 +137,7 @@ fn every_key_reaches_its_field() {
     );
     assert_eq!(notes, []);
     assert_eq!((config.terminal, config.width, config.height), (false, 132, 43));
-    assert!(config.shell.no_new_privileges);
+    assert!(config.no_new_privileges);
     assert_eq!(config.expiry, Expiry::Age(Duration::from_secs(60)));
     assert_eq!(config.sessions_per_user, 4);
     assert!(!config.file_transfer && !config.port_forward && !config.mender_client);
@@ -200,7 +200,7 @@ fn shell_arguments_default_only_when_absent() {
             &format!(r#"{{"ShellCommand": "{}", "User": "root", {EXPIRES} {text}}}"#, device.path("sh")),
         );
         let (config, notes) = device.load();
-        (config.unwrap().shell.arguments, notes)
+        (config.unwrap().arguments, notes)
     };
     let warning = note(Warn, "ShellArguments is empty, defaulting to [--login]");
     for absent in ["", r#", "ShellArguments": null"#] {
@@ -218,7 +218,7 @@ fn an_empty_shell_command_defaults_to_bin_sh() {
     for command in ["", r#", "ShellCommand": """#, r#", "ShellCommand": null"#] {
         device.write("main", &format!(r#"{{"User": "root", "ShellArguments": [], {EXPIRES} {command}}}"#));
         let (config, notes) = device.load();
-        assert_eq!(config.unwrap().shell.command, Path::new("/bin/sh"));
+        assert_eq!(config.unwrap().shell, Path::new("/bin/sh"));
         assert_eq!(notes, [note(Warn, "ShellCommand is empty, defaulting to /bin/sh")]);
     }
 }

@@ -96,14 +96,13 @@ pub(crate) fn configuration(report: &mut Report, main: &Path, fallback: &Path) -
     })?;
     report.good("configuration", files);
 
-    let shell = &config.shell;
-    if config::knows_no_login(&shell.command, &shell.arguments) {
+    let Config { shell, arguments, user, .. } = &config;
+    if config::knows_no_login(shell, arguments) {
         let advice = "set ShellArguments to [\"-l\"]";
         report.warn(format!("this shell is dash, which knows no --login and ends at once: {advice}"));
     }
-    report.good("shell", &format!("{} {}", shell.command.display(), shell.arguments.join(" ")));
+    report.good("shell", &format!("{} {}", shell.display(), arguments.join(" ")));
 
-    let user = &shell.user;
     if !geteuid().is_root() && geteuid() != user.uid {
         report.warn("doctor isn't run by root: whether the shell could be this user's wasn't tried");
     }
@@ -116,7 +115,7 @@ pub(crate) fn terminal(report: &mut Report, config: &Config) -> Result<(), Break
         report.good("pty", "not needed, Terminal.Disable is set");
         return Ok(());
     }
-    let owner = geteuid().is_root().then_some(config.shell.user.uid);
+    let owner = geteuid().is_root().then_some(config.user.uid);
     Pty::open(WindowSize { width: config.width, height: config.height }, owner).map_err(|e| {
         let advice = match e.raw_os_error().map(Errno::from_raw) {
             Some(Errno::ENOSPC) => {

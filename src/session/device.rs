@@ -163,7 +163,7 @@ impl Device {
                 Some(shell) => info!(
                     "   {id} status:active started:{age} s ago, last input:{idle} s ago, user:{}, shell:{} pid:{}",
                     shell.user,
-                    config.shell.command.display(),
+                    config.shell.display(),
                     shell.pid
                 ),
                 None => info!("   {id} status:no shell started:{age} s ago"),

@@ -38,10 +38,10 @@ fn out_of_resources(e: io::Error) -> Error {
 }
 
 pub(crate) fn needs(config: &Config) -> Needs {
-    let privileged_shells = config.terminal && !config.shell.no_new_privileges;
+    let privileged_shells = config.terminal && !config.no_new_privileges;
     Needs {
         shells: config.terminal,
-        root_shells: privileged_shells && config.shell.user.uid.is_root(),
+        root_shells: privileged_shells && config.user.uid.is_root(),
         files: config.file_transfer,
         privileged_programs: privileged_shells || config.mender_client,
     }

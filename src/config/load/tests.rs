@@ -345,9 +345,9 @@ fn the_main_file_wins_field_by_field() {
     let (config, _) = device.load_with(
         r#""terminal": {"height": 60}, "Limits": {"FileTransfer": {"OwnerGet": ["z"], "Chroot": "/c"}}"#,
     );
-    assert_eq!(config.shell.user.name, "root");
+    assert_eq!(config.user.name, "root");
     assert_eq!((config.width, config.height), (100, 60));
-    assert_eq!(config.shell.arguments, [""; 0]);
+    assert_eq!(config.arguments, [""; 0]);
     assert!(!config.file_transfer && config.port_forward);
     let limits = config.limits.unwrap();
     assert_eq!(limits.owner_get, ["z"]);

@@ -151,7 +151,7 @@ impl Terminal {
         let history = History::adopt(output, (end, sent), peer.share.memory.none());
         let history = history.ok_or(io::ErrorKind::InvalidData)?;
         // Last, since an error after it would kill the process instead of hanging it up.
-        let process = SessionLeader::of_terminal(&pty, peer.device.config().shell.user.uid)?;
+        let process = SessionLeader::of_terminal(&pty, peer.device.config().user.uid)?;
         let info = peer.info.set_shell(description.user(), process.pid(), peer.info.traffic.since);
         let mut memory = peer.share.memory.none();
         memory.resize(input.len().saturating_sub(SMALL_INPUT));

@@ -314,7 +314,7 @@ impl Terminal {
             warn!(
                 "the shell ended at once with exit status 2: it may not know its arguments {:?}; \
                  a /bin/sh that is dash has no --login, set ShellArguments to [\"-l\"]",
-                peer.device.config().shell.arguments
+                peer.device.config().arguments
             );
         }
         // Frees the permit first: the client may ask for the next shell as soon as it gets this.

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 
-use crate::config;
+use crate::config::Config;
 use crate::permits::Permit;
 use crate::proto::UserId;
 use crate::session::peer::Peer;
@@ -47,17 +47,17 @@ impl Shell {
     /// follows "failed to start shell: ".
     pub(crate) fn start(peer: &Peer, of: &UserId, size: WindowSize) -> Result<Self, String> {
         let config = peer.device.config();
-        let config::Shell { command, arguments, no_new_privileges: confined, user, .. } = &config.shell;
+        let Config { shell, arguments, no_new_privileges: confined, user, .. } = &*config;
         let is_root = nix::unistd::geteuid().is_root();
         // Only root can set groups.
         let user = if is_root { &users::current(user).map_err(|e| e.to_string())? } else { user };
         let (pty, tty) = Pty::open(size, is_root.then_some(user.uid)).map_err(|e| reason(&e))?;
         let keeps = !config.keep_detached.is_zero() && !of.as_str().is_empty();
         let place = peer.device.store.as_ref().filter(|_| keeps).and_then(|store| store.keep(&pty));
-        let environment = environment(&config.shell, user, peer.id.as_str(), of.as_str());
+        let environment = environment(&config, user, peer.id.as_str(), of.as_str());
         let outlives = place.is_some();
-        let process = SessionLeader::spawn(command, arguments, user, *confined, environment, outlives, tty)
-            .map_err(|e| format!("fork/exec {}: {}", command.display(), reason(&e)))?;
+        let process = SessionLeader::spawn(shell, arguments, user, *confined, environment, outlives, tty)
+            .map_err(|e| format!("fork/exec {}: {}", shell.display(), reason(&e)))?;
         Ok(Shell { process, pty, size, input: VecDeque::new(), place, memory: peer.share.memory.none() })
     }
 
@@ -120,25 +120,24 @@ impl Shell {
     }
 }
 
-fn environment(shell: &config::Shell, user: &User, session: &str, of: &str) -> Vec<(String, OsString)> {
-    let config::Shell { command, arguments, environment, .. } = shell;
+fn environment(config: &Config, user: &User, session: &str, of: &str) -> Vec<(String, OsString)> {
     let name = || Some(user.name.clone().into());
     // An id may hold a NUL, a variable can't.
     let id = |id: &str| Some(id.into()).filter(|_| !id.is_empty() && !id.contains('\0'));
-    let is_login = arguments.iter().any(|argument| is_login_option(argument));
+    let is_login = config.arguments.iter().any(|argument| is_login_option(argument));
     let variables = [
         ("HOME", Some(user.home.clone().into())),
         ("TERM", Some("xterm-256color".into())),
         ("USER", name()),
         ("LOGNAME", name()),
-        ("SHELL", Some(command.clone().into())),
+        ("SHELL", Some(config.shell.clone().into())),
         ("LANG", LOCALES.into_iter().find_map(|file| lang(&fs::read_to_string(file).ok()?))),
         ("PATH", Some(PATH.into()).filter(|_| !is_login)),
         ("MENDER_SESSION_ID", id(session)),
         ("MENDER_USER_ID", id(of)),
     ];
     let variables = variables.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));
-    variables.chain(environment.iter().map(|(name, value)| (name.clone(), value.into()))).collect()
+    variables.chain(config.environment.iter().map(|(name, value)| (name.clone(), value.into()))).collect()
 }
 
 fn is_login_option(argument: &str) -> bool {

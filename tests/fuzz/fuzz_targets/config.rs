@@ -29,7 +29,7 @@ fuzz_target!(|data: &[u8]| {
 
 /// What the types don't say.
 fn check(config: &Config) {
-    assert!(config.shell.command != PathBuf::new());
+    assert!(config.shell != PathBuf::new());
     assert!(config.width > 0 && config.height > 0);
     assert!(config.sessions_per_user > 0);
     if let Expiry::Idle(after) | Expiry::Age(after) = config.expiry {

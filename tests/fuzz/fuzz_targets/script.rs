@@ -16,7 +16,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::{
     Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, Outbox, PORT_FORWARD,
-    Peer, Queue, Router, SHELL, Sendable, SessionId, Shell, Work, lookup, poll_one,
+    Peer, Queue, Router, SHELL, Sendable, SessionId, Work, lookup, poll_one,
 };
 use nix::poll::PollFlags;
 
@@ -121,13 +121,11 @@ const NUMBER: &str = "number";
 const BODY: Bytes = Bytes::from_static(&[0; 1 << 20]);
 
 static CONFIG: LazyLock<Config> = LazyLock::new(|| Config {
-    shell: Shell {
-        command: PathBuf::from("/bin/sh"),
-        arguments: Vec::new(),
-        user: lookup("root").expect("root is known"),
-        no_new_privileges: false,
-        environment: Vec::new(),
-    },
+    shell: PathBuf::from("/bin/sh"),
+    arguments: Vec::new(),
+    user: lookup("root").expect("root is known"),
+    no_new_privileges: false,
+    environment: Vec::new(),
     terminal: true,
     width: 80,
     height: 40,

@@ -74,7 +74,7 @@ pub fn run(data: &[u8]) {
     config.keep_detached = Duration::from_secs(3600);
     let ours = which % 16 != 6;
     if !ours {
-        config.shell.user.uid = Uid::from_raw(config.shell.user.uid.as_raw() + 1);
+        config.user.uid = Uid::from_raw(config.user.uid.as_raw() + 1);
     }
 
     let device = Device::new(config);
