@@ -6,9 +6,9 @@ use std::time::Instant;
 use crate::sys::lock;
 use crate::sys::wake::Wake;
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Permits {
-    limit: usize,
+    pub(crate) limit: usize,
     /// They come out of these.
     whole: Option<Arc<Permits>>,
     state: Mutex<State>,
@@ -33,17 +33,12 @@ pub(crate) struct Permit {
 
 impl Permits {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Permits { limit, whole: None, state: Mutex::default(), returned: Condvar::new() })
+        Arc::new(Permits { limit, ..Permits::default() })
     }
 
     /// Up to `limit` of them, for one of those who share them.
     pub(crate) fn share(self: &Arc<Self>, limit: usize) -> Arc<Self> {
-        let (whole, state, returned) = (Some(Arc::clone(self)), Mutex::default(), Condvar::new());
-        Arc::new(Permits { limit, whole, state, returned })
-    }
-
-    pub(crate) fn limit(&self) -> usize {
-        self.limit
+        Arc::new(Permits { limit, whole: Some(Arc::clone(self)), ..Permits::default() })
     }
 
     pub(crate) fn taken(&self) -> usize {
@@ -62,28 +57,22 @@ impl Permits {
 
     /// Notifies `wake` when a permit is returned, if there is none now.
     pub(crate) fn acquire_or_wake(self: &Arc<Self>, wake: &Arc<Wake>) -> Option<Permit> {
-        self.take_or_wake(wake).then(|| Permit { permits: Arc::clone(self), count: 1 })
+        self.change(0, 1, Some(wake)).then(|| Permit { permits: Arc::clone(self), count: 1 })
     }
 
-    fn take_or_wake(&self, wake: &Arc<Wake>) -> bool {
-        let mut state = lock(&self.state);
-        if state.taken >= self.limit {
-            // Also without those of sessions that have ended.
-            state.refused.retain(|known| known.strong_count() > 0 && known.as_ptr() != Arc::as_ptr(wake));
-            state.refused.push(Arc::downgrade(wake));
-            return false;
-        }
-        // Not taken first: to return it would wake the sessions that were refused meanwhile, which would wake this one.
-        let takes = self.whole.as_ref().is_none_or(|whole| whole.take_or_wake(wake));
-        state.taken += usize::from(takes);
-        takes
-    }
-
-    /// Fails without effect if there are not enough.
-    fn change(&self, from: usize, to: usize) -> bool {
+    /// Fails without effect if there are not enough. Then notifies `wake` when some are returned.
+    fn change(&self, from: usize, to: usize, wake: Option<&Arc<Wake>>) -> bool {
         let mut state = lock(&self.state);
         let (grows, taken) = (to > from, state.taken - from + to);
-        if grows && taken > self.limit || self.whole.as_ref().is_some_and(|whole| !whole.change(from, to)) {
+        if grows && taken > self.limit {
+            // Also without those of sessions that have ended.
+            let is_this = |known: &Weak<Wake>| wake.is_some_and(|wake| known.as_ptr() == Arc::as_ptr(wake));
+            state.refused.retain(|known| known.strong_count() > 0 && !is_this(known));
+            state.refused.extend(wake.map(Arc::downgrade));
+            return false;
+        }
+        // Not taken here first: to return it would wake the sessions that were refused meanwhile, which would wake this one.
+        if self.whole.as_ref().is_some_and(|whole| !whole.change(from, to, wake)) {
             return false;
         }
         state.taken = taken;
@@ -116,7 +105,7 @@ impl Permit {
 
     /// Fails without effect if there are not enough.
     pub(crate) fn resize(&mut self, count: usize) -> bool {
-        let may = count == self.count || self.permits.change(self.count, count);
+        let may = count == self.count || self.permits.change(self.count, count, None);
         if may {
             self.count = count;
         }

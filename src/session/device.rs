@@ -101,7 +101,7 @@ impl Device {
         let mut shares = lock(&self.shares);
         // A look-up that is abandoned outlasts its session, and the link.
         shares.retain(|_, share| Arc::strong_count(share) > 1 || share.look_ups.taken() > 0);
-        let most = |whole: &Arc<Permits>| whole.share(whole.limit() - whole.limit() / LEFT_TO_OTHERS);
+        let most = |whole: &Arc<Permits>| whole.share(whole.limit - whole.limit / LEFT_TO_OTHERS);
         let share = || {
             let look_ups = self.look_ups.share(MAX_LOOK_UPS_OF_USER);
             Arc::new(Share { look_ups, forwards: most(&self.forwards), memory: most(&self.memory) })
