@@ -1,10 +1,12 @@
 //! Counted rights: threads, look-ups, forwards, bytes of memory. Dropping a guard returns its share.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
-use crate::sys::lock;
+use nix::poll::PollFlags;
+
 use crate::sys::wake::Wake;
+use crate::sys::{lock, poll_one};
 
 #[derive(Debug, Default)]
 pub(crate) struct Permits {
@@ -12,7 +14,6 @@ pub(crate) struct Permits {
     /// They come out of these.
     whole: Option<Arc<Permits>>,
     state: Mutex<State>,
-    returned: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -21,8 +22,6 @@ struct State {
     /// Notified when a permit is returned. Weak, since that may take long: a session that has ended closes its
     /// descriptor.
     refused: Vec<Weak<Wake>>,
-    /// [`Permits::wait_until_unused`] waits.
-    awaited: bool,
 }
 
 #[derive(Debug)]
@@ -71,30 +70,29 @@ impl Permits {
             state.refused.extend(wake.map(Arc::downgrade));
             return false;
         }
-        // Not taken here first: to return it would wake the sessions that were refused meanwhile, which would wake this one.
+        // Not taken first: to return it would wake the sessions that were refused meanwhile, which would wake this one.
         if self.whole.as_ref().is_some_and(|whole| !whole.change(from, to, wake)) {
             return false;
         }
         state.taken = taken;
         if !grows {
-            let (refused, awaited) = (std::mem::take(&mut state.refused), state.awaited);
+            let refused = std::mem::take(&mut state.refused);
             drop(state);
-            // Notifying is a system call even if nobody waits, and memory is returned for each message.
-            if awaited {
-                self.returned.notify_all();
-            }
             refused.iter().filter_map(Weak::upgrade).for_each(|wake| wake.notify());
         }
         true
     }
 
-    /// Returns false at `deadline`.
-    pub(crate) fn wait_until_unused(&self, deadline: Instant) -> bool {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let mut state = lock(&self.state);
-        state.awaited = true;
-        let waited = self.returned.wait_timeout_while(state, left, |state| state.taken > 0);
-        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    /// Takes all of them for a moment. Returns false at `deadline`.
+    pub(crate) fn wait_until_unused(&self, wake: &Arc<Wake>, deadline: Instant) -> bool {
+        while !self.change(0, self.limit, Some(wake)) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            let _ = poll_one(wake, PollFlags::POLLIN, Some(deadline));
+            wake.clear();
+        }
+        self.change(self.limit, 0, None)
     }
 }
 
@@ -169,12 +167,13 @@ mod tests {
 
     #[test]
     fn the_last_one_returned_ends_the_wait() {
-        let permits = Permits::new(2);
-        assert!(permits.wait_until_unused(Instant::now()));
+        let (permits, wake) = (Permits::new(2), Arc::new(Wake::new().unwrap()));
+        let wait = |deadline| permits.wait_until_unused(&wake, deadline);
+        assert!(wait(Instant::now()));
         let held = permits.acquire().unwrap();
-        assert!(!permits.wait_until_unused(Instant::now()));
+        assert!(!wait(Instant::now()));
         let other = crate::sys::thread::spawn("other", 64 << 10, move || drop(held)).unwrap();
-        assert!(permits.wait_until_unused(Instant::now() + Duration::from_secs(10)));
+        assert!(wait(Instant::now() + Duration::from_secs(10)) && permits.taken() == 0);
         other.join().unwrap();
     }
 }

@@ -180,7 +180,7 @@ impl Device {
     }
 
     /// Waits for the end of all session threads. False if `deadline` came first.
-    pub fn wait_until_quiet(&self, deadline: Instant) -> bool {
-        self.threads.wait_until_unused(deadline)
+    pub fn wait_until_quiet(&self, wake: &Arc<Wake>, deadline: Instant) -> bool {
+        self.threads.wait_until_unused(wake, deadline)
     }
 }

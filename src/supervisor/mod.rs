@@ -319,7 +319,7 @@ impl Supervisor {
         drop((self.status, self.link, self.reporter));
         // A link's thread drops its router, which ends the sessions, before its reporter.
         while self.reports.recv_deadline(deadline).is_ok() {}
-        if !self.context.wait_until_quiet(deadline) {
+        if !self.context.wait_until_quiet(&self.wake, deadline) {
             warn!("some processes did not end in time");
             children::leave_descriptors_behind();
         }

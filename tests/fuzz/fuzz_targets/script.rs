@@ -16,7 +16,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mender_connect::internals::{
     Auth, CONTROL, Config, Device, Expiry, FILE_TRANSFER, Frame, MENDER_CLIENT, Map, Outbox, PORT_FORWARD,
-    Peer, Queue, Router, SHELL, Sendable, SessionId, Work, lookup, poll_one,
+    Peer, Queue, Router, SHELL, Sendable, SessionId, Wake, Work, lookup, poll_one,
 };
 use nix::poll::PollFlags;
 
@@ -164,9 +164,10 @@ fuzz_target!(|script: Script| {
         assert!(link.queued.len() <= MAX_ANSWERS);
     }
     ended.extend(link.end());
-    assert_eq!(device.wait_until_quiet(Instant::now()), ended.is_empty());
+    let wake = Arc::new(Wake::new().expect("an eventfd"));
+    assert_eq!(device.wait_until_quiet(&wake, Instant::now()), ended.is_empty());
     drop(ended);
-    assert!(device.wait_until_quiet(Instant::now()), "a session is counted that isn't there");
+    assert!(device.wait_until_quiet(&wake, Instant::now()), "a session is counted that isn't there");
 });
 
 impl Message {
