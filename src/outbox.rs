@@ -154,7 +154,9 @@ impl Outbox {
     /// Waits for a place.
     pub fn reply(&self, frame: &Frame) {
         let class = if frame.body.len() > SHORT { Class::Bulk } else { Class::Interactive };
-        self.put(Item::of(frame, class));
+        let mut item = Item::of(frame, class);
+        item.waited = class == Class::Interactive && self.places.send(()).is_ok();
+        self.queue(item);
     }
 
     /// Never waits: returns false if the channel is full.
@@ -163,11 +165,6 @@ impl Outbox {
         let sent = self.messages[item.class as usize].try_send(item).is_ok();
         self.writer.unpark();
         sent
-    }
-
-    fn put(&self, mut item: Box<Item>) {
-        item.waited = item.class == Class::Interactive && self.places.send(()).is_ok();
-        self.queue(item);
     }
 
     fn queue(&self, item: Box<Item>) {
@@ -257,11 +254,6 @@ impl Sink {
         Sink { outbox: outbox.clone(), places: [(); 2].map(|()| Permits::new(MAX_DATA)), wake }
     }
 
-    /// For a session without a link: drops everything.
-    pub(crate) fn closed(wake: &Arc<Wake>) -> Self {
-        Sink::new(&Outbox::new().0, Arc::clone(wake))
-    }
-
     /// Size of a data message in bytes, such that an echo doesn't wait long behind it.
     pub(crate) fn piece(&self, least: usize, most: usize) -> usize {
         let crowded = self.outbox.shared.pool.lent() >= MAX_BULK;
@@ -313,7 +305,7 @@ impl Sink {
 
     /// Queues an answer behind the session's bulk data. Waits for a place.
     pub(crate) fn reply_behind_bulk(&self, frame: &Frame) {
-        self.outbox.put(Item::of(frame, Class::Bulk));
+        self.outbox.queue(Item::of(frame, Class::Bulk));
     }
 }
 

@@ -1,6 +1,7 @@
 //! A shell without a client: it waits for its client or its user, and outlives the agent where the service manager
 //! keeps its terminal.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
@@ -10,7 +11,7 @@ use super::shell::{SMALL_INPUT, Shell};
 use super::{
     ANSWER_LIMIT, Discard, History, Peer, Record, Running, State, Terminal, WindowSize, health, wire,
 };
-use crate::outbox::Sink;
+use crate::outbox::{Outbox, Sink};
 use crate::proto::{Frame, Map, SHELL, SessionId};
 use crate::session::credit::Credit;
 use crate::session::inbox::HangUp;
@@ -39,7 +40,8 @@ impl Terminal {
         if running.detached.is_some() {
             return;
         }
-        let sink = mem::replace(&mut peer.sink, Sink::closed(&peer.wake));
+        // Without a writer the new one drops everything.
+        let sink = mem::replace(&mut peer.sink, Sink::new(&Outbox::new().0, Arc::clone(&peer.wake)));
         Record::new("shell-detach", Some(&peer.id), &running.info.user)
             .with("pid", running.info.pid)
             .since(running.info.traffic.since, now)
