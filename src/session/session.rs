@@ -43,15 +43,6 @@ struct Session {
     waiting: Option<(Frame, Instant)>,
 }
 
-/// Frames that the router ignores without a session don't count: a `pong` may follow a `close`.
-fn starts_idling(frame: &Frame) -> bool {
-    match frame.proto {
-        SHELL => false,
-        CONTROL => !matches!(frame.typ.as_str(), control::CLOSE | control::PONG | control::ERROR),
-        _ => true,
-    }
-}
-
 pub(crate) fn start(peer: Peer, terminal: Terminal) -> io::Result<()> {
     let name = format!("s-{}", peer.id);
     let run = move || {
@@ -237,14 +228,19 @@ impl Session {
         {
             return;
         }
+        // Frames that the router ignores without a session don't count: a `pong` may follow a `close`.
+        let idles = match frame.proto {
+            SHELL => false,
+            CONTROL => !matches!(frame.typ.as_str(), control::CLOSE | control::PONG | control::ERROR),
+            _ => true,
+        };
         // A shell's session may be beyond the others' number. One that goes on without its shell would keep its thread from
         // the next one.
-        let begins = self.close_at.is_none() && starts_idling(&frame);
-        if begins && self.peer.device.threads.taken() > MAX_SESSIONS + MAKING_ROOM {
+        if idles && self.close_at.is_none() && self.peer.device.threads.taken() > MAX_SESSIONS + MAKING_ROOM {
             return self.peer.reply(&control::error_about(&self.peer.id, &frame, "too many sessions", true));
         }
         self.peer.info.heard(frame.proto, now);
-        if self.close_at.is_some() || starts_idling(&frame) {
+        if idles || self.close_at.is_some() {
             (self.ping_at, self.close_at) = (Some(now + PING_AFTER), Some(now + CLOSE_AFTER));
         }
         let config = self.peer.device.config();
