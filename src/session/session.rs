@@ -56,7 +56,8 @@ pub(crate) fn start(peer: Peer, terminal: Terminal) -> io::Result<()> {
 
 impl Session {
     fn run(mut self) {
-        if !matches!(self.peer.admission, Some(Admission::Resume(_))) {
+        // One that goes on by another link, with its shell, has this line already.
+        if self.peer.admission.is_none() || self.peer.info.shell().is_none() {
             Record::new("session-start", Some(&self.peer.id), &self.peer.info.user).log(true);
         }
         let served = self.serve();
@@ -131,9 +132,9 @@ impl Session {
         (self.ping_at, self.close_at, self.waiting) = (None, None, None);
         self.files.hang_up(&self.peer, now);
         self.forwards = PortForward::default();
-        if let Some(Admission::Return(handover) | Admission::Resume(handover)) = self.peer.admission.take() {
+        if let Some(Admission::Return(handover)) = self.peer.admission.take() {
             // Dropping the handover would end the shell that is on its way here.
-            self.terminal.attach(&mut self.peer, &handover, None, true, now);
+            self.terminal.attach(&mut self.peer, &handover, None, now);
         }
         self.lose_client(why.name(), why == HangUp::LinkLost, now);
     }
@@ -163,8 +164,8 @@ impl Session {
                 Ok(Admission::Start(permit)) => {
                     return self.terminal.start(&mut self.peer, permit, &request, now);
                 }
-                Ok(Admission::Return(handover) | Admission::Resume(handover)) => {
-                    if self.terminal.attach(&mut self.peer, &handover, Some(&request), false, now) {
+                Ok(Admission::Return(handover)) => {
+                    if self.terminal.attach(&mut self.peer, &handover, Some(&request), now) {
                         return;
                     }
                     // That shell has ended meanwhile.
@@ -221,12 +222,12 @@ impl Session {
             return;
         }
         let is_new = (frame.proto, frame.typ.as_str()) == (SHELL, shell::NEW);
-        if let Some(Admission::Resume(handover)) =
-            self.peer.admission.take_if(|admission| matches!(admission, Admission::Resume(_)))
-            && self.terminal.attach(&mut self.peer, &handover, Some(&frame).filter(|_| is_new), true, now)
+        if let Some(Admission::Return(handover)) =
+            self.peer.admission.take_if(|admission| matches!(admission, Admission::Return(_)))
+            && self.terminal.attach(&mut self.peer, &handover, Some(&frame).filter(|_| is_new), now)
             && is_new
         {
-            return;
+            return self.peer.info.heard(SHELL, now);
         }
         // Frames that the router ignores without a session don't count: a `pong` may follow a `close`.
         let idles = match frame.proto {

@@ -69,10 +69,8 @@ pub(crate) enum Admission {
     Start(ShellPermit),
     /// The user's other clients are being asked whether they are there.
     Wait,
-    /// The user's last detached shell.
+    /// A detached shell: the client's own or the user's last one.
     Return(Receiver<Handover>),
-    /// The client's own shell, from an earlier link.
-    Resume(Receiver<Handover>),
 }
 
 /// The right to one shell.
@@ -209,7 +207,7 @@ impl Shells {
     pub(crate) fn resume(&self, id: &SessionId, user: &UserId) -> Option<(Arc<Info>, Admission)> {
         let mut state = lock(&self.0);
         let (place, kept) = state.last(user, |kept| kept.id == *id)?;
-        Some((kept.info, Admission::Resume(place.want(true))))
+        Some((kept.info, Admission::Return(place.want(true))))
     }
 
     pub(crate) fn kept(&self) -> Vec<Kept> {

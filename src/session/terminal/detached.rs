@@ -27,7 +27,7 @@ const REPAINT: Duration = Duration::from_millis(100);
 pub(crate) struct Handover {
     running: Box<Running>,
     /// The frames in flight to the client, if it is the same one.
-    credit: Credit,
+    credit: Option<Credit>,
 }
 
 impl Terminal {
@@ -61,13 +61,10 @@ impl Terminal {
         self.detach(peer, HangUp::LinkLost.name(), now);
         if let Call::HandOver { resumes, to } = call {
             let State::Running(running) = mem::take(&mut self.state) else { return None };
-            let credit = mem::replace(&mut peer.credit, Credit::new(now));
-            match to.send(Handover { running, credit }) {
+            match to.send(Handover { running, credit: resumes.then(|| peer.credit.clone()) }) {
                 Ok(()) => return Some(if resumes { None } else { Some("reattached") }),
                 // The other session has ended meanwhile. Another one may come.
-                Err(SendError(Handover { running, credit })) => {
-                    (self.state, peer.credit) = (State::Running(running), credit);
-                }
+                Err(SendError(Handover { running, .. })) => self.state = State::Running(running),
             }
             if peer.device.detach(&peer.id, &peer.info, &peer.wake) {
                 return None;
@@ -90,19 +87,18 @@ impl Terminal {
         }
     }
 
-    /// Takes over another session's shell: the same client's if it `resumes`, otherwise for its user's `request`. False
-    /// if the shell has ended.
+    /// Takes over another session's shell. `request` is the `new` that asks for it, if one does. False if the shell has
+    /// ended.
     pub(crate) fn attach(
         &mut self,
         peer: &mut Peer,
         handover: &Receiver<Handover>,
         request: Option<&Frame>,
-        resumes: bool,
         now: Instant,
     ) -> bool {
         let Ok(Handover { mut running, credit }) = handover.recv_timeout(ANSWER_LIMIT) else { return false };
         let since = running.detached.take().unwrap_or(now);
-        if resumes {
+        if let Some(credit) = credit {
             // The client never answers the probes of the lost link.
             peer.credit = credit;
             peer.credit.resume();

@@ -133,15 +133,13 @@ impl Adopted {
             true => shells.resume(&shell.id, &shell.user).expect("its shell").1,
             false => shells.acquire(&shell.user, 1, &peer.wake, true).expect("its shell"),
         };
-        let (Admission::Resume(handover) | Admission::Return(handover)) = admission else {
-            panic!("{admission:?}")
-        };
+        let Admission::Return(handover) = admission else { panic!("{admission:?}") };
         let followed = self.terminal.follow_call(&mut self.peer, now);
         assert_eq!(followed, Some(if resumes { None } else { Some("reattached") }));
         let user = Map::new().with_str("user_id", shell.user.as_str());
         let request = Frame::new(SHELL, "new", Some(&shell.id)).with_props(user);
         let mut terminal = Terminal::default();
-        assert!(terminal.attach(&mut peer, &handover, (!resumes).then_some(&request), resumes, now));
+        assert!(terminal.attach(&mut peer, &handover, (!resumes).then_some(&request), now));
         let mut shown = Vec::new();
         while {
             terminal.proceed(&mut peer, &Events::default(), now);

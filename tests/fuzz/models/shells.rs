@@ -211,7 +211,7 @@ impl Model {
         if !self.call(user, |session| session.id == name, true) {
             return assert!(resumed.is_none());
         }
-        let Some((info, Admission::Resume(handover))) = resumed else { panic!("{resumed:?}") };
+        let Some((info, Admission::Return(handover))) = resumed else { panic!("{resumed:?}") };
         assert_eq!(info.user.as_str(), USERS[user]);
         self.enter(user, id, wake(), None, Kind::Expects(self.number, handover));
     }
