@@ -187,7 +187,7 @@ fn our_own_frames_match_the_recorded_ones() {
         ("shell/shell output", shell::output(&sid).with_body(&b"hello\r\n"[..])),
         ("shell/shell error (unknown session)", shell::failure(&sid, shell::DATA, "session not found")),
         ("shell/stop response ok", shell::stopped(&sid)),
-        ("shell/ping", shell::ping(&sid, 65)),
+        ("shell/ping", shell::ping(&sid)),
     ];
     for (name, frame) in wide_status {
         let recorded = &by_name(name).bytes;

@@ -15,6 +15,9 @@ const NORMAL: i64 = 1;
 const ERROR: i64 = 2;
 const CONTROL: i64 = 3;
 
+/// Seconds until the next ping, as a ping announces them.
+const PING_TIMEOUT: i64 = 65;
+
 /// In 64 bits: mender-cli notices failures only in this form; other clients read any.
 fn status(value: i64) -> Map {
     Map::new().with_i64("status", value)
@@ -43,10 +46,9 @@ pub(crate) fn is_of_absent_user(frame: &Frame) -> bool {
     frame.props.int("status") == Some(ERROR) && frame.body == "user disconnected"
 }
 
-/// `timeout`: until the next ping, in seconds.
-pub(crate) fn ping(sid: &SessionId, timeout: u16) -> Frame {
+pub(crate) fn ping(sid: &SessionId) -> Frame {
     // In the shortest form: mender-cli would enforce the seconds if it could read the number.
-    Frame::new(SHELL, PING, Some(sid)).with_props(status(CONTROL).with_int("timeout", timeout.into()))
+    Frame::new(SHELL, PING, Some(sid)).with_props(status(CONTROL).with_int("timeout", PING_TIMEOUT))
 }
 
 /// Columns and rows, if both are positive. Truncated to 16 bits, as in Go.

@@ -45,7 +45,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         let table = device.new_table();
         // A client that is still there answers, which leads it back to its shell. Servers drop a ping for nobody.
         for kept in device.shells.kept() {
-            outbox.try_reply(&shell::ping(&kept.id, terminal::PING_TIMEOUT));
+            outbox.try_reply(&shell::ping(&kept.id));
         }
         Router { device: Arc::clone(device), table, outbox: outbox.clone(), start }
     }

@@ -12,9 +12,6 @@ const PONG_GRACE: Duration = Duration::from_millis(10_500);
 /// An idle shell warns its user this long before it expires, unless its limit is shorter.
 const NOTICE: Duration = Duration::from_secs(60);
 
-/// Seconds until the next ping, as a ping announces them.
-pub(crate) const PING_TIMEOUT: u16 = 65;
-
 #[derive(Debug)]
 pub(super) struct Clock {
     started: Instant,

@@ -21,7 +21,6 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use nix::poll::PollFlags;
 
-pub(crate) use self::clock::PING_TIMEOUT;
 use self::clock::{Due, health};
 pub(crate) use self::detached::Handover;
 use self::history::History;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 use nix::poll::PollFlags;
 
-use super::clock::{Clock, PING_TIMEOUT};
+use super::clock::Clock;
 use super::history::History;
 use super::shell::{Shell, Then};
 use crate::outbox::{Class, Discard};
@@ -162,7 +162,7 @@ impl Running {
 pub(super) fn ping(peer: &mut Peer, now: Instant) {
     peer.credit.probed(now);
     // As output, which it proves delivered: it must not wait behind other sessions' answers.
-    let probe = wire::ping(&peer.id, PING_TIMEOUT).encode();
+    let probe = wire::ping(&peer.id).encode();
     peer.sink.send(probe.into(), Class::Interactive, None, None);
 }
 
