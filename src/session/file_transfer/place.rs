@@ -365,10 +365,6 @@ impl Attributes {
         target.can_be_replaced(&existing)
     }
 
-    pub(super) fn is_limited(&self) -> bool {
-        self.replaces_nothing || self.owner_put.is_some() || self.group_put.is_some()
-    }
-
     pub(super) fn may_replace(&self, existing: &stat64) -> Result<()> {
         if self.replaces_nothing {
             return Err(Failure::denied(OVERWRITE));

@@ -148,11 +148,12 @@ impl Temporary {
             (Err(e), None) => return Err(failed(e)),
         };
         let rename = |flags| sys::rename(dir.as_fd(), name, target, flags);
-        if self.attributes.is_limited() {
+        let Attributes { replaces_nothing, owner_put, group_put, .. } = self.attributes;
+        if replaces_nothing || owner_put.is_some() || group_put.is_some() {
             // FAT and exFAT have no hard links. Under FUSE they reject these flags, too, and so do old kernels.
             let unknown = |e| matches!(e, Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP);
             match rename(libc::RENAME_NOREPLACE) {
-                Err(Errno::EEXIST) if self.attributes.replaces_nothing => {
+                Err(Errno::EEXIST) if replaces_nothing => {
                     return Err(Failure::denied(place::OVERWRITE));
                 }
                 Err(Errno::EEXIST) => match rename(libc::RENAME_EXCHANGE) {
