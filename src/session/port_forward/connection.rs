@@ -13,7 +13,6 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, send, setsockopt, shutdown, soc
 
 use super::opening::{End, FAILED, Opening};
 use crate::audit::Record;
-use crate::outbox::Sink;
 use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
 use crate::proto::{SessionId, UserId};
@@ -31,10 +30,6 @@ const MAX_QUEUED: usize = 4096;
 const MAX_WAITING: usize = 4 << 20;
 /// Pieces that a queue keeps room for.
 const SMALL: usize = 32;
-/// Bytes of a read from a stream, as the link allows.
-const SMALLEST_READ: usize = 2 * 1024;
-const LARGEST_READ: usize = 64 * 1024;
-const DATAGRAM: usize = 65_535;
 /// In seconds.
 const KEEPALIVE: u32 = 15;
 /// In bytes, besides those that the target has room for.
@@ -268,10 +263,6 @@ impl Connection {
         let left = self.undelivered();
         let less = left < mem::replace(&mut self.left, left);
         less || (1..=MAX_ANSWERS).contains(&mem::take(&mut self.discarded))
-    }
-
-    pub(super) fn largest_read(&self, sink: &Sink) -> usize {
-        if self.is_udp() { DATAGRAM } else { sink.piece(SMALLEST_READ, LARGEST_READ) }
     }
 
     /// `None` if there is no data. The error is the target's end.

@@ -37,6 +37,11 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Bytes queued for a target up to which data is acknowledged at once.
 const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
 
+/// Bytes of a read from a stream, as the link allows.
+const SMALLEST_READ: usize = 2 * 1024;
+const LARGEST_READ: usize = 64 * 1024;
+const DATAGRAM: usize = 65_535;
+
 const UNKNOWN: &str = "unknown connection";
 const UNKNOWN_TYPE: &str = "unknown message type";
 
@@ -364,7 +369,9 @@ impl PortForward {
         }
         let Some(connection) = self.connections.get_mut(id).filter(|c| c.takes_data()) else { return true };
         let frame = forward::about(&peer.id, forward::FORWARD, id);
-        let (message, read) = peer.sink.compose(&frame, connection.largest_read(&peer.sink), |place| {
+        let stream = || peer.sink.piece(SMALLEST_READ, LARGEST_READ);
+        let most = if connection.is_udp() { DATAGRAM } else { stream() };
+        let (message, read) = peer.sink.compose(&frame, most, |place| {
             let read = connection.read(place, now);
             (if let Ok(Some(length)) = read { length } else { 0 }, read)
         });
