@@ -76,10 +76,6 @@ impl State {
     }
 }
 
-fn is_resize(frame: &Frame) -> bool {
-    (frame.proto, frame.typ.as_str()) == (SHELL, shell::RESIZE)
-}
-
 impl Inbox {
     pub(crate) fn new(wake: Arc<Wake>, memory: &Arc<Permits>) -> Self {
         let state = State {
@@ -105,6 +101,7 @@ impl Inbox {
             None if state.closed => return Err(Rejected::Closed(frame)),
             None => {}
         }
+        let is_resize = |frame: &Frame| (frame.proto, frame.typ.as_str()) == (SHELL, shell::RESIZE);
         let last = state.frames.back().filter(|last| is_resize(last) && is_resize(&frame));
         let (replaces, old) = (last.is_some(), last.map_or(0, Frame::held));
         let bytes = state.bytes - old + frame.held();
