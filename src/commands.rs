@@ -20,10 +20,9 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// Requests that wait for a running command; further ones get no answer.
 const MAX_WAITING: usize = 64;
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Commands(Mutex<HashMap<&'static str, Vec<Waiting>>>);
 
-#[derive(Debug)]
 struct Waiting {
     request: Frame,
     outbox: Outbox,

@@ -73,7 +73,7 @@ pub(crate) type Discard = Arc<AtomicBool>;
 /// Bytes that the link had written when the message was; 0 until then.
 pub(crate) type Mark = Arc<AtomicU64>;
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Outbox {
     /// By class. Boxed, so that the channels of an idle link are small.
     messages: [Sender<Box<Item>>; 2],
@@ -84,7 +84,6 @@ pub struct Outbox {
     writer: Unparker,
 }
 
-#[derive(Debug)]
 struct Shared {
     piece: AtomicUsize,
     delivered: AtomicU64,
@@ -93,7 +92,6 @@ struct Shared {
     pool: Pool,
 }
 
-#[derive(Debug)]
 pub struct Queue {
     messages: [Receiver<Box<Item>>; 2],
     places: Receiver<()>,
@@ -106,7 +104,6 @@ pub struct Queue {
     favoured: u32,
 }
 
-#[derive(Debug)]
 struct Item {
     message: Bytes,
     class: Class,
@@ -240,7 +237,7 @@ impl Drop for Queue {
 }
 
 /// A session's handle to the outbox; counts the data that the session has there.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Sink {
     outbox: Outbox,
     /// By class: a transfer must not block the terminal of the same session.

@@ -8,7 +8,7 @@ use nix::poll::PollFlags;
 use crate::sys::wake::Wake;
 use crate::sys::{lock, poll_one};
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Permits {
     pub(crate) limit: usize,
     /// They come out of these.
@@ -16,7 +16,7 @@ pub(crate) struct Permits {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct State {
     taken: usize,
     /// Notified when a permit is returned. Weak, since that may take long: a session that has ended closes its
@@ -24,7 +24,6 @@ struct State {
     refused: Vec<Weak<Wake>>,
 }
 
-#[derive(Debug)]
 pub(crate) struct Permit {
     permits: Arc<Permits>,
     count: usize,

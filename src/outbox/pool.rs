@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::sys::lock;
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Pool {
     most: usize,
     buffers: Arc<Mutex<Vec<Vec<u8>>>>,

@@ -26,7 +26,7 @@ const BYTES_PER_SECOND: u32 = 1 << 20;
 /// Time that a client takes for the smallest message.
 const SHORTEST: Duration = Duration::from_millis(2);
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Credit {
     sent: u64,
     /// When each message in flight is presumed delivered, unless the client answers.

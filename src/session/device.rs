@@ -37,21 +37,18 @@ const RESERVED_DESCRIPTORS: usize = 4 * MAX_THREADS + 64;
 
 pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
 
-#[derive(Debug, Clone)]
 pub(crate) struct Entry {
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) info: Arc<Info>,
 }
 
 /// A user's part of the device.
-#[derive(Debug)]
 pub(crate) struct Share {
     pub(crate) look_ups: Arc<Permits>,
     pub(crate) forwards: Arc<Permits>,
     pub(crate) memory: Arc<Permits>,
 }
 
-#[derive(Debug)]
 pub struct Device {
     config: Mutex<Arc<Config>>,
     pub(crate) shells: Arc<Shells>,

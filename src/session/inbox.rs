@@ -16,13 +16,11 @@ const MAX_BYTES: usize = 2 << 20;
 /// Bytes without a permit for the device's memory: a keystroke gets through when others have used that up.
 const RESERVED: usize = 16 << 10;
 
-#[derive(Debug)]
 pub struct Inbox {
     state: Mutex<State>,
     pub(crate) wake: Arc<Wake>,
 }
 
-#[derive(Debug)]
 struct State {
     frames: VecDeque<Frame>,
     bytes: usize,

@@ -16,7 +16,6 @@ use crate::sys::lock;
 use crate::sys::wake::Wake;
 
 /// Dropping it frees the session's id.
-#[derive(Debug)]
 pub struct Peer {
     pub id: SessionId,
     pub(crate) device: Arc<Device>,

@@ -30,14 +30,12 @@ const KEPT: &str = "kept-1";
 /// Bytes: the most output and input, and the frame around them.
 const MAX_DESCRIPTION: usize = 2 << 20;
 
-#[derive(Debug)]
 pub(crate) struct Store {
     manager: Manager,
     ends: AtomicBool,
 }
 
 /// A shell's place in the store. Dropping it frees the place unless the agent ends.
-#[derive(Debug)]
 pub(crate) struct Place {
     store: Arc<Store>,
     name: String,

@@ -72,7 +72,6 @@ impl Failure {
     }
 }
 
-#[derive(Debug)]
 pub(super) struct Target {
     pub(super) dir: OwnedFd,
     pub(super) name: OsString,
@@ -325,7 +324,7 @@ pub(super) fn creating(path: &Path) -> String {
 }
 
 /// Checked before the first byte and again at the commit: the client decides how long after that it comes.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Attributes {
     /// By the request or OwnerPut.
     pub(super) uid: Option<Uid>,

@@ -17,7 +17,7 @@ pub(super) const EXHAUSTED: &str = "transmitted bytes limit exhausted";
 /// 1 - exp(-5 / 60): the weight of the newest five seconds.
 pub(crate) const WEIGHT: f64 = 0.079_955_585_370_676_71;
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Counters(Mutex<[Counter; 2]>);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +32,7 @@ impl Direction {
     }
 }
 
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Default, Clone, Copy)]
 pub(crate) struct Counter {
     pub(crate) total: u64,
     /// Bytes in five seconds.

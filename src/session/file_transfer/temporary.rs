@@ -32,7 +32,6 @@ const MODE: Mode = Mode::S_IWUSR;
 const WRITING: OFlag = OFlag::O_WRONLY.union(OFlag::O_CLOEXEC).union(OFlag::O_LARGEFILE);
 
 /// Removed on drop, unless it was committed.
-#[derive(Debug)]
 pub(super) struct Temporary {
     pub(super) file: File,
     pub(super) target: Target,

@@ -42,7 +42,6 @@ const MAX_ANSWERS: usize = 32 * 1024;
 pub(super) const CLOSED: &str = "closed";
 
 /// Writes its line of the audit log on drop.
-#[derive(Debug)]
 pub(super) struct Connection {
     state: State,
     pub(super) to_target: VecDeque<Bytes>,
@@ -67,7 +66,6 @@ pub(super) struct Connection {
     pub(super) end: End,
 }
 
-#[derive(Debug)]
 enum State {
     Opening(Opening),
     Open(OwnedFd),

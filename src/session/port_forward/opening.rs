@@ -26,7 +26,6 @@ pub(super) type End = (&'static str, String);
 pub(super) const FAILED: &str = "failed";
 const DENIED: &str = "denied";
 
-#[derive(Debug)]
 pub(super) struct Opening {
     deadline: Instant,
     /// `None` until there is a permit for the look-up.

@@ -12,7 +12,6 @@ const PONG_GRACE: Duration = Duration::from_millis(10_500);
 /// An idle shell warns its user this long before it expires, unless its limit is shorter.
 const NOTICE: Duration = Duration::from_secs(60);
 
-#[derive(Debug)]
 pub(super) struct Clock {
     started: Instant,
     last_activity: Instant,

@@ -16,7 +16,6 @@ const ESCAPE: u8 = 0x1b;
 const BELL: u8 = 0x07;
 
 /// Bytes are numbered from the shell's start.
-#[derive(Debug)]
 pub(super) struct History {
     pub(super) bytes: VecDeque<u8>,
     /// One past the last byte.

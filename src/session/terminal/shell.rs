@@ -24,7 +24,6 @@ const LOCALES: [&str; 2] = ["/etc/default/locale", "/etc/locale.conf"];
 /// For shells that are not login shells: those read theirs from the system's profile.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-#[derive(Debug)]
 pub(crate) struct Shell {
     pub(crate) process: SessionLeader,
     pub(crate) pty: Pty,
