@@ -107,10 +107,10 @@ impl Device {
     }
 
     /// False if the session of `wake` has no shell that may be kept.
-    pub(crate) fn detach(&self, id: &SessionId, info: &Arc<Info>, wake: &Arc<Wake>) -> bool {
+    pub(crate) fn detach(&self, info: &Arc<Info>, wake: &Arc<Wake>) -> bool {
         let keeps = !self.config().keep_detached.is_zero();
         let of_user = info.shell().is_some_and(|shell| !shell.user.as_str().is_empty());
-        let kept = Kept { id: id.clone(), info: Arc::clone(info), since: Instant::now() };
+        let kept = Kept { info: Arc::clone(info), since: Instant::now() };
         keeps && of_user && self.shells.detach(kept, wake)
     }
 
@@ -140,10 +140,10 @@ impl Device {
     }
 
     /// The longest-lived first.
-    pub(crate) fn sessions(&self) -> Vec<(SessionId, Arc<Info>)> {
+    pub(crate) fn sessions(&self) -> Vec<Arc<Info>> {
         let mut sessions: Vec<_> =
-            lock(&self.table()).iter().map(|(id, entry)| (id.clone(), Arc::clone(&entry.info))).collect();
-        sessions.sort_by_key(|(_, info)| info.traffic.since);
+            lock(&self.table()).values().map(|entry| Arc::clone(&entry.info)).collect();
+        sessions.sort_by_key(|info| info.traffic.since);
         sessions
     }
 
@@ -151,8 +151,8 @@ impl Device {
         let (now, config, sessions) = (Instant::now(), self.config(), self.sessions());
         info!("  shells: {}/{MAX_SHELLS}", self.shells.running());
         info!("  sessions: {}", sessions.len());
-        for (id, info) in sessions {
-            let shell = info.shell();
+        for info in sessions {
+            let (id, shell) = (&info.id, info.shell());
             let Figures { age, idle, .. } =
                 shell.as_ref().map_or(&*info.traffic, |s| &s.traffic).figures(now);
             let (age, idle) = (age as u64, idle as u64);
@@ -166,9 +166,9 @@ impl Device {
                 None => info!("   {id} status:no shell started:{age} s ago"),
             }
         }
-        for Kept { id, info, since } in self.shells.kept() {
+        for Kept { info, since } in self.shells.kept() {
             let pid = info.shell().map_or(0, |shell| shell.pid);
-            info!("   {id} status:detached for:{} s, pid:{pid}", seconds(since, now) as u64);
+            info!("   {} status:detached for:{} s, pid:{pid}", info.id, seconds(since, now) as u64);
         }
         let [sent, received] = self.transferred.figures(now);
         info!("  file-transfer:");

@@ -34,14 +34,13 @@ pub struct Peer {
 impl Peer {
     pub(crate) fn new(
         device: &Arc<Device>,
-        id: &SessionId,
         info: Arc<Info>,
         outbox: &Outbox,
         thread: Permit,
     ) -> io::Result<Self> {
         let (wake, share) = (Arc::new(Wake::new()?), device.share_of(&info.user));
         Ok(Peer {
-            id: id.clone(),
+            id: info.id.clone(),
             device: Arc::clone(device),
             inbox: Arc::new(Inbox::new(Arc::clone(&wake), &share.memory)),
             sink: Sink::new(outbox, Arc::clone(&wake)),

@@ -45,7 +45,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         let table = device.new_table();
         // A client that is still there answers, which leads it back to its shell. Servers drop a ping for nobody.
         for kept in device.shells.kept() {
-            outbox.try_reply(&shell::ping(&kept.id));
+            outbox.try_reply(&shell::ping(&kept.info.id));
         }
         Router { device: Arc::clone(device), table, outbox: outbox.clone(), start }
     }
@@ -142,8 +142,8 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         let thread = room.then(|| self.device.threads.acquire()).flatten();
         let thread = thread.ok_or_else(|| failed(io::Error::other("too many sessions")))?;
         let (info, resume) = kept.unzip();
-        let info = info.unwrap_or_else(|| Info::of(user.clone(), Instant::now()));
-        let mut peer = Peer::new(&self.device, id, info, &self.outbox, thread).map_err(failed)?;
+        let info = info.unwrap_or_else(|| Info::of(id.clone(), user.clone(), Instant::now()));
+        let mut peer = Peer::new(&self.device, info, &self.outbox, thread).map_err(failed)?;
         peer.admission = match resume {
             None if is_shell => Some(peer.admit(&user, true)?),
             resume => resume,
@@ -190,9 +190,9 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
 
 impl<S> Drop for Router<S> {
     fn drop(&mut self) {
-        for (id, Entry { inbox, info, .. }) in lock(&self.table).drain() {
+        for (_, Entry { inbox, info }) in lock(&self.table).drain() {
             // Here rather than in the session's thread: a quicker client has to find its shell.
-            self.device.detach(&id, &info, &inbox.wake);
+            self.device.detach(&info, &inbox.wake);
             inbox.hang_up(HangUp::LinkLost);
         }
     }

@@ -51,7 +51,6 @@ enum Kind {
 
 #[derive(Debug, Clone)]
 pub(crate) struct Kept {
-    pub(crate) id: SessionId,
     pub(crate) info: Arc<Info>,
     pub(crate) since: Instant,
 }
@@ -206,7 +205,7 @@ impl Shells {
     /// For the same client on another link.
     pub(crate) fn resume(&self, id: &SessionId, user: &UserId) -> Option<(Arc<Info>, Admission)> {
         let mut state = lock(&self.0);
-        let (place, kept) = state.last(user, |kept| kept.id == *id)?;
+        let (place, kept) = state.last(user, |kept| kept.info.id == *id)?;
         Some((kept.info, Admission::Return(place.want(true))))
     }
 
@@ -290,8 +289,8 @@ mod tests {
     }
 
     fn detach(shells: &Shells, permit: &ShellPermit, id: &str) -> bool {
-        let info = Info::of("a".into(), Instant::now());
-        let kept = Kept { id: SessionId::new(id).unwrap(), info, since: Instant::now() };
+        let info = Info::of(SessionId::new(id).unwrap(), "a".into(), Instant::now());
+        let kept = Kept { info, since: Instant::now() };
         shells.detach(kept, &permit.wake)
     }
 

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Instant;
 
 use super::file_transfer::rate::Direction;
-use crate::proto::UserId;
 use crate::proto::forward::Target;
+use crate::proto::{SessionId, UserId};
 use crate::sys::lock;
 
 pub(crate) fn seconds(since: Instant, now: Instant) -> f64 {
@@ -74,6 +74,7 @@ impl Traffic {
 
 #[derive(Debug)]
 pub struct Info {
+    pub(crate) id: SessionId,
     /// The user of the first message.
     pub(crate) user: UserId,
     pub(crate) traffic: Arc<Traffic>,
@@ -107,8 +108,9 @@ pub(crate) struct ForwardInfo {
 }
 
 impl Info {
-    pub(crate) fn of(user: UserId, now: Instant) -> Arc<Self> {
+    pub(crate) fn of(id: SessionId, user: UserId, now: Instant) -> Arc<Self> {
         Arc::new(Info {
+            id,
             user,
             traffic: Arc::new(Traffic::new(now, None)),
             protocols: AtomicU32::new(0),

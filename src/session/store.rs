@@ -129,11 +129,11 @@ pub(super) fn adopt(
     let age =
         clock::now().saturating_sub(Duration::from_secs(shell.props.int("started").unwrap_or(0) as u64));
     let since = now.checked_sub(age).unwrap_or(now);
-    let info = Info::of(user, since);
+    let info = Info::of(id, user, since);
     let thread = device.threads.acquire().ok_or(io::ErrorKind::OutOfMemory)?;
-    let peer = Peer::new(device, &id, Arc::clone(&info), &Outbox::new().0, thread)?;
+    let peer = Peer::new(device, Arc::clone(&info), &Outbox::new().0, thread)?;
     device.shells.open();
-    let kept = Kept { id, info, since: now };
+    let kept = Kept { info, since: now };
     let permit = device.shells.adopt(kept, &peer.wake).ok_or(io::ErrorKind::QuotaExceeded)?;
     peer.inbox.close();
     let terminal = Terminal::adopt(&peer, &shell, (pty, size), permit, place, now)?;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use miniserde::{Deserialize, Serialize};
 
 use crate::config::Auth;
-use crate::proto::{FILE_TRANSFER, PORT_FORWARD, SHELL, SessionId, clipped};
+use crate::proto::{FILE_TRANSFER, PORT_FORWARD, SHELL, clipped};
 use crate::session::stats::{Figures, Info, seconds};
 use crate::session::{Device, MAX_SHELLS};
 
@@ -143,11 +143,11 @@ impl Status {
     ) -> Self {
         let mut room = MAX_FORWARDS;
         let source = if device.config().auth == Auth::Dbus { "dbus" } else { "file" };
-        let attached = device.sessions().into_iter().map(|(id, info)| (id, info, None));
-        let detached = device.shells.kept().into_iter().map(|kept| (kept.id, kept.info, Some(kept.since)));
-        let sessions = attached.chain(detached).map(|(id, info, since)| {
+        let attached = device.sessions().into_iter().map(|info| (info, None));
+        let detached = device.shells.kept().into_iter().map(|kept| (kept.info, Some(kept.since)));
+        let sessions = attached.chain(detached).map(|(info, since)| {
             let detached = since.map(|since| seconds(since, now));
-            Session { detached, ..Session::new(&id, &info, &mut room, now) }
+            Session { detached, ..Session::new(&info, &mut room, now) }
         });
         let [sent, received] = device.transferred.figures(now);
         Status {
@@ -170,7 +170,7 @@ impl Status {
 
 impl Session {
     /// Lists at most `room` forwards, and subtracts their number.
-    fn new(id: &SessionId, info: &Info, room: &mut usize, now: Instant) -> Self {
+    fn new(info: &Info, room: &mut usize, now: Instant) -> Self {
         let shell = info.shell().map(|shell| {
             let Figures { age, idle, bytes_in, bytes_out } = shell.traffic.figures(now);
             Shell { age, bytes_in, bytes_out, idle, pid: shell.pid, user: shell.user.as_str().to_owned() }
@@ -199,7 +199,7 @@ impl Session {
             detached: None,
             forwards: forwards.collect(),
             forwards_open,
-            id: id.as_str().to_owned(),
+            id: info.id.as_str().to_owned(),
             idle,
             kinds: kinds.map(|(_, kind)| kind.to_owned()).collect(),
             shell,

@@ -14,8 +14,8 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, send, setsockopt, shutdown, soc
 use super::opening::{End, FAILED, Opening};
 use crate::audit::Record;
 use crate::permits::Permit;
+use crate::proto::UserId;
 use crate::proto::forward::{Target, Transport};
-use crate::proto::{SessionId, UserId};
 use crate::session::peer::Peer;
 use crate::session::stats::{ForwardInfo, Info};
 use crate::sys::{Events, PollSet, lock, net, reason, trim};
@@ -59,7 +59,6 @@ pub(super) struct Connection {
     /// By a datagram. The client knows nothing of it.
     pub(super) reopened: bool,
     descriptors: Permit,
-    session: SessionId,
     pub(super) user: UserId,
     info: Arc<Info>,
     pub(super) shown: Arc<ForwardInfo>,
@@ -82,7 +81,7 @@ impl Drop for Connection {
         let ForwardInfo { target: Target { host, port, transport }, address, traffic } = &*self.shown;
         let (result, reason) = &self.end;
         let figures = traffic.figures(now);
-        Record::new("forward", Some(&self.session), &self.user)
+        Record::new("forward", Some(&self.info.id), &self.user)
             .with("protocol", transport.name())
             .text("target", format!("{host}:{port}"))
             .text("address", address.get().map_or_else(String::new, ToString::to_string))
@@ -110,7 +109,6 @@ impl Connection {
             left: 0,
             reopened: false,
             descriptors: descriptor,
-            session: peer.id.clone(),
             user,
             shown,
             info: Arc::clone(&peer.info),

@@ -66,7 +66,7 @@ impl Terminal {
                 // The other session has ended meanwhile. Another one may come.
                 Err(SendError(Handover { running, .. })) => self.state = State::Running(running),
             }
-            if peer.device.detach(&peer.id, &peer.info, &peer.wake) {
+            if peer.device.detach(&peer.info, &peer.wake) {
                 return None;
             }
         }

@@ -177,8 +177,8 @@ impl Adopted {
     fn leave(mut self) {
         self.device.store.as_ref().expect("a store").end();
         // As the router does with the shells of its link.
-        let Peer { id, info, wake, .. } = &self.peer;
-        assert!(self.terminal.is_kept() || self.device.detach(id, info, wake));
+        let Peer { info, wake, .. } = &self.peer;
+        assert!(self.terminal.is_kept() || self.device.detach(info, wake));
         self.device.shells.close();
         assert!(self.terminal.follow_call(&mut self.peer, Instant::now()).is_none());
         assert!(!self.terminal.is_kept());

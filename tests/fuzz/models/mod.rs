@@ -47,9 +47,9 @@ fn is_woken(wake: &Wake) -> bool {
 /// A session that is run by hand, and what the writer gets of it.
 fn session(device: &Arc<Device>, id: &SessionId, user: &str) -> (Peer, Queue) {
     let (outbox, queue) = Outbox::new();
-    let info = Info::of(user.into(), Instant::now());
+    let info = Info::of(id.clone(), user.into(), Instant::now());
     let thread = device.threads.acquire().expect("a thread");
-    (Peer::new(device, id, info, &outbox, thread).expect("a session"), queue)
+    (Peer::new(device, info, &outbox, thread).expect("a session"), queue)
 }
 
 /// The next message that the writer sends, of the sessions' data only where it is told to.

@@ -219,7 +219,7 @@ impl Model {
     fn kept(&mut self, id: &SessionId, user: usize) -> Kept {
         self.number += 1;
         let since = self.start + Duration::from_secs(1) * self.number;
-        Kept { id: id.clone(), info: Info::of(USERS[user].into(), since), since }
+        Kept { info: Info::of(id.clone(), USERS[user].into(), since), since }
     }
 
     fn adopt(&mut self, user: usize, id: usize) {
@@ -330,7 +330,7 @@ impl Model {
                 (Kind::Ending, Some(Call::End)) => {}
                 (Kind::Detached(number), None) => {
                     let since = self.start + Duration::from_secs(1) * *number;
-                    assert!(kept.iter().any(|kept| kept.id == session.id && kept.since == since));
+                    assert!(kept.iter().any(|kept| kept.info.id == session.id && kept.since == since));
                 }
                 (Kind::Waiting | Kind::Attached, None) => {}
                 (_, call) => panic!("session {}: {call:?}", session.id),
