@@ -107,9 +107,9 @@ impl Credit {
         self.on_the_way.drain(..proved.min(self.on_the_way.len()));
     }
 
-    /// The client comes by another link: answers to the probes of the lost one are lost, too.
-    pub(crate) fn resume(&mut self) {
-        self.probes.clear();
+    /// For the same client by another link: it never answers the probes of the lost one.
+    pub(crate) fn resumed(&self) -> Self {
+        Credit { probes: VecDeque::new(), ..self.clone() }
     }
 
     /// All messages have arrived.

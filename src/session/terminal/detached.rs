@@ -61,7 +61,7 @@ impl Terminal {
         self.detach(peer, HangUp::LinkLost.name(), now);
         if let Call::HandOver { resumes, to } = call {
             let State::Running(running) = mem::take(&mut self.state) else { return None };
-            match to.send(Handover { running, credit: resumes.then(|| peer.credit.clone()) }) {
+            match to.send(Handover { running, credit: resumes.then(|| peer.credit.resumed()) }) {
                 Ok(()) => return Some(if resumes { None } else { Some("reattached") }),
                 // The other session has ended meanwhile. Another one may come.
                 Err(SendError(Handover { running, .. })) => self.state = State::Running(running),
@@ -99,9 +99,7 @@ impl Terminal {
         let Ok(Handover { mut running, credit }) = handover.recv_timeout(ANSWER_LIMIT) else { return false };
         let since = running.detached.take().unwrap_or(now);
         if let Some(credit) = credit {
-            // The client never answers the probes of the lost link.
             peer.credit = credit;
-            peer.credit.resume();
         }
         running.discard = Discard::default();
         running.permit.attach(&peer.wake);

@@ -184,17 +184,9 @@ impl Terminal {
             State::Running(running) => {
                 let Running { shell: Shell { process, .. }, .. } = *running;
                 process.hang_up();
-                let place = peer.device.dying.acquire();
-                let deadline = Some(now + if place.is_some() { STOP_GRACE } else { Duration::ZERO });
-                State::Ending(Ending {
-                    process,
-                    why,
-                    answer,
-                    killed: false,
-                    again: None,
-                    deadline,
-                    _place: place,
-                })
+                let _place = peer.device.dying.acquire();
+                let deadline = Some(now + if _place.is_some() { STOP_GRACE } else { Duration::ZERO });
+                State::Ending(Ending { process, why, answer, killed: false, again: None, deadline, _place })
             }
             other => other,
         };
