@@ -127,7 +127,12 @@ impl FileTransfer {
                 None => self.fail(peer, "ack message: offset property cannot be blank"),
             },
             (Some(Stage::Receiving(_)), file::FILE_CHUNK) => self.take_chunk(peer, &frame, now),
-            (_, file::ERROR) => return self.take_error(peer, &frame),
+            (_, file::ERROR) => {
+                let error = control::parse::<control::Error>(&frame.body).unwrap_or_default();
+                let text = clipped(&error.err.unwrap_or_default());
+                info!("session {}: error from the client: {text:?}", peer.id);
+                return self.close(peer);
+            }
             (Some(Stage::Sending(_)), file::FILE_CHUNK) => {
                 self.fail(peer, "received unexpected message type 'file_chunk'; expected 'ack'")
             }
@@ -284,12 +289,6 @@ impl FileTransfer {
                 refuse(peer, &about.request, &failure);
             }
         }
-    }
-
-    fn take_error(&mut self, peer: &Peer, frame: &Frame) {
-        let text = control::parse::<control::Error>(&frame.body).ok().and_then(|e| e.err).unwrap_or_default();
-        info!("session {}: error from the client: {:?}", peer.id, clipped(&text));
-        self.close(peer);
     }
 
     fn fail(&mut self, peer: &Peer, failure: impl Into<Failure>) -> Result<()> {

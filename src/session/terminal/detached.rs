@@ -9,7 +9,8 @@ use crossbeam_channel::{Receiver, SendError};
 
 use super::shell::{SMALL_INPUT, Shell};
 use super::{
-    ANSWER_LIMIT, Discard, History, Peer, Record, Running, State, Terminal, WindowSize, health, wire,
+    ANSWER_LIMIT, Discard, HANG_UP_GRACE, History, Peer, Record, Running, State, Terminal, WindowSize,
+    health, wire,
 };
 use crate::outbox::{Outbox, Sink};
 use crate::proto::{Frame, Map, SHELL, SessionId};
@@ -77,13 +78,17 @@ impl Terminal {
     /// Ends the shell or, if the agent ends and the store has its terminal, leaves it to the next agent.
     pub(crate) fn hang_up(&mut self, peer: &mut Peer, why: &'static str, now: Instant) {
         let is_left = |running: &Running| running.shell.place.as_ref().is_some_and(Place::is_left);
-        if !matches!(&self.state, State::Running(running) if is_left(running)) {
-            return self.end_soon(peer, why, now);
+        if matches!(&self.state, State::Running(running) if is_left(running)) {
+            self.detach(peer, why, now);
+            if let State::Running(running) = mem::take(&mut self.state) {
+                running.describe(&peer.id, now);
+                running.shell.process.leave();
+            }
         }
-        self.detach(peer, why, now);
-        if let State::Running(running) = mem::take(&mut self.state) {
-            running.describe(&peer.id, now);
-            running.shell.process.leave();
+        self.end(peer, why, false, now);
+        if let State::Ending(ending) = &mut self.state {
+            ending.answer = false;
+            ending.deadline = ending.deadline.map(|at| at.min(now + HANG_UP_GRACE));
         }
     }
 

@@ -169,14 +169,6 @@ impl Terminal {
         self.state = State::Running(Box::new(running));
     }
 
-    fn end_soon(&mut self, peer: &Peer, why: &'static str, now: Instant) {
-        self.end(peer, why, false, now);
-        if let State::Ending(ending) = &mut self.state {
-            ending.answer = false;
-            ending.deadline = ending.deadline.map(|at| at.min(now + HANG_UP_GRACE));
-        }
-    }
-
     /// Closes the terminal, which hangs it up, and signals the processes. This frees the permit at once: nobody can
     /// type into the shell any more, however long it takes to end.
     fn end(&mut self, peer: &Peer, why: &'static str, answer: bool, now: Instant) {
