@@ -251,10 +251,7 @@ impl Terminal {
             Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
             None => return self.end_because(peer, "hung up", ENDED, now),
         }
-        if let Some((at, size)) = running.restore
-            && now >= at
-        {
-            running.restore = None;
+        if let Some((_, size)) = running.restore.take_if(|(at, _)| now >= *at) {
             running.resize(peer, size);
         }
         let asked = running.permit.asked();
