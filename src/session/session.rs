@@ -86,9 +86,7 @@ impl Session {
 
     fn serve(&mut self) -> io::Result<()> {
         loop {
-            if !self.hung_up
-                && let Some(why) = self.peer.inbox.hung_up()
-            {
+            if let Some(why) = self.peer.inbox.hung_up().filter(|_| !self.hung_up) {
                 self.hang_up(why, Instant::now());
             }
             if let Some(end) = self.terminal.follow_call(&mut self.peer, Instant::now()) {

@@ -78,9 +78,7 @@ impl Clock {
 
     pub(super) fn due(&mut self, expiry: Expiry, now: Instant) -> Option<Due> {
         let expires = self.expires(expiry);
-        if let Some((at, what, limit)) = expires
-            && now >= at
-        {
+        if let Some((_, what, limit)) = expires.filter(|(at, ..)| now >= *at) {
             let text = format!("session expired: {what} for {} s", limit.as_secs());
             return Some(Due::End("expired", text));
         }
