@@ -78,11 +78,8 @@ impl Peer {
     }
 
     pub(crate) fn leave(&self) {
-        let mut sessions = lock(&self.table);
         // Another session may have taken the id.
-        if sessions.get(&self.id).is_some_and(|entry| Arc::ptr_eq(&entry.inbox, &self.inbox)) {
-            sessions.remove(&self.id);
-        }
+        lock(&self.table).retain(|_, entry| !Arc::ptr_eq(&entry.inbox, &self.inbox));
     }
 }
 
