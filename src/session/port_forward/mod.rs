@@ -166,11 +166,8 @@ impl PortForward {
     fn fall_asleep(&mut self, peer: &Peer, id: ConnectionId) {
         self.acknowledge_all(peer, &id);
         if let Some(Connection { shown, user, .. }) = self.connections.remove(&id).as_ref() {
-            if self.asleep.len() >= MAX_CONNECTIONS {
-                self.asleep.remove(0);
-            }
             self.asleep.push((id, shown.target.clone(), user.clone()));
-            if !self.count_memory(peer) {
+            if self.asleep.len() > MAX_CONNECTIONS || !self.count_memory(peer) {
                 self.asleep.remove(0);
             }
         }
