@@ -78,9 +78,7 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
                 self.answer(&terminal::unknown(&id, &frame));
             }
             (SHELL, typ) if typ != shell::NEW => {
-                if let Some(answer) = terminal::answer_without_shell(&id, &frame) {
-                    self.answer(&answer);
-                }
+                terminal::answer_without_shell(&id, &frame).iter().for_each(|answer| self.answer(answer));
             }
             // These concern a session that has ended.
             (CONTROL, control::CLOSE | control::PONG | control::ERROR) => {}

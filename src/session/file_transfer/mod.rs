@@ -298,9 +298,8 @@ impl FileTransfer {
     }
 
     pub(crate) fn abort(&mut self, peer: &Peer, failure: &Failure) {
-        let Some(Transfer { about, stage, .. }) = self.transfer.take().map(|transfer| *transfer) else {
-            return;
-        };
+        let Some(transfer) = self.transfer.take() else { return };
+        let Transfer { about, stage, .. } = *transfer;
         let mut result = failure.result();
         match &stage {
             Stage::Sending(download) => download.discard.store(true, Ordering::SeqCst),

@@ -140,11 +140,7 @@ impl Terminal {
                     if full { DEVICE_FULL } else { "failed to start shell: shell is already running" };
                 peer.reply(&refusal(&peer.id, &frame.user(), reason));
             }
-            _ => {
-                if let Some(answer) = answer_without_shell(&peer.id, &frame) {
-                    peer.reply(&answer);
-                }
-            }
+            _ => answer_without_shell(&peer.id, &frame).iter().for_each(|answer| peer.reply(answer)),
         }
     }
 
