@@ -176,12 +176,6 @@ impl Item {
         let (message, waited, discard, mark, _place) = (frame.encode().into(), false, None, None, None);
         Box::new(Item { message, class, waited, discard, mark, _place })
     }
-
-    /// `None` if discarded.
-    fn work(self) -> Option<Work> {
-        let discarded = self.discard.is_some_and(|discard| discard.load(Ordering::SeqCst));
-        (!discarded).then_some(Work::Message(self.message, self.class, self.mark))
-    }
 }
 
 impl Queue {
@@ -197,7 +191,10 @@ impl Queue {
         if let Ok(signal) = self.signals.try_recv() {
             return Some(signal);
         }
-        std::iter::from_fn(|| self.pop(sendable)).find_map(|item| item.work())
+        std::iter::from_fn(|| self.pop(sendable)).find_map(|item| {
+            let discarded = item.discard.is_some_and(|discard| discard.load(Ordering::SeqCst));
+            (!discarded).then_some(Work::Message(item.message, item.class, item.mark))
+        })
     }
 
     /// [`Queue::try_next`], waiting until `deadline`.
