@@ -156,7 +156,7 @@ fn find(limits: Limits<'_>, path: &Path, flags: OFlag, what: &str) -> Result<(Ow
 pub(super) fn stat(limits: Limits<'_>, path: &Path, memory: &Arc<Permits>) -> Result<Known> {
     let what = format!("failed to get file info from path '{0}': stat {0}", shown(path));
     let (found, mut stat) = find(limits, path, OFlag::empty(), &what)?;
-    let may = kind(&stat) == SFlag::S_IFREG && limits.is_none_or(|limits| may_get(limits, &stat).is_ok());
+    let may = kind(&stat) == SFlag::S_IFREG && may_get(limits, &stat).is_ok();
     // A file that can't be read is an error when the client asks for it.
     let content = if may { read_first(&found, &mut stat, memory).unwrap_or(None) } else { None };
     Ok(Known { path: path.to_owned(), stat, content })
@@ -185,9 +185,7 @@ pub(super) fn source(
     if content.is_some() {
         stat.st_size = told.unwrap_or(0);
     }
-    if let Some(limits) = limits {
-        may_get(limits, &stat)?;
-    }
+    may_get(limits, &stat)?;
     match kind(&stat) {
         SFlag::S_IFREG => {}
         SFlag::S_IFDIR => return Err(Failure::io(what, Errno::EISDIR)),
@@ -198,9 +196,8 @@ pub(super) fn source(
         None => read_first(&found, stat, memory),
     };
     if let Some(content) = read(&mut stat).map_err(|e| Failure::io(&what, e))? {
-        if limits.and_then(|l| l.max_file_size).is_some_and(|max| stat.st_size as u64 > max.get()) {
-            return Err(Failure::denied(TOO_LARGE));
-        }
+        // It has its size only now.
+        may_get(limits, &stat)?;
         return Ok((content, stat));
     }
     // The client expects the size that it was told, even if the file has grown.
@@ -252,7 +249,8 @@ fn read_first(found: &OwnedFd, stat: &mut stat64, memory: &Arc<Permits>) -> io::
     Ok(Some(Content { file, _memory: permit }))
 }
 
-fn may_get(limits: &FileLimits, stat: &stat64) -> Result<()> {
+fn may_get(limits: Limits<'_>, stat: &stat64) -> Result<()> {
+    let Some(limits) = limits else { return Ok(()) };
     // An owner or group without a name matches none.
     let owner = || User::from_uid(Uid::from_raw(stat.st_uid)).ok().flatten().map(|user| user.name);
     if !limits.owner_get.is_empty() && !owner().is_some_and(|name| limits.owner_get.contains(&name)) {
