@@ -358,11 +358,12 @@ impl Attributes {
 
     pub(super) fn check(&self, target: &Target) -> Result<()> {
         let Some(existing) = target.lstat()? else { return Ok(()) };
-        self.may_replace(&existing)?;
+        self.may_replace(Some(&existing))?;
         target.can_be_replaced(&existing)
     }
 
-    pub(super) fn may_replace(&self, existing: &stat64) -> Result<()> {
+    pub(super) fn may_replace(&self, existing: Option<&stat64>) -> Result<()> {
+        let Some(existing) = existing else { return Ok(()) };
         if self.replaces_nothing {
             return Err(Failure::denied(OVERWRITE));
         }

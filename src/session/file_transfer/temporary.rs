@@ -158,8 +158,7 @@ impl Temporary {
                 Err(Errno::EEXIST) => match rename(libc::RENAME_EXCHANGE) {
                     // The old file has the temporary name now. If it may not be replaced, it gets its own name back.
                     Ok(()) => {
-                        let old = self.target.look_at(name)?;
-                        let may = old.map_or(Ok(()), |old| self.attributes.may_replace(&old));
+                        let may = self.attributes.may_replace(self.target.look_at(name)?.as_ref());
                         return may.inspect_err(|_| _ = rename(libc::RENAME_EXCHANGE));
                     }
                     Err(e) if unknown(e) => {}
@@ -170,9 +169,7 @@ impl Temporary {
             }
         }
         // Another program may still create the file between this check and rename(2).
-        if let Some(existing) = self.target.lstat()? {
-            self.attributes.may_replace(&existing)?;
-        }
+        self.attributes.may_replace(self.target.lstat()?.as_ref())?;
         renameat(dir, name.as_os_str(), dir, target.as_os_str()).map_err(failed)
     }
 
