@@ -97,15 +97,13 @@ impl Terminal {
         if !peer.device.config().terminal {
             return peer.reply(&unknown(&peer.id, &frame));
         }
-        if frame.typ == wire::PONG {
-            peer.credit.answered();
-            if let State::Running(running) = &mut self.state {
+        match (&mut self.state, frame.typ.as_str()) {
+            (State::Running(running), wire::PONG) => {
+                peer.credit.answered();
                 running.clock.pong(now);
                 running.permit.answered();
             }
-            return;
-        }
-        match (&mut self.state, frame.typ.as_str()) {
+            (_, wire::PONG) => peer.credit.answered(),
             (State::Running(running), wire::DATA) => {
                 running.clock.active(now);
                 running.permit.answered();
