@@ -168,10 +168,7 @@ impl Session {
                     }
                     // That shell has ended meanwhile.
                 }
-                Ok(Admission::Wait) => {
-                    self.waiting = Some((request, until));
-                    return;
-                }
+                Ok(Admission::Wait) => return self.waiting = Some((request, until)),
                 Err(refusal) => return self.peer.reply(&terminal::refusal(&self.peer.id, &user, refusal)),
             }
         }

@@ -152,9 +152,7 @@ impl Temporary {
             // FAT and exFAT have no hard links. Under FUSE they reject these flags, too, and so do old kernels.
             let unknown = |e| matches!(e, Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP);
             match rename(libc::RENAME_NOREPLACE) {
-                Err(Errno::EEXIST) if replaces_nothing => {
-                    return Err(Failure::denied(place::OVERWRITE));
-                }
+                Err(Errno::EEXIST) if replaces_nothing => return Err(Failure::denied(place::OVERWRITE)),
                 Err(Errno::EEXIST) => match rename(libc::RENAME_EXCHANGE) {
                     // The old file has the temporary name now. If it may not be replaced, it gets its own name back.
                     Ok(()) => {
