@@ -61,19 +61,13 @@ impl Opening {
             self.race = Opening::begin(peer, target, now)?;
         }
         let (host, failure) = (&target.host, &mut self.failure);
-        let Some(race) = &mut self.race else {
-            if now < self.deadline {
-                return Ok(None);
-            }
-            return Err(failed(target, &format!(": lookup {host}: i/o timeout")));
-        };
         let config = peer.device.config();
         let mut note = |weight, end| {
             if failure.as_ref().is_none_or(|(known, _)| *known < weight) {
                 *failure = Some((weight, end));
             }
         };
-        let winner =
+        let winner = self.race.as_mut().and_then(|race| {
             race.advance(now, &mut |sockets| descriptors.resize(sockets), &mut |event| match event {
                 Event::Answered(_, Ok(addresses)) => {
                     if let Err(denied) = permit(target, addresses, config.forward_targets.as_deref()) {
@@ -85,13 +79,15 @@ impl Opening {
                     note(weight, failed(target, &format!(": lookup {host}: {e}")));
                 }
                 Event::Failed(address, e) => note(3, failed(target, &not_connected(address, &e))),
-            });
-        if winner.is_none() && !race.is_over() {
+            })
+        });
+        if winner.is_none() && !self.race.as_ref().is_some_and(Race::is_over) {
             if now < self.deadline {
                 return Ok(None);
             }
             let late = |address| not_connected(address, &Errno::ETIMEDOUT.into());
-            let what = race.pending().map_or_else(|| format!(": lookup {host}: i/o timeout"), late);
+            let pending = self.race.as_ref().and_then(Race::pending);
+            let what = pending.map_or_else(|| format!(": lookup {host}: i/o timeout"), late);
             return Err(failed(target, &what));
         }
         self.race = None;
