@@ -112,7 +112,6 @@ impl Credit {
         Credit { probes: VecDeque::new(), ..self.clone() }
     }
 
-    /// All messages have arrived.
     pub(crate) fn prove_all(&mut self) {
         self.on_the_way.clear();
     }

@@ -42,7 +42,6 @@ pub(crate) struct Entry {
     pub(crate) info: Arc<Info>,
 }
 
-/// A user's part of the device.
 pub(crate) struct Share {
     pub(crate) look_ups: Arc<Permits>,
     pub(crate) forwards: Arc<Permits>,

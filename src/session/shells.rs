@@ -72,7 +72,6 @@ pub(crate) enum Admission {
     Return(Receiver<Handover>),
 }
 
-/// The right to one shell.
 #[derive(Debug)]
 pub(crate) struct ShellPermit {
     shells: Arc<Shells>,

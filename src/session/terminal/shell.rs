@@ -108,11 +108,10 @@ impl Shell {
                 break Then::More;
             }
             match self.pty.read(&mut place[filled..]) {
-                Ok(0) => break Then::End,
-                Ok(n) => filled += n,
+                Ok(n @ 1..) => filled += n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Then::Wait,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break Then::End,
+                _ => break Then::End,
             }
         };
         (filled, then)
