@@ -51,7 +51,6 @@ pub(super) struct Connection {
     pub(super) memory: Permit,
     /// Frames in flight, by their numbers among the session's messages.
     pub(super) unacknowledged: VecDeque<u64>,
-    pub(super) last_traffic: Instant,
     ended: bool,
     /// Since the last look at the progress: bytes discarded, and those undelivered then.
     discarded: usize,
@@ -103,7 +102,6 @@ impl Connection {
             lost: 0,
             memory: peer.share.memory.none(),
             unacknowledged: VecDeque::new(),
-            last_traffic: now,
             ended: false,
             discarded: 0,
             left: 0,
@@ -152,7 +150,7 @@ impl Connection {
                 let _ = setsockopt(&socket, sockopt::TcpKeepIdle, &KEEPALIVE);
                 let _ = setsockopt(&socket, sockopt::TcpKeepInterval, &KEEPALIVE);
                 self.state = State::Open(socket);
-                self.last_traffic = now;
+                self.shown.traffic.touch(now);
                 let _ = self.shown.address.set(address);
                 Ok(true)
             }
@@ -198,7 +196,7 @@ impl Connection {
         }
         self.queued = queued;
         self.to_target.push_back(data);
-        self.last_traffic = now;
+        self.shown.traffic.touch(now);
         self.flush(now)?;
         if self.memory.count() < self.held()
             && let Some(rest) = self.to_target.pop_back()
@@ -243,7 +241,6 @@ impl Connection {
                 Err(Errno::EINTR) => continue,
                 Err(e) => return Err(e),
             };
-            self.last_traffic = now;
             self.shown.traffic.add_in(n, now);
             self.queued -= n;
             let _ = data.split_to(n);
@@ -268,7 +265,6 @@ impl Connection {
         match recv(socket.as_raw_fd(), place, MsgFlags::empty()) {
             Ok(0) if !udp => Err((CLOSED, "target".to_owned())),
             Ok(n) => {
-                self.last_traffic = now;
                 self.shown.traffic.touch(now);
                 self.shown.traffic.add_out(n);
                 Ok(Some(n))

@@ -385,7 +385,7 @@ impl PortForward {
 }
 
 fn idle_at(connection: &Connection, limit: Duration) -> Option<Instant> {
-    (!limit.is_zero()).then(|| connection.last_traffic + limit)
+    (!limit.is_zero()).then(|| connection.shown.traffic.last_activity() + limit)
 }
 
 #[cfg(test)]
