@@ -137,28 +137,22 @@ impl Connection {
     /// True once it is open. The error is the text for the client.
     pub(super) fn advance(&mut self, peer: &Peer, now: Instant) -> Result<bool, String> {
         let State::Opening(opening) = &mut self.state else { return Ok(false) };
-        match opening.advance(peer, &self.shown.target, &mut self.descriptors, now) {
-            Ok(None) => Ok(false),
-            Ok(Some((socket, address))) => {
-                // Without it a stream is only slower; a datagram socket has no such option.
-                let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);
-                // The kernel takes 4 MiB for a target that doesn't read, uncounted; three forwards can be all that a small
-                // device has for TCP. Without it only that is different.
-                let _ = setsockopt(&socket, net::UnsentLimit, &UNSENT_LIMIT);
-                // As Go does. A target that was switched off says nothing, and firewalls forget what is silent.
-                let _ = setsockopt(&socket, sockopt::KeepAlive, &true);
-                let _ = setsockopt(&socket, sockopt::TcpKeepIdle, &KEEPALIVE);
-                let _ = setsockopt(&socket, sockopt::TcpKeepInterval, &KEEPALIVE);
-                self.state = State::Open(socket);
-                self.shown.traffic.touch(now);
-                let _ = self.shown.address.set(address);
-                Ok(true)
-            }
-            Err(end) => {
-                self.end = end;
-                Err(self.end.1.clone())
-            }
-        }
+        let opened = opening.advance(peer, &self.shown.target, &mut self.descriptors, now);
+        let opened = opened.inspect_err(|end| self.end.clone_from(end)).map_err(|(_, text)| text)?;
+        let Some((socket, address)) = opened else { return Ok(false) };
+        // Without it a stream is only slower; a datagram socket has no such option.
+        let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);
+        // The kernel takes 4 MiB for a target that doesn't read, uncounted; three forwards can be all that a small
+        // device has for TCP. Without it only that is different.
+        let _ = setsockopt(&socket, net::UnsentLimit, &UNSENT_LIMIT);
+        // As Go does. A target that was switched off says nothing, and firewalls forget what is silent.
+        let _ = setsockopt(&socket, sockopt::KeepAlive, &true);
+        let _ = setsockopt(&socket, sockopt::TcpKeepIdle, &KEEPALIVE);
+        let _ = setsockopt(&socket, sockopt::TcpKeepInterval, &KEEPALIVE);
+        self.state = State::Open(socket);
+        self.shown.traffic.touch(now);
+        let _ = self.shown.address.set(address);
+        Ok(true)
     }
 
     fn sockets(&self) -> impl Iterator<Item = &OwnedFd> {
