@@ -85,8 +85,9 @@ impl PortForward {
     /// False if too many answers wait.
     pub(crate) fn handle(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> bool {
         match (frame.typ.as_str(), ConnectionId::of(frame)) {
-            (forward::NEW, Ok(id)) => self.open(peer, frame, id, now),
-            (forward::NEW, Err(text)) => self.refuse(peer, frame, &text),
+            (forward::NEW, id) => id
+                .and_then(|id| self.open(peer, frame, id, now))
+                .unwrap_or_else(|text| self.refuse(peer, frame, &text)),
             (forward::FORWARD, Ok(id)) => self.take_data(peer, frame, &id, now),
             // An ack may come for a forward that has ended.
             (forward::ACK, Ok(id)) => {
@@ -119,20 +120,17 @@ impl PortForward {
         self.answers.push_back(forward::error(&peer.id, &cause.typ, text));
     }
 
-    fn open(&mut self, peer: &mut Peer, frame: &Frame, id: ConnectionId, now: Instant) {
-        let target = match Target::decode(&frame.body) {
-            Ok(target) => target,
-            Err(text) => return self.refuse(peer, frame, &text),
-        };
+    /// The error is the text for the client.
+    fn open(&mut self, peer: &Peer, frame: &Frame, id: ConnectionId, now: Instant) -> Result<(), String> {
+        let target = Target::decode(&frame.body)?;
         if self.connections.contains_key(&id) {
-            return self.refuse(peer, frame, "connection_id is in use");
+            return Err("connection_id is in use".to_owned());
         }
         self.asleep.retain(|(asleep, ..)| *asleep != id);
-        let Some(descriptor) = self.acquire(peer) else {
-            return self.refuse(peer, frame, "too many connections");
-        };
+        let descriptor = self.acquire(peer).ok_or("too many connections")?;
         self.connections.insert(id.clone(), Connection::new(target, peer, frame.user(), descriptor, now));
         self.advance(peer, &id, now);
+        Ok(())
     }
 
     /// A descriptor for a forward; `None` if there are too many.
