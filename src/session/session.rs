@@ -138,9 +138,8 @@ impl Session {
     }
 
     fn lose_client(&mut self, why: &'static str, may_keep: bool, now: Instant) {
-        let Peer { device, info, wake, .. } = &self.peer;
         // The router detaches shells when the link is lost, but not one that came here since.
-        if self.terminal.is_kept() || may_keep && device.detach(info, wake) {
+        if self.terminal.is_kept() || may_keep && self.peer.device.detach(&self.peer.info, &self.peer.wake) {
             self.peer.inbox.close();
             self.peer.leave();
             self.terminal.detach(&mut self.peer, why, now);

@@ -287,8 +287,7 @@ fn locate(limits: Limits<'_>, request: &Request) -> Result<Target> {
     let source = request.src_path.as_deref().and_then(Path::file_name);
     // The chroot's parent is outside, and none of our business.
     let is_chroot = limits.and_then(|l| l.chroot.as_ref()).is_some_and(|chroot| chroot == path);
-    let names_directory =
-        is_chroot || path.as_os_str().as_bytes().ends_with(b"/") || path.file_name().is_none();
+    let names_directory = is_chroot || path.as_os_str().as_bytes().ends_with(b"/");
     let (parent, name) = match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) if !names_directory => (parent, name),
         _ => return inside(limits, path, source),
