@@ -81,7 +81,8 @@ pub struct Info {
     /// A bit for each protocol that the client has used.
     protocols: AtomicU32,
     pub(crate) shell: Mutex<Option<Arc<ShellInfo>>>,
-    transfer: Mutex<Weak<TransferInfo>>,
+    /// Listed as long as it lives.
+    pub(crate) transfer: Mutex<Weak<TransferInfo>>,
     pub(crate) forwards: Mutex<Vec<Arc<ForwardInfo>>>,
 }
 
@@ -149,22 +150,8 @@ impl Info {
         self.shell().is_some() || self.transfer().is_some() || self.forwards(0).0 > 0
     }
 
-    /// Lists the transfer as long as the returned Arc lives.
-    pub(crate) fn set_transfer(&self, transfer: TransferInfo) -> Arc<TransferInfo> {
-        let transfer = Arc::new(transfer);
-        *lock(&self.transfer) = Arc::downgrade(&transfer);
-        transfer
-    }
-
     pub(crate) fn transfer(&self) -> Option<Arc<TransferInfo>> {
         lock(&self.transfer).upgrade()
-    }
-
-    pub(crate) fn add_forward(&self, target: Target, now: Instant) -> Arc<ForwardInfo> {
-        let traffic = Traffic::new(now, Some(&self.traffic));
-        let forward = Arc::new(ForwardInfo { target, address: OnceLock::new(), traffic });
-        lock(&self.forwards).push(Arc::clone(&forward));
-        forward
     }
 
     /// The number of forwards, and the first `most` of them.

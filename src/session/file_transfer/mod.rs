@@ -25,6 +25,7 @@ use crate::encoding::hex;
 use crate::proto::control;
 use crate::proto::file::{self, Request};
 use crate::proto::{Frame, clipped};
+use crate::sys::lock;
 
 /// The server passes it on as the HTTP status.
 const FORBIDDEN: u16 = 403;
@@ -248,8 +249,9 @@ impl FileTransfer {
         debug!("session {}: {} of {:?}", peer.id, about.direction.name(), about.path);
         let (direction, size, traffic) = (about.direction, about.size, Arc::clone(&about.traffic));
         let path = about.path.to_string_lossy().into_owned();
-        let _shown = peer.info.set_transfer(TransferInfo { direction, path, size, traffic });
-        self.transfer = Some(Box::new(Transfer { about, stage, _shown }));
+        let shown = Arc::new(TransferInfo { direction, path, size, traffic });
+        *lock(&peer.info.transfer) = Arc::downgrade(&shown);
+        self.transfer = Some(Box::new(Transfer { about, stage, _shown: shown }));
         self.stray_acks |= !receives;
         if receives {
             peer.reply(&file::ack(&peer.id, 0, None));

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use crate::permits::Permit;
 use crate::proto::UserId;
 use crate::proto::forward::{Target, Transport};
 use crate::session::peer::Peer;
-use crate::session::stats::{ForwardInfo, Info};
+use crate::session::stats::{ForwardInfo, Info, Traffic};
 use crate::sys::{Events, PollSet, lock, net, reason, trim};
 
 /// Data frames in flight. A forward that isn't read leaves half of the session's credit to the others, and mender-cli
@@ -94,7 +94,9 @@ impl Drop for Connection {
 
 impl Connection {
     pub(super) fn new(target: Target, peer: &Peer, user: UserId, descriptor: Permit, now: Instant) -> Self {
-        let shown = peer.info.add_forward(target, now);
+        let traffic = Traffic::new(now, Some(&peer.info.traffic));
+        let shown = Arc::new(ForwardInfo { target, address: OnceLock::new(), traffic });
+        lock(&peer.info.forwards).push(Arc::clone(&shown));
         Connection {
             state: State::Opening(Opening::new(now)),
             to_target: VecDeque::new(),
