@@ -128,6 +128,7 @@ impl Temporary {
 
     fn take_name(&self) -> Result<()> {
         let Target { dir, name: target, .. } = &self.target;
+        let Attributes { replaces_nothing, owner_put, group_put, .. } = self.attributes;
         let failed = |e| self.not_committed(e);
         if self.decided.swap(true, Ordering::SeqCst) {
             return Err(failed(Errno::ECANCELED));
@@ -135,9 +136,7 @@ impl Temporary {
         // linkat(2) replaces nothing, and a kill can't interrupt it half-way.
         let name = match (link(&self.file, dir, target), self.name.get()) {
             (Ok(()), _) => return Ok(()),
-            (Err(Errno::EEXIST), _) if self.attributes.replaces_nothing => {
-                return Err(Failure::denied(place::OVERWRITE));
-            }
+            (Err(Errno::EEXIST), _) if replaces_nothing => return Err(Failure::denied(place::OVERWRITE)),
             (Err(_), Some(name)) => name,
             (Err(Errno::EEXIST), None) => {
                 let name = fresh_name(target);
@@ -147,7 +146,6 @@ impl Temporary {
             (Err(e), None) => return Err(failed(e)),
         };
         let rename = |flags| sys::rename(dir.as_fd(), name, target, flags);
-        let Attributes { replaces_nothing, owner_put, group_put, .. } = self.attributes;
         if replaces_nothing || owner_put.is_some() || group_put.is_some() {
             // FAT and exFAT have no hard links. Under FUSE they reject these flags, too, and so do old kernels.
             let unknown = |e| matches!(e, Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP);
