@@ -4,7 +4,7 @@
 //! The manager and the bus may come, go and be replaced at any time.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -79,18 +79,15 @@ enum Timer {
 }
 
 impl Source for Manager {
-    fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
-        let Bus::Up(channel, socket) = &self.bus else { return None };
+    fn watch<'a>(&'a self, set: &mut PollSet<'a>) {
+        let retry = if let Bus::Down(until) = self.bus { Some(until) } else { None };
+        set.until(&[retry, self.timer.map(|(at, _)| at)]);
+        let Bus::Up(channel, socket) = &self.bus else { return };
         let watch = channel.watch();
         let mut events = PollFlags::empty();
         events.set(PollFlags::POLLIN, watch.read);
         events.set(PollFlags::POLLOUT, watch.write);
-        Some((socket.as_fd(), events))
-    }
-
-    fn deadline(&self) -> Option<Instant> {
-        let retry = if let Bus::Down(until) = self.bus { Some(until) } else { None };
-        retry.into_iter().chain(self.timer.map(|(at, _)| at)).min()
+        set.add(socket.as_fd(), events);
     }
 
     fn process(&mut self, now: Instant) -> io::Result<Vec<AuthEvent>> {
@@ -167,10 +164,9 @@ impl Manager {
     pub(crate) fn wait(&mut self, limit: Instant) -> io::Result<Vec<AuthEvent>> {
         let mut set = PollSet::default();
         set.add(self.wake.as_fd(), PollFlags::POLLIN);
-        if let Some((socket, events)) = self.watch() {
-            set.add(socket, events);
-        }
-        set.wait(self.deadline().into_iter().chain([limit]).min())?;
+        self.watch(&mut set);
+        set.until(&[Some(limit)]);
+        set.wait()?;
         self.wake.clear();
         self.process(Instant::now())
     }

@@ -6,14 +6,13 @@ mod token_file;
 
 use std::fmt;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use nix::poll::PollFlags;
 use thiserror::Error;
 
 use crate::config;
+use crate::sys::PollSet;
 use crate::sys::wake::Wake;
 
 #[cfg(feature = "dbus")]
@@ -75,9 +74,7 @@ pub(crate) enum Refusal {
 
 /// Used by the supervisor, which it never blocks.
 pub(crate) trait Source {
-    fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)>;
-
-    fn deadline(&self) -> Option<Instant>;
+    fn watch<'a>(&'a self, set: &mut PollSet<'a>);
 
     /// Call it after an event on the descriptor, after a wake-up and at the deadline. Fails only until the source is up
     /// for the first time.

@@ -7,7 +7,7 @@
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use nix::poll::PollFlags;
 use nix::sys::inotify::{AddWatchFlags as Mask, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 
 use super::{AuthEvent, Credentials, Source};
-use crate::sys::{reason, writers};
+use crate::sys::{PollSet, reason, writers};
 
 /// In bytes. No server accepts a larger token, and freed blocks up to this size are wiped.
 const LARGEST: usize = 16 * 1024;
@@ -61,13 +61,11 @@ impl TokenFile {
 }
 
 impl Source for TokenFile {
-    fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
-        self.inotify.as_ref().map(|inotify| (inotify.as_fd(), PollFlags::POLLIN))
-    }
-
-    fn deadline(&self) -> Option<Instant> {
+    fn watch<'a>(&'a self, set: &mut PollSet<'a>) {
+        self.inotify.iter().for_each(|inotify| set.add(inotify.as_fd(), PollFlags::POLLIN));
         // A question is answered at once.
-        self.asked.then(Instant::now).or(self.settles).or(self.last_read.map(|at| at + INTERVAL))
+        let due = self.asked.then(Instant::now).or(self.settles);
+        set.until(&[due.or(self.last_read.map(|at| at + INTERVAL))]);
     }
 
     fn process(&mut self, now: Instant) -> io::Result<Vec<AuthEvent>> {

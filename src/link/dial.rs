@@ -198,6 +198,7 @@ fn open_socket(
         let mut set = PollSet::default();
         set.add(cancel.wake.as_fd(), PollFlags::POLLIN);
         race.sockets().for_each(|socket| set.add(socket.as_fd(), PollFlags::POLLOUT));
-        set.wait(Some(race.deadline().map_or(cancel.deadline, |next| next.min(cancel.deadline))))?;
+        set.until(&[race.deadline(), Some(cancel.deadline)]);
+        set.wait()?;
     }
 }

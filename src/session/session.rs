@@ -117,7 +117,7 @@ impl Session {
             self.forwards.watch(&self.peer, &mut set, now);
             let waiting = self.waiting.as_ref().map(|(_, until)| *until);
             set.until(&[self.files.deadline(), self.ping_at, self.close_at(), waiting]);
-            let events = set.wait(None)?;
+            let events = set.wait()?;
             // Cleared before anything is looked at, since others than the inbox wake the session, too.
             self.peer.wake.clear();
             self.terminal.proceed(&mut self.peer, &events, Instant::now());

@@ -10,7 +10,7 @@ mod document;
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 pub(crate) use self::command::{fetch, show};
 pub(crate) use self::document::{Connection, State, Status};
 use crate::sys::wake::Wake;
-use crate::sys::{reason, thread};
+use crate::sys::{PollSet, reason, thread};
 
 /// Concurrent answers. Further clients wait in the socket's queue.
 const MAX_ANSWERS: usize = 4;
@@ -63,12 +63,9 @@ impl Server {
         self.listener.as_ref().filter(|_| !busy && self.pause.is_none())
     }
 
-    pub(crate) fn watch(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
-        self.ready().map(|listener| (listener.as_fd(), PollFlags::POLLIN))
-    }
-
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.pause
+    pub(crate) fn watch<'a>(&'a self, set: &mut PollSet<'a>) {
+        self.ready().into_iter().for_each(|listener| set.add(listener.as_fd(), PollFlags::POLLIN));
+        set.until(&[self.pause]);
     }
 
     pub(crate) fn answer(&mut self, now: Instant, status: impl Fn() -> Status) {

@@ -153,12 +153,10 @@ impl Supervisor {
         let inputs = [signals.as_fd(), self.wake.as_fd()].into_iter();
         let inputs = inputs.chain(self.network.iter().map(AsFd::as_fd));
         inputs.chain(self.clock.iter().map(AsFd::as_fd)).for_each(|fd| set.add(fd, PollFlags::POLLIN));
-        for (fd, events) in self.source.watch().into_iter().chain(self.status.watch()) {
-            set.add(fd, events);
-        }
-        let deadlines = [self.machine.deadline(), self.source.deadline()];
-        let more = [self.service.deadline(), self.status.deadline()];
-        set.wait(deadlines.into_iter().chain(more).flatten().min()).map(drop)
+        self.source.watch(&mut set);
+        self.status.watch(&mut set);
+        set.until(&[self.machine.deadline(), self.service.deadline()]);
+        set.wait().map(drop)
     }
 
     fn look_at_network(&mut self) {

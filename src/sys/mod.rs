@@ -179,11 +179,11 @@ impl<'a> PollSet<'a> {
         self.deadline = deadlines.iter().copied().flatten().chain(self.deadline).min();
     }
 
-    /// Waits for an event or `deadline`.
-    pub(crate) fn wait(mut self, deadline: Option<Instant>) -> io::Result<Events> {
-        self.until(&[deadline]);
-        let limit = |deadline: Option<Instant>| deadline.map_or(PollTimeout::NONE, timeout_until);
-        while let Err(e) = nix::poll::poll(&mut self.fds, limit(self.deadline)) {
+    pub(crate) fn wait(mut self) -> io::Result<Events> {
+        // Rounded up to milliseconds: waking early would cost a second turn.
+        let left = |at: Instant| at.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+        let limit = |at| PollTimeout::try_from(left(at)).unwrap_or(PollTimeout::MAX);
+        while let Err(e) = nix::poll::poll(&mut self.fds, self.deadline.map(limit)) {
             if e != Errno::EINTR {
                 return Err(e.into());
             }
@@ -208,13 +208,8 @@ impl Events {
 pub fn poll_one(fd: &impl AsFd, events: PollFlags, deadline: Option<Instant>) -> io::Result<PollFlags> {
     let mut set = PollSet::default();
     set.add(fd.as_fd(), events);
-    Ok(set.wait(deadline)?.of(fd))
-}
-
-/// Rounded up to milliseconds: waking early would cost a second turn.
-fn timeout_until(at: Instant) -> PollTimeout {
-    let left = at.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
-    PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    set.until(&[deadline]);
+    Ok(set.wait()?.of(fd))
 }
 
 #[cfg(test)]

@@ -48,7 +48,8 @@ impl Scene {
     fn turn(&mut self, now: Instant) {
         let mut set = PollSet::default();
         self.forwarder.watch(&self.peer, &mut set, now);
-        let events = set.wait(Some(Instant::now() + Duration::from_secs(10))).unwrap();
+        set.until(&[Some(Instant::now() + Duration::from_secs(10))]);
+        let events = set.wait().unwrap();
         self.forwarder.proceed(&mut self.peer, &events, now);
         self.forwarder.answer(&mut self.peer, now);
     }

@@ -229,7 +229,8 @@ impl Model {
         self.forwards.answer(&mut self.peer, self.now);
         let mut set = PollSet::default();
         self.forwards.watch(&self.peer, &mut set, self.now);
-        let events = set.wait(Some(Instant::now() + wait)).expect("poll");
+        set.until(&[Some(Instant::now() + wait)]);
+        let events = set.wait().expect("poll");
         self.forwards.proceed(&mut self.peer, &events, self.now);
         self.forwards.answer(&mut self.peer, self.now);
         // It has ended some by itself.
