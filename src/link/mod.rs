@@ -19,7 +19,7 @@ mod writer;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::{IpAddr, Shutdown};
+use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -84,10 +84,10 @@ impl Link {
         self.outbox.signal(Work::Ping(true));
     }
 
-    /// Ends the link or dial if its local address is among `addresses`; returns whether it is.
-    pub(crate) fn loses(&self, addresses: &[IpAddr]) -> bool {
-        let own = self.cancel.uses(addresses);
-        own.inspect(|address| self.cancel.give_up(format!("its address {address} is gone"))).is_some()
+    /// Ends the link or dial if this machine has lost its local address; returns whether it has.
+    pub(crate) fn ends_without_address(&self) -> bool {
+        let lost = self.cancel.lost_address();
+        lost.inspect(|address| self.cancel.give_up(format!("its address {address} is gone"))).is_some()
     }
 
     /// False if the reader has ignored readable data since the last call, or the dial is stuck.

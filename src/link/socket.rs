@@ -2,12 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::mem;
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 
 use super::error::LinkError;
@@ -57,7 +58,14 @@ impl Socket {
         stream.set_nodelay(true)?;
         // Unknown to Linux before 3.12 and to gVisor: there keys wait behind what the kernel has.
         let _ = setsockopt(&stream, net::UnsentLimit, &UNSENT_LIMIT);
-        cancel.register(&stream)?;
+        let mut state = lock(&cancel.state);
+        state.socket = Some(Arc::clone(&stream));
+        state.addresses = stream.local_addr().into_iter().collect();
+        // The dial has been ended meanwhile.
+        if state.end.is_some() {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        drop(state);
         let (cancel, began, quick_ack) = (Arc::clone(cancel), Instant::now(), address.ip().is_loopback());
         Ok(Socket { stream, cancel, began, quick_ack })
     }
@@ -199,11 +207,10 @@ struct State {
     /// Why the link was ended from outside.
     end: Option<LinkError>,
     socket: Option<Arc<TcpStream>>,
-    /// Local addresses of the attempts to connect.
-    attempts: Vec<IpAddr>,
-    /// State at the last [`Cancel::reads`]: whether data was readable, and `heard`.
-    had_unread: bool,
-    had_heard: u64,
+    /// Local addresses of the connection or, until then, of the attempts to connect.
+    addresses: Vec<SocketAddr>,
+    /// `heard` at the last [`Cancel::reads`], if data was readable then.
+    unread: Option<u64>,
 }
 
 impl Cancel {
@@ -245,14 +252,18 @@ impl Cancel {
 
     pub(super) fn set_attempts<'a>(&self, sockets: impl Iterator<Item = &'a OwnedFd>) {
         let local = |socket: &OwnedFd| TcpStream::from(socket.try_clone().ok()?).local_addr().ok();
-        lock(&self.state).attempts = sockets.filter_map(local).map(|address| address.ip()).collect();
+        lock(&self.state).addresses = sockets.filter_map(local).collect();
     }
 
-    /// Which of these is a local address of the link or dial.
-    pub(super) fn uses(&self, addresses: &[IpAddr]) -> Option<IpAddr> {
-        let state = lock(&self.state);
-        let own = state.socket.iter().filter_map(|socket| Some(socket.local_addr().ok()?.ip()));
-        own.chain(state.attempts.iter().copied()).find(|address| addresses.contains(address))
+    /// A local address of the link or dial that no interface has any more: one that another interface, such as a
+    /// bridge, has taken over keeps its connections.
+    pub(super) fn lost_address(&self) -> Option<IpAddr> {
+        // ENODEV: the interface of a link-local one is gone. Other errors say nothing.
+        let is_gone = |e: io::Error| matches!(e.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::ENODEV));
+        let mut addresses = lock(&self.state).addresses.clone();
+        addresses.iter_mut().for_each(|address| address.set_port(0));
+        let lost = addresses.into_iter().find(|address| UdpSocket::bind(address).is_err_and(is_gone));
+        lost.map(|address| address.ip())
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -261,14 +272,6 @@ impl Cancel {
 
     pub(super) fn is_cancelled(&self) -> bool {
         matches!(lock(&self.state).end, Some(LinkError::Cancelled))
-    }
-
-    /// Fails if the dial has been ended meanwhile.
-    pub(super) fn register(&self, socket: &Arc<TcpStream>) -> io::Result<()> {
-        let mut state = lock(&self.state);
-        state.socket = Some(Arc::clone(socket));
-        state.attempts.clear();
-        if state.end.is_some() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 
     pub(super) fn shut_down(&self, how: Shutdown) {
@@ -288,10 +291,8 @@ impl Cancel {
     pub(super) fn reads(&self) -> Option<bool> {
         let heard = self.heard.load(Ordering::Relaxed);
         let mut state = lock(&self.state);
-        let has_read = mem::replace(&mut state.had_heard, heard) != heard;
         let socket = state.socket.as_ref().filter(|_| self.is_established())?;
-        let unread = net::is_readable(socket.as_fd());
-        let had_unread = mem::replace(&mut state.had_unread, unread);
-        Some(has_read || !had_unread || !unread)
+        let unread = net::is_readable(socket.as_fd()).then_some(heard);
+        Some(mem::replace(&mut state.unread, unread) != unread || unread.is_none())
     }
 }

@@ -162,7 +162,7 @@ impl Supervisor {
     fn look_at_network(&mut self) {
         let changes = self.network.as_mut().map(Netlink::read).unwrap_or_default();
         let jumped = self.clock.as_mut().is_some_and(Jumps::occurred);
-        let lost = self.link.as_ref().is_some_and(|link| link.loses(&changes.gone));
+        let lost = changes.gone && self.link.as_ref().is_some_and(Link::ends_without_address);
         if changes.new || jumped || lost {
             self.step(Event::NetworkChanged);
         }

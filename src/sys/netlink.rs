@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -35,7 +34,8 @@ pub(crate) struct Netlink {
 pub(crate) struct Changes {
     /// A new default route or address, an address whose carrier is back, or the kernel lost messages.
     pub(crate) new: bool,
-    pub(crate) gone: Vec<IpAddr>,
+    /// An address was removed, or the kernel lost messages.
+    pub(crate) gone: bool,
 }
 
 impl Netlink {
@@ -51,14 +51,11 @@ impl Netlink {
         loop {
             match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
                 Ok(length) => changes.add(&buffer[..length], &mut self.running),
-                Err(Errno::ENOBUFS) => changes.new = true,
+                Err(Errno::ENOBUFS) => (changes.new, changes.gone) = (true, true),
                 Err(Errno::EINTR) => {}
-                Err(_) => break,
+                Err(_) => return changes,
             }
         }
-        // An address that another interface, such as a bridge, has taken over keeps its connections.
-        changes.gone.retain(|address| UdpSocket::bind((*address, 0)).is_err());
-        changes
     }
 }
 
@@ -85,11 +82,7 @@ impl Changes {
                     let refreshed = times.is_some_and(|times| word(times, 8) != word(times, 12));
                     self.new |= !tentative && !refreshed;
                 }
-                (libc::RTM_DELADDR, _) => {
-                    // On point-to-point interfaces IFA_ADDRESS is the peer's.
-                    let own = attribute(message, libc::IFA_LOCAL);
-                    self.gone.extend(own.or_else(|| attribute(message, libc::IFA_ADDRESS)).and_then(ip));
-                }
+                (libc::RTM_DELADDR, _) => self.gone = true,
                 // A static address and its routes stay while the cable is unplugged.
                 (libc::RTM_NEWLINK, _) => {
                     let (Some(index), Some(flags)) = (word(message, 4), word(message, 8)) else { return };
@@ -127,11 +120,6 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
 }
 
-fn ip(bytes: &[u8]) -> Option<IpAddr> {
-    let v6 = || <[u8; 16]>::try_from(bytes).map(IpAddr::from);
-    <[u8; 4]>::try_from(bytes).map(IpAddr::from).or_else(|_| v6()).ok()
-}
-
 /// An attribute of a message about an address.
 fn attribute(message: &[u8], wanted: u16) -> Option<&[u8]> {
     let mut rest = message.get(ADDRESS..)?;
@@ -152,9 +140,10 @@ mod tests {
     #[test]
     fn nonsense_is_no_change() {
         let mut header = 24_u32.to_ne_bytes().to_vec();
-        header.extend(libc::RTM_DELADDR.to_ne_bytes());
+        header.extend(libc::RTM_NEWADDR.to_ne_bytes());
         header.resize(MESSAGE + ADDRESS, 0);
-        let attribute = |length: u16| [length.to_ne_bytes(), libc::IFA_LOCAL.to_ne_bytes()].concat();
+        header[MESSAGE + 2] = libc::IFA_F_TENTATIVE as u8;
+        let attribute = |length: u16| [length.to_ne_bytes(), libc::IFA_CACHEINFO.to_ne_bytes()].concat();
         for (length, rest) in [
             (0, vec![]),
             (15, vec![]),
@@ -170,7 +159,7 @@ mod tests {
             message[..4].copy_from_slice(&length.to_ne_bytes());
             let mut changes = Changes::default();
             changes.add(&message, &mut BTreeSet::new());
-            assert!(!changes.new && changes.gone.is_empty(), "{message:?}: {changes:?}");
+            assert!(!changes.new && !changes.gone, "{message:?}: {changes:?}");
         }
     }
 
@@ -178,6 +167,6 @@ mod tests {
     #[test]
     fn the_kernel_lets_us_listen() {
         let mut netlink = Netlink::open().unwrap();
-        assert!(netlink.read().gone.is_empty());
+        assert!(!netlink.read().gone);
     }
 }
