@@ -9,7 +9,7 @@ use crate::config;
 use crate::logging::{self, Logger};
 use crate::supervisor;
 use crate::sys::signals::Signals;
-use crate::sys::{children, privilege, process, reason};
+use crate::sys::{children, privilege, reason};
 
 /// Returns false if the daemon could not start or go on, which it has logged.
 pub(crate) fn run(options: Options) -> bool {
@@ -30,7 +30,6 @@ pub(crate) fn run(options: Options) -> bool {
 
 fn serve(options: Options, log: &'static Logger) -> Result<(), Box<dyn Error>> {
     let signals = Signals::block()?;
-    process::keep_descriptors_private();
     privilege::keep_to_oneself()?;
     let load = move || config::load(&options.config, &options.fallback_config);
     let config = load()?;

@@ -36,11 +36,11 @@ pub(crate) fn prepare() -> io::Result<()> {
     let (jobs, queue) = unbounded();
     let (ready, is_ready) = bounded(1);
     thread::spawn("children", thread::SMALL_STACK, move || {
-        if let Err(e) = unshare(CloneFlags::CLONE_FILES) {
+        let unshared = unshare(CloneFlags::CLONE_FILES);
+        if let Err(e) = unshared {
             warn!("shells won't start while an upload waits for storage that hangs: unshare: {e}");
-        } else {
-            close_all_but(&theirs);
         }
+        close_all_but(&theirs, unshared.is_ok());
         let _ = ready.send(());
         serve(&queue, &theirs);
     })?;
@@ -70,13 +70,16 @@ fn start_here(mut command: Command, stdio: OwnedFd) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Terminals kept by the service manager would never hang up while they are open here.
-fn close_all_but(socket: &UnixDatagram) {
+/// No program inherits what the daemon has inherited, and terminals kept by the service manager would never hang up
+/// while they are open here. A table that others use keeps them, close-on-exec as the daemon's own always are.
+fn close_all_but(socket: &UnixDatagram, is_own_table: bool) {
     let others = numbers_in("/proc/thread-self/fd").into_iter();
     for fd in others.filter(|fd| *fd > libc::STDERR_FILENO && *fd != socket.as_raw_fd()) {
-        // SAFETY: in a table of this thread's own, where nobody else uses it; one that is closed by now (the directory's
-        // own) answers with an error.
-        unsafe { libc::close(fd) };
+        // SAFETY: closes it where nobody else uses it, or sets its flag; one that is closed by now (the directory's own)
+        // answers with an error.
+        unsafe {
+            if is_own_table { libc::close(fd) } else { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }
+        };
     }
 }
 

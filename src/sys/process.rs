@@ -298,15 +298,6 @@ fn give_back_defaults() -> io::Result<()> {
     privilege::restore()
 }
 
-/// Marks inherited descriptors but the standard ones close-on-exec; the daemon's own always are. Call it at the start.
-pub(crate) fn keep_descriptors_private() {
-    for fd in numbers_in("/proc/self/fd").into_iter().filter(|fd| *fd > libc::STDERR_FILENO) {
-        // SAFETY: sets a flag of the descriptor and touches no memory; one that is closed by now (the directory's own)
-        // answers with an error.
-        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
-    }
-}
-
 /// Unsets an empty variable, for libraries that take it for a path. Call it at the start: it does nothing once there
 /// are threads.
 pub(crate) fn unset_if_empty(variable: &str) {
