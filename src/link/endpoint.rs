@@ -21,16 +21,9 @@ pub(crate) struct Endpoint {
     pub(super) port: u16,
 }
 
-/// The parts of `SCHEME://[LOGIN@]HOST[:PORT][/…]`.
-pub(super) struct Url<'a> {
-    pub(super) scheme: String,
-    pub(super) login: Option<&'a str>,
-    host: String,
-    port: Option<u16>,
-}
-
-impl<'a> Url<'a> {
-    pub(super) fn parse(url: &'a str) -> Result<Self, &'static str> {
+impl Endpoint {
+    /// Scheme, login and place of `SCHEME://[LOGIN@]HOST[:PORT][/…]`.
+    pub(super) fn split(url: &str) -> Result<(String, Option<&str>, Self), &'static str> {
         let (scheme, rest) = url.trim().split_once("://").ok_or("no scheme")?;
         let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
         let (login, place) = match authority.rsplit_once('@') {
@@ -66,20 +59,19 @@ impl<'a> Url<'a> {
             Some(digits) if digits.starts_with('+') => return Err("a port with a sign"),
             Some(digits) => Some(digits.parse().map_err(|_| "a port that is no number up to 65535")?),
         };
-        Ok(Url { scheme: scheme.to_ascii_lowercase(), login, host, port })
+        let scheme = scheme.to_ascii_lowercase();
+        let (tls, default_port) = match &*scheme {
+            "https" | "wss" => (true, 443),
+            "socks5" | "socks5h" => (false, 1080),
+            _ => (false, 80),
+        };
+        Ok((scheme, login, Endpoint { tls, host, port: port.unwrap_or(default_port) }))
     }
 
-    pub(super) fn endpoint(self, tls: bool, default_port: u16) -> Endpoint {
-        Endpoint { tls, host: self.host, port: self.port.unwrap_or(default_port) }
-    }
-}
-
-impl Endpoint {
     pub(crate) fn parse(url: &str) -> Result<Self, LinkError> {
-        let url = Url::parse(url).map_err(|why| LinkError::Url(why.to_owned()))?;
-        match &*url.scheme {
-            "http" | "ws" => Ok(url.endpoint(false, 80)),
-            "https" | "wss" => Ok(url.endpoint(true, 443)),
+        let (scheme, _, server) = Self::split(url).map_err(|why| LinkError::Url(why.to_owned()))?;
+        match &*scheme {
+            "http" | "ws" | "https" | "wss" => Ok(server),
             other => Err(LinkError::Url(format!("unknown scheme {other:?}"))),
         }
     }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use percent_encoding::percent_decode_str;
 
-use super::endpoint::{Endpoint, USER_AGENT, Url};
+use super::endpoint::{Endpoint, USER_AGENT};
 use super::error::LinkError;
 use super::http;
 use crate::encoding::base64;
@@ -106,17 +106,17 @@ impl Proxy {
         let bad = |what: &str| LinkError::Proxy(format!("the proxy's URL has {what}"));
         let url = url.trim();
         let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-        let url = Url::parse(&url).map_err(bad)?;
-        let (kind, default_port) = match &*url.scheme {
-            "http" => (Kind::Http, 80),
+        let (scheme, login, endpoint) = Endpoint::split(&url).map_err(bad)?;
+        let kind = match &*scheme {
+            "http" => Kind::Http,
             // As in Go, the proxy resolves names for both.
-            "socks5" | "socks5h" => (Kind::Socks5, 1080),
+            "socks5" | "socks5h" => Kind::Socks5,
             _ => return Err(bad("a scheme other than http, socks5 and socks5h")),
         };
-        let login = url.login.map(|login| login.split_once(':').unwrap_or((login, "")));
+        let login = login.map(|login| login.split_once(':').unwrap_or((login, "")));
         let login = login
             .map(|(user, word)| (percent_decode_str(user).collect(), percent_decode_str(word).collect()));
-        Ok(Proxy { kind, login, endpoint: url.endpoint(false, default_port) })
+        Ok(Proxy { endpoint, kind, login })
     }
 
     pub(super) fn tunnel(&self, stream: impl Read + Write, server: &Endpoint) -> Result<(), LinkError> {
