@@ -82,7 +82,7 @@ pub(crate) fn run(
     let (reporter, reports) = crossbeam_channel::unbounded();
     let context = Device::new(config);
     session::adopt_all(&context);
-    let supervisor = Supervisor {
+    let mut supervisor = Supervisor {
         machine: Machine::new(context.config().reconnect_interval, random, now),
         load: Box::new(load),
         service: Service::new(now),
@@ -103,16 +103,12 @@ pub(crate) fn run(
             .ok(),
         clock: Jumps::watch().ok(),
     };
-    supervisor.run(signals)
+    let result = supervisor.serve(signals);
+    supervisor.stop();
+    result
 }
 
 impl Supervisor {
-    fn run(mut self, signals: &Signals) -> Result<(), Error> {
-        let result = self.serve(signals);
-        self.stop();
-        result
-    }
-
     fn serve(&mut self, signals: &Signals) -> Result<(), Error> {
         while self.machine.state != State::Stopping {
             self.wait(signals).map_err(out_of_resources)?;
@@ -150,9 +146,10 @@ impl Supervisor {
 
     fn wait(&self, signals: &Signals) -> io::Result<()> {
         let mut set = PollSet::default();
-        let inputs = [signals.as_fd(), self.wake.as_fd()].into_iter();
-        let inputs = inputs.chain(self.network.iter().map(AsFd::as_fd));
-        inputs.chain(self.clock.iter().map(AsFd::as_fd)).for_each(|fd| set.add(fd, PollFlags::POLLIN));
+        let inputs = [signals.fd.as_fd(), self.wake.as_fd()].into_iter();
+        let inputs = inputs.chain(self.network.iter().map(|network| network.socket.as_fd()));
+        let inputs = inputs.chain(self.clock.iter().map(|clock| clock.timer.as_fd()));
+        inputs.for_each(|fd| set.add(fd, PollFlags::POLLIN));
         self.source.watch(&mut set);
         self.status.watch(&mut set);
         set.until(&[self.machine.deadline(), self.service.deadline()]);

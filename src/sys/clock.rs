@@ -1,6 +1,5 @@
 //! The wall clock and its jumps.
 
-use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use nix::sys::time::TimeSpec;
@@ -25,7 +24,7 @@ pub(crate) fn now() -> Duration {
 /// Notices jumps of the wall clock: suspensions, which timers and time-outs don't count, and a clock that was wrong and
 /// is set, so that certificates that weren't valid are.
 pub(crate) struct Jumps {
-    timer: TimerFd,
+    pub(crate) timer: TimerFd,
     /// By how much the wall clock is ahead of the monotonic one, which stands still while the system is suspended.
     ahead: Duration,
 }
@@ -55,12 +54,6 @@ impl Jumps {
 
     fn moved_to(&mut self, ahead: Duration) -> bool {
         std::mem::replace(&mut self.ahead, ahead).abs_diff(ahead) >= Jumps::SHORTEST
-    }
-}
-
-impl AsFd for Jumps {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.timer.as_fd()
     }
 }
 

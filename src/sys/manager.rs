@@ -2,7 +2,6 @@
 //! happens.
 // Not the crate sd-notify: it blocks on a manager that does not read.
 
-use std::ffi::OsStr;
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
@@ -36,7 +35,18 @@ pub(crate) struct Manager(Option<UnixDatagram>);
 
 impl Manager {
     pub(crate) fn from_environment() -> Self {
-        Manager(std::env::var_os("NOTIFY_SOCKET").and_then(|name| connect(&name)))
+        let connect = || {
+            let name = std::env::var_os("NOTIFY_SOCKET")?;
+            let address = match name.as_bytes() {
+                [] => return None,
+                [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+                _ => SocketAddr::from_pathname(&name),
+            };
+            let socket = UnixDatagram::unbound().ok()?;
+            socket.connect_addr(&address.ok()?).ok()?;
+            Some(socket)
+        };
+        Manager(connect())
     }
 
     /// Never blocks on a manager that does not read: a message may be lost.
@@ -47,17 +57,6 @@ impl Manager {
         let text = [IoSlice::new(state.as_bytes())];
         sendmsg::<()>(socket.as_raw_fd(), &text, rights, MsgFlags::MSG_DONTWAIT, None).is_ok()
     }
-}
-
-fn connect(name: &OsStr) -> Option<UnixDatagram> {
-    let address = match name.as_bytes() {
-        [] => return None,
-        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
-        _ => SocketAddr::from_pathname(name),
-    };
-    let socket = UnixDatagram::unbound().ok()?;
-    socket.connect_addr(&address.ok()?).ok()?;
-    Some(socket)
 }
 
 pub(crate) struct Service {

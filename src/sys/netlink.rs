@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
@@ -24,7 +24,7 @@ const ADDRESS: usize = 8;
 const ATTRIBUTE: usize = 4;
 
 pub(crate) struct Netlink {
-    socket: OwnedFd,
+    pub(crate) socket: OwnedFd,
     /// Indexes of interfaces that have had a carrier.
     running: BTreeSet<u32>,
 }
@@ -56,12 +56,6 @@ impl Netlink {
                 Err(_) => return changes,
             }
         }
-    }
-}
-
-impl AsFd for Netlink {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }
 

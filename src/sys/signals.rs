@@ -1,7 +1,6 @@
 //! The daemon's signals, as a descriptor for the poll loop.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
@@ -12,7 +11,7 @@ use super::process;
 
 /// Blocked while this exists.
 pub(crate) struct Signals {
-    fd: SignalFd,
+    pub(crate) fd: SignalFd,
     /// Started on a controlling terminal, without nohup.
     on_terminal: bool,
 }
@@ -52,10 +51,4 @@ impl Signals {
 fn has_terminal() -> bool {
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     open("/dev/tty", flags, Mode::empty()).is_ok()
-}
-
-impl AsFd for Signals {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
 }
