@@ -5,9 +5,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use super::{Break, Report, expiry, span};
 use crate::auth::Credentials;
-use crate::link::{
-    IN_CLEAR, LinkError, PROXY_VARIABLES, Progress, ProxyKind, ProxySettings, TlsFault, trial,
-};
+use crate::link::{IN_CLEAR, LinkError, PROXY_VARIABLES, Progress, ProxyKind, TlsFault, trial};
 use crate::sys::clock;
 use crate::sys::names::Query;
 
@@ -24,7 +22,7 @@ pub(crate) fn reach(
     let (mut step, mut to_https) = ("server", false);
     // The two queries of a look-up run in parallel, as do attempts to connect.
     let (mut begun, mut answered, mut failures) = (Instant::now(), Vec::new(), Vec::new());
-    let outcome = trial(credentials, &ProxySettings::from_environment(), upgrade, &mut |progress| {
+    let outcome = trial(credentials, upgrade, &mut |progress| {
         let (found, next) = match progress {
             Progress::Server(endpoint) => {
                 if endpoint.sends_in_clear() {

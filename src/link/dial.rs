@@ -17,7 +17,7 @@ use super::endpoint::{Endpoint, IN_CLEAR};
 use super::error::{LinkError, MAX_MESSAGE};
 use super::halves::Half;
 use super::http::{self, Answer};
-use super::proxy::{Kind as ProxyKind, ProxySettings};
+use super::proxy::{self, Kind as ProxyKind};
 use super::socket::{Cancel, Socket};
 #[cfg(feature = "tls")]
 use super::tls::client as tls_client;
@@ -51,7 +51,6 @@ pub(super) type Observer<'a> = &'a mut dyn FnMut(Progress<'_>);
 /// Without `upgrade` it asks for no websocket, and fails with [`LinkError::Refused`] at best.
 pub(super) fn dial(
     credentials: &Credentials,
-    proxies: &ProxySettings,
     cancel: &Arc<Cancel>,
     upgrade: bool,
     progress: Observer<'_>,
@@ -61,7 +60,7 @@ pub(super) fn dial(
     let key = upgrade.then(new_key).transpose()?;
     let request = http::request(&server, &credentials.token, key.as_deref())?;
     progress(Progress::Server(&server));
-    let proxy = proxies.proxy_for(&server)?;
+    let proxy = proxy::proxy_for(&server, |name| std::env::var(name).ok())?;
     let first = proxy.as_ref().map_or(&server, |p| &p.endpoint);
     progress(Progress::Proxy(proxy.is_some()));
     let label = if proxy.is_some() { " (the proxy)" } else { "" };
@@ -103,11 +102,10 @@ fn tls_client(_: &Endpoint) -> Result<super::halves::Handshake, LinkError> {
 /// A trial for `doctor`. With `upgrade` it opens a websocket and pings; that ends the device's own, if any.
 pub(crate) fn trial(
     credentials: &Credentials,
-    proxies: &ProxySettings,
     upgrade: bool,
     progress: Observer<'_>,
 ) -> Result<(), LinkError> {
-    let mut websocket = dial(credentials, proxies, &Arc::new(Cancel::new()?), upgrade, progress)?;
+    let mut websocket = dial(credentials, &Arc::new(Cancel::new()?), upgrade, progress)?;
     websocket.send(Message::Ping(PING_PAYLOAD))?;
     loop {
         match websocket.read() {

@@ -37,7 +37,7 @@ pub(crate) use dial::{Progress, trial};
 pub(crate) use endpoint::{Endpoint, IN_CLEAR, PATH};
 pub use error::LinkError;
 pub(crate) use error::TlsFault;
-pub(crate) use proxy::{Kind as ProxyKind, PROXY_VARIABLES, ProxySettings};
+pub(crate) use proxy::{Kind as ProxyKind, PROXY_VARIABLES};
 
 /// A dial that exceeds its deadline by this long is stuck: trusted certificates may come from slow storage.
 const OVERTIME: Duration = ATTEMPT_LIMIT.saturating_mul(3);
@@ -59,7 +59,6 @@ impl Link {
     /// frame, must not wait, and is dropped when the link ends. `events` gets [`LinkEvent::Lost`] last, in any case.
     pub(crate) fn dial<F: FnMut(Frame)>(
         credentials: Credentials,
-        proxies: Arc<ProxySettings>,
         heartbeat: Duration,
         accept: impl FnOnce(&Outbox) -> F + Send + 'static,
         events: impl Fn(LinkEvent) + Send + 'static,
@@ -68,7 +67,7 @@ impl Link {
         let (outbox, queue) = Outbox::new();
         let link = Link { cancel: Arc::clone(&cancel), outbox: outbox.clone() };
         thread::spawn("link", thread::LARGE_STACK, move || {
-            let dialled = dial::dial(&credentials, &proxies, &cancel, true, &mut |_| {});
+            let dialled = dial::dial(&credentials, &cancel, true, &mut |_| {});
             let result =
                 dialled.and_then(|socket| run(socket, &cancel, heartbeat, (outbox, queue), accept, &events));
             let Err(lost) = result;

@@ -16,14 +16,6 @@ use crate::sys::reason;
 pub(crate) const PROXY_VARIABLES: [&str; 6] =
     ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
 
-/// Read as curl and Go do.
-#[derive(Default, Clone)]
-pub(crate) struct ProxySettings {
-    http: Option<String>,
-    https: Option<String>,
-    exceptions: String,
-}
-
 pub(super) struct Proxy {
     pub(super) endpoint: Endpoint,
     pub(super) kind: Kind,
@@ -50,25 +42,19 @@ const SOCKS_FAULTS: [&str; 8] = [
     "address type not supported",
 ];
 
-impl ProxySettings {
-    pub(crate) fn from_environment() -> Self {
-        Self::from_lookup(|name| std::env::var(name).ok())
-    }
-
-    fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Self {
-        let set = |name: &str| lookup(name).filter(|v| !v.trim().is_empty());
-        let either = |at| set(PROXY_VARIABLES[at]).or_else(|| set(PROXY_VARIABLES[at + 3]));
-        let [http, https, exceptions] = [0, 1, 2].map(either);
-        ProxySettings { http, https, exceptions: exceptions.unwrap_or_default() }
-    }
-
-    /// None for the device itself, where mender-auth's forwarder listens.
-    pub(super) fn proxy_for(&self, server: &Endpoint) -> Result<Option<Proxy>, LinkError> {
-        let setting = if server.tls { &self.https } else { &self.http };
-        let mut exceptions = self.exceptions.split(',').map(str::trim).filter(|entry| !entry.is_empty());
-        let direct = server.is_loopback() || exceptions.any(|entry| covers(entry, server));
-        setting.as_deref().filter(|_| !direct).map(Proxy::parse).transpose()
-    }
+/// By these variables, as curl and Go read them. `None` for the device itself, where mender-auth's forwarder listens.
+pub(super) fn proxy_for(
+    server: &Endpoint,
+    variable: impl Fn(&str) -> Option<String>,
+) -> Result<Option<Proxy>, LinkError> {
+    let set = |at: usize| {
+        let mut values = [at, at + 3].into_iter().filter_map(|at| variable(PROXY_VARIABLES[at]));
+        values.find(|value| !value.trim().is_empty())
+    };
+    let exceptions = set(2).unwrap_or_default();
+    let mut exceptions = exceptions.split(',').map(str::trim).filter(|entry| !entry.is_empty());
+    let direct = server.is_loopback() || exceptions.any(|entry| covers(entry, server));
+    set(server.tls.into()).filter(|_| !direct).map(|url| Proxy::parse(&url)).transpose()
 }
 
 /// NO_PROXY entries: `*`, an address, a network, a name (covers its subdomains), or a name after a dot or `*.` (covers
@@ -196,31 +182,30 @@ mod tests {
     use super::*;
     use std::io::Cursor;
 
-    fn settings(pairs: &[(&str, &str)]) -> ProxySettings {
-        let pairs: Vec<(String, String)> =
-            pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        ProxySettings::from_lookup(|name| pairs.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone()))
-    }
-
-    fn host(settings: &ProxySettings, url: &str) -> Option<String> {
-        let proxy = settings.proxy_for(&Endpoint::parse(url).unwrap());
+    fn host(set: &[(&str, &str)], url: &str) -> Option<String> {
+        let variable = |name: &str| set.iter().find(|(k, _)| *k == name).map(|(_, v)| (*v).to_owned());
+        let proxy = proxy_for(&Endpoint::parse(url).unwrap(), variable);
         proxy.ok().unwrap().map(|p| p.endpoint.authority())
     }
 
     #[test]
     fn each_scheme_has_its_proxy_and_loopback_has_none() {
-        let both = settings(&[("HTTP_PROXY", "plain:3128"), ("https_proxy", "http://secure")]);
+        let both = [("HTTP_PROXY", "plain:3128"), ("https_proxy", "http://secure")];
         assert_eq!(host(&both, "http://example.com").as_deref(), Some("plain:3128"));
         assert_eq!(host(&both, "https://example.com").as_deref(), Some("secure:80"));
         for url in ["http://localhost:1", "http://127.0.0.1:1", "https://[::1]:1"] {
             assert_eq!(host(&both, url), None, "{url}");
         }
-        assert_eq!(host(&settings(&[("HTTP_PROXY", "p:1")]), "https://example.com"), None);
+        assert_eq!(host(&[("HTTP_PROXY", "p:1")], "https://example.com"), None);
+        let upper = [("https_proxy", "lower"), ("HTTPS_PROXY", "upper")];
+        assert_eq!(host(&upper, "https://example.com").as_deref(), Some("upper:80"));
+        let empty = [("https_proxy", "lower"), ("HTTPS_PROXY", " ")];
+        assert_eq!(host(&empty, "https://example.com").as_deref(), Some("lower:80"));
     }
 
     #[test]
     fn exceptions() {
-        let except = |list| settings(&[("HTTP_PROXY", "p:1"), ("NO_PROXY", list)]);
+        let except = |list| [("HTTP_PROXY", "p:1"), ("NO_PROXY", list)];
         for (list, server, direct) in [
             ("*", "http://example.com", true),
             ("example.com", "http://example.com", true),

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use self::machine::{Action, Event, Machine};
 use crate::auth::{self, Source};
 use crate::config::{Config, ConfigError};
-use crate::link::{self, Endpoint, Link, LinkError, LinkEvent, ProxySettings};
+use crate::link::{self, Endpoint, Link, LinkError, LinkEvent};
 use crate::session::stats::seconds;
 use crate::session::{self, Device, Router};
 use crate::status::{self, State, Status};
@@ -57,7 +57,6 @@ struct Supervisor {
     last_error: Option<(String, Instant)>,
     source: Box<dyn Source>,
     context: Arc<Device>,
-    proxies: Arc<ProxySettings>,
     link: Option<Link>,
     /// Incremented per link made or closed; events of an older epoch are ignored.
     epoch: u64,
@@ -91,7 +90,6 @@ pub(crate) fn run(
         last_error: None,
         source: auth::source(&context.config().auth, &wake, true)?,
         context,
-        proxies: Arc::new(ProxySettings::from_environment()),
         link: None,
         epoch: 0,
         reporter,
@@ -299,7 +297,7 @@ impl Supervisor {
             let mut router = Router::new(&context, outbox);
             move |frame| router.route(frame)
         };
-        match Link::dial(credentials, Arc::clone(&self.proxies), heartbeat, accept, report.clone()) {
+        match Link::dial(credentials, heartbeat, accept, report.clone()) {
             Ok(link) => self.link = Some(link),
             Err(e) => report(LinkEvent::Lost(e.into())),
         }
