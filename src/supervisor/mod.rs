@@ -2,12 +2,13 @@
 
 pub(crate) mod machine;
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use log::{debug, error, info, warn};
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
@@ -58,11 +59,10 @@ struct Supervisor {
     source: Box<dyn Source>,
     context: Arc<Device>,
     link: Option<Link>,
-    /// Incremented per link made or closed; events of an older epoch are ignored.
-    epoch: u64,
-    /// Each link's thread has a clone, and drops it when it ends.
-    reporter: Sender<(u64, LinkEvent)>,
-    reports: Receiver<(u64, LinkEvent)>,
+    /// Of `link`: nobody hears of one that was closed.
+    reports: Receiver<LinkEvent>,
+    /// Each link's thread has a clone of the sender, and drops it when it ends.
+    threads: (Sender<Infallible>, Receiver<Infallible>),
     wake: Arc<Wake>,
     status: status::Server,
     /// `None` if the kernel lacks it.
@@ -77,8 +77,6 @@ pub(crate) fn run(
     signals: &Signals,
 ) -> Result<(), Error> {
     let (wake, now) = (Arc::new(Wake::new().map_err(out_of_resources)?), Instant::now());
-    // Unbounded, but a link sends at most two reports, and links are made one after another.
-    let (reporter, reports) = crossbeam_channel::unbounded();
     let context = Device::new(config);
     session::adopt_all(&context);
     let mut supervisor = Supervisor {
@@ -91,9 +89,8 @@ pub(crate) fn run(
         source: auth::source(&context.config().auth, &wake, true)?,
         context,
         link: None,
-        epoch: 0,
-        reporter,
-        reports,
+        reports: bounded(0).1,
+        threads: bounded(0),
         status: status::Server::open(&wake),
         wake,
         network: Netlink::open()
@@ -122,10 +119,8 @@ impl Supervisor {
                 self.service.ready();
             }
             auth.into_iter().for_each(|event| self.step(Event::Auth(event)));
-            while let Ok((epoch, event)) = self.reports.try_recv() {
-                if epoch == self.epoch {
-                    self.handle_link(event);
-                }
+            while let Ok(event) = self.reports.try_recv() {
+                self.handle_link(event);
             }
             self.step(Event::Tick);
             let now = Instant::now();
@@ -252,7 +247,7 @@ impl Supervisor {
         let before = self.machine.state;
         for action in self.machine.step(event, Instant::now()) {
             match action {
-                Action::Close => self.close(),
+                Action::Close => (self.link, self.reports) = (None, bounded(0).1),
                 Action::Dial => self.dial(),
                 Action::Ask => self.source.ask(Instant::now()),
                 Action::Fetch => self.source.fetch(Instant::now()),
@@ -277,17 +272,16 @@ impl Supervisor {
         }
     }
 
-    fn close(&mut self) {
-        self.link = None;
-        self.epoch += 1;
-    }
-
     fn dial(&mut self) {
-        self.close();
+        // A link sends at most two reports.
+        let (reporter, reports) = bounded(2);
+        (self.link, self.reports) = (None, reports);
         let Some(credentials) = self.machine.credentials.clone() else { return };
-        let (epoch, reporter, wake) = (self.epoch, self.reporter.clone(), Arc::clone(&self.wake));
+        let (wake, thread) = (Arc::clone(&self.wake), self.threads.0.clone());
         let report = move |event| {
-            let _ = reporter.send((epoch, event));
+            let _ = &thread;
+            // Fails if the link was closed.
+            let _ = reporter.send(event);
             wake.notify();
         };
         let heartbeat = self.context.config().heartbeat;
@@ -309,9 +303,9 @@ impl Supervisor {
         // Shells that the store keeps are left to the next agent from here on.
         self.context.store.iter().for_each(|store| store.end());
         self.context.shells.close();
-        drop((self.status, self.link, self.reporter));
-        // A link's thread drops its router, which ends the sessions, before its reporter.
-        while self.reports.recv_deadline(deadline).is_ok() {}
+        drop((self.status, self.link, self.threads.0));
+        // A link's thread says goodbye and drops its router, which ends the sessions, before it ends. Nothing is ever sent.
+        let _ = self.threads.1.recv_deadline(deadline);
         if !self.context.wait_until_quiet(&self.wake, deadline) {
             warn!("some processes did not end in time");
             children::leave_descriptors_behind();
