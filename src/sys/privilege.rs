@@ -100,15 +100,8 @@ pub(crate) fn reduce(needs: Needs) -> io::Result<()> {
     if !geteuid().is_root() {
         return Ok(());
     }
-    if !needs.privileged_programs {
-        bound(kept)?;
-    }
-    limit(kept, needs.root_shells)
-}
-
-/// Drops all but `kept` from the bounding set.
-fn bound(kept: u64) -> io::Result<()> {
-    for capability in (0..u64::BITS).filter(|capability| kept & 1 << capability == 0) {
+    let bounded = !needs.privileged_programs;
+    for capability in (0..u64::BITS).filter(|capability| bounded && kept & 1 << capability == 0) {
         // SAFETY: takes integers and touches no memory of ours.
         let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) };
         match Errno::result(result) {
@@ -117,16 +110,12 @@ fn bound(kept: u64) -> io::Result<()> {
             other => other?,
         };
     }
-    Ok(())
-}
-
-/// Drops all but `kept` from this thread. Root shells need them `permitted`: a program that gains capabilities by
-/// exec(2) beyond its parent's loses its parent-death signal.
-fn limit(kept: u64, permitted: bool) -> io::Result<()> {
     let mut sets = capabilities()?;
-    for ([effective, allowed, _], kept) in sets.iter_mut().zip([kept as u32, (kept >> 32) as u32]) {
+    for ([effective, permitted, _], kept) in sets.iter_mut().zip([kept as u32, (kept >> 32) as u32]) {
         *effective &= kept;
-        *allowed &= if permitted { u32::MAX } else { kept };
+        // Root shells need them: a program that gains capabilities by exec(2) beyond its parent's loses its parent-death
+        // signal.
+        *permitted &= if needs.root_shells { u32::MAX } else { kept };
     }
     let mut header = THIS_THREAD;
     // SAFETY: the kernel reads one header and two sets; both live until the call returns.
