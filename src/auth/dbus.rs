@@ -18,7 +18,7 @@ use nix::poll::PollFlags;
 use super::{AuthEvent, Credentials, Refusal, Source};
 use crate::sys::wake::Wake;
 use crate::sys::wipe::wipe_texts;
-use crate::sys::{PollSet, duplicate_socket, poll_one, reason, thread};
+use crate::sys::{PollSet, duplicate_socket, is_ready, reason, thread};
 
 const MANAGER: &str = "io.mender.AuthenticationManager";
 const PATH: &str = "/io/mender/AuthenticationManager";
@@ -207,8 +207,7 @@ impl Manager {
     fn receive(&mut self, now: Instant) {
         for _ in 0..MAX_READS {
             let Bus::Up(channel, socket) = &self.bus else { return };
-            let readable =
-                poll_one(socket, PollFlags::POLLIN, Some(now)).is_ok_and(|events| !events.is_empty());
+            let readable = is_ready(socket, PollFlags::POLLIN);
             let alive = channel.read_write(Some(Duration::ZERO)).is_ok();
             let messages: Vec<_> = std::iter::from_fn(|| channel.pop_message()).collect();
             self.reads = if messages.is_empty() { self.reads + usize::from(readable) } else { 0 };

@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::libc;
+use nix::poll::PollFlags;
 use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 
 use super::error::LinkError;
 use crate::sys::wake::Wake;
-use crate::sys::{lock, net};
+use crate::sys::{is_ready, lock, net};
 
 /// Time for an answer: this, or a multiple of what the handshakes took. On NB-IoT and satellite links a round trip
 /// takes seconds.
@@ -292,7 +293,7 @@ impl Cancel {
         let heard = self.heard.load(Ordering::Relaxed);
         let mut state = lock(&self.state);
         let socket = state.socket.as_ref().filter(|_| self.is_established())?;
-        let unread = net::is_readable(socket.as_fd()).then_some(heard);
+        let unread = is_ready(socket, PollFlags::POLLIN).then_some(heard);
         Some(mem::replace(&mut state.unread, unread) != unread || unread.is_none())
     }
 }

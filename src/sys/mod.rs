@@ -204,6 +204,11 @@ impl Events {
     }
 }
 
+/// Whether one of `events`, or an error, is there now.
+pub(crate) fn is_ready(fd: &impl AsFd, events: PollFlags) -> bool {
+    poll_one(fd, events, Some(Instant::now())).is_ok_and(|events| !events.is_empty())
+}
+
 /// `PollSet::wait` for one descriptor.
 pub fn poll_one(fd: &impl AsFd, events: PollFlags, deadline: Option<Instant>) -> io::Result<PollFlags> {
     let mut set = PollSet::default();

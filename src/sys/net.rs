@@ -10,8 +10,7 @@ use nix::libc;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::sockopt::{Broadcast, Linger, SetBool, SetStruct};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, connect, getpeername, getsockname, recv,
-    setsockopt, socket,
+    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, getpeername, getsockname, setsockopt, socket,
 };
 
 /// Acknowledges at once. The kernel forgets the option after a while.
@@ -63,12 +62,6 @@ fn waiting(socket: BorrowedFd<'_>, count: libc::Ioctl) -> u64 {
     // SAFETY: both counts have the kernel write one integer; the descriptor is open as long as it is borrowed.
     unsafe { libc::ioctl(socket.as_raw_fd(), count, &raw mut bytes) };
     u64::try_from(bytes).unwrap_or(0)
-}
-
-/// Also true for end of file and errors.
-pub(crate) fn is_readable(socket: BorrowedFd<'_>) -> bool {
-    let look = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
-    recv(socket.as_raw_fd(), &mut [0], look) != Err(Errno::EAGAIN)
 }
 
 /// `prefix` in bits.

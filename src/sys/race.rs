@@ -13,7 +13,7 @@ use nix::poll::PollFlags;
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 
 use super::names::{self, Answer, Query};
-use super::{net, poll_one};
+use super::{is_ready, net};
 
 /// RFC 8305, section 3: IPv4 addresses wait this long for IPv6's answer.
 const RESOLUTION_DELAY: Duration = Duration::from_millis(50);
@@ -99,7 +99,9 @@ impl Race {
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Option<(OwnedFd, SocketAddr)> {
         self.take_answers(now, observe);
-        while let Some(at) = self.running.iter().position(|attempt| is_writable(&attempt.socket)) {
+        // Once connect(2) has succeeded or failed.
+        let is_done = |attempt: &Attempt| is_ready(&attempt.socket, PollFlags::POLLOUT);
+        while let Some(at) = self.running.iter().position(is_done) {
             let Attempt { socket, address, .. } = self.running.remove(at);
             let errno = match getsockopt(&socket, sockopt::SocketError).unwrap_or_else(|e| e as i32) {
                 0 if net::meets_itself(&socket) => libc::ECONNREFUSED,
@@ -168,11 +170,6 @@ impl Race {
         self.last = Some(address.is_ipv6());
         Some(address)
     }
-}
-
-/// True once connect(2) has succeeded or failed.
-fn is_writable(socket: &OwnedFd) -> bool {
-    poll_one(socket, PollFlags::POLLOUT, Some(Instant::now())).is_ok_and(|events| !events.is_empty())
 }
 
 /// RFC 6724, section 6, as far as it saves time-outs: addresses without a route last (rule 1), IPv6 with a source of
@@ -264,7 +261,7 @@ mod tests {
         let mut race = Race::new(SockType::Stream, vec![closed, open.local_addr().unwrap()], start);
         assert_eq!(step(&mut race, start), (None, 0));
         assert_eq!(race.deadline(), Some(start + ATTEMPT_DELAY));
-        assert!(is_writable(race.sockets().next().unwrap()), "refused on loopback");
+        assert!(is_ready(race.sockets().next().unwrap(), PollFlags::POLLOUT), "refused on loopback");
         assert_eq!((step(&mut race, start), race.running.len()), ((None, 1), 1));
         assert_eq!(step(&mut race, start).0, open.local_addr().ok());
         assert!(race.is_over());

@@ -46,12 +46,11 @@ impl AsFd for Wake {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::poll_one;
+    use crate::sys::is_ready;
     use nix::poll::PollFlags;
-    use std::time::Instant;
 
     fn is_awake(wake: &Wake) -> bool {
-        poll_one(wake, PollFlags::POLLIN, Some(Instant::now())).unwrap().contains(PollFlags::POLLIN)
+        is_ready(wake, PollFlags::POLLIN)
     }
 
     #[test]
