@@ -27,7 +27,8 @@ use crate::sys::names::Query;
 use crate::sys::race::{Event, Race};
 use crate::sys::{PollSet, net, reason};
 
-const BUFFER: usize = 16 * 1024;
+/// In bytes.
+pub(super) const BUFFER: usize = 16 * 1024;
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"doctor");
 
 pub(crate) enum Progress<'a> {
@@ -84,7 +85,7 @@ pub(super) fn dial(
         warn!("{IN_CLEAR}");
     }
     progress(Progress::Opened);
-    Ok(websocket(stream, MAX_MESSAGE))
+    Ok(websocket(stream, BUFFER, MAX_MESSAGE))
 }
 
 fn new_key() -> io::Result<String> {
@@ -127,9 +128,9 @@ pub(crate) fn trial(
     Ok(())
 }
 
-/// `most`: largest inbound message in bytes.
-pub(super) fn websocket<S: Read + Write>(stream: S, most: usize) -> WebSocket<S> {
-    let config = WebSocketConfig::default().read_buffer_size(BUFFER);
+/// `most`: largest inbound message in bytes. The writer never reads, and has no buffer for it.
+pub(super) fn websocket<S: Read + Write>(stream: S, read_buffer: usize, most: usize) -> WebSocket<S> {
+    let config = WebSocketConfig::default().read_buffer_size(read_buffer).write_buffer_size(BUFFER);
     let config = config.max_message_size(Some(most)).max_frame_size(Some(most));
     WebSocket::from_raw_socket(stream, Role::Client, Some(config))
 }

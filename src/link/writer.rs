@@ -5,10 +5,11 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tungstenite::protocol::CloseFrame;
 use tungstenite::{Error, Message, WebSocket};
 
-use super::error::LinkError;
+use super::dial::websocket;
+use super::error::{LinkError, MAX_MESSAGE};
 use super::halves::Half;
 use super::pace::Pace;
 use super::socket::{Question, Socket};
@@ -17,10 +18,10 @@ use crate::sys::give_memory_back;
 
 /// As Mender's agent sends it.
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
-const BATCH: usize = 16 * 1024;
 
 pub(super) fn run(half: Half, mut queue: Queue, heartbeat: Duration) -> Result<(), LinkError> {
-    let mut writer = Writer { websocket: websocket(half), pace: Pace::new(), written: 0, marks: Vec::new() };
+    let websocket = websocket(half, 0, MAX_MESSAGE);
+    let mut writer = Writer { websocket, pace: Pace::new(), written: 0, marks: Vec::new() };
     match writer.write(&mut queue, heartbeat) {
         // The connection was over already, and the reader has the reason.
         Err(Error::Io(e)) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
@@ -35,11 +36,6 @@ struct Writer {
     written: u64,
     /// To be set when the current batch has been written.
     marks: Vec<Mark>,
-}
-
-fn websocket(half: Half) -> WebSocket<Half> {
-    let config = WebSocketConfig::default().read_buffer_size(0).write_buffer_size(BATCH);
-    WebSocket::from_raw_socket(half, Role::Client, Some(config))
 }
 
 impl Writer {
@@ -63,7 +59,7 @@ impl Writer {
                 (next_ping, hurry) = (now + heartbeat, false);
                 queue.free_buffers();
                 // Drop tungstenite's buffer, which grows to the largest message and never shrinks.
-                self.websocket = websocket(self.websocket.get_ref().writing());
+                self.websocket = websocket(self.websocket.get_ref().writing(), 0, MAX_MESSAGE);
                 give_memory_back();
             }
             queue.set_piece(self.pace.piece(now));
@@ -137,13 +133,14 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
     use std::thread::JoinHandle;
+    use tungstenite::protocol::Role;
 
     fn start(pace: Pace, mut queue: Queue) -> (WebSocket<TcpStream>, JoinHandle<Result<(), Error>>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (server, _) = listener.accept().unwrap();
         server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let websocket = websocket(Half::new(Socket::of(ours), None));
+        let websocket = websocket(Half::new(Socket::of(ours), None), 0, MAX_MESSAGE);
         let mut writer = Writer { websocket, pace, written: 0, marks: Vec::new() };
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
             writer.write(&mut queue, Duration::from_secs(25))

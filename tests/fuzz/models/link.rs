@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 
-use super::dial::websocket;
+use super::dial::{BUFFER, websocket};
 use super::error::LinkError;
 use super::reader::run;
 use super::socket::Cancel;
@@ -17,6 +17,6 @@ pub fn read(
     mut inbound: impl FnMut(Frame),
 ) -> LinkError {
     let Ok(cancel) = Cancel::new() else { return LinkError::Cancelled };
-    let Err(lost) = run(&mut websocket(stream, most), outbox, &mut inbound, &cancel);
+    let Err(lost) = run(&mut websocket(stream, BUFFER, most), outbox, &mut inbound, &cancel);
     lost
 }
