@@ -23,7 +23,7 @@ use super::socket::{Cancel, Socket};
 use super::tls::client as tls_client;
 use crate::auth::Credentials;
 use crate::encoding::base64;
-use crate::sys::names::Query;
+use crate::sys::names::{self, Query};
 use crate::sys::race::{Event, Race};
 use crate::sys::{PollSet, net, reason};
 
@@ -153,8 +153,8 @@ fn open_socket(
             Race::new(SockType::Stream, vec![address], Instant::now())
         }
         None => {
-            let (place, wake) = ((&*target.host, target.port), Arc::clone(&cancel.wake));
-            Race::look_up(SockType::Stream, place, (), move || wake.notify(), Instant::now())?
+            let answers = names::look_up(&target.host, target.port, (), Arc::clone(&cancel.wake))?;
+            Race::awaiting(SockType::Stream, answers, Instant::now())
         }
     };
     loop {

@@ -13,6 +13,7 @@ use crossbeam_channel::Receiver;
 use nix::libc;
 use nix::sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike};
 
+use super::wake::Wake;
 use super::{net, thread};
 
 /// A name server that takes longer to say no is silent, and isn't asked again.
@@ -29,13 +30,13 @@ pub(crate) enum Query {
 }
 
 /// Resolves `host` in threads, since getaddrinfo(3) cannot be interrupted and may outlast the caller. The last thread
-/// drops `permit`. Calls `wake` for each answer, and once the channel is disconnected. Fails if no thread can be
+/// drops `permit`. Notifies `wake` for each answer, and once the channel is disconnected. Fails if no thread can be
 /// started.
 pub(crate) fn look_up(
     host: &str,
     port: u16,
     permit: impl Send + Sync + 'static,
-    wake: impl Fn() + Clone + Send + 'static,
+    wake: Arc<Wake>,
 ) -> io::Result<Receiver<(Query, Answer)>> {
     let (sender, answers) = crossbeam_channel::bounded(2);
     let permit = Arc::new(permit);
@@ -43,7 +44,7 @@ pub(crate) fn look_up(
         // Fails if the caller has given up.
         let _ = sender.send((query, answer));
         drop(sender);
-        wake();
+        wake.notify();
         drop(permit);
     };
     let host = host.to_owned();

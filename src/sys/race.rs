@@ -12,7 +12,7 @@ use nix::libc;
 use nix::poll::PollFlags;
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 
-use super::names::{self, Answer, Query};
+use super::names::{Answer, Query};
 use super::{is_ready, net};
 
 /// RFC 8305, section 3: IPv4 addresses wait this long for IPv6's answer.
@@ -59,16 +59,9 @@ impl Race {
         Race { kind, answers, waiting: addresses.into(), running, last, next: now }
     }
 
-    /// See [`names::look_up`] for `permit` and `wake`.
-    pub(crate) fn look_up(
-        kind: SockType,
-        (host, port): (&str, u16),
-        permit: impl Send + Sync + 'static,
-        wake: impl Fn() + Clone + Send + 'static,
-        now: Instant,
-    ) -> io::Result<Self> {
-        let answers = Some(names::look_up(host, port, permit, wake)?);
-        Ok(Race { answers, ..Race::new(kind, Vec::new(), now) })
+    /// Of the addresses that [`super::names::look_up`] finds.
+    pub(crate) fn awaiting(kind: SockType, answers: Receiver<(Query, Answer)>, now: Instant) -> Self {
+        Race { answers: Some(answers), ..Race::new(kind, Vec::new(), now) }
     }
 
     /// No attempt has won, and none will.
@@ -199,7 +192,7 @@ mod tests {
     /// A race whose look-up sends what the test sends.
     fn awaiting(now: Instant) -> (Race, crossbeam_channel::Sender<(Query, Answer)>) {
         let (sender, answers) = crossbeam_channel::bounded(2);
-        (Race { answers: Some(answers), ..Race::new(SockType::Datagram, Vec::new(), now) }, sender)
+        (Race::awaiting(SockType::Datagram, answers, now), sender)
     }
 
     fn step(race: &mut Race, now: Instant) -> (Option<SocketAddr>, usize) {

@@ -14,7 +14,7 @@ use crate::config::Allowed;
 use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
 use crate::session::peer::Peer;
-use crate::sys::names::Query;
+use crate::sys::names::{self, Query};
 use crate::sys::race::{Event, Race};
 use crate::sys::{net, reason};
 
@@ -108,10 +108,10 @@ impl Opening {
             return Ok(Some(Race::new(kind, addresses, now)));
         }
         let Some(permit) = peer.share.look_ups.acquire_or_wake(&peer.wake) else { return Ok(None) };
-        let wake = Arc::clone(&peer.wake);
         // Until it ends, whether or not the client waits for it.
-        let race = Race::look_up(kind, (host, *port), permit, move || wake.notify(), now);
-        race.map(Some).map_err(|e| failed(target, &format!(": lookup {host}: {}", reason(&e))))
+        let answers = names::look_up(host, *port, permit, Arc::clone(&peer.wake))
+            .map_err(|e| failed(target, &format!(": lookup {host}: {}", reason(&e))))?;
+        Ok(Some(Race::awaiting(kind, answers, now)))
     }
 }
 
