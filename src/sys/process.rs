@@ -17,6 +17,7 @@ use nix::libc;
 use nix::poll::PollFlags;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg, sigprocmask};
+use nix::sys::termios::tcgetsid;
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, Uid, chdir, geteuid, getpid, getppid, getsid, setgid, setgroups, setsid, setuid};
 
@@ -110,10 +111,13 @@ impl SessionLeader {
 
     /// The leader of the session on this terminal: a process of `user`, and not our child.
     pub(crate) fn of_terminal(pty: &Pty, user: Uid) -> io::Result<Self> {
-        let pid = pty.session()?;
+        // ENOTTY: its leader has ended.
+        let pid = tcgetsid(pty)?;
         let exit = pidfd_open(pid)?;
-        // If the process has ended meanwhile, its pid may be another's, but then the terminal has no session.
-        if pty.session()? != pid || real_uid(pid)? != user.as_raw() {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let mut uids = status.lines().filter_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next());
+        // The real one. If the process has ended meanwhile, its pid may be another's, but then the terminal has no session.
+        if uids.next() != Some(&user.to_string()) || tcgetsid(pty)? != pid {
             return Err(Errno::EPERM.into());
         }
         Ok(SessionLeader { pid, child: None, exit, ended: false })
@@ -223,13 +227,6 @@ pub(crate) fn run(program: &Path, argument: &str, limit: Duration) -> Result<(),
         (.., Some(9)) => Err("signal: killed".to_owned()),
         (.., signal) => Err(format!("signal: {}", signal.unwrap_or(0))),
     }
-}
-
-fn real_uid(pid: Pid) -> io::Result<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let uid =
-        status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
-    uid.ok_or_else(|| Errno::ESRCH.into())
 }
 
 /// Started and not reaped. Process 1 has other children, too: orphans.

@@ -8,8 +8,8 @@ use nix::fcntl::{OFlag, open};
 use nix::libc;
 use nix::pty::{PtyMaster, grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::stat::Mode;
-use nix::sys::termios::{InputFlags, SetArg, tcgetattr, tcgetsid, tcsetattr};
-use nix::unistd::{Pid, Uid, fchown};
+use nix::sys::termios::{InputFlags, SetArg, tcgetattr, tcsetattr};
+use nix::unistd::{Uid, fchown};
 
 nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
 nix::ioctl_read_bad!(window_size, libc::TIOCGWINSZ, libc::winsize);
@@ -62,11 +62,6 @@ impl Pty {
         // SAFETY: the kernel writes one winsize before the call returns; the descriptor is open as long as `pty` lives.
         unsafe { window_size(pty.0.as_raw_fd(), &raw mut size) }?;
         Ok((pty, WindowSize { width: size.ws_col, height: size.ws_row }))
-    }
-
-    /// The session on this terminal. ENOTTY: its leader has ended.
-    pub(crate) fn session(&self) -> io::Result<Pid> {
-        tcgetsid(&self.0).map_err(Into::into)
     }
 
     /// `Ok(0)`: no process holds the slave any more (EIO in the kernel).
