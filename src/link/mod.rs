@@ -86,7 +86,8 @@ impl Link {
     /// Ends the link or dial if this machine has lost its local address; returns whether it has.
     pub(crate) fn ends_without_address(&self) -> bool {
         let lost = self.cancel.lost_address();
-        lost.inspect(|address| self.cancel.give_up(format!("its address {address} is gone"))).is_some()
+        let why = lost.map(|address| LinkError::Dead(format!("its address {address} is gone")));
+        why.map(|why| self.cancel.end(why)).is_some()
     }
 
     /// False if the reader has ignored readable data since the last call, or the dial is stuck.
@@ -97,7 +98,7 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.cancel.cancel();
+        self.cancel.end(LinkError::Cancelled);
     }
 }
 

@@ -88,7 +88,6 @@ impl Socket {
         Ok(())
     }
 
-    /// Time for the answer to a ping.
     pub(super) fn patience(&self) -> Duration {
         self.cancel.patience.get().copied().unwrap_or(LEAST_PATIENCE)
     }
@@ -107,7 +106,6 @@ impl Socket {
         self.began + Duration::from_micros(self.cancel.heard.load(Ordering::Relaxed))
     }
 
-    /// Whether anything has come since.
     pub(super) fn is_answered(&self, question: &Question) -> bool {
         self.heard() >= question.asked
     }
@@ -130,7 +128,7 @@ impl Socket {
         if later > limit {
             return Some(Question { limit: later, ..question });
         }
-        self.cancel.give_up(format!("no answer to a ping in {} s", patience.as_secs()));
+        self.cancel.end(LinkError::Dead(format!("no answer to a ping in {} s", patience.as_secs())));
         None
     }
 
@@ -154,7 +152,8 @@ impl Socket {
                 // ETIMEDOUT comes from TCP_USER_TIMEOUT.
                 Err(io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
                     if is_established {
-                        self.cancel.give_up(format!("unacknowledged for {} s", self.patience().as_secs()));
+                        let why = format!("unacknowledged for {} s", self.patience().as_secs());
+                        self.cancel.end(LinkError::Dead(why));
                     }
                     return Err(io::ErrorKind::TimedOut.into());
                 }
@@ -221,28 +220,18 @@ impl Cancel {
         Ok(Cancel { state, patience, heard, written, deadline, wake })
     }
 
-    /// Time left for the dial.
     pub(super) fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(Instant::now())
     }
 
-    pub(super) fn cancel(&self) {
-        lock(&self.state).end = Some(LinkError::Cancelled);
-        self.interrupt();
-    }
-
-    pub(super) fn give_up(&self, reason: String) {
-        lock(&self.state).end.get_or_insert(LinkError::Dead(reason));
-        self.interrupt();
-    }
-
-    fn interrupt(&self) {
+    /// The first reason counts.
+    pub(super) fn end(&self, why: LinkError) {
+        lock(&self.state).end.get_or_insert(why);
         self.wake.notify();
         // Shut an open websocket for reading only: the reader ends, and the writer can still send a close frame.
         self.shut_down(if self.is_established() { Shutdown::Read } else { Shutdown::Both });
     }
 
-    /// Why the link was cancelled or given up, if it was.
     pub(super) fn take_end(&self) -> Option<LinkError> {
         lock(&self.state).end.take()
     }

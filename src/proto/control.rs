@@ -57,7 +57,6 @@ pub(crate) fn error(sid: &SessionId, text: &str, close: bool) -> Frame {
     error_about(sid, &Frame::new(0, "", None), text, close)
 }
 
-/// With `close` the session is over.
 pub fn error_about(sid: &SessionId, cause: &Frame, text: &str, close: bool) -> Frame {
     let mut body = Map::new().with_str("err", text).with("close", |out| encode::write_bool(out, close));
     if cause.proto != 0 {
