@@ -42,12 +42,6 @@ pub(crate) use proxy::{Kind as ProxyKind, PROXY_VARIABLES};
 /// A dial that exceeds its deadline by this long is stuck: trusted certificates may come from slow storage.
 const OVERTIME: Duration = ATTEMPT_LIMIT.saturating_mul(3);
 
-pub(crate) enum LinkEvent {
-    Connected,
-    /// Also if it was never established.
-    Lost(LinkError),
-}
-
 /// Dropping it ends the link: a dial at once, an open websocket after a short goodbye that nobody waits for.
 pub(crate) struct Link {
     cancel: Arc<Cancel>,
@@ -56,12 +50,13 @@ pub(crate) struct Link {
 
 impl Link {
     /// Dials in a new thread. `accept` is called when the websocket is open; the handler that it returns gets each
-    /// frame, must not wait, and is dropped when the link ends. `events` gets [`LinkEvent::Lost`] last, in any case.
+    /// frame, must not wait, and is dropped when the link ends. `report` gets `Ok` then and, last and in any case, the
+    /// error that ended the link.
     pub(crate) fn dial<F: FnMut(Frame)>(
         credentials: Credentials,
         heartbeat: Duration,
         accept: impl FnOnce(&Outbox) -> F + Send + 'static,
-        events: impl Fn(LinkEvent) + Send + 'static,
+        report: impl Fn(Result<(), LinkError>) + Send + 'static,
     ) -> io::Result<Self> {
         let cancel = Arc::new(Cancel::new()?);
         let (outbox, queue) = Outbox::new();
@@ -69,11 +64,11 @@ impl Link {
         thread::spawn("link", thread::LARGE_STACK, move || {
             let dialled = dial::dial(&credentials, &cancel, true, &mut |_| {});
             let result =
-                dialled.and_then(|socket| run(socket, &cancel, heartbeat, (outbox, queue), accept, &events));
+                dialled.and_then(|socket| run(socket, &cancel, heartbeat, (outbox, queue), accept, &report));
             let Err(lost) = result;
             let lost = cancel.take_end().unwrap_or(lost);
             debug!("the link has ended: {lost}");
-            events(LinkEvent::Lost(lost));
+            report(Err(lost));
         })?;
         Ok(link)
     }
@@ -108,19 +103,19 @@ fn run<F: FnMut(Frame)>(
     heartbeat: Duration,
     (outbox, queue): (Outbox, Queue),
     accept: impl FnOnce(&Outbox) -> F,
-    events: &impl Fn(LinkEvent),
+    report: &impl Fn(Result<(), LinkError>),
 ) -> Result<Infallible, LinkError> {
     let write_half = socket.get_mut().open()?;
-    let (report, ended) = crossbeam_channel::bounded(1);
+    let (sender, ended) = crossbeam_channel::bounded(1);
     let theirs = Arc::clone(cancel);
     thread::spawn("link-writer", thread::LARGE_STACK, move || {
         let result = writer::run(write_half, queue, heartbeat);
         // End the reader, too.
         theirs.shut_down(Shutdown::Read);
-        let _ = report.send(result);
+        let _ = sender.send(result);
     })?;
     let mut inbound = accept(&outbox);
-    events(LinkEvent::Connected);
+    report(Ok(()));
     let Err(lost) = reader::run(&mut socket, &outbox, &mut inbound, cancel);
     let too_large = matches!(lost, LinkError::TooLarge);
     let lost_by_itself = !too_large && !cancel.is_cancelled();

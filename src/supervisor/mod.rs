@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use self::machine::{Action, Event, Machine};
 use crate::auth::{self, Source};
 use crate::config::{Config, ConfigError};
-use crate::link::{self, Endpoint, Link, LinkError, LinkEvent};
+use crate::link::{self, Endpoint, Link, LinkError};
 use crate::session::stats::seconds;
 use crate::session::{self, Device, Router};
 use crate::status::{self, State, Status};
@@ -33,10 +33,6 @@ use crate::sys::{PollSet, children, clock, reason};
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
 
 type Error = Box<dyn std::error::Error>;
-
-fn out_of_resources(e: io::Error) -> Error {
-    format!("out of resources: {}", reason(&e)).into()
-}
 
 pub(crate) fn needs(config: &Config) -> Needs {
     let privileged_shells = config.terminal && !config.no_new_privileges;
@@ -60,7 +56,7 @@ struct Supervisor {
     context: Arc<Device>,
     link: Option<Link>,
     /// Of `link`: nobody hears of one that was closed.
-    reports: Receiver<LinkEvent>,
+    reports: Receiver<Result<(), LinkError>>,
     /// Each link's thread has a clone of the sender, and drops it when it ends.
     threads: (Sender<Infallible>, Receiver<Infallible>),
     wake: Arc<Wake>,
@@ -76,7 +72,7 @@ pub(crate) fn run(
     load: impl Fn() -> Result<Config, ConfigError> + 'static,
     signals: &Signals,
 ) -> Result<(), Error> {
-    let (wake, now) = (Arc::new(Wake::new().map_err(out_of_resources)?), Instant::now());
+    let (wake, now) = (Arc::new(Wake::new().map_err(LinkError::Resources)?), Instant::now());
     let context = Device::new(config);
     session::adopt_all(&context);
     let mut supervisor = Supervisor {
@@ -106,7 +102,7 @@ pub(crate) fn run(
 impl Supervisor {
     fn serve(&mut self, signals: &Signals) -> Result<(), Error> {
         while self.machine.state != State::Stopping {
-            self.wait(signals).map_err(out_of_resources)?;
+            self.wait(signals).map_err(LinkError::Resources)?;
             while let Some(signal) = signals.next() {
                 self.handle_signal(signal, signals.lost_terminal());
             }
@@ -119,8 +115,8 @@ impl Supervisor {
                 self.service.ready();
             }
             auth.into_iter().for_each(|event| self.step(Event::Auth(event)));
-            while let Ok(event) = self.reports.try_recv() {
-                self.handle_link(event);
+            while let Ok(report) = self.reports.try_recv() {
+                self.handle_link(report);
             }
             self.step(Event::Tick);
             let now = Instant::now();
@@ -215,32 +211,28 @@ impl Supervisor {
         Ok(())
     }
 
-    fn handle_link(&mut self, event: LinkEvent) {
-        match event {
-            LinkEvent::Connected => {
-                info!("Connection established with {}", self.machine.server().unwrap_or_default());
-                self.step(Event::Connected);
-            }
-            LinkEvent::Lost(reason) => {
-                self.last_error = Some((reason.to_string(), Instant::now()));
-                let server = self.machine.server().unwrap_or_default();
-                let length = self.machine.token_length().unwrap_or_default();
-                if self.machine.state == State::Dialling {
-                    let url = format!("{}{}", server.trim_end_matches('/'), link::PATH);
-                    error!("connection manager failed to connect to {url}: {reason}; len(token)={length}");
-                } else {
-                    warn!("connection with {server} lost: {reason}");
-                }
-                let is_local = || Endpoint::parse(&server).is_ok_and(|server| server.is_loopback());
-                let (refused, retry_after) = match reason {
-                    // The forwarder of Mender's client 3 says so when it can't reach its server.
-                    LinkError::Refused { status: 503, retry_after: None } if is_local() => (None, None),
-                    LinkError::Refused { status, retry_after } => (Some(status), retry_after),
-                    _ => (None, None),
-                };
-                self.step(Event::Lost { refused, retry_after });
-            }
+    fn handle_link(&mut self, report: Result<(), LinkError>) {
+        let server = self.machine.server().unwrap_or_default();
+        let Err(reason) = report else {
+            info!("Connection established with {server}");
+            return self.step(Event::Connected);
+        };
+        self.last_error = Some((reason.to_string(), Instant::now()));
+        let length = self.machine.token_length().unwrap_or_default();
+        if self.machine.state == State::Dialling {
+            let url = format!("{}{}", server.trim_end_matches('/'), link::PATH);
+            error!("connection manager failed to connect to {url}: {reason}; len(token)={length}");
+        } else {
+            warn!("connection with {server} lost: {reason}");
         }
+        let is_local = || Endpoint::parse(&server).is_ok_and(|server| server.is_loopback());
+        let (refused, retry_after) = match reason {
+            // The forwarder of Mender's client 3 says so when it can't reach its server.
+            LinkError::Refused { status: 503, retry_after: None } if is_local() => (None, None),
+            LinkError::Refused { status, retry_after } => (Some(status), retry_after),
+            _ => (None, None),
+        };
+        self.step(Event::Lost { refused, retry_after });
     }
 
     fn step(&mut self, event: Event) {
@@ -278,10 +270,10 @@ impl Supervisor {
         (self.link, self.reports) = (None, reports);
         let Some(credentials) = self.machine.credentials.clone() else { return };
         let (wake, thread) = (Arc::clone(&self.wake), self.threads.0.clone());
-        let report = move |event| {
+        let report = move |result| {
             let _ = &thread;
             // Fails if the link was closed.
-            let _ = reporter.send(event);
+            let _ = reporter.send(result);
             wake.notify();
         };
         let heartbeat = self.context.config().heartbeat;
@@ -293,7 +285,7 @@ impl Supervisor {
         };
         match Link::dial(credentials, heartbeat, accept, report.clone()) {
             Ok(link) => self.link = Some(link),
-            Err(e) => report(LinkEvent::Lost(e.into())),
+            Err(e) => report(Err(e.into())),
         }
     }
 
