@@ -295,9 +295,7 @@ impl Manager {
                     }
                 }
             }
-            (Some("org.freedesktop.DBus.Local"), Some("Disconnected")) => {
-                self.went_down(now, LOST);
-            }
+            (Some("org.freedesktop.DBus.Local"), Some("Disconnected")) => self.went_down(now, LOST),
             _ => {}
         }
     }

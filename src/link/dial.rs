@@ -58,7 +58,9 @@ pub(super) fn dial(
 ) -> Result<WebSocket<Half>, LinkError> {
     let server = Endpoint::parse(&credentials.server_url)?;
     let handshake = if server.tls { Some(tls_client(&server)?) } else { None };
-    let key = upgrade.then(new_key).transpose()?;
+    let mut nonce = [0; 16];
+    getrandom::fill(&mut nonce).map_err(|_| io::Error::other("no random numbers"))?;
+    let key = upgrade.then(|| base64(&nonce));
     let request = http::request(&server, &credentials.token, key.as_deref())?;
     progress(Progress::Server(&server));
     let proxy = proxy::proxy_for(&server, |name| std::env::var(name).ok())?;
@@ -86,12 +88,6 @@ pub(super) fn dial(
     }
     progress(Progress::Opened);
     Ok(websocket(stream, BUFFER, MAX_MESSAGE))
-}
-
-fn new_key() -> io::Result<String> {
-    let mut nonce = [0; 16];
-    getrandom::fill(&mut nonce).map_err(|_| io::Error::other("no random numbers"))?;
-    Ok(base64(&nonce))
 }
 
 #[cfg(not(feature = "tls"))]

@@ -36,9 +36,11 @@ const UNSENT_LIMIT: u32 = 16 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Question {
     pub(super) limit: Instant,
-    asked: Instant,
-    patience: Duration,
-    silence: Duration,
+    /// Before the ping was written.
+    pub(super) asked: Instant,
+    pub(super) patience: Duration,
+    /// The link may be silent for so long before the answer's time begins.
+    pub(super) silence: Duration,
 }
 
 /// Blocks. Until the websocket is open, each read and write ends at the deadline of `cancel`.
@@ -94,12 +96,6 @@ impl Socket {
 
     pub(super) fn written(&self) -> u64 {
         self.cancel.written.load(Ordering::Relaxed)
-    }
-
-    /// Call it before writing the ping. The link may be silent for `silence` before the answer's time begins.
-    pub(super) fn question(&self, patience: Duration, silence: Duration) -> Question {
-        let asked = Instant::now();
-        Question { limit: asked + patience, asked, patience, silence }
     }
 
     fn heard(&self) -> Instant {

@@ -52,7 +52,8 @@ impl Writer {
                 let silence = if self.pace.is_waiting() && !hurry { heartbeat } else { Duration::ZERO };
                 let patience = self.socket().patience() / (1 + u32::from(hurry));
                 // First, since the answer may come before this thread goes on.
-                let question = self.socket().question(patience, silence);
+                let at = Instant::now();
+                let question = Question { limit: at + patience, asked: at, patience, silence };
                 self.websocket.send(Message::Ping(PING_PAYLOAD))?;
                 asked.take_if(|asked| self.socket().is_answered(asked));
                 asked = Some(asked.map_or(question, |asked| asked.min(question)));
