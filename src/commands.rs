@@ -29,10 +29,9 @@ struct Waiting {
     since: Instant,
 }
 
-/// Runs the command, or joins the run in progress. The answer goes to `outbox`.
+/// Runs the command, or joins the run in progress. The answer goes to `outbox`, unless that is full.
 pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, outbox: &Outbox) {
     let Some(command) = COMMANDS.into_iter().find(|command| *command == frame.typ) else {
-        // Dropped if the outbox is full: a server that never reads its answers must not block the reader.
         outbox.try_reply(&answer(frame, &Err("unknown message type".to_owned())));
         return;
     };
@@ -47,14 +46,14 @@ pub(crate) fn handle(commands: &Arc<Commands>, frame: &Frame, outbox: &Outbox) {
     }
     drop(running);
     let theirs = Arc::clone(commands);
-    let body = move || finish(&theirs, command, &run(command), Outbox::reply);
+    let body = move || finish(&theirs, command, &run(command));
     if let Err(e) = thread::spawn(command, thread::SMALL_STACK, body) {
-        let send = |outbox: &Outbox, answer: &Frame| _ = outbox.try_reply(answer);
-        finish(commands, command, &Err(reason(&e)), send);
+        finish(commands, command, &Err(reason(&e)));
     }
 }
 
-fn finish(commands: &Commands, command: &str, result: &Result<(), String>, send: impl Fn(&Outbox, &Frame)) {
+/// Answers are dropped if the outbox is full: a thread for each run would wait for a link that is slow or isn't read.
+fn finish(commands: &Commands, command: &str, result: &Result<(), String>) {
     let waiting = lock(&commands.0).remove(command).unwrap_or_default();
     for Waiting { request, outbox, since } in waiting {
         Record::new("command", request.sid.as_ref(), &request.user())
@@ -63,7 +62,7 @@ fn finish(commands: &Commands, command: &str, result: &Result<(), String>, send:
             .with("result", if result.is_ok() { "ok" } else { "failed" })
             .text("reason", result.as_ref().err().map_or("", String::as_str))
             .log(result.is_ok());
-        send(&outbox, &answer(&request, result));
+        outbox.try_reply(&answer(&request, result));
     }
 }
 

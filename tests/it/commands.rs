@@ -11,11 +11,12 @@ use serde_json::json;
 use crate::control::complaint;
 use crate::harness::aftermath::assert_comes_back;
 use crate::harness::client::{Style, Terminal, new_sid};
-use crate::harness::device::Device;
+use crate::harness::device::{Device, Reading};
 use crate::harness::msg::{COMMANDS, Msg};
 use crate::harness::proc;
 use crate::harness::program;
 use crate::harness::rig::{Rig, Setup, is_root};
+use crate::harness::server::Server;
 use crate::harness::wait::{SOON, eventually, millis, skip};
 
 /// Fills the folder `bin` with links to all programs there are and puts it in the place of /usr/bin. Of
@@ -303,6 +304,28 @@ fn a_flood_of_requests_starts_no_flood_of_programs() {
     release();
     assert_answer(&fakes.next_without_sid(), "check-update", 1, None);
     assert_eq!(fakes.calls().len(), 1);
+}
+
+/// Each run on a link that took no answers left a thread that waited with its own: at 2 kB/s 8,000 in 25 s.
+#[test]
+fn answers_that_the_link_does_not_take_keep_no_threads() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    let setup = Setup::new().wrapper(NAMESPACE);
+    let rig = setup.start_with(|server: &Server| server.small_receive_buffer(4 << 10));
+    let device = rig.device();
+    let before = proc::threads(rig.daemon.pid());
+    device.set_reading(Reading::Rate(2000));
+    let threads = (0..3000).map(|_| {
+        device.send(COMMANDS, "check-update", "", &[], b"");
+        proc::threads(rig.daemon.pid())
+    });
+    let most = threads.max().unwrap_or_default();
+    // Those that are just ending.
+    assert!(most < before + 50, "{most} threads, {before} before");
+    device.set_reading(Reading::Full);
+    assert!(device.answers(b"the same link", SOON));
 }
 
 #[test]
