@@ -68,7 +68,7 @@ pub(crate) struct Machine {
     until: Instant,
     /// For the next attempt.
     pub(crate) credentials: Option<Credentials>,
-    /// Since when the manager has answered that there is no token, without revoking one.
+    /// Since when the manager has answered that there is no token, without revoking one. It may have restarted.
     doubted: Option<Instant>,
     /// Since the token changed or a link was stable: see [`backoff::wait`].
     failures: u32,
@@ -195,9 +195,12 @@ impl Machine {
             }
             (_, Event::Auth(Changed(None))) => {
                 self.credentials = None;
-                (Unauthorized, vec![LogUnauthorized, Close])
+                // A manager that has restarted withdraws nothing when it can't fetch a token: shells are kept.
+                let withdrawn = self.doubted.is_none().then_some(LogUnauthorized);
+                (Unauthorized, withdrawn.into_iter().chain([Close]).collect())
             }
             (Asking, Event::Auth(Answered(Ok(None)))) => {
+                self.doubted.get_or_insert(now);
                 let lost = self.credentials.take().map(|_| LogNoReconnect("there is no token".to_owned()));
                 (Unauthorized, lost.into_iter().chain([Fetch]).collect())
             }
@@ -205,6 +208,7 @@ impl Machine {
             (_, Event::Auth(Answered(Ok(None)))) => {
                 let doubted = *self.doubted.get_or_insert(now);
                 if self.credentials.is_some() && now.saturating_duration_since(doubted) >= FETCH_LIMIT {
+                    self.doubted = None;
                     let (state, mut actions) = self.decide(Event::Auth(Changed(None)), now);
                     actions.push(Fetch);
                     return (state, actions);

@@ -56,6 +56,29 @@ fn the_same_client_goes_on_where_it_was() {
     terminal.stop();
 }
 
+/// mender-auth restarts in an outage, can't fetch a token and announces that there is none: that ended the shell.
+#[test]
+fn a_manager_that_restarts_in_an_outage_ends_no_shell() {
+    let (mut rig, device) = setup(json!({})).connected();
+    let mut before = Terminal::of_user(&device, "alice");
+    before.open_with_prompt();
+    rig.server.stop();
+    rig.manager.vanish();
+    device.reset();
+    rig.daemon.wait_for_log("event=shell-detach", SOON);
+    rig.manager.set("", "");
+    rig.manager.on_fetch("", "");
+    rig.manager.appear();
+    rig.manager.wait_calls("FetchJwtToken", 1, SOON);
+    eventually(SOON, "the end of the attempts", || {
+        (rig.status()["connection"]["state"] == "unauthorized").then_some(())
+    });
+    rig.server.resume();
+    rig.manager.change("renewed", &rig.server.url());
+    let mut after = Terminal::of_user(&rig.device(), "alice");
+    after.reattached();
+}
+
 #[test]
 fn another_session_of_the_user_gets_the_shell_and_what_it_has_shown() {
     let (rig, device) = setup(json!({})).connected();

@@ -232,6 +232,24 @@ fn a_withdrawal_that_nobody_heard_of_is_noticed() {
     assert_eq!((machine.state, machine.credentials), (State::Unauthorized, None));
 }
 
+/// A manager that restarted in an outage couldn't fetch a token and said that there was none, which ended the shells
+/// that waited for the network.
+#[test]
+fn a_fetch_that_fails_after_the_managers_restart_withdraws_nothing() {
+    let now = Instant::now();
+    let nothing = || Event::Auth(AuthEvent::Answered(Ok(None)));
+    let revoked = Event::Auth(AuthEvent::Changed(None));
+    for state in [State::Unauthorized, State::Waiting, State::Asking, State::Dialling, State::Connected] {
+        let mut machine = in_state(state, now);
+        assert_eq!(machine.step(nothing(), now).last(), Some(&Fetch));
+        assert_eq!(machine.step(revoked.clone(), now), [Close], "{state:?}");
+        assert_eq!((machine.state, &machine.credentials), (State::Unauthorized, &None));
+        // Once there is a token again, it can be withdrawn.
+        machine.step(changed("b"), now);
+        assert_eq!(machine.step(revoked.clone(), now), [LogUnauthorized, Close], "{state:?}");
+    }
+}
+
 /// mender-auth fetches no token without a network, and didn't try again when that came up after the agent: a device that
 /// started without one waited for another program to fetch it.
 #[test]
