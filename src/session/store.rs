@@ -126,8 +126,8 @@ pub(super) fn adopt(
     let (user, now) = (shell.user(), Instant::now());
     let id = shell.sid.clone().filter(|_| shell.typ == KEPT && !user.as_str().is_empty());
     let id = id.ok_or(io::ErrorKind::InvalidData)?;
-    let age =
-        clock::now().saturating_sub(Duration::from_secs(shell.props.int("started").unwrap_or(0) as u64));
+    let age = clock::monotonic()
+        .saturating_sub(Duration::from_secs(shell.props.int("started").unwrap_or(0) as u64));
     let since = now.checked_sub(age).unwrap_or(now);
     let info = Info::of(id, user, since);
     let thread = device.threads.acquire().ok_or(io::ErrorKind::OutOfMemory)?;

@@ -21,6 +21,11 @@ pub(crate) fn now() -> Duration {
     u64::try_from(now.tv_sec()).map_or(Duration::ZERO, |_| now.into())
 }
 
+/// The same for all processes until the next boot. Nobody sets it.
+pub(crate) fn monotonic() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
+}
+
 /// Notices jumps of the wall clock: suspensions, which timers and time-outs don't count, and a clock that was wrong and
 /// is set, so that certificates that weren't valid are.
 pub(crate) struct Jumps {
@@ -58,7 +63,7 @@ impl Jumps {
 }
 
 fn ahead() -> Duration {
-    now().saturating_sub(clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from))
+    now().saturating_sub(monotonic())
 }
 
 #[cfg(test)]

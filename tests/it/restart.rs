@@ -12,7 +12,9 @@ use nix::fcntl::OFlag;
 use nix::pty::PtyMaster;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
+use nix::time::{ClockId, clock_gettime};
 use rmpv::Value;
+use serde_json::json;
 
 use crate::harness::client::{Terminal, new_sid};
 use crate::harness::daemon::emulated;
@@ -34,7 +36,10 @@ fn leader(file: &str) -> (PtyMaster, std::process::Child) {
 
 fn description(typ: &str, user: &str, numbers: [i64; 3], body: &[u8]) -> Vec<u8> {
     let [end, sent, typed] = numbers.map(Value::from);
-    let props = [("user_id", user.into()), ("end", end), ("sent", sent), ("typed", typed)];
+    // A second ago.
+    let started = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("a clock").tv_sec() - 1;
+    let numbers = [("started", started.into()), ("end", end), ("sent", sent), ("typed", typed)];
+    let props: Vec<_> = [("user_id", user.into())].into_iter().chain(numbers).collect();
     encode(&message(SHELL, typ, "old", &props, body), Ints::Compact)
 }
 
@@ -124,6 +129,20 @@ fn what_was_typed_is_not_typed_again_after_a_crash() {
     eventually(SOON, "another description", || (!holds(&file, b"abcls")).then_some(()));
     terminal.pong();
     terminal.next(SOON);
+    drop(rig);
+    eventually(SOON, "the leader has ended", || child.try_wait().expect("wait"));
+}
+
+/// Its age was told by the wall clock. Where that was set meanwhile, a shell had expired years ago.
+#[test]
+fn a_shell_is_as_old_as_the_monotonic_clock_says() {
+    if emulated("it doesn't tell whose process leads a terminal's session") {
+        return;
+    }
+    let (setup, mut child, _file, _dir) = with_input();
+    let (rig, _device) = setup.set("Sessions", json!({ "ExpireAfter": 3600 })).connected();
+    let age = rig.status()["sessions"][0]["shell"]["age"].as_f64();
+    assert!(age.is_some_and(|age| (0.5..60.0).contains(&age)), "{age:?}");
     drop(rig);
     eventually(SOON, "the leader has ended", || child.try_wait().expect("wait"));
 }

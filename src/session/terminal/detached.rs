@@ -196,7 +196,8 @@ impl Running {
     pub(super) fn describe(&self, id: &SessionId, now: Instant) {
         let Some(place) = &self.shell.place else { return };
         let age = now.saturating_duration_since(self.info.traffic.since);
-        let started = clock::now().saturating_sub(age).as_secs();
+        // Not by the wall clock, which may be set before the next agent reads it.
+        let started = clock::monotonic().saturating_sub(age).as_secs();
         // Output and input change too often to be written before the agent ends.
         let (output, (end, sent), input) = match place.is_left() {
             true => {
