@@ -179,10 +179,12 @@ impl Session {
             || !config.port_forward && !self.forwards.is_idle();
         if self.close_at.is_some() && disabled {
             self.end_because("disabled", "disabled by the configuration");
+        } else if self.ping_at.take_if(|at| now >= *at).is_some() {
+            // An agent that was stopped has yet to ask.
+            self.close_at = self.close_at.max(Some(now + (CLOSE_AFTER - PING_AFTER)));
+            self.peer.ping(now);
         } else if self.close_at().is_some_and(|at| now >= at) {
             self.end_because("idle", "session timeout");
-        } else if self.ping_at.take_if(|at| now >= *at).is_some() {
-            self.peer.ping(now);
         }
     }
 

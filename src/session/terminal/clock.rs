@@ -82,20 +82,24 @@ impl Clock {
             let text = format!("session expired: {what} for {} s", limit.as_secs());
             return Some(Due::End("expired", text));
         }
-        if self.health.is_some_and(|(_, limit)| now >= limit) {
-            let text = "health check failed: the client did not answer".to_owned();
-            return Some(Due::End("health check failed", text));
+        if let Some((next_ping, pong_limit)) = &mut self.health {
+            if now >= *next_ping {
+                // Counted from now: a process that was stopped must not send the pings that it missed, nor miss answers to
+                // them.
+                *next_ping = now + PING_INTERVAL;
+                *pong_limit = (*pong_limit).max(now + PONG_GRACE);
+                return Some(Due::Ping);
+            }
+            if now >= *pong_limit {
+                let text = "health check failed: the client did not answer".to_owned();
+                return Some(Due::End("health check failed", text));
+            }
         }
         if self.warns(expiry).is_some_and(|at| now >= at) {
             self.warned = true;
             return expires.map(|(at, ..)| Due::Warn(at - now));
         }
-        let (next_ping, _) = self.health.as_mut()?;
-        (now >= *next_ping).then(|| {
-            // Counted from now: a process that was stopped must not send the pings that it missed.
-            *next_ping = now + PING_INTERVAL;
-            Due::Ping
-        })
+        None
     }
 }
 
@@ -128,6 +132,17 @@ mod tests {
             end(clock.due(Expiry::Never, start + 121 * SECOND + PONG_GRACE))
                 .starts_with("health check failed")
         );
+    }
+
+    /// A client was blamed for its silence while the agent's container was paused.
+    #[test]
+    fn a_client_is_asked_before_it_is_blamed() {
+        let start = Instant::now();
+        let (mut clock, later) = (Clock::new(start), start + 80 * SECOND);
+        assert_eq!(clock.due(Expiry::Never, later), Some(Due::Ping));
+        assert_eq!(clock.due(Expiry::Never, later), None);
+        assert_eq!(clock.deadline(Expiry::Never), Some(later + PONG_GRACE));
+        assert!(end(clock.due(Expiry::Never, later + PONG_GRACE)).starts_with("health check failed"));
     }
 
     #[test]
