@@ -283,7 +283,7 @@ impl Machine {
         }
         if let Some(wish) = retry_after {
             // A whole fleet may have got the same Retry-After: spread the attempts.
-            wait = wait.max(wish + backoff::spread(self.base, (self.random)()));
+            wait = wait.max(wish + backoff::spread(self.base.min(backoff::LONGEST), (self.random)()));
         }
         self.until = now + wait;
         let fetch = (refused == Some(401)).then_some(Action::Fetch);

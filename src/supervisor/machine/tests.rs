@@ -205,6 +205,11 @@ fn a_refused_token_is_replaced_and_a_servers_wish_is_honoured() {
     let wish = Some(Duration::from_secs(100));
     machine.step(Event::Lost { refused: Some(503), retry_after: wish }, now);
     assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 105.0);
+    // Mender's agent ignores ReconnectIntervalSeconds: it may be anything, such as u32::MAX.
+    let mut machine =
+        Machine { base: Duration::from_secs(u32::MAX.into()), ..in_state(State::Dialling, now) };
+    machine.step(Event::Lost { refused: Some(503), retry_after: wish }, now);
+    assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 390.0);
 }
 
 /// A flood on the bus had dbus-daemon drop the signal that withdraws the token: the link stayed for good.
