@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use log::{debug, warn};
@@ -157,6 +158,9 @@ fn open_socket(
         cancel.wake.clear();
         if cancel.is_over() {
             return Err(LinkError::Cancelled);
+        }
+        if cancel.again.swap(false, Ordering::SeqCst) {
+            race.try_again(Instant::now());
         }
         let winner = race.advance(Instant::now(), &mut |_| true, &mut |event| match event {
             Event::Answered(query, Ok(addresses)) => {

@@ -21,6 +21,7 @@ use std::convert::Infallible;
 use std::io;
 use std::net::Shutdown;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use log::debug;
@@ -73,8 +74,10 @@ impl Link {
         Ok(link)
     }
 
-    /// Ends the link unless the server answers soon: the route may have changed.
+    /// The route may have changed: ends the link unless the server answers soon. A dial tries the new one.
     pub(crate) fn ping(&self) {
+        self.cancel.again.store(true, Ordering::SeqCst);
+        self.cancel.wake.notify();
         self.outbox.signal(Work::Ping(true));
     }
 

@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 use std::mem;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -196,6 +196,8 @@ pub(super) struct Cancel {
     pub(super) deadline: Instant,
     /// Wakes a dial that has no socket yet.
     pub(super) wake: Arc<Wake>,
+    /// The network has changed: a dial begins other attempts beside those under way.
+    pub(super) again: AtomicBool,
 }
 
 #[derive(Default)]
@@ -211,9 +213,9 @@ struct State {
 
 impl Cancel {
     pub(super) fn new() -> io::Result<Self> {
-        let (state, patience, heard, written) = Default::default();
+        let (state, patience, heard, written, again) = Default::default();
         let (deadline, wake) = (Instant::now() + ATTEMPT_LIMIT, Arc::new(Wake::new()?));
-        Ok(Cancel { state, patience, heard, written, deadline, wake })
+        Ok(Cancel { state, patience, heard, written, deadline, wake, again })
     }
 
     pub(super) fn left(&self) -> Duration {

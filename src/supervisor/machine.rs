@@ -51,7 +51,7 @@ pub(crate) enum Action {
     Ask,
     /// Have the manager fetch a new token.
     Fetch,
-    /// Have the server prove that it is alive.
+    /// Have the server prove that it is alive, or be dialled by the new route, too.
     Ping,
     LogNetworkChanged,
     LogWait(Duration),
@@ -248,7 +248,8 @@ impl Machine {
             }
             (_, Event::NetworkChanged) => {
                 self.changed = Some(now);
-                let ask = state == Connected && self.soon(PING, now, now + SOON).is_some();
+                let asks = matches!(state, Connected | Dialling);
+                let ask = asks && self.soon(PING, now, now + SOON).is_some();
                 (state, if ask { vec![LogNetworkChanged, Ping] } else { vec![] })
             }
 

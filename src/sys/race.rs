@@ -128,6 +128,12 @@ impl Race {
         None
     }
 
+    /// Tries the addresses of the attempts under way once more, beside those: by a new route they have another source.
+    pub(crate) fn try_again(&mut self, now: Instant) {
+        self.add(self.running.iter().map(|attempt| attempt.address).collect());
+        self.next = now;
+    }
+
     fn take_answers(&mut self, now: Instant, observe: &mut dyn FnMut(Event<'_>)) {
         while let Some(answers) = &self.answers {
             match answers.try_recv() {
@@ -243,6 +249,16 @@ mod tests {
         drop(sender);
         step(&mut race, start);
         assert_eq!((race.running.len(), race.answers.is_none()), (1, true));
+    }
+
+    #[test]
+    fn a_new_route_is_tried_beside_the_attempts_under_way() {
+        let (start, open) = (Instant::now(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let mut race = Race::new(SockType::Stream, vec![open.local_addr().unwrap()], start);
+        step(&mut race, start);
+        assert_eq!((race.running.len(), race.deadline()), (1, None));
+        race.try_again(start);
+        assert_eq!((race.running.len(), race.deadline()), (1, Some(start)));
     }
 
     #[test]

@@ -168,6 +168,28 @@ fn an_attempt_whose_address_is_gone_is_given_up_at_once() {
     });
 }
 
+/// An attempt that was under way by the old route, whose address stayed, took its 45 s.
+#[test]
+fn a_new_route_is_tried_beside_an_attempt_under_way() {
+    with_network(|network| {
+        let (rig, server, device) = connected(network, Setup::new().set("ReconnectIntervalSeconds", 300));
+        device.reset();
+        rig.daemon.wait_for_log("connectionmanager backoff", SOON);
+        network.go_dark();
+        rig.daemon.signal(Signal::SIGHUP);
+        eventually(SOON, "an attempt", || {
+            (rig.status()["connection"]["state"] == "connecting").then_some(())
+        });
+        // The kernel repeats its packet after 1, 3, 7 and 15 s.
+        throughout(secs(8), "no way to the server", || server.try_device(millis(0)).is_none());
+        network.answer();
+        let back = Instant::now();
+        network.near("ip route del default && ip route add default via 192.0.2.1");
+        server.next_device(SOON);
+        assert_within(secs(2), back);
+    });
+}
+
 /// A bridge that takes over an interface's address keeps its connections. The agent ended its own, with all transfers and
 /// forwards, and said that the address was gone.
 #[test]

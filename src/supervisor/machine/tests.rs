@@ -85,7 +85,8 @@ fn the_table() {
         (Connected, Event::Tick, Connected, vec![]),
         // The network.
         (Connected, Event::NetworkChanged, Connected, vec![LogNetworkChanged, Ping]),
-        (Dialling, Event::NetworkChanged, Dialling, vec![]),
+        (Dialling, Event::NetworkChanged, Dialling, vec![LogNetworkChanged, Ping]),
+        (Asking, Event::NetworkChanged, Asking, vec![]),
         (Waiting, Event::NetworkChanged, Waiting, vec![LogNetworkChanged, LogWait(SOON - NANO)]),
         (Unauthorized, Event::NetworkChanged, Unauthorized, vec![]),
         // The operator.
