@@ -271,7 +271,10 @@ impl Cancel {
     /// (`ended`), is among the undelivered.
     pub(super) fn abandon(&self, ended: bool) -> u64 {
         let state = lock(&self.state);
-        let lost = state.socket.as_ref().map_or(0, |socket| net::discard_undelivered(socket.as_fd()));
+        let lost = state.socket.as_ref().map_or(0, |socket| {
+            net::discard(socket.as_fd());
+            net::undelivered(socket.as_fd())
+        });
         self.written.load(Ordering::Relaxed).saturating_sub(lost.saturating_sub(ended.into()))
     }
 

@@ -26,22 +26,27 @@ nix::setsockopt_impl!(UnsentLimit, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, u
 /// SIOCOUTQNSD. SIOCOUTQ, by its other name TIOCOUTQ, counts the unacknowledged bytes, too.
 const UNSENT: libc::Ioctl = 0x894b;
 
-/// Makes close(2) reset the connection. Returns how many written bytes the other side has not got: the unsent ones and,
-/// if it has fallen silent, the unacknowledged ones. Otherwise an acknowledgement may only be late.
-pub(crate) fn discard_undelivered(socket: BorrowedFd<'_>) -> u64 {
+/// Makes close(2) reset the connection.
+pub(crate) fn discard(socket: BorrowedFd<'_>) {
     let _ = setsockopt(&socket, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
+}
+
+/// How many written bytes the other side has not got: the unsent ones and, if it has fallen silent, the unacknowledged
+/// ones. Otherwise an acknowledgement may only be late.
+pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
     // tcpi_retransmits: time-outs since the last acknowledgement.
-    waiting(socket, if tcp_info(socket)[2] > 0 { libc::TIOCOUTQ } else { UNSENT })
+    if tcp_info(socket)[2] > 0 { unacknowledged(socket) } else { waiting(socket, UNSENT) }
 }
 
 /// True if unacknowledged bytes remain, and the last acknowledgement came less than `limit` ago.
 pub(crate) fn is_delivering(socket: BorrowedFd<'_>, limit: Duration) -> bool {
     // tcpi_last_ack_recv, in milliseconds.
     let [.., a, b, c, d] = tcp_info(socket);
-    undelivered(socket) > 0 && u128::from(u32::from_ne_bytes([a, b, c, d])) < limit.as_millis()
+    unacknowledged(socket) > 0 && u128::from(u32::from_ne_bytes([a, b, c, d])) < limit.as_millis()
 }
 
-pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
+/// The end of the stream counts as a byte.
+pub(crate) fn unacknowledged(socket: BorrowedFd<'_>) -> u64 {
     waiting(socket, libc::TIOCOUTQ)
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -72,7 +72,7 @@ enum State {
 impl Drop for Connection {
     fn drop(&mut self) {
         self.leave_status();
-        let (now, left) = (Instant::now(), self.undelivered());
+        let (now, left) = (Instant::now(), self.left_over(net::undelivered));
         if left > 0 {
             let text = format!("{}; the target did not take the last {left} bytes", self.end.1);
             self.end = (FAILED, text);
@@ -116,9 +116,10 @@ impl Connection {
         }
     }
 
-    pub(super) fn undelivered(&self) -> u64 {
+    /// Bytes that the target has not taken, those in the kernel as `count` has them.
+    fn left_over(&self, count: fn(BorrowedFd<'_>) -> u64) -> u64 {
         let in_kernel = match &self.state {
-            State::Open(socket) if !self.is_udp() => net::undelivered(socket.as_fd()),
+            State::Open(socket) if !self.is_udp() => count(socket.as_fd()),
             _ => 0,
         };
         (self.lost + self.queued) as u64 + in_kernel
@@ -249,7 +250,7 @@ impl Connection {
 
     /// Whether the target has taken or answered anything since the last look. An endless sender isn't answering.
     pub(super) fn makes_progress(&mut self) -> bool {
-        let left = self.undelivered();
+        let left = self.left_over(net::unacknowledged);
         let less = left < mem::replace(&mut self.left, left);
         less || (1..=MAX_ANSWERS).contains(&mem::take(&mut self.discarded))
     }

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::forwards::{assert_echo, session, tcp, udp};
 use crate::harness::forward::Client;
-use crate::harness::network::with_network;
+use crate::harness::network::{SERVER, with_network};
 use crate::harness::rig::{Setup, bash_config, is_root};
 use crate::harness::targets::{Role, Target, UdpEcho};
 use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn, throughout};
@@ -115,6 +115,29 @@ fn what_is_given_up_is_counted() {
         (16 << 10..sent).contains(&given_up) && line.contains("result=failed"),
         "{sent} were sent: {line}"
     );
+}
+
+/// Each forward that a target ended counted as failed, unless the target was so near that it acknowledged the end at once:
+/// the end of the stream was taken for a byte of data.
+#[test]
+fn an_end_that_is_not_acknowledged_yet_is_no_lost_byte() {
+    with_network(|network| {
+        let server = network.server();
+        let rig = network.agent(Setup::new(), &server).start();
+        let device = server.next_device(SOON);
+        let client = Client::open(&device);
+        let listener = TcpListener::bind((SERVER, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        client.connect("tcp", &SERVER.to_string(), port).opened();
+        let (target, _) = listener.accept().unwrap();
+        rig.daemon.freeze();
+        drop(target);
+        network.go_dark();
+        rig.daemon.thaw();
+        let line = rig.daemon.wait_for_log("event=forward", SOON);
+        network.answer();
+        assert!(line.contains("result=closed") && line.contains(r#"reason="target""#), "{line}");
+    });
 }
 
 /// After ten minutes without traffic a UDP forward was gone for good. mender-cli never uses one again that was stopped.
