@@ -45,7 +45,7 @@ impl<'a> Survey<'a> {
         let (main_state, more_misfits) = read(main, Origin::Main, &mut raw, &mut findings);
         misfits.extend(more_misfits);
         let broken = [main_state, fallback_state].contains(&BROKEN);
-        // What it logs goes nowhere: only the daemon has a logger.
+        // Its log lines go nowhere: only the daemon has a logger.
         let values = raw.filled();
 
         let errors = config::validate(&values, config::user_of_shell(&values, shells)).err();

@@ -59,7 +59,7 @@ impl Race {
         Race { kind, answers, waiting: addresses.into(), running, last, next: now }
     }
 
-    /// Of the addresses that [`super::names::look_up`] finds.
+    /// For the addresses that [`super::names::look_up`] finds.
     pub(crate) fn awaiting(kind: SockType, answers: Receiver<(Query, Answer)>, now: Instant) -> Self {
         Race { answers: Some(answers), ..Race::new(kind, Vec::new(), now) }
     }
