@@ -187,8 +187,8 @@ impl Machine {
             }
             (_, Event::Auth(Changed(Some(new)) | Answered(Ok(Some(new))))) => {
                 if self.credentials.as_ref() != Some(&new) {
-                    // Earlier failures say nothing about the new token.
-                    self.failures = 0;
+                    // Earlier failures say nothing about the new token, and time without one was no outage.
+                    (self.failures, self.lost) = (0, now);
                     self.credentials = Some(new);
                 }
                 (Dialling, vec![Dial])

@@ -150,11 +150,13 @@ fn waits_follow_the_outage() {
     assert_eq!((machine.deadline().unwrap() - now).as_secs_f64().round(), 5.0);
     let waits = [0, 1, 30, 70, 1000].map(|later| fail(&mut machine, now + Duration::from_secs(later), None));
     assert_eq!(waits, [8, 8, 54, 126, 290]);
-    // A new token ends a link, too: the time before that was none without the server.
-    machine.state = State::Connected;
-    now += Duration::from_secs(86400);
-    assert_eq!(machine.step(changed("b"), now), [Dial]);
-    assert_eq!([0, 1].map(|later| fail(&mut machine, now + Duration::from_secs(later), None)), [5, 8]);
+    // A new token ends a link, too: the time before that was none without the server. Nor was that without a token.
+    for (state, token) in [(State::Connected, "b"), (State::Unauthorized, "c"), (State::Waiting, "d")] {
+        machine.state = state;
+        now += Duration::from_secs(86400);
+        assert_eq!(machine.step(changed(token), now), [Dial]);
+        assert_eq!([0, 1].map(|later| fail(&mut machine, now + Duration::from_secs(later), None)), [5, 8]);
+    }
 }
 
 #[test]
