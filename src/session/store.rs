@@ -61,7 +61,7 @@ impl Store {
         // FDPOLL=0: without it the manager drops a terminal that a program closes, even if it opens it again.
         let told = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
         let kept = self.manager.send(&told, &[pty.as_fd().as_raw_fd(), description.as_raw_fd()]);
-        kept.then(|| Place { store: Arc::clone(self), name, description })
+        kept.is_ok().then(|| Place { store: Arc::clone(self), name, description })
     }
 }
 
@@ -82,7 +82,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         if !self.is_left() {
-            self.store.manager.send(&format!("FDSTOREREMOVE=1\nFDNAME={}", self.name), &[]);
+            let _ = self.store.manager.send(&format!("FDSTOREREMOVE=1\nFDNAME={}", self.name), &[]);
         }
     }
 }

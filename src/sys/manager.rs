@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::time::{ClockId, clock_gettime};
 
@@ -25,6 +26,8 @@ pub(crate) const VARIABLES: [&str; 8] = [
 ];
 /// SD_LISTEN_FDS_START.
 const FIRST: RawFd = 3;
+/// Before the manager is told once more that the service is ready. It ends one that isn't in 90 s.
+const AGAIN: Duration = Duration::from_secs(1);
 
 pub(crate) fn variable<T: std::str::FromStr>(name: &str) -> Option<T> {
     std::env::var(name).ok()?.parse().ok()
@@ -50,18 +53,20 @@ impl Manager {
     }
 
     /// Never blocks on a manager that does not read: a message may be lost.
-    pub(crate) fn send(&self, state: &str, descriptors: &[RawFd]) -> bool {
-        let Some(socket) = &self.0 else { return false };
+    pub(crate) fn send(&self, state: &str, descriptors: &[RawFd]) -> nix::Result<usize> {
+        let socket = self.0.as_ref().ok_or(Errno::ENOTCONN)?;
         let rights = [ControlMessage::ScmRights(descriptors)];
         let rights = &rights[..usize::from(!descriptors.is_empty())];
         let text = [IoSlice::new(state.as_bytes())];
-        sendmsg::<()>(socket.as_raw_fd(), &text, rights, MsgFlags::MSG_DONTWAIT, None).is_ok()
+        sendmsg::<()>(socket.as_raw_fd(), &text, rights, MsgFlags::MSG_DONTWAIT, None)
     }
 }
 
 pub(crate) struct Service {
     manager: Manager,
     pub(crate) ready: bool,
+    /// The manager was too busy to hear that it is: when to say so once more.
+    again: Option<Instant>,
     status: String,
     /// Interval of watchdog messages, and when the next is due.
     watchdog: Option<(Duration, Instant)>,
@@ -74,18 +79,25 @@ impl Service {
         let limit = variable::<u64>("WATCHDOG_USEC").filter(|micros| ours && *micros > 0);
         // Twice as often as required, as sd_watchdog_enabled(3) recommends.
         let watchdog = limit.map(|micros| (Duration::from_micros(micros) / 2, now));
-        Service { manager: Manager::from_environment(), ready: false, status: String::new(), watchdog }
+        Service {
+            manager: Manager::from_environment(),
+            ready: false,
+            again: None,
+            status: String::new(),
+            watchdog,
+        }
     }
 
     pub(crate) fn send(&self, state: &str) {
         // A lost message is repeated or unimportant.
-        self.manager.send(state, &[]);
+        let _ = self.manager.send(state, &[]);
     }
 
     /// Ends the start or a reload.
     pub(crate) fn ready(&mut self) {
         self.ready = true;
-        self.send("READY=1");
+        let told = self.manager.send("READY=1", &[]);
+        self.again = (told == Err(Errno::EAGAIN)).then(|| Instant::now() + AGAIN);
     }
 
     /// Announces a reload, which [`Service::ready`] ends. Does nothing during the start.
@@ -106,11 +118,14 @@ impl Service {
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.watchdog.map(|(_, at)| at)
+        self.watchdog.map(|(_, at)| at).into_iter().chain(self.again).min()
     }
 
-    /// Feeds the watchdog if that is due, and the link makes progress.
+    /// Feeds the watchdog if that is due, and the link makes progress. Says once more what wasn't heard.
     pub(crate) fn feed(&mut self, now: Instant, makes_progress: impl FnOnce() -> bool) {
+        if self.again.take_if(|at| now >= *at).is_some() {
+            self.ready();
+        }
         if let Some((interval, at)) = &mut self.watchdog
             && now >= *at
         {

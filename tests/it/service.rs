@@ -155,6 +155,21 @@ fn a_manager_that_does_not_read_or_is_gone_is_no_trouble() {
     ends_quickly(&mut rig, Signal::SIGTERM);
 }
 
+/// It was never ready for a manager whose queue was full at that moment, which would have ended it.
+#[test]
+fn a_manager_that_was_busy_hears_of_it_later() {
+    let manager = Manager::new(false);
+    let fill = || {
+        let other = UnixDatagram::unbound()?;
+        other.set_nonblocking(true)?;
+        other.send_to(b"other", &manager.name)
+    };
+    while fill().is_ok() {}
+    let (_rig, device) = manager.setup().connected();
+    assert!(device.answers(b"up", SOON));
+    manager.until("READY=1");
+}
+
 /// A thread of the agent, made to stand still.
 struct Frozen(Pid);
 
