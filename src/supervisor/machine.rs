@@ -207,7 +207,7 @@ impl Machine {
             // Keep a working link at first: a manager that has just started knows no token until it fetches one.
             (_, Event::Auth(Answered(Ok(None)))) => {
                 let doubted = *self.doubted.get_or_insert(now);
-                if self.credentials.is_some() && now.saturating_duration_since(doubted) >= FETCH_LIMIT {
+                if state == Connected && now.saturating_duration_since(doubted) >= FETCH_LIMIT {
                     self.doubted = None;
                     let (state, mut actions) = self.decide(Event::Auth(Changed(None)), now);
                     actions.push(Fetch);
