@@ -153,7 +153,14 @@ impl TokenFile {
             Err(_) if !settled && self.current.is_some() => self.settles = Some(now + SETTLING),
             Err(why) => {
                 complain(&mut self.unread, Some(format!("no token from {shown}: {}", reason(&why))));
-                self.current = None;
+                // What the device lacks, or storage that fails, withdraws no token.
+                let errno = why.raw_os_error().map(Errno::from_raw);
+                if !matches!(
+                    errno,
+                    Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EIO | Errno::ESTALE)
+                ) {
+                    self.current = None;
+                }
             }
         }
     }
