@@ -152,6 +152,8 @@ fn is_query(sequence: &[u8]) -> bool {
     match sequence {
         [_, b'Z'] | [_, b'[', .., b'c' | b'n' | b't'] => true,
         [_, b'[', b'>', .., b'q'] | [_, b'[', b'?', .., b'u'] | [_, b'[', .., b'$', b'p'] => true,
+        // Titles, folders and links, whose text may have a question mark.
+        [_, b']', b'0'..=b'2' | b'7' | b'8', b';', ..] => false,
         [_, b']', text @ ..] => text.contains(&b'?'),
         [_, b'P', b'$' | b'+', b'q', ..] => true,
         _ => false,
@@ -229,10 +231,11 @@ mod tests {
     fn a_replay_has_everything_but_questions() {
         let mut history = history();
         let shown = b"$ vi\r\n\x1b[?1049h\x1b[>c\x1b[6n\x1b[1;24r\x1b]10;?\x07\x1b]0;title\x07\x1b[?12$p\x1bP+q436f\x1b\\\
-            \x1b[31mred\x1b[m\x1b[18t\x1b[>q\x1b[?u\x1bZ\x1b=~\x1b[12";
+            \x1b[31mred\x1b[m\x1b[18t\x1b[>q\x1b[?u\x1bZ\x1b=~\x1b]2;what?\x07\x1b]8;;http://h/?q\x1b\\\x1b[12";
         show(&mut history, shown, 1);
         history.replay();
-        let expected = "$ vi\r\n\x1b[?1049h\x1b[1;24r\x1b]0;title\x07\x1b[31mred\x1b[m\x1b=~\x1b[12";
+        let expected = "$ vi\r\n\x1b[?1049h\x1b[1;24r\x1b]0;title\x07\x1b[31mred\x1b[m\x1b=~\
+            \x1b]2;what?\x07\x1b]8;;http://h/?q\x1b\\\x1b[12";
         assert_eq!(String::from_utf8(unsent(&mut history)).unwrap(), expected);
     }
 
