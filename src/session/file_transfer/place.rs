@@ -287,7 +287,9 @@ fn locate(limits: Limits<'_>, request: &Request) -> Result<Target> {
     let source = request.src_path.as_deref().and_then(Path::file_name);
     // The chroot's parent is outside, and none of our business.
     let is_chroot = limits.and_then(|l| l.chroot.as_ref()).is_some_and(|chroot| chroot == path);
-    let names_directory = is_chroot || path.as_os_str().as_bytes().ends_with(b"/");
+    let bytes = path.as_os_str().as_bytes();
+    // `Path` ignores both.
+    let names_directory = is_chroot || bytes.ends_with(b"/") || bytes.ends_with(b"/.");
     let (parent, name) = match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) if !names_directory => (parent, name),
         _ => return inside(limits, path, source),
@@ -393,6 +395,21 @@ fn named<T>(what: &str, name: Option<&str>, find: fn(&str) -> nix::Result<Option
 mod tests {
     use super::*;
     use std::fs;
+
+    /// An upload to `file/.` replaced the file.
+    #[test]
+    fn a_dot_at_the_end_means_a_directory() {
+        let base = tempfile::tempdir().unwrap();
+        fs::write(base.path().join("file"), "").unwrap();
+        let to = |path| Request {
+            path: base.path().join(path),
+            src_path: Some("source".into()),
+            ..Request::default()
+        };
+        assert_eq!(locate(None, &to(".")).unwrap().name, "source");
+        assert!(locate(None, &to("file/.")).is_err());
+        assert!(locate(None, &to("absent/.")).is_err());
+    }
 
     /// The check asked rmdir(2), which removes an empty directory that takes the name meanwhile.
     #[test]
