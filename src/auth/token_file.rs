@@ -153,7 +153,7 @@ impl TokenFile {
             Err(_) if !settled && self.current.is_some() => self.settles = Some(now + SETTLING),
             Err(why) => {
                 complain(&mut self.unread, Some(format!("no token from {shown}: {}", reason(&why))));
-                // What the device lacks, or storage that fails, withdraws no token.
+                // A device that lacks something, and storage that fails, withdraw no token.
                 let errno = why.raw_os_error().map(Errno::from_raw);
                 if !matches!(
                     errno,
