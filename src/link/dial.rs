@@ -25,7 +25,7 @@ use super::tls::client as tls_client;
 use crate::auth::Credentials;
 use crate::encoding::base64;
 use crate::sys::names::{self, Query};
-use crate::sys::race::{Event, Race};
+use crate::sys::race::{Event, Race, has_route};
 use crate::sys::{PollSet, net, reason};
 
 /// In bytes.
@@ -177,8 +177,10 @@ fn open_socket(
             Event::Failed(address, e) => {
                 let failure = not_connected(address, &e);
                 progress(Progress::Failed(None, &failure));
-                // As Go does: addresses without a route are tried last, and their errors mislead.
-                unconnected.get_or_insert(failure);
+                let better = |known: &(bool, _)| !known.0 && has_route(address);
+                if unconnected.as_ref().is_none_or(better) {
+                    unconnected = Some((has_route(address), failure));
+                }
             }
         });
         if let Some((socket, address)) = winner {
@@ -187,7 +189,7 @@ fn open_socket(
         }
         if race.is_over() {
             let nothing = || no_addresses("no addresses".to_owned());
-            return Err(unconnected.or(unresolved).unwrap_or_else(nothing));
+            return Err(unconnected.map(|(_, failure)| failure).or(unresolved).unwrap_or_else(nothing));
         }
         if cancel.left().is_zero() {
             let late = |address| not_connected(address, &Errno::ETIMEDOUT.into());

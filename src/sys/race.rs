@@ -186,6 +186,11 @@ fn rank(address: &SocketAddr) -> u8 {
     }
 }
 
+/// The error of an address without one misleads.
+pub(crate) fn has_route(address: SocketAddr) -> bool {
+    net::begin_connect(address, SockType::Datagram).is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,7 +15,7 @@ use crate::permits::Permit;
 use crate::proto::forward::{Target, Transport};
 use crate::session::peer::Peer;
 use crate::sys::names::{self, Query};
-use crate::sys::race::{Event, Race};
+use crate::sys::race::{Event, Race, has_route};
 use crate::sys::{net, reason};
 
 /// For look-up and connect together. glibc's resolver alone may take 16 s before it succeeds.
@@ -78,7 +78,9 @@ impl Opening {
                     let weight = u8::from(query == Query::A);
                     note(weight, failed(target, &format!(": lookup {host}: {e}")));
                 }
-                Event::Failed(address, e) => note(3, failed(target, &not_connected(address, &e))),
+                Event::Failed(address, e) => {
+                    note(3 + u8::from(has_route(address)), failed(target, &not_connected(address, &e)));
+                }
             })
         });
         if winner.is_none() && !self.race.as_ref().is_some_and(Race::is_over) {

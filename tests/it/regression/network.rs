@@ -148,11 +148,20 @@ fn the_error_is_that_of_the_address_with_a_route() {
     }
     // Without a zone no route leads there, whatever this machine's network.
     let nowhere = Single::Address(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1).into());
-    let answer = Answer::Each(Single::Address(Ipv4Addr::LOCALHOST.into()), nowhere);
-    let names = NameServer::start(&[("both.test", answer)]);
-    let rig = names.setup().url("http://both.test:1").start();
-    let line = rig.daemon.wait_for_log(FAILED, SOON);
-    assert!(line.contains("dial tcp 127.0.0.1:1: connect: connection refused"), "{line}");
+    let here = Ipv4Addr::LOCALHOST.into();
+    // Also where the address without a route is known, and tried, first.
+    for late in [false, true] {
+        let here = if late { Single::Held(here) } else { Single::Address(here) };
+        let names = NameServer::start(&[("both.test", Answer::Each(here, nowhere))]);
+        let rig = names.setup().url("http://both.test:1").start();
+        if late {
+            names.wait_asked("both.test", 1);
+            throughout(millis(300), "the wait for the answer", || rig.daemon.count_log(FAILED) == 0);
+            names.release();
+        }
+        let line = rig.daemon.wait_for_log(FAILED, SOON);
+        assert!(line.contains("dial tcp 127.0.0.1:1: connect: connection refused"), "{line}");
+    }
 }
 
 /// Connections that wait for a word from the test.
