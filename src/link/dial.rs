@@ -177,9 +177,9 @@ fn open_socket(
             Event::Failed(address, e) => {
                 let failure = not_connected(address, &e);
                 progress(Progress::Failed(None, &failure));
-                let better = |known: &(bool, _)| !known.0 && has_route(address);
-                if unconnected.as_ref().is_none_or(better) {
-                    unconnected = Some((has_route(address), failure));
+                let routed = has_route(address);
+                if unconnected.as_ref().is_none_or(|(known, _)| !known && routed) {
+                    unconnected = Some((routed, failure));
                 }
             }
         });
