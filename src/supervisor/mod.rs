@@ -55,7 +55,7 @@ struct Supervisor {
     source: Box<dyn Source>,
     context: Arc<Device>,
     link: Option<Link>,
-    /// Of `link`: nobody hears of one that was closed.
+    /// `link` alone sends them: nobody hears of one that was closed.
     reports: Receiver<Result<(), LinkError>>,
     /// Each link's thread has a clone of the sender, and drops it when it ends.
     threads: (Sender<Infallible>, Receiver<Infallible>),

@@ -322,7 +322,7 @@ fn answers_that_the_link_does_not_take_keep_no_threads() {
         proc::threads(rig.daemon.pid())
     });
     let most = threads.max().unwrap_or_default();
-    // Those that are just ending.
+    // Threads that are just ending count, too.
     assert!(most < before + 50, "{most} threads, {before} before");
     device.set_reading(Reading::Full);
     assert!(device.answers(b"the same link", SOON));
