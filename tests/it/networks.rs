@@ -143,18 +143,22 @@ fn a_link_whose_address_is_gone_is_lost_at_once() {
     });
 }
 
+/// An agent that has lost its link and tries to connect to a server that nobody can reach.
+fn dialling_in_the_dark(network: &Network) -> (Rig, Server) {
+    let (rig, server, device) = connected(network, Setup::new().set("ReconnectIntervalSeconds", 300));
+    device.reset();
+    rig.daemon.wait_for_log("connectionmanager backoff", SOON);
+    network.go_dark();
+    rig.daemon.signal(Signal::SIGHUP);
+    eventually(SOON, "an attempt", || (rig.status()["connection"]["state"] == "connecting").then_some(()));
+    (rig, server)
+}
+
 /// A modem that dials again has another address. An attempt to connect that was under way by the old one took its 45 s.
 #[test]
 fn an_attempt_whose_address_is_gone_is_given_up_at_once() {
     with_network(|network| {
-        let (rig, server, device) = connected(network, Setup::new().set("ReconnectIntervalSeconds", 300));
-        device.reset();
-        rig.daemon.wait_for_log("connectionmanager backoff", SOON);
-        network.go_dark();
-        rig.daemon.signal(Signal::SIGHUP);
-        eventually(SOON, "an attempt", || {
-            (rig.status()["connection"]["state"] == "connecting").then_some(())
-        });
+        let (rig, server) = dialling_in_the_dark(network);
         server.no_device(millis(200), "its packet is lost");
         let back = Instant::now();
         network.near(
@@ -172,14 +176,7 @@ fn an_attempt_whose_address_is_gone_is_given_up_at_once() {
 #[test]
 fn a_new_route_is_tried_beside_an_attempt_under_way() {
     with_network(|network| {
-        let (rig, server, device) = connected(network, Setup::new().set("ReconnectIntervalSeconds", 300));
-        device.reset();
-        rig.daemon.wait_for_log("connectionmanager backoff", SOON);
-        network.go_dark();
-        rig.daemon.signal(Signal::SIGHUP);
-        eventually(SOON, "an attempt", || {
-            (rig.status()["connection"]["state"] == "connecting").then_some(())
-        });
+        let (_rig, server) = dialling_in_the_dark(network);
         // The kernel repeats its packet after 1, 3, 7 and 15 s.
         throughout(secs(8), "no way to the server", || server.try_device(millis(0)).is_none());
         network.answer();
