@@ -1,9 +1,6 @@
 //! What a system runs out of: PTYs, descriptors, processes and threads, memory. Requests are answered with the reason, and
 //! when there is enough again everything works. (Full disks are in `disk`.)
 
-use std::os::unix::fs::MetadataExt;
-use std::process::Command;
-
 use crate::control::complaint;
 use crate::files::names;
 use crate::harness::aftermath::{assert_healthy, assert_no_temporary_files, supervise};
@@ -15,33 +12,6 @@ use crate::harness::rest::{Form, Rest, path_body};
 use crate::harness::rig::{Rig, Setup, is_root};
 use crate::harness::wait::{SOON, eventually, secs, skip};
 use crate::harness::wire;
-
-/// Runs prlimit(1) for the running agent, as its user.
-fn prlimit(rig: &Rig, arguments: &[&str]) -> String {
-    let user = std::fs::metadata(format!("/proc/{}", rig.daemon.pid())).expect("the agent").uid();
-    let mut command = if user == nix::unistd::getuid().as_raw() {
-        Command::new("prlimit")
-    } else {
-        let mut command = Command::new("setpriv");
-        command.args([&format!("--reuid={user}"), &format!("--regid={user}"), "--clear-groups", "prlimit"]);
-        command
-    };
-    let output = command.args(["--pid", &rig.daemon.pid().to_string()]).args(arguments).output();
-    let output = output.expect("run prlimit");
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("UTF-8").trim().to_owned()
-}
-
-/// Sets a limit of the running agent.
-pub fn limit(rig: &Rig, name: &str, value: u64) {
-    prlimit(rig, &[&format!("--{name}={value}:")]);
-}
-
-/// Takes it away.
-pub fn lift(rig: &Rig, name: &str) {
-    let most = prlimit(rig, &[&format!("--{name}"), "--output=HARD", "--noheadings", "--raw"]);
-    prlimit(rig, &[&format!("--{name}={most}:")]);
-}
 
 /// Connected, with all that takes.
 fn connected(setup: Setup) -> (Rig, Device) {
@@ -98,7 +68,7 @@ fn descriptors() {
         let is_free =
             |fd: &u32| !std::path::Path::new(&format!("/proc/{}/fd/{fd}", rig.daemon.pid())).exists();
         let free = (0..).find(is_free).expect("a number");
-        limit(rig, "nofile", free.into());
+        rig.daemon.limit("nofile", free.into());
     };
     let why = "too many open files";
     let path = rig.dir.path().join("file");
@@ -116,7 +86,7 @@ fn descriptors() {
         assert!(text.ends_with(&format!("{name}: {why}")), "{typ}: {text}");
     }
     // An upload that has begun needs no more of them.
-    lift(&rig, "nofile");
+    rig.daemon.lift("nofile");
     rest.announce(&Form::to(&path)).unwrap();
     rest.send(FILES, "file_chunk", Some(0), b"half of it");
     rest.next();
@@ -132,7 +102,7 @@ fn descriptors() {
     none_left(&rig);
     rig.server.always(crate::harness::server::Reply::Upgrade);
     rig.daemon.wait_for_log(why, secs(20));
-    lift(&rig, "nofile");
+    rig.daemon.lift("nofile");
     let device = rig.server.next_device(secs(40));
     assert_healthy(&mut rig, &device);
 }
@@ -155,7 +125,7 @@ fn processes_and_threads() {
     rest.announce(&Form::to(&path)).unwrap();
     rest.send(FILES, "file_chunk", Some(0), b"content");
     rest.next();
-    limit(&rig, "nproc", 1);
+    rig.daemon.limit("nproc", 1);
     // A thread, then a process.
     no_shell(&device, &new_sid(), why);
     no_shell(&device, &rest.sid, &format!("fork/exec /bin/bash: {why}"));
@@ -180,7 +150,7 @@ fn processes_and_threads() {
     assert!(rig.daemon.is_running());
     rig.bus.restart();
     rig.manager.appear();
-    lift(&rig, "nproc");
+    rig.daemon.lift("nproc");
     let device = rig.server.next_device(secs(40));
     assert_healthy(&mut rig, &device);
 }
@@ -198,7 +168,7 @@ fn address_space(rig: &Rig) -> u64 {
 #[test]
 fn memory_for_threads() {
     let (mut rig, mut device) = connected(tight());
-    limit(&rig, "as", address_space(&rig) + (64 << 10));
+    rig.daemon.limit("as", address_space(&rig) + (64 << 10));
     let mut told = 0;
     for _ in 0..8 {
         let terminal = Terminal::new(&device, Style::Cli);
@@ -214,7 +184,7 @@ fn memory_for_threads() {
     }
     println!("{told} of 8 were told");
     if told == 8 {
-        lift(&rig, "as");
+        rig.daemon.lift("as");
     } else {
         rig.daemon.wait_exit(SOON);
         assert!(supervise(&mut rig, &tight()));
@@ -243,7 +213,7 @@ fn memory_for_data() {
     let mut terminal = Terminal::new(&device, Style::Cli);
     terminal.open_with_prompt();
     let shell = proc::children(rig.daemon.pid());
-    limit(&rig, "as", address_space(&rig));
+    rig.daemon.limit("as", address_space(&rig));
     let large =
         msg::encode(&msg::message(SHELL, "shell", &terminal.sid, &[], &[b'x'; 1 << 20]), Ints::Compact);
     for _ in 0..8 {

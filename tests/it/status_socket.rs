@@ -12,7 +12,6 @@ use std::time::Instant;
 use nix::sys::signal::Signal;
 use rmpv::Value;
 
-use crate::exhaustion::{lift, limit};
 use crate::harness::client::{Style, Terminal};
 use crate::harness::daemon::{self, emulated};
 use crate::harness::msg::CONTROL;
@@ -256,14 +255,14 @@ fn without_descriptors_it_waits_without_spinning() {
         (!proc::thread_names(pid).contains(&"status".to_owned())).then_some(())
     });
     // Fewer than are open, but poll(2) refuses to look at more than the limit.
-    limit(&rig, "nofile", 8);
+    rig.daemon.limit("nofile", 8);
     let mut client = UnixStream::connect(socket(&rig)).expect("connect");
     let line = rig.daemon.wait_for_log("status can't be told: ", SOON);
     assert!(line.contains("too many open files"), "{line}");
     let before = proc::cpu_ticks(pid);
     throughout(secs(3), "it is quiet", || proc::cpu_ticks(pid) - before < 30);
     assert_eq!(rig.daemon.count_log("status can't be told: "), 1);
-    lift(&rig, "nofile");
+    rig.daemon.lift("nofile");
     let mut document = String::new();
     client.read_to_string(&mut document).expect("an answer");
     assert!(document.ends_with("}\n"), "{document}");

@@ -12,7 +12,6 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use tempfile::TempDir;
 
-use crate::exhaustion::{lift, limit};
 use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Device;
 use crate::harness::rig::{Rig, Setup};
@@ -206,12 +205,12 @@ fn an_emptied_or_removed_token_is_withdrawn_after_a_second() {
 #[test]
 fn a_token_that_the_device_cannot_read_just_now_stays() {
     let (place, rig, device) = connected();
-    limit(&rig, "nofile", 8);
+    rig.daemon.limit("nofile", 8);
     place.write("token", "one");
     rig.daemon
         .wait_for_log(&format!("no token from {}: too many open files", place.path("token").display()), SOON);
     assert!(!device.ended_within(millis(500)), "the token is as good as before");
-    lift(&rig, "nofile");
+    rig.daemon.lift("nofile");
     place.write("token", "two");
     next_shows(&rig, "two");
 }

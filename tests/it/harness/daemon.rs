@@ -1,6 +1,7 @@
 //! The real executable as a child process.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
@@ -142,6 +143,38 @@ impl Daemon {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Runs prlimit(1) for it, as its user.
+    fn prlimit(&self, arguments: &[&str]) -> String {
+        let user = std::fs::metadata(format!("/proc/{}", self.pid())).expect("the agent").uid();
+        let mut command = if user == nix::unistd::getuid().as_raw() {
+            Command::new("prlimit")
+        } else {
+            let mut command = Command::new("setpriv");
+            command.args([
+                &format!("--reuid={user}"),
+                &format!("--regid={user}"),
+                "--clear-groups",
+                "prlimit",
+            ]);
+            command
+        };
+        let output = command.args(["--pid", &self.pid().to_string()]).args(arguments).output();
+        let output = output.expect("run prlimit");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("UTF-8").trim().to_owned()
+    }
+
+    /// Sets a limit of the running agent.
+    pub fn limit(&self, name: &str, value: u64) {
+        self.prlimit(&[&format!("--{name}={value}:")]);
+    }
+
+    /// Takes it away.
+    pub fn lift(&self, name: &str) {
+        let most = self.prlimit(&[&format!("--{name}"), "--output=HARD", "--noheadings", "--raw"]);
+        self.prlimit(&[&format!("--{name}={most}:")]);
     }
 
     /// Everything logged so far.
