@@ -56,7 +56,7 @@ impl Peer {
 
     pub(crate) fn admit(&self, user: &UserId, waits: bool) -> Result<Admission, &'static str> {
         let most = self.device.config().sessions_per_user;
-        self.device.shells.acquire(user, most, &self.wake, waits)
+        self.device.shells.acquire(user, most, (&self.info, &self.wake), waits)
     }
 
     /// Needs no credit, but uses some.

@@ -44,8 +44,8 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
     pub fn with(device: &Arc<Device>, outbox: &Outbox, start: S) -> Self {
         let table = device.new_table();
         // A client that is still there answers, which leads it back to its shell. Servers drop a ping for nobody.
-        for kept in device.shells.kept() {
-            outbox.try_reply(&shell::ping(&kept.info.id));
+        for id in device.shells.clients() {
+            outbox.try_reply(&shell::ping(&id));
         }
         Router { device: Arc::clone(device), table, outbox: outbox.clone(), start }
     }
@@ -71,7 +71,8 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             return;
         };
         let Some(frame) = self.deliver(&id, frame) else { return };
-        let kept = self.device.shells.resume(&id, &frame.user());
+        let keeps = !self.device.config().keep_detached.is_zero();
+        let kept = keeps.then(|| self.device.shells.resume(&id, &frame.user())).flatten();
         match (frame.proto, frame.typ.as_str()) {
             _ if kept.is_some() => self.create(&id, frame, kept),
             (SHELL, _) if !self.device.config().terminal => {
@@ -199,13 +200,20 @@ impl<S> Drop for Router<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
     use crate::config;
-    use crate::outbox::Sendable;
+    use crate::outbox::{Queue, Sendable, Work};
+    use crate::proto::Map;
 
     fn device() -> Arc<Device> {
+        device_with(r#"{ "ShellCommand": "/bin/sh", "User": "root" }"#)
+    }
+
+    fn device_with(text: &str) -> Arc<Device> {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("conf");
-        std::fs::write(&file, r#"{ "ShellCommand": "/bin/sh", "User": "root" }"#).unwrap();
+        std::fs::write(&file, text).unwrap();
         Device::new(config::load(&file, &dir.path().join("absent")).unwrap())
     }
 
@@ -223,6 +231,55 @@ mod tests {
         let left = std::iter::from_fn(|| queue.try_next(all)).count();
         assert!((1..1000).contains(&left), "{left}");
         assert_eq!(device.counts().0, 0);
+    }
+
+    /// A shell on its way from one link's session to the next one's was neither asked for nor found by a third link, if it
+    /// had opened: the client had to type first, and got "session not found". Output was lost meanwhile.
+    #[test]
+    #[cfg_attr(miri, ignore = "starts a shell")]
+    fn a_shell_between_two_sessions_comes_to_the_third() {
+        let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap().name;
+        // The first session's thread is its parent here, and ends.
+        let shell = r#""ShellCommand": "/bin/sh", "ShellArguments": ["-c", "trap '' TERM; exec cat"]"#;
+        let device = device_with(&format!(r#"{{ {shell}, "User": {me:?} }}"#));
+        device.shells.open();
+        let frame = |typ, body: &'static str| {
+            let props = Map::new().with_str("user_id", "alice");
+            Frame::new(SHELL, typ, SessionId::new("s").as_ref()).with_props(props).with_body(body)
+        };
+        let next = |queue: &mut Queue| {
+            let all = Sendable { bulk: true, interactive: true };
+            let work = queue.next(all, Instant::now() + Duration::from_secs(30));
+            let Some(Work::Message(message, ..)) = work else { panic!("{work:?}") };
+            Frame::decode(&message).unwrap()
+        };
+        let (first, mut queue) = Outbox::new();
+        let mut router = Router::new(&device, &first);
+        router.route(frame(shell::NEW, ""));
+        assert_eq!(next(&mut queue).typ, shell::NEW);
+        drop(router);
+
+        let (second, _queue) = Outbox::new();
+        let held = std::cell::RefCell::new(None);
+        let mut router = Router::with(&device, &second, |peer| {
+            held.replace(Some(peer));
+            Ok(())
+        });
+        router.route(frame(shell::PONG, ""));
+        drop(router);
+        let held = held.take().unwrap();
+
+        let (third, mut queue) = Outbox::new();
+        let mut router = Router::new(&device, &third);
+        assert_eq!(next(&mut queue).typ, shell::PING);
+        router.route(frame(shell::DATA, "typed\n"));
+        session::start(held, Terminal::default()).unwrap();
+        let mut shown = Vec::new();
+        while !shown.ends_with(b"typed\r\ntyped\r\n") {
+            let frame = next(&mut queue);
+            assert!(matches!(frame.typ.as_str(), shell::DATA | shell::PING), "{frame:?}");
+            shown.extend_from_slice(&frame.body);
+        }
     }
 
     /// An inbox that had overflowed went on taking frames, though the client was told that the session is closed. What

@@ -35,6 +35,8 @@ struct State {
 #[derive(Debug)]
 struct Place {
     user: UserId,
+    /// The session's that has the shell, or has called for it.
+    info: Arc<Info>,
     kind: Kind,
     /// When the client was asked whether it is there. `None` once it has answered.
     asked: Option<Instant>,
@@ -44,8 +46,9 @@ struct Place {
 
 #[derive(Debug)]
 enum Kind {
+    /// Or on the way to the session that has called for it.
     Attached,
-    Detached(Kept),
+    Detached(Instant),
     Called(Call),
 }
 
@@ -84,8 +87,9 @@ impl Place {
         matches!(self.kind, Kind::Attached | Kind::Called(Call::HandOver { .. }))
     }
 
-    fn kept(&self) -> Option<&Kept> {
-        if let Kind::Detached(kept) = &self.kind { Some(kept) } else { None }
+    fn kept(&self) -> Option<Kept> {
+        let Kind::Detached(since) = self.kind else { return None };
+        Some(Kept { info: Arc::clone(&self.info), since })
     }
 
     fn call(&mut self, call: Call) {
@@ -93,23 +97,16 @@ impl Place {
         self.wake.notify();
     }
 
-    fn want(&mut self, resumes: bool) -> Receiver<Handover> {
+    fn want(&mut self, resumes: bool) -> Admission {
         let (to, handover) = bounded(1);
         self.call(Call::HandOver { resumes, to });
-        handover
+        Admission::Return(handover)
     }
 }
 
 impl State {
     fn place(&mut self, wake: &Arc<Wake>) -> Option<&mut Place> {
         self.places.iter_mut().find(|place| Arc::ptr_eq(&place.wake, wake))
-    }
-
-    /// The user's last detached shell that is `wanted`.
-    fn last(&mut self, user: &UserId, wanted: impl Fn(&Kept) -> bool) -> Option<(&mut Place, Kept)> {
-        let own = self.places.iter_mut().filter(|place| place.user == *user);
-        let kept = own.filter_map(|place| place.kept().cloned().map(|kept| (place, kept)));
-        kept.filter(|(_, kept)| wanted(kept)).max_by_key(|(_, kept)| kept.since)
     }
 
     fn wake_waiting(&self, user: &UserId) {
@@ -123,13 +120,13 @@ impl Shells {
         lock(&self.0).places.len()
     }
 
-    /// Admits a `new` of `user`, who may have `most` shells, in the session of `wake`. If only that limit is in the way
-    /// and the session `waits`, asks the user's clients whether they are there, unless it has waited before.
+    /// Admits a `new` of `user`, who may have `most` shells, in the session of `info` and `wake`. If only that limit is in
+    /// the way and the session `waits`, asks the user's clients whether they are there, unless it has waited before.
     pub(crate) fn acquire(
         self: &Arc<Self>,
         user: &UserId,
         most: u32,
-        wake: &Arc<Wake>,
+        (info, wake): (&Arc<Info>, &Arc<Wake>),
         waits: bool,
     ) -> Result<Admission, &'static str> {
         let mut state = lock(&self.0);
@@ -141,13 +138,18 @@ impl Shells {
         let used = state.places.iter().filter(|place| place.is_used() && place.user == *user).count();
         let room = used < usize::try_from(most).unwrap_or(usize::MAX);
         let full = state.places.len() >= MAX_SHELLS;
-        match state.last(user, |_| true) {
-            Some((place, _)) if room => return Ok(Admission::Return(place.want(false))),
+        let own = state.places.iter_mut().filter(|place| place.user == *user);
+        let detached = own.filter_map(|place| place.kept().map(|kept| (kept.since, place)));
+        match detached.max_by_key(|(since, _)| *since) {
+            Some((_, place)) if room => {
+                place.info = Arc::clone(info);
+                return Ok(place.want(false));
+            }
             None if full => return Err(DEVICE_FULL),
             _ => {}
         }
         if room {
-            return Ok(Admission::Start(self.add(&mut state, user, Kind::Attached, wake)));
+            return Ok(Admission::Start(self.add(&mut state, user, (info, wake), Kind::Attached)));
         }
         let mut own = state.places.iter_mut().filter(|place| place.is_used() && place.user == *user);
         if asks && waiting < MAX_WAITING {
@@ -162,15 +164,23 @@ impl Shells {
         Ok(Admission::Wait)
     }
 
-    fn add(self: &Arc<Self>, state: &mut State, user: &UserId, kind: Kind, wake: &Arc<Wake>) -> ShellPermit {
-        state.places.push(Place { user: user.clone(), kind, asked: None, wake: Arc::clone(wake) });
+    fn add(
+        self: &Arc<Self>,
+        state: &mut State,
+        user: &UserId,
+        (info, wake): (&Arc<Info>, &Arc<Wake>),
+        kind: Kind,
+    ) -> ShellPermit {
+        let (user, info, asked) = (user.clone(), Arc::clone(info), None);
+        state.places.push(Place { user, info, kind, asked, wake: Arc::clone(wake) });
         ShellPermit { shells: Arc::clone(self), wake: Arc::clone(wake) }
     }
 
     /// Admits a detached shell of the agent before; `None` if there are too many.
     pub(crate) fn adopt(self: &Arc<Self>, kept: Kept, wake: &Arc<Wake>) -> Option<ShellPermit> {
-        let (mut state, user) = (lock(&self.0), kept.info.user.clone());
-        (state.places.len() < MAX_SHELLS).then(|| self.add(&mut state, &user, Kind::Detached(kept), wake))
+        let (mut state, Kept { info, since }) = (lock(&self.0), kept);
+        let room = state.places.len() < MAX_SHELLS;
+        room.then(|| self.add(&mut state, &info.user, (&info, wake), Kind::Detached(since)))
     }
 
     pub(crate) fn open(&self) {
@@ -190,26 +200,43 @@ impl Shells {
         kept.for_each(|place| place.call(Call::End));
     }
 
-    /// It doesn't count for its user then.
+    /// It doesn't count for its user then, unless another session has called for it.
     pub(crate) fn detach(&self, kept: Kept, wake: &Arc<Wake>) -> bool {
         let mut state = lock(&self.0);
         let keeps = state.keeps;
         let Some(place) = state.place(wake).filter(|place| keeps && place.is_used()) else { return false };
-        (place.kind, place.asked) = (Kind::Detached(kept), None);
-        let user = place.user.clone();
-        state.wake_waiting(&user);
+        if matches!(place.kind, Kind::Attached) {
+            (place.info, place.kind, place.asked) = (kept.info, Kind::Detached(kept.since), None);
+            let user = place.user.clone();
+            state.wake_waiting(&user);
+        }
         true
     }
 
-    /// For the same client on another link.
+    /// For the same client on another link. Its shell may not be detached yet, or be on the way to its session of a link
+    /// in between.
     pub(crate) fn resume(&self, id: &SessionId, user: &UserId) -> Option<(Arc<Info>, Admission)> {
         let mut state = lock(&self.0);
-        let (place, kept) = state.last(user, |kept| kept.info.id == *id)?;
-        Some((kept.info, Admission::Return(place.want(true))))
+        let is_its = |place: &&mut Place| {
+            place.user == *user && place.info.id == *id && (place.is_used() || place.kept().is_some())
+        };
+        let keeps = state.keeps && !user.as_str().is_empty();
+        let place = state.places.iter_mut().find(is_its).filter(|_| keeps)?;
+        place.asked = None;
+        let resumed = (Arc::clone(&place.info), place.want(true));
+        state.wake_waiting(user);
+        Some(resumed)
     }
 
     pub(crate) fn kept(&self) -> Vec<Kept> {
-        lock(&self.0).places.iter().filter_map(Place::kept).cloned().collect()
+        lock(&self.0).places.iter().filter_map(Place::kept).collect()
+    }
+
+    /// Sessions that may come back to a shell.
+    pub(crate) fn clients(&self) -> Vec<SessionId> {
+        let state = lock(&self.0);
+        let kept = state.places.iter().filter(|_| state.keeps);
+        kept.map(|place| place.info.id.clone()).collect()
     }
 
     pub(crate) fn wake(&self) {
@@ -235,14 +262,24 @@ impl ShellPermit {
         self.with(|place| !matches!(place.kind, Kind::Attached)).unwrap_or(false)
     }
 
-    pub(crate) fn call(&self) -> Option<Call> {
-        self.with(|place| if let Kind::Called(call) = &place.kind { Some(call.clone()) } else { None })
-            .flatten()
+    /// A call to hand the shell over is there no more then: a later one counts as another.
+    pub(crate) fn take_call(&self) -> Option<Call> {
+        let take = |place: &mut Place| {
+            let Kind::Called(call) = &place.kind else { return None };
+            let call = call.clone();
+            if let Call::HandOver { .. } = call {
+                place.kind = Kind::Attached;
+            }
+            Some(call)
+        };
+        self.with(take).flatten()
     }
 
     pub(crate) fn attach(&mut self, wake: &Arc<Wake>) {
-        self.with(|place| (place.kind, place.wake) = (Kind::Attached, Arc::clone(wake)));
+        self.with(|place| place.wake = Arc::clone(wake));
         self.wake = Arc::clone(wake);
+        // Another session may have called meanwhile.
+        wake.notify();
     }
 }
 
@@ -264,8 +301,12 @@ mod tests {
         Arc::new(Wake::new().unwrap())
     }
 
+    fn info(id: &str) -> Arc<Info> {
+        Info::of(SessionId::new(id).unwrap(), "a".into(), Instant::now())
+    }
+
     fn acquire(shells: &Arc<Shells>, user: &str, most: u32) -> Result<Admission, &'static str> {
-        shells.acquire(&user.into(), most, &wake(), true)
+        shells.acquire(&user.into(), most, (&info("s"), &wake()), true)
     }
 
     fn start(shells: &Arc<Shells>, user: &str, most: u32) -> ShellPermit {
@@ -278,18 +319,17 @@ mod tests {
     /// A session that waits.
     fn wait(shells: &Arc<Shells>, user: &str, most: u32) -> Arc<Wake> {
         let wake = wake();
-        let admission = shells.acquire(&user.into(), most, &wake, true);
+        let admission = shells.acquire(&user.into(), most, (&info("s"), &wake), true);
         assert!(matches!(admission, Ok(Admission::Wait)), "{admission:?}");
         wake
     }
 
     fn again(shells: &Arc<Shells>, waiting: &Arc<Wake>, waits: bool) -> Result<Admission, &'static str> {
-        shells.acquire(&"a".into(), 2, waiting, waits)
+        shells.acquire(&"a".into(), 2, (&info("s"), waiting), waits)
     }
 
     fn detach(shells: &Shells, permit: &ShellPermit, id: &str) -> bool {
-        let info = Info::of(SessionId::new(id).unwrap(), "a".into(), Instant::now());
-        let kept = Kept { info, since: Instant::now() };
+        let kept = Kept { info: info(id), since: Instant::now() };
         shells.detach(kept, &permit.wake)
     }
 
@@ -345,13 +385,15 @@ mod tests {
         let id = SessionId::new("2").unwrap();
         assert!(shells.resume(&id, &"b".into()).is_none());
         assert!(matches!(acquire(&shells, "a", 9), Ok(Admission::Return(_))), "the last one");
-        assert!(matches!(first.call(), Some(Call::HandOver { resumes: false, .. })));
-        assert!(shells.resume(&id, &"a".into()).is_some() && shells.resume(&id, &"a".into()).is_none());
-        assert!(matches!(second.call(), Some(Call::HandOver { resumes: true, .. })));
+        assert!(matches!(first.take_call(), Some(Call::HandOver { resumes: false, .. })));
+        let Some((_, Admission::Return(former))) = shells.resume(&id, &"a".into()) else { panic!("{id}") };
+        let again = shells.resume(&id, &"a".into());
+        assert!(again.is_some() && former.recv().is_err(), "only the last link's session gets it");
+        assert!(matches!(second.take_call(), Some(Call::HandOver { resumes: true, .. })));
         let third = start(&shells, "a", 9);
-        assert!(detach(&shells, &third, "3") && third.call().is_none());
+        assert!(detach(&shells, &third, "3") && third.take_call().is_none());
         shells.close();
-        assert!(matches!(third.call(), Some(Call::End)) && shells.kept().is_empty());
+        assert!(matches!(third.take_call(), Some(Call::End)) && shells.kept().is_empty());
         assert!(!detach(&shells, &start(&shells, "a", 9), "4"));
     }
 }

@@ -53,11 +53,11 @@ impl Terminal {
         running.clock.health = None;
     }
 
-    /// Hands the detached shell over if another session asks for it, or ends it. `Some` ends this session, with the
+    /// Hands the shell over if another session asks for it, or ends it if it is detached. `Some` ends this session, with the
     /// reason for the audit log, if it has a line there.
     pub(crate) fn follow_call(&mut self, peer: &mut Peer, now: Instant) -> Option<Option<&'static str>> {
         let State::Running(running) = &self.state else { return None };
-        let call = running.permit.call()?;
+        let call = running.permit.take_call()?;
         // The new link's session may ask before this one has noticed that its link is lost.
         self.detach(peer, HangUp::LinkLost.name(), now);
         if let Call::HandOver { resumes, to } = call {

@@ -131,7 +131,7 @@ impl Adopted {
         let (mut peer, mut queue) = session(&self.device, &shell.id, shell.user.as_str());
         let admission = match resumes {
             true => shells.resume(&shell.id, &shell.user).expect("its shell").1,
-            false => shells.acquire(&shell.user, 1, &peer.wake, true).expect("its shell"),
+            false => shells.acquire(&shell.user, 1, (&peer.info, &peer.wake), true).expect("its shell"),
         };
         let Admission::Return(handover) = admission else { panic!("{admission:?}") };
         let followed = self.terminal.follow_call(&mut self.peer, now);

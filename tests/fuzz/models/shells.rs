@@ -23,7 +23,10 @@ const MANY: usize = 20;
 
 struct Session {
     wake: Arc<Wake>,
-    id: SessionId,
+    /// The session's that had the shell before, while it is still on its way here.
+    before: Option<Arc<Wake>>,
+    /// Of the shell: of this session, or of the one that has called for it.
+    info: Arc<Info>,
     user: usize,
     permit: Option<ShellPermit>,
     kind: Kind,
@@ -137,51 +140,58 @@ impl Model {
         }
     }
 
-    fn enter(&mut self, user: usize, id: usize, wake: Arc<Wake>, permit: Option<ShellPermit>, kind: Kind) {
-        let id = SessionId::new(&id.to_string()).expect("a name");
-        self.sessions.push(Session { wake, id, user, permit, kind, asked: false, unheard: false });
+    fn enter(
+        &mut self,
+        user: usize,
+        (info, wake): (Arc<Info>, Arc<Wake>),
+        permit: Option<ShellPermit>,
+        kind: Kind,
+    ) {
+        let (before, asked, unheard) = Default::default();
+        self.sessions.push(Session { wake, before, info, user, permit, kind, asked, unheard });
     }
 
     fn count(&self, is: impl Fn(&Session) -> bool) -> usize {
         self.sessions.iter().filter(|session| is(session)).count()
     }
 
-    /// The shell that a user has left last, of those that are `wanted`.
-    fn last(&mut self, user: usize, wanted: impl Fn(&Session) -> bool) -> Option<&mut Session> {
-        let number =
-            |session: &Session| if let Kind::Detached(number) = session.kind { Some(number) } else { None };
-        let own = self.sessions.iter_mut().filter(|session| session.user == user && wanted(session));
-        own.filter(|session| number(session).is_some()).max_by_key(|session| number(session))
+    fn info(&self, user: usize, id: usize) -> Arc<Info> {
+        Info::of(SessionId::new(&id.to_string()).expect("a name"), USERS[user].into(), self.start)
     }
 
-    /// The shell that a user has left last is wanted. False if there is none.
-    fn call(&mut self, user: usize, wanted: impl Fn(&Session) -> bool, resumes: bool) -> bool {
-        self.number += 1;
-        let number = self.number;
-        let shell = self.last(user, wanted);
-        shell.map(|shell| shell.call(Kind::Called { number, resumes })).is_some()
+    /// The shell that a user has left last.
+    fn last(&mut self, user: usize) -> Option<&mut Session> {
+        let number =
+            |session: &Session| if let Kind::Detached(number) = session.kind { Some(number) } else { None };
+        let own = self.sessions.iter_mut().filter(|session| session.user == user);
+        own.filter(|session| number(session).is_some()).max_by_key(|session| number(session))
     }
 
     /// A session asks for a shell.
     fn come(&mut self, user: usize, id: usize) {
-        self.acquire(user, id, wake(), true);
+        self.acquire(user, self.info(user, id), wake(), true);
     }
 
-    fn acquire(&mut self, user: usize, id: usize, wake: Arc<Wake>, asks: bool) {
-        let admission = self.shells.acquire(&UserId::from(USERS[user]), self.most as u32, &wake, true);
+    fn acquire(&mut self, user: usize, info: Arc<Info>, wake: Arc<Wake>, asks: bool) {
+        let own = (&info, &wake);
+        let admission = self.shells.acquire(&UserId::from(USERS[user]), self.most as u32, own, true);
         let used = self.count(|session| session.is_used() && session.user == user);
         let room = used < self.most;
-        if room && self.call(user, |_| true, false) {
+        self.number += 1;
+        let number = self.number;
+        if room && let Some(shell) = self.last(user) {
+            shell.call(Kind::Called { number, resumes: false });
+            shell.info = Arc::clone(&info);
             let Ok(Admission::Return(handover)) = admission else { panic!("{admission:?}") };
-            return self.enter(user, id, wake, None, Kind::Expects(self.number, handover));
+            return self.enter(user, (info, wake), None, Kind::Expects(number, handover));
         }
-        let keeps = self.last(user, |_| true).is_some();
+        let keeps = self.last(user).is_some();
         if !keeps && self.count(Session::runs) == MAX_SHELLS {
             return assert_eq!(admission.unwrap_err(), DEVICE_FULL);
         }
         if room {
             let Ok(Admission::Start(permit)) = admission else { panic!("{admission:?}") };
-            return self.enter(user, id, wake, Some(permit), Kind::Attached);
+            return self.enter(user, (info, wake), Some(permit), Kind::Attached);
         }
         let waiting = self.count(|session| session.is_waiting() && session.user == user);
         let mut own = self.sessions.iter_mut().filter(|session| session.is_used() && session.user == user);
@@ -193,83 +203,102 @@ impl Model {
                 .for_each(|session| (session.asked, session.unheard) = (true, true));
         }
         let Ok(Admission::Wait) = admission else { panic!("{admission:?}") };
-        self.enter(user, id, wake, None, Kind::Waiting);
+        self.enter(user, (info, wake), None, Kind::Waiting);
     }
 
     /// A session that waits tries again.
     fn try_again(&mut self, at: usize) {
         if self.sessions[at].is_waiting() {
-            let Session { user, id, wake, .. } = self.sessions.swap_remove(at);
-            self.acquire(user, id.as_str().parse().expect("a number"), wake, false);
+            let Session { user, info, wake, .. } = self.sessions.swap_remove(at);
+            self.acquire(user, info, wake, false);
         }
     }
 
-    /// The same client comes by another link.
+    /// The same client comes by another link, whether its shell is detached yet or not.
     fn resume(&mut self, user: usize, id: usize) {
-        let name = SessionId::new(&id.to_string()).expect("a name");
-        let resumed = self.shells.resume(&name, &UserId::from(USERS[user]));
-        if !self.call(user, |session| session.id == name, true) {
-            return assert!(resumed.is_none());
-        }
-        let Some((info, Admission::Return(handover))) = resumed else { panic!("{resumed:?}") };
-        assert_eq!(info.user.as_str(), USERS[user]);
-        self.enter(user, id, wake(), None, Kind::Expects(self.number, handover));
+        let wanted = self.info(user, id).id.clone();
+        let resumed = self.shells.resume(&wanted, &UserId::from(USERS[user]));
+        let may = self.keeps && !USERS[user].is_empty();
+        let is_its = |session: &&mut Session| {
+            let comes_back = session.is_used() || matches!(session.kind, Kind::Detached(_));
+            may && comes_back && session.user == user && session.info.id == wanted
+        };
+        let Some((info, admission)) = resumed else {
+            return assert!(self.sessions.iter_mut().find(is_its).is_none());
+        };
+        let Admission::Return(handover) = admission else { panic!("{admission:?}") };
+        // There may be more of that name.
+        let mut shells = self.sessions.iter_mut().filter(is_its);
+        let shell = shells.find(|session| Arc::ptr_eq(&session.info, &info)).expect("a shell");
+        self.number += 1;
+        shell.call(Kind::Called { number: self.number, resumes: true });
+        shell.asked = false;
+        self.wake_waiting(user);
+        self.enter(user, (info, wake()), None, Kind::Expects(self.number, handover));
     }
 
-    fn kept(&mut self, id: &SessionId, user: usize) -> Kept {
+    fn kept(&mut self, info: &Info) -> Kept {
         self.number += 1;
         let since = self.start + Duration::from_secs(1) * self.number;
-        Kept { info: Info::of(id.clone(), USERS[user].into(), since), since }
+        Kept { info: Info::of(info.id.clone(), info.user.clone(), since), since }
     }
 
     fn adopt(&mut self, user: usize, id: usize) {
-        let kept = self.kept(&SessionId::new(&id.to_string()).expect("a name"), user);
-        let wake = wake();
+        let (kept, wake) = (self.kept(&self.info(user, id)), wake());
+        let info = Arc::clone(&kept.info);
         let permit = self.shells.adopt(kept, &wake);
         assert_eq!(permit.is_some(), self.count(Session::runs) < MAX_SHELLS);
         if permit.is_some() {
-            self.enter(user, id, wake, permit, Kind::Detached(self.number));
+            self.enter(user, (info, wake), permit, Kind::Detached(self.number));
             self.adopted = true;
         }
     }
 
     /// The client of a session is gone.
     fn detach(&mut self, at: usize) {
-        let (id, user, wake) = {
-            let session = &self.sessions[at];
-            (session.id.clone(), session.user, Arc::clone(&session.wake))
-        };
-        let kept = self.kept(&id, user);
-        let may = self.keeps && self.sessions[at].is_used();
-        assert_eq!(self.shells.detach(kept, &wake), may);
-        if may {
-            (self.sessions[at].kind, self.sessions[at].asked) = (Kind::Detached(self.number), false);
+        let kept = self.kept(&Arc::clone(&self.sessions[at].info));
+        let (number, session) = (self.number, &mut self.sessions[at]);
+        let info = Arc::clone(&kept.info);
+        let may = self.keeps && session.is_used() && session.before.is_none();
+        assert_eq!(self.shells.detach(kept, &session.wake), may);
+        if may && matches!(session.kind, Kind::Attached) {
+            (session.info, session.kind, session.asked) = (info, Kind::Detached(number), false);
+            let user = session.user;
             self.wake_waiting(user);
         }
     }
 
-    /// A session does what others want of it, as `Terminal::follow_call` does.
+    /// A session does what others want of it, as `Terminal::follow_call` does, or gets its shell.
     fn follow(&mut self, at: usize) {
         let session = &mut self.sessions[at];
+        if session.before.take().is_some() {
+            session.unheard = true;
+            return session.permit.iter_mut().for_each(|permit| permit.attach(&session.wake));
+        }
         session.wake.clear();
         session.unheard = false;
-        match session.kind {
-            Kind::Ending => {
+        let call = session.permit.as_ref().and_then(ShellPermit::take_call);
+        match (&session.kind, call) {
+            (Kind::Ending, Some(Call::End)) => {
                 let session = self.sessions.swap_remove(at);
                 self.leave(session);
             }
-            Kind::Called { number, .. } => {
+            (Kind::Called { number, resumes }, Some(Call::HandOver { resumes: wanted, .. })) => {
+                assert_eq!(*resumes, wanted);
+                let number = *number;
+                session.kind = Kind::Attached;
                 let expects = |other: &Session| matches!(other.kind, Kind::Expects(of, _) if of == number);
                 let Some(to) = self.sessions.iter().position(expects) else { return self.detach(at) };
-                let (mut permit, asked) =
-                    (self.sessions[at].permit.take().expect("a permit"), self.sessions[at].asked);
-                assert_eq!(self.sessions[to].user, self.sessions[at].user);
-                permit.attach(&self.sessions[to].wake);
+                let Session { wake, permit, asked, user, .. } = &mut self.sessions[at];
+                let (before, permit, asked) = (Some(Arc::clone(wake)), permit.take(), *asked);
+                let user = *user;
                 let new = &mut self.sessions[to];
-                (new.permit, new.kind, new.asked) = (Some(permit), Kind::Attached, asked);
+                assert_eq!(new.user, user);
+                (new.before, new.permit, new.kind, new.asked) = (before, permit, Kind::Attached, asked);
                 self.sessions.swap_remove(at);
             }
-            _ => {}
+            (Kind::Waiting | Kind::Attached | Kind::Detached(_) | Kind::Expects(..), None) => {}
+            (_, call) => panic!("session {}: {call:?}", session.info.id),
         }
     }
 
@@ -316,24 +345,21 @@ impl Model {
             assert!(self.count(|session| session.is_waiting() && session.user == user) <= MAX_WAITING);
         }
         for session in &self.sessions {
-            assert!(!session.unheard || is_woken(&session.wake), "session {} wasn't woken", session.id);
-            match (&session.kind, session.permit.as_ref().and_then(ShellPermit::call)) {
-                (Kind::Expects(call, handover), None) => {
+            let wake = session.before.as_ref().unwrap_or(&session.wake);
+            assert!(!session.unheard || is_woken(wake), "session {} wasn't woken", session.info.id);
+            match &session.kind {
+                Kind::Expects(call, handover) => {
                     // Otherwise it would wait for nobody.
                     let is_wanted = |other: &Session| matches!(other.kind, Kind::Called { number, .. } if number == *call);
                     let gone = handover.try_recv().is_err_and(|e| e == TryRecvError::Disconnected);
                     assert_eq!(gone, !self.sessions.iter().any(is_wanted));
                 }
-                (Kind::Called { resumes, .. }, Some(Call::HandOver { resumes: wanted, .. })) => {
-                    assert_eq!(*resumes, wanted)
-                }
-                (Kind::Ending, Some(Call::End)) => {}
-                (Kind::Detached(number), None) => {
+                Kind::Detached(number) => {
                     let since = self.start + Duration::from_secs(1) * *number;
-                    assert!(kept.iter().any(|kept| kept.info.id == session.id && kept.since == since));
+                    let is_this = |kept: &Kept| kept.info.id == session.info.id && kept.since == since;
+                    assert!(kept.iter().any(is_this));
                 }
-                (Kind::Waiting | Kind::Attached, None) => {}
-                (_, call) => panic!("session {}: {call:?}", session.id),
+                _ => {}
             }
             if let Some(permit) = &session.permit {
                 assert_eq!(permit.asked().is_some(), session.asked);
