@@ -23,6 +23,8 @@ use nix::poll::PollFlags;
 /// As in the agent: threads of sessions on the device, and more of them for shells.
 const MAX_SESSIONS: usize = 256;
 const MAKING_ROOM: usize = 8;
+/// Sessions of a user that others' don't keep out.
+const FIRST: usize = 2;
 const MAX_THREADS: usize = 272;
 const MAX_SHELLS: usize = 16;
 const MAX_FRAMES: usize = 1024;
@@ -442,8 +444,12 @@ impl Link {
         }
         let threads = self.older + self.sessions.len() + self.replaced.len();
         let room = threads < if shell { MAX_THREADS } else { MAX_SESSIONS };
-        let room = room || !shell && threads < MAX_SESSIONS + MAKING_ROOM && self.expect_room();
         let (bytes, user) = (self.size.saturating_sub(RESERVED), user(message.user));
+        let room = room
+            || !shell
+                && threads < MAX_SESSIONS + MAKING_ROOM
+                && (self.expect_room()
+                    || self.sessions.values().filter(|session| session.owner == user).count() < FIRST);
         let fits = self.memory(None) + bytes <= MEMORY && self.memory(Some(&user)) + bytes <= MEMORY_OF_USER;
         let room = room && fits;
         let begun = if room { self.begun.borrow_mut().as_mut().ok().map(Option::take) } else { None };
