@@ -128,7 +128,7 @@ impl Session {
     fn hang_up(&mut self, why: HangUp, now: Instant) {
         (self.hung_up, self.end) = (true, Some(why.name()));
         (self.ping_at, self.close_at, self.waiting) = (None, None, None);
-        self.files.hang_up(&self.peer, now);
+        self.files.hang_up(&self.peer, why.name(), now);
         self.forwards = PortForward::default();
         if let Some(Admission::Return(handover)) = self.peer.admission.take() {
             // Dropping the handover would end the shell that is on its way here.

@@ -7,7 +7,9 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::harness::client::{Style, Terminal};
+use crate::harness::device::Reading;
 use crate::harness::forward::Client;
+use crate::harness::msg::CONTROL;
 use crate::harness::rest::{Form, Rest};
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::targets::{Role, Target};
@@ -161,6 +163,18 @@ fn transfers() {
     assert_eq!((broken["result"].as_str(), broken["bytes"].as_str()), ("failed", "4"));
     assert_eq!(broken["reason"], "the session was closed");
     assert_eq!(session_end(&rig, &rest.sid)["reason"], "closed");
+
+    // The agent ends a session that can't read what comes, since nobody reads its answers.
+    let mark = rig.daemon.mark();
+    let rest = Rest::open(&device);
+    rest.announce(&Form::to(inside.join("half"))).expect("announced");
+    device.set_reading(Reading::Paused);
+    (0..5000).for_each(|_| device.send(CONTROL, "ping", &rest.sid, &[], b""));
+    rig.daemon.wait_for_log("inbox full", SOON);
+    device.set_reading(Reading::Full);
+    let ended = parse(&rig.daemon.wait_for_log_after(mark, "event=transfer", SOON));
+    assert_eq!((ended["result"].as_str(), ended["reason"].as_str()), ("failed", "inbox full"));
+    assert_eq!(session_end(&rig, &rest.sid)["reason"], "inbox full");
 }
 
 #[test]

@@ -29,7 +29,6 @@ use crate::sys::lock;
 
 /// The server passes it on as the HTTP status.
 const FORBIDDEN: u16 = 403;
-const LINK_LOST: &str = "the connection was lost";
 const HANG_UP_GRACE: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
@@ -166,8 +165,8 @@ impl FileTransfer {
             Stage::Committing(commit) => {
                 if let Ok(result) = commit.result.try_recv() {
                     self.finish_receiving(peer, result);
-                } else if commit.give_up.is_some_and(|at| now >= at) {
-                    self.abort(peer, &LINK_LOST.into());
+                } else if let Some((_, why)) = commit.give_up.filter(|(at, _)| now >= *at) {
+                    self.abort(peer, &why.into());
                 }
             }
         }
@@ -185,7 +184,7 @@ impl FileTransfer {
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.transfer.as_deref()?.stage {
-            Stage::Committing(commit) => commit.give_up,
+            Stage::Committing(commit) => commit.give_up.map(|(at, _)| at),
             _ => None,
         }
     }
@@ -197,10 +196,10 @@ impl FileTransfer {
         }
     }
 
-    pub(crate) fn hang_up(&mut self, peer: &Peer, now: Instant) {
+    pub(crate) fn hang_up(&mut self, peer: &Peer, why: &'static str, now: Instant) {
         match self.stage() {
-            Some(Stage::Committing(commit)) => commit.give_up = Some(now + HANG_UP_GRACE),
-            _ => self.abort(peer, &LINK_LOST.into()),
+            Some(Stage::Committing(commit)) => commit.give_up = Some((now + HANG_UP_GRACE, why)),
+            _ => self.abort(peer, &why.into()),
         }
     }
 

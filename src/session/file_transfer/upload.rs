@@ -117,8 +117,8 @@ impl Upload {
 pub(super) struct Commit {
     pub(super) result: Receiver<Result<()>>,
     pub(super) temporary: Arc<Temporary>,
-    /// Set when the link is lost: nobody waits for the answer.
-    pub(super) give_up: Option<Instant>,
+    /// Set when the session is hung up: nobody waits for the answer.
+    pub(super) give_up: Option<(Instant, &'static str)>,
 }
 
 #[allow(clippy::useless_conversion, reason = "32-bit systems count in other types")]
