@@ -19,6 +19,12 @@ const PROBE_EVERY: u64 = 6;
 const MAX_PROBES: usize = 4;
 /// A probe or its answer may get lost: a session without credit repeats it after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// … and after this one beside [`MAX_PROBES`] others.
+const ASK_ANYWAY: Duration = Duration::from_secs(30);
+/// Then an answer came because of a probe; a slow client answers at any time.
+const QUICK: Duration = Duration::from_secs(1);
+/// So often in a row it is no chance: the client has read all, and other answers were lost.
+const QUICK_ANSWERS: u32 = 3;
 /// A client that has never answered may not know `ping`. Its messages are presumed delivered: the first after this
 /// time, the others when the client can have read them at this speed.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -34,13 +40,27 @@ pub(crate) struct Credit {
     /// Numbers of the unanswered probes. Messages are numbered from 1.
     probes: VecDeque<u64>,
     last_probe: Instant,
+    last_answer: Instant,
+    /// Whether the last probe was a repeated one, for want of answers, and none has come since.
+    repeated: bool,
+    quick_answers: u32,
     answers: bool,
 }
 
 impl Credit {
     pub(crate) fn new(now: Instant) -> Self {
         let (on_the_way, probes) = (VecDeque::new(), VecDeque::new());
-        Credit { sent: 0, on_the_way, probes, last_probe: now, answers: false }
+        let (last_probe, last_answer) = (now, now);
+        Credit {
+            sent: 0,
+            on_the_way,
+            probes,
+            last_probe,
+            last_answer,
+            repeated: false,
+            quick_answers: 0,
+            answers: false,
+        }
     }
 
     pub(crate) fn takes(&self, now: Instant) -> bool {
@@ -83,19 +103,35 @@ impl Credit {
             None if !self.answers => !self.takes(now),
             last => self.sent - self.proved().max(last.copied().unwrap_or(0)) >= PROBE_EVERY,
         };
-        let again = self.answers && !self.takes(now) && now >= self.last_probe + ASK_AGAIN;
-        self.probes.len() < MAX_PROBES && (due || again)
+        self.probes.len() < MAX_PROBES && due || self.repeats(now)
+    }
+
+    fn repeats(&self, now: Instant) -> bool {
+        let pause = if self.probes.len() < MAX_PROBES { ASK_AGAIN } else { ASK_ANYWAY };
+        self.answers && !self.takes(now) && now >= self.last_probe + pause
     }
 
     pub(crate) fn probed(&mut self, now: Instant) {
+        self.repeated = self.repeats(now) && now >= self.last_answer + ASK_AGAIN;
         let probe = self.sent(0, now);
         self.last_probe = now;
         self.probes.push_back(probe);
     }
 
-    /// A pong doesn't say which probe it answers: it is the oldest one's.
-    pub(crate) fn answered(&mut self) {
-        if let Some(probe) = self.probes.pop_front() {
+    /// A pong doesn't say which probe it answers: it is the oldest one's. Each one that was lost would have all later ones
+    /// prove an older message, for ever.
+    pub(crate) fn answered(&mut self, now: Instant) {
+        if std::mem::take(&mut self.repeated) {
+            let quick = now < self.last_probe + QUICK;
+            self.quick_answers = if quick { self.quick_answers + 1 } else { 0 };
+        }
+        self.last_answer = now;
+        let mut probe = self.probes.pop_front();
+        if self.quick_answers >= QUICK_ANSWERS {
+            self.quick_answers = 0;
+            probe = std::mem::take(&mut self.probes).pop_back().or(probe);
+        }
+        if let Some(probe) = probe {
             self.prove(probe);
         }
     }
@@ -120,7 +156,8 @@ impl Credit {
     pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
         match self.answers {
             _ if self.takes(now) => None,
-            true => (self.probes.len() < MAX_PROBES).then_some(self.last_probe + ASK_AGAIN),
+            true if self.probes.len() < MAX_PROBES => Some(self.last_probe + ASK_AGAIN),
+            true => Some(self.last_probe + ASK_ANYWAY),
             false => self.on_the_way.get(self.presumed(now)).copied(),
         }
     }
@@ -148,16 +185,16 @@ mod tests {
         let mut credit = Credit::new(now);
         assert_eq!(send_all(&mut credit, now), LIMIT as u64 + 1);
         assert_eq!(credit.probes, [17]);
-        credit.answered();
+        credit.answered(now);
         assert_eq!(send_all(&mut credit, now), 16);
         assert_eq!(credit.probes, [24, 31]);
-        credit.answered();
+        credit.answered(now);
         assert_eq!(credit.proved(), 24);
         assert_eq!(send_all(&mut credit, now), 7);
         // Without a probe there is nothing to answer.
         let mut other = Credit::new(now);
         other.sent(1, now);
-        other.answered();
+        other.answered(now);
         assert_eq!(other.proved(), 0);
     }
 
@@ -180,7 +217,7 @@ mod tests {
                 // The client takes some messages each turn, and answers the probes among them.
                 let taken = (delivered + answering).min(credit.sent);
                 while credit.probes.front().is_some_and(|probe| *probe <= taken && answering > 0) {
-                    credit.answered();
+                    credit.answered(now + ASK_AGAIN / 2);
                 }
                 delivered = taken;
             }
@@ -207,7 +244,7 @@ mod tests {
         credit.sent(1, later);
         assert_eq!(credit.on_the_way.len(), 1);
         // It may have begun to answer late.
-        credit.answered();
+        credit.answered(later);
         assert!(credit.answers);
     }
 
@@ -216,13 +253,47 @@ mod tests {
         let start = Instant::now();
         let mut credit = Credit::new(start);
         send_all(&mut credit, start);
-        credit.answered();
+        credit.answered(start);
         send_all(&mut credit, start);
         let later = start + ASK_AGAIN;
         assert_eq!(credit.deadline(start), Some(later));
         assert!(!credit.wants_probe(start) && !credit.takes(later) && credit.wants_probe(later));
         credit.probed(later);
-        credit.answered();
+        credit.answered(later);
         assert!(credit.takes(later));
+    }
+
+    /// Each lost answer had all later ones prove an older message, and took one of the four probes for ever: after two a
+    /// terminal stood still for five seconds every 16 messages, after four for good.
+    #[test]
+    fn lost_answers_are_found_out() {
+        let (mut now, mut sent) = (Instant::now(), Vec::new());
+        let mut credit = Credit::new(now);
+        for _ in 0..10 {
+            let (before, mut lose) = (credit.sent, true);
+            for _ in 0..2400 {
+                now += Duration::from_millis(100);
+                let mut probes = 0;
+                for _ in 0..10 {
+                    if credit.takes(now) {
+                        credit.sent(4096, now);
+                    }
+                    if credit.wants_probe(now) {
+                        credit.probed(now);
+                        probes += 1;
+                    }
+                }
+                now += Duration::from_millis(1);
+                // One answer is lost in four minutes.
+                for _ in 0..probes {
+                    if !(credit.answers && std::mem::take(&mut lose)) {
+                        credit.answered(now);
+                    }
+                }
+            }
+            sent.push(credit.sent - before);
+        }
+        println!("{sent:?}");
+        assert!(sent.iter().all(|sent| *sent > 5000), "messages in four minutes: {sent:?}");
     }
 }

@@ -281,7 +281,7 @@ impl Session {
                 Err(e) => format!("malformed handshake response: {}", clipped(&e.to_string())),
             },
             control::PING => return self.peer.reply(&control::pong(&self.peer.id)),
-            control::PONG => return self.peer.credit.answered(),
+            control::PONG => return self.peer.credit.answered(Instant::now()),
             control::CLOSE => {
                 self.end = Some("closed");
                 return self.close();

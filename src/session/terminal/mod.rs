@@ -99,11 +99,11 @@ impl Terminal {
         }
         match (&mut self.state, frame.typ.as_str()) {
             (State::Running(running), wire::PONG) => {
-                peer.credit.answered();
+                peer.credit.answered(now);
                 running.clock.pong(now);
                 running.permit.answered();
             }
-            (_, wire::PONG) => peer.credit.answered(),
+            (_, wire::PONG) => peer.credit.answered(now),
             (State::Running(running), wire::DATA) => {
                 running.clock.active(now);
                 running.permit.answered();
