@@ -27,7 +27,9 @@ const MAX_UNACKNOWLEDGED: usize = 8;
 const QUEUE_HARD_LIMIT: usize = 1 << 20;
 const MAX_QUEUED: usize = 4096;
 /// In bytes, for all of a session's targets.
-const MAX_WAITING: usize = 4 << 20;
+pub(super) const MAX_WAITING: usize = 4 << 20;
+/// Bytes that a piece takes beside its data: its place in a queue that may be half empty, and two blocks of the allocator.
+const PIECE: usize = 2 * size_of::<Bytes>() + 64;
 /// Pieces that a queue keeps room for.
 const SMALL: usize = 32;
 /// In seconds.
@@ -45,7 +47,7 @@ pub(super) const CLOSED: &str = "closed";
 pub(super) struct Connection {
     state: State,
     pub(super) to_target: VecDeque<Bytes>,
-    pub(super) queued: usize,
+    queued: usize,
     /// Bytes that were dropped when writing failed.
     lost: usize,
     pub(super) memory: Permit,
@@ -184,18 +186,19 @@ impl Connection {
     }
 
     /// Passes data on; `waiting` counts all that waits for the session's targets. Fails for a client that doesn't wait for
-    /// acks. Data that the target takes at once needs no memory: others may have used up the device's.
+    /// acks. Data that the target takes at once needs no room: others may have used up the session's or the device's.
     pub(super) fn pass(&mut self, data: Bytes, waiting: usize, now: Instant) -> Result<(), String> {
-        let (queued, cost) = (self.queued + data.len(), data.len() + size_of::<Bytes>());
+        let (queued, others) = (self.queued + data.len(), waiting - self.memory.count());
         let overrun = |queued| Err(format!("the target does not read and {queued} bytes wait"));
-        if queued > QUEUE_HARD_LIMIT || self.to_target.len() >= MAX_QUEUED || waiting + cost > MAX_WAITING {
+        if queued > QUEUE_HARD_LIMIT || self.to_target.len() >= MAX_QUEUED {
             return overrun(self.queued);
         }
         self.queued = queued;
         self.to_target.push_back(data);
         self.shown.traffic.touch(now);
         self.flush(now)?;
-        if self.memory.count() < self.held()
+        let held = self.held();
+        if (self.memory.count() < held || others + held > MAX_WAITING)
             && let Some(rest) = self.to_target.pop_back()
         {
             self.queued -= rest.len();
@@ -207,7 +210,12 @@ impl Connection {
 
     /// In bytes.
     fn held(&self) -> usize {
-        self.queued + self.to_target.len() * size_of::<Bytes>()
+        self.queued + self.to_target.len() * PIECE
+    }
+
+    /// Whether its client may send more, with up to `limit` bytes queued.
+    pub(super) fn has_room(&self, limit: usize) -> bool {
+        self.queued <= limit && self.to_target.len() <= MAX_QUEUED / 2
     }
 
     pub(super) fn takes_data(&self) -> bool {

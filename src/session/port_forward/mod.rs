@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use log::{debug, warn};
 use nix::poll::PollFlags;
 
-use self::connection::{CLOSED, Connection};
+use self::connection::{CLOSED, Connection, MAX_WAITING};
 use self::opening::{End, FAILED};
 use super::peer::Peer;
 use crate::outbox::Class;
@@ -36,6 +36,9 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Bytes queued for a target up to which data is acknowledged at once.
 const QUEUE_SOFT_LIMIT: usize = 64 * 1024;
+/// Bytes queued for all of a session's targets up to which more than one piece waits for each: a client that waits for acks
+/// never reaches [`MAX_WAITING`].
+const WAITING_SOFT_LIMIT: usize = MAX_WAITING / 4;
 
 /// Bytes of a read from a stream, as the link allows.
 const SMALLEST_READ: usize = 2 * 1024;
@@ -76,6 +79,11 @@ impl PortForward {
 
     fn all(&self) -> impl Iterator<Item = &Connection> {
         self.connections.values().chain(self.finishing.iter().map(|f| &f.connection))
+    }
+
+    /// Bytes that wait for all targets.
+    fn waiting(&self) -> usize {
+        self.all().map(|c| c.memory.count()).sum()
     }
 
     fn ids(&self, which: impl Fn(&Connection) -> bool) -> Vec<ConnectionId> {
@@ -194,7 +202,7 @@ impl PortForward {
 
     fn take_data(&mut self, peer: &Peer, frame: &Frame, id: &ConnectionId, now: Instant) {
         self.wake(peer, id, now);
-        let waiting = self.all().map(|c| c.memory.count()).sum();
+        let waiting = self.waiting();
         let Some(connection) = self.connections.get_mut(id) else {
             if self.is_asleep(id) {
                 // The datagram is lost.
@@ -263,9 +271,10 @@ impl PortForward {
                 _ => peer.sink.reply(&answer),
             }
         }
-        if self.answers.is_empty() {
+        if self.answers.is_empty() && !self.owing.is_empty() {
+            let limit = if self.waiting() > WAITING_SOFT_LIMIT { 0 } else { QUEUE_SOFT_LIMIT };
             self.owing.retain(|id| {
-                let room = self.connections.get(id).is_some_and(|c| c.queued <= QUEUE_SOFT_LIMIT);
+                let room = self.connections.get(id).is_some_and(|c| c.has_room(limit));
                 let acknowledged = room && peer.credit.takes_answer(now);
                 if acknowledged {
                     peer.reply(&forward::about(&peer.id, forward::ACK, id));

@@ -11,10 +11,12 @@ use std::os::fd::AsRawFd;
 use serde_json::json;
 
 use crate::forwards::{assert_echo, session, tcp, udp};
+use crate::harness::connection::PIECE;
 use crate::harness::forward::Client;
 use crate::harness::network::{SERVER, with_network};
+use crate::harness::proc;
 use crate::harness::rig::{Setup, bash_config, is_root};
-use crate::harness::targets::{Role, Target, UdpEcho};
+use crate::harness::targets::{Role, Silent, Target, UdpEcho, stream};
 use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn, throughout};
 
 /// A target that answers each line after a while: how many lines it had taken when its connection ended or broke.
@@ -245,4 +247,69 @@ fn a_closed_port_is_refused_where_a_connection_could_meet_itself() {
             }
         }
     });
+}
+
+/// Acks didn't tell a client when to wait for the sake of its session's bound: with 60 forwards to a service that had hung,
+/// each with what had been acknowledged, one after the other ended.
+#[test]
+fn a_client_that_waits_for_acks_loses_no_forward() {
+    let (_rig, _device, client) = session();
+    let silent = Silent::start();
+    let deaf: Vec<_> = (0..100).map(|_| client.connect("tcp", "127.0.0.1", silent.address.port())).collect();
+    for connection in &deaf {
+        let mut left = 17;
+        while left > 0 && connection.acked_within(millis(30)) {
+            connection.send(&[7; PIECE]);
+            left -= 1;
+        }
+    }
+    client.settle();
+    assert_eq!(client.errors(), 0, "{:?}", client.next_error());
+    client.close();
+}
+
+/// Small pieces were acknowledged up to the 4096th, and the next one ended the forward.
+#[test]
+fn a_client_of_small_pieces_that_waits_for_acks_loses_no_forward() {
+    let (_rig, _device, client) = session();
+    let silent = Silent::start();
+    let connection = client.connect("tcp", "127.0.0.1", silent.address.port());
+    let mut sent = 0;
+    while sent < 5000 && client.errors() == 0 && connection.acked_within(millis(300)) {
+        connection.send(b"x");
+        sent += 1;
+    }
+    client.settle();
+    println!("{sent} pieces");
+    assert_eq!(client.errors(), 0, "{:?}", client.next_error());
+    client.close();
+}
+
+/// A byte that waits for a target counted as 33, and took more than a hundred.
+#[test]
+fn a_byte_that_waits_counts_as_what_it_takes() {
+    let (rig, _device, client) = session();
+    let pid = rig.daemon.pid();
+    let silent = Silent::start();
+    let deaf: Vec<_> = (0..30).map(|_| client.connect("tcp", "127.0.0.1", silent.address.port())).collect();
+    client.settle();
+    let (before, begun, mut sent) = (proc::rss_kib(pid), std::time::Instant::now(), 0);
+    while begun.elapsed() < secs(30) && client.errors() == 0 && sent < 30 * 4000 {
+        for connection in &deaf {
+            (0..20).for_each(|_| connection.send_anyway(b"x"));
+            sent += 20;
+        }
+        let owed = || deaf.iter().map(|c| c.in_flight()).sum::<usize>();
+        let limit = std::time::Instant::now() + secs(1);
+        while owed() > 0 && std::time::Instant::now() < limit {
+            client.settle();
+        }
+        if owed() > 4000 {
+            break;
+        }
+    }
+    let grown = proc::rss_kib(pid).saturating_sub(before);
+    println!("{sent} bytes in {:?}: {grown} KiB", begun.elapsed());
+    assert!(grown < 5 << 10, "{sent} bytes that wait take {grown} KiB");
+    client.close();
 }
