@@ -129,7 +129,7 @@ impl Session {
         (self.hung_up, self.end) = (true, Some(why.name()));
         (self.ping_at, self.close_at, self.waiting) = (None, None, None);
         self.files.hang_up(&self.peer, why.name(), now);
-        self.forwards = PortForward::default();
+        self.forwards.hang_up();
         if let Some(Admission::Return(handover)) = self.peer.admission.take() {
             // Dropping the handover would end the shell that is on its way here.
             self.terminal.attach(&mut self.peer, &handover, None, now);

@@ -79,6 +79,10 @@ impl Drop for Connection {
             let text = format!("{}; the target did not take the last {left} bytes", self.end.1);
             self.end = (FAILED, text);
         }
+        if let (State::Open(socket), true) = (&self.state, self.lost + self.queued > 0) {
+            // After an orderly end the target would take what it has got for all.
+            net::discard(socket.as_fd());
+        }
         let ForwardInfo { target: Target { host, port, transport }, address, traffic } = &*self.shown;
         let (result, reason) = &self.end;
         let figures = traffic.figures(now);

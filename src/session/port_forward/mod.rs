@@ -300,6 +300,11 @@ impl PortForward {
         }
     }
 
+    /// The link was lost. What clients that have gone before left to their targets still reaches these.
+    pub(crate) fn hang_up(&mut self) {
+        *self = PortForward { finishing: std::mem::take(&mut self.finishing), ..PortForward::default() };
+    }
+
     fn takes_data(&self, peer: &Peer, now: Instant) -> bool {
         self.answers.is_empty() && peer.credit.takes(now) && peer.sink.takes_data(Class::Bulk)
     }

@@ -313,3 +313,55 @@ fn a_byte_that_waits_counts_as_what_it_takes() {
     assert!(grown < 5 << 10, "{sent} bytes that wait take {grown} KiB");
     client.close();
 }
+
+/// The link's end, such as for a new token, ended what a client had left to its slow target before.
+#[test]
+fn what_a_client_has_left_outlives_the_link() {
+    let (rig, device, client) = session();
+    let target = Target::start(Role::Stalled);
+    let connection = tcp(&client, &target);
+    let mut sent = 0_u64;
+    while connection.in_flight() == 0 || connection.acked_within(millis(500)) {
+        connection.send(&stream(sent, PIECE));
+        sent += PIECE as u64;
+        assert!(sent < 64 << 20, "a target that reads nothing takes {sent} bytes");
+    }
+    let acknowledged = sent - PIECE as u64;
+    connection.stop();
+    client.settle();
+    device.hang_up();
+    let _device = rig.next_link();
+    target.release();
+    let mut last = 0;
+    eventually(SOON, "the target to have read all", || {
+        let now = target.received();
+        if now != last {
+            println!("{now} of {acknowledged}");
+            last = now;
+        }
+        (now >= acknowledged).then_some(())
+    });
+    target.assert_intact();
+}
+
+/// A target that had stood still for ten seconds, behind a client that had gone, got a part of what was acknowledged and
+/// then an orderly end, as if that were all.
+#[test]
+fn a_target_does_not_take_a_part_for_all() {
+    let (rig, _device, client) = session();
+    let target = Target::start(Role::Stalled);
+    let connection = tcp(&client, &target);
+    let mut sent = 0_u64;
+    while connection.in_flight() == 0 || connection.acked_within(millis(500)) {
+        connection.send(&stream(sent, PIECE));
+        sent += PIECE as u64;
+        assert!(sent < 64 << 20, "a target that reads nothing takes {sent} bytes");
+    }
+    connection.stop();
+    rig.daemon.wait_for_log("the target did not take the last", secs(30));
+    target.release();
+    target.wait_all_closed(1);
+    println!("{} of {sent} bytes, {} orderly ends", target.received(), target.ends());
+    assert_eq!(target.ends(), 0);
+    client.close();
+}
