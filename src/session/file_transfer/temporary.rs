@@ -24,7 +24,7 @@ use sha2::{Digest, Sha256};
 use super::place::{self, Attributes, Failure, Result, Target};
 use crate::encoding::hex;
 use crate::sys;
-use crate::sys::beneath::fstat;
+use crate::sys::beneath::{self, fstat};
 
 /// Nobody may read an incomplete file.
 const MODE: Mode = Mode::S_IWUSR;
@@ -135,7 +135,10 @@ impl Temporary {
         }
         // linkat(2) replaces nothing, and a kill can't interrupt it half-way.
         let name = match (link(&self.file, dir, target), self.name.get()) {
-            (Ok(()), _) => return Ok(()),
+            (Ok(()), _) => {
+                self.announce();
+                return Ok(());
+            }
             (Err(Errno::EEXIST), _) if replaces_nothing => return Err(Failure::denied(place::OVERWRITE)),
             (Err(_), Some(name)) => name,
             (Err(Errno::EEXIST), None) => {
@@ -167,6 +170,18 @@ impl Temporary {
         // Another program may still create the file between this check and rename(2).
         self.attributes.may_replace(self.target.lstat()?.as_ref())?;
         renameat(dir, name.as_os_str(), dir, target.as_os_str()).map_err(failed)
+    }
+
+    /// Programs that watch the directory for complete files wait for IN_CLOSE_WRITE or IN_MOVED_TO. linkat(2) makes neither,
+    /// and the nameless file's own IN_CLOSE_WRITE has a name such as `#123`.
+    fn announce(&self) {
+        let Target { dir, name, .. } = &self.target;
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let Ok(found) = openat(dir, name.as_os_str(), flags, Mode::empty()) else { return };
+        let itself = |fd| fstat(fd).ok().map(|stat| (stat.st_dev, stat.st_ino));
+        if itself(found.as_fd()).is_some_and(|found| Some(found) == itself(self.file.as_fd())) {
+            let _ = beneath::reopen(found.as_fd(), OFlag::O_WRONLY);
+        }
     }
 
     /// Called by another thread than the commit's: keeps the file from taking its target's name, if it hasn't yet.

@@ -331,3 +331,23 @@ fn a_name_of_any_bytes_comes_back_as_it_is() {
     let line = rig.daemon.wait_for_log("event=stat session=", SOON);
     assert!(line.contains(" user="), "{line}");
 }
+
+/// A program that watches a directory for files that are complete, by IN_MOVED_TO or IN_CLOSE_WRITE, saw none of the name
+/// when there was no such file before.
+#[test]
+fn who_watches_a_directory_sees_a_new_file() {
+    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+    let (rig, device) = Rig::connected();
+    let dir = directory(&rig);
+    let watch = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+    watch.add_watch(&dir, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CLOSE_WRITE).unwrap();
+    for round in ["a new file", "one that is replaced"] {
+        put(&device, &Form::to(dir.join("name")), b"uploaded").unwrap();
+        let seen = watch.read_events().unwrap_or_default();
+        let all: Vec<_> = seen.iter().map(|event| (event.mask, event.name.clone())).collect();
+        println!("{round}: {all:?}");
+        let named =
+            |event: &nix::sys::inotify::InotifyEvent| event.name.as_deref() == Some(OsStr::new("name"));
+        assert!(seen.iter().any(named), "{round}: {all:?}");
+    }
+}
