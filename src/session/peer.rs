@@ -4,6 +4,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use log::{Level, log};
+
 use super::credit::Credit;
 use super::device::{Device, Entry, Share, Table};
 use super::inbox::Inbox;
@@ -11,9 +13,12 @@ use super::shells::Admission;
 use super::stats::Info;
 use crate::outbox::{Outbox, Sink};
 use crate::permits::Permit;
-use crate::proto::{Frame, SessionId, UserId, control};
+use crate::proto::{Frame, SessionId, UserId, clipped, control};
 use crate::sys::lock;
 use crate::sys::wake::Wake;
+
+/// Errors of a client that are logged. It needs no answer to send the next, so it could fill the log.
+const MAX_ERRORS: u32 = 5;
 
 /// Dropping it frees the session's id.
 pub struct Peer {
@@ -27,6 +32,8 @@ pub struct Peer {
     pub sink: Sink,
     pub(crate) credit: Credit,
     pub(crate) share: Arc<Share>,
+    /// Errors that the client has sent.
+    errors: u32,
     table: Arc<Table>,
     _thread: Permit,
 }
@@ -49,6 +56,7 @@ impl Peer {
             admission: None,
             credit: Credit::new(Instant::now()),
             share,
+            errors: 0,
             table: Arc::default(),
             _thread: thread,
         })
@@ -57,6 +65,13 @@ impl Peer {
     pub(crate) fn admit(&self, user: &UserId, waits: bool) -> Result<Admission, &'static str> {
         let most = self.device.config().sessions_per_user;
         self.device.shells.acquire(user, most, (&self.info, &self.wake), waits)
+    }
+
+    pub(crate) fn log_error(&mut self, error: control::Error) {
+        self.errors = self.errors.saturating_add(1);
+        let level = if self.errors <= MAX_ERRORS { Level::Info } else { Level::Debug };
+        let text = clipped(&error.err.unwrap_or_default());
+        log!(level, "session {}: error from the client: {text:?}", self.id);
     }
 
     /// Needs no credit, but uses some.

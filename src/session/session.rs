@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use log::{error, info};
+use log::error;
 use nix::poll::PollFlags;
 
 use super::file_transfer::FileTransfer;
@@ -288,8 +288,9 @@ impl Session {
             }
             control::ERROR => {
                 let error = control::parse::<control::Error>(&frame.body).unwrap_or_default();
-                info!("session {id}: error from the client: {:?}", clipped(&error.err.unwrap_or_default()));
-                if error.close == Some(true) {
+                let closes = error.close == Some(true);
+                self.peer.log_error(error);
+                if closes {
                     self.close();
                 }
                 return;

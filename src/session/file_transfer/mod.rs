@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use log::{debug, info};
+use log::debug;
 use sha2::{Digest, Sha256};
 
 use self::download::Download;
@@ -22,9 +22,9 @@ use super::peer::Peer;
 use super::stats::{Traffic, TransferInfo};
 use crate::audit::Record;
 use crate::encoding::hex;
+use crate::proto::Frame;
 use crate::proto::control;
 use crate::proto::file::{self, Request};
-use crate::proto::{Frame, clipped};
 use crate::sys::lock;
 
 /// The server passes it on as the HTTP status.
@@ -129,8 +129,7 @@ impl FileTransfer {
             (Some(Stage::Receiving(_)), file::FILE_CHUNK) => self.take_chunk(peer, &frame, now),
             (_, file::ERROR) => {
                 let error = control::parse::<control::Error>(&frame.body).unwrap_or_default();
-                let text = clipped(&error.err.unwrap_or_default());
-                info!("session {}: error from the client: {text:?}", peer.id);
+                peer.log_error(error);
                 return self.close(peer);
             }
             (Some(Stage::Sending(_)), file::FILE_CHUNK) => {

@@ -73,3 +73,22 @@ fn an_agent_whose_log_nobody_reads_ends_in_time() {
     rig.daemon.signal(Signal::SIGTERM);
     assert!(rig.daemon.wait_exit(secs(3)).success());
 }
+
+/// A client's errors need no answer: one user filled the log, and the journal, as fast as the link carries them.
+#[test]
+fn a_clients_errors_do_not_fill_the_log() {
+    use crate::harness::msg::{CONTROL, FILES};
+    use crate::harness::rest::Rest;
+    let (rig, device) = Rig::connected();
+    let rest = Rest::open(&device);
+    for _ in 0..20 {
+        for _ in 0..50 {
+            rest.send(FILES, "error", None, b"\x81\xa3err\xa2no");
+            rest.send(CONTROL, "error", None, b"\x81\xa3err\xa2no");
+        }
+        rest.send(CONTROL, "ping", None, b"");
+        assert_eq!(rest.next().typ, "pong");
+    }
+    let lines = rig.daemon.count_log("error from the client");
+    assert!(lines < 20, "{lines} lines");
+}
