@@ -196,8 +196,12 @@ impl FileTransfer {
     }
 
     pub(crate) fn hang_up(&mut self, peer: &Peer, why: &'static str, now: Instant) {
-        match self.stage() {
-            Some(Stage::Committing(commit)) => commit.give_up = Some((now + HANG_UP_GRACE, why)),
+        match self.transfer.as_deref_mut() {
+            // The server has told its user of an empty file's success already: it waits for no ack.
+            Some(Transfer { about: About { bytes: 0, .. }, stage: Stage::Committing(_), .. }) => {}
+            Some(Transfer { stage: Stage::Committing(commit), .. }) => {
+                commit.give_up = Some((now + HANG_UP_GRACE, why));
+            }
             _ => self.abort(peer, &why.into()),
         }
     }
