@@ -300,7 +300,7 @@ impl PortForward {
         }
     }
 
-    /// The link was lost. What clients that have gone before left to their targets still reaches these.
+    /// The link was lost. Data that clients left to their targets before still reaches these.
     pub(crate) fn hang_up(&mut self) {
         *self = PortForward { finishing: std::mem::take(&mut self.finishing), ..PortForward::default() };
     }

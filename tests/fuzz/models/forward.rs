@@ -221,7 +221,7 @@ impl Model {
     fn pong(&mut self) {
         if self.pings > 0 {
             self.pings -= 1;
-            self.peer.credit.answered();
+            self.peer.credit.answered(Instant::now());
         }
     }
 
