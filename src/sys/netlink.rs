@@ -1,6 +1,6 @@
 //! Changes of the network, by rtnetlink(7).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -22,11 +22,22 @@ const GROUPS: libc::c_int = libc::RTMGRP_LINK
 const MESSAGE: usize = 16;
 const ADDRESS: usize = 8;
 const ATTRIBUTE: usize = 4;
+/// Size of `struct rtmsg`.
+const ROUTE: usize = 12;
 
 pub(crate) struct Netlink {
     pub(crate) socket: OwnedFd,
+    known: Known,
+}
+
+#[derive(Default)]
+struct Known {
     /// Indexes of interfaces that have had a carrier.
     running: BTreeSet<u32>,
+    /// Interfaces and their addresses.
+    addresses: BTreeSet<(u32, Vec<u8>)>,
+    /// The last default route of each family, table and metric.
+    routes: BTreeMap<[Option<u32>; 3], (Option<u32>, Vec<u8>)>,
 }
 
 /// Only what affects connections: not refreshed addresses, nor routes between nearby hosts.
@@ -43,14 +54,21 @@ impl Netlink {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUPS.cast_unsigned()))?;
-        Ok(Netlink { socket, running: BTreeSet::new() })
+        let addresses = getifaddrs().into_iter().flatten().filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|address| address.ip().octets().to_vec());
+            let octets = v4.or_else(|| Some(address.as_sockaddr_in6()?.ip().octets().to_vec()));
+            Some((if_nametoindex(&*interface.interface_name).ok()?, octets?))
+        });
+        let known = Known { addresses: addresses.collect(), ..Known::default() };
+        Ok(Netlink { socket, known })
     }
 
     pub(crate) fn read(&mut self) -> Changes {
         let (mut changes, mut buffer) = (Changes::default(), [0; 8192]);
         loop {
             match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-                Ok(length) => changes.add(&buffer[..length], &mut self.running),
+                Ok(length) => changes.add(&buffer[..length], &mut self.known),
                 Err(Errno::ENOBUFS) => (changes.new, changes.gone) = (true, true),
                 Err(Errno::EINTR) => {}
                 Err(_) => return changes,
@@ -60,30 +78,42 @@ impl Netlink {
 }
 
 impl Changes {
-    fn add(&mut self, mut bytes: &[u8], running: &mut BTreeSet<u32>) {
+    fn add(&mut self, mut bytes: &[u8], known: &mut Known) {
         while let (Some(length), Some(kind)) = (word(bytes, 0), half(bytes, 4))
             && let Some(message) = bytes.get(MESSAGE..length as usize)
         {
             match (kind, message) {
                 // The destination of a default route has 0 bits.
-                (libc::RTM_NEWROUTE, [_family, 0, _, _, _table, _, _scope, libc::RTN_UNICAST, ..]) => {
-                    self.new = true;
+                (libc::RTM_NEWROUTE, [family, 0, _, _, _table, _, _scope, libc::RTN_UNICAST, ..]) => {
+                    let number = |wanted| attribute(message, ROUTE, wanted).and_then(|value| word(value, 0));
+                    let key = [Some((*family).into()), number(libc::RTA_TABLE), number(libc::RTA_PRIORITY)];
+                    let gateway = attribute(message, ROUTE, libc::RTA_GATEWAY).unwrap_or_default();
+                    let way = (number(libc::RTA_OIF), gateway.to_owned());
+                    // IPv6's is replaced to renew its lifetime, with each router advertisement.
+                    let replaces = half(bytes, 6).is_some_and(|flags| flags & libc::NLM_F_REPLACE as u16 != 0);
+                    let before = known.routes.insert(key, way.clone());
+                    self.new |= !(replaces && before == Some(way));
                 }
                 (libc::RTM_NEWADDR, [_family, _, flags, libc::RT_SCOPE_UNIVERSE, ..]) => {
                     let tentative = u32::from(*flags) & libc::IFA_F_TENTATIVE != 0;
                     // `struct ifa_cacheinfo`: created, changed.
-                    let times = attribute(message, libc::IFA_CACHEINFO);
+                    let times = attribute(message, ADDRESS, libc::IFA_CACHEINFO);
                     let refreshed = times.is_some_and(|times| word(times, 8) != word(times, 12));
-                    self.new |= !tentative && !refreshed;
+                    // One may be refreshed before it is usable, by a second router.
+                    let added = !tentative && known.addresses.insert(place(message));
+                    self.new |= added || !tentative && !refreshed;
                 }
-                (libc::RTM_DELADDR, _) => self.gone = true,
+                (libc::RTM_DELADDR, _) => {
+                    self.gone = true;
+                    known.addresses.remove(&place(message));
+                }
                 // A static address and its routes stay while the cable is unplugged.
                 (libc::RTM_NEWLINK, _) => {
                     let (Some(index), Some(flags)) = (word(message, 4), word(message, 8)) else { return };
                     if flags & libc::IFF_RUNNING.cast_unsigned() == 0 {
-                        running.remove(&index);
+                        known.running.remove(&index);
                     } else {
-                        self.new |= running.insert(index) && has_address(index);
+                        self.new |= known.running.insert(index) && has_address(index);
                     }
                 }
                 _ => {}
@@ -114,9 +144,17 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
 }
 
-/// An attribute of a message about an address.
-fn attribute(message: &[u8], wanted: u16) -> Option<&[u8]> {
-    let mut rest = message.get(ADDRESS..)?;
+/// Interface and address of a message about an address.
+fn place(message: &[u8]) -> (u32, Vec<u8>) {
+    // The other side's, on a line between two.
+    let peer = || attribute(message, ADDRESS, libc::IFA_ADDRESS);
+    let address = attribute(message, ADDRESS, libc::IFA_LOCAL).or_else(peer).unwrap_or_default();
+    (word(message, 4).unwrap_or_default(), address.to_owned())
+}
+
+/// An attribute of a message whose own part has `from` bytes.
+fn attribute(message: &[u8], from: usize, wanted: u16) -> Option<&[u8]> {
+    let mut rest = message.get(from..)?;
     loop {
         let length = usize::from(half(rest, 0)?);
         let value = rest.get(ATTRIBUTE..length)?;
@@ -152,7 +190,7 @@ mod tests {
             let mut message = [header.clone(), rest].concat();
             message[..4].copy_from_slice(&length.to_ne_bytes());
             let mut changes = Changes::default();
-            changes.add(&message, &mut BTreeSet::new());
+            changes.add(&message, &mut Known::default());
             assert!(!changes.new && !changes.gone, "{message:?}: {changes:?}");
         }
     }
