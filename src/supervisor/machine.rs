@@ -21,6 +21,8 @@ const CHANGES: u32 = 3;
 const CHANGE_INTERVAL: Duration = Duration::from_secs(10);
 /// Wait after a change of the network.
 const SOON: Duration = Duration::from_secs(1);
+/// An attempt under way while the network changes has this long.
+const REDIAL: Duration = Duration::from_secs(10);
 /// A later loss is not blamed on the change of the network.
 const STALE: Duration = Duration::from_secs(60);
 
@@ -79,6 +81,10 @@ pub(crate) struct Machine {
     changed: Option<Instant>,
     /// When the budget of changes allows another attempt, and another ping.
     spare: [Instant; 2],
+    /// In [`State::Dialling`]: when to dial anew for a change of the network, once; it may wait by the old route, or
+    /// mender-auth's forwarder may.
+    redial: Option<Instant>,
+    redialled: bool,
     /// Failed attempts since the last link, stable or not.
     failed: u64,
     /// ReconnectIntervalSeconds.
@@ -100,6 +106,8 @@ impl Machine {
             refused: false,
             changed: None,
             spare: [fresh(now); 2],
+            redial: None,
+            redialled: false,
             failed: 0,
             base,
             random,
@@ -107,7 +115,11 @@ impl Machine {
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        matches!(self.state, State::Waiting | State::Connected | State::Unauthorized).then_some(self.until)
+        match self.state {
+            State::Waiting | State::Connected | State::Unauthorized => Some(self.until),
+            State::Dialling => self.redial,
+            State::Asking | State::Stopping => None,
+        }
     }
 
     /// For display: without password.
@@ -152,6 +164,7 @@ impl Machine {
         let (state, actions) = self.decide(event, now);
         if state != self.state {
             (self.state, self.since) = (state, now);
+            (self.redial, self.redialled) = (None, false);
             if state == State::Unauthorized {
                 self.until = now + ASK_INTERVAL;
             }
@@ -231,13 +244,21 @@ impl Machine {
             }
 
             (Waiting, Event::Tick) if now >= self.until => (Asking, vec![Ask]),
+            (Dialling, Event::Tick) if self.redial.take_if(|at| now >= *at).is_some() => {
+                self.redialled = true;
+                (state, vec![Dial])
+            }
             (Connected | Unauthorized, Event::Tick) if now >= self.until => {
                 self.until = now + ASK_INTERVAL;
                 (state, vec![Ask])
             }
 
             // A server that has refused is reachable as it is; a wait below a second is short enough.
-            (Waiting, Event::NetworkChanged) if self.refused || self.until <= now + SOON => (state, vec![]),
+            (Waiting, Event::NetworkChanged) if self.refused => (state, vec![]),
+            (Waiting, Event::NetworkChanged) if self.until <= now + SOON => {
+                self.begin_outage(now);
+                (state, vec![])
+            }
             (Waiting, Event::NetworkChanged) => {
                 let cut = self.soon(ATTEMPT, now, self.until).inspect(|at| self.until = *at);
                 (state, cut.map_or(vec![], |at| vec![LogNetworkChanged, LogWait(at - now)]))
@@ -250,6 +271,9 @@ impl Machine {
                 self.changed = Some(now);
                 let asks = matches!(state, Connected | Dialling);
                 let ask = asks && self.soon(PING, now, now + SOON).is_some();
+                if ask && state == Dialling && !self.redialled {
+                    self.redial.get_or_insert(now + REDIAL);
+                }
                 (state, if ask { vec![LogNetworkChanged, Ping] } else { vec![] })
             }
 
@@ -291,12 +315,23 @@ impl Machine {
         [Action::Close, Action::LogWait(wait)].into_iter().chain(fetch).collect()
     }
 
+    /// A new network may be complete only after the first attempt, such as with its name servers: the outage begins
+    /// anew, unless the network changes all the time.
+    fn begin_outage(&mut self, now: Instant) {
+        if self.spare[ATTEMPT] <= fresh(now) {
+            self.lost = now;
+        }
+    }
+
     /// When a change of the network takes effect, if that is before `limit`: spread over a second, since a whole site
     /// may see it, and later if the network changes all the time.
     fn soon(&mut self, what: usize, now: Instant, limit: Instant) -> Option<Instant> {
         let at = (now + backoff::spread(SOON, (self.random)())).max(self.spare[what]);
         if at >= limit {
             return None;
+        }
+        if what == ATTEMPT {
+            self.begin_outage(now);
         }
         self.spare[what] = self.spare[what].max(fresh(now)) + CHANGE_INTERVAL;
         Some(at)

@@ -281,3 +281,40 @@ fn a_missing_token_is_asked_for_again() {
     }
     assert_eq!(machine.state, State::Unauthorized);
 }
+
+/// A device whose new network was complete a moment after its address, such as by its name server, waited for up to 290 s
+/// more.
+#[test]
+fn an_attempt_that_comes_before_the_new_network_is_complete_is_followed_by_others() {
+    let start = Instant::now();
+    let mut machine = machine(start);
+    machine.step(changed("a"), start);
+    fail(&mut machine, start, None);
+    let now = start + Duration::from_secs(600);
+    assert_eq!(fail(&mut machine, now, None), 290);
+    machine.step(Event::NetworkChanged, now);
+    let at = machine.deadline().unwrap();
+    assert!(at <= now + SOON);
+    assert_eq!(fail(&mut machine, at + SOON / 4, None), 8);
+    // And where it was noticed during an attempt.
+    let now = now + Duration::from_secs(600);
+    machine.state = State::Dialling;
+    machine.step(Event::NetworkChanged, now);
+    assert_eq!(fail(&mut machine, now, None), 1);
+    assert_eq!(fail(&mut machine, now + SOON, None), 8);
+}
+
+/// mender-auth's forwarder, or the old route, may keep it waiting.
+#[test]
+fn an_attempt_under_way_when_the_network_changes_is_begun_anew_once() {
+    let now = Instant::now();
+    let mut machine = in_state(State::Dialling, now);
+    assert_eq!(machine.deadline(), None);
+    machine.step(Event::NetworkChanged, now);
+    machine.step(Event::NetworkChanged, now + SOON);
+    assert_eq!(machine.deadline(), Some(now + REDIAL));
+    assert_eq!(machine.step(Event::Tick, now + REDIAL - NANO), vec![]);
+    assert_eq!(machine.step(Event::Tick, now + REDIAL), vec![Dial]);
+    machine.step(Event::NetworkChanged, now + REDIAL * 2);
+    assert_eq!((machine.state, machine.deadline()), (State::Dialling, None));
+}
