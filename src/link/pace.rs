@@ -23,6 +23,8 @@ const LARGEST_QUICK_PIECE: u64 = 64 * 1024;
 const PROBES: u64 = 4;
 /// A server that hasn't answered its first probe by then is assumed to answer no pings.
 const FIRST_ANSWER: Duration = Duration::from_millis(300);
+/// But not before this many times what the handshakes took, whose answers came by the same way.
+const HANDSHAKES: u32 = 4;
 /// An unanswered probe is given up after this time.
 const LOST: Duration = Duration::from_secs(10);
 /// Measured anew after this time, since routes change.
@@ -36,6 +38,7 @@ const STEP: u64 = 4;
 
 #[derive(Debug, Default)]
 pub(super) struct Pace {
+    first_answer: Duration,
     window: u64,
     written: u64,
     arrived: u64,
@@ -57,8 +60,10 @@ struct Sent {
 }
 
 impl Pace {
-    pub(super) fn new() -> Self {
-        Pace { window: FIRST_WINDOW, ..Pace::default() }
+    /// `took`: the link's handshakes.
+    pub(super) fn new(took: Duration) -> Self {
+        let first_answer = (took * HANDSHAKES).clamp(FIRST_ANSWER, LOST);
+        Pace { window: FIRST_WINDOW, first_answer, ..Pace::default() }
     }
 
     pub(super) fn wrote(&mut self, bytes: usize) {
@@ -67,7 +72,8 @@ impl Pace {
 
     /// Size of a bulk message in bytes.
     pub(super) fn piece(&self, now: Instant) -> usize {
-        let piece = if self.is_unanswered(now) { LARGEST_WINDOW } else { self.window } / PIECES;
+        // Without answers the link may be slow: a larger piece could take a minute, for which the server has no patience.
+        let piece = if self.is_unanswered(now) { LARGEST_QUICK_PIECE } else { self.window / PIECES };
         piece.max(self.quick_piece) as usize
     }
 
@@ -84,7 +90,7 @@ impl Pace {
 
     /// When the window opens without an answer.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let patience = if self.quickest.is_some() { LOST } else { FIRST_ANSWER };
+        let patience = if self.quickest.is_some() { LOST } else { self.first_answer };
         self.probes.front().map(|probe| probe.when + patience)
     }
 
@@ -160,7 +166,7 @@ pub(super) mod tests {
     /// written behind the last probe.
     pub(crate) fn without_credit_or_probe(now: Instant) -> Pace {
         let start = now - QUICKEST_HOLDS - Duration::from_secs(1);
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(Duration::ZERO);
         let first = pace.probe(true, start).unwrap();
         pace.answered(first, start + Duration::from_millis(1));
         let mut last = first;
@@ -192,7 +198,7 @@ pub(super) mod tests {
     impl Simulation {
         fn new(rate: f64, delay: Duration) -> Self {
             Simulation {
-                pace: Pace::new(),
+                pace: Pace::new(Duration::ZERO),
                 start: Instant::now(),
                 now: Duration::ZERO,
                 busy_until: Duration::ZERO,
@@ -286,7 +292,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_server_without_answers_is_no_obstacle() {
-        let (mut pace, now) = (Pace::new(), Instant::now());
+        let (mut pace, now) = (Pace::new(Duration::ZERO), Instant::now());
         assert!(pace.probe(true, now).is_some());
         while pace.sendable(now).bulk {
             pace.wrote(4096);
@@ -299,13 +305,13 @@ pub(super) mod tests {
         assert_eq!(later, now + FIRST_ANSWER);
         pace.wrote(1 << 30);
         assert!(pace.sendable(later).bulk && pace.sendable(later).interactive);
-        assert_eq!(pace.piece(later) as u64 * PIECES, LARGEST_WINDOW);
+        assert_eq!(pace.piece(later) as u64, LARGEST_QUICK_PIECE);
         assert_eq!(pace.probe(true, later), None);
     }
 
     #[test]
     fn other_pings_are_no_probes() {
-        let (mut pace, now) = (Pace::new(), Instant::now());
+        let (mut pace, now) = (Pace::new(Duration::ZERO), Instant::now());
         pace.wrote(100);
         let probe = pace.probe(true, now).unwrap();
         pace.answered(*b"12345678", now);

@@ -81,7 +81,9 @@ impl Socket {
 
     /// Ends the handshakes: their deadline no longer applies.
     pub(super) fn establish(&self) -> io::Result<()> {
-        let patience = (self.began.elapsed() * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE);
+        let took = self.began.elapsed();
+        let _ = self.cancel.took.set(took);
+        let patience = (took * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE);
         self.stream.set_read_timeout(None)?;
         self.stream.set_write_timeout(Some(patience))?;
         // Without it a write still times out.
@@ -92,6 +94,11 @@ impl Socket {
 
     pub(super) fn patience(&self) -> Duration {
         self.cancel.patience.get().copied().unwrap_or(LEAST_PATIENCE)
+    }
+
+    /// How long the handshakes took: a round trip or more.
+    pub(super) fn took(&self) -> Duration {
+        self.cancel.took.get().copied().unwrap_or_default()
     }
 
     pub(super) fn written(&self) -> u64 {
@@ -189,6 +196,7 @@ pub(super) struct Cancel {
     state: Mutex<State>,
     /// Time for an answer. Set once the websocket is open.
     patience: OnceLock<Duration>,
+    took: OnceLock<Duration>,
     /// When data last arrived, in µs since the connection.
     heard: AtomicU64,
     written: AtomicU64,
@@ -213,9 +221,9 @@ struct State {
 
 impl Cancel {
     pub(super) fn new() -> io::Result<Self> {
-        let (state, patience, heard, written, again) = Default::default();
+        let (state, patience, took, heard, written, again) = Default::default();
         let (deadline, wake) = (Instant::now() + ATTEMPT_LIMIT, Arc::new(Wake::new()?));
-        Ok(Cancel { state, patience, heard, written, deadline, wake, again })
+        Ok(Cancel { state, patience, took, heard, written, deadline, wake, again })
     }
 
     pub(super) fn left(&self) -> Duration {

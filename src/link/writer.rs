@@ -20,8 +20,9 @@ use crate::sys::give_memory_back;
 const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
 
 pub(super) fn run(half: Half, mut queue: Queue, heartbeat: Duration) -> Result<(), LinkError> {
+    let pace = Pace::new(half.socket().took());
     let websocket = websocket(half, 0, MAX_MESSAGE);
-    let mut writer = Writer { websocket, pace: Pace::new(), written: 0, marks: Vec::new() };
+    let mut writer = Writer { websocket, pace, written: 0, marks: Vec::new() };
     match writer.write(&mut queue, heartbeat) {
         // The connection was over already, and the reader has the reason.
         Err(Error::Io(e)) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
@@ -157,7 +158,7 @@ mod tests {
         let (message, mark) = (Bytes::from(Frame::new(1, "shell", None).encode()), Mark::default());
         outbox.signal(Work::Ping(false));
         sink.send(message.clone(), Class::Interactive, None, Some(Arc::clone(&mark)));
-        let (mut server, writer) = start(Pace::new(), queue);
+        let (mut server, writer) = start(Pace::new(Duration::ZERO), queue);
         assert!(server.read().unwrap().is_ping());
         assert_eq!(server.read().unwrap(), Message::Binary(message.clone()));
         outbox.close(1000, Instant::now() + Duration::from_secs(10));

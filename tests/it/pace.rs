@@ -1,15 +1,20 @@
 //! How much is on the way to a server, which tells by its pongs what has come.
 
 use std::fs;
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
 use crate::files::pattern;
 use crate::harness::client::{Style, Terminal};
-use crate::harness::device::Device;
+use crate::harness::device::{Device, Generation};
+use crate::harness::front::Acceptor;
 use crate::harness::msg::FILES;
+use crate::harness::relay::{Relay, Shape};
 use crate::harness::rest::{Rest, path_body};
 use crate::harness::rig::{Rig, Setup};
-use crate::harness::wait::{SOON, secs};
+use crate::harness::server::Server;
+use crate::harness::wait::{SOON, millis, secs, spawn};
 use crate::harness::wire;
 
 /// Far more than may be on the way.
@@ -99,4 +104,78 @@ fn who_types_is_not_probed() {
         terminal.run("true");
     }
     assert_eq!(device.pings(), 0, "after {} bytes", device.bytes());
+}
+
+/// With 2G a first answer takes longer than 300 ms: then a chunk of 384 KiB, which takes a minute, was sent, and the
+/// server gives up a transfer that is silent for a minute.
+#[test]
+fn chunks_suit_a_slow_link_with_a_long_round_trip() {
+    let server = Server::start(Generation::New);
+    let shape = Shape { delay: millis(400), up: Some(6000), down: Some(20_000), queue: 32 << 10 };
+    let relay = Relay::link(server.address(), shape).expect("a relay");
+    assert_suited(&server, relay.address());
+}
+
+/// mender-auth's forwarder takes blocks of 16 KiB, and its socket's window opens in leaps.
+#[test]
+fn chunks_suit_a_forwarder_with_a_slow_link() {
+    let server = Server::start(Generation::New);
+    let target = server.address();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let forwarder = Acceptor::start("forwarder", listener, move |agent| {
+        let server = TcpStream::connect(target).expect("connect");
+        let copy = |mut from: TcpStream, mut to: TcpStream, rate: f64| {
+            move || {
+                let mut block = vec![0; 16384];
+                while let Ok(length @ 1..) = from.read(&mut block) {
+                    std::thread::sleep(millis(300) + Duration::from_secs_f64(length as f64 / rate));
+                    if to.write_all(&block[..length]).is_err() {
+                        break;
+                    }
+                }
+                let _ = from.shutdown(Shutdown::Both);
+                let _ = to.shutdown(Shutdown::Both);
+            }
+        };
+        let again = |stream: &TcpStream| stream.try_clone().expect("clone");
+        let down = spawn("forwarder-down", copy(again(&server), again(&agent), 20e3));
+        copy(agent, server, 6e3)();
+        let _ = down.join();
+    });
+    assert_suited(&server, forwarder.address());
+}
+
+fn assert_suited(server: &Server, way: SocketAddr) {
+    let rig = Setup::new().url(&format!("http://{way}")).start();
+    let device = server.next_device(SOON * 2);
+    let path = rig.dir.path().join("large");
+    fs::write(&path, pattern(4 << 20)).unwrap();
+    let rest = Rest::open(&device);
+    rest.ask("get_file", &path_body(path.to_str().unwrap()));
+    let begun = Instant::now();
+    let (mut last, mut silence, mut largest) = (begun, Duration::ZERO, 0);
+    let (mut received, mut chunks) = (0, 0_u64);
+    while begun.elapsed() < secs(75) {
+        let Some(chunk) = device.try_take(secs(1), |m| m.sid.as_deref() == Some(&rest.sid)) else {
+            silence = silence.max(last.elapsed());
+            if device.is_over() {
+                println!("the link has ended after {:?}", begun.elapsed());
+                break;
+            }
+            continue;
+        };
+        let length = chunk.unwrap().body.map_or(0, |body| body.len() as u64);
+        println!("{:6.2} s: {length} bytes", begun.elapsed().as_secs_f64());
+        (last, largest) = (Instant::now(), largest.max(length));
+        received += length;
+        chunks += 1;
+        if chunks.is_multiple_of(10) {
+            rest.send(FILES, "ack", Some(received), b"");
+        }
+    }
+    println!("{received} bytes, silent for {silence:?}");
+    println!("{}", rig.daemon.log().join("\n"));
+    assert!(!device.is_over());
+    assert!(largest <= 64 << 10, "a chunk of {largest} bytes");
+    assert!(silence < secs(20), "silent for {silence:?}");
 }
