@@ -105,8 +105,9 @@ pub(crate) fn reduce(needs: Needs) -> io::Result<()> {
         // SAFETY: takes integers and touches no memory of ours.
         let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) };
         match Errno::result(result) {
-            // Beyond the last capability of this kernel.
-            Err(Errno::EINVAL) => break,
+            // EINVAL: beyond the last capability of this kernel. EPERM: without CAP_SETPCAP, as in units and containers
+            // that grant little. With no_new_privs programs gain nothing beyond the permitted set, reduced below.
+            Err(Errno::EINVAL | Errno::EPERM) => break,
             other => other?,
         };
     }

@@ -166,3 +166,31 @@ fn a_terminal_that_cannot_be_given_to_its_user_is_used() {
     let (_rig, device) = Setup::new().set("User", "nobody").wrapper(without).connected();
     shell_works(&device);
 }
+
+/// Without CAP_SETPCAP, as in the drop-in that confines the service, the bounding set can't be changed. The agent then warned
+/// at each start and kept all capabilities that it had, also those that its configuration doesn't need.
+#[test]
+fn capabilities_are_given_up_where_the_bounding_set_stays() {
+    if cannot_tell() {
+        return;
+    }
+    let without = "exec setpriv --bounding-set=-setpcap \"$@\"";
+    let off = json!({ "Disable": true });
+    let confined = json!({ "NoNewPrivileges": true });
+    let setup = || Setup::new().wrapper(without).set("MenderClient", off.clone());
+    let (rig, _device) = setup().set("User", "nobody").set("Terminal", off.clone()).connected();
+    let pid = rig.daemon.pid().to_string();
+    let files = ["chown", "dac_override", "dac_read_search", "fowner", "fsetid"];
+    for set in ["CapEff", "CapPrm"] {
+        assert_eq!(names(capabilities(&pid, set)), files, "{set}");
+    }
+    assert_eq!(status(&pid, "NoNewPrivs"), "1");
+    assert_eq!(rig.daemon.count_log("couldn't be given up"), 0);
+
+    // Its programs have no more than it.
+    let (_rig, _device, mut terminal) = setup().set("Terminal", confined).terminal();
+    let shell = terminal.run("echo $$");
+    for set in ["CapEff", "CapPrm"] {
+        assert_eq!(names(capabilities(&shell, set)), NAMES, "{set}");
+    }
+}

@@ -612,3 +612,37 @@ fn upstreams_service_that_was_turned_off_stays_off() {
     assert!(!machine.exists(ENABLED));
     expect_order(&machine, "stop");
 }
+
+/// An image that gets systemd after the package, or a system that changes over to it. The unit was off there.
+#[test]
+fn the_service_is_on_where_systemd_comes_later() {
+    let Some(machine) = machine() else { return };
+    let before = changes(&machine);
+    machine.sh("rm -r /run/systemd; mv /usr/bin/systemctl /run/systemctl");
+    machine.sh("dpkg -i /run/test/new.deb");
+    machine.sh("mv /run/systemctl /usr/bin/systemctl; mkdir -p /run/systemd/system");
+    installed(&machine);
+    assert!(machine.exists(ENABLED));
+    assert_eq!(machine.sh("SYSTEMD_OFFLINE=1 systemctl.real is-enabled mender-connect.service"), "enabled\n");
+    machine.sh("dpkg -r mender-connect-rs");
+    purge(&machine, &before);
+}
+
+/// systemd made a unit of the script that is left, and took it for running when Mender's package came after a boot.
+#[test]
+fn what_is_left_does_not_keep_upstreams_agent_from_being_started() {
+    let Some(machine) = Machine::with_systemd() else { return };
+    if !have_tools(&["bin/cargo-deb"]) {
+        return;
+    }
+    fs::copy(package(), machine.dir.path().join("new.deb")).unwrap();
+    build(&machine, "mender-auth", "4.0.0", "");
+    machine.sh("dpkg -i /run/mender-auth.deb /run/test/new.deb && dpkg -r mender-connect-rs");
+    // As the next boot does.
+    machine.try_sh("systemctl daemon-reload; systemctl start mender-connect");
+    let (_, state) = machine.try_sh("systemctl is-active mender-connect");
+    assert_ne!(state.trim(), "active");
+    machine.sh("dpkg -P mender-connect-rs");
+    let (_, state) = machine.try_sh("systemctl is-enabled mender-connect");
+    assert_ne!(state.trim(), "masked");
+}
