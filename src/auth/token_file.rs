@@ -154,11 +154,10 @@ impl TokenFile {
             Err(why) => {
                 complain(&mut self.unread, Some(format!("no token from {shown}: {}", reason(&why))));
                 // A device that lacks something, and storage that fails, withdraw no token.
+                use Errno::{EHOSTDOWN, EIO, EMFILE, ENFILE, ENOMEM, ENOTCONN, ESTALE, ETIMEDOUT};
                 let errno = why.raw_os_error().map(Errno::from_raw);
-                if !matches!(
-                    errno,
-                    Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EIO | Errno::ESTALE)
-                ) {
+                let fails = [EHOSTDOWN, EIO, EMFILE, ENFILE, ENOMEM, ENOTCONN, ESTALE, ETIMEDOUT];
+                if errno.is_none_or(|errno| !fails.contains(&errno)) {
                     self.current = None;
                 }
             }

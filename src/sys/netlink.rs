@@ -90,7 +90,8 @@ impl Changes {
                     let gateway = attribute(message, ROUTE, libc::RTA_GATEWAY).unwrap_or_default();
                     let way = (number(libc::RTA_OIF), gateway.to_owned());
                     // IPv6's is replaced to renew its lifetime, with each router advertisement.
-                    let replaces = half(bytes, 6).is_some_and(|flags| flags & libc::NLM_F_REPLACE as u16 != 0);
+                    let replaces =
+                        half(bytes, 6).is_some_and(|flags| flags & libc::NLM_F_REPLACE as u16 != 0);
                     let before = known.routes.insert(key, way.clone());
                     self.new |= !(replaces && before == Some(way));
                 }
