@@ -30,6 +30,9 @@ pub(crate) struct Netlink {
     known: Known,
 }
 
+/// Interface and gateway.
+type Way = (Option<u32>, Vec<u8>);
+
 #[derive(Default)]
 struct Known {
     /// Indexes of interfaces that have had a carrier.
@@ -37,7 +40,7 @@ struct Known {
     /// Interfaces and their addresses.
     addresses: BTreeSet<(u32, Vec<u8>)>,
     /// The last default route of each family, table and metric.
-    routes: BTreeMap<[Option<u32>; 3], (Option<u32>, Vec<u8>)>,
+    routes: BTreeMap<[Option<u32>; 3], Way>,
 }
 
 /// Only what affects connections: not refreshed addresses, nor routes between nearby hosts.
