@@ -45,6 +45,8 @@ pub(crate) struct Credit {
     repeated: bool,
     quick_answers: u32,
     answers: bool,
+    /// The last message of the links before. Answers to probes up to it may be lost.
+    former: u64,
 }
 
 impl Credit {
@@ -60,6 +62,7 @@ impl Credit {
             repeated: false,
             quick_answers: 0,
             answers: false,
+            former: 0,
         }
     }
 
@@ -103,16 +106,30 @@ impl Credit {
             None if !self.answers => !self.takes(now),
             last => self.sent - self.proved().max(last.copied().unwrap_or(0)) >= PROBE_EVERY,
         };
-        self.probes.len() < MAX_PROBES && due || self.repeats(now)
+        self.asked() < MAX_PROBES && due || self.repeats(now)
+    }
+
+    /// Unanswered probes of this link.
+    fn asked(&self) -> usize {
+        self.probes.iter().filter(|probe| **probe > self.former).count()
+    }
+
+    /// When a probe is repeated, for want of credit.
+    fn again(&self) -> Instant {
+        self.last_probe + if self.asked() < MAX_PROBES { ASK_AGAIN } else { ASK_ANYWAY }
     }
 
     fn repeats(&self, now: Instant) -> bool {
-        let pause = if self.probes.len() < MAX_PROBES { ASK_AGAIN } else { ASK_ANYWAY };
-        self.answers && !self.takes(now) && now >= self.last_probe + pause
+        self.answers && !self.takes(now) && now >= self.again()
     }
 
     pub(crate) fn probed(&mut self, now: Instant) {
-        self.repeated = self.repeats(now) && now >= self.last_answer + ASK_AGAIN;
+        let repeats = self.repeats(now);
+        self.repeated = repeats && now >= self.last_answer + ASK_AGAIN;
+        if repeats {
+            // The answers to these are lost with their link.
+            self.probes.retain(|probe| *probe > self.former);
+        }
         let probe = self.sent(0, now);
         self.last_probe = now;
         self.probes.push_back(probe);
@@ -143,9 +160,13 @@ impl Credit {
         self.on_the_way.drain(..proved.min(self.on_the_way.len()));
     }
 
-    /// For the same client by another link: it never answers the probes of the lost one.
+    /// For the same client by another link, whose router has asked it. The released server keeps what waits for it: it may
+    /// still answer the probes of the link before.
     pub(crate) fn resumed(&self) -> Self {
-        Credit { probes: VecDeque::new(), ..self.clone() }
+        let mut credit = self.clone();
+        credit.probes.push_back(self.sent);
+        credit.former = self.sent;
+        credit
     }
 
     pub(crate) fn prove_all(&mut self) {
@@ -156,8 +177,7 @@ impl Credit {
     pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
         match self.answers {
             _ if self.takes(now) => None,
-            true if self.probes.len() < MAX_PROBES => Some(self.last_probe + ASK_AGAIN),
-            true => Some(self.last_probe + ASK_ANYWAY),
+            true => Some(self.again()),
             false => self.on_the_way.get(self.presumed(now)).copied(),
         }
     }
@@ -295,5 +315,46 @@ mod tests {
         }
         println!("{sent:?}");
         assert!(sent.iter().all(|sent| *sent > 5000), "messages in four minutes: {sent:?}");
+    }
+
+    /// The released server keeps a session's messages when the device's link is replaced: the client comes to the probes of
+    /// the former link then, and its answers were taken for those to the next link's.
+    #[test]
+    fn answers_to_a_former_link_prove_nothing_of_the_next() {
+        let (mut now, mut places, mut dropped) = (Instant::now(), VecDeque::new(), 0);
+        let mut credit = Credit::new(now);
+        let mut put = |places: &mut VecDeque<bool>, probe| match places.len() {
+            PLACES => dropped += 1,
+            _ => places.push_back(probe),
+        };
+        let mut resumed = false;
+        for turn in 0..600 {
+            if turn == 100 {
+                // The router of the next link asks.
+                put(&mut places, true);
+            }
+            now += Duration::from_millis(20);
+            if places.pop_front() == Some(true) {
+                if turn >= 100 && !resumed {
+                    (credit, resumed) = (credit.resumed(), true);
+                    if credit.wants_probe(now) {
+                        credit.probed(now);
+                        put(&mut places, true);
+                    }
+                }
+                credit.answered(now);
+            }
+            while (turn < 100 || resumed) && (credit.takes(now) || credit.wants_probe(now)) {
+                if credit.takes(now) {
+                    credit.sent(32 << 10, now);
+                    put(&mut places, false);
+                }
+                if credit.wants_probe(now) {
+                    credit.probed(now);
+                    put(&mut places, true);
+                }
+            }
+        }
+        assert_eq!(dropped, 0);
     }
 }
