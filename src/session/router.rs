@@ -71,7 +71,9 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             return;
         };
         let Some(frame) = self.deliver(&id, frame) else { return };
-        let keeps = !self.device.config().keep_detached.is_zero();
+        // The reader of a link that was replaced may still have a frame in hand.
+        let is_current = Arc::ptr_eq(&self.table, &self.device.table());
+        let keeps = is_current && !self.device.config().keep_detached.is_zero();
         let kept = keeps.then(|| self.device.shells.resume(&id, &frame.user())).flatten();
         match (frame.proto, frame.typ.as_str()) {
             _ if kept.is_some() => self.create(&id, frame, kept),
@@ -200,6 +202,7 @@ impl<S> Drop for Router<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::Ordering;
     use std::time::Duration;
 
     use crate::config;
@@ -233,30 +236,51 @@ mod tests {
         assert_eq!(device.counts().0, 0);
     }
 
+    fn device_that_keeps() -> Arc<Device> {
+        let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap().name;
+        // A session's thread is its parent here, and ends.
+        let shell = r#""ShellCommand": "/bin/sh", "ShellArguments": ["-c", "trap '' TERM; echo; exec cat"]"#;
+        let device = device_with(&format!(r#"{{ {shell}, "User": {me:?} }}"#));
+        device.shells.open();
+        device
+    }
+
+    fn of_alice(typ: &str, body: &'static str) -> Frame {
+        let props = Map::new().with_str("user_id", "alice");
+        Frame::new(SHELL, typ, SessionId::new("s").as_ref()).with_props(props).with_body(body)
+    }
+
+    /// The next message of a link, which delivers it.
+    fn next(queue: &mut Queue) -> Frame {
+        let all = Sendable { bulk: true, interactive: true };
+        let work = queue.next(all, Instant::now() + Duration::from_secs(30));
+        let Some(Work::Message(message, _, mark)) = work else { panic!("{work:?}") };
+        mark.iter().for_each(|mark| mark.store(1, Ordering::SeqCst));
+        Frame::decode(&message).unwrap()
+    }
+
+    /// The next output is this.
+    fn assert_shows(queue: &mut Queue, output: &str) {
+        let mut shown = String::new();
+        while shown.len() < output.len() {
+            let frame = next(queue);
+            assert!(matches!(frame.typ.as_str(), shell::DATA | shell::PING), "{frame:?}");
+            shown.push_str(str::from_utf8(&frame.body).unwrap());
+        }
+        assert_eq!(shown, output);
+    }
+
     /// A shell on its way from one link's session to the next one's was neither asked for nor found by a third link, if it
     /// had opened: the client had to type first, and got "session not found". Output was lost meanwhile.
     #[test]
     #[cfg_attr(miri, ignore = "starts a shell")]
     fn a_shell_between_two_sessions_comes_to_the_third() {
-        let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap().name;
-        // The first session's thread is its parent here, and ends.
-        let shell = r#""ShellCommand": "/bin/sh", "ShellArguments": ["-c", "trap '' TERM; exec cat"]"#;
-        let device = device_with(&format!(r#"{{ {shell}, "User": {me:?} }}"#));
-        device.shells.open();
-        let frame = |typ, body: &'static str| {
-            let props = Map::new().with_str("user_id", "alice");
-            Frame::new(SHELL, typ, SessionId::new("s").as_ref()).with_props(props).with_body(body)
-        };
-        let next = |queue: &mut Queue| {
-            let all = Sendable { bulk: true, interactive: true };
-            let work = queue.next(all, Instant::now() + Duration::from_secs(30));
-            let Some(Work::Message(message, ..)) = work else { panic!("{work:?}") };
-            Frame::decode(&message).unwrap()
-        };
+        let device = device_that_keeps();
         let (first, mut queue) = Outbox::new();
         let mut router = Router::new(&device, &first);
-        router.route(frame(shell::NEW, ""));
+        router.route(of_alice(shell::NEW, ""));
         assert_eq!(next(&mut queue).typ, shell::NEW);
+        assert_shows(&mut queue, "\r\n");
         drop(router);
 
         let (second, _queue) = Outbox::new();
@@ -265,21 +289,38 @@ mod tests {
             held.replace(Some(peer));
             Ok(())
         });
-        router.route(frame(shell::PONG, ""));
+        router.route(of_alice(shell::PONG, ""));
         drop(router);
         let held = held.take().unwrap();
 
         let (third, mut queue) = Outbox::new();
         let mut router = Router::new(&device, &third);
         assert_eq!(next(&mut queue).typ, shell::PING);
-        router.route(frame(shell::DATA, "typed\n"));
+        router.route(of_alice(shell::DATA, "typed\n"));
         session::start(held, Terminal::default()).unwrap();
-        let mut shown = Vec::new();
-        while !shown.ends_with(b"typed\r\ntyped\r\n") {
-            let frame = next(&mut queue);
-            assert!(matches!(frame.typ.as_str(), shell::DATA | shell::PING), "{frame:?}");
-            shown.extend_from_slice(&frame.body);
-        }
+        assert_shows(&mut queue, "typed\r\ntyped\r\n");
+    }
+
+    /// Output that the writer of the link before has in hand came by the next one, too.
+    #[test]
+    #[cfg_attr(miri, ignore = "starts a shell")]
+    fn a_shell_stays_with_its_link_until_that_has_ended() {
+        let device = device_that_keeps();
+        let (first, mut queue) = Outbox::new();
+        let mut router = Router::new(&device, &first);
+        router.route(of_alice(shell::NEW, ""));
+        assert_eq!(next(&mut queue).typ, shell::NEW);
+        assert_shows(&mut queue, "\r\n");
+
+        let (second, mut others) = Outbox::new();
+        let mut other = Router::new(&device, &second);
+        assert_eq!(next(&mut others).typ, shell::PING);
+        other.route(of_alice(shell::PONG, ""));
+        router.route(of_alice(shell::DATA, "first\n"));
+        assert_shows(&mut queue, "first\r\nfirst\r\n");
+        drop(router);
+        other.route(of_alice(shell::DATA, "second\n"));
+        assert_shows(&mut others, "second\r\nsecond\r\n");
     }
 
     /// An inbox that had overflowed went on taking frames, though the client was told that the session is closed. What

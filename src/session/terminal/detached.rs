@@ -57,8 +57,12 @@ impl Terminal {
     /// reason for the audit log, if it has a line there.
     pub(crate) fn follow_call(&mut self, peer: &mut Peer, now: Instant) -> Option<Option<&'static str>> {
         let State::Running(running) = &self.state else { return None };
+        // The next link's session may ask while this one's writer still has output in hand, which would come twice. The
+        // router hangs up after that.
+        if running.detached.is_none() && peer.inbox.hung_up().is_none() {
+            return None;
+        }
         let call = running.permit.take_call()?;
-        // The new link's session may ask before this one has noticed that its link is lost.
         self.detach(peer, HangUp::LinkLost.name(), now);
         if let Call::HandOver { resumes, to } = call {
             let State::Running(running) = mem::take(&mut self.state) else { return None };
