@@ -14,7 +14,7 @@ use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 
 use super::error::LinkError;
 use crate::sys::wake::Wake;
-use crate::sys::{is_ready, lock, net};
+use crate::sys::{is_ready, lock, net, poll_one};
 
 /// Time for an answer: this, or a multiple of what the handshakes took. On NB-IoT and satellite links a round trip
 /// takes seconds.
@@ -273,6 +273,18 @@ impl Cancel {
     pub(super) fn shut_down(&self, how: Shutdown) {
         // Fails if it has ended.
         let _ = lock(&self.state).socket.as_ref().map(|socket| socket.shutdown(how));
+    }
+
+    /// Waits until the kernel has sent what was written. False if it hasn't, or if it gets no acknowledgements.
+    pub(super) fn sends_all(&self, deadline: Instant) -> bool {
+        let Some(socket) = lock(&self.state).socket.clone() else { return true };
+        if net::is_silent(socket.as_fd()) {
+            return net::unacknowledged(socket.as_fd()) == 0;
+        }
+        // Writable is what has nothing unsent, then.
+        let _ = setsockopt(&socket, net::UnsentLimit, &1);
+        let _ = poll_one(&socket, PollFlags::POLLOUT, Some(deadline));
+        net::undelivered(socket.as_fd()) == 0
     }
 
     /// Resets the connection. Returns how many written bytes have reached the other side; the FIN, if it was sent

@@ -34,8 +34,12 @@ pub(crate) fn discard(socket: BorrowedFd<'_>) {
 /// How many written bytes the other side has not got: the unsent ones and, if it has fallen silent, the unacknowledged
 /// ones. Otherwise an acknowledgement may only be late.
 pub(crate) fn undelivered(socket: BorrowedFd<'_>) -> u64 {
+    if is_silent(socket) { unacknowledged(socket) } else { waiting(socket, UNSENT) }
+}
+
+pub(crate) fn is_silent(socket: BorrowedFd<'_>) -> bool {
     // tcpi_retransmits: time-outs since the last acknowledgement.
-    if tcp_info(socket)[2] > 0 { unacknowledged(socket) } else { waiting(socket, UNSENT) }
+    tcp_info(socket)[2] > 0
 }
 
 /// True if unacknowledged bytes remain, and the last acknowledgement came less than `limit` ago.
