@@ -316,6 +316,94 @@ fn output_that_was_under_way_comes_by_the_next_link() {
     });
 }
 
+/// A new token that came before the dead link was noticed had all that the kernel still held taken for delivered.
+#[test]
+fn output_of_a_dead_link_comes_by_that_of_a_new_token() {
+    with_network(|network| {
+        network.far("ip addr add 198.51.100.2/32 dev lo");
+        let other = Server::bind(([198, 51, 100, 2], 0).into(), Generation::New);
+        let shell = "stty -echo; n=0; while n=$((n + 1)); do echo $n; sleep 0.1; done";
+        let setup = Setup::new().config(script_config(shell)).set("ReconnectIntervalSeconds", 1);
+        let (rig, _server, device) = connected(network, setup.set("Sessions", json!({})));
+        let terminal = Terminal::of_user(&device, "alice");
+        terminal.open();
+        let mut all = Vec::new();
+        terminal.collect(&mut all, 40, SOON);
+        network.go_dark();
+        throughout(secs(4), "the link", || rig.daemon.count_log(" lost: ") == 0);
+        rig.manager.change("another.token.signature", &other.url());
+        let next = other.next_device(SOON);
+        terminal.collect(&mut all, usize::MAX, millis(300));
+        let terminal = terminal.on(&next);
+        terminal.pong();
+        let wanted = all.len() + 300;
+        terminal.collect(&mut all, wanted, SOON);
+        // The server there has to be told to stop.
+        network.answer();
+        let text = String::from_utf8(all).expect("text");
+        let (whole, _) = text.rsplit_once("\r\n").expect("lines");
+        for (n, line) in whole.split("\r\n").enumerate() {
+            assert_eq!(line, (n + 1).to_string(), "line {}", n + 1);
+        }
+    });
+}
+
+/// mender-auth's forwarder goes on waiting for its server by the old way. So did the agent, for 45 s.
+#[test]
+fn a_new_route_is_used_where_a_forwarder_waits_by_the_old_one() {
+    with_network(|network| {
+        let enter = || {
+            let place = File::open(network.namespace()).expect("the agent's namespace");
+            move || setns(place, CloneFlags::CLONE_NEWNET).expect("enter the agent's namespace")
+        };
+        let (there, there_again) = (enter(), enter());
+        let forwarder = spawn("forwarder", move || {
+            there();
+            Server::start(Generation::New)
+        });
+        let server = forwarder.join().expect("a forwarder");
+        server.script([Reply::Silence]);
+        let rig = network.agent(Setup::new(), &server).start();
+        server.wait_requests(1, SOON);
+        std::thread::sleep(secs(8));
+        let back = Instant::now();
+        network.near("ip route del default && ip route add default via 192.0.2.1");
+        server.next_device(secs(60));
+        assert_within(secs(12), back);
+        drop(rig);
+        let stop = move || {
+            there_again();
+            drop(server);
+        };
+        spawn("forwarder", stop).join().expect("the forwarder's end");
+    });
+}
+
+/// systemd-networkd sets IPv6's default route anew with each router advertisement.
+#[test]
+fn a_default_route_that_is_refreshed_is_no_change() {
+    with_network(|network| {
+        let (rig, _server, device) = connected(network, Setup::new());
+        let refresh = |router: &str, lifetime: u32| {
+            network.near(&format!(
+                "ip -6 route replace default via {router} dev near metric 1024 proto ra expires {lifetime}"
+            ));
+        };
+        refresh("fe80::1", 600);
+        rig.daemon.wait_for_log("the network or the clock has changed", SOON);
+        let pings = device.pings();
+        for lifetime in 601..=610 {
+            refresh("fe80::1", lifetime);
+            std::thread::sleep(millis(200));
+        }
+        assert_eq!(rig.daemon.count_log("the network or the clock has changed"), 1);
+        assert!(device.pings() <= pings + 1);
+        let mark = rig.daemon.mark();
+        refresh("fe80::2", 600);
+        rig.daemon.wait_for_log_after(mark, "the network or the clock has changed", SOON);
+    });
+}
+
 /// The forward of a target that lost its power said nothing until it was idle for ten minutes, or never, as configured.
 /// Mender's agent asks such a target each 15 s.
 #[test]
