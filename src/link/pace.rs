@@ -21,10 +21,10 @@ const PIECE_TIME: Duration = Duration::from_millis(8);
 const LARGEST_QUICK_PIECE: u64 = 64 * 1024;
 /// Probes in a window.
 const PROBES: u64 = 4;
-/// A server that hasn't answered its first probe by then is assumed to answer no pings.
+/// A server that hasn't answered its first probe by then is assumed to answer no pings, if the handshakes were quick: their
+/// answers came by the same way.
 const FIRST_ANSWER: Duration = Duration::from_millis(300);
-/// But not before this many times what the handshakes took, whose answers came by the same way.
-const HANDSHAKES: u32 = 4;
+const QUICK_HANDSHAKES: Duration = Duration::from_millis(75);
 /// An unanswered probe is given up after this time.
 const LOST: Duration = Duration::from_secs(10);
 /// Measured anew after this time, since routes change.
@@ -62,7 +62,7 @@ struct Sent {
 impl Pace {
     /// `took`: the link's handshakes.
     pub(super) fn new(took: Duration) -> Self {
-        let first_answer = (took * HANDSHAKES).clamp(FIRST_ANSWER, LOST);
+        let first_answer = if took <= QUICK_HANDSHAKES { FIRST_ANSWER } else { LOST };
         Pace { window: FIRST_WINDOW, first_answer, ..Pace::default() }
     }
 

@@ -155,7 +155,7 @@ fn assert_suited(server: &Server, way: SocketAddr) {
     let begun = Instant::now();
     let (mut last, mut silence, mut largest) = (begun, Duration::ZERO, 0);
     let (mut received, mut chunks) = (0, 0_u64);
-    while begun.elapsed() < secs(75) {
+    while begun.elapsed() < secs(35) {
         let Some(chunk) = device.try_take(secs(1), |m| m.sid.as_deref() == Some(&rest.sid)) else {
             silence = silence.max(last.elapsed());
             if device.is_over() {
