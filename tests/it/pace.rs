@@ -118,6 +118,7 @@ fn chunks_suit_a_slow_link_with_a_long_round_trip() {
 
 /// mender-auth's forwarder takes blocks of 16 KiB, and its socket's window opens in leaps.
 #[test]
+#[allow(clippy::disallowed_methods, reason = "the forwarder takes its time")]
 fn chunks_suit_a_forwarder_with_a_slow_link() {
     let server = Server::start(Generation::New);
     let target = server.address();
