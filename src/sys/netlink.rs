@@ -1,6 +1,5 @@
 //! Changes of the network, by rtnetlink(7).
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -36,11 +35,11 @@ type Way = (Option<u32>, Vec<u8>);
 #[derive(Default)]
 struct Known {
     /// Indexes of interfaces that have had a carrier.
-    running: BTreeSet<u32>,
+    running: Vec<u32>,
     /// Interfaces and their addresses.
-    addresses: BTreeSet<(u32, Vec<u8>)>,
+    addresses: Vec<(u32, Vec<u8>)>,
     /// The last default route of each family, table and metric.
-    routes: BTreeMap<[Option<u32>; 3], Way>,
+    routes: Vec<([Option<u32>; 3], Way)>,
 }
 
 /// Only what affects connections: not refreshed addresses, nor routes between nearby hosts.
@@ -95,8 +94,9 @@ impl Changes {
                     // IPv6's is replaced to renew its lifetime, with each router advertisement.
                     let replaces =
                         half(bytes, 6).is_some_and(|flags| flags & libc::NLM_F_REPLACE as u16 != 0);
-                    let before = known.routes.insert(key, way.clone());
-                    self.new |= !(replaces && before == Some(way));
+                    self.new |= !(replaces && known.routes.contains(&(key, way.clone())));
+                    known.routes.retain(|(other, _)| *other != key);
+                    known.routes.push((key, way));
                 }
                 (libc::RTM_NEWADDR, [_family, _, flags, libc::RT_SCOPE_UNIVERSE, ..]) => {
                     let tentative = u32::from(*flags) & libc::IFA_F_TENTATIVE != 0;
@@ -104,20 +104,26 @@ impl Changes {
                     let times = attribute(message, ADDRESS, libc::IFA_CACHEINFO);
                     let refreshed = times.is_some_and(|times| word(times, 8) != word(times, 12));
                     // One may be refreshed before it is usable, by a second router.
-                    let added = !tentative && known.addresses.insert(place(message));
-                    self.new |= added || !tentative && !refreshed;
+                    let place = place(message);
+                    let is_known = known.addresses.contains(&place);
+                    self.new |= !(tentative || is_known && refreshed);
+                    if !tentative && !is_known {
+                        known.addresses.push(place);
+                    }
                 }
                 (libc::RTM_DELADDR, _) => {
                     self.gone = true;
-                    known.addresses.remove(&place(message));
+                    let gone = place(message);
+                    known.addresses.retain(|place| *place != gone);
                 }
                 // A static address and its routes stay while the cable is unplugged.
                 (libc::RTM_NEWLINK, _) => {
                     let (Some(index), Some(flags)) = (word(message, 4), word(message, 8)) else { return };
-                    if flags & libc::IFF_RUNNING.cast_unsigned() == 0 {
-                        known.running.remove(&index);
-                    } else {
-                        self.new |= known.running.insert(index) && has_address(index);
+                    let was_running = known.running.contains(&index);
+                    known.running.retain(|other| *other != index);
+                    if flags & libc::IFF_RUNNING.cast_unsigned() != 0 {
+                        self.new |= !was_running && has_address(index);
+                        known.running.push(index);
                     }
                 }
                 _ => {}
