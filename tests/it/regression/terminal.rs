@@ -270,7 +270,9 @@ fn on_a_terminal(wrapper: &'static str) -> (Rig, Device, OwnedFd) {
 /// connected without a console, in the way of the service.
 #[test]
 fn an_agent_started_by_hand_ends_with_its_terminal() {
-    let (mut rig, device, master) = on_a_terminal(r#"exec setsid --ctty "$@" <"$TERMINAL""#);
+    // The tests themselves may run under nohup.
+    let started = r#"exec env --default-signal=HUP setsid --ctty "$@" <"$TERMINAL""#;
+    let (mut rig, device, master) = on_a_terminal(started);
     // While the terminal is there, SIGHUP is the wish to reload.
     rig.daemon.signal(nix::sys::signal::Signal::SIGHUP);
     rig.daemon.wait_for_log("reading the configuration", SOON);
