@@ -15,6 +15,7 @@ use nix::unistd::Uid;
 use super::{ME, config, next, session};
 use crate::proto::{Frame, Map, SHELL, SessionId, UserId};
 use crate::session::device::Device;
+use crate::session::inbox::HangUp;
 use crate::session::peer::Peer;
 use crate::session::shells::Admission;
 use crate::session::store;
@@ -134,6 +135,7 @@ impl Adopted {
             false => shells.acquire(&shell.user, 1, (&peer.info, &peer.wake), true).expect("its shell"),
         };
         let Admission::Return(handover) = admission else { panic!("{admission:?}") };
+        self.peer.inbox.hang_up(HangUp::LinkLost);
         let followed = self.terminal.follow_call(&mut self.peer, now);
         assert_eq!(followed, Some(if resumes { None } else { Some("reattached") }));
         let user = Map::new().with_str("user_id", shell.user.as_str());
@@ -177,8 +179,9 @@ impl Adopted {
     fn leave(mut self) {
         self.device.store.as_ref().expect("a store").end();
         // As the router does with the shells of its link.
-        let Peer { info, wake, .. } = &self.peer;
+        let Peer { info, wake, inbox, .. } = &self.peer;
         assert!(self.terminal.is_kept() || self.device.detach(info, wake));
+        inbox.hang_up(HangUp::LinkLost);
         self.device.shells.close();
         assert!(self.terminal.follow_call(&mut self.peer, Instant::now()).is_none());
         assert!(!self.terminal.is_kept());
