@@ -19,8 +19,10 @@ const PROBE_EVERY: u64 = 6;
 const MAX_PROBES: usize = 4;
 /// A probe or its answer may get lost: a session without credit repeats it after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
-/// … and after this one beside [`MAX_PROBES`] others.
+/// … after this one beside [`MAX_PROBES`] others, and after this one beside those of a link before, whose answers are lost
+/// with it unless the client is slow.
 const ASK_ANYWAY: Duration = Duration::from_secs(30);
+const ASK_ANEW: Duration = Duration::from_secs(2);
 /// Then an answer came because of a probe; a slow client answers at any time.
 const QUICK: Duration = Duration::from_secs(1);
 /// So often in a row it is no chance: the client has read all, and other answers were lost.
@@ -116,7 +118,12 @@ impl Credit {
 
     /// When a probe is repeated, for want of credit.
     fn again(&self) -> Instant {
-        self.last_probe + if self.asked() < MAX_PROBES { ASK_AGAIN } else { ASK_ANYWAY }
+        let pause = match self.asked() {
+            asked if asked < self.probes.len() => ASK_ANEW,
+            MAX_PROBES.. => ASK_ANYWAY,
+            _ => ASK_AGAIN,
+        };
+        self.last_probe + pause
     }
 
     fn repeats(&self, now: Instant) -> bool {
@@ -127,7 +134,6 @@ impl Credit {
         let repeats = self.repeats(now);
         self.repeated = repeats && now >= self.last_answer + ASK_AGAIN;
         if repeats {
-            // The answers to these are lost with their link.
             self.probes.retain(|probe| *probe > self.former);
         }
         let probe = self.sent(0, now);
