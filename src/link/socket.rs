@@ -75,25 +75,24 @@ impl Socket {
 
     #[cfg(test)]
     pub(super) fn of(stream: TcpStream) -> Self {
-        let cancel = Cancel { patience: OnceLock::from(LEAST_PATIENCE), ..Cancel::new().unwrap() };
+        let cancel = Cancel { took: OnceLock::from(Duration::ZERO), ..Cancel::new().unwrap() };
         Socket { stream: Arc::new(stream), cancel: Arc::new(cancel), began: Instant::now(), quick_ack: false }
     }
 
     /// Ends the handshakes: their deadline no longer applies.
     pub(super) fn establish(&self) -> io::Result<()> {
         let took = self.began.elapsed();
-        let _ = self.cancel.took.set(took);
-        let patience = (took * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE);
+        let patience = patience(took);
         self.stream.set_read_timeout(None)?;
         self.stream.set_write_timeout(Some(patience))?;
         // Without it a write still times out.
         let _ = setsockopt(&self.stream, TcpUserTimeout, &(patience.as_millis() as u32));
-        let _ = self.cancel.patience.set(patience);
+        let _ = self.cancel.took.set(took);
         Ok(())
     }
 
     pub(super) fn patience(&self) -> Duration {
-        self.cancel.patience.get().copied().unwrap_or(LEAST_PATIENCE)
+        patience(self.took())
     }
 
     /// How long the handshakes took: a round trip or more.
@@ -194,8 +193,7 @@ impl Write for Socket {
 /// Ends a dial or a link from another thread, whatever it waits for. Tells whether the reader reads.
 pub(super) struct Cancel {
     state: Mutex<State>,
-    /// Time for an answer. Set once the websocket is open.
-    patience: OnceLock<Duration>,
+    /// How long the handshakes took. Set once the websocket is open.
     took: OnceLock<Duration>,
     /// When data last arrived, in µs since the connection.
     heard: AtomicU64,
@@ -219,11 +217,16 @@ struct State {
     unread: Option<u64>,
 }
 
+/// Time for an answer where the handshakes `took` so long.
+fn patience(took: Duration) -> Duration {
+    (took * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE)
+}
+
 impl Cancel {
     pub(super) fn new() -> io::Result<Self> {
-        let (state, patience, took, heard, written, again) = Default::default();
+        let (state, took, heard, written, again) = Default::default();
         let (deadline, wake) = (Instant::now() + ATTEMPT_LIMIT, Arc::new(Wake::new()?));
-        Ok(Cancel { state, patience, took, heard, written, deadline, wake, again })
+        Ok(Cancel { state, took, heard, written, deadline, wake, again })
     }
 
     pub(super) fn left(&self) -> Duration {
@@ -243,7 +246,7 @@ impl Cancel {
     }
 
     fn is_established(&self) -> bool {
-        self.patience.get().is_some()
+        self.took.get().is_some()
     }
 
     pub(super) fn set_attempts<'a>(&self, sockets: impl Iterator<Item = &'a OwnedFd>) {
