@@ -270,18 +270,22 @@ mod tests {
         assert_eq!(shown, output);
     }
 
+    fn link_with_shell(device: &Arc<Device>) -> (Router, Queue) {
+        let (outbox, mut queue) = Outbox::new();
+        let mut router = Router::new(device, &outbox);
+        router.route(of_alice(shell::NEW, ""));
+        assert_eq!(next(&mut queue).typ, shell::NEW);
+        assert_shows(&mut queue, "\r\n");
+        (router, queue)
+    }
+
     /// A shell on its way from one link's session to the next one's was neither asked for nor found by a third link, if it
     /// had opened: the client had to type first, and got "session not found". Output was lost meanwhile.
     #[test]
     #[cfg_attr(miri, ignore = "starts a shell")]
     fn a_shell_between_two_sessions_comes_to_the_third() {
         let device = device_that_keeps();
-        let (first, mut queue) = Outbox::new();
-        let mut router = Router::new(&device, &first);
-        router.route(of_alice(shell::NEW, ""));
-        assert_eq!(next(&mut queue).typ, shell::NEW);
-        assert_shows(&mut queue, "\r\n");
-        drop(router);
+        drop(link_with_shell(&device));
 
         let (second, _queue) = Outbox::new();
         let held = std::cell::RefCell::new(None);
@@ -306,11 +310,7 @@ mod tests {
     #[cfg_attr(miri, ignore = "starts a shell")]
     fn a_shell_stays_with_its_link_until_that_has_ended() {
         let device = device_that_keeps();
-        let (first, mut queue) = Outbox::new();
-        let mut router = Router::new(&device, &first);
-        router.route(of_alice(shell::NEW, ""));
-        assert_eq!(next(&mut queue).typ, shell::NEW);
-        assert_shows(&mut queue, "\r\n");
+        let (mut router, mut queue) = link_with_shell(&device);
 
         let (second, mut others) = Outbox::new();
         let mut other = Router::new(&device, &second);
