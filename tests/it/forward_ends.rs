@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
-use crate::forwards::{NAME, assert_echo, assert_error, session, tcp, udp};
+use crate::forwards::{NAME, assert_echo, assert_error, send_until_held, session, tcp, udp};
 use crate::harness::connection::PIECE;
 use crate::harness::forward::Client;
 use crate::harness::msg::{CONTROL, Ints, PORTS, encode, map};
@@ -140,13 +140,7 @@ fn what_was_acknowledged_reaches_a_slow_target_behind_the_stop() {
     let (_rig, _device, client) = session();
     let target = Target::start(Role::Stalled);
     let connection = tcp(&client, &target);
-    let mut sent = 0_u64;
-    while connection.in_flight() == 0 || connection.acked_within(millis(500)) {
-        connection.send(&stream(sent, PIECE));
-        sent += PIECE as u64;
-        assert!(sent < 64 << 20, "a target that reads nothing takes {sent} bytes");
-    }
-    let acknowledged = sent - PIECE as u64;
+    let acknowledged = send_until_held(&connection) - PIECE as u64;
     connection.stop();
     client.settle();
     println!("{acknowledged} bytes acknowledged");

@@ -1,7 +1,7 @@
 //! Port forwarding as mender-cli uses it: each message, each text, and what happens at the ends.
 
 use crate::harness::client::new_sid;
-use crate::harness::connection::Connection;
+use crate::harness::connection::{Connection, PIECE};
 use crate::harness::device::{Device, Generation};
 use crate::harness::forward::{Client, DeviceError, new_id, target_body};
 use crate::harness::msg::{Msg, PORTS};
@@ -281,6 +281,17 @@ fn data_for_a_connection_that_fails_is_acknowledged_once_at_most() {
         assert_eq!(client.errors(), 0);
     }
     client.close();
+}
+
+/// Sends to a target that reads nothing until a piece isn't acknowledged. Returns how many bytes.
+pub fn send_until_held(connection: &Connection) -> u64 {
+    let mut sent = 0_u64;
+    while connection.in_flight() == 0 || connection.acked_within(millis(500)) {
+        connection.send(&stream(sent, PIECE));
+        sent += PIECE as u64;
+        assert!(sent < 64 << 20, "a target that reads nothing takes {sent} bytes");
+    }
+    sent
 }
 
 #[test]

@@ -10,13 +10,13 @@ use std::os::fd::AsRawFd;
 
 use serde_json::json;
 
-use crate::forwards::{assert_echo, session, tcp, udp};
+use crate::forwards::{assert_echo, send_until_held, session, tcp, udp};
 use crate::harness::connection::PIECE;
 use crate::harness::forward::Client;
 use crate::harness::network::{SERVER, with_network};
 use crate::harness::proc;
 use crate::harness::rig::{Setup, bash_config, is_root};
-use crate::harness::targets::{Role, Silent, Target, UdpEcho, stream};
+use crate::harness::targets::{Role, Silent, Target, UdpEcho};
 use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn, throughout};
 
 /// A target that answers each line after a while: how many lines it had taken when its connection ended or broke.
@@ -320,13 +320,7 @@ fn what_a_client_has_left_outlives_the_link() {
     let (rig, device, client) = session();
     let target = Target::start(Role::Stalled);
     let connection = tcp(&client, &target);
-    let mut sent = 0_u64;
-    while connection.in_flight() == 0 || connection.acked_within(millis(500)) {
-        connection.send(&stream(sent, PIECE));
-        sent += PIECE as u64;
-        assert!(sent < 64 << 20, "a target that reads nothing takes {sent} bytes");
-    }
-    let acknowledged = sent - PIECE as u64;
+    let acknowledged = send_until_held(&connection) - PIECE as u64;
     connection.stop();
     client.settle();
     device.hang_up();
@@ -351,12 +345,7 @@ fn a_target_does_not_take_a_part_for_all() {
     let (rig, _device, client) = session();
     let target = Target::start(Role::Stalled);
     let connection = tcp(&client, &target);
-    let mut sent = 0_u64;
-    while connection.in_flight() == 0 || connection.acked_within(millis(500)) {
-        connection.send(&stream(sent, PIECE));
-        sent += PIECE as u64;
-        assert!(sent < 64 << 20, "a target that reads nothing takes {sent} bytes");
-    }
+    let sent = send_until_held(&connection);
     connection.stop();
     rig.daemon.wait_for_log("the target did not take the last", secs(30));
     target.release();
