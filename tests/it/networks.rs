@@ -92,12 +92,9 @@ fn a_cable_that_is_plugged_in_again_is_used_at_once() {
     });
 }
 
-/// The forwarder of Mender's client 3 answers with 503 when it can't reach its server. The agent took that for a server
-/// with too much to do, which a network that comes back doesn't make any better.
-#[test]
-fn a_forwarder_that_reaches_no_server_is_tried_again_at_once() {
-    with_network(|network| {
-        // On the agent's own loopback interface, where it has to be told to stop, too.
+/// A forwarder on the agent's own loopback interface, where it has to be told to stop, too.
+fn with_forwarder(test: impl FnOnce(&Network, &Server) + Send + 'static) {
+    with_network(move |network| {
         let enter = || {
             let place = File::open(network.namespace()).expect("the agent's namespace");
             move || setns(place, CloneFlags::CLONE_NEWNET).expect("enter the agent's namespace")
@@ -108,20 +105,28 @@ fn a_forwarder_that_reaches_no_server_is_tried_again_at_once() {
             Server::start(Generation::New)
         });
         let server = forwarder.join().expect("a forwarder");
-        server.script([Reply::status(503)]);
-        network.near("ip route del default");
-        let rig = network.agent(Setup::new().set("ReconnectIntervalSeconds", 300), &server).start();
-        rig.daemon.wait_for_log("connectionmanager backoff", SOON);
-        let back = Instant::now();
-        network.near("ip route add default via 192.0.2.1");
-        server.next_device(SOON);
-        assert_within(millis(1800), back);
-        drop(rig);
+        test(network, &server);
         let stop = move || {
             there_again();
             drop(server);
         };
         spawn("forwarder", stop).join().expect("the forwarder's end");
+    });
+}
+
+/// The forwarder of Mender's client 3 answers with 503 when it can't reach its server. The agent took that for a server
+/// with too much to do, which a network that comes back doesn't make any better.
+#[test]
+fn a_forwarder_that_reaches_no_server_is_tried_again_at_once() {
+    with_forwarder(|network, server| {
+        server.script([Reply::status(503)]);
+        network.near("ip route del default");
+        let rig = network.agent(Setup::new().set("ReconnectIntervalSeconds", 300), server).start();
+        rig.daemon.wait_for_log("connectionmanager backoff", SOON);
+        let back = Instant::now();
+        network.near("ip route add default via 192.0.2.1");
+        server.next_device(SOON);
+        assert_within(millis(1800), back);
     });
 }
 
@@ -351,30 +356,14 @@ fn output_of_a_dead_link_comes_by_that_of_a_new_token() {
 /// mender-auth's forwarder goes on waiting for its server by the old way. So did the agent, for 45 s.
 #[test]
 fn a_new_route_is_used_where_a_forwarder_waits_by_the_old_one() {
-    with_network(|network| {
-        let enter = || {
-            let place = File::open(network.namespace()).expect("the agent's namespace");
-            move || setns(place, CloneFlags::CLONE_NEWNET).expect("enter the agent's namespace")
-        };
-        let (there, there_again) = (enter(), enter());
-        let forwarder = spawn("forwarder", move || {
-            there();
-            Server::start(Generation::New)
-        });
-        let server = forwarder.join().expect("a forwarder");
+    with_forwarder(|network, server| {
         server.script([Reply::Silence]);
-        let rig = network.agent(Setup::new(), &server).start();
+        let _rig = network.agent(Setup::new(), server).start();
         server.wait_requests(1, SOON);
         let back = Instant::now();
         network.near("ip route del default && ip route add default via 192.0.2.1");
         server.next_device(secs(60));
         assert_within(secs(12), back);
-        drop(rig);
-        let stop = move || {
-            there_again();
-            drop(server);
-        };
-        spawn("forwarder", stop).join().expect("the forwarder's end");
     });
 }
 
