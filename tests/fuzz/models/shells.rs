@@ -25,7 +25,7 @@ struct Session {
     wake: Arc<Wake>,
     /// The session's that had the shell before, while it is still on its way here.
     before: Option<Arc<Wake>>,
-    /// Of the shell: of this session, or of the one that has called for it.
+    /// The place's: this session's, or that of the session that has called for its shell.
     info: Arc<Info>,
     user: usize,
     permit: Option<ShellPermit>,
