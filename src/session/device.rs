@@ -35,9 +35,9 @@ const MAX_FORWARDS: usize = 4096;
 /// and three for its files, and those of shells, `status` and the link.
 const RESERVED_DESCRIPTORS: usize = 4 * MAX_THREADS + 64;
 
-pub(crate) type Table = Mutex<HashMap<SessionId, Entry>>;
+pub type Table = Mutex<HashMap<SessionId, Entry>>;
 
-pub(crate) struct Entry {
+pub struct Entry {
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) info: Arc<Info>,
 }
@@ -122,8 +122,8 @@ impl Device {
         self.shells.wake();
     }
 
-    /// The link before keeps its own table until its sessions have ended.
-    pub(crate) fn new_table(&self) -> Arc<Table> {
+    /// For a link that is dialled now. The one before keeps its own table until its sessions have ended.
+    pub fn new_table(&self) -> Arc<Table> {
         let table = Arc::default();
         *lock(&self.table) = Arc::clone(&table);
         table

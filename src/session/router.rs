@@ -35,14 +35,15 @@ pub struct Router<S = fn(Peer) -> io::Result<()>> {
 }
 
 impl Router {
-    pub fn new(device: &Arc<Device>, outbox: &Outbox) -> Self {
-        Router::with(device, outbox, |peer| session::start(peer, Terminal::default()))
+    /// `table` is the one that the device has had since the link was dialled: a link that was replaced before it opened
+    /// must not become the current one.
+    pub fn new(device: &Arc<Device>, table: Arc<Table>, outbox: &Outbox) -> Self {
+        Router::with(device, table, outbox, |peer| session::start(peer, Terminal::default()))
     }
 }
 
 impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
-    pub fn with(device: &Arc<Device>, outbox: &Outbox, start: S) -> Self {
-        let table = device.new_table();
+    pub fn with(device: &Arc<Device>, table: Arc<Table>, outbox: &Outbox, start: S) -> Self {
         // A client that is still there answers, which leads it back to its shell. Servers drop a ping for nobody.
         for id in device.shells.clients() {
             outbox.try_reply(&shell::ping(&id));
@@ -225,7 +226,8 @@ mod tests {
     fn the_router_waits_for_no_place_for_its_answers() {
         let device = device();
         let (outbox, mut queue) = Outbox::new();
-        let mut router = Router::with(&device, &outbox, |_| Err(io::ErrorKind::WouldBlock.into()));
+        let mut router =
+            Router::with(&device, device.new_table(), &outbox, |_| Err(io::ErrorKind::WouldBlock.into()));
         for number in 0..1000 {
             let id = SessionId::new(&number.to_string());
             router.route(Frame::new(CONTROL, control::PING, id.as_ref()));
@@ -272,7 +274,7 @@ mod tests {
 
     fn link_with_shell(device: &Arc<Device>) -> (Router, Queue) {
         let (outbox, mut queue) = Outbox::new();
-        let mut router = Router::new(device, &outbox);
+        let mut router = Router::new(device, device.new_table(), &outbox);
         router.route(of_alice(shell::NEW, ""));
         assert_eq!(next(&mut queue).typ, shell::NEW);
         assert_shows(&mut queue, "\r\n");
@@ -289,7 +291,7 @@ mod tests {
 
         let (second, _queue) = Outbox::new();
         let held = std::cell::RefCell::new(None);
-        let mut router = Router::with(&device, &second, |peer| {
+        let mut router = Router::with(&device, device.new_table(), &second, |peer| {
             held.replace(Some(peer));
             Ok(())
         });
@@ -298,10 +300,27 @@ mod tests {
         let held = held.take().unwrap();
 
         let (third, mut queue) = Outbox::new();
-        let mut router = Router::new(&device, &third);
+        let mut router = Router::new(&device, device.new_table(), &third);
         assert_eq!(next(&mut queue).typ, shell::PING);
         router.route(of_alice(shell::DATA, "typed\n"));
         session::start(held, Terminal::default()).unwrap();
+        assert_shows(&mut queue, "typed\r\ntyped\r\n");
+    }
+
+    /// Its table became the device's current one when it opened, behind the link that had replaced it: that one's clients
+    /// were led to no shell any more.
+    #[test]
+    #[cfg_attr(miri, ignore = "starts a shell")]
+    fn a_link_that_was_replaced_may_open_late() {
+        let device = device_that_keeps();
+        drop(link_with_shell(&device));
+
+        let (late, current) = (device.new_table(), device.new_table());
+        let (outbox, mut queue) = Outbox::new();
+        let mut router = Router::new(&device, current, &outbox);
+        assert_eq!(next(&mut queue).typ, shell::PING);
+        drop(Router::new(&device, late, &Outbox::new().0));
+        router.route(of_alice(shell::DATA, "typed\n"));
         assert_shows(&mut queue, "typed\r\ntyped\r\n");
     }
 
@@ -313,7 +332,7 @@ mod tests {
         let (mut router, mut queue) = link_with_shell(&device);
 
         let (second, mut others) = Outbox::new();
-        let mut other = Router::new(&device, &second);
+        let mut other = Router::new(&device, device.new_table(), &second);
         assert_eq!(next(&mut others).typ, shell::PING);
         other.route(of_alice(shell::PONG, ""));
         router.route(of_alice(shell::DATA, "first\n"));
@@ -330,7 +349,7 @@ mod tests {
         let device = device();
         let (outbox, _queue) = Outbox::new();
         let peers = std::cell::RefCell::new(Vec::new());
-        let mut router = Router::with(&device, &outbox, |peer| {
+        let mut router = Router::with(&device, device.new_table(), &outbox, |peer| {
             peers.borrow_mut().push(peer);
             Ok(())
         });

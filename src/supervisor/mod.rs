@@ -278,9 +278,10 @@ impl Supervisor {
         };
         let heartbeat = self.context.config().heartbeat;
         let context = Arc::clone(&self.context);
+        let table = context.new_table();
         context.shells.open();
         let accept = move |outbox: &_| {
-            let mut router = Router::new(&context, outbox);
+            let mut router = Router::new(&context, table, outbox);
             move |frame| router.route(frame)
         };
         match Link::dial(credentials, heartbeat, accept, report.clone()) {

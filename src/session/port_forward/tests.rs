@@ -27,7 +27,7 @@ fn scene() -> Scene {
         Ok(())
     };
     let first = Frame::new(PORT_FORWARD, forward::STOP, SessionId::new("s").as_ref());
-    Router::with(&device, &outbox, start).route(first);
+    Router::with(&device, device.new_table(), &outbox, start).route(first);
     let peer = peer.unwrap();
     Scene { forwarder: PortForward::default(), peer, queue }
 }

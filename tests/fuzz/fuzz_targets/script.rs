@@ -264,7 +264,7 @@ impl Link {
         });
         Link {
             device: Arc::clone(device),
-            router: Router::with(device, &outbox, start),
+            router: Router::with(device, device.new_table(), &outbox, start),
             queue,
             begun,
             terminal: device.config().terminal,
