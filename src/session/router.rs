@@ -307,6 +307,31 @@ mod tests {
         assert_shows(&mut queue, "typed\r\ntyped\r\n");
     }
 
+    /// It had left its former session, and was dropped with the next one.
+    #[test]
+    #[cfg_attr(miri, ignore = "starts a shell")]
+    fn a_shell_stays_where_it_is_if_the_next_session_cant_start() {
+        let device = device_that_keeps();
+        drop(link_with_shell(&device));
+
+        let (second, _queue) = Outbox::new();
+        let mut router = Router::with(&device, device.new_table(), &second, |peer| {
+            let deadline = Instant::now() + Duration::from_millis(200);
+            while device.threads.taken() > 1 && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            drop(peer);
+            Err(io::ErrorKind::WouldBlock.into())
+        });
+        router.route(of_alice(shell::PONG, ""));
+
+        let (third, mut queue) = Outbox::new();
+        let mut router = Router::new(&device, device.new_table(), &third);
+        assert_eq!(next(&mut queue).typ, shell::PING);
+        router.route(of_alice(shell::DATA, "typed\n"));
+        assert_shows(&mut queue, "typed\r\ntyped\r\n");
+    }
+
     /// Its table became the device's current one when it opened, behind the link that had replaced it: that one's clients
     /// were led to no shell any more.
     #[test]

@@ -98,7 +98,8 @@ impl Place {
     }
 
     fn want(&mut self, resumes: bool) -> Admission {
-        let (to, handover) = bounded(1);
+        // Without room, so that a session that ends before it takes the shell leaves it where it is.
+        let (to, handover) = bounded(0);
         self.call(Call::HandOver { resumes, to });
         Admission::Return(handover)
     }

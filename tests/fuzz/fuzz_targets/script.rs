@@ -217,6 +217,8 @@ struct Session {
     owner: String,
     /// What it has to read: number, size, and whether it is a window's size.
     pending: VecDeque<(i64, usize, bool)>,
+    /// The sum of those sizes.
+    bytes: usize,
     /// Size of the message that it has read last.
     handled: usize,
     /// Something has come since it has last looked.
@@ -414,23 +416,25 @@ impl Link {
         let is_size = matches!(message.kind, Kind::ShellResize);
         let latest = (self.sent, self.size, is_size);
         if let Some((_, old, true)) = session.pending.back().copied().filter(|_| is_size) {
-            let bytes = session.bytes() + session.handled - old + self.size;
-            if fits(bytes.saturating_sub(RESERVED)) {
+            let bytes = session.bytes - old + self.size;
+            if fits((bytes + session.handled).saturating_sub(RESERVED)) {
                 session.pending.pop_back();
                 session.pending.push_back(latest);
+                session.bytes = bytes;
             }
             return true;
         }
-        let (frames, full) = (session.pending.len(), session.bytes() + self.size > MAX_BYTES);
+        let (frames, full) = (session.pending.len(), session.bytes + self.size > MAX_BYTES);
         let memory = !session.hung_up && fits(session.memory(self.size));
         if memory && (frames == 0 || (frames < MAX_FRAMES && !full)) {
             session.pending.push_back(latest);
+            session.bytes += self.size;
             session.unheard = true;
         } else if !matches!(message.kind, Kind::ShellResize | Kind::ShellPong) {
             // Keystrokes may be refused; in anything else a gap ends the session.
             if message.proto_and_type().0 != SHELL {
                 (session.hung_up, session.closed) = (true, true);
-                session.pending.clear();
+                session.drop_pending();
             }
             self.expect_refusal(message);
         }
@@ -462,8 +466,8 @@ impl Link {
         assert_eq!(peer.id, *id);
         let pending = VecDeque::from([(self.sent, self.size, matches!(message.kind, Kind::ShellResize))]);
         let (unheard, hung_up, closed) = Default::default();
-        let (owner, handled) = (user, 0);
-        let session = Session { peer, owner, pending, handled, unheard, hung_up, closed, user: None };
+        let (owner, bytes, handled) = (user, self.size, 0);
+        let session = Session { peer, owner, pending, bytes, handled, unheard, hung_up, closed, user: None };
         self.sessions.insert(id.clone(), session);
     }
 
@@ -476,7 +480,7 @@ impl Link {
             let mut session = self.sessions.remove(id).expect("it was there");
             assert!(session.user.is_none());
             (session.hung_up, session.closed, session.unheard) = (true, true, false);
-            session.pending.clear();
+            session.drop_pending();
             self.replaced.push(session);
         }
         assert!(ended.len() <= 1);
@@ -516,13 +520,14 @@ impl Link {
 }
 
 impl Session {
-    fn bytes(&self) -> usize {
-        self.pending.iter().map(|(_, size, _)| size).sum()
+    fn drop_pending(&mut self) {
+        self.pending.clear();
+        self.bytes = 0;
     }
 
     /// The device's memory that the session takes with so many bytes more.
     fn memory(&self, more: usize) -> usize {
-        (self.bytes() + self.handled + more).saturating_sub(RESERVED)
+        (self.bytes + self.handled + more).saturating_sub(RESERVED)
     }
 
     fn read(&mut self, most: usize) {
@@ -534,6 +539,7 @@ impl Session {
             let expected = self.pending.pop_front().map(|(number, size, _)| (Some(number), size));
             assert_eq!(read, expected);
             self.handled = read.map_or(0, |(_, size)| size);
+            self.bytes -= self.handled;
             if read.is_none() {
                 return;
             }
@@ -544,7 +550,7 @@ impl Session {
         if at_once {
             self.peer.inbox.close();
             self.closed = true;
-            self.pending.clear();
+            self.drop_pending();
         } else {
             let closed = self.peer.inbox.close_if_empty();
             assert_eq!(closed, self.pending.is_empty());

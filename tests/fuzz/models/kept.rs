@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -136,12 +137,16 @@ impl Adopted {
         };
         let Admission::Return(handover) = admission else { panic!("{admission:?}") };
         self.peer.inbox.hang_up(HangUp::LinkLost);
-        let followed = self.terminal.follow_call(&mut self.peer, now);
-        assert_eq!(followed, Some(if resumes { None } else { Some("reattached") }));
         let user = Map::new().with_str("user_id", shell.user.as_str());
         let request = Frame::new(SHELL, "new", Some(&shell.id)).with_props(user);
         let mut terminal = Terminal::default();
-        assert!(terminal.attach(&mut peer, &handover, (!resumes).then_some(&request), now));
+        // They wait for each other.
+        thread::scope(|scope| {
+            let followed = scope.spawn(|| self.terminal.follow_call(&mut self.peer, now));
+            assert!(terminal.attach(&mut peer, &handover, (!resumes).then_some(&request), now));
+            let followed = followed.join().expect("no panic");
+            assert_eq!(followed, Some(if resumes { None } else { Some("reattached") }));
+        });
         let mut shown = Vec::new();
         while {
             terminal.proceed(&mut peer, &Events::default(), now);
