@@ -1,7 +1,7 @@
 //! The command `status`: asks the daemon and prints the answer, with texts from clients escaped.
 
 use std::collections::BTreeMap;
-use std::io::{self, ErrorKind, IsTerminal, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
 
 use miniserde::Serialize;
@@ -9,6 +9,7 @@ use nix::poll::PollFlags;
 
 use super::document::{Session, Status};
 use super::{connect, socket_path};
+use crate::sys::pty::WindowSize;
 use crate::sys::{poll_one, reason, visible, visible_lines};
 
 /// In bytes; the daemon's own bounds are far lower.
@@ -47,11 +48,10 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
             }
         };
         let text = visible_lines(&text);
-        let text = match watch && !json {
-            // Overwrite from the top, and clear the rest of each line and of the screen: no flicker.
-            true if out.is_terminal() => format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")),
-            true => text + "\n",
-            false => text,
+        let text = match WindowSize::of(&out) {
+            _ if !watch || json => text,
+            Ok(size) => picture(&text, size),
+            Err(_) => text + "\n",
         };
         // Fails if the reader has closed the pipe.
         let written = out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok();
@@ -60,6 +60,19 @@ pub(crate) fn show(json: bool, watch: bool) -> bool {
         }
         let _ = poll_one(&out, PollFlags::empty(), Some(Instant::now() + WATCH_INTERVAL));
     }
+}
+
+/// Overwrites from the top, and clears the rest of each line and of the screen: no flicker. More than the terminal has
+/// would scroll.
+fn picture(text: &str, size: WindowSize) -> String {
+    // A serial console doesn't know its size.
+    let [width, height] = [size.width, size.height].map(|n| usize::from(n).wrapping_sub(1));
+    let mut lines: Vec<String> = text.lines().map(|line| line.chars().take(width).collect()).collect();
+    if lines.len() > height {
+        let more = lines.split_off(height.saturating_sub(1)).len();
+        lines.push(format!("and {more} lines more"));
+    }
+    format!("\x1b[H{}\x1b[J", lines.into_iter().map(|line| line + "\x1b[K\n").collect::<String>())
 }
 
 fn line(document: &impl Serialize) -> String {
@@ -156,6 +169,21 @@ mod tests {
         assert_eq!(amounts, ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "1.0 MiB", "15.9 EiB"]);
         let times = [0.9, 59.9, 61.0, 7260.0, 90_000.0].map(time);
         assert_eq!(times, ["0 s", "59 s", "1 min 1 s", "2 h 1 min", "1 d 1 h"]);
+    }
+
+    /// A taller one scrolled with each look.
+    #[test]
+    fn a_picture_fits_its_terminal() {
+        let shows = |width, height, lines: &[&str]| {
+            let wanted: String = lines.iter().map(|line| format!("{line}\x1b[K\n")).collect();
+            assert_eq!(
+                picture("é2345\nb\nc\n", WindowSize { width, height }),
+                format!("\x1b[H{wanted}\x1b[J")
+            );
+        };
+        shows(0, 0, &["é2345", "b", "c"]);
+        shows(5, 4, &["é234", "b", "c"]);
+        shows(20, 3, &["é2345", "and 2 lines more"]);
     }
 
     #[test]

@@ -21,6 +21,16 @@ pub(crate) struct WindowSize {
     pub(crate) height: u16,
 }
 
+impl WindowSize {
+    /// Fails if that is no terminal.
+    pub(crate) fn of(terminal: impl AsFd) -> io::Result<Self> {
+        let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the kernel writes one winsize before the call returns; the descriptor is open as long as it is borrowed.
+        unsafe { window_size(terminal.as_fd().as_raw_fd(), &raw mut size) }?;
+        Ok(WindowSize { width: size.ws_col, height: size.ws_row })
+    }
+}
+
 /// Non-blocking and close-on-exec; closing it hangs the terminal up.
 #[derive(Debug)]
 pub(crate) struct Pty(PtyMaster);
@@ -58,10 +68,8 @@ impl Pty {
         // SAFETY: the descriptor is the wrapper's now; TIOCGPTN, below, fails if it isn't a master.
         let pty = Pty(unsafe { PtyMaster::from_owned_fd(master) });
         ptsname_r(&pty.0)?;
-        let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
-        // SAFETY: the kernel writes one winsize before the call returns; the descriptor is open as long as `pty` lives.
-        unsafe { window_size(pty.0.as_raw_fd(), &raw mut size) }?;
-        Ok((pty, WindowSize { width: size.ws_col, height: size.ws_row }))
+        let size = WindowSize::of(&pty.0)?;
+        Ok((pty, size))
     }
 
     /// `Ok(0)`: no process holds the slave any more (EIO in the kernel).
