@@ -209,6 +209,7 @@ mod tests {
     use crate::config;
     use crate::outbox::{Queue, Sendable, Work};
     use crate::proto::Map;
+    use crate::sys::wake::Wake;
 
     fn device() -> Arc<Device> {
         device_with(r#"{ "ShellCommand": "/bin/sh", "User": "root" }"#)
@@ -365,6 +366,21 @@ mod tests {
         drop(router);
         other.route(of_alice(shell::DATA, "second\n"));
         assert_shows(&mut others, "second\r\nsecond\r\n");
+    }
+
+    /// It was kept if the next token came before its link had said goodbye: the client of a device that was no longer
+    /// authorised came back to it.
+    #[test]
+    #[cfg_attr(miri, ignore = "starts a shell")]
+    fn a_withdrawn_token_ends_an_attached_shell_whatever_follows() {
+        let device = device_that_keeps();
+        let (router, _queue) = link_with_shell(&device);
+        device.shells.close();
+        device.shells.open();
+        drop(router);
+        assert!(device.shells.kept().is_empty());
+        let (wake, deadline) = (Arc::new(Wake::new().unwrap()), Instant::now() + Duration::from_secs(30));
+        assert!(device.wait_until_quiet(&wake, deadline) && device.shells.running() == 0);
     }
 
     /// An inbox that had overflowed went on taking frames, though the client was told that the session is closed. What

@@ -188,10 +188,11 @@ impl Shells {
         lock(&self.0).keeps = true;
     }
 
-    /// Ends the detached shells, and keeps no others.
+    /// Ends all shells, attached ones with their link. That may take until after the next [`Shells::open`].
     pub(crate) fn close(&self) {
-        lock(&self.0).keeps = false;
-        self.dismiss(|_| true);
+        let mut state = lock(&self.0);
+        state.keeps = false;
+        state.places.iter_mut().for_each(|place| place.call(Call::End));
     }
 
     /// Ends detached shells of the users that are `meant`.
@@ -260,7 +261,7 @@ impl ShellPermit {
     }
 
     pub(crate) fn is_detached(&self) -> bool {
-        self.with(|place| !matches!(place.kind, Kind::Attached)).unwrap_or(false)
+        self.with(|place| !matches!(place.kind, Kind::Attached | Kind::Called(Call::End))).unwrap_or(false)
     }
 
     /// A call to hand the shell over is there no more then: a later one counts as another.

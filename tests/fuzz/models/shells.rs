@@ -113,7 +113,7 @@ impl Model {
             (3, _) => self.adopt(user, id),
             (4, _) => {
                 self.shells.dismiss(|meant| meant.as_str() == USERS[user]);
-                self.end(|session| session.user == user);
+                self.end(|session| matches!(session.kind, Kind::Detached(_)) && session.user == user);
             }
             (5, _) => {
                 self.shells.open();
@@ -122,7 +122,7 @@ impl Model {
             (6, _) if many => {
                 self.shells.close();
                 self.keeps = false;
-                self.end(|_| true);
+                self.end(Session::runs);
             }
             (6, _) => {
                 self.shells.wake();
@@ -320,11 +320,8 @@ impl Model {
     }
 
     fn end(&mut self, meant: impl Fn(&Session) -> bool) {
-        let kept = self
-            .sessions
-            .iter_mut()
-            .filter(|session| matches!(session.kind, Kind::Detached(_)) && meant(session));
-        kept.for_each(|session| session.call(Kind::Ending));
+        let ended = self.sessions.iter_mut().filter(|session| meant(session));
+        ended.for_each(|session| session.call(Kind::Ending));
     }
 
     fn wake_waiting(&mut self, user: usize) {
@@ -363,7 +360,8 @@ impl Model {
             }
             if let Some(permit) = &session.permit {
                 assert_eq!(permit.asked().is_some(), session.asked);
-                assert_eq!(permit.is_detached(), !matches!(session.kind, Kind::Attached));
+                let is_detached = matches!(session.kind, Kind::Detached(_) | Kind::Called { .. });
+                assert_eq!(permit.is_detached(), is_detached);
             }
         }
     }
