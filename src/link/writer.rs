@@ -13,7 +13,7 @@ use super::error::{LinkError, MAX_MESSAGE};
 use super::halves::Half;
 use super::pace::Pace;
 use super::socket::{Question, Socket};
-use crate::outbox::{Class, Mark, Queue, Work};
+use crate::outbox::{Class, Queue, Work};
 use crate::sys::give_memory_back;
 
 /// As Mender's agent sends it.
@@ -22,7 +22,7 @@ const PING_PAYLOAD: Bytes = Bytes::from_static(b"60");
 pub(super) fn run(half: Half, mut queue: Queue, heartbeat: Duration) -> Result<(), LinkError> {
     let pace = Pace::new(half.socket().took());
     let websocket = websocket(half, 0, MAX_MESSAGE);
-    let mut writer = Writer { websocket, pace, written: 0, marks: Vec::new() };
+    let mut writer = Writer { websocket, pace };
     match writer.write(&mut queue, heartbeat) {
         // The connection was over already, and the reader has the reason.
         Err(Error::Io(e)) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
@@ -33,10 +33,6 @@ pub(super) fn run(half: Half, mut queue: Queue, heartbeat: Duration) -> Result<(
 struct Writer {
     websocket: WebSocket<Half>,
     pace: Pace,
-    /// Bytes on the socket.
-    written: u64,
-    /// To be set when the current batch has been written.
-    marks: Vec<Mark>,
 }
 
 impl Writer {
@@ -71,9 +67,8 @@ impl Writer {
                 // The window may have shrunk below what was written since the last probe: without another probe no
                 // answer would ever open it.
                 self.probe(false)?;
-                // Flush before waiting, and only then.
+                // Flush before waiting.
                 self.websocket.flush()?;
-                self.settle();
                 let opening = self.pace.deadline().filter(|deadline| *deadline > now);
                 let deadlines = opening.into_iter().chain(asked.map(|asked| asked.limit));
                 work = queue.next(sendable, deadlines.fold(next_ping, Instant::min));
@@ -85,20 +80,19 @@ impl Writer {
                         self.probe(true)?;
                     }
                     self.pace.wrote(message.len());
-                    // A ping may have been flushed since, with the messages before it.
-                    self.settle();
-                    self.marks.extend(mark);
                     self.websocket.write(Message::Binary(message))?;
-                    self.settle();
+                    if let Some(mark) = mark {
+                        // Not with the next one: that may be held up while the server has got this one.
+                        self.websocket.flush()?;
+                        mark.store(self.socket().written(), Ordering::SeqCst);
+                    }
                     self.probe(false)?;
                 }
                 Some(Work::Answered(probe, when)) => self.pace.answered(probe, when),
                 Some(Work::Pong(payload)) => self.websocket.write(Message::Pong(payload))?,
                 Some(Work::Ping(hurries)) => (next_ping, hurry) = (now, hurries),
                 Some(Work::Close(code)) => {
-                    self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }))?;
-                    self.settle();
-                    return Ok(());
+                    return self.websocket.close(Some(CloseFrame { code: code.into(), reason: "".into() }));
                 }
             }
         }
@@ -106,15 +100,6 @@ impl Writer {
 
     fn socket(&self) -> &Socket {
         self.websocket.get_ref().socket()
-    }
-
-    /// Marks the messages of a written batch; batches are written as a whole.
-    fn settle(&mut self) {
-        let written = self.socket().written();
-        if written != self.written {
-            self.written = written;
-            self.marks.drain(..).for_each(|mark| mark.store(written, Ordering::SeqCst));
-        }
     }
 
     /// `bulk`: a bulk message follows.
@@ -129,7 +114,7 @@ impl Writer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::outbox::{Outbox, Sink};
+    use crate::outbox::{Mark, Outbox, Sink};
     use crate::proto::Frame;
     use crate::sys::wake::Wake;
     use std::net::{TcpListener, TcpStream};
@@ -143,7 +128,7 @@ mod tests {
         let (server, _) = listener.accept().unwrap();
         server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let websocket = websocket(Half::new(Socket::of(ours), None), 0, MAX_MESSAGE);
-        let mut writer = Writer { websocket, pace, written: 0, marks: Vec::new() };
+        let mut writer = Writer { websocket, pace };
         let writer = crate::sys::thread::spawn("writer", crate::sys::thread::LARGE_STACK, move || {
             writer.write(&mut queue, Duration::from_secs(25))
         });
@@ -166,6 +151,27 @@ mod tests {
         // Each of the two frames has a head of two bytes and a mask of four.
         let ends_at = (6 + PING_PAYLOAD.len() + 6 + message.len()) as u64;
         assert_eq!(mark.load(Ordering::SeqCst), ends_at);
+    }
+
+    /// It counted as written only with the message behind it: where the link ended then, the client got it once more by
+    /// the next one.
+    #[test]
+    fn a_message_before_one_that_is_held_up_is_marked() {
+        let (outbox, queue) = Outbox::new();
+        let sink = Sink::new(&outbox, Arc::new(Wake::new().unwrap()));
+        let (message, mark) = (Bytes::from(Frame::new(1, "shell", None).encode()), Mark::default());
+        sink.send(message.clone(), Class::Interactive, None, Some(Arc::clone(&mark)));
+        // More than the kernel takes.
+        sink.send(vec![0; 64 << 20].into(), Class::Bulk, None, None);
+        let (mut server, writer) = start(Pace::new(Duration::ZERO), queue);
+        assert_eq!(server.read().unwrap(), Message::Binary(message));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while mark.load(Ordering::SeqCst) == 0 {
+            assert!(Instant::now() < deadline, "it isn't marked");
+            std::thread::yield_now();
+        }
+        drop(server);
+        writer.join().unwrap().unwrap_err();
     }
 
     /// Without the probe the writer would wait for an answer to nothing, for ever.
