@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::Ipv4Addr;
 
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -12,6 +13,7 @@ use crate::harness::forward::Client;
 use crate::harness::msg::CONTROL;
 use crate::harness::rest::{Form, Rest};
 use crate::harness::rig::{Rig, Setup, script_config};
+use crate::harness::server::closed_port;
 use crate::harness::targets::{Role, Target};
 use crate::harness::wait::SOON;
 
@@ -180,8 +182,8 @@ fn transfers() {
 #[test]
 fn forwards() {
     let echo = Target::start(Role::Echo);
-    let closed =
-        std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").port();
+    let refusing = closed_port((Ipv4Addr::LOCALHOST, 0).into());
+    let closed = refusing.local_addr().expect("an address").port();
     let allow = [format!("tcp/127.0.0.1:{}", echo.port()), format!("tcp/127.0.0.1:{closed}")];
     let (rig, device) = Setup::new().set("PortForward", json!({ "Allow": allow })).connected();
     let client = Client::open(&device);

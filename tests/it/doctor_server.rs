@@ -7,15 +7,9 @@ use crate::harness::dns::{self, NameServer};
 use crate::harness::doctor::{Findings, Office, now, token};
 use crate::harness::front::{Acceptor, Proxy};
 use crate::harness::http;
-use crate::harness::server::Reply;
+use crate::harness::server::{Reply, closed_port};
 use crate::harness::wait::{skip, spawn};
 use crate::harness::wire;
-
-/// A port of this machine's where nothing listens.
-fn closed_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
-    listener.local_addr().expect("an address").port()
-}
 
 #[test]
 fn urls_that_mean_nothing() {
@@ -79,8 +73,10 @@ fn names_of_a_name_server() {
 
 #[test]
 fn ports_where_nobody_listens() {
+    let closed = closed_port((Ipv4Addr::LOCALHOST, 0).into());
+    let port = closed.local_addr().expect("an address").port();
     for host in ["127.0.0.1", "localhost"] {
-        let findings = Office::at(&format!("http://{host}:{}", closed_port())).ask();
+        let findings = Office::at(&format!("http://{host}:{port}")).ask();
         let (found, advice) = findings.assert_break("tcp");
         assert!(!findings.warnings("tcp").contains(&found), "it is said once: {findings:?}");
         assert!(found.contains("connection refused") && advice.contains("mender-authd"), "{found}: {advice}");
@@ -107,7 +103,9 @@ fn proxies() {
     let wrong = Office::at("http://device.example").env("http_proxy", "ftp://127.0.0.1");
     let (found, _) = wrong.ask().assert_break("proxy");
     assert!(found.contains("scheme other than http, socks5"), "{found}");
-    let away = Office::at("http://device.example").env("HTTP_PROXY", &format!("127.0.0.1:{}", closed_port()));
+    let closed = closed_port((Ipv4Addr::LOCALHOST, 0).into());
+    let away = closed.local_addr().expect("an address").to_string();
+    let away = Office::at("http://device.example").env("HTTP_PROXY", &away);
     let (found, advice) = away.ask().assert_break("tcp");
     assert!(found.contains("connection refused") && advice.contains("HTTPS_PROXY"), "{found}: {advice}");
     let around = Office::open().env("HTTP_PROXY", "127.0.0.1:1").env("NO_PROXY", "*").ask();

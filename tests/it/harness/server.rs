@@ -3,11 +3,14 @@
 use std::collections::VecDeque;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
+};
 use tungstenite::handshake::derive_accept_key;
 
 use super::device::{Device, Generation};
@@ -66,8 +69,21 @@ struct Shared {
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
+    /// Other tests would get the port while the server is stopped.
+    _port: TcpListener,
     shared: Arc<Watched<Shared>>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Binds this address, with port 0 any free one, without listening: connections are refused, and nobody gets the port but
+/// a [`Server`] that asks for it.
+pub fn closed_port(address: SocketAddr) -> TcpListener {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
+    // The standard library sets it for those that listen.
+    setsockopt(&socket, sockopt::ReuseAddr, &true).expect("set SO_REUSEADDR");
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(address)).expect("bind on loopback");
+    socket.into()
 }
 
 impl Server {
@@ -89,14 +105,16 @@ impl Server {
             silent: Vec::new(),
             stop: false,
         };
-        let mut server = Server { address, shared: Arc::new(Watched::new(shared)), thread: None };
+        let port = closed_port(address);
+        let address = port.local_addr().expect("a bound address");
+        let mut server =
+            Server { address, _port: port, shared: Arc::new(Watched::new(shared)), thread: None };
         server.listen();
         server
     }
 
     fn listen(&mut self) {
         let listener = TcpListener::bind(self.address).expect("listen on loopback");
-        self.address = listener.local_addr().expect("a bound address");
         let shared = Arc::clone(&self.shared);
         shared.update(|s| s.stop = false);
         self.thread = Some(spawn("server", move || accept(&listener, &shared)));
