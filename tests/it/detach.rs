@@ -150,15 +150,16 @@ fn a_user_who_comes_back_is_not_idle() {
     let mut before = Terminal::of_user(&device, "alice");
     before.open_with_prompt();
     let typed = Instant::now();
-    throughout(secs(3), "the link", || !device.is_over());
+    throughout(secs(1), "the link", || !device.is_over());
     let device = cut(&rig, &device);
     let after = Terminal::of_user(&device, "alice");
-    after.open();
+    // Before its idle time begins anew, however long the answer takes.
     let back = Instant::now();
-    assert!(back - typed < secs(6), "too slow a machine for this test");
+    after.open();
+    assert!(typed.elapsed() < secs(6), "too slow a machine for this test");
     let stop = after.expect_after_output("stop", SOON);
     assert!(stop.text().contains("no input for 6 s"), "{}", stop.summary());
-    assert!(back.elapsed() > millis(5500), "after {:?}", back.elapsed());
+    assert!(back.elapsed() >= secs(6), "after {:?}", back.elapsed());
 }
 
 #[test]
@@ -175,7 +176,7 @@ fn nothing_is_kept_when_the_agent_ends() {
     let started = Instant::now();
     rig.daemon.signal(Signal::SIGTERM);
     assert!(rig.daemon.wait_exit(SOON).success());
-    assert!(started.elapsed() < secs(2) || emulated("time is the emulator's"), "{:?}", started.elapsed());
+    assert!(started.elapsed() < secs(3) || emulated("time is the emulator's"), "{:?}", started.elapsed());
     shells.into_iter().for_each(|pid| proc::wait_gone(pid, SOON));
 }
 
@@ -191,7 +192,8 @@ fn a_user_who_has_gone_without_a_word_does_not_keep_the_place() {
     let mut next = Terminal::of_user(&device, "alice");
     next.open_with_prompt();
     let waited = started.elapsed();
-    assert!(waited < millis(2500) || emulated("time is the emulator's"), "{waited:?}");
+    // The two seconds for an answer, and the shell's start.
+    assert!(waited < secs(8), "{waited:?}");
     proc::wait_gone(shell, SOON);
     assert!(rig.daemon.wait_for_log("event=shell-end", SOON).contains("user gone"));
     assert_eq!(next.run("echo here"), "here");
@@ -382,21 +384,31 @@ fn screen(terminal: &Terminal, screen: &mut vt100::Parser) -> String {
     screen.screen().contents()
 }
 
-/// A full-screen program that `command` starts, with `input` typed when it shows `ready`: what its user had on the screen,
-/// and the terminal that has come back to it, with what that shows.
-fn come_back(rig: &Rig, device: &Device, command: &str, ready: &str, input: &str) -> Back {
+/// A full-screen program that `command` starts, with `input` typed when it shows `ready`: what its user had on the screen
+/// when it was `complete`, and the terminal that has come back to it, with what that shows.
+fn come_back(
+    rig: &Rig,
+    device: &Device,
+    command: &str,
+    [ready, input]: [&str; 2],
+    complete: impl Fn(&str) -> bool,
+) -> Back {
     let mut before = Terminal::of_user(device, "alice");
     before.open_with_prompt();
     before.input(format!("{command}\n"));
     let mut parser = vt100::Parser::new(24, 80, 0);
     eventually(SOON, "the program", || screen(&before, &mut parser).contains(ready).then_some(()));
     before.input(input);
-    let before = screen(&before, &mut parser);
+    // On a busy machine it pauses while it draws.
+    let drawn = |terminal: &Terminal, parser: &mut vt100::Parser| {
+        eventually(SOON, "a complete screen", || Some(screen(terminal, parser)).filter(|text| complete(text)))
+    };
+    let before = drawn(&before, &mut parser);
     let device = cut(rig, device);
     let terminal = Terminal::of_user(&device, "alice");
     terminal.open();
     let mut parser = vt100::Parser::new(24, 80, 0);
-    let after = screen(&terminal, &mut parser);
+    let after = drawn(&terminal, &mut parser);
     Back { terminal, parser, before, after, _device: device }
 }
 
@@ -425,8 +437,8 @@ fn a_full_screen_program_draws_itself_again() {
     let text: String = (1..=200).map(|n| format!("line {n}: some text, ünïcödé and 漢字\n")).collect();
     std::fs::write(&file, text).expect("a file");
     let command = format!("{vi} -u NONE {}", file.display());
-    let mut back = come_back(&rig, &device, &command, "line 1:", "50Gzzdd");
-    assert!(back.before.contains("line 51:") && !back.before.contains("line 50:"), "{}", back.before);
+    let complete = |text: &str| text.contains("line 51:") && !text.contains("line 50:");
+    let mut back = come_back(&rig, &device, &command, ["line 1:", "50Gzzdd"], complete);
     assert_eq!(back.after, back.before);
     back.terminal.input("u");
     eventually(SOON, "line 50 again", || {
@@ -448,8 +460,8 @@ fn a_terminal_multiplexer_draws_itself_again() {
     let socket = rig.dir.path().join("tmux");
     let command = format!("LC_ALL=C.UTF-8 {tmux} -f {} -S {} new", file.display(), socket.display());
     let input = "PS1=; seq 100 110; echo in''side\n";
-    let mut back = come_back(&rig, &device, &command, "end", input);
-    assert!(back.before.contains("110\ninside") && back.before.ends_with("end"), "{}", back.before);
+    let complete = |text: &str| text.contains("110\ninside") && text.ends_with("end");
+    let mut back = come_back(&rig, &device, &command, ["end", input], complete);
     assert_eq!(back.after, back.before);
     back.terminal.input("echo out''side\n");
     eventually(SOON, "an answer", || {
@@ -466,12 +478,12 @@ fn a_program_that_goes_on_drawing_draws_itself_again() {
     let Some(htop) = program(&["/usr/bin/htop"]) else { return };
     let (rig, device) = setup(json!({})).connected();
     let command = format!("HOME={} {htop} -C -d 20 -p $$", rig.dir.path().display());
-    let mut back = come_back(&rig, &device, &command, "F10Quit", "");
-    for drawn in [&back.before, &back.after] {
+    let complete = |drawn: &str| {
         let has = |text| drawn.lines().filter(|line| line.contains(text)).count() == 1;
-        assert!(has("Load average:") && has("TIME+") && has("F1Help") && has("F10Quit"), "{drawn}");
-        assert_eq!(drawn.lines().count(), 24, "{drawn}");
-    }
+        let whole = has("Load average:") && has("TIME+") && has("F1Help") && has("F10Quit");
+        whole && drawn.lines().count() == 24
+    };
+    let mut back = come_back(&rig, &device, &command, ["F10Quit", ""], complete);
     back.terminal.input("q");
     back.terminal.prompt();
     back.terminal.stop();
@@ -485,7 +497,8 @@ fn rounds(usual: u32) -> u32 {
 /// Each with a shell: some are found again, some end with their time, some by their user's stop.
 #[test]
 fn many_cuts_leave_nothing_behind() {
-    let (mut rig, mut device) = script("exec cat", json!({ "KeepDetached": 1 })).connected();
+    // Longer than a cut takes on a busy machine.
+    let (mut rig, mut device) = script("exec cat", json!({ "KeepDetached": 5 })).connected();
     let mut terminal = Terminal::of_user(&device, "alice");
     terminal.open();
     for round in 0..rounds(60) {
@@ -516,9 +529,7 @@ fn many_cuts_leave_nothing_behind() {
     terminal.ask_stop();
     terminal.expect_after_output("stop", SOON);
     let device = cut(&rig, &device);
-    eventually(secs(10), "the end of all shells", || {
-        proc::children(rig.daemon.pid()).is_empty().then_some(())
-    });
+    eventually(SOON, "the end of all shells", || proc::children(rig.daemon.pid()).is_empty().then_some(()));
     assert_healthy(&mut rig, &device);
 }
 
