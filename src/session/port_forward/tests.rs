@@ -213,7 +213,11 @@ fn what_the_target_has_taken_is_not_counted() {
             assert!(typ == "new" || typ == "ack", "{typ}");
         }
     }
-    assert_eq!((scene.forwarder.connections.len(), scene.peer.device.memory.taken()), (1, 0));
+    // A busy kernel delivers on loopback a moment later.
+    while scene.peer.device.memory.taken() > 0 {
+        scene.turn(start);
+    }
+    assert_eq!(scene.forwarder.connections.len(), 1);
 }
 
 /// `stop` left the connection's id among those that are owed an ack. A new connection of the same id was then owed
