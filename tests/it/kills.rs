@@ -23,7 +23,7 @@ use crate::harness::rest::{Form, Rest, path_body};
 use crate::harness::rig::{Rig, Setup, TOKEN, script_config};
 use crate::harness::server::Reply;
 use crate::harness::targets::{Role, Silent, Target};
-use crate::harness::wait::{SOON, Watched, eventually, secs};
+use crate::harness::wait::{SOON, Watched, eventually};
 
 fn killed(mut rig: Rig, setup: &Setup) {
     kill(&mut rig);
@@ -286,6 +286,6 @@ fn ending() {
     rig.daemon.signal(Signal::SIGTERM);
     rig.daemon.wait_for_log("SIGTERM received", SOON);
     // It waits for the shell, for a second.
-    device.wait_end(secs(1));
+    device.wait_end(SOON);
     killed(rig, &setup());
 }

@@ -34,6 +34,9 @@ fn connected(network: &Network, setup: Setup) -> (Rig, Server, Device) {
     (rig, server, device)
 }
 
+/// Well before anything else would end the wait.
+const AT_ONCE: Duration = secs(5);
+
 fn assert_within(limit: Duration, since: Instant) {
     let took = since.elapsed();
     println!("took {took:?}");
@@ -69,7 +72,7 @@ fn a_default_route_is_used_at_once() {
         let back = Instant::now();
         network.near("ip route add default via 192.0.2.1");
         server.next_device(SOON);
-        assert_within(millis(1800), back);
+        assert_within(AT_ONCE, back);
         rig.daemon.wait_for_log("the network or the clock has changed", SOON);
     });
 }
@@ -87,7 +90,7 @@ fn a_cable_that_is_plugged_in_again_is_used_at_once() {
         let back = Instant::now();
         network.far("ip link set far up");
         server.next_device(SOON);
-        assert_within(millis(1800), back);
+        assert_within(AT_ONCE, back);
         rig.daemon.wait_for_log("the network or the clock has changed", SOON);
     });
 }
@@ -126,7 +129,7 @@ fn a_forwarder_that_reaches_no_server_is_tried_again_at_once() {
         let back = Instant::now();
         network.near("ip route add default via 192.0.2.1");
         server.next_device(SOON);
-        assert_within(millis(1800), back);
+        assert_within(AT_ONCE, back);
     });
 }
 
@@ -143,7 +146,7 @@ fn a_link_whose_address_is_gone_is_lost_at_once() {
              ip addr add 192.0.2.3/24 dev near; ip route replace default via 192.0.2.1",
         );
         server.next_device(SOON);
-        assert_within(secs(3), gone);
+        assert_within(AT_ONCE, gone);
         assert_eq!(lost(&rig, mark, SOON), "its address 192.0.2.2 is gone");
     });
 }
@@ -172,7 +175,7 @@ fn an_attempt_whose_address_is_gone_is_given_up_at_once() {
         );
         network.answer();
         server.next_device(SOON);
-        assert_within(secs(4), back);
+        assert_within(AT_ONCE, back);
         rig.daemon.wait_for_log("its address 192.0.2.2 is gone", SOON);
     });
 }
@@ -188,7 +191,7 @@ fn a_new_route_is_tried_beside_an_attempt_under_way() {
         let back = Instant::now();
         network.near("ip route del default && ip route add default via 192.0.2.1");
         server.next_device(SOON);
-        assert_within(secs(2), back);
+        assert_within(AT_ONCE, back);
     });
 }
 
@@ -285,8 +288,7 @@ fn a_way_that_falls_silent_is_noticed_by_the_heartbeat() {
         let (rig, server, device) = connected(network, setup);
         device.wait_pings(1, SOON);
         // Either the kernel misses the ping's acknowledgement or the agent the answer.
-        // The agent's own limit is exact, unlike the kernel's timers.
-        let reason = silenced(network, &rig, &server, millis(20_500));
+        let reason = silenced(network, &rig, &server, secs(23));
         assert!(["unacknowledged for 10 s", "no answer to a ping in 10 s"].contains(&&*reason), "{reason}");
     });
 }

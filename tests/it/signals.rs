@@ -21,7 +21,8 @@ pub fn ends_quickly(rig: &mut Rig, signal: Signal) {
     let status = rig.daemon.wait_exit(secs(10));
     let took = start.elapsed();
     assert_eq!(status.code(), Some(0), "{signal}: {status}");
-    assert!(took < secs(2), "{signal}: took {took:?}");
+    // A busy machine adds some time to it.
+    assert!(took < secs(3), "{signal}: took {took:?}");
     // Their parent is gone; whoever adopted them reaps them.
     for child in children {
         eventually(SOON, &format!("shell {child} to end"), || proc::has_ended(child).then_some(()));
