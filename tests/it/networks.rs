@@ -430,5 +430,7 @@ fn without_netlink_the_agent_says_so_and_goes_on() {
     let forbidden = r#"exec strace -D -qq -o /dev/null -e trace=bind -e inject=bind:error=EPERM:when=2 "$@""#;
     let (rig, device) = Setup::new().wrapper(forbidden).connected();
     assert!(device.answers(b"there", SOON));
+    // Behind it in the log, which is written later than it is queued.
+    rig.daemon.wait_for_log("Connection established", SOON);
     assert_eq!(rig.daemon.count_log("the kernel doesn't tell when the network changes"), 1);
 }
