@@ -75,8 +75,8 @@ pub struct Server {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Binds this address, with port 0 any free one, without listening: connections are refused, and nobody gets the port but
-/// a [`Server`] that asks for it.
+/// Binds this address, with port 0 any free one, without listening: connections are refused, and the port is in use for
+/// all that ask for any. A [`Server`], or another program that sets SO_REUSEADDR, may still listen there.
 pub fn closed_port(address: SocketAddr) -> TcpListener {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket");

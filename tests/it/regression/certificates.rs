@@ -1,6 +1,6 @@
 //! Servers' certificates as openssl makes them.
 
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -8,7 +8,7 @@ use crate::harness::device::Generation;
 use crate::harness::doctor::{Office, text};
 use crate::harness::front::Proxy;
 use crate::harness::rig::Setup;
-use crate::harness::server::Server;
+use crate::harness::server::{Server, closed_port};
 use crate::harness::tls::{Identity, TlsFront};
 use crate::harness::wait::{SOON, eventually, skip};
 use crate::remote::{FAILED, shell_works};
@@ -102,13 +102,13 @@ fn a_certificate_that_is_itself_trusted_is_accepted() {
     assert_eq!(server.requests().len(), before, "the token was sent to a stranger");
 }
 
-/// `openssl s_server`, for keys that rustls can't serve.
-struct Served(Child);
+/// `openssl s_server`, for keys that rustls can't serve, and its port, which no other test gets before it listens.
+struct Served(Child, #[allow(dead_code, reason = "kept until the end")] TcpListener);
 
 impl Served {
     fn start(certificate: &Path, key: &Path) -> (Served, u16) {
-        let port =
-            std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+        let closed = closed_port((Ipv4Addr::LOCALHOST, 0).into());
+        let port = closed.local_addr().expect("an address").port();
         let child = Command::new("openssl")
             .args([
                 "s_server",
@@ -124,7 +124,7 @@ impl Served {
             .stderr(Stdio::null())
             .spawn()
             .expect("openssl s_server");
-        let served = Served(child);
+        let served = Served(child, closed);
         eventually(SOON, "openssl to listen", || TcpStream::connect(("127.0.0.1", port)).ok());
         (served, port)
     }

@@ -1,6 +1,6 @@
 //! Terminals, forwards, commands and session control: one function is one job, which gives the bytes it compared.
 
-use std::net::TcpListener;
+use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::signal::{Signal, kill};
@@ -14,6 +14,7 @@ use crate::harness::device::Device;
 use crate::harness::forward::Client;
 use crate::harness::msg::{self, COMMANDS, CONTROL, FILES, Ints, SHELL, map};
 use crate::harness::proc;
+use crate::harness::server::closed_port;
 use crate::harness::targets::{Role, Target, UdpEcho, stream};
 use crate::harness::wait::{SOON, secs};
 use crate::harness::wire;
@@ -222,9 +223,8 @@ pub fn tcp(device: &Device, chance: &mut Chance) -> usize {
             checked += size;
         }
         2 => {
-            // Nobody listens there any more.
-            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-            client.connect("tcp", "127.0.0.1", port);
+            let closed = closed_port((Ipv4Addr::LOCALHOST, 0).into());
+            client.connect("tcp", "127.0.0.1", closed.local_addr().unwrap().port());
             let error = client.next_error();
             assert!(error.text.contains("refused"), "{error:?}");
         }
