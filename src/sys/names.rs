@@ -16,7 +16,7 @@ use nix::sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike};
 use super::wake::Wake;
 use super::{net, thread};
 
-/// A name server that takes longer to say no is silent, and isn't asked again.
+/// Name servers that take longer to fail are silent, and aren't asked again.
 const ANSWERED: Duration = Duration::from_secs(1);
 
 pub(crate) type Answer = io::Result<Vec<SocketAddr>>;
@@ -87,7 +87,9 @@ fn resolve(host: &str, port: u16, query: Query) -> Answer {
         let begun = Instant::now();
         let itself = |query| get_addresses(&name, port, query);
         let answer = itself(query);
-        if !is_missing(&answer) || begun.elapsed() >= ANSWERED {
+        // An answer that there is no such name may come late: from a second server, or on a slow link.
+        let is_denied = matches!(answer, Err((libc::EAI_NONAME, _)));
+        if !is_denied && (!is_missing(&answer) || begun.elapsed() >= ANSWERED) {
             return answer.map_err(|(_, e)| e);
         }
         if musl {

@@ -63,7 +63,7 @@ struct State {
 
 #[derive(Debug)]
 pub struct NameServer {
-    address: Ipv4Addr,
+    pub address: Ipv4Addr,
     socket: Arc<UdpSocket>,
     state: Arc<Watched<State>>,
     thread: Option<JoinHandle<()>>,

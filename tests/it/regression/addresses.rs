@@ -192,6 +192,23 @@ fn a_wildcard_in_a_search_domain_is_another_host() {
     }
 }
 
+/// It takes a second to come to the second name server, which passed for silence: the search domains weren't asked.
+#[test]
+fn search_domains_count_behind_a_dead_name_server() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    let (name, full) = ("short.name", "short.name.site.test");
+    let here = Answer::Each(Single::Address(V4), Single::Code(0));
+    let dead = NameServer::start(&[(name, Answer::Silence), (full, Answer::Silence)]);
+    let names = NameServer::start(&[(full, here)]);
+    let server = Server::start(Generation::New);
+    let options = format!("timeout:1 attempts:1\nnameserver {}\nsearch site.test", names.address);
+    let url = format!("http://{name}:{}", server.address().port());
+    let _rig = dead.setup().env("RESOLVER", &options).url(&url).start();
+    server.next_device(SOON);
+}
+
 /// A domain that a DHCP server or a VPN announces, and whose name servers fail, ended musl's search for a name without a
 /// dot.
 #[test]
