@@ -109,7 +109,12 @@ fn resolve(host: &str, port: u16, query: Query) -> Answer {
         let itself = || get_addresses(&format!("{host}."), port, query);
         return answers.find(|answer| !is_missing(answer)).unwrap_or_else(itself).map_err(|(_, e)| e);
     }
-    get_addresses(host, port, query).map_err(|(_, e)| e)
+    // IPv6 in a joint query: where the name has only IPv4 addresses, glibc takes one for IPv6 alone on to the next search
+    // domain, and a wildcard there is another host.
+    let both = if musl || query == Query::A { query } else { Query::Hosts };
+    let mut found = get_addresses(host, port, both).map_err(|(_, e)| e)?;
+    found.retain(|address| address.is_ipv4() == (query == Query::A));
+    if found.is_empty() { Err(io::Error::other("there are only IPv4 addresses")) } else { Ok(found) }
 }
 
 fn is_missing<T>(answer: &Result<T, (i32, io::Error)>) -> bool {
@@ -126,7 +131,11 @@ fn search_domains() -> Vec<String> {
 
 /// getaddrinfo(3), with its code and the error texts of std's `ToSocketAddrs`.
 fn get_addresses(host: &str, port: u16, query: Query) -> Result<Vec<SocketAddr>, (i32, io::Error)> {
-    let family = if query == Query::A { libc::AF_INET } else { libc::AF_INET6 };
+    let family = match query {
+        Query::Hosts => libc::AF_UNSPEC,
+        Query::A => libc::AF_INET,
+        Query::Aaaa => libc::AF_INET6,
+    };
     let host = CString::new(host).map_err(|e| (libc::EAI_FAIL, e.into()))?;
     // SAFETY: addrinfo consists of integers and pointers, for which zero is a valid value.
     let zero: libc::addrinfo = unsafe { mem::zeroed() };

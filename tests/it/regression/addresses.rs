@@ -166,6 +166,10 @@ fn a_wildcard_in_a_search_domain_is_another_host() {
     let names = NameServer::start(&[
         ("server.test", Answer::Each(Single::Address(V4), alone)),
         ("server.test.site.test", wildcard.clone()),
+        ("denied.test", Answer::Each(Single::Address(V4), Single::Code(NXDOMAIN))),
+        ("denied.test.site.test", wildcard.clone()),
+        ("single.own.test", Answer::Each(Single::Address(V4), alone)),
+        ("single.site.test", wildcard.clone()),
         ("short.name.site.test", wildcard.clone()),
         ("site.name", Answer::Each(Single::Code(2), Single::Code(2))),
         ("site.name.site.test", wildcard),
@@ -178,10 +182,13 @@ fn a_wildcard_in_a_search_domain_is_another_host() {
         })
         .expect("a port that both addresses have");
     let port = server.address().port();
-    let setup =
-        |options| names.setup().env("RESOLVER", &format!("timeout:30 attempts:1{options}\nsearch site.test"));
-    let _rig = setup("").url(&format!("http://server.test:{port}")).start();
-    server.next_device(NO_TIME_OUT);
+    let setup = |options| {
+        names.setup().env("RESOLVER", &format!("timeout:30 attempts:1{options}\nsearch own.test site.test"))
+    };
+    for name in ["server.test", "denied.test", "single"] {
+        let _rig = setup("").url(&format!("http://{name}:{port}")).start();
+        server.next_device(NO_TIME_OUT);
+    }
     assert_eq!(stranger.accepted(), 0, "the token was sent to another host");
     // The agent finds there what only a search domain has, also where a name server fails for the name itself. Without
     // `ndots`, musl doesn't look there for a name with a dot.
