@@ -96,9 +96,9 @@ fn resolve(host: &str, port: u16, query: Query) -> Answer {
             // It never goes on to them, and older ones say the same of a name that has only the other family.
             let other = if query == Query::A { Query::Aaaa } else { Query::A };
             let domains = Some(search_domains()).filter(|all| !all.is_empty() && is_missing(&itself(other)));
-            let below = |domain: &String| get_addresses(&format!("{host}.{domain}"), port, query).ok();
-            let found = domains.iter().flatten().find_map(below);
-            return found.map_or_else(|| answer.map_err(|(_, e)| e), Ok);
+            let below = |domain: &String| get_addresses(&format!("{host}.{domain}"), port, query);
+            let found = domains.iter().flatten().map(below).find(|answer| !is_missing(answer));
+            return found.unwrap_or(answer).map_err(|(_, e)| e);
         }
     }
     let is_single = host.starts_with(|first: char| first.is_ascii_alphabetic()) && !host.contains(['.', ':']);

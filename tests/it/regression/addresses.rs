@@ -170,6 +170,8 @@ fn a_wildcard_in_a_search_domain_is_another_host() {
         ("denied.test.site.test", wildcard.clone()),
         ("single.own.test", Answer::Each(Single::Address(V4), alone)),
         ("single.site.test", wildcard.clone()),
+        ("two.labels.own.test", Answer::Each(Single::Address(V4), alone)),
+        ("two.labels.site.test", wildcard.clone()),
         ("short.name.site.test", wildcard.clone()),
         ("site.name", Answer::Each(Single::Code(2), Single::Code(2))),
         ("site.name.site.test", wildcard),
@@ -185,7 +187,7 @@ fn a_wildcard_in_a_search_domain_is_another_host() {
     let setup = |options| {
         names.setup().env("RESOLVER", &format!("timeout:30 attempts:1{options}\nsearch own.test site.test"))
     };
-    for name in ["server.test", "denied.test", "single"] {
+    for name in ["server.test", "denied.test", "single", "two.labels"] {
         let _rig = setup("").url(&format!("http://{name}:{port}")).start();
         server.next_device(NO_TIME_OUT);
     }
