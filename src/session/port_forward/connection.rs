@@ -48,6 +48,8 @@ pub(super) struct Connection {
     state: State,
     pub(super) to_target: VecDeque<Bytes>,
     queued: usize,
+    /// Bytes of the first piece that the target has taken: the piece is held as a whole.
+    taken: usize,
     /// Bytes that were dropped when writing failed.
     lost: usize,
     pub(super) memory: Permit,
@@ -107,6 +109,7 @@ impl Connection {
             state: State::Opening(Opening::new(now)),
             to_target: VecDeque::new(),
             queued: 0,
+            taken: 0,
             lost: 0,
             memory: peer.share.memory.none(),
             unacknowledged: VecDeque::new(),
@@ -214,7 +217,8 @@ impl Connection {
 
     /// In bytes.
     fn held(&self) -> usize {
-        self.queued + self.to_target.len() * PIECE
+        let taken = if self.to_target.is_empty() { 0 } else { self.taken };
+        self.queued + taken + self.to_target.len() * PIECE
     }
 
     /// Whether its client may send more, with up to `limit` bytes queued.
@@ -252,9 +256,11 @@ impl Connection {
             };
             self.shown.traffic.add_in(n, now);
             self.queued -= n;
+            self.taken += n;
             let _ = data.split_to(n);
             if data.is_empty() {
                 self.to_target.pop_front();
+                self.taken = 0;
             }
         }
         Ok(())

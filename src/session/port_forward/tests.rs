@@ -294,3 +294,27 @@ fn a_queue_that_has_become_short_keeps_no_memory() {
     }
     assert!(connection.to_target.capacity() < 100, "{}", connection.to_target.capacity());
 }
+
+/// It counted as the bytes that were left of it: 512 forwards, each with a target that had taken nearly all of a
+/// mebibyte, held half a gibibyte.
+#[test]
+fn a_piece_counts_as_a_whole_until_the_target_has_it_all() {
+    const LENGTH: usize = 1 << 20;
+    let mut scene = scene();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let now = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
+    scene.turn(now);
+    scene.handle(&about(forward::FORWARD).with_body(vec![0; LENGTH]), now);
+    let (mut stream, _) = listener.accept().unwrap();
+    let connection = scene.forwarder.connections.values_mut().next().unwrap();
+    assert!(!connection.to_target.is_empty());
+    let mut piece = vec![0; 16 << 10];
+    while !connection.to_target.is_empty() {
+        let (left, counted) = (connection.to_target[0].len(), connection.memory.count());
+        assert!(left < LENGTH && counted >= LENGTH, "{left} bytes are left, and {counted} count");
+        stream.read_exact(&mut piece).unwrap();
+        connection.flush(now).unwrap();
+    }
+    assert_eq!(connection.memory.count(), 0);
+}

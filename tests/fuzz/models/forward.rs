@@ -194,7 +194,9 @@ impl Model {
         if self.clients[id].excused > 0 {
             return;
         }
-        let waiting: usize = self.targets.iter().map(|target| target.sent - target.read).sum();
+        // A piece counts as a whole until its target has taken all of it.
+        let most = |left: usize| if left > 0 { left + LENGTHS[LENGTHS.len() - 1] } else { 0 };
+        let waiting: usize = self.targets.iter().map(|target| most(target.sent - target.read)).sum();
         let from = match self.of(id).find(|target| !target.left) {
             Some(target) => {
                 target.sent += length;
