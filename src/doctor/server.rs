@@ -164,7 +164,7 @@ fn default_routes() -> String {
 
 fn source(query: Query) -> &'static str {
     match query {
-        Query::Hosts => " (/etc/hosts)",
+        Query::Both => " (/etc/hosts)",
         Query::A => " (A, IPv4)",
         Query::Aaaa => " (AAAA, IPv6)",
     }

@@ -23,8 +23,8 @@ pub(crate) type Answer = io::Result<Vec<SocketAddr>>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Query {
-    /// Both families, for a name in /etc/hosts.
-    Hosts,
+    /// Both families: for a name in /etc/hosts, and with glibc.
+    Both,
     A,
     Aaaa,
 }
@@ -52,7 +52,7 @@ pub(crate) fn look_up(
         let known = in_hosts_file(&host, port);
         if !known.is_empty() {
             // An entry for one family overrides DNS for both; two queries would find the other family in DNS.
-            return tell(Query::Hosts, Ok(known));
+            return tell(Query::Both, Ok(known));
         }
         let (other, name) = (tell.clone(), host.clone());
         let ask = move || other(Query::Aaaa, resolve(&name, port, Query::Aaaa));
@@ -111,8 +111,8 @@ fn resolve(host: &str, port: u16, query: Query) -> Answer {
     }
     // IPv6 in a joint query: where the name has only IPv4 addresses, glibc takes one for IPv6 alone on to the next search
     // domain, and a wildcard there is another host.
-    let both = if musl || query == Query::A { query } else { Query::Hosts };
-    let mut found = get_addresses(host, port, both).map_err(|(_, e)| e)?;
+    let family = if musl || query == Query::A { query } else { Query::Both };
+    let mut found = get_addresses(host, port, family).map_err(|(_, e)| e)?;
     found.retain(|address| address.is_ipv4() == (query == Query::A));
     if found.is_empty() { Err(io::Error::other("there are only IPv4 addresses")) } else { Ok(found) }
 }
@@ -132,7 +132,7 @@ fn search_domains() -> Vec<String> {
 /// getaddrinfo(3), with its code and the error texts of std's `ToSocketAddrs`.
 fn get_addresses(host: &str, port: u16, query: Query) -> Result<Vec<SocketAddr>, (i32, io::Error)> {
     let family = match query {
-        Query::Hosts => libc::AF_UNSPEC,
+        Query::Both => libc::AF_UNSPEC,
         Query::A => libc::AF_INET,
         Query::Aaaa => libc::AF_INET6,
     };

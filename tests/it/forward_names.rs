@@ -109,7 +109,7 @@ fn nobody_waits_for_an_answer_that_does_not_come() {
         let begun = Instant::now();
         assert_echo(&other, b"?");
         assert_echo(&client.connect("tcp", "here.test", target.port()), b"?");
-        assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < secs(5), "{:?}", begun.elapsed());
     }
     // Whoever gives up and tries again, again and again, doesn't fill the memory with threads.
     for _ in 0..100 {

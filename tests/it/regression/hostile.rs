@@ -153,7 +153,7 @@ fn assert_others_look_up(device: &Device, target: &Target) {
     let client = Client::open(device);
     let begun = Instant::now();
     assert_echo(&client.connect("tcp", "here.test", target.port()), b"by name");
-    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < secs(5), "{:?}", begun.elapsed());
     client.close();
 }
 
