@@ -80,7 +80,8 @@ fn in_hosts_file(host: &str, port: u16) -> Vec<SocketAddr> {
 fn resolve(host: &str, port: u16, query: Query) -> Answer {
     let musl = cfg!(target_env = "musl");
     let is_dotted = host.contains('.') && host.ends_with(|last: char| last.is_ascii_alphabetic());
-    if is_dotted {
+    // With more dots asked for, search domains come first, as in containers. musl does that by itself.
+    if is_dotted && (musl || host.matches('.').count() >= ndots()) {
         // First without the search domains: where the name has no address of this family, glibc goes on to them, and a
         // wildcard there is another host.
         let name = host.to_owned() + if musl { "" } else { "." };
@@ -119,6 +120,13 @@ fn resolve(host: &str, port: u16, query: Query) -> Answer {
 
 fn is_missing<T>(answer: &Result<T, (i32, io::Error)>) -> bool {
     answer.as_ref().is_err_and(|(code, _)| *code != libc::EAI_NODATA)
+}
+
+fn ndots() -> usize {
+    let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let options = text.lines().filter(|line| line.starts_with("options"));
+    let mut words = options.flat_map(str::split_ascii_whitespace).rev();
+    words.find_map(|word| word.strip_prefix("ndots:")?.parse().ok()).unwrap_or(1)
 }
 
 /// The last line that has domains counts (resolv.conf(5)).

@@ -170,6 +170,8 @@ fn a_wildcard_in_a_search_domain_is_another_host() {
         ("denied.test.site.test", wildcard.clone()),
         ("single.own.test", Answer::Each(Single::Address(V4), alone)),
         ("single.site.test", wildcard.clone()),
+        ("inner.name", Answer::Each(alone, Single::Address(V6))),
+        ("inner.name.own.test", Answer::Each(Single::Address(V4), alone)),
         ("two.labels.own.test", Answer::Each(Single::Address(V4), alone)),
         ("two.labels.site.test", wildcard.clone()),
         ("short.name.site.test", wildcard.clone()),
@@ -187,8 +189,10 @@ fn a_wildcard_in_a_search_domain_is_another_host() {
     let setup = |options| {
         names.setup().env("RESOLVER", &format!("timeout:30 attempts:1{options}\nsearch own.test site.test"))
     };
-    for name in ["server.test", "denied.test", "single", "two.labels"] {
-        let _rig = setup("").url(&format!("http://{name}:{port}")).start();
+    // A container's `ndots` has the search domains come first.
+    let usual = ["server.test", "denied.test", "single", "two.labels"].map(|name| (name, ""));
+    for (name, options) in usual.into_iter().chain([("inner.name", " ndots:2")]) {
+        let _rig = setup(options).url(&format!("http://{name}:{port}")).start();
         server.next_device(NO_TIME_OUT);
     }
     assert_eq!(stranger.accepted(), 0, "the token was sent to another host");
