@@ -339,6 +339,10 @@ impl Link {
         let props = Map::new().with_str("user_id", user.as_str()).with_i64(NUMBER, self.sent);
         let frame = Frame::new(proto, typ, id.as_ref()).with_props(props);
         let without_body = frame.held();
+        // The sessions that get the last of the memory are any: the router's order isn't known.
+        if id.is_none() && self.memory(None) + self.sessions.len() * without_body > MEMORY_OF_USER {
+            return;
+        }
         let frame = frame.with_body(BODY.slice(..message.size()));
         self.size = frame.held();
         let shells = self.device.counts().1;
