@@ -8,6 +8,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::libc;
 use nix::net::if_::if_nametoindex;
+#[cfg(test)]
+use nix::sys::socket::sockopt;
 use nix::sys::socket::sockopt::{Broadcast, Linger, SetBool, SetStruct};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, connect, getpeername, getsockname, setsockopt, socket,
@@ -19,9 +21,11 @@ pub(crate) struct QuickAck;
 nix::setsockopt_impl!(QuickAck, libc::IPPROTO_TCP, libc::TCP_QUICKACK, bool, SetBool);
 
 /// Limits unsent bytes in the kernel: messages still in this program can be reordered.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub(crate) struct UnsentLimit;
 nix::setsockopt_impl!(UnsentLimit, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, u32, SetStruct<u32>);
+#[cfg(test)]
+nix::getsockopt_impl!(UnsentLimit, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, u32, sockopt::GetStruct<u32>);
 
 /// SIOCOUTQNSD. SIOCOUTQ, by its other name TIOCOUTQ, counts the unacknowledged bytes, too.
 const UNSENT: libc::Ioctl = 0x894b;
