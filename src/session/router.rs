@@ -273,9 +273,13 @@ mod tests {
         assert_eq!(shown, output);
     }
 
+    fn link(device: &Arc<Device>, table: Arc<Table>) -> (Router, Queue) {
+        let (outbox, queue) = Outbox::new();
+        (Router::new(device, table, &outbox), queue)
+    }
+
     fn link_with_shell(device: &Arc<Device>) -> (Router, Queue) {
-        let (outbox, mut queue) = Outbox::new();
-        let mut router = Router::new(device, device.new_table(), &outbox);
+        let (mut router, mut queue) = link(device, device.new_table());
         router.route(of_alice(shell::NEW, ""));
         assert_eq!(next(&mut queue).typ, shell::NEW);
         assert_shows(&mut queue, "\r\n");
@@ -300,8 +304,7 @@ mod tests {
         drop(router);
         let held = held.take().unwrap();
 
-        let (third, mut queue) = Outbox::new();
-        let mut router = Router::new(&device, device.new_table(), &third);
+        let (mut router, mut queue) = link(&device, device.new_table());
         assert_eq!(next(&mut queue).typ, shell::PING);
         router.route(of_alice(shell::DATA, "typed\n"));
         session::start(held, Terminal::default()).unwrap();
@@ -326,8 +329,7 @@ mod tests {
         });
         router.route(of_alice(shell::PONG, ""));
 
-        let (third, mut queue) = Outbox::new();
-        let mut router = Router::new(&device, device.new_table(), &third);
+        let (mut router, mut queue) = link(&device, device.new_table());
         assert_eq!(next(&mut queue).typ, shell::PING);
         router.route(of_alice(shell::DATA, "typed\n"));
         assert_shows(&mut queue, "typed\r\ntyped\r\n");
@@ -342,10 +344,9 @@ mod tests {
         drop(link_with_shell(&device));
 
         let (late, current) = (device.new_table(), device.new_table());
-        let (outbox, mut queue) = Outbox::new();
-        let mut router = Router::new(&device, current, &outbox);
+        let (mut router, mut queue) = link(&device, current);
         assert_eq!(next(&mut queue).typ, shell::PING);
-        drop(Router::new(&device, late, &Outbox::new().0));
+        drop(link(&device, late));
         router.route(of_alice(shell::DATA, "typed\n"));
         assert_shows(&mut queue, "typed\r\ntyped\r\n");
     }
@@ -357,8 +358,7 @@ mod tests {
         let device = device_that_keeps();
         let (mut router, mut queue) = link_with_shell(&device);
 
-        let (second, mut others) = Outbox::new();
-        let mut other = Router::new(&device, device.new_table(), &second);
+        let (mut other, mut others) = link(&device, device.new_table());
         assert_eq!(next(&mut others).typ, shell::PING);
         other.route(of_alice(shell::PONG, ""));
         router.route(of_alice(shell::DATA, "first\n"));

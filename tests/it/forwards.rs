@@ -273,7 +273,7 @@ fn data_for_a_connection_that_fails_is_acknowledged_once_at_most() {
         }
         let dial = client.next_error();
         assert_eq!(dial.about, "new", "the failure itself comes first: {dial:?}");
-        // What was sent while the name was looked up is acknowledged behind it.
+        // Behind it the agent acknowledges what came while it looked up the name.
         client.settle();
         // Each one is acknowledged or refused.
         for _ in 0..connection.in_flight() {

@@ -69,7 +69,7 @@ fn the_daemon_keeps_what_its_features_need() {
         let (rig, device) = setup.connected();
         let pid = rig.daemon.pid().to_string();
         for task in fs::read_dir(format!("/proc/{pid}/task")).expect("threads") {
-            // That which connected to the bus may end meanwhile.
+            // The thread that connected to the bus may end meanwhile.
             let Ok(task) = fs::read_to_string(task.expect("a thread").path().join("status")) else {
                 continue;
             };
