@@ -30,8 +30,8 @@ const LOST: Duration = Duration::from_secs(10);
 /// Measured anew after this time, since routes change.
 const QUICKEST_HOLDS: Duration = Duration::from_secs(10);
 /// Allowed queueing delay: `SLACK` × minimum RTT within these bounds, so that a link of varying speed stays busy.
-const SLACK: u32 = 4;
-const LEAST_SLACK: Duration = Duration::from_micros(300);
+const SLACK: u32 = 2;
+const LEAST_SLACK: Duration = Duration::from_micros(150);
 const MOST_SLACK: Duration = Duration::from_millis(50);
 /// The largest factor by which one probe changes the window.
 const STEP: u64 = 4;
@@ -256,7 +256,7 @@ pub(super) mod tests {
             (10e6, millis(20), millis(100)),
             (40e6, millis(60), millis(150)),
             // A client with one thread for everything.
-            (500e6, Duration::from_micros(100), millis(1)),
+            (500e6, Duration::from_micros(100), Duration::from_micros(500)),
         ] {
             let mut simulation = Simulation::new(rate, delay);
             simulation.run((delay * 30).max(millis(2000)));
