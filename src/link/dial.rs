@@ -143,7 +143,7 @@ fn open_socket(
         reason: reason(e),
     };
     let no_addresses = |reason| LinkError::Resolve { host: target.host.clone(), reason };
-    let (mut unresolved, mut unconnected) = (None, None);
+    let mut failure = None;
     let mut race = match net::literal(&target.host, target.port) {
         Some(address) => {
             progress(Progress::Resolved(&target.host, None, &[address]));
@@ -162,25 +162,22 @@ fn open_socket(
         if cancel.again.swap(false, Ordering::SeqCst) {
             race.try_again(Instant::now());
         }
-        let winner = race.advance(Instant::now(), &mut |_| true, &mut |event| match event {
-            Event::Answered(query, Ok(addresses)) => {
-                progress(Progress::Resolved(&target.host, Some(query), addresses));
-            }
-            Event::Answered(query, Err(e)) => {
-                let failure = no_addresses(e.to_string());
-                progress(Progress::Failed(Some(query), &failure));
-                // IPv4's error is reported, unless there is an address.
-                if unresolved.is_none() || query == Query::A {
-                    unresolved = Some(failure);
+        let winner = race.advance(Instant::now(), &mut |_| true, &mut |event| {
+            let (query, weight, e) = match event {
+                Event::Answered(query, Ok(addresses)) => {
+                    return progress(Progress::Resolved(&target.host, Some(query), addresses));
                 }
-            }
-            Event::Failed(address, e) => {
-                let failure = not_connected(address, &e);
-                progress(Progress::Failed(None, &failure));
-                let routed = has_route(address);
-                if unconnected.as_ref().is_none_or(|(known, _)| !known && routed) {
-                    unconnected = Some((routed, failure));
+                Event::Answered(query, Err(e)) => {
+                    (Some(query), u8::from(query == Query::A), no_addresses(e.to_string()))
                 }
+                Event::Failed(address, e) => {
+                    (None, 2 + u8::from(has_route(address)), not_connected(address, &e))
+                }
+            };
+            progress(Progress::Failed(query, &e));
+            // The first of the greatest weight is reported.
+            if failure.as_ref().is_none_or(|(known, _)| *known < weight) {
+                failure = Some((weight, e));
             }
         });
         if let Some((socket, address)) = winner {
@@ -189,7 +186,7 @@ fn open_socket(
         }
         if race.is_over() {
             let nothing = || no_addresses("no addresses".to_owned());
-            return Err(unconnected.map(|(_, failure)| failure).or(unresolved).unwrap_or_else(nothing));
+            return Err(failure.map_or_else(nothing, |(_, failure)| failure));
         }
         if cancel.left().is_zero() {
             let late = |address| not_connected(address, &Errno::ETIMEDOUT.into());
