@@ -204,6 +204,8 @@ impl Machine {
                     (self.failures, self.lost) = (0, now);
                     self.credentials = Some(new);
                 }
+                // The dial that a change of the network may have held up is replaced.
+                (self.redial, self.redialled) = (None, false);
                 (Dialling, vec![Dial])
             }
             (_, Event::Auth(Changed(None))) => {

@@ -317,4 +317,9 @@ fn an_attempt_under_way_when_the_network_changes_is_begun_anew_once() {
     assert_eq!(machine.step(Event::Tick, now + REDIAL), vec![Dial]);
     machine.step(Event::NetworkChanged, now + REDIAL * 2);
     assert_eq!((machine.state, machine.deadline()), (State::Dialling, None));
+    // A dial with a new token has begun by the new route.
+    let mut machine = in_state(State::Dialling, now);
+    machine.step(Event::NetworkChanged, now);
+    assert_eq!(machine.step(changed("b"), now + SOON), [Dial]);
+    assert_eq!(machine.deadline(), None);
 }
