@@ -279,7 +279,6 @@ impl Machine {
                 (state, if ask { vec![LogNetworkChanged, Ping] } else { vec![] })
             }
 
-            (Asking, Event::RetryNow) => (state, vec![]),
             (Dialling | Connected, Event::RetryNow) => (state, vec![Ask]),
             (_, Event::RetryNow) => (Asking, vec![Ask]),
 

@@ -94,7 +94,8 @@ fn the_table() {
         (Dialling, Event::RetryNow, Dialling, vec![Ask]),
         (Waiting, Event::RetryNow, Asking, vec![Ask]),
         (Unauthorized, Event::RetryNow, Asking, vec![Ask]),
-        (Asking, Event::RetryNow, Asking, vec![]),
+        // It may be another source by now.
+        (Asking, Event::RetryNow, Asking, vec![Ask]),
         (Connected, Event::Stop, Stopping, vec![]),
         (Waiting, Event::Stop, Stopping, vec![]),
         (Stopping, changed("b"), Stopping, vec![]),
