@@ -128,7 +128,7 @@ fn run<F: FnMut(Frame)>(
     // If we end the link, the kernel still delivers what was written, unless the link is dead or slow, or data from the
     // server that nobody reads any more has the kernel reset it. A link that ended by itself has lost what was on the
     // way. A session that goes on has to know how much.
-    if lost_by_itself || !too_large && !cancel.sends_all(farewell) {
+    if lost_by_itself || !cancel.sends_all(farewell) {
         // A write blocked by a dead server ends only now, and then counts what it has written.
         let waits = writer.is_err();
         if waits {

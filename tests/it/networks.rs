@@ -293,33 +293,47 @@ fn a_way_that_falls_silent_is_noticed_by_the_heartbeat() {
     });
 }
 
-/// What the dead link hasn't delivered is sent by the next one, and nothing twice.
+/// A user's shell that counts, on a link that has carried some of it, and what it has carried.
+fn counting(network: &Network) -> (Rig, Server, Device, Terminal, Vec<u8>) {
+    let shell = "stty -echo; n=0; while n=$((n + 1)); do echo $n; sleep 0.1; done";
+    let setup = Setup::new().config(script_config(shell)).set("ReconnectIntervalSeconds", 1);
+    let (rig, server, device) = connected(network, setup.set("Sessions", json!({})));
+    let terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    let mut all = Vec::new();
+    terminal.collect(&mut all, 40, SOON);
+    (rig, server, device, terminal, all)
+}
+
+/// What the server has got, with some of what the next link brings.
+fn with_more(terminal: Terminal, mut all: Vec<u8>, next: &Device) -> String {
+    terminal.collect(&mut all, usize::MAX, millis(300));
+    let terminal = terminal.on(next);
+    terminal.pong();
+    let wanted = all.len() + 300;
+    terminal.collect(&mut all, wanted, SOON);
+    String::from_utf8(all).expect("text")
+}
+
+/// Nothing is missing, and nothing came twice.
+fn assert_counted(text: &str) {
+    let (whole, _) = text.rsplit_once("\r\n").expect("lines");
+    for (n, line) in whole.split("\r\n").enumerate() {
+        assert_eq!(line, (n + 1).to_string(), "line {}", n + 1);
+    }
+}
+
+/// What the dead link hasn't delivered is sent by the next one.
 #[test]
 fn output_that_was_under_way_comes_by_the_next_link() {
     with_network(|network| {
-        let shell = "stty -echo; n=0; while n=$((n + 1)); do echo $n; sleep 0.1; done";
-        let setup = Setup::new().config(script_config(shell)).set("ReconnectIntervalSeconds", 1);
-        let (rig, server, device) = connected(network, setup.set("Sessions", json!({})));
-        let terminal = Terminal::of_user(&device, "alice");
-        terminal.open();
-        let mut all = Vec::new();
-        terminal.collect(&mut all, 40, SOON);
+        let (rig, server, _device, terminal, all) = counting(network);
         let mark = rig.daemon.mark();
         network.go_dark();
         lost(&rig, mark, secs(20));
         network.answer();
         let next = server.next_device(SOON * 2);
-        // What the server had got before.
-        terminal.collect(&mut all, usize::MAX, millis(300));
-        let terminal = terminal.on(&next);
-        terminal.pong();
-        let wanted = all.len() + 500;
-        terminal.collect(&mut all, wanted, SOON);
-        let text = String::from_utf8(all).expect("text");
-        let (whole, _) = text.rsplit_once("\r\n").expect("lines");
-        for (n, line) in whole.split("\r\n").enumerate() {
-            assert_eq!(line, (n + 1).to_string(), "line {}", n + 1);
-        }
+        assert_counted(&with_more(terminal, all, &next));
     });
 }
 
@@ -329,29 +343,32 @@ fn output_of_a_dead_link_comes_by_that_of_a_new_token() {
     with_network(|network| {
         network.far("ip addr add 198.51.100.2/32 dev lo");
         let other = Server::bind(([198, 51, 100, 2], 0).into(), Generation::New);
-        let shell = "stty -echo; n=0; while n=$((n + 1)); do echo $n; sleep 0.1; done";
-        let setup = Setup::new().config(script_config(shell)).set("ReconnectIntervalSeconds", 1);
-        let (rig, _server, device) = connected(network, setup.set("Sessions", json!({})));
-        let terminal = Terminal::of_user(&device, "alice");
-        terminal.open();
-        let mut all = Vec::new();
-        terminal.collect(&mut all, 40, SOON);
+        let (rig, _server, _device, terminal, all) = counting(network);
         network.go_dark();
         throughout(secs(4), "the link", || rig.daemon.count_log(" lost: ") == 0);
         rig.manager.change("another.token.signature", &other.url());
         let next = other.next_device(SOON);
-        terminal.collect(&mut all, usize::MAX, millis(300));
-        let terminal = terminal.on(&next);
-        terminal.pong();
-        let wanted = all.len() + 300;
-        terminal.collect(&mut all, wanted, SOON);
+        let text = with_more(terminal, all, &next);
         // The server there has to be told to stop.
         network.answer();
-        let text = String::from_utf8(all).expect("text");
-        let (whole, _) = text.rsplit_once("\r\n").expect("lines");
-        for (n, line) in whole.split("\r\n").enumerate() {
-            assert_eq!(line, (n + 1).to_string(), "line {}", n + 1);
-        }
+        assert_counted(&text);
+    });
+}
+
+/// So had a message that was too large.
+#[test]
+fn output_of_a_dead_link_that_a_message_ends_comes_by_the_next() {
+    with_network(|network| {
+        let (rig, server, device, terminal, all) = counting(network);
+        let mark = rig.daemon.mark();
+        // The agent still hears the server.
+        network.near("ip neigh replace 192.0.2.1 lladdr 02:00:00:00:00:99 dev near nud permanent");
+        throughout(secs(2), "the link", || rig.daemon.count_log(" lost: ") == 0);
+        device.write(&[0x82, 127, 0, 0, 0x40, 0, 0, 0, 0, 0]).expect("announce a message of 1 GiB");
+        assert!(lost(&rig, mark, SOON).ends_with("too large"));
+        network.near("ip neigh del 192.0.2.1 dev near");
+        let next = server.next_device(SOON * 2);
+        assert_counted(&with_more(terminal, all, &next));
     });
 }
 
