@@ -229,6 +229,8 @@ impl Supervisor {
         let (refused, retry_after) = match reason {
             // The forwarder of Mender's client 3 says so when it can't reach its server.
             LinkError::Refused { status: 503, retry_after: None } if is_local() => (None, None),
+            // Not the server: a network's login page, or one that leads there.
+            LinkError::Refused { status: ..400 | 511, .. } => (None, None),
             LinkError::Refused { status, retry_after } => (Some(status), retry_after),
             _ => (None, None),
         };

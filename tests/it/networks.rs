@@ -133,6 +133,23 @@ fn a_forwarder_that_reaches_no_server_is_tried_again_at_once() {
     });
 }
 
+/// A login page that answers in the server's place was taken for a server with too much to do, too.
+#[test]
+fn behind_a_login_page_a_new_route_is_used_at_once() {
+    with_network(|network| {
+        for page in [Reply::with(302, "Location", "http://login.test/"), Reply::status(511)] {
+            let server = network.server();
+            server.script([page]);
+            let rig = network.agent(Setup::new().set("ReconnectIntervalSeconds", 300), &server).start();
+            rig.daemon.wait_for_log("connectionmanager backoff", SOON);
+            let back = Instant::now();
+            network.near("ip route del default && ip route add default via 192.0.2.1");
+            server.next_device(SOON);
+            assert_within(AT_ONCE, back);
+        }
+    });
+}
+
 #[test]
 fn a_link_whose_address_is_gone_is_lost_at_once() {
     with_network(|network| {
