@@ -4,7 +4,7 @@
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
-use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{mem, ptr};
@@ -49,7 +49,11 @@ pub(crate) fn look_up(
     };
     let host = host.to_owned();
     thread::spawn("resolver", thread::LARGE_STACK, move || {
-        let known = in_hosts_file(&host, port);
+        let mut known = in_hosts_file(&host, port);
+        if known.is_empty() && host.eq_ignore_ascii_case("localhost") {
+            // Name servers must not be asked for it (RFC 6761, 6.3): a wildcard of theirs is another host.
+            known = vec![(Ipv6Addr::LOCALHOST, port).into(), (Ipv4Addr::LOCALHOST, port).into()];
+        }
         if !known.is_empty() {
             // An entry for one family overrides DNS for both; two queries would find the other family in DNS.
             return tell(Query::Both, Ok(known));

@@ -80,7 +80,7 @@ const NAMESPACE: &str = r#"exec unshare --mount --propagation private /bin/sh -c
     set -e
     printf "nameserver $NAME_SERVER\noptions ${RESOLVER:-timeout:30 attempts:1}\n" >resolv.conf
     mount --bind resolv.conf /etc/resolv.conf
-    { echo 127.0.0.1 pinned.test; echo "  127.0.0.1 $HOSTS_NAMES indented.test"; cat /etc/hosts; } >hosts
+    { echo 127.0.0.1 pinned.test; echo "  127.0.0.1 $HOSTS_NAMES indented.test"; grep -v "${UNNAMED:-^#}" /etc/hosts || :; } >hosts
     mount --bind hosts /etc/hosts
     exec "$@"' sh "$@""#;
 

@@ -124,6 +124,19 @@ fn a_name_of_the_hosts_file_may_be_spelled_otherwise() {
     }
 }
 
+/// Name servers were asked for it where /etc/hosts lacks it. What they name may be another host, which gets the token.
+#[test]
+fn localhost_is_this_machine_whatever_name_servers_say() {
+    if let Some(why) = obstacle() {
+        return skip(why);
+    }
+    let names = NameServer::start(&[]);
+    let server = Server::start(Generation::New);
+    let url = format!("http://localhost:{}", server.address().port());
+    let _rig = names.setup().env("UNNAMED", "localhost").url(&url).start();
+    server.device();
+}
+
 /// musl takes no address behind a space, and reads no more than 511 bytes of a line.
 #[test]
 fn a_line_of_the_hosts_file_may_be_indented_and_long() {
