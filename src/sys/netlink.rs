@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::libc;
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{InterfaceFlags, if_nametoindex};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
@@ -36,7 +36,7 @@ type Way = (Option<u32>, Vec<u8>);
 struct Known {
     /// Indexes of interfaces that have had a carrier.
     running: Vec<u32>,
-    /// Interfaces and their addresses.
+    /// Interfaces and their addresses, but link-local ones.
     addresses: Vec<(u32, Vec<u8>)>,
     /// The last default route of each family, table and metric.
     routes: Vec<([Option<u32>; 3], Way)>,
@@ -56,14 +56,7 @@ impl Netlink {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUPS.cast_unsigned()))?;
-        let addresses = getifaddrs().into_iter().flatten().filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|address| address.ip().octets().to_vec());
-            let octets = v4.or_else(|| Some(address.as_sockaddr_in6()?.ip().octets().to_vec()));
-            Some((if_nametoindex(&*interface.interface_name).ok()?, octets?))
-        });
-        let known = Known { addresses: addresses.collect(), ..Known::default() };
-        Ok(Netlink { socket, known })
+        Ok(Netlink { socket, known: Known::read() })
     }
 
     pub(crate) fn read(&mut self) -> Changes {
@@ -71,11 +64,33 @@ impl Netlink {
         loop {
             match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
                 Ok(length) => changes.add(&buffer[..length], &mut self.known),
-                Err(Errno::ENOBUFS) => (changes.new, changes.gone) = (true, true),
+                Err(Errno::ENOBUFS) => {
+                    (changes.new, changes.gone) = (true, true);
+                    self.known = Known::read();
+                }
                 Err(Errno::EINTR) => {}
                 Err(_) => return changes,
             }
         }
+    }
+}
+
+impl Known {
+    fn read() -> Self {
+        let mut known = Known::default();
+        for interface in getifaddrs().into_iter().flatten() {
+            let Ok(index) = if_nametoindex(&*interface.interface_name) else { continue };
+            if interface.flags.contains(InterfaceFlags::IFF_RUNNING) {
+                known.running.push(index);
+            }
+            let Some(address) = interface.address else { continue };
+            let v4 = address.as_sockaddr_in().map(|address| address.ip());
+            let v6 = address.as_sockaddr_in6().map(|address| address.ip());
+            let v4 = v4.filter(|ip| !ip.is_link_local()).map(|ip| (index, ip.octets().to_vec()));
+            let v6 = v6.filter(|ip| !ip.is_unicast_link_local()).map(|ip| (index, ip.octets().to_vec()));
+            known.addresses.extend(v4.into_iter().chain(v6));
+        }
+        known
     }
 }
 
@@ -122,7 +137,7 @@ impl Changes {
                     let was_running = known.running.contains(&index);
                     known.running.retain(|other| *other != index);
                     if flags & libc::IFF_RUNNING.cast_unsigned() != 0 {
-                        self.new |= !was_running && has_address(index);
+                        self.new |= !was_running && known.addresses.iter().any(|(place, _)| *place == index);
                         known.running.push(index);
                     }
                 }
@@ -131,19 +146,6 @@ impl Changes {
             bytes = bytes.get((length as usize).next_multiple_of(4)..).unwrap_or_default();
         }
     }
-}
-
-/// Link-local addresses don't count.
-fn has_address(index: u32) -> bool {
-    getifaddrs().is_ok_and(|mut addresses| {
-        addresses.any(|interface| {
-            let ip = interface.address.as_ref().and_then(|address| {
-                let v4 = address.as_sockaddr_in().map(|address| address.ip().is_link_local());
-                v4.or_else(|| Some(address.as_sockaddr_in6()?.ip().is_unicast_link_local()))
-            });
-            ip == Some(false) && if_nametoindex(&*interface.interface_name) == Ok(index)
-        })
-    })
 }
 
 fn half(bytes: &[u8], at: usize) -> Option<u16> {
