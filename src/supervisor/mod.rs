@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 
 use self::machine::{Action, Event, Machine};
 use crate::auth::{self, Source};
-use crate::config::{Config, ConfigError};
+use crate::config::{Auth, Config, ConfigError};
 use crate::link::{self, Endpoint, Link, LinkError};
 use crate::session::stats::seconds;
 use crate::session::{self, Device, Router};
@@ -203,6 +203,10 @@ impl Supervisor {
             return Err(why.into());
         }
         if config.auth != old.auth {
+            // A link that works isn't given up for one that never will.
+            if let Auth::File { server_url, .. } = &config.auth {
+                Endpoint::parse(server_url)?;
+            }
             self.source = auth::source(&config.auth, &self.wake, false)?;
         }
         self.machine.base = config.reconnect_interval;

@@ -80,6 +80,10 @@ fn a_broken_file_is_reported_and_the_old_one_stays() {
             r#"{ "User": "root", "Auth": { "Source": "file", "TokenFile": "/t", "ServerURL": "htps://host" } }"#,
             "or an unknown one",
         ),
+        (
+            r#"{ "User": "root", "Auth": { "Source": "file", "TokenFile": "/t", "ServerURL": "http://h:70000" } }"#,
+            "malformed server URL: a port that is no number up to 65535",
+        ),
         (r#"{ "User": "root", "PortForward": { "Allow": ["x"] } }"#, "x"),
     ] {
         let mark = rig.daemon.mark();
