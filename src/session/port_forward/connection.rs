@@ -52,6 +52,8 @@ pub(super) struct Connection {
     taken: usize,
     /// Bytes that were dropped when writing failed.
     lost: usize,
+    /// Why the target takes no more data. Its own data from before is still read.
+    pub(super) failure: Option<String>,
     pub(super) memory: Permit,
     /// Frames in flight, by their numbers among the session's messages.
     pub(super) unacknowledged: VecDeque<u64>,
@@ -111,6 +113,7 @@ impl Connection {
             queued: 0,
             taken: 0,
             lost: 0,
+            failure: None,
             memory: peer.share.memory.none(),
             unacknowledged: VecDeque::new(),
             ended: false,
@@ -203,7 +206,7 @@ impl Connection {
         self.queued = queued;
         self.to_target.push_back(data);
         self.shown.traffic.touch(now);
-        self.flush(now)?;
+        self.flush(now);
         let held = self.held();
         if (self.memory.count() < held || others + held > MAX_WAITING)
             && let Some(rest) = self.to_target.pop_back()
@@ -230,17 +233,22 @@ impl Connection {
         self.unacknowledged.len() < MAX_UNACKNOWLEDGED
     }
 
-    /// Fails if the target takes no more data.
-    pub(super) fn flush(&mut self, now: Instant) -> Result<(), String> {
-        let result = self.write(now);
-        if result.is_err() {
+    pub(super) fn flush(&mut self, now: Instant) {
+        if self.failure.is_none()
+            && let Err(e) = self.write(now)
+        {
+            let transport = self.shown.target.transport.name();
+            self.failure = Some(format!("write {transport}: {}", reason(&e.into())));
+            // So that reading comes to an end whatever the error was.
+            let _ = self.sockets().try_for_each(|socket| shutdown(socket.as_raw_fd(), Shutdown::Read));
+        }
+        if self.failure.is_some() {
             self.to_target.clear();
             self.lost += mem::take(&mut self.queued);
         }
         // The queue's own memory isn't counted.
         trim(&mut self.to_target, SMALL);
         self.memory.resize(self.held());
-        result.map_err(|e| format!("write {}: {}", self.shown.target.transport.name(), reason(&e.into())))
     }
 
     fn write(&mut self, now: Instant) -> nix::Result<()> {
@@ -295,8 +303,9 @@ impl Connection {
     /// Closing a socket with unread data resets it, and the target loses what it has not read yet. False if nothing is
     /// left to do.
     pub(super) fn finish(&mut self, now: Instant) -> bool {
-        if let Err(text) = self.flush(now) {
-            self.end = (FAILED, text);
+        self.flush(now);
+        if let Some(text) = &self.failure {
+            self.end = (FAILED, text.clone());
             return false;
         }
         let done = self.to_target.is_empty();

@@ -188,7 +188,7 @@ impl PortForward {
                 if !connection.reopened {
                     self.answers.push_back(forward::about(&peer.id, forward::NEW, id));
                 }
-                self.flush(peer, id, now);
+                connection.flush(now);
             }
             // The network may be back for the next datagram.
             Err(_) if connection.reopened => self.fall_asleep(peer, id.clone()),
@@ -212,12 +212,6 @@ impl PortForward {
         };
         self.owing.push_back(id.clone());
         if let Err(text) = connection.pass(frame.body.clone(), waiting, now) {
-            self.fail(peer, id, text, now);
-        }
-    }
-
-    fn flush(&mut self, peer: &Peer, id: &ConnectionId, now: Instant) {
-        if let Some(Err(text)) = self.connections.get_mut(id).map(|c| c.flush(now)) {
             self.fail(peer, id, text, now);
         }
     }
@@ -334,7 +328,7 @@ impl PortForward {
         let ready: Vec<_> = ready.map(|(id, events)| (id.clone(), events)).collect();
         let ended = PollFlags::POLLERR | PollFlags::POLLHUP;
         for (id, _) in ready.iter().filter(|(_, events)| events.intersects(PollFlags::POLLOUT | ended)) {
-            self.flush(peer, id, now);
+            self.connections.get_mut(id).into_iter().for_each(|c| c.flush(now));
         }
         for n in 0..ready.len() {
             let (id, events) = &ready[(self.turn + n) % ready.len()];
@@ -390,7 +384,10 @@ impl PortForward {
                 connection.unacknowledged.push_back(peer.credit.sent(length, now));
                 peer.sink.send(message, Class::Bulk, None, None);
             }
-            Err(end) => self.stop(peer, id, end, now),
+            Err(end) => match connection.failure.clone() {
+                Some(text) => self.fail(peer, id, text, now),
+                None => self.stop(peer, id, end, now),
+            },
         }
         true
     }

@@ -3,7 +3,7 @@ use crate::config;
 use crate::outbox::{Outbox, Queue, Sendable, Work};
 use crate::proto::{Map, PORT_FORWARD, SessionId};
 use crate::session::{Device, Router};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
 
@@ -173,6 +173,30 @@ fn udp_forwards_asleep_count() {
     }
 }
 
+/// A service that refuses a request before it has read all of it, and closes: the client's next piece met the reset,
+/// and the answer that had come before was thrown away.
+#[test]
+fn what_the_target_said_before_its_reset_reaches_the_client() {
+    let mut scene = scene();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let now = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
+    scene.turn(now);
+    scene.handle(&about(forward::FORWARD).with_body("request"), now);
+    let (mut stream, _) = listener.accept().unwrap();
+    assert_eq!(stream.peek(&mut [0; 10]).unwrap(), 7);
+    stream.write_all(b"too large").unwrap();
+    drop(stream);
+    scene.handle(&about(forward::FORWARD).with_body("the rest"), now);
+    while !scene.forwarder.connections.is_empty() {
+        scene.turn(now);
+    }
+    let all: Vec<_> = std::iter::from_fn(|| next_type(&mut scene.queue)).collect();
+    let count = |typ| all.iter().filter(|other| *other == typ).count();
+    assert_eq!(["new", "ack", "forward", "error", "stop"].map(count), [1, 2, 1, 1, 1], "{all:?}");
+    assert!(scene.forwarder.is_idle());
+}
+
 /// 128 KiB for each forward whose queue had once been full.
 #[test]
 fn an_empty_queue_keeps_no_memory() {
@@ -290,7 +314,7 @@ fn a_queue_that_has_become_short_keeps_no_memory() {
     // The kernel may take the large one with the last of the small ones.
     while connection.to_target.len() > 1 {
         stream.read_exact(&mut piece).unwrap();
-        connection.flush(now).unwrap();
+        connection.flush(now);
     }
     assert!(connection.to_target.capacity() < 100, "{}", connection.to_target.capacity());
 }
@@ -314,7 +338,7 @@ fn a_piece_counts_as_a_whole_until_the_target_has_it_all() {
         let (left, counted) = (connection.to_target[0].len(), connection.memory.count());
         assert!(left < LENGTH && counted >= LENGTH, "{left} bytes are left, and {counted} count");
         stream.read_exact(&mut piece).unwrap();
-        connection.flush(now).unwrap();
+        connection.flush(now);
     }
     assert_eq!(connection.memory.count(), 0);
 }
