@@ -274,11 +274,12 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether the target has taken or answered anything since the last look. An endless sender isn't answering.
+    /// Whether the target has taken or answered anything since the last look. An endless sender isn't answering. A
+    /// look-up has a time limit of its own.
     pub(super) fn makes_progress(&mut self) -> bool {
         let left = self.left_over(net::unacknowledged);
         let less = left < mem::replace(&mut self.left, left);
-        less || (1..=MAX_ANSWERS).contains(&mem::take(&mut self.discarded))
+        less || self.sockets().next().is_none() || (1..=MAX_ANSWERS).contains(&mem::take(&mut self.discarded))
     }
 
     /// `None` if there is no data. The error is the target's end.

@@ -274,6 +274,27 @@ fn an_id_that_is_used_again_at_once_is_owed_nothing() {
     assert_eq!(all, ["ack", "stop"]);
 }
 
+/// Acknowledged data was given up after ten seconds, though the target's name may take 45 to be found.
+#[test]
+fn data_waits_for_the_look_up_of_its_target_also_without_its_client() {
+    let mut scene = scene();
+    let start = Instant::now();
+    // The look-up does not begin.
+    let look_ups = Arc::clone(&scene.peer.share.look_ups);
+    let _others: Vec<_> = std::iter::from_fn(|| look_ups.acquire()).collect();
+    let body = Map::new().with_str("remote_host", "name.test").with_i64("remote_port", 1);
+    scene.handle(&about(forward::NEW).with_body(body.with_str("protocol", "tcp").finish()), start);
+    scene.handle(&about(forward::FORWARD).with_body("x"), start);
+    assert_eq!(next_type(&mut scene.queue).as_deref(), Some("ack"));
+    scene.handle(&about(forward::STOP), start);
+    let mut now = start;
+    while !scene.forwarder.is_idle() {
+        now = scene.deadline(now).unwrap();
+        scene.proceed(now);
+    }
+    assert!((44..=46).contains(&(now - start).as_secs()), "{:?}", now - start);
+}
+
 /// 128 KiB for each session that had once owed many acks, as long as it lived.
 #[test]
 fn acks_that_were_owed_keep_no_memory() {
