@@ -105,9 +105,7 @@ impl PortForward {
                 }
             }
             (forward::STOP, Ok(id)) if self.is_asleep(&id) || self.connections.contains_key(&id) => {
-                // First, since the client may ask for the status as soon as it has the answer.
-                self.let_go(&id, (CLOSED, "client".to_owned()), now);
-                self.answers.push_back(forward::about(&peer.id, forward::STOP, &id));
+                self.stop(peer, &id, (CLOSED, "client".to_owned()), now);
             }
             (forward::FORWARD | forward::ACK | forward::STOP, _) => self.refuse(peer, frame, UNKNOWN),
             (forward::ERROR, Ok(id)) => debug!("session {}: error from the client about {id:?}", peer.id),
@@ -224,6 +222,7 @@ impl PortForward {
 
     fn stop(&mut self, peer: &Peer, id: &ConnectionId, end: End, now: Instant) {
         self.acknowledge_all(peer, id);
+        // First, since the client may ask for the status as soon as it has the answer.
         self.let_go(id, end, now);
         self.answers.push_back(forward::about(&peer.id, forward::STOP, id));
     }
@@ -233,7 +232,9 @@ impl PortForward {
         let before = self.owing.len();
         self.owing.retain(|owing| owing != id);
         let ack = || forward::about(&peer.id, forward::ACK, id);
-        self.answers.extend(std::iter::repeat_with(ack).take(before - self.owing.len()));
+        // A client of more doesn't wait for them, and so many answers would end its session.
+        let most = (MAX_ANSWERS - RESERVED_ANSWERS).saturating_sub(self.answers.len());
+        self.answers.extend(std::iter::repeat_with(ack).take(most.min(before - self.owing.len())));
     }
 
     /// The client may reuse the id at once. Its data still reaches the target.

@@ -274,6 +274,24 @@ fn an_id_that_is_used_again_at_once_is_owed_nothing() {
     assert_eq!(all, ["ack", "stop"]);
 }
 
+/// The ack that was owed for data was forgotten when its client's `stop` lay behind it.
+#[test]
+fn data_with_a_stop_behind_it_is_acknowledged() {
+    let mut scene = scene();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let now = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
+    scene.turn(now);
+    for frame in [about(forward::FORWARD).with_body("x"), about(forward::STOP)] {
+        assert!(scene.forwarder.handle(&mut scene.peer, &frame, now));
+    }
+    scene.forwarder.answer(&mut scene.peer, now);
+    let mut all: Vec<_> = std::iter::from_fn(|| next_type(&mut scene.queue)).collect();
+    // `stop` goes behind bulk data.
+    all.sort();
+    assert_eq!(all, ["ack", "new", "stop"]);
+}
+
 /// Acknowledged data was given up after ten seconds, though the target's name may take 45 to be found.
 #[test]
 fn data_waits_for_the_look_up_of_its_target_also_without_its_client() {

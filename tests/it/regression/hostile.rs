@@ -76,6 +76,7 @@ fn a_connection_id_is_used_again_at_once() {
     };
     // One write, so that the agent reads them together.
     device.write(&[message("stop", b""), message("new", &body), message("forward", b"x")].concat()).unwrap();
+    device.take(SOON, "the ack that was owed", of("ack"));
     device.take(SOON, "the answer to stop", of("stop"));
     device.take(SOON, "the answer to the second new", of("new"));
     device.take(SOON, "the one ack", of("ack"));
