@@ -255,14 +255,16 @@ impl Connection {
         let (State::Open(socket), udp) = (&self.state, self.is_udp()) else { return Ok(()) };
         while let Some(data) = self.to_target.front_mut() {
             let n = match send(socket.as_raw_fd(), data, MsgFlags::MSG_NOSIGNAL) {
-                Ok(n) => n,
+                Ok(n) => {
+                    self.shown.traffic.add_in(n, now);
+                    n
+                }
                 // A datagram goes as a whole or, without room or receiver, not at all.
                 Err(_) if udp => data.len(),
                 Err(Errno::EAGAIN) => return Ok(()),
                 Err(Errno::EINTR) => continue,
                 Err(e) => return Err(e),
             };
-            self.shown.traffic.add_in(n, now);
             self.queued -= n;
             self.taken += n;
             let _ = data.split_to(n);

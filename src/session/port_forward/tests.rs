@@ -313,6 +313,21 @@ fn data_waits_for_the_look_up_of_its_target_also_without_its_client() {
     assert!((44..=46).contains(&(now - start).as_secs()), "{:?}", now - start);
 }
 
+/// The audit log had the bytes of datagrams that the system had refused to send.
+#[test]
+fn datagrams_that_were_not_sent_are_not_counted() {
+    let mut scene = scene();
+    let nobody = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let now = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target_of(nobody, "udp")), now);
+    scene.turn(now);
+    // The report about the first one refuses the second.
+    for body in ["a", "more"] {
+        scene.handle(&about(forward::FORWARD).with_body(body), now);
+    }
+    assert_eq!(scene.peer.info.traffic.figures(now).bytes_in, 1);
+}
+
 /// 128 KiB for each session that had once owed many acks, as long as it lived.
 #[test]
 fn acks_that_were_owed_keep_no_memory() {
