@@ -265,7 +265,13 @@ impl Sink {
         let size = frame.head_room() + most;
         let mut lent = self.outbox.shared.pool.take(size);
         let (part, result) = frame.encode_with(&mut lent.buffer[..size], read);
-        (Bytes::from_owner(lent).slice(part), result)
+        // A buffer has room for the largest datagram, and most are small.
+        let copies = part.len() < lent.buffer.len() / 2 && self.outbox.shared.pool.lent() > MAX_BULK;
+        let message = match copies {
+            true => Bytes::copy_from_slice(&lent.buffer[part]),
+            false => Bytes::from_owner(lent).slice(part),
+        };
+        (message, result)
     }
 
     /// Has the session woken later if there is no place now. False for good once the writer has ended: what a terminal

@@ -80,6 +80,16 @@ fn data_beside_much_other_is_small() {
     assert_eq!(sink.piece(2048, 384 << 10), 384 << 10);
 }
 
+/// A datagram of 100 bytes that waited held 64 KiB, in each of 250 sessions.
+#[test]
+fn small_datagrams_beside_much_other_hold_no_large_buffers() {
+    let (_outbox, _queue, sink) = sink();
+    let compose = |_| sink.compose(&frame("data"), 65_535, |_| (100, ())).0;
+    let waiting: Vec<_> = (0..250).map(compose).collect();
+    assert_eq!(sink.outbox.shared.pool.lent(), MAX_BULK);
+    assert!(waiting.iter().all(|message| *message == waiting[0]));
+}
+
 #[test]
 fn places_come_back_with_each_message_that_leaves() {
     let (_outbox, mut queue, sink) = sink();
