@@ -208,6 +208,12 @@ fn overwriting() {
     assert_eq!(put(&device, &into, b"x"), Err(refused(400, text)));
     let fresh = Form { src_path: Some("fresh".into()), ..Form::to(&jail.root) };
     put(&device, &fresh, b"x").unwrap();
+    // A file that appears meanwhile is found before the end, with the status of any upload.
+    let (late, rest) = (jail.root.join("late"), Rest::open(&device));
+    rest.announce(&Form { size: Some(1), ..Form::to(&late) }).unwrap();
+    fs::write(&late, "first").unwrap();
+    rest.send(FILES, "file_chunk", Some(0), b"x");
+    assert_eq!(Rest::refused(&rest.next(), 400), refused(400, text));
 
     let (_rig, device) = limited(json!({ "AllowOverwrite": true, "OwnerPut": "nobody" }));
     let text = "access denied: the file owner does not match";

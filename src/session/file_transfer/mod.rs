@@ -321,6 +321,7 @@ impl FileTransfer {
 fn refuse(peer: &mut Peer, cause: &Frame, failure: &Failure) {
     debug!("session {}: {}: {}", peer.id, cause.typ.escape_debug(), failure.text);
     // Not for uploads: the server would answer otherwise than with upstream's agent.
-    let code = (failure.denied && cause.typ != file::PUT_FILE).then_some(FORBIDDEN);
+    let upload = matches!(cause.typ.as_str(), file::PUT_FILE | file::FILE_CHUNK);
+    let code = (failure.denied && !upload).then_some(FORBIDDEN);
     peer.reply(&file::error(&peer.id, cause, &failure.text, code));
 }
