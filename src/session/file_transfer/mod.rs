@@ -190,7 +190,7 @@ impl FileTransfer {
 
     /// A complete file is still committed.
     pub(crate) fn close(&mut self, peer: &Peer) {
-        if !matches!(self.stage(), Some(Stage::Committing(_))) {
+        if !matches!(self.transfer.as_deref(), Some(Transfer { stage: Stage::Committing(_), .. })) {
             self.abort(peer, &"the session was closed".into());
         }
     }
@@ -204,10 +204,6 @@ impl FileTransfer {
             }
             _ => self.abort(peer, &why.into()),
         }
-    }
-
-    fn stage(&mut self) -> Option<&mut Stage> {
-        self.transfer.as_deref_mut().map(|transfer| &mut transfer.stage)
     }
 
     fn stat(&mut self, peer: &mut Peer, frame: &Frame) -> Result<()> {

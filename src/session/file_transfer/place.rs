@@ -181,21 +181,20 @@ pub(super) fn source(
         known.path == path && (known.stat.st_dev, known.stat.st_ino) == (stat.st_dev, stat.st_ino)
     });
     let told = known.as_ref().map(|known| known.stat.st_size).filter(|size| *size > 0);
-    let content = known.and_then(|known| known.content);
-    if content.is_some() {
-        stat.st_size = told.unwrap_or(0);
-    }
     may_get(limits, &stat)?;
     match kind(&stat) {
         SFlag::S_IFREG => {}
         SFlag::S_IFDIR => return Err(Failure::io(what, Errno::EISDIR)),
         _ => return Err((what + ": not a regular file").into()),
     }
-    let read = |stat: &mut _| match content {
-        Some(content) => Ok(Some(content)),
-        None => read_first(&found, stat, memory),
+    let content = match known {
+        Some(Known { content: Some(content), stat: known, .. }) => {
+            stat.st_size = known.st_size;
+            Some(content)
+        }
+        _ => read_first(&found, &mut stat, memory).map_err(|e| Failure::io(&what, e))?,
     };
-    if let Some(content) = read(&mut stat).map_err(|e| Failure::io(&what, e))? {
+    if let Some(content) = content {
         // It has its size only now.
         may_get(limits, &stat)?;
         return Ok((content, stat));
