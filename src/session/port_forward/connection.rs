@@ -234,26 +234,12 @@ impl Connection {
     }
 
     pub(super) fn flush(&mut self, now: Instant) {
-        if self.failure.is_none()
-            && let Err(e) = self.write(now)
-        {
-            let transport = self.shown.target.transport.name();
-            self.failure = Some(format!("write {transport}: {}", reason(&e.into())));
-            // So that reading comes to an end whatever the error was.
-            let _ = self.sockets().try_for_each(|socket| shutdown(socket.as_raw_fd(), Shutdown::Read));
-        }
         if self.failure.is_some() {
             self.to_target.clear();
             self.lost += mem::take(&mut self.queued);
         }
-        // The queue's own memory isn't counted.
-        trim(&mut self.to_target, SMALL);
-        self.memory.resize(self.held());
-    }
-
-    fn write(&mut self, now: Instant) -> nix::Result<()> {
-        let (State::Open(socket), udp) = (&self.state, self.is_udp()) else { return Ok(()) };
-        while let Some(data) = self.to_target.front_mut() {
+        let udp = self.is_udp();
+        while let (State::Open(socket), Some(data)) = (&self.state, self.to_target.front_mut()) {
             let n = match send(socket.as_raw_fd(), data, MsgFlags::MSG_NOSIGNAL) {
                 Ok(n) => {
                     self.shown.traffic.add_in(n, now);
@@ -261,9 +247,14 @@ impl Connection {
                 }
                 // A datagram goes as a whole or, without room or receiver, not at all.
                 Err(_) if udp => data.len(),
-                Err(Errno::EAGAIN) => return Ok(()),
+                Err(Errno::EAGAIN) => break,
                 Err(Errno::EINTR) => continue,
-                Err(e) => return Err(e),
+                Err(e) => {
+                    self.failure = Some(format!("write tcp: {}", reason(&e.into())));
+                    // So that reading comes to an end whatever the error was.
+                    let _ = shutdown(socket.as_raw_fd(), Shutdown::Read);
+                    return self.flush(now);
+                }
             };
             self.queued -= n;
             self.taken += n;
@@ -273,7 +264,9 @@ impl Connection {
                 self.taken = 0;
             }
         }
-        Ok(())
+        // The queue's own memory isn't counted.
+        trim(&mut self.to_target, SMALL);
+        self.memory.resize(self.held());
     }
 
     /// Whether the target has taken or answered anything since the last look. An endless sender isn't answering. A
