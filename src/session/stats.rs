@@ -1,6 +1,7 @@
 //! Statistics of a session, for `status`, SIGUSR1 and the audit log. The session's threads write, any thread reads.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Instant;
@@ -96,9 +97,10 @@ pub struct ShellInfo {
 #[derive(Debug)]
 pub(crate) struct TransferInfo {
     pub(crate) direction: Direction,
-    pub(crate) path: String,
+    pub(crate) path: PathBuf,
+    /// In bytes, if known. The size of a sent file is that of its start.
     pub(crate) size: Option<u64>,
-    pub(crate) traffic: Arc<Traffic>,
+    pub(crate) traffic: Traffic,
 }
 
 #[derive(Debug)]

@@ -177,7 +177,8 @@ impl Session {
         });
         let transfer = info.transfer().map(|transfer| {
             let Figures { age, bytes_in, bytes_out, .. } = transfer.traffic.figures(now);
-            let (direction, path) = (transfer.direction.name().to_owned(), transfer.path.clone());
+            let direction = transfer.direction.name().to_owned();
+            let path = transfer.path.to_string_lossy().into_owned();
             Transfer { age, bytes: bytes_in + bytes_out, direction, path, size: transfer.size }
         });
         let (forwards_open, forwards) = info.forwards(*room);

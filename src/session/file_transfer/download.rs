@@ -15,6 +15,7 @@ use crate::outbox::{Class, Discard};
 use crate::proto::file;
 use crate::session::credit;
 use crate::session::peer::Peer;
+use crate::session::stats::TransferInfo;
 use crate::sys::reason;
 
 const SMALLEST_CHUNK: usize = 2 * 1024;
@@ -34,16 +35,16 @@ pub(super) struct Download {
 
 impl Download {
     /// `known` is the answer to the `stat` before.
-    pub(super) fn start(peer: &Peer, known: Option<Known>, about: &mut About) -> Result<Self> {
+    pub(super) fn start(peer: &Peer, known: Option<Known>, info: &mut TransferInfo) -> Result<Self> {
         let config = peer.device.config();
         let limits = config.limits.as_ref();
-        let (content, stat) = place::source(limits, &about.path, known, &peer.share.memory)?;
+        let (content, stat) = place::source(limits, &info.path, known, &peer.share.memory)?;
         let max_rate = limits.and_then(|l| l.max_tx_bytes_per_minute);
-        if peer.device.transferred.exhausted(Direction::Sent, max_rate, about.traffic.since) {
+        if peer.device.transferred.exhausted(Direction::Sent, max_rate, info.traffic.since) {
             return Err(Failure { text: EXHAUSTED.to_owned(), denied: true });
         }
         // Files of /proc that are too large to be read first have the size zero, and content.
-        about.size = u64::try_from(stat.st_size).ok().filter(|size| *size > 0);
+        info.size = u64::try_from(stat.st_size).ok().filter(|size| *size > 0);
         let max_size = limits.and_then(|l| l.max_file_size);
         let (in_flight, discard) = (VecDeque::new(), Discard::default());
         Ok(Download { content, max_size, in_flight, at_end: false, max_rate, discard })
@@ -55,10 +56,10 @@ impl Download {
             if peer.device.transferred.exhausted(Direction::Sent, self.max_rate, now) {
                 return Err(EXHAUSTED.into());
             }
-            let end = about.size.or(self.max_size.map(NonZeroU64::get));
+            let end = about.info.size.or(self.max_size.map(NonZeroU64::get));
             let left = end.map_or(u64::MAX, |end| end - about.bytes);
             // Without a size only another byte, which isn't sent, tells whether the file is over the limit.
-            if left == 0 && about.size.is_none() && self.read(&mut [0], about)? > 0 {
+            if left == 0 && about.info.size.is_none() && self.read(&mut [0], about)? > 0 {
                 return Err(Failure::denied(place::TOO_LARGE));
             }
             let most = peer.sink.piece(SMALLEST_CHUNK, LARGEST_CHUNK);
@@ -79,7 +80,7 @@ impl Download {
     }
 
     fn read(&mut self, place: &mut [u8], about: &About) -> Result<usize> {
-        let path = || place::shown(&about.path);
+        let path = || place::shown(&about.info.path);
         let mut filled = 0;
         while filled < place.len() {
             match self.content.file.read(&mut place[filled..]) {
@@ -92,7 +93,7 @@ impl Download {
         // Some files, as in procfs, always have fewer bytes than their size. One that has shrunk isn't the file that
         // was asked for.
         if filled < place.len()
-            && let Some(size) = about.size
+            && let Some(size) = about.info.size
         {
             let now = self.content.file.metadata().map_err(|e| reason(&e))?.len();
             if now < size {

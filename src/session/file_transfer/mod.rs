@@ -43,7 +43,6 @@ pub(crate) struct FileTransfer {
 struct Transfer {
     about: About,
     stage: Stage,
-    _shown: Arc<TransferInfo>,
 }
 
 enum Stage {
@@ -53,25 +52,21 @@ enum Stage {
 }
 
 struct About {
-    direction: Direction,
+    info: Arc<TransferInfo>,
     /// Without its body, for errors.
     request: Frame,
-    path: PathBuf,
-    /// In bytes, if known. The size of a sent file is that of its start.
-    size: Option<u64>,
     bytes: u64,
     digest: Sha256,
-    traffic: Arc<Traffic>,
 }
 
 impl About {
     fn count(&mut self, payload: &[u8], peer: &Peer, now: Instant) {
         self.bytes += payload.len() as u64;
         self.digest.update(payload);
-        peer.device.transferred.add(self.direction, payload.len() as u64, now);
-        match self.direction {
-            Direction::Sent => self.traffic.add_out(payload.len()),
-            Direction::Received => self.traffic.add_in(payload.len(), now),
+        peer.device.transferred.add(self.info.direction, payload.len() as u64, now);
+        match self.info.direction {
+            Direction::Sent => self.info.traffic.add_out(payload.len()),
+            Direction::Received => self.info.traffic.add_in(payload.len(), now),
         }
     }
 
@@ -84,10 +79,10 @@ impl About {
     /// Writes the audit log. An error has the `result` and the reason.
     fn log(&self, peer: &Peer, outcome: std::result::Result<(), (&str, &str)>) {
         let record = Record::new("transfer", Some(&peer.id), &self.request.user())
-            .with("direction", self.direction.name())
-            .path("path", &self.path)
+            .with("direction", self.info.direction.name())
+            .path("path", &self.info.path)
             .with("bytes", self.bytes)
-            .since(self.traffic.since, Instant::now());
+            .since(self.info.traffic.since, Instant::now());
         match outcome {
             Ok(()) => {
                 let digest = hex(&self.digest.clone().finalize());
@@ -226,30 +221,26 @@ impl FileTransfer {
 
     fn start(&mut self, peer: &mut Peer, frame: &Frame, now: Instant) -> Result<()> {
         let receives = frame.typ == file::PUT_FILE;
-        let mut about = About {
+        let mut info = TransferInfo {
             direction: if receives { Direction::Received } else { Direction::Sent },
-            request: frame.without_body(),
             path: PathBuf::new(),
             size: None,
-            bytes: 0,
-            digest: Sha256::new(),
-            traffic: Arc::new(Traffic::new(now, Some(&peer.info.traffic))),
+            traffic: Traffic::new(now, Some(&peer.info.traffic)),
         };
         self.stray_chunks |= receives;
         let begun = Request::decode(&frame.body).map_err(Failure::from).and_then(|request| {
-            about.path.clone_from(&request.path);
-            Ok(match about.direction {
-                Direction::Sent => Stage::Sending(Download::start(peer, self.known.take(), &mut about)?),
-                Direction::Received => Stage::Receiving(Upload::start(peer, &request, &mut about)?),
+            info.path.clone_from(&request.path);
+            Ok(match info.direction {
+                Direction::Sent => Stage::Sending(Download::start(peer, self.known.take(), &mut info)?),
+                Direction::Received => Stage::Receiving(Upload::start(peer, &request, &mut info)?),
             })
         });
+        let (info, request) = (Arc::new(info), frame.without_body());
+        let about = About { info, request, bytes: 0, digest: Sha256::new() };
         let stage = begun.inspect_err(|failure| about.log(peer, Err((failure.result(), &failure.text))))?;
-        debug!("session {}: {} of {:?}", peer.id, about.direction.name(), about.path);
-        let (direction, size, traffic) = (about.direction, about.size, Arc::clone(&about.traffic));
-        let path = about.path.to_string_lossy().into_owned();
-        let shown = Arc::new(TransferInfo { direction, path, size, traffic });
-        *lock(&peer.info.transfer) = Arc::downgrade(&shown);
-        self.transfer = Some(Box::new(Transfer { about, stage, _shown: shown }));
+        debug!("session {}: {} of {:?}", peer.id, about.info.direction.name(), about.info.path);
+        *lock(&peer.info.transfer) = Arc::downgrade(&about.info);
+        self.transfer = Some(Box::new(Transfer { about, stage }));
         self.stray_acks |= !receives;
         if receives {
             peer.reply(&file::ack(&peer.id, 0, None));

@@ -20,6 +20,7 @@ use crate::proto::Frame;
 use crate::proto::file::{self, Request};
 use crate::session::peer::Peer;
 use crate::session::router::MAX_SESSIONS;
+use crate::session::stats::TransferInfo;
 use crate::sys::thread;
 
 /// Acks at a time. Later ones cover earlier ones, and the server has fewer chunks in flight.
@@ -35,12 +36,12 @@ pub(super) struct Upload {
 }
 
 impl Upload {
-    pub(super) fn start(peer: &Peer, request: &Request, about: &mut About) -> Result<Self> {
+    pub(super) fn start(peer: &Peer, request: &Request, info: &mut TransferInfo) -> Result<Self> {
         let config = peer.device.config();
         let limits = config.limits.as_ref();
         let (target, attributes) = place::target(limits, request)?;
         let max_rate = limits.and_then(|l| l.max_rx_bytes_per_minute);
-        if peer.device.transferred.exhausted(Direction::Received, max_rate, about.traffic.since) {
+        if peer.device.transferred.exhausted(Direction::Received, max_rate, info.traffic.since) {
             return Err(EXHAUSTED.into());
         }
         enough_space(&target, request.size)?;
@@ -50,8 +51,8 @@ impl Upload {
         file.seek(SeekFrom::Start(request.size.unwrap_or(0)))
             .map_err(|_| Failure::io(place::creating(&temporary.target.path), Errno::EFBIG))?;
         let _ = file.rewind();
-        about.size = request.size;
-        about.path.clone_from(&temporary.target.path);
+        info.size = request.size;
+        info.path.clone_from(&temporary.target.path);
         let max_size = limits.and_then(|l| l.max_file_size);
         Ok(Upload { temporary, max_size, max_rate, due_acks: Vec::new() })
     }
@@ -70,8 +71,9 @@ impl Upload {
         if frame.body.is_empty() {
             return Ok(());
         }
-        let failed =
-            |e| Failure::io(format!("failed to write file chunk: write {}", place::shown(&about.path)), e);
+        let failed = |e| {
+            Failure::io(format!("failed to write file chunk: write {}", place::shown(&about.info.path)), e)
+        };
         (&self.temporary.file).write_all(&frame.body).map_err(failed)?;
         about.count(&frame.body, peer, now);
         let too_large = self.max_size.is_some_and(|max| about.bytes >= max.get());
@@ -79,7 +81,7 @@ impl Upload {
             return Err(format!("failed to write file chunk: {EXHAUSTED}").into());
         }
         // Now, since released servers don't pass on an error that comes after the file's end.
-        if about.size == Some(about.bytes) {
+        if about.info.size == Some(about.bytes) {
             self.temporary.attributes.check(&self.temporary.target)?;
         }
         self.due_acks.truncate(MAX_ACKS - 1);
