@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::Write;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -75,9 +75,16 @@ pub struct Server {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Binds this address, with port 0 any free one, without listening: connections are refused, and the port is in use for
-/// all that ask for any. A [`Server`], or another program that sets SO_REUSEADDR, may still listen there.
-pub fn closed_port(address: SocketAddr) -> TcpListener {
+/// A port of loopback where connections are refused, in use for all that ask for any. A [`Server`], or another program
+/// that sets SO_REUSEADDR, may still listen there.
+pub fn closed_port() -> (TcpListener, u16) {
+    let port = reserve((Ipv4Addr::LOCALHOST, 0).into());
+    let number = port.local_addr().expect("a bound address").port();
+    (port, number)
+}
+
+/// Binds this address, with port 0 any free one, without listening.
+fn reserve(address: SocketAddr) -> TcpListener {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
     // The standard library sets it for those that listen.
@@ -105,7 +112,7 @@ impl Server {
             silent: Vec::new(),
             stop: false,
         };
-        let port = closed_port(address);
+        let port = reserve(address);
         let address = port.local_addr().expect("a bound address");
         let mut server =
             Server { address, _port: port, shared: Arc::new(Watched::new(shared)), thread: None };

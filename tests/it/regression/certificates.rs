@@ -1,6 +1,6 @@
 //! Servers' certificates as openssl makes them.
 
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -107,8 +107,7 @@ struct Served(Child, #[allow(dead_code, reason = "kept until the end")] TcpListe
 
 impl Served {
     fn start(certificate: &Path, key: &Path) -> (Served, u16) {
-        let closed = closed_port((Ipv4Addr::LOCALHOST, 0).into());
-        let port = closed.local_addr().expect("an address").port();
+        let (closed, port) = closed_port();
         let child = Command::new("openssl")
             .args([
                 "s_server",

@@ -1,6 +1,5 @@
 //! Terminals, forwards, commands and session control: one function is one job, which gives the bytes it compared.
 
-use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::signal::{Signal, kill};
@@ -223,8 +222,8 @@ pub fn tcp(device: &Device, chance: &mut Chance) -> usize {
             checked += size;
         }
         2 => {
-            let closed = closed_port((Ipv4Addr::LOCALHOST, 0).into());
-            client.connect("tcp", "127.0.0.1", closed.local_addr().unwrap().port());
+            let (_closed, port) = closed_port();
+            client.connect("tcp", "127.0.0.1", port);
             let error = client.next_error();
             assert!(error.text.contains("refused"), "{error:?}");
         }
