@@ -329,7 +329,12 @@ fn five_cuts_lose_no_byte() {
         no_byte_is_lost(generation, 5, 900_000, |rig, device, terminal, all, _| {
             // A client that answers no more has the agent stop.
             device.clients_fall_silent();
-            terminal.collect(all, usize::MAX, millis(500));
+            eventually(SOON, "the agent to stop", || {
+                terminal.collect(all, usize::MAX, millis(500));
+                let (rests, before) = (rig.is_at_rest(device), all.len());
+                terminal.collect(all, usize::MAX, millis(1));
+                (rests && all.len() == before).then_some(())
+            });
             cut(rig, device)
         });
     }

@@ -7,7 +7,7 @@ use crate::harness::forward::{Client, DeviceError, new_id, target_body};
 use crate::harness::msg::{Msg, PORTS};
 use crate::harness::rig::{Rig, Setup};
 use crate::harness::targets::{Role, Target, UdpEcho, stream};
-use crate::harness::wait::{SOON, millis};
+use crate::harness::wait::{SOON, millis, secs};
 
 const BOTH: [Generation; 2] = [Generation::New, Generation::Released];
 const INVALID: &str = "invalid port-forward message: missing connection_id, remote_port or protocol";
@@ -284,10 +284,11 @@ fn data_for_a_connection_that_fails_is_acknowledged_once_at_most() {
     client.close();
 }
 
-/// Sends to a target that reads nothing until a piece isn't acknowledged. Returns how many bytes.
+/// Sends to a target that reads nothing until a piece isn't acknowledged, which on a busy machine may take its time.
+/// Returns how many bytes.
 pub fn send_until_held(connection: &Connection) -> u64 {
     let mut sent = 0_u64;
-    while connection.in_flight() == 0 || connection.acked_within(millis(500)) {
+    while connection.in_flight() == 0 || connection.acked_within(secs(3)) {
         connection.send(&stream(sent, PIECE));
         sent += PIECE as u64;
         assert!(sent < 64 << 20, "a target that reads nothing takes {sent} bytes");

@@ -37,6 +37,15 @@ pub fn not_stopped(pid: u32) -> Vec<String> {
     states.filter(|(stat, _)| !is_stopped(stat)).map(|(stat, stack)| stat + &stack).collect()
 }
 
+/// Whether all threads of the process wait for something. On a busy machine one may be kept from going on.
+pub fn sleeps(pid: u32) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process");
+    let mut states = tasks.flatten().map(|task| fs::read_to_string(task.path().join("stat")));
+    states.all(|stat| {
+        stat.is_ok_and(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S')))
+    })
+}
+
 /// Whether the process exists and is no zombie.
 pub fn is_running(pid: u32) -> bool {
     status_line(pid, "State:").is_some_and(|state| !state.contains('Z'))

@@ -13,6 +13,7 @@ use super::client::{Style, Terminal};
 use super::daemon::{self, Daemon};
 use super::device::{Device, Generation};
 use super::manager::{Answer, Manager};
+use super::proc;
 use super::server::Server;
 use super::wait::{SOON, millis};
 
@@ -281,6 +282,12 @@ impl Rig {
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && told.is_empty(), "{told}");
         serde_json::from_slice(&output.stdout).expect("a document")
+    }
+
+    /// Whether the agent waits for something, and all that it wrote has come. A busy machine may keep either from going on
+    /// for a while.
+    pub fn is_at_rest(&self, device: &Device) -> bool {
+        proc::sleeps(self.daemon.pid()) && device.answers(&device.bytes().to_be_bytes(), SOON)
     }
 
     /// The usual one, connected.

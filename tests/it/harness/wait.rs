@@ -63,13 +63,18 @@ impl<T> Watched<T> {
 
 /// Looks again and again until `check` finds something. Only for what has no event to wait for,
 /// such as the contents of /proc.
-pub fn eventually<R>(limit: Duration, what: &str, mut check: impl FnMut() -> Option<R>) -> R {
+pub fn eventually<R>(limit: Duration, what: &str, check: impl FnMut() -> Option<R>) -> R {
+    within(limit, check).unwrap_or_else(|| panic!("waited {limit:?} in vain for: {what}"))
+}
+
+/// The same for what may not come in time.
+pub fn within<R>(limit: Duration, mut check: impl FnMut() -> Option<R>) -> Option<R> {
     let deadline = Instant::now() + limit;
     loop {
-        if let Some(found) = check() {
+        let found = check();
+        if found.is_some() || Instant::now() >= deadline {
             return found;
         }
-        assert!(Instant::now() < deadline, "waited {limit:?} in vain for: {what}");
         std::thread::park_timeout(millis(20));
     }
 }

@@ -103,16 +103,12 @@ fn what_is_given_up_is_counted() {
     let (rig, _device, client) = session();
     let target = Target::start(Role::Stalled);
     let connection = tcp(&client, &target);
-    let mut sent = 0;
-    while connection.in_flight() == 0 || connection.acked_within(millis(500)) {
-        connection.send(&[b'x'; 16 << 10]);
-        sent += 16 << 10;
-    }
+    let sent = send_until_held(&connection);
     connection.stop();
     // At least what is queued in the agent, and not what the target's kernel has.
     let line = rig.daemon.wait_for_log(&format!(":{}", target.port()), secs(30));
     let given_up = line.split("did not take the last ").nth(1).unwrap().split(' ').next().unwrap();
-    let given_up: usize = given_up.parse().unwrap();
+    let given_up: u64 = given_up.parse().unwrap();
     assert!(
         (16 << 10..sent).contains(&given_up) && line.contains("result=failed"),
         "{sent} were sent: {line}"

@@ -23,7 +23,7 @@ use crate::harness::device::{Device, Generation};
 use crate::harness::msg::{self, Ints, Msg, SHELL};
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, is_root, script_config};
-use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn, throughout};
+use crate::harness::wait::{SOON, eventually, millis, secs, skip, spawn, throughout, within};
 use crate::harness::wire;
 
 /// The output of [`long_output`]'s shell.
@@ -103,23 +103,28 @@ fn long_output_comes_whole_to_a_client_that_answers_no_ping() {
 #[test]
 fn a_stopped_shell_is_in_nobodys_way() {
     let stubborn = "trap '' INT TERM HUP QUIT; echo ready; while :; do read x || sleep 1; done";
-    let (rig, device) = Setup::new().config(script_config(stubborn)).connected();
-    let mut first = Terminal::of_user(&device, "alice");
-    first.open();
-    first.read_until("ready", SOON);
-    first.ask_stop();
-    // As soon as the agent has heard of the stop, and long before the old program is killed.
-    eventually(millis(1500), "a new shell", || {
-        let second = Terminal::of_user(&device, "alice");
-        second.ask_new();
-        (second.next(SOON).status() == Some(1)).then_some(())
-    });
-    // The old one may take its time all the same, and is answered for at its end.
-    assert_eq!(proc::children(rig.daemon.pid()).len(), 2);
-    first.expect("stop", 1, None);
-    let third = Terminal::of_user(&device, "alice");
-    third.ask_new();
-    third.expect("new", 2, Some("user has too many open sessions"));
+    let is_beside_the_new_one = |_| {
+        let (rig, device) = Setup::new().config(script_config(stubborn)).connected();
+        let mut first = Terminal::of_user(&device, "alice");
+        first.open();
+        first.read_until("ready", SOON);
+        first.ask_stop();
+        // As soon as the agent has heard of the stop.
+        eventually(SOON, "a new shell", || {
+            let second = Terminal::of_user(&device, "alice");
+            second.ask_new();
+            (second.next(SOON).status() == Some(1)).then_some(())
+        });
+        // The old one may take its time all the same, and is answered for at its end.
+        let both = proc::children(rig.daemon.pid()).len() == 2;
+        first.expect("stop", 1, None);
+        let third = Terminal::of_user(&device, "alice");
+        third.ask_new();
+        third.expect("new", 2, Some("user has too many open sessions"));
+        both
+    };
+    // A busy machine may take the two seconds until the old program is killed, hence three attempts.
+    assert!((0..3).any(is_beside_the_new_one), "three times the old program had ended before");
 }
 
 /// A process that a shell was just starting when it was hung up stayed, with neither a terminal nor anybody who knew of
@@ -184,16 +189,20 @@ fn a_stop_of_all_shells_is_for_those_that_start_too() {
 #[test]
 fn programs_that_take_their_time_to_end_are_few() {
     let stubborn = "trap '' INT TERM HUP QUIT; echo ready; while :; do read x || sleep 1; done";
-    let (rig, device) = Setup::new().config(script_config(stubborn)).connected();
-    for _ in 0..40 {
-        let mut terminal = Terminal::new(&device, Style::Cli);
-        terminal.open();
-        terminal.read_until("ready", SOON);
-        terminal.ask_stop();
-    }
-    // The last shell may not have been told yet, and those beyond the sixteen are killed, but not reaped at once.
-    let few = || (proc::children(rig.daemon.pid()).len() <= 16).then_some(());
-    eventually(millis(1000), "sixteen are left", few);
+    let are_few = |_| {
+        let (rig, device) = Setup::new().config(script_config(stubborn)).connected();
+        for _ in 0..40 {
+            let mut terminal = Terminal::new(&device, Style::Cli);
+            terminal.open();
+            terminal.read_until("ready", SOON);
+            terminal.ask_stop();
+        }
+        // The last shell may not have been told yet, and those beyond the sixteen are killed, but not reaped at once.
+        let few = || (proc::children(rig.daemon.pid()).len() <= 16).then_some(());
+        within(millis(1000), few).is_some()
+    };
+    // A busy machine may take longer to reap them, hence three attempts.
+    assert!((0..3).any(are_few), "three times more than sixteen were left");
 }
 
 /// A backspace over é or 漢 in cooked mode took one byte away and left the others.
