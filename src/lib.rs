@@ -51,6 +51,8 @@ mod sys;
 use std::io::Write;
 use std::process::ExitCode;
 
+use nix::sys::signal::{SigSet, Signal};
+
 use self::cli::Invocation;
 
 // Only the executable and the exceptions below use this library. Everything else is `pub(crate)`, so that the compiler
@@ -85,6 +87,8 @@ pub mod internals {
 pub fn run() -> ExitCode {
     // As Go does. Containers pass on variables that aren't set as empty ones.
     sys::process::unset_if_empty("SSL_CERT_FILE");
+    // `kill -USR1 $(pidof mender-connect)`, for the daemon's state, must not end a command that runs beside it.
+    let _ = SigSet::from(Signal::SIGUSR1).thread_block();
     let good = match cli::parse(std::env::args_os().skip(1)) {
         Invocation::Print(text) => {
             sys::print(&text);

@@ -8,7 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use nix::fcntl::OFlag;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::files::pattern;
@@ -289,6 +290,8 @@ fn a_watch_redraws_and_ends_by_an_interrupt() {
     let (mut rig, device) = Setup::new().connected();
     let mut screen = Screen::start(&rig.status_command(&["--watch"]));
     let drawn = screen.wait_for("shells 0 of 16");
+    // Meant for the daemon: `kill -USR1 $(pidof mender-connect)`.
+    kill(Pid::from_raw(screen.child.id() as i32), Signal::SIGUSR1).expect("kill");
     let terminal = Terminal::new(&device, Style::Cli);
     terminal.open();
     assert!(screen.wait_for("shells 1 of 16") > drawn);
