@@ -38,6 +38,7 @@ pub(crate) struct Server {
     /// Cloned by each answer in progress.
     answers: Arc<()>,
     wake: Arc<Wake>,
+    /// End of the latest pause; `None` once an answer has begun since.
     pause: Option<Instant>,
 }
 
@@ -58,28 +59,28 @@ impl Server {
     }
 
     /// `None` while no other answer may begin.
-    fn ready(&self) -> Option<&UnixListener> {
+    fn ready(&self, now: Instant) -> Option<&UnixListener> {
         let busy = Arc::strong_count(&self.answers) > MAX_ANSWERS;
-        self.listener.as_ref().filter(|_| !busy && self.pause.is_none())
+        self.listener.as_ref().filter(|_| !busy && self.pause.is_none_or(|end| end <= now))
     }
 
     pub(crate) fn watch<'a>(&'a self, set: &mut PollSet<'a>) {
-        self.ready().into_iter().for_each(|listener| set.add(listener.as_fd(), PollFlags::POLLIN));
-        set.until(&[self.pause]);
+        let now = Instant::now();
+        self.ready(now).into_iter().for_each(|listener| set.add(listener.as_fd(), PollFlags::POLLIN));
+        set.until(&[self.pause.filter(|end| now < *end)]);
     }
 
     pub(crate) fn answer(&mut self, now: Instant, status: impl Fn() -> Status) {
-        self.pause = self.pause.filter(|until| now < *until);
-        while let Some(listener) = self.ready() {
+        while let Some(listener) = self.ready(now) {
             let started = match listener.accept() {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
                 accepted => accepted.and_then(|(stream, _)| self.start(stream, status())),
             };
-            if let Err(e) = started {
-                // Clients not accepted yet keep the socket readable.
-                self.pause = Some(now + PAUSE);
-                warn!("status can't be told: {}", reason(&e));
+            if let (Err(e), None) = (&started, self.pause) {
+                warn!("status can't be told: {}", reason(e));
             }
+            // Clients not accepted yet keep the socket readable.
+            self.pause = started.is_err().then_some(now + PAUSE);
         }
     }
 
