@@ -38,12 +38,16 @@ pub(crate) fn daemon(report: &mut Report) -> bool {
             let occupied = matches!(state, status::State::Dialling | status::State::Connected);
             (format!("running, {}", state.name()), occupied)
         }
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-            let running = |pid| format!("process {pid} runs, and doesn't tell its state");
-            let found = processes.first().map_or_else(|| "not running".to_owned(), running);
-            (found, !processes.is_empty())
+        Err(e) => {
+            let absent = matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
+            let found = match processes.first() {
+                Some(pid) => format!("process {pid} runs, and doesn't tell its state: {}", reason(&e)),
+                None if absent => "not running".to_owned(),
+                // Without root neither socket nor process may be in sight.
+                None => format!("it may be running, its state can't be had: {}", reason(&e)),
+            };
+            (found, !absent || !processes.is_empty())
         }
-        Err(e) => (format!("running, but its state can't be had: {}", reason(&e)), true),
     };
     report.good("daemon", &found);
     occupied
@@ -54,7 +58,9 @@ fn daemons() -> Vec<i32> {
     let is_daemon = |pid: &i32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let mut words = line.split(|byte| *byte == 0);
-        words.any(|word| word.rsplit(|byte| *byte == b'/').next() == Some(b"mender-connect"))
+        // OpenRC's process beside the agent has the agent's words behind its own.
+        !line.starts_with(b"supervise-daemon\0")
+            && words.any(|word| word.rsplit(|byte| *byte == b'/').next() == Some(b"mender-connect"))
             && words.any(|word| word == b"daemon")
     };
     process::numbers_in("/proc").into_iter().filter(is_daemon).collect()

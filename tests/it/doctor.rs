@@ -145,10 +145,15 @@ fn a_connected_agent_keeps_its_link_and_its_shells() {
     drop(device);
 }
 
-/// Where no daemon runs at all, the whole way is gone. Others' daemons are out of sight in a PID namespace.
+/// Where no daemon runs at all, the whole way is gone. Others' daemons are out of sight in a PID namespace; OpenRC's process
+/// beside an agent, with the agent's words behind its own, is none.
 #[test]
 fn without_a_daemon_a_websocket_is_opened() {
-    let apart = ["unshare", "--pid", "--fork", "--mount-proc"];
+    let supervised = r#"
+        (exec -a supervise-daemon bash -c 'sleep 60; :' mender-connect --start /usr/bin/mender-connect -- daemon) &
+        until grep -aq ^supervise-daemon /proc/$!/cmdline; do :; done
+        "$@""#;
+    let apart = ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", supervised, "bash"];
     if !is_root() || !Command::new(apart[0]).args(&apart[1..]).arg("true").status().is_ok_and(|s| s.success())
     {
         return skip("only root can make a PID namespace");
@@ -158,6 +163,12 @@ fn without_a_daemon_a_websocket_is_opened() {
     findings.assert_good();
     assert_eq!(findings.found("daemon"), "not running");
     assert_eq!(office.server.device().wait_close(SOON).map(|(code, _)| code), Some(1000));
+    // Without root one can neither ask a daemon nor, on some systems, see its process. It was called running.
+    let office = office.env("RUNTIME_DIRECTORY", "/dev/null");
+    let findings = office.run(within(&apart, &office.command(&[])));
+    findings.assert_good();
+    assert_eq!(findings.found("daemon"), "it may be running, its state can't be had: not a directory");
+    assert!(findings.found("upgrade").contains("the token is accepted"), "{findings:?}");
 }
 
 /// As root one sees what the daemon has that a shell hasn't.
