@@ -226,6 +226,22 @@ fn the_init_script_needs_no_logger() {
     gone(&machine);
 }
 
+/// Each made an agent, and the PID file named one.
+#[test]
+fn two_starts_at_once_make_one_agent() {
+    for world in [World::Debian, World::BusyBox] {
+        let Some(machine) = scripted(world) else { return };
+        // What a script that was killed has left is no lock.
+        machine.sh("ln -s 99999 /run/mender-connect.lock");
+        machine.sh("for n in 1 2 3; do /etc/init.d/mender-connect start & done; wait");
+        machine.device();
+        pid(&machine);
+        expect(&machine, "stop", 0, "stopped");
+        gone(&machine);
+        assert!(!machine.exists("/run/mender-connect.lock"), "the lock is left");
+    }
+}
+
 /// Each start would leave another agent behind that nobody could stop.
 #[test]
 fn the_init_script_starts_nothing_without_its_pid_file() {
