@@ -3,6 +3,7 @@
 pub(crate) mod machine;
 
 use std::convert::Infallible;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::sys::privilege::{self, Needs};
 use crate::sys::process;
 use crate::sys::signals::Signals;
 use crate::sys::wake::Wake;
-use crate::sys::{PollSet, children, clock, reason};
+use crate::sys::{PollSet, children, reason};
 
 /// For the sessions' clean-up at the end. Init systems are promised 2 s.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
@@ -312,8 +313,7 @@ impl Supervisor {
     }
 }
 
+/// Unlike getrandom(2), this doesn't wait for randomness early in a boot.
 fn random() -> u64 {
-    // Early in a boot there may be no randomness yet: use the clock.
-    getrandom::u64()
-        .unwrap_or_else(|_| u64::from(clock::now().subsec_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    RandomState::new().hash_one(0)
 }
