@@ -102,14 +102,12 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         if first {
             warn!("session {id}: inbox full, refusing {}/{:?}", frame.proto, frame.typ);
         }
-        match (frame.proto, frame.typ.as_str()) {
-            (SHELL, shell::RESIZE | shell::PONG) => {}
-            (SHELL, typ) => self.answer(&shell::failure(id, typ, "inbox full: the message was dropped")),
-            // A client may repeat a keystroke, but a gap in anything else corrupts data.
-            _ => {
-                self.answer(&control::error_about(id, &frame, "inbox full: the session is closed", true));
-                inbox.hang_up(HangUp::InboxFull);
-            }
+        // A client may repeat a keystroke, but a gap in anything else corrupts data.
+        if frame.proto == SHELL {
+            self.refuse(id, &frame, "inbox full: the message was dropped");
+        } else {
+            self.refuse(id, &frame, "inbox full: the session is closed");
+            inbox.hang_up(HangUp::InboxFull);
         }
         None
     }
@@ -119,10 +117,17 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         let cause = first.without_body();
         let Err(why) = self.try_create(id, first, kept) else { return };
         debug!("session {id}: {why}");
-        self.answer(&match cause.proto {
-            SHELL => terminal::refusal(id, &cause.user(), &why),
-            _ => control::error_about(id, &cause, &why, true),
-        });
+        self.refuse(id, &cause, &why);
+    }
+
+    fn refuse(&self, id: &SessionId, frame: &Frame, why: &str) {
+        match (frame.proto, frame.typ.as_str()) {
+            // Nobody waits for an answer to these, and a client would take a failed `new` for the end of its shell.
+            (SHELL, shell::RESIZE | shell::PONG) => {}
+            (SHELL, shell::NEW) => self.answer(&terminal::refusal(id, &frame.user(), why)),
+            (SHELL, typ) => self.answer(&shell::failure(id, typ, why.to_owned())),
+            _ => self.answer(&control::error_about(id, frame, why, true)),
+        }
     }
 
     fn try_create(
@@ -132,8 +137,9 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
         kept: Option<(Arc<Info>, Admission)>,
     ) -> Result<(), String> {
         let (user, is_shell) = (first.user(), first.proto == SHELL);
+        let starts_shell = is_shell && kept.is_none();
         let failed = |e: io::Error| {
-            let before = if is_shell { "failed to start shell: " } else { "" };
+            let before = if starts_shell { "failed to start shell: " } else { "" };
             format!("{before}{}", reason(&e))
         };
         let taken = self.device.threads.taken();
@@ -311,14 +317,15 @@ mod tests {
         assert_shows(&mut queue, "typed\r\ntyped\r\n");
     }
 
-    /// It had left its former session, and was dropped with the next one.
+    /// It had left its former session, and was dropped with the next one. Its client was told that a `new` had failed, and
+    /// gave it up.
     #[test]
     #[cfg_attr(miri, ignore = "starts a shell")]
     fn a_shell_stays_where_it_is_if_the_next_session_cant_start() {
         let device = device_that_keeps();
         drop(link_with_shell(&device));
 
-        let (second, _queue) = Outbox::new();
+        let (second, mut queue) = Outbox::new();
         let mut router = Router::with(&device, device.new_table(), &second, |peer| {
             let deadline = Instant::now() + Duration::from_millis(200);
             while device.threads.taken() > 1 && Instant::now() < deadline {
@@ -328,6 +335,9 @@ mod tests {
             Err(io::ErrorKind::WouldBlock.into())
         });
         router.route(of_alice(shell::PONG, ""));
+        router.route(of_alice(shell::DATA, "lost\n"));
+        assert_eq!(next(&mut queue).typ, shell::PING);
+        assert_eq!(next(&mut queue).typ, shell::DATA);
 
         let (mut router, mut queue) = link(&device, device.new_table());
         assert_eq!(next(&mut queue).typ, shell::PING);
