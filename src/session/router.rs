@@ -178,7 +178,8 @@ impl<S: FnMut(Peer) -> io::Result<()>> Router<S> {
             return warn!("StopShellMessage: sessionId not given and userId empty");
         }
         info!("stopping all shells of user {user}");
-        self.device.shells.dismiss(|other| *other == user);
+        // Also those of a link before that has not ended yet.
+        self.device.shells.dismiss(&user);
         // To all sessions, since the router doesn't know which shells are about to start. Each session compares the
         // user.
         let sessions: Vec<SessionId> = lock(&self.table).keys().cloned().collect();
@@ -388,9 +389,26 @@ mod tests {
         device.shells.close();
         device.shells.open();
         drop(router);
+        assert_ends(&device);
+    }
+
+    /// Nothing is kept.
+    fn assert_ends(device: &Device) {
         assert!(device.shells.kept().is_empty());
         let (wake, deadline) = (Arc::new(Wake::new().unwrap()), Instant::now() + Duration::from_secs(30));
         assert!(device.wait_until_quiet(&wake, deadline) && device.shells.running() == 0);
+    }
+
+    /// A `stop` for all shells of a user passed over one that was attached to a link before: it was kept.
+    #[test]
+    #[cfg_attr(miri, ignore = "starts a shell")]
+    fn a_stop_of_all_shells_is_for_those_of_a_link_that_ends() {
+        let device = device_that_keeps();
+        let (router, _queue) = link_with_shell(&device);
+        let (mut other, _others) = link(&device, device.new_table());
+        other.route(Frame { sid: None, ..of_alice(shell::STOP, "") });
+        drop(router);
+        assert_ends(&device);
     }
 
     /// An inbox that had overflowed went on taking frames, though the client was told that the session is closed. What

@@ -195,11 +195,11 @@ impl Shells {
         state.places.iter_mut().for_each(|place| place.call(Call::End));
     }
 
-    /// Ends detached shells of the users that are `meant`.
-    pub(crate) fn dismiss(&self, meant: impl Fn(&UserId) -> bool) {
+    /// Ends the user's shells, attached ones with their link. One that is on its way is for the session that has called.
+    pub(crate) fn dismiss(&self, user: &UserId) {
         let mut state = lock(&self.0);
-        let kept = state.places.iter_mut().filter(|place| place.kept().is_some() && meant(&place.user));
-        kept.for_each(|place| place.call(Call::End));
+        let own = state.places.iter_mut().filter(|place| place.user == *user);
+        own.filter(|place| !matches!(place.kind, Kind::Called(_))).for_each(|place| place.call(Call::End));
     }
 
     /// It doesn't count for its user then, unless another session has called for it.

@@ -112,8 +112,9 @@ impl Model {
             (2, _) => self.resume(user, id),
             (3, _) => self.adopt(user, id),
             (4, _) => {
-                self.shells.dismiss(|meant| meant.as_str() == USERS[user]);
-                self.end(|session| matches!(session.kind, Kind::Detached(_)) && session.user == user);
+                self.shells.dismiss(&USERS[user].into());
+                let ends = |kind: &Kind| matches!(kind, Kind::Attached | Kind::Detached(_) | Kind::Ending);
+                self.end(|session| ends(&session.kind) && session.user == user);
             }
             (5, _) => {
                 self.shells.open();
