@@ -130,11 +130,14 @@ impl Inbox {
         frame
     }
 
-    /// Ends the session. Takes nothing more: what began later would outlive the link.
+    /// Ends the session. Takes nothing more: what began later would outlive the link. A lost link's frames stay for the
+    /// session's shell.
     pub(crate) fn hang_up(&self, why: HangUp) {
         let mut state = lock(&self.state);
         state.hung_up.get_or_insert(why);
-        state.close();
+        if why != HangUp::LinkLost {
+            state.close();
+        }
         drop(state);
         self.wake.notify();
     }

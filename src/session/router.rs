@@ -318,6 +318,41 @@ mod tests {
         assert_shows(&mut queue, "typed\r\ntyped\r\n");
     }
 
+    /// It was forgotten when the link was lost before the session had looked at it: what was typed, and the `stop` of a
+    /// shell, which was kept.
+    #[test]
+    #[cfg_attr(miri, ignore = "starts a shell")]
+    fn a_shell_gets_what_its_client_has_sent_by_a_lost_link() {
+        for last in [shell::RESIZE, shell::STOP] {
+            let device = device_that_keeps();
+            drop(link_with_shell(&device));
+
+            let (second, _queue) = Outbox::new();
+            let mut held = None;
+            let mut router = Router::with(&device, device.new_table(), &second, |peer| {
+                held = Some(peer);
+                Ok(())
+            });
+            for (typ, body) in [(shell::PONG, ""), (shell::DATA, "typed\n"), (last, "")] {
+                router.route(of_alice(typ, body));
+            }
+            drop(router);
+            session::start(held.unwrap(), Terminal::default()).unwrap();
+            if last == shell::STOP {
+                assert_ends(&device);
+                continue;
+            }
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while device.shells.kept().is_empty() && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            let (mut router, mut queue) = link(&device, device.new_table());
+            assert_eq!(next(&mut queue).typ, shell::PING);
+            router.route(of_alice(shell::PONG, ""));
+            assert_shows(&mut queue, "typed\r\ntyped\r\n");
+        }
+    }
+
     /// It had left its former session, and was dropped with the next one. Its client was told that a `new` had failed, and
     /// gave it up.
     #[test]
@@ -392,7 +427,7 @@ mod tests {
         assert_ends(&device);
     }
 
-    /// Nothing is kept.
+    /// No shell is kept.
     fn assert_ends(device: &Device) {
         assert!(device.shells.kept().is_empty());
         let (wake, deadline) = (Arc::new(Wake::new().unwrap()), Instant::now() + Duration::from_secs(30));

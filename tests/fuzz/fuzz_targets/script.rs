@@ -518,6 +518,8 @@ impl Link {
         (0..=self.queued.len()).for_each(|_| self.write());
         drop(self.router);
         assert!(self.sessions.values().all(|session| session.peer.inbox.hung_up().is_some()));
+        // As a session does when it has looked for its shell's.
+        self.sessions.values().for_each(|session| session.peer.inbox.close());
         assert!(self.sessions.values().all(|session| session.peer.inbox.pop(|_| true).is_none()));
         self.sessions.into_values().chain(self.replaced).map(|session| session.peer).collect()
     }
