@@ -33,7 +33,11 @@ impl WindowSize {
 
 /// Non-blocking and close-on-exec; closing it hangs the terminal up.
 #[derive(Debug)]
-pub(crate) struct Pty(PtyMaster);
+pub(crate) struct Pty {
+    master: PtyMaster,
+    /// Without it a terminal that all programs have closed is at its end, though login(1) opens it once more.
+    slave: Option<OwnedFd>,
+}
 
 impl Pty {
     /// Returns the slave, too. It belongs to `owner`, as after a login, since some programs open their terminal by
@@ -50,31 +54,36 @@ impl Pty {
         let mut modes = tcgetattr(&slave)?;
         modes.input_flags.insert(InputFlags::IUTF8);
         tcsetattr(&slave, SetArg::TCSANOW, &modes)?;
-        let pty = Pty(master);
+        let pty = Pty { master, slave: Some(slave.try_clone()?) };
         pty.resize(size)?;
         Ok((pty, slave))
+    }
+
+    /// Call it when the session's leader has ended: nobody opens the terminal any more.
+    pub(crate) fn release(&mut self) {
+        self.slave = None;
     }
 
     /// The kernel sends SIGWINCH to the foreground process group.
     pub(crate) fn resize(&self, size: WindowSize) -> io::Result<()> {
         let size = libc::winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: the kernel reads one winsize before the call returns; the descriptor is open as long as `self` lives.
-        unsafe { set_window_size(self.0.as_raw_fd(), &raw const size) }?;
+        unsafe { set_window_size(self.master.as_raw_fd(), &raw const size) }?;
         Ok(())
     }
 
     /// Takes over a master that another process opened. Fails for any other descriptor.
     pub(crate) fn adopt(master: OwnedFd) -> io::Result<(Self, WindowSize)> {
         // SAFETY: the descriptor is the wrapper's now; TIOCGPTN, below, fails if it isn't a master.
-        let pty = Pty(unsafe { PtyMaster::from_owned_fd(master) });
-        ptsname_r(&pty.0)?;
-        let size = WindowSize::of(&pty.0)?;
+        let pty = Pty { master: unsafe { PtyMaster::from_owned_fd(master) }, slave: None };
+        ptsname_r(&pty.master)?;
+        let size = WindowSize::of(&pty.master)?;
         Ok((pty, size))
     }
 
     /// `Ok(0)`: no process holds the slave any more (EIO in the kernel).
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match nix::unistd::read(&self.0, buffer) {
+        match nix::unistd::read(&self.master, buffer) {
             Err(Errno::EIO) => Ok(0),
             other => other.map_err(Into::into),
         }
@@ -82,13 +91,13 @@ impl Pty {
 
     /// Writes as much as the terminal takes now. EIO: no process holds the slave.
     pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        nix::unistd::write(&self.0, bytes).map_err(Into::into)
+        nix::unistd::write(&self.master, bytes).map_err(Into::into)
     }
 }
 
 impl AsFd for Pty {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.master.as_fd()
     }
 }
 
@@ -104,7 +113,8 @@ mod tests {
 
     #[test]
     fn carries_bytes_both_ways_and_ends_when_the_other_side_closes() {
-        let (pty, slave) = Pty::open(SIZE, None).unwrap();
+        let (mut pty, slave) = Pty::open(SIZE, None).unwrap();
+        pty.release();
         let mut slave = File::from(slave);
         let mut buffer = [0; 64];
         assert_eq!(pty.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);

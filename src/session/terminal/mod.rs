@@ -224,10 +224,11 @@ impl Terminal {
         }
         if running.exit.is_none() && !events.of(&running.shell.process).is_empty() {
             running.exit = running.shell.process.try_wait();
-            match running.exit {
-                Some(_) => running.give_up = Some(now + DRAIN_LIMIT),
-                None => _ = running.give_up.get_or_insert(now + DRAIN_LIMIT),
+            if running.exit.is_some() {
+                running.shell.pty.release();
+                running.give_up = None;
             }
+            running.give_up.get_or_insert(now + DRAIN_LIMIT);
         }
         let give_up = running.give_up.is_some_and(|at| now >= at);
         let readable = pty.intersects(PollFlags::POLLIN | ended);

@@ -217,6 +217,19 @@ fn a_backspace_removes_a_character() {
     assert_eq!(terminal.read_until("done", SOON).trim(), "61 62\r\ndone");
 }
 
+/// As login(1) does. The shell was hung up two seconds later, and what it had written meanwhile was lost.
+#[test]
+fn a_terminal_may_be_closed_and_opened_again() {
+    let script =
+        "tty=$(tty); exec <&- >&- 2>&-; sleep 3; exec <>$tty >&0 2>&0; echo back; read -r line; echo $line";
+    let (_rig, device) = Setup::new().config(script_config(script)).connected();
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open();
+    terminal.read_until("back\r\n", SOON);
+    terminal.input("typed\n");
+    terminal.read_until("typed\r\ntyped\r\n", SOON);
+}
+
 /// An agent that is started with this user database and, further, through `command`.
 fn with_account(home: &Path, command: &'static str, dir: &TempDir) -> Setup {
     let line = format!("pilot:x:54321:54321::{}:/bin/sh\n", home.display());
