@@ -503,6 +503,10 @@ fn an_upgrade_in_its_own_terminal_is_finished() {
         assert!(text.contains("once you restart it"), "{text}");
         assert!(orders(&machine).is_empty());
     }
+    // What su(1) starts is in the cgroup of another session. The shell is the agent here.
+    let text = machine.sh("echo $$ >/run/shown; dpkg -i /run/test/new.deb; :");
+    assert!(text.contains("once you restart it"), "{text}");
+    assert!(orders(&machine).is_empty());
     machine.write("/run/shown", "NFileDescriptorStore=2\n");
     let text = machine.sh(upgrade);
     assert!(!text.contains("once you restart it"), "{text}");
