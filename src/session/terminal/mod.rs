@@ -82,10 +82,10 @@ impl Terminal {
         matches!(self.state, State::Nothing)
     }
 
-    /// While a shell ends, frames for the next one stay in the inbox.
+    /// While a shell ends, frames for the next one stay in the inbox, unless it does not end.
     pub(crate) fn takes(&self, frame: &Frame) -> bool {
         let is_ours = frame.proto == SHELL && frame.typ != wire::PONG;
-        !is_ours || !matches!(self.state, State::Ending(_))
+        !is_ours || !matches!(&self.state, State::Ending(ending) if ending.deadline.is_some())
     }
 
     /// Whether a `stop` for all shells of a user concerns this session.

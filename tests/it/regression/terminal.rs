@@ -11,7 +11,7 @@ use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde_json::json;
 use tempfile::TempDir;
@@ -404,5 +404,24 @@ fn a_shell_that_a_debugger_holds_keeps_nobody_busy() {
     let before = proc::cpu_ticks(pid);
     throughout(secs(2), "it is quiet", || proc::cpu_ticks(pid) - before < 30);
     waitpid(shell, None).unwrap();
+    rig.daemon.wait_for_log("event=shell-end", SOON);
+}
+
+/// Its session's messages waited for its end for ever: the next `new` and `stop` got no answer.
+#[test]
+fn a_session_answers_though_its_shell_does_not_end() {
+    let (rig, device) = Setup::new().config(script_config("exec cat")).connected();
+    let terminal = Terminal::of_user(&device, "alice");
+    terminal.open();
+    let shell = Pid::from_raw(proc::children(rig.daemon.pid())[0] as i32);
+    ptrace::seize(shell, ptrace::Options::empty()).unwrap();
+    terminal.ask_stop();
+    terminal.expect("stop", 2, Some(&format!("could not terminate shell: process {shell} does not end.")));
+    terminal.ask_new();
+    terminal.expect("new", 2, Some("failed to start shell: shell is already running"));
+    terminal.ask_stop();
+    assert_eq!(terminal.next(SOON).status(), Some(2));
+    let killed = WaitStatus::Signaled(shell, Signal::SIGKILL, false);
+    eventually(SOON, "its end", || (waitpid(shell, None) == Ok(killed)).then_some(()));
     rig.daemon.wait_for_log("event=shell-end", SOON);
 }
