@@ -110,9 +110,8 @@ impl State {
         self.places.iter_mut().find(|place| Arc::ptr_eq(&place.wake, wake))
     }
 
-    fn wake_waiting(&self, user: &UserId) {
-        let waiting = self.waiting.iter().filter(|(other, _)| other == user);
-        waiting.filter_map(|(_, wake)| wake.upgrade()).for_each(|wake| wake.notify());
+    fn wake_waiting(&self) {
+        self.waiting.iter().filter_map(|(_, wake)| wake.upgrade()).for_each(|wake| wake.notify());
     }
 }
 
@@ -209,8 +208,7 @@ impl Shells {
         let Some(place) = state.place(wake).filter(|place| keeps && place.is_used()) else { return false };
         if matches!(place.kind, Kind::Attached) {
             (place.info, place.kind, place.asked) = (kept.info, Kind::Detached(kept.since), None);
-            let user = place.user.clone();
-            state.wake_waiting(&user);
+            state.wake_waiting();
         }
         true
     }
@@ -226,7 +224,7 @@ impl Shells {
         let place = state.places.iter_mut().find(is_its).filter(|_| keeps)?;
         place.asked = None;
         let resumed = (Arc::clone(&place.info), place.want(true));
-        state.wake_waiting(user);
+        state.wake_waiting();
         Some(resumed)
     }
 
@@ -256,8 +254,9 @@ impl ShellPermit {
     }
 
     pub(crate) fn answered(&self) {
-        let user = self.with(|place| place.asked.take().map(|_| place.user.clone())).flatten();
-        user.iter().for_each(|user| lock(&self.shells.0).wake_waiting(user));
+        if self.with(|place| place.asked.take()).flatten().is_some() {
+            lock(&self.shells.0).wake_waiting();
+        }
     }
 
     pub(crate) fn is_detached(&self) -> bool {
@@ -289,8 +288,8 @@ impl Drop for ShellPermit {
     fn drop(&mut self) {
         let mut state = lock(&self.shells.0);
         if let Some(at) = state.places.iter().position(|place| Arc::ptr_eq(&place.wake, &self.wake)) {
-            let place = state.places.swap_remove(at);
-            state.wake_waiting(&place.user);
+            state.places.swap_remove(at);
+            state.wake_waiting();
         }
     }
 }
