@@ -136,10 +136,6 @@ impl Session {
         (self.ping_at, self.close_at, self.waiting) = (None, None, None);
         self.files.hang_up(&self.peer, why.name(), now);
         self.forwards.hang_up();
-        if let Some(Admission::Return(handover)) = self.peer.admission.take() {
-            // Dropping the handover would end the shell that is on its way here.
-            self.terminal.attach(&mut self.peer, &handover, None, now);
-        }
         self.lose_client(why.name(), why == HangUp::LinkLost, now);
     }
 
@@ -224,12 +220,8 @@ impl Session {
             return;
         }
         let is_new = (frame.proto, frame.typ.as_str()) == (SHELL, shell::NEW);
-        if let Some(Admission::Return(handover)) =
-            self.peer.admission.take_if(|admission| matches!(admission, Admission::Return(_)))
-            && self.terminal.attach(&mut self.peer, &handover, Some(&frame).filter(|_| is_new), now)
-            && is_new
-        {
-            return self.peer.info.heard(SHELL, now);
+        if !is_new && let Some(Admission::Return(handover)) = self.peer.admission.take() {
+            self.terminal.attach(&mut self.peer, &handover, None, now);
         }
         // Frames that the router ignores without a session don't count: a `pong` may follow a `close`.
         let idles = match frame.proto {
