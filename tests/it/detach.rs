@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::harness::aftermath::assert_healthy;
-use crate::harness::client::{Terminal, size};
+use crate::harness::client::{Style, Terminal, size};
 use crate::harness::daemon::emulated;
 use crate::harness::device::{Device, Generation};
 use crate::harness::msg::SHELL;
@@ -318,6 +318,27 @@ fn the_same_size_again_is_another_in_between() {
         let shown = open(&cut(&rig, &device)).read_until("size 30 100", SOON);
         assert!(shown.contains("Reattached"), "{shown:?}");
         shown.contains("size 29 100")
+    });
+    assert!(redrawn, "three times the program saw its size only");
+}
+
+/// The web interface sends its size right behind its `new`: a program that didn't look before that saw the size that it
+/// knew, and drew nothing.
+#[test]
+fn the_web_interfaces_same_size_is_another_in_between() {
+    let redrawn = ["alice", "bob", "carol"].iter().any(|user| {
+        let trap =
+            "trap 'sleep 0.03; echo si''ze $(stty size)' WINCH; echo ready; while :; do read line; done";
+        let (rig, device) = script(trap, json!({})).connected();
+        let mut before = Terminal::of_user(&device, user);
+        before.open();
+        before.read_until("ready\r\n", SOON);
+        let mut web = Terminal::of_user(&cut(&rig, &device), user);
+        web.style = Style::Gui;
+        web.open();
+        let shown = web.read_until("size 24 80", SOON);
+        assert!(shown.contains("Reattached"), "{shown:?}");
+        shown.contains("size 23 80")
     });
     assert!(redrawn, "three times the program saw its size only");
 }

@@ -117,9 +117,11 @@ impl Terminal {
                 }
             }
             (State::Running(running), wire::RESIZE) => {
-                if let Some(size) = requested_size(&frame) {
-                    running.restore = None;
-                    running.resize(peer, size);
+                match (requested_size(&frame), &mut running.restore) {
+                    // The web interface sends its size right behind a `new`: the size in between has yet to be noticed.
+                    (Some(size), Some((_, wanted))) => *wanted = size,
+                    (Some(size), None) => running.resize(peer, size),
+                    (None, _) => {}
                 }
             }
             (State::Running(running), wire::STOP) => {

@@ -41,7 +41,7 @@ pub(super) struct Running {
     pub(super) detached: Option<Instant>,
     /// The permit's question that the client was pinged for.
     pub(super) asked: Option<Instant>,
-    /// Restores this size after another one has made programs redraw.
+    /// Takes this size after another one has made programs redraw.
     pub(super) restore: Option<(Instant, WindowSize)>,
     pub(super) discard: Discard,
     /// Set when the process is reaped. Its last output may still be in the terminal.
