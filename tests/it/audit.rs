@@ -134,7 +134,8 @@ fn transfers() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let inside = dir.path().join("in side");
     fs::create_dir(&inside).expect("a directory");
-    let limits = json!({ "Enabled": true, "FileTransfer": { "Chroot": inside, "AllowOverwrite": true } });
+    let limits = json!({ "Chroot": inside, "AllowOverwrite": true, "MaxFileSize": 100 });
+    let limits = json!({ "Enabled": true, "FileTransfer": limits });
     let (rig, device) = Setup::new().set("Limits", limits).connected();
     let file = inside.join("f\"ile");
     Rest::upload(&device, &Form::to(&file), b"hello").expect("an upload");
@@ -154,6 +155,12 @@ fn transfers() {
     let denied = parse(&rig.daemon.wait_for_log_after(mark, "event=transfer", SOON));
     assert_eq!((denied["result"].as_str(), denied["bytes"].as_str()), ("denied", "0"));
     assert!(denied["reason"].contains("outside chroot"), "{denied:?}");
+
+    // What the configuration forbids only on the way is denied, too.
+    let mark = rig.daemon.mark();
+    Rest::upload(&device, &Form::to(inside.join("large")), &[0; 100]).expect_err("too large");
+    let denied = parse(&rig.daemon.wait_for_log_after(mark, "event=transfer", SOON));
+    assert_eq!((denied["result"].as_str(), denied["bytes"].as_str()), ("denied", "100"));
 
     let mark = rig.daemon.mark();
     let rest = Rest::open(&device);

@@ -41,7 +41,7 @@ impl Download {
         let (content, stat) = place::source(limits, &info.path, known, &peer.share.memory)?;
         let max_rate = limits.and_then(|l| l.max_tx_bytes_per_minute);
         if peer.device.transferred.exhausted(Direction::Sent, max_rate, info.traffic.since) {
-            return Err(Failure { text: EXHAUSTED.to_owned(), denied: true });
+            return Err(Failure::limited(EXHAUSTED));
         }
         // Files of /proc that are too large to be read first have the size zero, and content.
         info.size = u64::try_from(stat.st_size).ok().filter(|size| *size > 0);
@@ -54,7 +54,7 @@ impl Download {
         // By chunks instead of credit: clients do acknowledge chunks, so none is presumed delivered.
         while !self.at_end && self.in_flight.len() < credit::LIMIT && peer.sink.takes_data(Class::Bulk) {
             if peer.device.transferred.exhausted(Direction::Sent, self.max_rate, now) {
-                return Err(EXHAUSTED.into());
+                return Err(Failure::limited(EXHAUSTED));
             }
             let end = about.info.size.or(self.max_size.map(NonZeroU64::get));
             let left = end.map_or(u64::MAX, |end| end - about.bytes);

@@ -64,7 +64,11 @@ impl Failure {
     }
 
     pub(super) fn denied(limit: &str) -> Self {
-        Failure { text: format!("access denied: {limit}"), denied: true }
+        Failure::limited(format!("access denied: {limit}"))
+    }
+
+    pub(super) fn limited(text: impl Into<String>) -> Self {
+        Failure { text: text.into(), denied: true }
     }
 
     pub(super) fn result(&self) -> &'static str {

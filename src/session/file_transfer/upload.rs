@@ -42,7 +42,7 @@ impl Upload {
         let (target, attributes) = place::target(limits, request)?;
         let max_rate = limits.and_then(|l| l.max_rx_bytes_per_minute);
         if peer.device.transferred.exhausted(Direction::Received, max_rate, info.traffic.since) {
-            return Err(EXHAUSTED.into());
+            return Err(Failure::limited(EXHAUSTED));
         }
         enough_space(&target, request.size)?;
         let temporary = Arc::new(Temporary::create(target, attributes)?);
@@ -78,7 +78,7 @@ impl Upload {
         about.count(&frame.body, peer, now);
         let too_large = self.max_size.is_some_and(|max| about.bytes >= max.get());
         if too_large || peer.device.transferred.exhausted(Direction::Received, self.max_rate, now) {
-            return Err(format!("failed to write file chunk: {EXHAUSTED}").into());
+            return Err(Failure::limited(format!("failed to write file chunk: {EXHAUSTED}")));
         }
         // Now, since released servers don't pass on an error that comes after the file's end.
         if about.info.size == Some(about.bytes) {
