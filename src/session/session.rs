@@ -289,6 +289,7 @@ impl Session {
                 let closes = error.close == Some(true);
                 self.peer.log_error(error);
                 if closes {
+                    self.end = Some("closed");
                     self.close();
                 }
                 return;

@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Reading;
 use crate::harness::forward::Client;
-use crate::harness::msg::CONTROL;
+use crate::harness::msg::{self, CONTROL, Ints, map};
 use crate::harness::rest::{Form, Rest};
 use crate::harness::rig::{Rig, Setup, script_config};
 use crate::harness::server::closed_port;
@@ -183,6 +183,16 @@ fn transfers() {
     let ended = parse(&rig.daemon.wait_for_log_after(mark, "event=transfer", SOON));
     assert_eq!((ended["result"].as_str(), ended["reason"].as_str()), ("failed", "inbox full"));
     assert_eq!(session_end(&rig, &rest.sid)["reason"], "inbox full");
+}
+
+/// It was "done", as if nothing were left to do.
+#[test]
+fn a_session_that_its_client_closes_by_an_error_is_closed() {
+    let (rig, device) = Rig::connected();
+    let rest = Rest::open(&device);
+    let error = map(&[("err", "enough".into()), ("close", true.into())]);
+    device.send(CONTROL, "error", &rest.sid, &[], &msg::encode(&error, Ints::Compact));
+    assert_eq!(session_end(&rig, &rest.sid)["reason"], "closed");
 }
 
 #[test]
