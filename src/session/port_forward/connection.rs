@@ -201,6 +201,7 @@ impl Connection {
         let (queued, others) = (self.queued + data.len(), waiting - self.memory.count());
         let overrun = |queued| Err(format!("the target does not read and {queued} bytes wait"));
         if queued > QUEUE_HARD_LIMIT || self.to_target.len() >= MAX_QUEUED {
+            self.lost += data.len();
             return overrun(self.queued);
         }
         self.queued = queued;
@@ -309,8 +310,8 @@ impl Connection {
             State::Open(socket) if !self.is_udp() => socket.as_raw_fd(),
             _ => return !done,
         };
-        // ENOTCONN: the target is gone already.
-        if done && shutdown(socket, Shutdown::Write).is_err() {
+        // A part must not pass for the whole: Drop resets the connection. ENOTCONN: the target is gone already.
+        if done && (self.lost > 0 || shutdown(socket, Shutdown::Write).is_err()) {
             return false;
         }
         // Bounded: a target that never stops sending must not keep the session from its other work.

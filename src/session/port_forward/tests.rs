@@ -197,6 +197,35 @@ fn what_the_target_said_before_its_reset_reaches_the_client() {
     assert!(scene.forwarder.is_idle());
 }
 
+/// A target that was too slow got what had waited for it, and an orderly end behind that, though a piece was missing.
+#[test]
+fn a_target_that_lacks_a_piece_gets_a_reset() {
+    let mut scene = scene();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let now = Instant::now();
+    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
+    scene.turn(now);
+    let (mut stream, _) = listener.accept().unwrap();
+    // A client that doesn't wait for acks.
+    while !scene.forwarder.connections.is_empty() {
+        scene.handle(&about(forward::FORWARD).with_body(vec![0; 64 << 10]), now);
+        while next_type(&mut scene.queue).is_some() {}
+    }
+    stream.set_nonblocking(true).unwrap();
+    let limit = now + Duration::from_secs(30);
+    let end = loop {
+        assert!(Instant::now() < limit, "it has no end");
+        scene.proceed(now);
+        match stream.read(&mut [0; 64 << 10]) {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Ok(1..) => {}
+            end => break end.map_err(|e| e.kind()),
+        }
+    };
+    assert_eq!(end, Err(std::io::ErrorKind::ConnectionReset));
+    assert!(scene.forwarder.is_idle());
+}
+
 /// 128 KiB for each forward whose queue had once been full.
 #[test]
 fn an_empty_queue_keeps_no_memory() {
