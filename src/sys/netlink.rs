@@ -104,8 +104,10 @@ impl Changes {
                 (libc::RTM_NEWROUTE, [family, 0, _, _, _table, _, _scope, libc::RTN_UNICAST, ..]) => {
                     let number = |wanted| attribute(message, ROUTE, wanted).and_then(|value| word(value, 0));
                     let key = [Some((*family).into()), number(libc::RTA_TABLE), number(libc::RTA_PRIORITY)];
-                    let gateway = attribute(message, ROUTE, libc::RTA_GATEWAY).unwrap_or_default();
-                    let way = (number(libc::RTA_OIF), gateway.to_owned());
+                    // One gateway, or several with their interfaces.
+                    let ways = [libc::RTA_GATEWAY, libc::RTA_MULTIPATH];
+                    let gateway = ways.iter().find_map(|way| attribute(message, ROUTE, *way));
+                    let way = (number(libc::RTA_OIF), gateway.unwrap_or_default().to_owned());
                     // IPv6's is replaced to renew its lifetime, with each router advertisement.
                     let replaces =
                         half(bytes, 6).is_some_and(|flags| flags & libc::NLM_F_REPLACE as u16 != 0);
@@ -205,6 +207,27 @@ mod tests {
             changes.add(&message, &mut Known::default());
             assert!(!changes.new && !changes.gone, "{message:?}: {changes:?}");
         }
+    }
+
+    /// A default route by several gateways was the same as that by any others: it was used only when the next attempt to
+    /// connect came by itself, up to 290 s later.
+    #[test]
+    fn a_default_route_by_other_gateways_is_a_change() {
+        let mut known = Known::default();
+        let mut is_new = |gateways: &[u8]| {
+            let (kind, flags) = (libc::RTM_NEWROUTE, libc::NLM_F_REPLACE as u16);
+            let route = [libc::AF_INET as u8, 0, 0, 0, 254, 0, 0, libc::RTN_UNICAST, 0, 0, 0, 0];
+            let value = gateways.repeat(8);
+            let attribute = [ATTRIBUTE as u16 + value.len() as u16, libc::RTA_MULTIPATH];
+            let attribute = attribute.map(u16::to_ne_bytes).concat();
+            let length = (MESSAGE + ROUTE + attribute.len() + value.len()) as u32;
+            let header =
+                [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 8]].concat();
+            let mut changes = Changes::default();
+            changes.add(&[&header[..], &route, &attribute, &value].concat(), &mut known);
+            changes.new
+        };
+        assert_eq!([&[1, 2], &[1, 2], &[1, 3]].map(|gateways| is_new(gateways)), [true, false, true]);
     }
 
     /// The messages of a kernel are in the tests with network namespaces.
