@@ -27,7 +27,7 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -98,8 +98,11 @@ pub(crate) fn writers(file: &Path) -> Vec<String> {
     let exists = file.exists();
     let nearest = if exists { Some(file) } else { file.parent() };
     let real = nearest.and_then(|path| fs::canonicalize(path).ok()).unwrap_or_default();
+    // A directory of the path that isn't the file's own has a symbolic link, which may be replaced, too.
+    let links = file.ancestors().skip(1).filter_map(|place| fs::canonicalize(place).ok());
+    let links: Vec<_> = links.filter(|place| !real.starts_with(place)).collect();
     let mut found = Vec::new();
-    for (n, place) in real.ancestors().enumerate() {
+    for (n, place) in real.ancestors().chain(links.iter().map(PathBuf::as_path)).enumerate() {
         let Ok(stat) = fs::metadata(place) else { continue };
         let (owner, group, mode) = (stat.uid(), stat.gid(), stat.mode());
         // In a sticky directory others can only add names that don't exist.
@@ -266,6 +269,12 @@ mod tests {
         for name in ["a/b/file", "a/b/none", "links/link"] {
             check(name, &["its directory DIR/a may be written by everybody"]);
         }
+        mode("a", 0o755);
+        mode("links", 0o757);
+        check("links/link", &["its directory DIR/links may be written by everybody"]);
+        check("links/none", &["its directory DIR/links may be written by everybody"]);
+        symlink(path("a"), path("links/a")).unwrap();
+        check("links/a/b/none", &["its directory DIR/links may be written by everybody"]);
         mode("a", 0o1777);
         check("a/b/file", &[]);
         check("a/none", &["its directory DIR/a may be written by everybody"][..]);
