@@ -95,8 +95,9 @@ impl Endpoint {
         net::without_zone(&self.host)
     }
 
+    /// IPv4 in IPv6 (`::ffff:127.0.0.1`) is IPv4.
     pub(crate) fn address(&self) -> Option<IpAddr> {
-        self.bare_host().parse().ok()
+        self.bare_host().parse().ok().map(|address: IpAddr| address.to_canonical())
     }
 
     pub(crate) fn sends_in_clear(&self) -> bool {

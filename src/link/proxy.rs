@@ -61,7 +61,7 @@ pub(super) fn proxy_for(
 /// only those). All but networks may have a port; IPv6 is in brackets if and only if it has one.
 fn covers(entry: &str, server: &Endpoint) -> bool {
     let (entry, host) = (entry.to_ascii_lowercase(), server.host.to_ascii_lowercase());
-    let address = server.address().map(|address| address.to_canonical());
+    let address = server.address();
     if entry == "*" {
         return true;
     }
@@ -193,7 +193,9 @@ mod tests {
         let both = [("HTTP_PROXY", "plain:3128"), ("https_proxy", "http://secure")];
         assert_eq!(host(&both, "http://example.com").as_deref(), Some("plain:3128"));
         assert_eq!(host(&both, "https://example.com").as_deref(), Some("secure:80"));
-        for url in ["http://localhost:1", "http://127.0.0.1:1", "https://[::1]:1"] {
+        for url in
+            ["http://localhost:1", "http://127.0.0.1:1", "https://[::1]:1", "http://[::ffff:127.0.0.1]:1"]
+        {
             assert_eq!(host(&both, url), None, "{url}");
         }
         assert_eq!(host(&[("HTTP_PROXY", "p:1")], "https://example.com"), None);
