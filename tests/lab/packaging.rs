@@ -243,6 +243,7 @@ pub fn machine() -> Option<Machine> {
         "/usr/bin/orders",
         "#!/bin/sh
         case \"$*\" in
+            *--value*) exit 1 ;;
             *show*) cat /run/shown ;;
             *able*) SYSTEMD_OFFLINE=1 exec systemctl.real \"$@\" ;;
             *) echo \"$@\" >>/run/orders ;;
@@ -504,7 +505,7 @@ fn an_upgrade_in_its_own_terminal_is_finished() {
         assert!(orders(&machine).is_empty());
     }
     // What su(1) starts is in the cgroup of another session. The shell is the agent here.
-    let text = machine.sh("echo $$ >/run/shown; dpkg -i /run/test/new.deb; :");
+    let text = machine.sh("echo MainPID=$$ >/run/shown; dpkg -i /run/test/new.deb; :");
     assert!(text.contains("once you restart it"), "{text}");
     assert!(orders(&machine).is_empty());
     machine.write("/run/shown", "NFileDescriptorStore=2\n");
