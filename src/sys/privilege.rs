@@ -27,8 +27,7 @@ const THIS_THREAD: [u32; 2] = [0x2008_0522, 0];
 /// Umask, and soft and hard limits, at the start.
 struct Inherited {
     umask: Mode,
-    core: (rlim_t, rlim_t),
-    files: (rlim_t, rlim_t),
+    limits: [(Resource, Option<(rlim_t, rlim_t)>); 2],
 }
 
 static INHERITED: OnceLock<Inherited> = OnceLock::new();
@@ -37,23 +36,27 @@ static INHERITED: OnceLock<Inherited> = OnceLock::new();
 /// the limit on descriptors to the hard one: systemd's soft limit, 1024, is for programs that use select(2), and one
 /// session's forwards could use it up.
 pub(crate) fn keep_to_oneself() -> io::Result<()> {
-    let (core, files) = (getrlimit(Resource::RLIMIT_CORE)?, getrlimit(Resource::RLIMIT_NOFILE)?);
-    let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), core, files });
-    setrlimit(Resource::RLIMIT_CORE, 0, core.1)?;
-    // EPERM where fs.nr_open is below the hard limit. Go's programs pass over that, too.
-    let _ = setrlimit(Resource::RLIMIT_NOFILE, files.1, files.1);
+    let limits = [Resource::RLIMIT_CORE, Resource::RLIMIT_NOFILE].map(|limit| (limit, getrlimit(limit).ok()));
+    let _ = INHERITED.set(Inherited { umask: umask(Mode::from_bits_truncate(0o077)), limits });
+    for (limit, found) in limits {
+        let Some((_, hard)) = found else { continue };
+        let soft = if limit == Resource::RLIMIT_CORE { 0 } else { hard };
+        // EPERM where fs.nr_open is below the hard limit, or where a filter forbids prlimit(2), as systemd's @resources did.
+        // Go's programs pass over that, too.
+        let _ = setrlimit(limit, soft, hard);
+    }
     // The limit does not apply where core files are piped to a program.
     Ok(prctl::set_dumpable(false)?)
 }
 
 /// For a child between fork and exec: async-signal-safe.
-pub(crate) fn restore() -> io::Result<()> {
-    let Some(inherited) = INHERITED.get() else { return Ok(()) };
+pub(crate) fn restore() {
+    let Some(inherited) = INHERITED.get() else { return };
     umask(inherited.umask);
-    setrlimit(Resource::RLIMIT_CORE, inherited.core.0, inherited.core.1)?;
-    // Then it is unchanged.
-    let _ = setrlimit(Resource::RLIMIT_NOFILE, inherited.files.0, inherited.files.1);
-    Ok(())
+    for (limit, found) in inherited.limits {
+        // An error means that it is unchanged.
+        let _ = found.map(|(soft, hard)| setrlimit(limit, soft, hard));
+    }
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -292,7 +292,8 @@ fn give_back_defaults() -> io::Result<()> {
         unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, KERNEL_SIGNALS / 8) };
     }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
-    privilege::restore()
+    privilege::restore();
+    Ok(())
 }
 
 /// Unsets an empty variable, for libraries that take it for a path. Call it at the start: it does nothing once there

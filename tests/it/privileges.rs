@@ -165,6 +165,17 @@ fn a_limit_that_cannot_be_raised_stays() {
     shell_works(&device);
 }
 
+/// Neither read nor set: systemd's @resources had prlimit64 once, and units that exclude it are common. The agent ended.
+#[test]
+fn limits_that_a_filter_hides_stay() {
+    if !trace::sees_the_agent() {
+        return;
+    }
+    let script = "exec strace -D -f -qq -o trace -e trace=prlimit64 -e inject=prlimit64:error=EPERM \"$@\"";
+    let (_rig, device) = Setup::new().wrapper(script).connected();
+    shell_works(&device);
+}
+
 /// A terminal belongs to its user where it can. Without CAP_CHOWN, as in units that grant little, there was none.
 #[test]
 fn a_terminal_that_cannot_be_given_to_its_user_is_used() {
