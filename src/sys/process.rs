@@ -79,7 +79,8 @@ impl SessionLeader {
             }
             // The user last: it may not change groups.
             if let Some((groups, gid, uid)) = &switch {
-                setgroups(groups)?;
+                // Without CAP_SETGID, as in containers that grant nothing, root's shell has the groups of the daemon.
+                setgroups(groups).or_else(|e| if uid.is_root() { Ok(()) } else { Err(e) })?;
                 setgid(*gid)?;
                 setuid(*uid)?;
             }

@@ -176,6 +176,21 @@ fn limits_that_a_filter_hides_stay() {
     shell_works(&device);
 }
 
+/// A container that grants no capabilities has root nevertheless. Its shell failed for want of CAP_SETGID.
+#[test]
+fn root_without_capabilities_has_a_shell_of_root() {
+    if cannot_tell() {
+        return;
+    }
+    let without = "exec setpriv --bounding-set=-all \"$@\"";
+    let (_rig, _device, mut terminal) = Setup::new().wrapper(without).terminal();
+    assert_eq!(terminal.run("id -u"), "0");
+    let (_rig, device) = Setup::new().set("User", "nobody").wrapper(without).connected();
+    let terminal = Terminal::new(&device, Style::Cli);
+    terminal.ask_new();
+    terminal.expect("new", 2, Some("failed to start shell: fork/exec /bin/bash: operation not permitted"));
+}
+
 /// A terminal belongs to its user where it can. Without CAP_CHOWN, as in units that grant little, there was none.
 #[test]
 fn a_terminal_that_cannot_be_given_to_its_user_is_used() {
