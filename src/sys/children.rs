@@ -73,7 +73,8 @@ fn start_here(mut command: Command, stdio: OwnedFd) -> io::Result<Child> {
 /// No program inherits what the daemon has inherited, and terminals kept by the service manager would never hang up
 /// while they are open here. A table that others use keeps them, close-on-exec as the daemon's own always are.
 fn close_all_but(socket: &UnixDatagram, is_own_table: bool) {
-    let others = numbers_in("/proc/thread-self/fd").into_iter();
+    // The process's table has the same ones yet; /proc/thread-self is missing before Linux 3.17.
+    let others = numbers_in("/proc/self/fd").into_iter();
     for fd in others.filter(|fd| *fd > libc::STDERR_FILENO && *fd != socket.as_raw_fd()) {
         // SAFETY: closes it where nobody else uses it, or sets its flag; one that is closed by now (the directory's own)
         // answers with an error.

@@ -10,6 +10,7 @@ use crate::harness::client::{Style, Terminal};
 use crate::harness::device::Device;
 use crate::harness::proc;
 use crate::harness::rig::{Rig, Setup, is_root, script_config, user_name};
+use crate::harness::trace;
 use crate::harness::wait::{SOON, eventually, millis, secs, skip};
 
 /// Opens a terminal whose shell prints something and ends; returns the output.
@@ -195,6 +196,24 @@ fn no_descriptor_is_inherited() {
         terminal.open();
         assert_eq!(terminal.read_until("end\r\n", SOON), "0\r\n1\r\n2\r\nend\r\n");
     }
+}
+
+/// The directory by which descriptors were found is of Linux 3.17.
+#[test]
+fn no_descriptor_is_inherited_on_an_old_kernel() {
+    if !trace::sees_the_agent() {
+        return;
+    }
+    let (_rig, device) = Setup::new()
+        .config(script_config("ls -1 /proc/$$/fd; echo end; exec cat"))
+        .wrapper(
+            "exec 7</dev/null strace -D -f -qq -o trace -P /proc/thread-self/fd -e trace=openat \
+             -e inject=openat:error=ENOENT \"$@\"",
+        )
+        .connected();
+    let mut terminal = Terminal::new(&device, Style::Cli);
+    terminal.open();
+    assert_eq!(terminal.read_until("end\r\n", SOON), "0\r\n1\r\n2\r\nend\r\n");
 }
 
 #[test]
