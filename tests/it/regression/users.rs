@@ -2,13 +2,14 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
 use crate::files::get;
 use crate::harness::client::{Style, Terminal};
 use crate::harness::rig::{Setup, is_root};
-use crate::harness::wait::{SOON, secs, skip};
+use crate::harness::wait::{SOON, eventually, secs, skip};
 
 /// An agent with an /etc/group of its own: `group` in its directory.
 const OWN_GROUPS: &str = r#"exec unshare -m sh -c '
@@ -51,4 +52,21 @@ fn groups_are_looked_up_at_each_login() {
     terminal.prompt();
     assert_eq!(terminal.run("echo fine"), "fine");
     rig.daemon.wait_for_log("nobody gets the groups that were known before", SOON);
+}
+
+/// Where /proc hides processes but from a group, the agent saw none of its users': it gives up CAP_SYS_PTRACE.
+#[test]
+fn jobs_end_where_proc_shows_them_to_a_group() {
+    if !is_root() {
+        return skip("only root can be another user, and mount");
+    }
+    let script = r#"exec unshare -m sh -c '
+        mount -t proc -o hidepid=2,gid=54399 proc /proc && exec setpriv --groups 0,54399 "$@"' sh "$@""#;
+    let (_rig, _device, mut terminal) = Setup::new().set("User", "nobody").wrapper(script).terminal();
+    // The shell itself tells its other jobs.
+    let job = terminal.run("sleep 1000 & disown; echo $!");
+    let job = job.lines().last().unwrap_or_default().trim();
+    assert!(Path::new(&format!("/proc/{job}/stat")).exists(), "{job:?}");
+    terminal.stop();
+    eventually(SOON, "the job to end", || (!Path::new(&format!("/proc/{job}")).exists()).then_some(()));
 }
