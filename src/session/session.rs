@@ -127,8 +127,7 @@ impl Session {
 
     fn hang_up(&mut self, why: HangUp, now: Instant) {
         // A shell that goes on gets what was typed, and ends if its client wanted that.
-        let is_left = |frame: &Frame| frame.proto == SHELL && frame.typ != shell::NEW;
-        while let Some(frame) = self.peer.inbox.pop(|frame| is_left(frame) && self.terminal.takes(frame)) {
+        while let Some(frame) = self.peer.inbox.pop(|frame| self.terminal.takes(frame)) {
             self.handle(frame, now);
         }
         self.peer.inbox.close();
