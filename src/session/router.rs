@@ -353,6 +353,34 @@ mod tests {
         }
     }
 
+    /// The shell went to the next link's session without what its client had typed, if the link was lost while its own
+    /// session was between its look at that and the one at who has called.
+    #[test]
+    #[cfg_attr(miri, ignore = "starts a shell")]
+    fn a_shell_leaves_only_when_it_has_what_its_client_has_sent() {
+        let device = device_that_keeps();
+        let (outbox, mut queue) = Outbox::new();
+        let mut held = None;
+        let mut router = Router::with(&device, device.new_table(), &outbox, |peer| {
+            held = Some(peer);
+            Ok(())
+        });
+        router.route(of_alice(shell::NEW, ""));
+        router.route(of_alice(shell::DATA, "typed\n"));
+        let alice = of_alice(shell::NEW, "");
+        let (now, id) = (Instant::now(), SessionId::new("s").unwrap());
+        drop(router);
+        let (mut peer, mut terminal) = (held.unwrap(), Terminal::default());
+        let Some(Admission::Start(permit)) = peer.admission.take() else { panic!("no place") };
+        terminal.start(&mut peer, permit, &alice, now);
+        assert_eq!(next(&mut queue).typ, shell::NEW);
+        let resumed = device.shells.resume(&id, &alice.user());
+        drop(resumed);
+        assert!(device.detach(&peer.info, &peer.wake), "it has been called");
+        assert!(terminal.follow_call(&mut peer, now).is_none());
+        assert!(device.shells.kept().is_empty(), "the call was taken");
+    }
+
     /// It had left its former session, and was dropped with the next one. Its client was told that a `new` had failed, and
     /// gave it up.
     #[test]

@@ -59,11 +59,8 @@ impl Terminal {
         let State::Running(running) = &self.state else { return None };
         // The next link's session may ask while this one's writer still has output in hand, which would come twice. The
         // router hangs up after that.
-        if running.detached.is_none() && peer.inbox.hung_up().is_none() {
-            return None;
-        }
+        running.detached?;
         let call = running.permit.take_call()?;
-        self.detach(peer, HangUp::LinkLost.name(), now);
         if let Call::HandOver { resumes, to } = call {
             let State::Running(running) = mem::take(&mut self.state) else { return None };
             match to.send(Handover { running, credit: resumes.then(|| peer.credit.resumed()) }) {

@@ -136,7 +136,7 @@ impl Adopted {
             false => shells.acquire(&shell.user, 1, (&peer.info, &peer.wake), true).expect("its shell"),
         };
         let Admission::Return(handover) = admission else { panic!("{admission:?}") };
-        self.peer.inbox.hang_up(HangUp::LinkLost);
+        self.terminal.detach(&mut self.peer, HangUp::LinkLost.name(), now);
         let user = Map::new().with_str("user_id", shell.user.as_str());
         let request = Frame::new(SHELL, "new", Some(&shell.id)).with_props(user);
         let mut terminal = Terminal::default();
@@ -184,11 +184,11 @@ impl Adopted {
     fn leave(mut self) {
         self.device.store.as_ref().expect("a store").end();
         // As the router does with the shells of its link.
-        let Peer { info, wake, inbox, .. } = &self.peer;
+        let (Peer { info, wake, .. }, now) = (&self.peer, Instant::now());
         assert!(self.terminal.is_kept() || self.device.detach(info, wake));
-        inbox.hang_up(HangUp::LinkLost);
+        self.terminal.detach(&mut self.peer, HangUp::LinkLost.name(), now);
         self.device.shells.close();
-        assert!(self.terminal.follow_call(&mut self.peer, Instant::now()).is_none());
+        assert!(self.terminal.follow_call(&mut self.peer, now).is_none());
         assert!(!self.terminal.is_kept());
         assert_eq!(self.device.counts(), (0, 0));
     }
