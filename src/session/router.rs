@@ -247,10 +247,14 @@ mod tests {
     }
 
     fn device_that_keeps() -> Arc<Device> {
+        device_of("")
+    }
+
+    fn device_of(settings: &str) -> Arc<Device> {
         let me = nix::unistd::User::from_uid(nix::unistd::getuid()).unwrap().unwrap().name;
         // A session's thread is its parent here, and ends.
         let shell = r#""ShellCommand": "/bin/sh", "ShellArguments": ["-c", "trap '' TERM; echo; exec cat"]"#;
-        let device = device_with(&format!(r#"{{ {shell}, "User": {me:?} }}"#));
+        let device = device_with(&format!(r#"{{ {shell}, "User": {me:?}{settings} }}"#));
         device.shells.open();
         device
     }
@@ -379,6 +383,44 @@ mod tests {
         assert!(device.detach(&peer.info, &peer.wake), "it has been called");
         assert!(terminal.follow_call(&mut peer, now).is_none());
         assert!(device.shells.kept().is_empty(), "the call was taken");
+    }
+
+    /// The session that had given its shell away took it for one to keep, if its user had left by the link that was lost:
+    /// the shell passed for detached while another session had it, and its user's next `new` waited for it in vain.
+    #[test]
+    #[cfg_attr(miri, ignore = "starts a shell")]
+    fn a_shell_that_is_on_its_way_stays_that_if_its_user_has_left() {
+        let device = device_of(r#", "Sessions": { "KeepWhenUserLeaves": true }"#);
+        drop(link_with_shell(&device));
+        let (id, user) = (SessionId::new("s").unwrap(), of_alice(shell::NEW, "").user());
+        let call = || match device.shells.resume(&id, &user) {
+            Some((_, Admission::Return(handover))) => handover,
+            other => panic!("{other:?}"),
+        };
+        let handover = call().recv().unwrap();
+
+        let (outbox, _queue) = Outbox::new();
+        let mut held = None;
+        let mut router = Router::with(&device, device.new_table(), &outbox, |peer| {
+            held = Some(peer);
+            Ok(())
+        });
+        router.route(of_alice(shell::PONG, ""));
+        let left = Map::new().with_str("user_id", "alice").with_i64("status", 2);
+        router.route(of_alice(shell::STOP, "user disconnected").with_props(left));
+        drop(router);
+        let mut peer = held.unwrap();
+        let (to, from) = crossbeam_channel::bounded(1);
+        peer.admission = Some(Admission::Return(from));
+        let next = call();
+        assert!(to.send(handover).is_ok());
+        session::start(peer, Terminal::default()).unwrap();
+        let _handover = next.recv().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while device.threads.taken() > 0 && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert!(device.shells.kept().is_empty());
     }
 
     /// It had left its former session, and was dropped with the next one. Its client was told that a `new` had failed, and

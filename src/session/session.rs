@@ -131,7 +131,8 @@ impl Session {
             self.handle(frame, now);
         }
         self.peer.inbox.close();
-        (self.hung_up, self.end) = (true, Some(why.name()));
+        // Whether its user has left, too, matters no more.
+        (self.hung_up, self.end, self.terminal.left) = (true, Some(why.name()), None);
         (self.ping_at, self.close_at, self.waiting) = (None, None, None);
         self.files.hang_up(&self.peer, why.name(), now);
         self.forwards.hang_up();
