@@ -110,8 +110,9 @@ impl State {
         self.places.iter_mut().find(|place| Arc::ptr_eq(&place.wake, wake))
     }
 
-    fn wake_waiting(&self) {
-        self.waiting.iter().filter_map(|(_, wake)| wake.upgrade()).for_each(|wake| wake.notify());
+    fn wake_waiting(&self, user: &UserId) {
+        let waiting = self.waiting.iter().filter(|(other, _)| other == user);
+        waiting.filter_map(|(_, wake)| wake.upgrade()).for_each(|wake| wake.notify());
     }
 }
 
@@ -208,7 +209,8 @@ impl Shells {
         let Some(place) = state.place(wake).filter(|place| keeps && place.is_used()) else { return false };
         if matches!(place.kind, Kind::Attached) {
             (place.info, place.kind, place.asked) = (kept.info, Kind::Detached(kept.since), None);
-            state.wake_waiting();
+            let user = place.user.clone();
+            state.wake_waiting(&user);
         }
         true
     }
@@ -224,7 +226,7 @@ impl Shells {
         let place = state.places.iter_mut().find(is_its).filter(|_| keeps)?;
         place.asked = None;
         let resumed = (Arc::clone(&place.info), place.want(true));
-        state.wake_waiting();
+        state.wake_waiting(user);
         Some(resumed)
     }
 
@@ -254,9 +256,8 @@ impl ShellPermit {
     }
 
     pub(crate) fn answered(&self) {
-        if self.with(|place| place.asked.take()).flatten().is_some() {
-            lock(&self.shells.0).wake_waiting();
-        }
+        let user = self.with(|place| place.asked.take().map(|_| place.user.clone())).flatten();
+        user.iter().for_each(|user| lock(&self.shells.0).wake_waiting(user));
     }
 
     pub(crate) fn is_detached(&self) -> bool {
@@ -288,8 +289,8 @@ impl Drop for ShellPermit {
     fn drop(&mut self) {
         let mut state = lock(&self.shells.0);
         if let Some(at) = state.places.iter().position(|place| Arc::ptr_eq(&place.wake, &self.wake)) {
-            state.places.swap_remove(at);
-            state.wake_waiting();
+            let place = state.places.swap_remove(at);
+            state.wake_waiting(&place.user);
         }
     }
 }
