@@ -32,8 +32,8 @@ const MEMORY: usize = 16 << 20;
 /// The hard limit of descriptors may be a million, but a forward takes 2 KiB of memory, too.
 const MAX_FORWARDS: usize = 4096;
 /// Descriptors that forwards leave, if that isn't more than two fifths: four for each session, one of them for its wake
-/// and three for its files, and those of shells, `status` and the link.
-const RESERVED_DESCRIPTORS: usize = 4 * MAX_THREADS + 64;
+/// and three for its files, four for each shell, and those of `status` and the link.
+const RESERVED_DESCRIPTORS: usize = 4 * MAX_THREADS + 96;
 
 pub type Table = Mutex<HashMap<SessionId, Entry>>;
 
