@@ -106,6 +106,8 @@ impl Credit {
     pub(crate) fn wants_probe(&self, now: Instant) -> bool {
         let due = match self.probes.back() {
             None if !self.answers => !self.takes(now),
+            // An answer would be taken for one to a probe of the link before, which may be lost.
+            Some(_) if self.asked() < self.probes.len() => false,
             last => self.sent - self.proved().max(last.copied().unwrap_or(0)) >= PROBE_EVERY,
         };
         self.asked() < MAX_PROBES && due || self.repeats(now)
@@ -118,12 +120,11 @@ impl Credit {
 
     /// When a probe is repeated, for want of credit.
     fn again(&self) -> Instant {
-        let pause = match self.asked() {
-            asked if asked < self.probes.len() => ASK_ANEW,
-            MAX_PROBES.. => ASK_ANYWAY,
-            _ => ASK_AGAIN,
-        };
-        self.last_probe + pause
+        match self.asked() {
+            asked if asked < self.probes.len() => self.last_probe.max(self.last_answer) + ASK_ANEW,
+            MAX_PROBES.. => self.last_probe + ASK_ANYWAY,
+            _ => self.last_probe + ASK_AGAIN,
+        }
     }
 
     fn repeats(&self, now: Instant) -> bool {
@@ -321,6 +322,45 @@ mod tests {
         }
         println!("{sent:?}");
         assert!(sent.iter().all(|sent| *sent > 5000), "messages in four minutes: {sent:?}");
+    }
+
+    /// Those of a client that had fallen silent: each answer by the next link was taken for one of them, until after 15 s it
+    /// was no chance any more that answers had been lost.
+    #[test]
+    fn answers_lost_with_a_link_hold_the_next_up_for_two_seconds_at_most() {
+        let mut now = Instant::now();
+        for unanswered in 1..=30 {
+            let mut credit = Credit::new(now);
+            send_all(&mut credit, now);
+            credit.answered(now);
+            for _ in 0..unanswered {
+                if credit.takes(now) {
+                    credit.sent(32 << 10, now);
+                }
+                if credit.wants_probe(now) {
+                    credit.probed(now);
+                }
+            }
+            now += Duration::from_millis(500);
+            credit = credit.resumed();
+            credit.answered(now);
+            let (end, mut last, mut longest) = (now + Duration::from_secs(60), now, Duration::ZERO);
+            while now < end {
+                let before = credit.sent;
+                if send_all(&mut credit, now) > 0 {
+                    longest = longest.max(now - last);
+                    last = now;
+                }
+                now += Duration::from_millis(5);
+                if credit.wants_probe(now) {
+                    credit.probed(now);
+                }
+                let asked = credit.probes.iter().filter(|probe| **probe > before).count();
+                (0..asked).for_each(|_| credit.answered(now));
+            }
+            longest = longest.max(now - last);
+            assert!(longest <= ASK_ANEW + Duration::from_millis(20), "{unanswered}: {longest:?}");
+        }
     }
 
     /// The released server keeps a session's messages when the device's link is replaced: the client comes to the probes of
