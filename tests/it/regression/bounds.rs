@@ -260,7 +260,7 @@ fn a_flood_in_many_sessions_leaves_echoes_quick_on_a_slow_link() {
         worst = worst.max(echo_times(&mut other.terminal, 1)[0]);
     }
     println!("worst echo {worst:?}");
-    assert!(worst < secs(2) || emulated("its speed is the emulator's"), "{worst:?}");
+    assert!(worst < secs(4) || emulated("its speed is the emulator's"), "{worst:?}");
     device.set_reading(Reading::Full);
     sids.iter().for_each(|sid| close(&device, sid));
     other.leave();
