@@ -107,7 +107,7 @@ impl Credit {
         let due = match self.probes.back() {
             None if !self.answers => !self.takes(now),
             // An answer would be taken for one to a probe of the link before, which may be lost.
-            Some(_) if self.asked() < self.probes.len() => false,
+            Some(_) if self.waits_for_former() => false,
             last => self.sent - self.proved().max(last.copied().unwrap_or(0)) >= PROBE_EVERY,
         };
         self.asked() < MAX_PROBES && due || self.repeats(now)
@@ -118,10 +118,15 @@ impl Credit {
         self.probes.iter().filter(|probe| **probe > self.former).count()
     }
 
+    /// Probes of the links before are the oldest.
+    fn waits_for_former(&self) -> bool {
+        self.probes.front().is_some_and(|probe| *probe <= self.former)
+    }
+
     /// When a probe is repeated, for want of credit.
     fn again(&self) -> Instant {
         match self.asked() {
-            asked if asked < self.probes.len() => self.last_probe.max(self.last_answer) + ASK_ANEW,
+            _ if self.waits_for_former() => self.last_probe.max(self.last_answer) + ASK_ANEW,
             MAX_PROBES.. => self.last_probe + ASK_ANYWAY,
             _ => self.last_probe + ASK_AGAIN,
         }
