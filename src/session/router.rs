@@ -297,6 +297,19 @@ mod tests {
         (router, queue)
     }
 
+    /// The session that these frames begin on a link that is lost before it starts.
+    fn lost_with<const N: usize>(device: &Arc<Device>, frames: [Frame; N]) -> (Peer, Queue) {
+        let (outbox, queue) = Outbox::new();
+        let mut begun = None;
+        let mut router = Router::with(device, device.new_table(), &outbox, |peer| {
+            begun = Some(peer);
+            Ok(())
+        });
+        frames.into_iter().for_each(|frame| router.route(frame));
+        drop(router);
+        (begun.unwrap(), queue)
+    }
+
     /// A shell on its way from one link's session to the next one's was neither asked for nor found by a third link, if it
     /// had opened: the client had to type first, and got "session not found". Output was lost meanwhile.
     #[test]
@@ -331,17 +344,9 @@ mod tests {
             let device = device_that_keeps();
             drop(link_with_shell(&device));
 
-            let (second, _queue) = Outbox::new();
-            let mut held = None;
-            let mut router = Router::with(&device, device.new_table(), &second, |peer| {
-                held = Some(peer);
-                Ok(())
-            });
-            for (typ, body) in [(shell::PONG, ""), (shell::DATA, "typed\n"), (last, "")] {
-                router.route(of_alice(typ, body));
-            }
-            drop(router);
-            session::start(held.unwrap(), Terminal::default()).unwrap();
+            let frames = [(shell::PONG, ""), (shell::DATA, "typed\n"), (last, "")];
+            let (peer, _queue) = lost_with(&device, frames.map(|(typ, body)| of_alice(typ, body)));
+            session::start(peer, Terminal::default()).unwrap();
             if last == shell::STOP {
                 assert_ends(&device);
                 continue;
@@ -363,18 +368,10 @@ mod tests {
     #[cfg_attr(miri, ignore = "starts a shell")]
     fn a_shell_leaves_only_when_it_has_what_its_client_has_sent() {
         let device = device_that_keeps();
-        let (outbox, mut queue) = Outbox::new();
-        let mut held = None;
-        let mut router = Router::with(&device, device.new_table(), &outbox, |peer| {
-            held = Some(peer);
-            Ok(())
-        });
-        router.route(of_alice(shell::NEW, ""));
-        router.route(of_alice(shell::DATA, "typed\n"));
         let alice = of_alice(shell::NEW, "");
+        let (mut peer, mut queue) = lost_with(&device, [alice.clone(), of_alice(shell::DATA, "typed\n")]);
         let (now, id) = (Instant::now(), SessionId::new("s").unwrap());
-        drop(router);
-        let (mut peer, mut terminal) = (held.unwrap(), Terminal::default());
+        let mut terminal = Terminal::default();
         let Some(Admission::Start(permit)) = peer.admission.take() else { panic!("no place") };
         terminal.start(&mut peer, permit, &alice, now);
         assert_eq!(next(&mut queue).typ, shell::NEW);
@@ -399,17 +396,9 @@ mod tests {
         };
         let handover = call().recv().unwrap();
 
-        let (outbox, _queue) = Outbox::new();
-        let mut held = None;
-        let mut router = Router::with(&device, device.new_table(), &outbox, |peer| {
-            held = Some(peer);
-            Ok(())
-        });
-        router.route(of_alice(shell::PONG, ""));
         let left = Map::new().with_str("user_id", "alice").with_i64("status", 2);
-        router.route(of_alice(shell::STOP, "user disconnected").with_props(left));
-        drop(router);
-        let mut peer = held.unwrap();
+        let left = of_alice(shell::STOP, "user disconnected").with_props(left);
+        let (mut peer, _queue) = lost_with(&device, [of_alice(shell::PONG, ""), left]);
         let (to, from) = crossbeam_channel::bounded(1);
         peer.admission = Some(Admission::Return(from));
         let next = call();

@@ -40,6 +40,14 @@ impl Scene {
         self.forwarder.answer(&mut self.peer, now);
     }
 
+    /// Opens a forward to a target that listens only.
+    fn open(&mut self, now: Instant) -> TcpListener {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        self.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
+        self.turn(now);
+        listener
+    }
+
     fn proceed(&mut self, now: Instant) {
         self.forwarder.proceed(&mut self.peer, &Events::default(), now);
         self.forwarder.answer(&mut self.peer, now);
@@ -178,10 +186,8 @@ fn udp_forwards_asleep_count() {
 #[test]
 fn what_the_target_said_before_its_reset_reaches_the_client() {
     let mut scene = scene();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let now = Instant::now();
-    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
-    scene.turn(now);
+    let listener = scene.open(now);
     scene.handle(&about(forward::FORWARD).with_body("request"), now);
     let (mut stream, _) = listener.accept().unwrap();
     assert_eq!(stream.peek(&mut [0; 10]).unwrap(), 7);
@@ -201,10 +207,8 @@ fn what_the_target_said_before_its_reset_reaches_the_client() {
 #[test]
 fn a_target_that_lacks_a_piece_gets_a_reset() {
     let mut scene = scene();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let now = Instant::now();
-    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
-    scene.turn(now);
+    let listener = scene.open(now);
     let (mut stream, _) = listener.accept().unwrap();
     // A client that doesn't wait for acks.
     while !scene.forwarder.connections.is_empty() {
@@ -307,10 +311,8 @@ fn an_id_that_is_used_again_at_once_is_owed_nothing() {
 #[test]
 fn data_with_a_stop_behind_it_is_acknowledged() {
     let mut scene = scene();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let now = Instant::now();
-    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
-    scene.turn(now);
+    let _listener = scene.open(now);
     for frame in [about(forward::FORWARD).with_body("x"), about(forward::STOP)] {
         assert!(scene.forwarder.handle(&mut scene.peer, &frame, now));
     }
@@ -377,10 +379,8 @@ fn acks_that_were_owed_keep_no_memory() {
 #[test]
 fn a_queue_that_has_become_short_keeps_no_memory() {
     let mut scene = scene();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let now = Instant::now();
-    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
-    scene.turn(now);
+    let listener = scene.open(now);
     let mut pass = |body: Vec<u8>| {
         scene.forwarder.handle(&mut scene.peer, &about(forward::FORWARD).with_body(body), now);
         let connection = scene.forwarder.connections.values().next().unwrap();
@@ -408,10 +408,8 @@ fn a_queue_that_has_become_short_keeps_no_memory() {
 fn a_piece_counts_as_a_whole_until_the_target_has_it_all() {
     const LENGTH: usize = 1 << 20;
     let mut scene = scene();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let now = Instant::now();
-    scene.handle(&about(forward::NEW).with_body(target(listener.local_addr().unwrap().port())), now);
-    scene.turn(now);
+    let listener = scene.open(now);
     scene.handle(&about(forward::FORWARD).with_body(vec![0; LENGTH]), now);
     let (mut stream, _) = listener.accept().unwrap();
     let connection = scene.forwarder.connections.values_mut().next().unwrap();
