@@ -156,7 +156,7 @@ fn transfers() {
     assert_eq!((denied["result"].as_str(), denied["bytes"].as_str()), ("denied", "0"));
     assert!(denied["reason"].contains("outside chroot"), "{denied:?}");
 
-    // What the configuration forbids only on the way is denied, too.
+    // The log calls a transfer denied that the configuration ends on the way, too.
     let mark = rig.daemon.mark();
     Rest::upload(&device, &Form::to(inside.join("large")), &[0; 100]).expect_err("too large");
     let denied = parse(&rig.daemon.wait_for_log_after(mark, "event=transfer", SOON));

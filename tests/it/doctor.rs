@@ -145,7 +145,7 @@ fn a_connected_agent_keeps_its_link_and_its_shells() {
     drop(device);
 }
 
-/// Where no daemon runs at all, the whole way is gone. Others' daemons are out of sight in a PID namespace; OpenRC's process
+/// doctor goes the whole way where no daemon runs. Others' daemons are out of sight in a PID namespace; OpenRC's process
 /// beside an agent, with the agent's words behind its own, is none.
 #[test]
 fn without_a_daemon_a_websocket_is_opened() {

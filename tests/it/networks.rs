@@ -324,7 +324,7 @@ fn counting(network: &Network) -> (Rig, Server, Device, Terminal, Vec<u8>) {
     (rig, server, device, terminal, all)
 }
 
-/// What the server has got, with some of what the next link brings.
+/// Returns the output that the server has got, with some more by the next link.
 fn with_more(terminal: Terminal, mut all: Vec<u8>, next: &Device) -> String {
     terminal.collect(&mut all, usize::MAX, millis(300));
     let terminal = terminal.on(next);
@@ -342,7 +342,7 @@ fn assert_counted(text: &str) {
     }
 }
 
-/// What the dead link hasn't delivered is sent by the next one.
+/// The next link sends the output that the dead one hasn't delivered.
 #[test]
 fn output_that_was_under_way_comes_by_the_next_link() {
     with_network(|network| {

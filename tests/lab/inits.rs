@@ -231,7 +231,7 @@ fn the_init_script_needs_no_logger() {
 fn two_starts_at_once_make_one_agent() {
     for world in [World::Debian, World::BusyBox] {
         let Some(machine) = scripted(world) else { return };
-        // What a script that was killed has left is no lock.
+        // A killed script has left this link, which locks nothing.
         machine.sh("ln -s 99999 /run/mender-connect.lock");
         machine.sh("for n in 1 2 3; do /etc/init.d/mender-connect start & done; wait");
         machine.device();

@@ -504,7 +504,7 @@ fn an_upgrade_in_its_own_terminal_is_finished() {
         assert!(text.contains("once you restart it"), "{text}");
         assert!(orders(&machine).is_empty());
     }
-    // What su(1) starts is in the cgroup of another session. The shell is the agent here.
+    // su(1) starts programs in the cgroup of another session. The shell is the agent here.
     let text = machine.sh("echo MainPID=$$ >/run/shown; dpkg -i /run/test/new.deb; :");
     assert!(text.contains("once you restart it"), "{text}");
     assert!(orders(&machine).is_empty());

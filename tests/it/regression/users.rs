@@ -54,7 +54,7 @@ fn groups_are_looked_up_at_each_login() {
     rig.daemon.wait_for_log("nobody gets the groups that were known before", SOON);
 }
 
-/// Where /proc hides processes but from a group, the agent saw none of its users': it gives up CAP_SYS_PTRACE.
+/// The agent gives up CAP_SYS_PTRACE, and saw none of its users' processes where /proc shows them to a group only.
 #[test]
 fn jobs_end_where_proc_shows_them_to_a_group() {
     if !is_root() {
